@@ -1,0 +1,44 @@
+# make train   a small H-Net learns the Python standard library on this machine's best device
+# make test    every test that fits in a few minutes on two CPU cores
+# make soak    the long tests (random kills, many seeds)
+# make lint    ruff
+# Another Python: make PYTHON=python3.12 train
+
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+.PHONY: train test soak lint clean
+
+train: .venv/installed-base
+	$(BIN)/python train.py $(ARGS)
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+soak: .venv/installed-dev
+	$(BIN)/python -m pytest -m soak $(ARGS)
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "Python 3.11 or newer is needed; '$(PYTHON)' is older or missing: install it, then run make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "'$(PYTHON)' lacks the venv module: install it (on Debian and Ubuntu: apt install python3-venv) and run make again"; exit 1; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/installed-base: .venv/created pyproject.toml constraints.txt
+	@echo "Installing into .venv (once) ..."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e . -c constraints.txt
+	@touch $@
+
+.venv/installed-dev: .venv/installed-base
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info
