@@ -1,0 +1,125 @@
+"""Causal attention over packed documents, with an optional sliding window.
+
+Legend: T tokens of all documents together, H heads, P channels a head.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hnet_kernels.dispatch import use_fast
+
+QUERY_BLOCK = 1024  # queries at a time in the definition: bounds the memory of one block of scores
+
+
+class Span(NamedTuple):
+    """A run of queries and the keys that any of them may see, as slices of the flat tensors."""
+
+    queries: slice
+    keys: slice
+    hidden_QK: Tensor  # bool: what each query must not see
+
+
+def _spans(cu_seqlens: Tensor, window: int) -> Iterator[Span]:
+    bounds = cu_seqlens.tolist()
+    for start, end in zip(bounds[:-1], bounds[1:]):
+        for first in range(start, end, QUERY_BLOCK):
+            stop = min(first + QUERY_BLOCK, end)
+            seen = start if window < 0 else max(start, first - window)
+            i_Q1 = torch.arange(first, stop, device=cu_seqlens.device)[:, None]
+            j_K = torch.arange(seen, stop, device=cu_seqlens.device)
+            hidden_QK = j_K > i_Q1 if window < 0 else (j_K > i_Q1) | (j_K < i_Q1 - window)
+            yield Span(slice(first, stop), slice(seen, stop), hidden_QK)
+
+
+def _softmax_scores(q_THP: Tensor, k_THP: Tensor, span: Span) -> Tensor:
+    """(H, Q, K) attention weights of one span, in at least float32."""
+    dtype = torch.promote_types(q_THP.dtype, torch.float32)
+    q_HQP = q_THP[span.queries].transpose(0, 1).to(dtype) * q_THP.shape[-1] ** -0.5
+    k_HKP = k_THP[span.keys].transpose(0, 1).to(dtype)
+    return (q_HQP @ k_HKP.mT).masked_fill_(span.hidden_QK, -torch.inf).softmax(-1)
+
+
+@torch.library.custom_op("hnet::attention_definition", mutates_args=())
+def attention_definition(q_THP: Tensor, k_THP: Tensor, v_THP: Tensor, cu_seqlens: Tensor, window: int) -> Tensor:
+    """Softmax attention of position i on j in [i - window, i] of its own document (on all j <= i where window < 0)."""
+    o_THP = torch.zeros_like(q_THP, memory_format=torch.contiguous_format)
+    for span in _spans(cu_seqlens, window):
+        weights_HQK = _softmax_scores(q_THP, k_THP, span)
+        v_HKP = v_THP[span.keys].transpose(0, 1).to(weights_HQK.dtype)
+        o_THP[span.queries] = (weights_HQK @ v_HKP).transpose(0, 1).to(o_THP.dtype)
+    return o_THP
+
+
+@attention_definition.register_fake
+def _(q_THP, k_THP, v_THP, cu_seqlens, window):
+    return q_THP.new_empty(q_THP.shape)
+
+
+@torch.library.custom_op("hnet::attention_definition_backward", mutates_args=())
+def attention_definition_backward(
+    do_THP: Tensor, q_THP: Tensor, k_THP: Tensor, v_THP: Tensor, cu_seqlens: Tensor, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `attention_definition` for q, k and v; computes the attention weights again."""
+    dtype = torch.promote_types(q_THP.dtype, torch.float32)
+    dq_THP, dk_THP, dv_THP = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (q_THP, k_THP, v_THP))
+    scale = q_THP.shape[-1] ** -0.5
+    for span in _spans(cu_seqlens, window):
+        weights_HQK = _softmax_scores(q_THP, k_THP, span)
+        q_HQP, do_HQP = (t[span.queries].transpose(0, 1).to(dtype) for t in (q_THP, do_THP))
+        k_HKP, v_HKP = (t[span.keys].transpose(0, 1).to(dtype) for t in (k_THP, v_THP))
+        dweights_HQK = do_HQP @ v_HKP.mT
+        dscores_HQK = weights_HQK * (dweights_HQK - (dweights_HQK * weights_HQK).sum(-1, keepdim=True)) * scale
+        dq_THP[span.queries] += (dscores_HQK @ k_HKP).transpose(0, 1)
+        dk_THP[span.keys] += (dscores_HQK.mT @ q_HQP).transpose(0, 1)
+        dv_THP[span.keys] += (weights_HQK.mT @ do_HQP).transpose(0, 1)
+    return dq_THP.to(q_THP.dtype), dk_THP.to(k_THP.dtype), dv_THP.to(v_THP.dtype)
+
+
+@attention_definition_backward.register_fake
+def _(do_THP, q_THP, k_THP, v_THP, cu_seqlens, window):
+    return tuple(t.new_empty(t.shape) for t in (q_THP, k_THP, v_THP))
+
+
+def _setup(ctx, inputs, output):
+    *tensors, ctx.window = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, do_THP):
+    return (*attention_definition_backward(do_THP, *ctx.saved_tensors, ctx.window), None, None)
+
+
+attention_definition.register_autograd(_backward, setup_context=_setup)
+
+
+@functools.cache
+def _flash_obstacle(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    if device_type != "cuda":
+        return "no CUDA device"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"flash attention computes in 16 bits, not {dtype}"
+    if head_dim > 256:
+        return f"head size {head_dim} is over 256"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "flash attention needs compute capability 8.0"
+    return None
+
+
+def attention(
+    q_THP: Tensor, k_THP: Tensor, v_THP: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int = -1
+) -> Tensor:
+    """softmax(q k^T / sqrt(P)) v within each document; position i sees [i - window, i], or all before where window < 0.
+
+    q_THP, k_THP, v_THP: one floating dtype. cu_seqlens: int32 (B + 1,). max_seqlen: tokens, at least the longest
+    document. Returns o_THP. On CUDA in 16 bits this is torch's varlen flash attention, else `attention_definition`.
+    """
+    if use_fast("attention", q_THP, _flash_obstacle(q_THP.device.type, q_THP.dtype, q_THP.shape[-1])):
+        from torch.nn.attention.varlen import varlen_attn
+
+        size = (window, 0) if window >= 0 else (-1, 0)
+        return varlen_attn(q_THP, k_THP, v_THP, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=size)
+    return attention_definition(q_THP, k_THP, v_THP, cu_seqlens, window)

@@ -1,0 +1,49 @@
+"""Which implementation of an operation runs: chosen once for each (operation, device type, dtype), logged once."""
+
+import functools
+import logging
+import os
+
+import torch
+
+logger = logging.getLogger("hnet_kernels")
+
+CHOICES = ("auto", "reference", "triton")
+_chosen: dict[tuple[str, str, torch.dtype], str] = {}
+
+
+class KernelError(RuntimeError):
+    """An implementation was forced that cannot run here."""
+
+
+@functools.cache
+def requested() -> str:
+    """The value of `HNET_KERNELS`, read once."""
+    choice = os.environ.get("HNET_KERNELS", "auto")
+    if choice not in CHOICES:
+        raise KernelError(f"HNET_KERNELS={choice}: expected one of {', '.join(CHOICES)}")
+    return choice
+
+
+def use_fast(operation: str, x: torch.Tensor, obstacle: str | None) -> bool:
+    """Whether `operation` on tensors like `x` runs its fast kernel.
+
+    `obstacle` says in a few words why the fast kernel cannot run on `x`, or is None where it can.
+    Raises KernelError where `HNET_KERNELS=triton` forces a kernel that cannot run.
+    """
+    choice = requested()
+    if choice == "triton" and obstacle:
+        raise KernelError(
+            f"HNET_KERNELS=triton: no fast kernel for {operation} here ({obstacle}); use auto or reference"
+        )
+    fast = choice != "reference" and obstacle is None
+    key = (operation, x.device.type, x.dtype)
+    if key not in _chosen:
+        _chosen[key] = "fast" if fast else "reference" + (f" ({obstacle})" if obstacle else "")
+        logger.info("%s on %s %s: %s", operation, x.device.type, str(x.dtype).removeprefix("torch."), _chosen[key])
+    return fast
+
+
+def kernel_report() -> dict[str, str]:
+    """What has been chosen so far, e.g. `{"attention cuda bfloat16": "fast"}`."""
+    return {f"{op} {device} {str(dtype).removeprefix('torch.')}": how for (op, device, dtype), how in _chosen.items()}

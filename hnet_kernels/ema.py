@@ -1,0 +1,40 @@
+"""Exponential moving average over packed documents: the smoothing of chunks (H-Net paper, section 2.2.2).
+
+Legend: C chunks of all documents together, D channels.
+"""
+
+import torch
+from torch import Tensor
+
+from hnet_kernels.ssd import document_ids, scan_forward
+
+
+def _recurrence(x_CD: Tensor, gain_C: Tensor, log_a_C: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """s_k = exp(log_a_k) s_{k-1} + gain_k x_k: Mamba-2's scan with one head and a state of one number per channel."""
+    one_C1 = torch.ones_like(x_CD[:, :1])
+    return scan_forward(x_CD[:, None], gain_C[:, None], log_a_C[:, None], one_C1, one_C1, cu_seqlens)[:, 0]
+
+
+def ema_forward(y_CD: Tensor, p_C: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """z_k = p_k y_k + (1 - p_k) z_{k-1}, with z = 0 before each document.
+
+    y_CD: any floating dtype. p_C: float32 or float64, strictly between 0 and 1. cu_seqlens: int (B + 1,).
+    Returns z_CD in p's dtype, which is also the one of the arithmetic.
+    """
+    return _recurrence(y_CD.to(p_C.dtype), p_C, torch.log1p(-p_C), cu_seqlens)
+
+
+def ema_backward(dz_CD: Tensor, y_CD: Tensor, p_C: Tensor, z_CD: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients (dy_CD in y's dtype, dp_C in p's) of `ema_forward`, given the gradient dz_CD of its output z_CD.
+
+    With g_k = dz_k + (1 - p_{k+1}) g_{k+1}, a recurrence of the same kind run backwards:
+    dy_k = p_k g_k and dp_k = g_k . (y_k - z_{k-1}).
+    """
+    total = y_CD.shape[0]
+    doc_C = document_ids(cu_seqlens, total)
+    follows_C = (doc_C[1:] == doc_C[:-1]).to(p_C.dtype)  # chunk k + 1 belongs to the document of chunk k
+    log_a_C = torch.cat([torch.log1p(-p_C[1:]), p_C.new_zeros(1)])  # what g_k is multiplied with on its way from k + 1
+    reversed_cu = (cu_seqlens[-1] - cu_seqlens).flip(0)
+    g_CD = _recurrence(dz_CD.to(p_C.dtype).flip(0), torch.ones_like(p_C), log_a_C.flip(0), reversed_cu).flip(0)
+    before_CD = torch.cat([z_CD.new_zeros(1, z_CD.shape[1]), z_CD[:-1] * follows_C[:, None]])
+    return (p_C[:, None] * g_CD).to(y_CD.dtype), (g_CD * (y_CD.to(p_C.dtype) - before_CD)).sum(-1)

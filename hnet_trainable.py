@@ -1,0 +1,862 @@
+"""A trainable H-Net: a byte-level language model that learns where to cut text into chunks (arXiv 2507.07955).
+
+    encoder -> router -> keep the boundaries -> inner network -> smooth and upsample -> decoder
+
+The inner network is again an H-Net, or, innermost, a stack of blocks. Documents of any lengths are packed: a batch is
+an NJT (`torch.nested`, jagged layout) `(B, j, ...)`, B documents of lengths j. Every stage has its own j.
+
+Read in this order: config, NJT operations, blocks, router / chunk / dechunk, HNet, HNetLM, then what training needs:
+learning-rate modulation, parameter groups, initial weights, FLOPs. `python hnet_trainable.py` checks this machine.
+
+Shape legend, as suffixes of names: B documents, j ragged length of the stage at hand (jD: nested), k that of the stage
+inside, T tokens of all documents of a stage together, C chunks (the T of the stage inside), D width, H heads,
+P channels a head, N state size, R rotary dimensions, V vocabulary, S number of chunking stages.
+
+Equation numbers and sections are those of the paper; "code" is the released one, github.com/goombalab/hnet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nested import nested_tensor_from_jagged
+
+from hnet_kernels import attention, ema_backward, ema_forward, ssd
+
+BOS, EOS = 0xFE, 0xFF  # neither byte occurs in UTF-8 (code)
+HEADDIM = 64  # channels a head of Mamba-2
+NORM_EPS = 1e-5
+EMA_CLAMP = 1e-4  # the smoothing's P stays in [1e-4, 1 - 1e-4] (code)
+N_GPT = 4.6  # bytes a token of GPT-2's tokenizer covers (section 2.3.2)
+
+
+# ------------------------------------------------------------------------------------------------------------- config
+
+
+class ConfigError(ValueError):
+    """A model config that can't be used; the message names the key and says what is allowed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SSMConfig:
+    """Mamba-2 layers. `chunk_size` is an official key that changes speed, never results; the kernels choose theirs."""
+
+    chunk_size: int = 256
+    d_conv: int = 4
+    d_state: int = 128
+    expand: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class AttnConfig:
+    """Attention layers, one entry a stage. `window_size` w lets position i see i - w..i; -1 means all before it."""
+
+    num_heads: tuple[int, ...] = ()
+    rotary_emb_dim: tuple[int, ...] = ()
+    window_size: tuple[int, ...] = ()
+
+
+class Layer(NamedTuple):
+    """One letter of a layout: `m` Mamba-2, `t` attention; upper case adds a SwiGLU."""
+
+    mixer: str  # "m" or "t"
+    has_mlp: bool
+
+
+def parse_layout(layout: str) -> list[Layer]:
+    """`"T1m2"` -> one attention block with MLP and two Mamba-2 blocks without. Raises ConfigError on anything else."""
+    if not isinstance(layout, str) or not re.fullmatch(r"([mMtT]\d+)+", layout):
+        raise ConfigError(
+            f"arch_layout: {layout!r} is not a layout; write letters of m M t T, each with a count: 'T1m4'"
+        )
+    found = re.findall(r"([mMtT])(\d+)", layout)
+    return [Layer(letter.lower(), letter.isupper()) for letter, count in found for _ in range(int(count))]
+
+
+@dataclasses.dataclass(frozen=True)
+class HNetConfig:
+    """The official JSON keys plus `N_compress`. Stage 0 is outermost; a config of S + 1 widths has S chunking stages.
+
+    arch_layout: `["m4", ["T1m4", ["T26"], "m4T1"], "m4"]`: encoder, what is inside, decoder; innermost one string.
+    d_model, d_intermediate: a width per stage; d_intermediate is 0 where no layer has an MLP, and is rounded up to a
+        multiple of 128 (code).
+    N_compress: `(1, 3, 9)`: bytes per token that each stage should see; stage s aims at N[s + 1] / N[s] per chunk.
+    """
+
+    arch_layout: Any
+    d_model: tuple[int, ...]
+    d_intermediate: tuple[int, ...]
+    vocab_size: int = 256
+    ssm_cfg: SSMConfig = SSMConfig()
+    attn_cfg: AttnConfig = AttnConfig()
+    tie_embeddings: bool = False
+    N_compress: tuple[float, ...] = ()
+
+    @classmethod
+    def load(cls, source: str | Path | Mapping[str, Any], **overrides: Any) -> HNetConfig:
+        """A checked config from a JSON file or a mapping, with single keys replaced by `overrides`.
+
+        Raises ConfigError (naming the file and the key) for anything unknown, missing or impossible.
+        """
+        if isinstance(source, Mapping):
+            return cls._from_mapping({**source, **overrides})
+        try:
+            raw = json.loads(Path(source).read_text())
+        except OSError as error:
+            raise ConfigError(f"{source}: no such config file ({error.strerror})") from None
+        except ValueError as error:
+            raise ConfigError(f"{source}: not JSON ({error})") from None
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{source}: expected a JSON object with the keys {', '.join(_keys(cls))}")
+        try:
+            return cls._from_mapping({**raw, **overrides})
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
+
+    @classmethod
+    def _from_mapping(cls, raw: dict[str, Any]) -> HNetConfig:
+        for section, kind in (("", cls), ("ssm_cfg", SSMConfig), ("attn_cfg", AttnConfig)):
+            given = raw.get(section, {}) if section else raw
+            if not isinstance(given, Mapping):
+                raise ConfigError(f"{section}: expected an object with the keys {', '.join(_keys(kind))}")
+            for key in given:
+                if key not in _keys(kind):
+                    place = f"{section}." if section else ""
+                    raise ConfigError(f"unknown key {place}{key}; known are {', '.join(_keys(kind))}")
+        for key in ("arch_layout", "d_model", "d_intermediate", "attn_cfg"):
+            if key not in raw:
+                raise ConfigError(f"{key}: missing")
+        lists = {k: _numbers(raw[k], k) for k in ("d_model", "d_intermediate")}
+        heads = {k: _numbers(v, f"attn_cfg.{k}") for k, v in raw["attn_cfg"].items()}
+        ratios = _numbers(raw.get("N_compress", ()), "N_compress", whole=False)
+        stages = len(lists["d_model"]) - 1
+        if not ratios:
+            if stages > 2:
+                raise ConfigError(
+                    f"N_compress: missing; it has no default for {stages} stages: give {stages + 1} numbers"
+                )
+            ratios = ((1,), (1, 6), (1, 3, 9))[stages]
+        ssm = SSMConfig(**{k: _whole(v, f"ssm_cfg.{k}") for k, v in raw.get("ssm_cfg", {}).items()})
+        fields = {**raw, **lists, "ssm_cfg": ssm, "attn_cfg": AttnConfig(**heads), "N_compress": ratios}
+        config = cls(**fields)
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        S = self.num_stages
+        attn, per_stage = self.attn_cfg, {"d_intermediate": self.d_intermediate, "N_compress": self.N_compress}
+        per_stage |= {f"attn_cfg.{f.name}": getattr(attn, f.name) for f in dataclasses.fields(attn)}
+        for key, values in per_stage.items():
+            if len(values) != S + 1:
+                raise ConfigError(f"{key}: {len(values)} numbers for {S + 1} widths in d_model; give one a stage")
+        if not isinstance(self.tie_embeddings, bool):
+            raise ConfigError(f"tie_embeddings: {self.tie_embeddings!r}; expected true or false")
+        if _whole(self.vocab_size, "vocab_size") < 256:
+            raise ConfigError(f"vocab_size: {self.vocab_size}; a byte model needs at least 256")
+        for field in dataclasses.fields(SSMConfig):
+            if getattr(self.ssm_cfg, field.name) < 1:
+                raise ConfigError(f"ssm_cfg.{field.name}: {getattr(self.ssm_cfg, field.name)}; expected 1 or more")
+        if any(a > b for a, b in zip(self.d_model, self.d_model[1:])):
+            raise ConfigError(
+                f"d_model: {list(self.d_model)} shrinks; a stage is at least as wide as the one around it"
+            )
+        if self.N_compress[0] != 1 or any(a >= b for a, b in zip(self.N_compress, self.N_compress[1:])):
+            raise ConfigError(f"N_compress: {list(self.N_compress)}; expected 1 and then growing numbers, like 1, 3, 9")
+        node = self.arch_layout
+        for s in range(S + 1):
+            wanted, form = (3, '["m4", [...], "m4"]') if s < S else (1, '["T12"]')
+            if not isinstance(node, list | tuple) or len(node) != wanted:
+                raise ConfigError(f"arch_layout: {node!r} for stage {s} of {S + 1} widths in d_model; expected {form}")
+            self._check_stage(s, [layer for layout in node[::2] for layer in parse_layout(layout)])
+            node = node[1] if s < S else None
+
+    def _check_stage(self, s: int, layers: list[Layer]) -> None:
+        width, heads, rotary = self.d_model[s], self.attn_cfg.num_heads[s], self.attn_cfg.rotary_emb_dim[s]
+        if width < 1:
+            raise ConfigError(f"d_model: {width} for stage {s}; expected 1 or more")
+        if any(layer.has_mlp for layer in layers) and self.d_intermediate[s] < 1:
+            raise ConfigError(
+                f"d_intermediate: {self.d_intermediate[s]} for stage {s}, whose M and T layers need 1 or more"
+            )
+        if any(layer.mixer == "m" for layer in layers) and width * self.ssm_cfg.expand % HEADDIM:
+            raise ConfigError(f"d_model: {width} * ssm_cfg.expand is no multiple of Mamba-2's head size {HEADDIM}")
+        if any(layer.mixer == "t" for layer in layers):
+            if heads < 1 or width % heads:
+                raise ConfigError(f"attn_cfg.num_heads: {heads} does not divide d_model {width} of stage {s}")
+            if rotary < 0 or rotary % 2 or rotary > width // heads:
+                raise ConfigError(
+                    f"attn_cfg.rotary_emb_dim: {rotary} for stage {s}; expected an even number from 0 to the head size "
+                    f"{width // heads}"
+                )
+            if self.attn_cfg.window_size[s] < -1:
+                raise ConfigError(
+                    f"attn_cfg.window_size: {self.attn_cfg.window_size[s]} for stage {s}; expected -1 or more"
+                )
+
+    @property
+    def num_stages(self) -> int:
+        """S, the number of chunking stages: 0 for a plain isotropic model."""
+        return len(self.d_model) - 1
+
+    @property
+    def target_ratios(self) -> tuple[float, ...]:
+        """N of the ratio loss (eq. 10) for each chunking stage: how many of its tokens a chunk should hold."""
+        return tuple(inner / outer for outer, inner in zip(self.N_compress, self.N_compress[1:]))
+
+    def layouts(self, s: int) -> tuple[str, ...]:
+        """Stage s's layouts: (encoder, decoder), or (main network,) for the innermost."""
+        node = self.arch_layout
+        for _ in range(s):
+            node = node[1]
+        return tuple(node[::2])
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `load` reads, ready for JSON."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def _keys(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+def _whole(value: Any, key: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigError(f"{key}: {value!r}; expected a whole number")
+    return value
+
+
+def _numbers(values: Any, key: str, whole: bool = True) -> tuple:
+    if not isinstance(values, list | tuple):
+        raise ConfigError(f"{key}: {values!r}; expected a list of numbers, one a stage")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+            raise ConfigError(f"{key}: {value!r} in the list; expected {'whole ' if whole else ''}numbers")
+    return tuple(values)
+
+
+# ----------------------------------------------------------------------------------------------------- NJT operations
+#
+# The contract: take `values()`, compute on flat tensors, wrap again with the *same offsets object*: only NJTs that
+# share it can be combined. What autograd lacks for NJTs is written out below as autograd functions on NJTs.
+
+
+def nested_like(values: Tensor, like: Tensor) -> Tensor:
+    """Flat `values` `(T, ...)` as an NJT with the documents (the very offsets) of the NJT `like`. Differentiable."""
+    return nested_tensor_from_jagged(
+        values, like.offsets(), min_seqlen=like._maybe_min_seqlen, max_seqlen=like._maybe_max_seqlen
+    )
+
+
+def cu_seqlens(x: Tensor) -> Tensor:
+    """The offsets of an NJT as the kernels take them: int32 `(B + 1,)`."""
+    return x.offsets().to(torch.int32)
+
+
+def positions(x: Tensor) -> Tensor:
+    """Each token's place in its document, from 0: int64 `(T,)` for an NJT of T tokens."""
+    offsets, total = x.offsets(), x.values().shape[0]
+    start_T = offsets[:-1].repeat_interleave(offsets.diff(), output_size=total)
+    return torch.arange(total, device=offsets.device) - start_T
+
+
+def register_njt_ops() -> None:
+    """Teach torch's NJT what it lacks and we use. The one place for torch's private NJT names; calling twice is safe.
+
+    - The backward of a slice of the last dimension, `x_BjD[..., :d]`: `aten.slice_backward` has no jagged kernel in
+      torch 2.11 and 2.13. It goes when torch has one (NJT's future: github.com/pytorch/pytorch/issues/155065).
+    """
+    from torch.nested._internal import ops
+
+    slice_backward = torch.ops.aten.slice_backward.default
+    if slice_backward in ops.JAGGED_OPS_TABLE:
+        return
+
+    @ops.register_jagged_func(
+        slice_backward, "grad_output: jt_all, input_sizes: any, dim: any, start: any, end: any, step: any"
+    )
+    def _(func, *args, **kwargs):
+        grad_BjD, sizes, dim, start, end, step = args
+        if dim != len(sizes) - 1:
+            raise NotImplementedError("the backward of an NJT's slice: only the last dimension is supported")
+        flat = grad_BjD.values()
+        return nested_like(
+            slice_backward(flat, [*flat.shape[:-1], sizes[-1]], flat.ndim - 1, start, end, step), grad_BjD
+        )
+
+
+register_njt_ops()
+
+
+class BoundaryProbability(torch.autograd.Function):
+    """Router (eq. 4): p_t = (1 - cos(q_{t-1}, k_t)) / 2 in [0, 1]; a document's first token has p = 1.
+
+    q_BjD, k_BjD -> p_Bj in at least float32. Gradients: of q and k. Left out: none reaches the first tokens' constant
+    p, nor a p that rounding took out of [0, 1] before the clamp.
+    """
+
+    @staticmethod
+    def forward(ctx, q_BjD: Tensor, k_BjD: Tensor) -> Tensor:
+        dtype = torch.promote_types(q_BjD.dtype, torch.float32)
+        q_TD, k_TD = q_BjD.values().to(dtype).roll(1, 0), k_BjD.values().to(dtype)
+        q_norm_T1 = q_TD.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        k_norm_T1 = k_TD.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        cos_T = (q_TD / q_norm_T1 * (k_TD / k_norm_T1)).sum(-1)
+        first_T = positions(k_BjD) == 0
+        ctx.like = k_BjD
+        ctx.save_for_backward(q_BjD, k_BjD, q_norm_T1, k_norm_T1, cos_T, first_T)
+        return nested_like(((1 - cos_T) / 2).clamp(0, 1).masked_fill(first_T, 1.0), k_BjD)
+
+    @staticmethod
+    def backward(ctx, grad_p_Bj: Tensor | None):
+        if grad_p_Bj is None:
+            return None, None
+        q_BjD, k_BjD, q_norm_T1, k_norm_T1, cos_T, first_T = ctx.saved_tensors
+        q_unit_TD = q_BjD.values().to(cos_T.dtype).roll(1, 0) / q_norm_T1
+        k_unit_TD = k_BjD.values().to(cos_T.dtype) / k_norm_T1
+        constant_T = first_T | (cos_T.abs() > 1)
+        grad_cos_T1 = (-grad_p_Bj.values() / 2).masked_fill(constant_T, 0)[:, None]
+        grad_q_TD = grad_cos_T1 * (k_unit_TD - cos_T[:, None] * q_unit_TD) / q_norm_T1
+        grad_k_TD = grad_cos_T1 * (q_unit_TD - cos_T[:, None] * k_unit_TD) / k_norm_T1
+        grad_q_TD = grad_q_TD.roll(-1, 0).to(q_BjD.dtype)
+        return nested_like(grad_q_TD, q_BjD), nested_like(grad_k_TD.to(k_BjD.dtype), k_BjD)
+
+
+class SelectChunks(torch.autograd.Function):
+    """Downsampler (section 2.2.1): keep x_t where b_t. x_BjD, b_Bj (bool) -> h_BkD, one row a chunk.
+
+    Gradient: of x, scattered back, zero where b is false. Left out: b is discrete and has none. The lengths come to the
+    host in one copy, the only synchronisation of a stage.
+    """
+
+    @staticmethod
+    def forward(ctx, x_BjD: Tensor, b_Bj: Tensor) -> Tensor:
+        b_T, offsets = b_Bj.values(), b_Bj.offsets()
+        inner_offsets = F.pad(b_T.cumsum(0), (1, 0))[offsets]
+        lengths = inner_offsets.diff()
+        total, shortest, longest = torch.stack([inner_offsets[-1], lengths.min(), lengths.max()]).tolist()
+        kept_C = torch.nonzero_static(b_T, size=total).squeeze(1)
+        ctx.like, ctx.kept_C = x_BjD.detach(), kept_C
+        h_CD = x_BjD.values()[kept_C]
+        return nested_tensor_from_jagged(h_CD, inner_offsets, min_seqlen=shortest, max_seqlen=longest)
+
+    @staticmethod
+    def backward(ctx, grad_h_BkD: Tensor | None):
+        if grad_h_BkD is None:
+            return None, None
+        grad_TD = grad_h_BkD.values().new_zeros(ctx.like.values().shape)
+        grad_TD[ctx.kept_C] = grad_h_BkD.values()
+        return nested_like(grad_TD, ctx.like), None
+
+
+class EmaUpsample(torch.autograd.Function):
+    """Smoothing and upsampling (eq. 5 and 8): token t gets z of its chunk, z_k = P_k y_k + (1 - P_k) z_{k-1}.
+
+    y_BkD (one row a chunk), p_Bj, b_Bj -> up_BjD in p's dtype; P is p at the boundaries, clamped to [1e-4, 1 - 1e-4].
+    Gradients: of y and p. Left out: p where the clamp acts (so every document's first token), b.
+    """
+
+    @staticmethod
+    def forward(ctx, y_BkD: Tensor, p_Bj: Tensor, b_Bj: Tensor) -> Tensor:
+        chunk_T = b_Bj.values().cumsum(0) - 1
+        kept_C = torch.nonzero_static(b_Bj.values(), size=y_BkD.values().shape[0]).squeeze(1)
+        raw_C = p_Bj.values()[kept_C]
+        P_C = raw_C.clamp(EMA_CLAMP, 1 - EMA_CLAMP)
+        cu = cu_seqlens(y_BkD)
+        z_CD = ema_forward(y_BkD.values(), P_C, cu)
+        ctx.y, ctx.p = y_BkD.detach(), p_Bj.detach()
+        ctx.save_for_backward(chunk_T, kept_C, raw_C == P_C, P_C, z_CD, cu)
+        return nested_like(z_CD[chunk_T], p_Bj)
+
+    @staticmethod
+    def backward(ctx, grad_up_BjD: Tensor | None):
+        if grad_up_BjD is None:
+            return None, None, None
+        chunk_T, kept_C, inside_C, P_C, z_CD, cu = ctx.saved_tensors
+        grad_z_CD = torch.zeros_like(z_CD).index_add_(0, chunk_T, grad_up_BjD.values().to(z_CD.dtype))
+        grad_y_CD, grad_P_C = ema_backward(grad_z_CD, ctx.y.values(), P_C, z_CD, cu)
+        grad_p_T = torch.zeros_like(ctx.p.values())
+        grad_p_T[kept_C] = grad_P_C * inside_C
+        return nested_like(grad_y_CD, ctx.y), nested_like(grad_p_T, ctx.p), None
+
+
+class StraightThrough(torch.autograd.Function):
+    """STE (eq. 7): 1 on the way forward, the identity on the way back. c_Bj -> ones_Bj."""
+
+    @staticmethod
+    def forward(ctx, c_Bj: Tensor) -> Tensor:
+        return nested_like(torch.ones_like(c_Bj.values()), c_Bj)
+
+    @staticmethod
+    def backward(ctx, grad_Bj: Tensor | None):
+        return grad_Bj
+
+
+# ------------------------------------------------------------------------------------------------------------- blocks
+#
+# Inside a stack of blocks everything is flat: the NJT is unwrapped once to (T, D) and what the blocks must know of the
+# documents travels beside it.
+
+
+class Packing(NamedTuple):
+    """How T flat tokens fall into documents, and the rotary tables of their positions."""
+
+    cu_seqlens: Tensor  # int32 (B + 1,)
+    position_T: Tensor  # int64
+    cos_TR: Tensor  # R = half the rotary dimensions; at least float32
+    sin_TR: Tensor
+    max_seqlen: int
+
+    @classmethod
+    def of(cls, x_BjD: Tensor, rotary_dim: int) -> Packing:
+        position_T = positions(x_BjD)
+        dtype = torch.promote_types(x_BjD.dtype, torch.float32)
+        exponent_R = torch.arange(0, rotary_dim, 2, device=x_BjD.device, dtype=dtype) / max(rotary_dim, 1)
+        angle_TR = position_T.to(dtype)[:, None] * 10000.0**-exponent_R
+        return cls(cu_seqlens(x_BjD), position_T, angle_TR.cos(), angle_TR.sin(), x_BjD._get_max_seqlen())
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in at least float32, returned in the weight's dtype (the compute dtype)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        x = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + NORM_EPS)
+        return (x * self.weight).to(self.weight.dtype)
+
+
+class GatedRMSNorm(RMSNorm):
+    """norm(y * silu(z)): the gate acts before the norm."""
+
+    def forward(self, y_TD: Tensor, z_TD: Tensor) -> Tensor:
+        dtype = torch.promote_types(y_TD.dtype, torch.float32)
+        return super().forward(y_TD.to(dtype) * F.silu(z_TD.to(dtype)))
+
+
+class CausalConv1d(nn.Module):
+    """Depthwise causal convolution with bias along each document; weight `(D, 1, width)`, its last tap the present."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, width))
+        self.bias = nn.Parameter(torch.empty(channels))
+
+    def forward(self, x_TD: Tensor, position_T: Tensor) -> Tensor:
+        taps = self.weight.squeeze(1).unbind(-1)
+        y_TD = self.bias + taps[-1] * x_TD
+        for back, tap in enumerate(reversed(taps[:-1]), start=1):
+            before_TD = F.pad(x_TD, (0, 0, back, 0))[: x_TD.shape[0]]
+            y_TD = y_TD + tap * before_TD.masked_fill((position_T < back)[:, None], 0)
+        return y_TD
+
+
+class Mamba2(nn.Module):
+    """Mamba-2 mixer (arXiv 2405.21060) with one group: B and C are shared by all heads."""
+
+    def __init__(self, width: int, config: SSMConfig):
+        super().__init__()
+        self.d_inner, self.d_state = config.expand * width, config.d_state
+        self.n_heads = self.d_inner // HEADDIM
+        conv_dim = self.d_inner + 2 * self.d_state
+        self.in_proj = nn.Linear(width, self.d_inner + conv_dim + self.n_heads, bias=False)  # z, x, B, C, dt
+        self.conv1d = CausalConv1d(conv_dim, config.d_conv)
+        self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
+        self.A_log = nn.Parameter(torch.empty(self.n_heads))
+        self.D = nn.Parameter(torch.empty(self.n_heads))
+        self.norm = GatedRMSNorm(self.d_inner)
+        self.out_proj = nn.Linear(self.d_inner, width, bias=False)
+
+    def forward(self, x_TD: Tensor, packing: Packing) -> Tensor:
+        z, xBC, dt_TH = self.in_proj(x_TD).split([self.d_inner, self.d_inner + 2 * self.d_state, self.n_heads], dim=-1)
+        x, B_TN, C_TN = F.silu(self.conv1d(xBC, packing.position_T)).split(
+            [self.d_inner, self.d_state, self.d_state], dim=-1
+        )
+        x_THP = x.unflatten(-1, (self.n_heads, HEADDIM))
+        dt_TH = F.softplus(dt_TH.to(self.dt_bias.dtype) + self.dt_bias)
+        y_THP = ssd(x_THP, dt_TH, -self.A_log.exp(), B_TN, C_TN, packing.cu_seqlens)
+        y_THP = y_THP + self.D[:, None] * x_THP
+        return self.out_proj(self.norm(y_THP.flatten(1), z))
+
+
+def rotate(x_THP: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    """Partial RoPE, halves rotated: of each head, dimensions [0, R) turn against [R, 2R); the rest stays."""
+    cos, sin = cos_TR[:, None], sin_TR[:, None]
+    R = cos.shape[-1]
+    a, b, rest = x_THP[..., :R], x_THP[..., R : 2 * R], x_THP[..., 2 * R :]
+    turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_THP.dtype)
+    return torch.cat([turned, rest], dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention with partial rotary embeddings, within documents, in a window or not."""
+
+    def __init__(self, width: int, n_heads: int, window: int):
+        super().__init__()
+        self.n_heads, self.window = n_heads, window
+        self.Wqkv = nn.Linear(width, 3 * width, bias=False)
+        self.out_proj = nn.Linear(width, width, bias=False)
+
+    def forward(self, x_TD: Tensor, packing: Packing) -> Tensor:
+        q_THP, k_THP, v_THP = self.Wqkv(x_TD).unflatten(-1, (3, self.n_heads, -1)).unbind(1)
+        q_THP, k_THP = (rotate(x, packing.cos_TR, packing.sin_TR) for x in (q_THP, k_THP))
+        o_THP = attention(q_THP, k_THP, v_THP, packing.cu_seqlens, packing.max_seqlen, self.window)
+        return self.out_proj(o_THP.flatten(1))
+
+
+class SwiGLU(nn.Module):
+    """fc2(silu(gate) * value); fc1 gives value, then gate. Inner width: the next multiple of 128 (code)."""
+
+    def __init__(self, width: int, d_intermediate: int):
+        super().__init__()
+        inner = -(-d_intermediate // 128) * 128
+        self.fc1 = nn.Linear(width, 2 * inner, bias=False)
+        self.fc2 = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        value, gate = self.fc1(x_TD).chunk(2, dim=-1)
+        return self.fc2(F.silu(gate) * value)
+
+
+class Block(nn.Module):
+    """Pre-norm residual block. The residual stream is at least float32, what runs beside it in the weights' dtype."""
+
+    def __init__(self, layer: Layer, config: HNetConfig, s: int):
+        super().__init__()
+        width = config.d_model[s]
+        self.norm1 = RMSNorm(width)
+        if layer.mixer == "m":
+            self.mixer = Mamba2(width, config.ssm_cfg)
+        else:
+            self.mixer = Attention(width, config.attn_cfg.num_heads[s], config.attn_cfg.window_size[s])
+        if layer.has_mlp:
+            self.norm2 = RMSNorm(width)
+            self.mlp = SwiGLU(width, config.d_intermediate[s])
+        self.has_mlp = layer.has_mlp
+
+    def forward(self, residual_TD: Tensor, packing: Packing) -> Tensor:
+        residual_TD = residual_TD + self.mixer(self.norm1(residual_TD), packing)
+        if self.has_mlp:
+            residual_TD = residual_TD + self.mlp(self.norm2(residual_TD))
+        return residual_TD
+
+
+class Isotropic(nn.Module):
+    """A stack of blocks at one width and a final norm: an encoder, a decoder or the innermost network."""
+
+    def __init__(self, layout: str, config: HNetConfig, s: int):
+        super().__init__()
+        self.rotary_dim = config.attn_cfg.rotary_emb_dim[s] if re.search("[tT]", layout) else 0
+        self.layers = nn.ModuleList(Block(layer, config, s) for layer in parse_layout(layout))
+        self.rmsnorm = RMSNorm(config.d_model[s])
+
+    def forward(self, x_BjD: Tensor) -> Tensor:
+        packing = Packing.of(x_BjD, self.rotary_dim)
+        residual_TD = x_BjD.values().to(torch.promote_types(x_BjD.dtype, torch.float32))
+        for layer in self.layers:
+            residual_TD = layer(residual_TD, packing)
+        return nested_like(self.rmsnorm(residual_TD), x_BjD)
+
+
+# ---------------------------------------------------------------------------------------------- router, chunk, dechunk
+
+
+class StageOutput(NamedTuple):
+    """What a chunking stage decided. F and G are tensors, so that nothing waits for the device."""
+
+    boundary_prob: Tensor  # NJT (B, j), at least float32
+    boundary_mask: Tensor  # NJT (B, j), bool
+    F: Tensor  # scalar: share of tokens that open a chunk
+    G: Tensor  # scalar: mean boundary probability
+
+
+class RoutingModule(nn.Module):
+    """Where chunks begin (section 2.2.1). x_BjD -> StageOutput; b_t = p_t > 0.5, so a tie is no boundary (code)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.q_proj_layer = nn.Linear(width, width, bias=False)
+        self.k_proj_layer = nn.Linear(width, width, bias=False)
+
+    def forward(self, x_BjD: Tensor) -> StageOutput:
+        p_Bj = BoundaryProbability.apply(self.q_proj_layer(x_BjD), self.k_proj_layer(x_BjD))
+        p_T = p_Bj.values()
+        b_T = p_T.detach() > 0.5
+        return StageOutput(p_Bj, nested_like(b_T, p_Bj), b_T.to(p_T.dtype).mean(), p_T.mean())
+
+
+def dechunk(y_BkD: Tensor, stage: StageOutput, residual_BjD: Tensor) -> Tensor:
+    """Back to the tokens of the stage (eq. 5 to 9): up_t * STE(c_t) + residual_t, in at least float32."""
+    p_Bj, b_Bj = stage.boundary_prob, stage.boundary_mask
+    up_BjD = EmaUpsample.apply(y_BkD, p_Bj, b_Bj)
+    p_T = p_Bj.values()
+    confidence_Bj = nested_like(torch.where(b_Bj.values(), p_T, 1 - p_T), p_Bj)  # eq. 6
+    return nested_like(
+        up_BjD.values() * StraightThrough.apply(confidence_Bj).values()[:, None] + residual_BjD.values(), p_Bj
+    )
+
+
+def ratio_loss(stage: StageOutput, N: float) -> Tensor:
+    """Eq. 10: N / (N - 1) * ((N - 1) F G + (1 - F) (1 - G)); 1 where F = G = 1 / N. Gradient through G alone."""
+    return N / (N - 1) * ((N - 1) * stage.F * stage.G + (1 - stage.F) * (1 - stage.G))
+
+
+# -------------------------------------------------------------------------------------------------------------- model
+
+
+class HNet(nn.Module):
+    """Stage s: an NJT of the outer stage's width in, the same out, with the StageOutputs from s inwards."""
+
+    def __init__(self, config: HNetConfig, s: int = 0):
+        super().__init__()
+        self.outer_width = config.d_model[max(s - 1, 0)]
+        layouts, width = config.layouts(s), config.d_model[s]
+        if width > self.outer_width:
+            self.pad_dimension = nn.Parameter(torch.empty(width - self.outer_width))
+        else:
+            self.register_parameter("pad_dimension", None)
+        self.is_innermost = s == config.num_stages
+        if self.is_innermost:
+            self.main_network = Isotropic(layouts[0], config, s)
+            return
+        self.encoder = Isotropic(layouts[0], config, s)
+        self.routing_module = RoutingModule(width)
+        self.residual_proj = nn.Linear(width, width)  # float32 whatever the compute dtype
+        self.main_network = HNet(config, s + 1)
+        self.decoder = Isotropic(layouts[1], config, s)
+
+    def forward(self, x_BjD: Tensor) -> tuple[Tensor, list[StageOutput]]:
+        if self.pad_dimension is not None:
+            x_TD = x_BjD.values()
+            pad_TD = self.pad_dimension.to(x_TD.dtype).expand(x_TD.shape[0], -1)
+            x_BjD = nested_like(torch.cat([x_TD, pad_TD], dim=-1), x_BjD)
+        if self.is_innermost:
+            return self.main_network(x_BjD)[..., : self.outer_width], []
+        x_BjD = self.encoder(x_BjD)
+        stage = self.routing_module(x_BjD)
+        residual_BjD = self.residual_proj(x_BjD.to(self.residual_proj.weight.dtype))
+        y_BkD, inner = self.main_network(SelectChunks.apply(x_BjD, stage.boundary_mask))
+        x_BjD = self.decoder(dechunk(y_BkD, stage, residual_BjD).to(x_BjD.dtype))
+        return x_BjD[..., : self.outer_width], [stage, *inner]
+
+
+@dataclasses.dataclass
+class HNetOutput:
+    """`logits`: NJT (B, j0, V); `ce`: nats, mean over labels, None without labels; `ratio_losses` (S,); S `stages`."""
+
+    logits: Tensor
+    ce: Tensor | None
+    ratio_losses: Tensor
+    stages: list[StageOutput]
+
+
+class HNetLM(nn.Module):
+    """The language model: bytes in, logits of the next byte out. Can be built under `torch.device("meta")`.
+
+    The weights are not drawn here: call `init_weights`, or load a state dict (its keys are the official ones).
+    """
+
+    def __init__(self, config: HNetConfig):
+        super().__init__()
+        self.config = config
+        self.embeddings = nn.Embedding(config.vocab_size, config.d_model[0])
+        self.backbone = HNet(config)
+        self.lm_head = nn.Linear(config.d_model[0], config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embeddings.weight
+
+    def forward(self, iids: Tensor, labels: Tensor | None = None) -> HNetOutput:
+        """`iids` and `labels`: NJTs (B, j0) of int64. Raises ValueError where their documents differ in length."""
+        if labels is not None:
+            check_same_documents(iids, labels)
+        x_BjD, stages = self.backbone(self.embeddings(iids))
+        logits = self.lm_head(x_BjD)
+        logits_TV = logits.values()
+        loss_dtype = torch.promote_types(logits_TV.dtype, torch.float32)
+        ce = None if labels is None else F.cross_entropy(logits_TV.to(loss_dtype), labels.values())
+        losses = [ratio_loss(stage, N) for stage, N in zip(stages, self.config.target_ratios)]
+        return HNetOutput(logits, ce, torch.stack(losses) if losses else logits_TV.new_zeros(0), stages)
+
+
+def check_same_documents(iids: Tensor, labels: Tensor) -> None:
+    """ValueError unless both are NJTs with the same document lengths. Costs nothing where they share their offsets."""
+    for name, x in (("iids", iids), ("labels", labels)):
+        if not (x.is_nested and x.layout == torch.jagged and x.ndim == 2):
+            raise ValueError(
+                f"{name}: expected a nested tensor (B, j) of jagged layout, got {tuple(x.shape)}, {x.layout}"
+            )
+    if iids.offsets() is labels.offsets():
+        return
+    if iids.offsets().shape != labels.offsets().shape or not torch.equal(iids.offsets(), labels.offsets()):
+        raise ValueError(
+            f"labels: expected documents as long as those of iids; iids has {iids.shape[0]} of together "
+            f"{iids.values().shape[0]} bytes, labels {labels.shape[0]} of together {labels.values().shape[0]}"
+        )
+
+
+# ------------------------------------------------------------------------------------------------- what training needs
+
+
+def stage_of(name: str, config: HNetConfig) -> int:
+    """The stage that a parameter belongs to: `pad_dimension` to the wider, inner one; embeddings and lm_head to 0."""
+    return min(name.removeprefix("backbone.").count("main_network."), config.num_stages)
+
+
+def lr_modulation(config: HNetConfig) -> list[float]:
+    """Eq. 11, learning-rate multipliers of stages 0..S: sqrt(N_GPT prod_{i>=s} N^i / prod_{i>=0} N^i * D^S / D^s).
+
+    N^S = 1, so the innermost's own numerator is 1: the multiplier grows with the bytes a stage sees per step.
+    """
+    ratios, widths = (*config.target_ratios, 1.0), config.d_model
+    everything = math.prod(ratios)
+    return [math.sqrt(N_GPT * math.prod(ratios[s:]) / everything * widths[-1] / widths[s]) for s in range(len(widths))]
+
+
+NO_DECAY = ("bias", "A_log", "D", "dt_bias", "pad_dimension")
+
+
+def has_weight_decay(name: str) -> bool:
+    """Matrices, the convolution and the embeddings decay; norms, biases, A_log, D, dt_bias and pad_dimension do not.
+
+    Embeddings do because nothing else bounds rows of bytes that are rare, and with tied embeddings they are lm_head.
+    """
+    *_, module, leaf = ("", *name.split("."))
+    return leaf not in NO_DECAY and not module.startswith("norm") and module != "rmsnorm"
+
+
+def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups for an optimizer: one for each (stage, decay or not), outermost first, every parameter in exactly one.
+
+    Each has `params`, `names`, `lr` (base rate times `multiplier`, eq. 11), `weight_decay`, `stage` and `multiplier`.
+    `model` is an HNetLM, plain or sharded.
+    """
+    multipliers = lr_modulation(model.config)
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in sorted(model.named_parameters(), key=lambda item: stage_of(item[0], model.config)):
+        s, decays = stage_of(name, model.config), has_weight_decay(name)
+        group = groups.setdefault((s, decays), {"params": [], "names": [], "stage": s, "multiplier": multipliers[s]})
+        group |= {"lr": lr * multipliers[s], "weight_decay": weight_decay if decays else 0.0}
+        group["params"].append(parameter)
+        group["names"].append(name)
+    grouped = [id(p) for group in groups.values() for p in group["params"]]
+    assert len(grouped) == len(set(grouped)) and set(grouped) == {id(p) for p in model.parameters()}
+    return list(groups.values())
+
+
+def residual_branches(config: HNetConfig, s: int) -> int:
+    """Residual branches of stage s's blocks and of all stages around it: what scales the init of their outputs."""
+    layers = [layer for i in range(s + 1) for layout in config.layouts(i) for layer in parse_layout(layout)]
+    return sum(1 + layer.has_mlp for layer in layers)
+
+
+def initial_weight(name: str, shape: Sequence[int], config: HNetConfig, seed: int) -> Tensor:
+    """The initial value (float32, CPU) of one parameter, from (seed, name) alone, as the released code initialises.
+
+    Linears N(0, 0.02), out_proj and fc2 divided by sqrt(residual branches); W_q and W_k the identity; residual_proj
+    zero with torch's default bias; conv1d torch's default; embeddings N(0, 1), or 0.02 where they are tied to lm_head,
+    whose logits would else start with a deviation of sqrt(D); A uniform in [1, 16]; dt log-uniform in [1e-3, 0.1],
+    stored through the inverse softplus; D and norms 1; pad_dimension 0.
+    """
+    *_, module, leaf = ("", *name.split("."))
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.rand(*shape, generator=generator) * (high - low) + low
+
+    if leaf == "A_log":
+        return uniform(1, 16).log()
+    if leaf == "dt_bias":
+        dt = uniform(math.log(1e-3), math.log(0.1)).exp()
+        return dt + torch.log(-torch.expm1(-dt))
+    if leaf == "D" or module.startswith("norm") or module == "rmsnorm":
+        return torch.ones(*shape)
+    if leaf == "pad_dimension" or (module == "residual_proj" and leaf == "weight"):
+        return torch.zeros(*shape)
+    if module == "residual_proj":
+        bound = config.d_model[stage_of(name, config)] ** -0.5
+        return uniform(-bound, bound)
+    if module == "conv1d":
+        bound = config.ssm_cfg.d_conv**-0.5
+        return uniform(-bound, bound)
+    if module in ("q_proj_layer", "k_proj_layer"):
+        return torch.eye(*shape)
+    std = 0.02
+    if module == "embeddings" and not config.tie_embeddings:
+        std = 1.0
+    if module in ("out_proj", "fc2"):
+        std /= math.sqrt(residual_branches(config, stage_of(name, config)))
+    return torch.randn(*shape, generator=generator) * std
+
+
+def initial_weights(model: nn.Module, seed: int) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+    """Each parameter of an HNetLM (plain, sharded or on meta) with its whole initial value; see `initial_weight`."""
+    for name, parameter in model.named_parameters():
+        yield name, parameter, initial_weight(name, parameter.shape, model.config, seed)
+
+
+@torch.no_grad()
+def init_weights(model: HNetLM, seed: int) -> HNetLM:
+    """Draw all weights of an unsharded model in place; the same for any device and dtype. Returns the model."""
+    for _, parameter, value in initial_weights(model, seed):
+        parameter.copy_(value)
+    return model
+
+
+class Flops(NamedTuple):
+    """Floating-point operations of one forward and backward (a multiply-add counts two)."""
+
+    matmul: float  # 6 x parameters of matrix products x tokens that really reach them
+    attention: float  # scores and their use, causal, within the window
+    scan: float  # Mamba-2's recurrence
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def count_flops(config: HNetConfig, stage_lengths: Sequence[Sequence[int]]) -> Flops:
+    """FLOPs of a training step from the lengths really seen. `stage_lengths[s]` holds stage s's document lengths.
+
+    Model FLOPs: what is computed again (recomputation, activation checkpointing) does not count.
+    """
+    if len(stage_lengths) != config.num_stages + 1:
+        raise ValueError(f"stage_lengths: {len(stage_lengths)} lists for {config.num_stages + 1} stages")
+    matmul = attn = scan = 0.0
+    ssm = config.ssm_cfg
+    for s, lengths in enumerate(stage_lengths):
+        D, tokens, window = config.d_model[s], sum(lengths), config.attn_cfg.window_size[s]
+        pairs = sum(_visible_pairs(length, window) for length in lengths)
+        weights = config.vocab_size * D if s == 0 else 0  # lm_head
+        if s < config.num_stages:
+            weights += 3 * D * D  # W_q, W_k, residual_proj
+        inner, d_inner = -(-config.d_intermediate[s] // 128) * 128, ssm.expand * D
+        for layer in (layer for layout in config.layouts(s) for layer in parse_layout(layout)):
+            weights += 3 * D * inner if layer.has_mlp else 0
+            if layer.mixer == "t":
+                weights += 4 * D * D
+                attn += 3 * 4 * D * pairs
+            else:
+                weights += D * (2 * d_inner + 2 * ssm.d_state + d_inner // HEADDIM) + d_inner * D
+                scan += 3 * 6 * d_inner * ssm.d_state * tokens  # decay and add to h, read it out
+        matmul += 6 * weights * tokens
+    return Flops(matmul, attn, scan)
+
+
+def _visible_pairs(length: int, window: int) -> int:
+    """Pairs (i, j) with max(0, i - window) <= j <= i in a document of `length` tokens."""
+    if window < 0 or window >= length:
+        return length * (length + 1) // 2
+    return window * (window + 1) // 2 + (length - window) * (window + 1)
