@@ -1,0 +1,1158 @@
+"""Text to shards, shards to batches.
+
+    python fineweb.py prepare SOURCE --out DIR      any text becomes a folder of shards
+    python fineweb.py show DIR                      what is in such a folder
+
+    stream = ByteStream("DIR", slice_bytes=32768)   shards become micro-batches
+    inputs, labels = stream.slice(0).nested("cuda")
+
+A shard is plain UTF-8 documents, each preceded by the byte 0xFE, which UTF-8 never contains: `cat` joins shards,
+`grep -a` searches them. Documents are sorted by the SHA-256 of their text. The lowest share of that order is the
+validation split, the rest the training split, and the shards of a split are consecutive ranges of it. So which shard
+a document is in depends on its bytes and on nothing else, equal documents meet, and a sequential read of a shard is
+already a random sample. Beside each shard lies an index (where its documents start), which is rebuilt when it is
+missing or stale; `manifest.json` says what the folder holds and is written last.
+
+Preparing takes two passes, both parallel over processes and both made of small steps whose results appear under their
+final names only when complete, so that it can be killed at any moment and run again:
+
+    scatter    a unit of the source (some files, or a piece of one) -> runs: up to 32 MB of text, sorted by digest
+    merge      one range of digests out of every run                -> one shard, exact duplicates dropped
+
+Training needs this file and numpy; whatever else is imported, is imported where it is used.
+"""
+
+import argparse
+import codecs
+import contextlib
+import errno
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+import sys
+import threading
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+BOS, EOS = 0xFE, 0xFF  # neither occurs in UTF-8
+SPLITS = ("train", "validation")
+SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")
+MANIFEST, WORK = "manifest.json", ".work"
+MB = 1 << 20
+RUN_BYTES = 32 * MB  # text that a process gathers before it writes; memory is a small multiple of it
+BLOCK_BYTES = 8 * MB  # unit of copying and hashing
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SHARD_DOCUMENTS = 1 << 20  # a corpus of very short documents gets more shards, so that an index stays small
+
+
+class DataError(Exception):
+    """A mistake in the data or the request, in one sentence that names the file, row or flag and what was expected."""
+
+
+# ---------------------------------------------------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def _atomic(path: Path, scratch: Path | None = None):
+    """A binary file that appears as `path` only when it is complete and on disk; `scratch` is where it grows."""
+    temporary = (scratch or path.parent) / f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp"
+    try:
+        with open(temporary, "wb", buffering=MB) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except BaseException as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(e, OSError) and e.errno in FULL:
+            raise DataError(f"{path}: the disk is full ({e.strerror}); make room and run the same command again") from e
+        raise
+
+
+def _write_table(path: Path, header: dict, blocks: Iterable[bytes], scratch: Path | None = None) -> None:
+    """One line of JSON, then raw little-endian data: the format of indexes and runs."""
+    with _atomic(path, scratch) as f:
+        f.write(json.dumps(header, separators=(",", ":")).encode() + b"\n")
+        for block in blocks:
+            f.write(block)
+
+
+# -------------------------------------------------------------------------------------------------- shards, indexes
+
+
+def _write_index(shard: Path, starts: np.ndarray, sha256: str, scratch: Path | None = None, **extra) -> None:
+    """`starts` int64 (documents + 1,): where each document's BOS is, then the size of the shard.
+
+    The header ties the index to one state of the shard file, by size and time; `crc32` guards the index itself.
+    """
+    stat, body = shard.stat(), starts.astype("<i8").tobytes()
+    header = dict(bytes=stat.st_size, mtime_ns=stat.st_mtime_ns, sha256=sha256, crc32=zlib.crc32(body), **extra)
+    _write_table(shard.with_suffix(".index"), header, [body], scratch)
+
+
+def _read_index(shard: Path, body: bool = True) -> tuple[dict, np.ndarray | None] | None:
+    """Header and starts of a shard's index, or None where it is missing, torn or older than the shard."""
+    try:
+        stat = shard.stat()
+        with open(shard.with_suffix(".index"), "rb") as f:
+            header = json.loads(f.readline(4096))
+            if (header["bytes"], header["mtime_ns"]) != (stat.st_size, stat.st_mtime_ns):
+                return None
+            raw = f.read() if body else b""
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not body:
+        return header, None
+    return (header, np.frombuffer(raw, "<i8")) if zlib.crc32(raw) == header["crc32"] else None
+
+
+def _scan(shard: Path) -> tuple[np.ndarray, str]:
+    """Starts and SHA-256 of a shard from its bytes alone, a block at a time."""
+    found, position, digest = [], 0, hashlib.sha256()
+    with open(shard, "rb") as f:
+        while block := f.read(BLOCK_BYTES):
+            digest.update(block)
+            found.append(np.flatnonzero(np.frombuffer(block, np.uint8) == BOS) + position)
+            position += len(block)
+    return np.concatenate([*found, [position]]).astype(np.int64), digest.hexdigest()
+
+
+def _reindex(shard: Path, sha256: str) -> np.ndarray:
+    """Starts of a shard whose index is missing or stale: proves the contents first, then caches if it can."""
+    starts, found = _scan(shard)
+    if found != sha256:
+        raise DataError(f"{shard}: its contents changed after prepare wrote it; prepare the folder again")
+    with contextlib.suppress(OSError, DataError):  # a read-only or full disk costs a scan each time, nothing else
+        _write_index(shard, starts, sha256)
+    return starts
+
+
+def load_manifest(folder: str | Path) -> dict:
+    """The manifest of a prepared folder. Raises DataError if there is none or a shard's size contradicts it."""
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
+    except FileNotFoundError:
+        if not folder.is_dir():
+            raise DataError(
+                f"{folder}: no such folder; make it with: fineweb.py prepare SOURCE --out {folder}"
+            ) from None
+        what = "an unfinished prepare (run its command again)" if (folder / WORK).is_dir() else "not a prepared folder"
+        raise DataError(f"{folder}: {what}: it has no {MANIFEST}") from None
+    except NotADirectoryError:
+        raise DataError(f"{folder}: a file; expected a folder made by fineweb.py prepare") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"{folder / MANIFEST}: damaged, prepare the folder again") from None
+    for shard in shards:
+        try:
+            size = (folder / shard["file"]).stat().st_size
+        except FileNotFoundError:
+            raise DataError(f"{folder / shard['file']}: missing, though {MANIFEST} lists it") from None
+        if size != shard["bytes"]:
+            raise DataError(f"{folder / shard['file']}: {size:,} bytes where {MANIFEST} says {shard['bytes']:,}: torn")
+    return manifest
+
+
+def _fingerprint(shards: list[dict]) -> str:
+    return hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest()[:16]
+
+
+# ----------------------------------------------------------------------------------------------------- ByteStream
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One micro-batch: T byte pairs, cut into B rows. A row lies inside one document."""
+
+    inputs: np.ndarray  # uint8 (T,); 0xFE where a document starts
+    labels: np.ndarray  # uint8 (T,); the byte after each input, 0xFF where the document ends
+    row_lengths: np.ndarray  # int64 (B,), sums to T
+    documents: np.ndarray  # int64 (B,), number of the row's document in file order, unique over the stream
+    document_bytes: np.ndarray  # int64 (B,), text bytes of that whole document
+    offsets: np.ndarray  # int64 (B,), inputs of the document before this row; 0 where the row starts with BOS
+
+    @property
+    def text_bytes(self) -> int:
+        """Labels that are text: T less the ends of documents. What bits per byte are divided by."""
+        return int(np.count_nonzero(self.labels != EOS))
+
+    def nested(self, device="cpu"):
+        """`(iids, labels)`: two NJTs (B, j0), int64, sharing one offsets tensor; nothing waits for the device."""
+        import torch
+
+        pin = torch.device(device).type == "cuda"
+
+        def put(array):
+            tensor = torch.from_numpy(array)
+            return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=pin)
+
+        offsets = put(np.concatenate([[0], np.cumsum(self.row_lengths)]))
+        shape = dict(offsets=offsets, min_seqlen=int(self.row_lengths.min()), max_seqlen=int(self.row_lengths.max()))
+        values = (put(self.inputs).long(), put(self.labels).long())
+        return tuple(torch.nested.nested_tensor_from_jagged(v, **shape) for v in values)
+
+
+def slice_numbers(step: int, global_slices: int, rank: int = 0, world: int = 1) -> range:
+    """The slices that `rank` of `world` takes in a step: r, r+W, ... of [step*G, (step+1)*G). W must divide G."""
+    if global_slices % world:
+        raise DataError(
+            f"{world} processes can't share {global_slices} slices a step: the first must divide the second"
+        )
+    return range(step * global_slices + rank, (step + 1) * global_slices, world)
+
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def _mix(x):
+    """The finaliser of splitmix64, a bijection of 64-bit words: of an int, or of a uint64 array in place."""
+    if isinstance(x, int):
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+        return x ^ (x >> 31)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        x ^= x >> np.uint64(shift)
+        x *= np.uint64(factor)
+    return x
+
+
+def _permutation(n: int, *key: int) -> np.ndarray:
+    """A permutation of range(n), int64, from the key alone, also under another numpy: distinct words, sorted."""
+    state = 0
+    for word in key:
+        state = _mix((state + word + _GOLDEN) & _MASK)
+    words = np.arange(1, n + 1, dtype=np.uint64)
+    words *= np.uint64(_GOLDEN)
+    words += np.uint64(state)
+    return np.argsort(_mix(words))
+
+
+class _Section(NamedTuple):
+    """Consecutive documents of an order; pairs [bounds[d], bounds[d+1]) of the section are those of document d."""
+
+    documents: np.ndarray  # int64 (n,), global numbers
+    shards: np.ndarray  # int (n,)
+    starts: np.ndarray  # int64 (n,), where BOS is in its shard
+    bounds: np.ndarray  # int64 (n + 1,)
+
+
+class _File:
+    """An open file that closes itself when the cache lets go of it."""
+
+    def __init__(self, path: Path):
+        self.fd = os.open(path, os.O_RDONLY)
+
+    def __del__(self):
+        os.close(self.fd)
+
+
+class _Corpus:
+    """One split of one prepared folder: pairs in file order, in an epoch's order, or by length.
+
+    A document of n bytes has n + 1 pairs and takes n + 1 bytes of its shard, so pairs are counted in shard bytes.
+    """
+
+    def __init__(self, folder: Path, split: str, seed: int, order: str):
+        manifest = load_manifest(folder)
+        shards = manifest["splits"].get(split, {"shards": []})["shards"]
+        self.folder, self.seed, self.order = folder, seed, order
+        self.paths = [folder / shard["file"] for shard in shards]
+        self.hashes = [shard["sha256"] for shard in shards]
+        self.sizes = np.array([shard["bytes"] for shard in shards], np.int64)
+        self.counts = np.array([shard["documents"] for shard in shards], np.int64)
+        self.first = np.cumsum(self.counts) - self.counts  # number of each shard's first document
+        self.pairs, self.documents = int(self.sizes.sum()), int(self.counts.sum())
+        self.fingerprint = _fingerprint(shards)
+        if not self.documents:
+            raise DataError(f"{folder}: no {split} documents; prepare it from more text or with another --holdout")
+        stale = [i for i, path in enumerate(self.paths) if _read_index(path, body=False) is None]
+        if stale:
+            self._refresh(stale)
+        self._file = functools.lru_cache(maxsize=64)(lambda shard: _File(self.paths[shard]))
+        self._layout = functools.lru_cache(maxsize=4)(self._make_layout)
+        self._section = functools.lru_cache(maxsize=4)(self._make_section)
+
+    def _refresh(self, stale: list[int]) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
+        if (size := int(self.sizes[stale].sum())) > 1 << 30:
+            print(
+                f"{self.folder}: checking {size / 1e9:.1f} GB of shards, whose indexes are missing or older", flush=True
+            )
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing and comparing release the GIL
+            list(pool.map(lambda i: _reindex(self.paths[i], self.hashes[i]).size, stale))
+
+    def starts(self, shard: int) -> np.ndarray:
+        """int64 (documents + 1,)"""
+        index = _read_index(self.paths[shard])
+        starts = index[1] if index else _reindex(self.paths[shard], self.hashes[shard])
+        if len(starts) != self.counts[shard] + 1 or starts[-1] != self.sizes[shard]:
+            raise DataError(f"{self.paths[shard]}: its index doesn't match {MANIFEST}; prepare the folder again")
+        return starts
+
+    @functools.cached_property
+    def _by_length(self) -> tuple[np.ndarray, np.ndarray]:
+        """Document numbers, short ones first and equal ones in file order, uint32; the pairs of each 65,536 of them."""
+        lengths = np.concatenate([np.diff(self.starts(shard)) for shard in range(len(self.paths))])
+        order = np.argsort(lengths, kind="stable").astype(np.uint32)
+        return order, np.add.reduceat(lengths[order], np.arange(0, len(order), 65536))
+
+    def _make_layout(self, order: str, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The sections of an epoch, in order, and the pairs before each, int64 (sections + 1,)."""
+        if order == "length":
+            sizes = self._by_length[1]
+            ids = np.arange(len(sizes))
+        else:
+            ids = _permutation(len(self.paths), self.seed, epoch) if order == "shuffle" else np.arange(len(self.paths))
+            sizes = self.sizes[ids]
+        return ids, np.concatenate([[0], np.cumsum(sizes)])
+
+    def _make_section(self, order: str, epoch: int, i: int) -> _Section:
+        if order == "length":
+            documents = self._by_length[0][i * 65536 : (i + 1) * 65536].astype(np.int64)
+            shards = np.searchsorted(self.first, documents, side="right") - 1
+            starts, lengths = np.empty_like(documents), np.empty_like(documents)
+            for shard in np.unique(shards):
+                mine, table = np.flatnonzero(shards == shard), self.starts(shard)
+                local = documents[mine] - self.first[shard]
+                starts[mine], lengths[mine] = table[local], table[local + 1] - table[local]
+        else:
+            table = self.starts(i)
+            local = np.arange(len(table) - 1)
+            if order == "shuffle":
+                local = _permutation(len(local), self.seed, epoch, i)
+            documents, shards = local + self.first[i], np.broadcast_to(np.int64(i), len(local))
+            starts, lengths = table[local], table[local + 1] - table[local]
+        return _Section(documents, shards, starts, np.concatenate([[0], np.cumsum(lengths)]))
+
+    def read(self, start: int, count: int, max_doc: int, order: str | None = None) -> Slice:
+        """Pairs [start, start + count) of the endless sequence of epochs."""
+        order = order or self.order
+        inputs, labels, rows, done = np.empty(count, np.uint8), np.empty(count, np.uint8), [], 0
+        while done < count:
+            epoch, p = divmod(start + done, self.pairs)
+            ids, before = self._layout(order, epoch if order == "shuffle" else 0)
+            j = int(np.searchsorted(before, p, side="right")) - 1
+            section = self._section(order, epoch if order == "shuffle" else 0, int(ids[j]))
+            p -= int(before[j])
+            stop = min(p + count - done, int(section.bounds[-1]))
+            a, b = np.searchsorted(section.bounds, (p + 1, stop))  # documents [a, b) hold pairs [p, stop)
+            a -= 1
+            pieces = [
+                (
+                    self._file(int(shard)),
+                    int(shard),
+                    int(where),
+                    int(document),
+                    max(p - lo, 0),
+                    min(stop, hi) - lo,
+                    hi - lo,
+                )
+                for document, shard, where, lo, hi in zip(
+                    section.documents[a:b],
+                    section.shards[a:b],
+                    section.starts[a:b],
+                    section.bounds[a:b].tolist(),
+                    section.bounds[a + 1 : b + 1].tolist(),
+                )
+            ]
+            for file, _, where, _, lo, hi, _ in pieces:  # ask for all of them, so that a cold disk serves them at once
+                os.posix_fadvise(file.fd, where + lo, hi - lo, os.POSIX_FADV_WILLNEED)
+            for file, shard, where, document, lo, hi, length in pieces:
+                ends = hi == length
+                n = hi - lo
+                text = np.frombuffer(os.pread(file.fd, n + (not ends), where + lo), np.uint8)
+                if len(text) != n + (not ends) or (lo == 0 and text[0] != BOS):
+                    raise DataError(f"{self.paths[shard]}: changed while it was being read; prepare the folder again")
+                inputs[done : done + n] = text[:n]
+                labels[done : done + n - 1] = text[1:n]
+                labels[done + n - 1] = EOS if ends else text[n]
+                for offset in (lo, *range(lo - lo % max_doc + max_doc, hi, max_doc)):
+                    rows.append((min(hi, offset - offset % max_doc + max_doc) - offset, document, length - 1, offset))
+                done += n
+        return Slice(inputs, labels, *np.array(rows, np.int64).T.copy())
+
+
+class ByteStream:
+    """Endless slices of byte pairs from prepared folders; slice i is a pure function of the arguments and i.
+
+    folder: a folder made by `prepare`, or a weighted mixture "a:0.7,b:0.3". In a mixture each slice belongs wholly to
+        one folder, in a fixed rotation of 10,000 slices that is as even as the weights allow; each folder goes
+        through its own epochs.
+    slice_bytes: T, pairs in a slice. max_doc: longest row; a longer document goes on in further rows, without BOS.
+    order: "shuffle" draws an order of shards and of documents within them from (seed, epoch); "length" takes short
+        documents first, the same in every epoch.
+
+    pairs_per_epoch, text_bytes, documents: totals over the folders. fingerprint: changes when any shard's bytes do.
+    Raises DataError for a folder that is missing, unfinished, empty, torn or changed.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str = "train",
+        *,
+        slice_bytes: int,
+        max_doc: int = 8192,
+        seed: int = 0,
+        order: Literal["shuffle", "length"] = "shuffle",
+    ):
+        if split not in SPLITS:
+            raise DataError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
+        if order not in ("shuffle", "length"):
+            raise DataError(f"order {order!r}: expected shuffle or length")
+        if slice_bytes < 1 or max_doc < 1:
+            raise DataError(f"slice_bytes {slice_bytes} and max_doc {max_doc} must be at least 1")
+        self.slice_bytes, self.max_doc = slice_bytes, max_doc
+        mixture = _parse_mixture(folder)
+        self._corpora = [_Corpus(path, split, seed, order) for path, _ in mixture]
+        self._weights = [weight for _, weight in mixture]
+        self._rotation = _rotation(self._weights)
+        self.pairs_per_epoch = sum(corpus.pairs for corpus in self._corpora)
+        self.documents = sum(corpus.documents for corpus in self._corpora)
+        self.text_bytes = self.pairs_per_epoch - self.documents
+        prints = [corpus.fingerprint for corpus in self._corpora]
+        mixed = json.dumps([prints, self._weights]).encode()
+        self.fingerprint = prints[0] if len(prints) == 1 else hashlib.sha256(mixed).hexdigest()[:16]
+
+    def slice(self, i: int) -> Slice:
+        """Slice i >= 0: pairs [iT, (i+1)T). Epochs join without a gap, so a slice may end one and begin the next."""
+        turn, r = divmod(i, len(self._rotation[0]))
+        which, nth, per_turn = (int(column[r]) for column in self._rotation)
+        return self._read(which, (turn * per_turn + nth) * self.slice_bytes, self.slice_bytes)
+
+    def step(self, k: int, global_slices: int, rank: int = 0, world: int = 1) -> Iterator[Slice]:
+        """The slices of step k that belong to `rank` of `world`: see `slice_numbers`."""
+        return map(self.slice, slice_numbers(k, global_slices, rank, world))
+
+    def slices_once(self, limit: int | None = None, rank: int = 0, world: int = 1) -> Iterator[Slice]:
+        """Every pair of the split exactly once, in file order, T at a time; the last slice of a folder may be shorter.
+
+        limit: the first so many slices only, which is a random sample, as shards are sorted by hash. Ranks take turns.
+        """
+        T = self.slice_bytes
+        numbered = ((c, at) for c, corpus in enumerate(self._corpora) for at in range(0, corpus.pairs, T))
+        for c, at in itertools.islice(numbered, rank, limit, world):
+            yield self._read(c, at, min(T, self._corpora[c].pairs - at), "file")
+
+    def require(self, pairs: int) -> None:
+        """Raises DataError if a batch of so many pairs would hold some of them twice."""
+        for corpus, weight in zip(self._corpora, self._weights):
+            if corpus.pairs < (need := int(pairs * weight)):
+                raise DataError(
+                    f"{corpus.folder}: {corpus.pairs:,} bytes are less than one batch takes of them ({need:,}): "
+                    "use more text, or fewer or shorter slices"
+                )
+
+    def _read(self, which: int, start: int, count: int, order: str | None = None) -> Slice:
+        piece = self._corpora[which].read(start, count, self.max_doc, order)
+        piece.documents[:] += sum(corpus.documents for corpus in self._corpora[:which])
+        return piece
+
+
+def _parse_mixture(folder: str | Path) -> list[tuple[Path, float]]:
+    """Folders and their shares, which sum to 1."""
+    text = str(folder)
+    if os.path.exists(text) or not ("," in text or ":" in text):
+        return [(Path(text), 1.0)]
+    try:
+        pairs = [part.strip().rsplit(":", 1) for part in text.split(",")]
+        mixture = [(Path(path), float(weight)) for path, weight in pairs]
+        total = sum(weight for _, weight in mixture)
+        assert all(weight / total >= 1e-4 for _, weight in mixture)
+    except (ValueError, AssertionError, ZeroDivisionError):
+        raise DataError(
+            f"data {text!r}: expected a folder, or folders with weights above 0, such as a:0.7,b:0.3"
+        ) from None
+    return [(path, weight / total) for path, weight in mixture]
+
+
+def _rotation(weights: list[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each slice of a turn: its folder, its number among that folder's slices, and how many those are in a turn."""
+    if len(weights) == 1:
+        return np.zeros(1, int), np.zeros(1, int), np.ones(1, int)
+    turn = 10_000
+    exact = np.array(weights) * turn
+    counts = np.floor(exact).astype(int)
+    counts[np.argsort(counts - exact, kind="stable")[: turn - counts.sum()]] += 1
+    which = np.repeat(np.arange(len(counts)), counts)
+    nth = np.concatenate([np.arange(count) for count in counts])
+    # A folder's slices, laid out evenly over the turn
+    order = np.argsort((2 * nth + 1) / (2 * counts[which]), kind="stable")
+    return which[order], nth[order], counts[which[order]]
+
+
+# -------------------------------------------------------------------------------------------------------- sources
+#
+# A source is a root and a sorted list of files below it. A reader yields one file's documents, or one piece of a file,
+# as (where, bytes); `bad` is told of what can't be read and either raises or counts.
+
+
+def _list_source(source: str) -> tuple[str, Iterator[tuple[str, int, str | int]]]:
+    """Root and files of a source: path below the root, bytes, and what changes when the file does."""
+    if source == "stdlib":
+        import sysconfig
+
+        root = sysconfig.get_path("stdlib")
+        return root, (file for file in _walk(root, "", ("site-packages", "dist-packages")) if file[0].endswith(".py"))
+    if source.startswith("hf:"):
+        return _list_hub(source[3:])
+    if os.path.isfile(source):
+        if not source.lower().endswith(SUFFIXES):
+            raise DataError(f"{source}: expected one of {', '.join(SUFFIXES)}")
+        stat = os.stat(source)
+        return os.path.dirname(source), iter([(os.path.basename(source), stat.st_size, stat.st_mtime_ns)])
+    if not os.path.isdir(source):
+        raise DataError(f"{source}: no such file or folder (expected one, or stdlib, or hf:owner/name[:config])")
+    return source, _walk(source, "")
+
+
+def _walk(root: str, below: str, skip: tuple[str, ...] = (), above: tuple = ()) -> Iterator[tuple[str, int, int]]:
+    """Text files below a folder in sorted order, one folder's names in memory at a time; hidden ones are left out."""
+    try:
+        entries = sorted(os.scandir(os.path.join(root, below)), key=lambda entry: entry.name)
+    except OSError as e:
+        raise DataError(f"{os.path.join(root, below)}: {e.strerror}; expected a folder that can be read") from e
+    for entry in entries:
+        path = os.path.join(below, entry.name)
+        if entry.name.startswith(".") or entry.name in skip:
+            continue
+        if entry.is_dir():
+            stat = entry.stat()
+            if (stat.st_dev, stat.st_ino) not in above:  # a link to a folder above would never end
+                yield from _walk(root, path, skip, (*above, (stat.st_dev, stat.st_ino)))
+        elif entry.name.lower().endswith(SUFFIXES) and entry.is_file():
+            yield path, entry.stat().st_size, entry.stat().st_mtime_ns
+
+
+def _list_hub(spec: str) -> tuple[str, Iterator[tuple[str, int, str]]]:
+    raise DataError(f"hf:{spec}: not yet")
+
+
+def _open(path: str):
+    return open(path, "rb")
+
+
+class _Tally:
+    """What a unit met. `bad` raises, unless bad input is to be skipped: then it counts and keeps a few examples."""
+
+    def __init__(self, skip: bool):
+        self.skip, self.counts, self.examples = skip, dict(read=0, empty=0, bad=0), []
+
+    def bad(self, what: str) -> None:
+        if not self.skip:
+            raise DataError(f"{what} (--skip-bad counts such input and goes on)")
+        self.counts["bad"] += 1
+        self.examples = [*self.examples, what][:5]
+
+
+class _LongText:
+    """A text file too long to hold: iterates over its blocks."""
+
+    def __init__(self, path: str, size: int):
+        self.path, self.size = path, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[bytes]:
+        with _open(self.path) as f:
+            yield from iter(functools.partial(f.read, BLOCK_BYTES), b"")
+
+
+def _blocks(text: bytes | _LongText) -> Iterable[bytes]:
+    return (text,) if isinstance(text, bytes) else text
+
+
+def _read_documents(path: str, size: int, piece: int, pieces: int, column: str, bad: Callable) -> Iterator[tuple]:
+    """Documents of one piece of a file, as (where, text): a function that names the place, and bytes or _LongText."""
+    name = path.lower()
+    if name.endswith(".parquet"):
+        yield from _read_parquet(path, piece, pieces, column, bad)
+    elif name.endswith((".jsonl", ".jsonl.gz")):
+        yield from _read_jsonl(path, size * piece // pieces, size * (piece + 1) // pieces, column, bad)
+    else:
+        try:
+            with _open(path) as f:
+                text = f.read() if size <= RUN_BYTES else _LongText(path, size)
+        except OSError as e:
+            bad(f"{path}: can't be read ({e.strerror or e})")
+        else:
+            yield lambda: path, text
+
+
+def _read_jsonl(path: str, start: int, stop: int, column: str, bad: Callable) -> Iterator[tuple]:
+    """The lines that begin in bytes [start, stop) of the file; all of them where it is gzipped."""
+    import gzip
+
+    number, packed = 0, path.lower().endswith(".gz")
+
+    def where() -> str:
+        with _open(path) as f:  # the lines of earlier pieces are counted only when a message needs them
+            before = sum(f.read(min(MB, start - at)).count(b"\n") for at in range(0, start, MB))
+        return f"{path}, line {before + number}"
+
+    try:
+        with _open(path) as raw, gzip.open(raw) if packed else contextlib.nullcontext(raw) as f:
+            at = start
+            if start:  # a line that began before `start` belongs to the piece before
+                f.seek(start - 1)
+                at += len(f.readline()) - 1
+            while (packed or at < stop) and (line := f.readline()):
+                at, number = at + len(line), number + 1
+                if line.isspace():
+                    continue
+                try:
+                    text = json.loads(line)[column]
+                    text = b"" if text is None else text.encode()
+                except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as e:
+                    why = f"there is no {column!r}" if isinstance(e, KeyError) else e
+                    bad(f"{where()}: expected a JSON object with text under {column!r} (--text-column), but {why}")
+                    continue
+                yield where, text
+    except (OSError, EOFError, zlib.error) as e:
+        bad(f"{where()}: the file is damaged after this line ({e})")
+
+
+def _read_parquet(path: str, piece: int, pieces: int, column: str, bad: Callable) -> Iterator[tuple]:
+    """The rows of the row groups in one of `pieces` equal parts, decoded a few megabytes at a time."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        f = pq.ParquetFile(_open(path), pre_buffer=False, buffer_size=MB, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as e:
+        if piece == 0:  # once for the file, not for each of its pieces
+            bad(f"{path}: not a whole parquet file ({_first_line(e)})")
+        return
+    if column not in f.schema_arrow.names:
+        raise DataError(f"{path}: no column {column!r}; --text-column must be one of {', '.join(f.schema_arrow.names)}")
+    kind = f.schema_arrow.field(column).type
+    if "string" not in str(kind) and "binary" not in str(kind):
+        raise DataError(f"{path}: column {column!r} holds {kind}; --text-column must name a column of text")
+    groups = [f.metadata.row_group(group) for group in range(f.num_row_groups)]
+    for group in range(len(groups) * piece // pieces, len(groups) * (piece + 1) // pieces):
+        row, rows = sum(g.num_rows for g in groups[:group]), groups[group].num_rows
+        last = row + rows - 1
+        batch_rows = max(1, min(4096, rows * BLOCK_BYTES // max(1, groups[group].total_byte_size)))
+        try:
+            for batch in f.iter_batches(batch_rows, [group], [column], use_threads=False):
+                texts = batch.column(0)
+                texts = texts.dictionary_decode() if pa.types.is_dictionary(kind) else texts
+                for text in texts.cast(pa.large_binary()).to_pylist():
+                    yield lambda: f"{path}, row {row} (counted from 0)", text or b""  # noqa: B023 (called at once)
+                    row += 1
+        except (pa.ArrowException, OSError) as e:
+            bad(f"{path}, rows {row} to {last} (counted from 0): row group {group} is damaged ({_first_line(e)})")
+
+
+def _first_line(e: Exception) -> str:
+    return str(e).strip().split("\n")[0][:200]
+
+
+# -------------------------------------------------------------------------------------------------------- scatter
+
+
+class _Unit(NamedTuple):
+    """Some files of the list of files, or one piece of one file: what a process reads at a time."""
+
+    number: int
+    offset: int  # in the list
+    files: int
+    piece: int
+    pieces: int
+    bytes: int
+
+
+def _make_units(files: Iterable[tuple], sink, unit_bytes: int) -> tuple[list[_Unit], str]:
+    """Writes the list of files to `sink`; returns units of about `unit_bytes`, and the digest of the list."""
+    units, digest, offset = [], hashlib.sha256(), 0
+    first, count, size = 0, 0, 0  # of the unit that is being filled with whole files
+    for path, file_bytes, version in files:
+        pieces = -(-file_bytes // unit_bytes) if path.lower().endswith((".jsonl", ".parquet")) else 1
+        if count and (pieces > 1 or size + file_bytes > unit_bytes or count == 10_000):
+            units.append(_Unit(len(units), first, count, 0, 1, size))
+            count = size = 0
+        if pieces > 1:
+            units += [_Unit(len(units) + i, offset, 1, i, pieces, file_bytes // pieces) for i in range(pieces)]
+        else:
+            first, count, size = first if count else offset, count + 1, size + file_bytes
+        line = json.dumps([path, file_bytes, version]).encode() + b"\n"
+        sink.write(line)
+        digest.update(line)
+        offset += len(line)
+    if count:
+        units.append(_Unit(len(units), first, count, 0, 1, size))
+    return units, digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every worker has to know."""
+
+    root: str
+    out: Path
+    scratch: Path  # unfinished files of this command
+    column: str
+    skip_bad: bool
+    run_bytes: int
+
+
+def _scatter(job: _Job, unit: _Unit) -> int:
+    """Turns a unit into runs, of which the last is named so; returns the bytes of text in them."""
+    tally, run, size, total, runs = _Tally(job.skip_bad), [], 0, 0, 0
+    with open(job.out / WORK / "files", "rb") as f:
+        f.seek(unit.offset)
+        files = [json.loads(f.readline())[:2] for _ in range(unit.files)]
+    for name, file_bytes in files:
+        path = os.path.join(job.root, name)
+        for where, text in _read_documents(path, file_bytes, unit.piece, unit.pieces, job.column, tally.bad):
+            digest, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
+            try:
+                if isinstance(text, bytes):
+                    text.decode()
+                    digest.update(text)
+                else:
+                    for block in text:
+                        decoder.decode(block)
+                        digest.update(block)
+                    decoder.decode(b"", final=True)
+            except UnicodeDecodeError as e:
+                tally.bad(f"{where()}: not UTF-8 ({e.reason})")
+                continue
+            tally.counts["read"] += 1
+            if not len(text):
+                tally.counts["empty"] += 1
+                continue
+            run.append((digest.digest()[:16], text))
+            size += len(text)
+            if size >= job.run_bytes or len(run) == SHARD_DOCUMENTS:
+                _write_run(job, f"{unit.number:07d}-{runs:05d}.run", run, {})
+                run, size, total, runs = [], 0, total + size, runs + 1
+    _write_run(job, f"{unit.number:07d}-{runs:05d}.last", run, tally.counts | dict(examples=tally.examples))
+    return total + size
+
+
+def _write_run(job: _Job, name: str, run: list[tuple], counts: dict) -> None:
+    """A run is sorted by digest and holds each text once: digests (high and low halves), ends of texts, texts."""
+    keys = np.frombuffer(b"".join(digest for digest, _ in run), ">u8").reshape(-1, 2).astype("<u8")
+    order = np.lexsort((keys[:, 1], keys[:, 0]))
+    order = order[_first_of_equals(keys[order])]
+    texts = [run[i][1] for i in order]
+    ends = np.cumsum([len(text) for text in texts], dtype="<i8")
+    header = dict(documents=len(texts), bytes=int(ends[-1]) if texts else 0, duplicates=len(run) - len(texts))
+    table = (keys[order, 0].tobytes(), keys[order, 1].tobytes(), ends.tobytes())
+    blocks = itertools.chain.from_iterable(map(_blocks, texts))
+    _write_table(job.out / WORK / name, header | counts, itertools.chain(table, blocks), scratch=job.scratch)
+
+
+def _first_of_equals(keys: np.ndarray) -> np.ndarray:
+    """bool (n,): which of the sorted (n, 2) keys differ from the one before."""
+    first = np.ones(len(keys), bool)
+    first[1:] = (keys[1:] != keys[:-1]).any(axis=1)
+    return first
+
+
+# ---------------------------------------------------------------------------------------------------------- merge
+
+
+def _shard_ranges(documents: int, size: int, holdout: float, shard_bytes: int, **_) -> list[tuple[str, int, int]]:
+    """Name and range [low, high) of the digests' first 64 bits, for each shard."""
+    shards, holdout = [], Fraction(holdout)
+    need = max(Fraction(size + documents, shard_bytes), Fraction(documents, SHARD_DOCUMENTS))
+    for split, low, share in (("validation", Fraction(0), holdout), ("train", holdout, 1 - holdout)):
+        if not share:
+            continue
+        n = max(1, math.ceil(need * share))
+        edges = [int((low + share * i / n) * 2**64) for i in range(n + 1)]
+        shards += [(f"{split}-{i:05d}.shard", *edges[i : i + 2]) for i in range(n)]
+    return shards
+
+
+def _merge(job: _Job, shard_range: tuple[str, int, int]) -> int:
+    """Writes one shard and its index: all documents with digests in [low, high), sorted, each text once."""
+    name, low, high = shard_range
+    keys, places = [np.empty((0, 2), "<u8")], [np.empty((0, 3), np.int64)]  # (run, offset, length)
+    runs = sorted(job.out.joinpath(WORK).glob("[0-9]*-*.*"))
+    for number, path in enumerate(runs):
+        with open(path, "rb") as f:
+            n, base = json.loads(f.readline())["documents"], f.tell()
+        if not n:
+            continue
+        table = np.memmap(path, "<u8", "r", base, (3, n))
+        a, b = (int(np.searchsorted(table[0], np.uint64(edge))) if edge < 2**64 else n for edge in (low, high))
+        ends = np.concatenate([[table[2, a - 1] if a else 0], table[2, a:b]]).astype(np.int64)
+        keys.append(table[:2, a:b].T)
+        places.append(np.stack([np.full(b - a, number), ends[:-1] + base + 24 * n, np.diff(ends)], axis=1))
+    keys, places = np.concatenate(keys), np.concatenate(places)
+    order = np.lexsort((keys[:, 1], keys[:, 0]))
+    order = order[_first_of_equals(keys[order])]
+    duplicates, places = len(keys) - len(order), places[order]
+    lengths = places[:, 2]
+    starts = np.concatenate([[0], np.cumsum(lengths + 1)])
+
+    # Batches of documents that are read together, a run at a time; a long document is a batch, read in blocks.
+    long = lengths > RUN_BYTES
+    window = starts[:-1] // RUN_BYTES
+    cuts = np.flatnonzero(np.diff(window, prepend=-1).astype(bool) | long | np.concatenate([[False], long[:-1]]))
+    digest, non_ascii = hashlib.sha256(), 0
+    shard = job.out / name
+    with _atomic(shard, job.scratch) as out:
+        for a, b in itertools.pairwise([*cuts.tolist(), len(places)]):
+            for block in _read_batch(runs, places[a:b]):
+                out.write(block)
+                digest.update(block)
+                non_ascii += int(np.count_nonzero(np.frombuffer(block, np.int8) < 0))
+    counts = dict(documents=len(places), duplicates=duplicates, non_ascii=non_ascii - len(places))
+    _write_index(shard, starts, digest.hexdigest(), job.scratch, **counts)
+    return int(starts[-1])
+
+
+def _read_batch(runs: list[Path], places: np.ndarray) -> Iterator[bytes]:
+    texts = [b""] * len(places)
+    for number in np.unique(places[:, 0]):
+        with open(runs[number], "rb", buffering=0) as f:
+            for i in np.flatnonzero(places[:, 0] == number):
+                _, offset, length = places[i].tolist()
+                if length > RUN_BYTES:
+                    yield bytes([BOS])
+                    for at in range(0, length, BLOCK_BYTES):
+                        yield os.pread(f.fileno(), min(BLOCK_BYTES, length - at), offset + at)
+                    return
+                texts[i] = os.pread(f.fileno(), length, offset)
+    yield b"".join(itertools.chain.from_iterable(zip(itertools.repeat(bytes([BOS])), texts)))
+
+
+# -------------------------------------------------------------------------------------------------------- prepare
+
+
+def prepare(
+    source: str,
+    out: str | Path,
+    *,
+    text_column: str = "text",
+    holdout: float = 0.02,
+    processes: int | None = None,
+    part: str = "1/1",
+    skip_bad: bool = False,
+    shard_bytes: int = 64 * MB,
+) -> dict | None:
+    """Turns any text into a folder of shards; run again after an interruption, it goes on where it was.
+
+    source: "stdlib" (the source text of the running Python's standard library; what isn't UTF-8 is skipped); a file,
+        or a folder searched recursively, of .txt .md .py (a document each), .jsonl[.gz] (a document a line) and
+        .parquet (a document a row); or "hf:owner/name[@revision][:config]", a dataset on the Hugging Face hub.
+    out: the folder. While it is being made it needs room for the text twice.
+    text_column: where .jsonl and .parquet have their text.
+    holdout: share of documents that become the validation split, chosen by the hash of their text.
+    processes: default, one for each core; each takes less than 500 MB. The shards don't depend on it.
+    part: "i/n", i from 1 to n, to prepare one corpus with n commands, also on several machines that share `out`.
+        The shards don't depend on it; the command that finishes last writes them.
+    skip_bad: count documents that can't be read, and go on, instead of stopping at the first.
+    shard_bytes: size to aim at. Opening a shard takes a stream some time and memory in proportion to it.
+
+    Returns the manifest, or None while other parts are missing. Prints as it goes. Raises DataError.
+    """
+    out, work, begun = Path(out), Path(out) / WORK, time.monotonic()
+    i, n = _parse_part(part)
+    if not 0 <= holdout < 1:
+        raise DataError(f"--holdout {holdout}: expected a share from 0 to below 1")
+    if shard_bytes < 1 or (processes is not None and processes < 1):
+        raise DataError(f"--shard-bytes {shard_bytes} and --processes {processes} must be at least 1")
+    root, files = _list_source(source)
+    run_bytes = min(RUN_BYTES, max(1, shard_bytes // 2))
+    plan = dict(source=source, options=dict(text_column=text_column, holdout=holdout, shard_bytes=shard_bytes))
+    try:
+        if (out / MANIFEST).exists():
+            manifest = load_manifest(out)
+            with open(os.devnull, "wb") as sink:
+                plan["files"] = _make_units(files, sink, run_bytes)[1]
+            if why := _difference(manifest["plan"], plan):
+                raise DataError(f"{out}: already holds {why}; delete it or choose another --out")
+            shutil.rmtree(work, ignore_errors=True)  # what a kill after the manifest left
+            print(f"{out}: already prepared from {source}")
+            return manifest
+        if out.is_dir() and not work.is_dir() and any(out.iterdir()):
+            raise DataError(f"{out}: not empty, and not made by prepare; choose another --out")
+        work.mkdir(parents=True, exist_ok=True)
+        with _locked(work / f"part-{i}-of-{n}.lock", f"{out}: another prepare of part {part} is at work on it"):
+            scratch = work / f"unfinished-{i}-of-{n}"
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir()
+            processes = processes or len(os.sched_getaffinity(0))
+            job = _Job(root, out, scratch, text_column, skip_bad or source == "stdlib", run_bytes)
+            units = _begin(job, plan, files)
+            missing = _missing(work, units)
+            if len(missing) < len(units):
+                print(
+                    f"{out}: goes on; {len(units) - len(missing)} of {len(units)} pieces of {source} were read before"
+                )
+            mine = [unit for unit in missing if unit.number % n == i - 1]
+            _parallel("reading", functools.partial(_scatter, job), mine, [unit.bytes for unit in mine], processes, job)
+            if missing := _missing(work, units):
+                print(f"{out}: part {part} is read; {len(missing)} of {len(units)} pieces are left to other parts")
+                return None
+            with _locked(work / "merge.lock", f"{out}: another part is writing the shards; nothing is left to do here"):
+                manifest = _finish(job, plan, processes)
+    except OSError as e:
+        if e.errno in FULL:
+            raise DataError(f"{out}: the disk is full ({e.strerror}); make room and run the same command again") from e
+        raise DataError(f"{e.filename or out}: {e.strerror or e}") from e
+    print(f"{_summary(out, manifest)}; {time.monotonic() - begun:.0f} s")
+    return manifest
+
+
+def _parse_part(part: str) -> tuple[int, int]:
+    try:
+        i, n = map(int, part.split("/"))
+    except ValueError:
+        i, n = 0, 0
+    if not 1 <= i <= n:
+        raise DataError(f"--part {part}: expected i/n with i from 1 to n, such as 3/8")
+    return i, n
+
+
+@contextlib.contextmanager
+def _locked(path: Path, busy: str):
+    """Holds a lock that dies with the process."""
+    import fcntl
+
+    with open(path, "ab") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(busy) from None
+        except OSError:  # a file system without locks: two commands would write the same bytes twice, no more
+            pass
+        yield
+
+
+def _difference(old: dict, new: dict) -> str | None:
+    for key, value in new["options"].items():
+        if old["options"][key] != value:
+            return f"a corpus of --{key.replace('_', '-')} {old['options'][key]}, not {value}"
+    return None if old["files"] == new["files"] else f"{old['source']}, and this source differs or has changed since"
+
+
+def _begin(job: _Job, plan: dict, files: Iterable[tuple]) -> list[_Unit]:
+    """Lists the source once more and checks that it is the one that was begun."""
+    work = job.out / WORK
+    with _atomic(work / "files", job.scratch) as sink:
+        units, plan["files"] = _make_units(files, sink, job.run_bytes)
+        if not units:
+            raise DataError(f"{plan['source']}: no text in it; expected {', '.join(SUFFIXES)}")
+        if any(work.glob("*.last")):
+            why = _difference(json.loads((work / "plan.json").read_bytes()), plan)
+            if why:
+                raise DataError(f"{job.out}: holds an unfinished prepare of {why}; delete it or choose another --out")
+    _write_table(work / "plan.json", plan, [], job.scratch)
+    return units
+
+
+def _missing(work: Path, units: list[_Unit]) -> list[_Unit]:
+    done = {int(path.name.partition("-")[0]) for path in work.glob("*.last")}
+    return [unit for unit in units if unit.number not in done]
+
+
+def _finish(job: _Job, plan: dict, processes: int) -> dict:
+    """Merges the runs, writes the manifest and clears up."""
+    totals, examples = Counter(), []
+    for path in sorted((job.out / WORK).glob("[0-9]*-*.*")):
+        with open(path, "rb") as f:
+            header = json.loads(f.readline())
+        examples += header.pop("examples", [])
+        totals.update(header)
+    if not totals["documents"]:
+        shutil.rmtree(job.out / WORK)
+        raise DataError(f"{plan['source']}: no text in it ({totals['empty']} empty, {totals['bad']} bad documents)")
+    ranges = _shard_ranges(totals["documents"], totals["bytes"], **plan["options"])
+    todo = [r for r in ranges if _read_index(job.out / r[0]) is None]
+    sizes = [totals["bytes"] * (high - low) >> 64 for _, low, high in todo]
+    _parallel("writing shards", functools.partial(_merge, job), todo, sizes, processes, job)
+
+    counts = dict(read=totals["read"], empty=totals["empty"], bad=totals["bad"], duplicates=totals["duplicates"])
+    splits = {split: dict(documents=0, text_bytes=0, non_ascii=0, shards=[]) for split in SPLITS}
+    for name, _, _ in ranges:
+        header, _ = _read_index(job.out / name, body=False)
+        split = splits[name.partition("-")[0]]
+        shard = dict(file=name, bytes=header["bytes"], documents=header["documents"], sha256=header["sha256"])
+        split["shards"].append(shard)
+        split["documents"] += header["documents"]
+        split["text_bytes"] += header["bytes"] - header["documents"]
+        split["non_ascii"] += header["non_ascii"]
+        counts["duplicates"] += header["duplicates"]
+    for split in splits.values():
+        split["fingerprint"] = _fingerprint(split["shards"])
+    manifest = dict(format="hnet shards 1", plan=plan, counts=counts, bad_examples=examples[:20], splits=splits)
+    with _atomic(job.out / MANIFEST, job.scratch) as f:
+        f.write(json.dumps(manifest, indent=1).encode() + b"\n")
+    shutil.rmtree(job.out / WORK, ignore_errors=True)
+    return manifest
+
+
+def _parallel(what: str, function: Callable, tasks: list, sizes: list[int], processes: int, job: _Job) -> None:
+    """Calls function(task), which returns bytes of text, for every task in worker processes, and shows progress."""
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from concurrent.futures.process import BrokenProcessPool
+
+    with _Progress(what, sum(sizes)) as progress:
+        processes = min(processes, len(tasks), max(1, sum(sizes) // (2 * job.run_bytes)))
+        if processes < 2:  # a process takes longer to start than this takes
+            for task, size in zip(tasks, sizes):
+                progress.advance(size, function(task))
+            return
+        context = multiprocessing.get_context("spawn")  # the caller may have threads, which a fork doesn't survive
+        leash, held = context.Pipe(duplex=False)
+        pool = ProcessPoolExecutor(processes, context, _worker, (leash,))
+        try:
+            futures = {pool.submit(function, task): size for task, size in zip(tasks, sizes)}
+            for future in as_completed(futures):
+                progress.advance(futures[future], future.result())
+        except BrokenProcessPool as e:
+            message = f"{job.out}: a process was killed while {what}, perhaps for want of memory; run the command again"
+            raise DataError(message) from e
+        finally:
+            held.close()  # ends workers at once, as does the death of this process
+            pool.shutdown(cancel_futures=True)
+
+
+def _worker(leash) -> None:
+    """Starts in every worker: ends it as soon as the other end of the pipe closes, and leaves Ctrl-C to the parent."""
+    import signal
+
+    def watch():
+        with contextlib.suppress(EOFError, OSError):
+            leash.recv()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class _Progress:
+    """A bar with MB/s of text and time left on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, what: str, total: int):
+        self.what, self.total, self.done, self.text, self.said = what, max(1, total), 0, 0, time.monotonic()
+        self.begun = self.said
+
+    def __enter__(self):
+        self.bar = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+            speed = TextColumn("{task.fields[speed]}")
+            columns = (TextColumn(self.what), BarColumn(), TaskProgressColumn(), speed, TimeRemainingColumn())
+            self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self.bar.start()
+            self.task = self.bar.add_task("", total=self.total, speed="")
+        return self
+
+    def __exit__(self, *_):
+        if self.bar:
+            self.bar.stop()
+
+    def advance(self, size: int, text: int) -> None:
+        self.done, self.text = self.done + size, self.text + text
+        now = time.monotonic()
+        speed = f"{self.text / 1e6 / max(now - self.begun, 1e-3):.0f} MB/s"
+        if self.bar:
+            self.bar.update(self.task, completed=self.done, speed=speed)
+        elif now - self.said > 10:
+            left = (now - self.begun) * (self.total - self.done) / max(self.done, 1)
+            print(f"{self.what}: {self.done / self.total:.0%}, {speed}, {left:.0f} s left", file=sys.stderr, flush=True)
+            self.said = now
+
+
+# ------------------------------------------------------------------------------------------------------------ show
+
+
+def _summary(out: Path, manifest: dict) -> str:
+    splits, counts = manifest["splits"], manifest["counts"]
+    parts = [f"{splits[s]['documents']:,} {s} documents ({splits[s]['text_bytes'] / 1e6:,.1f} MB)" for s in SPLITS]
+    dropped = [f"{counts['duplicates']:,} duplicate", f"{counts['empty']:,} empty", f"{counts['bad']:,} unreadable"]
+    return f"{out}: {' and '.join(parts)}; dropped {', '.join(dropped)}"
+
+
+def show(folder: str | Path, verify: bool = False) -> None:
+    """Prints what a prepared folder holds. verify: also compares every byte with the checksums of the manifest."""
+    folder, manifest = Path(folder), load_manifest(folder)
+    lines = [_summary(folder, manifest), f"source       {manifest['plan']['source']}"]
+    lines += [f"unreadable   {example}" for example in manifest["bad_examples"]]
+    for name, split in manifest["splits"].items():
+        if not split["documents"]:
+            continue
+        corpus = _Corpus(folder, name, 0, "shuffle")
+        if verify:
+            for path, sha256 in zip(corpus.paths, corpus.hashes):
+                _reindex(path, sha256)
+        histogram = sum(
+            np.bincount(np.frexp(np.diff(corpus.starts(i)) - 1)[1], minlength=64) for i in range(len(corpus.paths))
+        )
+        lines += ["", f"{name}: {len(corpus.paths)} shards, fingerprint {split['fingerprint']}"]
+        lines += [f"  non-ASCII bytes {split['non_ascii'] / max(1, split['text_bytes']):.2%}"]
+        lines += [f"  mean length     {split['text_bytes'] / split['documents']:,.0f} bytes; documents by length:"]
+        for power in range(int(np.flatnonzero(histogram)[0]), int(np.flatnonzero(histogram)[-1]) + 1):
+            bar = "#" * round(50 * histogram[power] / histogram.max())
+            lines.append(
+                f"  {2 ** (power - 1) if power else 0:>12,} to {2**power - 1:<12,} {histogram[power]:>12,} {bar}"
+            )
+        first = corpus.read(0, min(400, corpus.pairs), 400, "file")
+        sample = first.inputs[1 : int(first.row_lengths[0])].tobytes().decode(errors="ignore")
+        lines += ["  a sample:", *(f"  | {line}" for line in sample.splitlines())]
+    print("\n".join(lines))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="fineweb.py", description="Text to shards of UTF-8 documents for training.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("prepare", help="text to shards", description=prepare.__doc__.split("\n")[0])
+    add = functools.partial(p.add_argument)
+    add("source", help="stdlib, a file or folder of " + " ".join(SUFFIXES) + ", or hf:owner/name[@revision][:config]")
+    add("--out", required=True, help="the folder to make; needs room for the text twice while it is made")
+    add("--text-column", default="text", help="where .jsonl and .parquet have their text (text)")
+    add("--holdout", type=float, default=0.02, help="share of documents for validation, chosen by hash (0.02)")
+    add("--processes", type=int, help="default: one for each core")
+    add("--part", default="1/1", metavar="I/N", help="prepare one corpus with N commands that share --out; I from 1")
+    add("--skip-bad", action="store_true", help="count input that can't be read, and go on")
+    add("--shard-bytes", type=int, default=64 * MB, help="size of shards to aim at (64 MiB)")
+    s = commands.add_parser("show", help="what a folder of shards holds")
+    s.add_argument("folder")
+    s.add_argument("--verify", action="store_true", help="compare every byte with the checksums")
+    arguments = vars(parser.parse_args())
+    command = {"prepare": prepare, "show": show}[arguments.pop("command")]
+    try:
+        command(**arguments)
+    except DataError as e:
+        print(f"fineweb.py: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fineweb.py: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
