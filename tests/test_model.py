@@ -65,7 +65,7 @@ def gradients_of(loss, model):
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@settings(max_examples=14, deadline=None, derandomize=True, database=None)
+@settings(max_examples=24, deadline=None, derandomize=True, database=None)
 @given(configs(), lengths_of_documents, st.sampled_from([2, 66, 130]), st.integers(0, 9))
 @example(THREE_STAGES, [257, 1, 0, 2, 63], 64, 3)
 @example(TWO_STAGES, [0, 65, 0, 0, 257], 1, 4)
