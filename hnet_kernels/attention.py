@@ -3,7 +3,6 @@
 Legend: T tokens of all documents together, H heads, P channels a head.
 """
 
-import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -96,7 +95,7 @@ def _backward(ctx, do_THP):
 attention_definition.register_autograd(_backward, setup_context=_setup)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _flash_obstacle(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
     if device_type != "cuda":
         return "no CUDA device"
@@ -117,7 +116,8 @@ def attention(
     q_THP, k_THP, v_THP: one floating dtype. cu_seqlens: int32 (B + 1,). max_seqlen: tokens, at least the longest
     document. Returns o_THP. On CUDA in 16 bits this is torch's varlen flash attention, else `attention_definition`.
     """
-    if use_fast("attention", q_THP, _flash_obstacle(q_THP.device.type, q_THP.dtype, q_THP.shape[-1])):
+    kind = q_THP.device.type, q_THP.dtype
+    if use_fast("attention", *kind, _flash_obstacle(*kind, q_THP.shape[-1])):
         from torch.nn.attention.varlen import varlen_attn
 
         size = (window, 0) if window >= 0 else (-1, 0)

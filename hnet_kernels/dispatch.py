@@ -25,22 +25,21 @@ def requested() -> str:
     return choice
 
 
-def use_fast(operation: str, x: torch.Tensor, obstacle: str | None) -> bool:
-    """Whether `operation` on tensors like `x` runs its fast kernel.
+@torch.compiler.assume_constant_result  # a compiled region asks while it is traced and keeps the answer
+def use_fast(operation: str, device_type: str, dtype: torch.dtype, obstacle: str | None) -> bool:
+    """Whether `operation` on tensors of this device type and dtype runs its fast kernel.
 
-    `obstacle` says in a few words why the fast kernel cannot run on `x`, or is None where it can.
+    `obstacle` says in a few words why the fast kernel cannot run on them, or is None where it can.
     Raises KernelError where `HNET_KERNELS=triton` forces a kernel that cannot run.
     """
     choice = requested()
     if choice == "triton" and obstacle:
-        raise KernelError(
-            f"HNET_KERNELS=triton: no fast kernel for {operation} here ({obstacle}); use auto or reference"
-        )
+        raise KernelError(f"HNET_KERNELS=triton: no fast kernel for {operation} here ({obstacle}); use auto")
     fast = choice != "reference" and obstacle is None
-    key = (operation, x.device.type, x.dtype)
+    key = (operation, device_type, dtype)
     if key not in _chosen:
         _chosen[key] = "fast" if fast else "reference" + (f" ({obstacle})" if obstacle else "")
-        logger.info("%s on %s %s: %s", operation, x.device.type, str(x.dtype).removeprefix("torch."), _chosen[key])
+        logger.info("%s on %s %s: %s", operation, device_type, str(dtype).removeprefix("torch."), _chosen[key])
     return fast
 
 

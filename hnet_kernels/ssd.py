@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-MIN_CHUNK = 64  # tokens; the work inside a chunk grows with it, the work between chunks shrinks
+MIN_CHUNK = 32  # tokens; the work inside a chunk grows with it, the work between chunks shrinks
 MAX_CHUNKS = 1024  # beyond this many the chunks get longer, so that the (C, C) matrix between them stays small
 
 

@@ -1,0 +1,179 @@
+"""Processes, devices and sharding: one path for one process on a CPU and for many GPUs (torchrun, FSDP2)."""
+
+import logging
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from hnet_runtime import UserError
+from hnet_trainable import Block, HNet, HNetConfig, HNetLM, initial_weights
+
+logger = logging.getLogger("hnet")
+# Its advice is against in-place operations on what a sharded module returns; there are none
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+PLAIN_FLOAT32 = ("A_log", "dt_bias", "D")  # a few numbers a layer, whose float32 the recurrence needs
+
+
+class World(NamedTuple):
+    """The processes of a run and this one's place among them."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start(device: str = "auto") -> World:
+    """Join the process group that torchrun describes, or make one of this process alone; pick the device.
+
+    device: `auto` (CUDA where torch has it), `cpu` or `cuda`. Raises UserError where that device isn't there.
+    """
+    rank, size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"--device cuda: {'this torch is built without CUDA' if not torch.version.cuda else 'torch finds no GPU'}"
+        )
+    if device == "auto" and not torch.cuda.is_available() and shutil.which("nvidia-smi") and rank == 0:
+        logger.warning(
+            "a GPU seems to be present, but this torch (%s) can't use it; going on on the CPU", torch.__version__
+        )
+    kind = "cuda" if torch.cuda.is_available() and device != "cpu" else "cpu"
+    if kind == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"LOCAL_RANK {local_rank}: this machine has {torch.cuda.device_count()} GPUs; start fewer processes"
+            )
+        torch.cuda.set_device(local_rank)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, **alone)
+    place = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
+    return World(rank, size, place, init_device_mesh(kind, (size,)))
+
+
+def stop() -> None:
+    """Leave the process group. The barrier first: torch 2.13 now and then aborts without (seen after DCP saves)."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def build_model(config: HNetConfig, world: World, compute_dtype: torch.dtype, seed: int) -> HNetLM:
+    """A sharded HNetLM with float32 master weights that computes in `compute_dtype`; see `shard_model`.
+
+    It is built on the meta device and every weight drawn from (seed, name) alone, so it's the same at any world size.
+    """
+    with torch.device("meta"):
+        model = HNetLM(config)
+    shard_model(model, world.mesh, compute_dtype)
+    model.to_empty(device=world.device)
+    with torch.no_grad():
+        for _, parameter, value in initial_weights(model, seed):
+            assign(parameter, value)
+    return model
+
+
+@torch.no_grad()
+def assign(parameter: Tensor, value: Tensor) -> None:
+    """Copy a whole `value` into a parameter, sharded or not. Every rank holds the same value, so nothing is sent."""
+    if isinstance(parameter, DTensor):
+        value = distribute_tensor(
+            value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+        )
+    parameter.copy_(value)
+
+
+def shard_model(model: HNetLM, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
+    """FSDP2: one group a block, one for each residual projection (kept in float32), one for the rest.
+
+    Masters, gradients and their reduction are float32; weights are gathered in `compute_dtype`. Inputs are not cast:
+    the residual stream stays float32 across blocks. A_log, dt_bias and D, a few numbers a layer, stay whole and float32
+    on every rank; `reduce_plain_gradients` averages their gradients.
+    """
+    plain = {p for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] in PLAIN_FLOAT32}
+
+    def wrap(module: nn.Module, dtype: torch.dtype) -> None:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=plain)
+
+    for module in model.modules():
+        if isinstance(module, Block):
+            wrap(module, compute_dtype)
+        elif isinstance(module, HNet) and not module.is_innermost:
+            wrap(module.residual_proj, torch.float32)
+    wrap(model, compute_dtype)
+
+
+def reduce_plain_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
+    """Average the gradients of unsharded parameters over all ranks, as FSDP does those of the sharded ones."""
+    grads = [p.grad for p in parameters if not isinstance(p, DTensor) and p.grad is not None]
+    if world.size == 1 or not grads:
+        return
+    flat = torch.cat([g.flatten() for g in grads]) / world.size
+    dist.all_reduce(flat)
+    for grad, piece in zip(grads, flat.split([g.numel() for g in grads])):
+        grad.copy_(piece.view_as(grad))
+
+
+def optimizer_groups(groups: list[dict]) -> list[dict]:
+    """The groups of `parameter_groups`, with sharded and whole parameters apart: no fused kernel takes both at once."""
+    apart = []
+    for group in groups:
+        for sharded in (True, False):
+            params = [p for p in group["params"] if isinstance(p, DTensor) == sharded]
+            if params:
+                apart.append({k: v for k, v in group.items() if k != "names"} | {"params": params})
+    return apart
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float, world: World) -> Tensor:
+    """Scale all gradients to a global norm of at most `max_norm` (0: don't). Returns the norm before, on the device."""
+    grads = [(p.grad, isinstance(p, DTensor)) for p in parameters if p.grad is not None]
+    local = [g.to_local() if sharded else g for g, sharded in grads]
+    squares = torch.stack(torch._foreach_norm(local)).square()
+    is_sharded = torch.tensor([sharded for _, sharded in grads], device=squares.device)
+    shards = (squares * is_sharded).sum()
+    if world.size > 1:
+        dist.all_reduce(shards)
+    norm = (shards + (squares * ~is_sharded).sum()).sqrt()
+    if max_norm > 0:
+        torch._foreach_mul_(local, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def mean_over_ranks(values: Tensor, world: World) -> Tensor:
+    """The mean of a small tensor over all ranks."""
+    if world.size > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+        values /= world.size
+    return values
+
+
+# Dense bf16 peak of the tensor cores in FLOP/s, from NVIDIA's data sheets
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
+
+
+def peak_flops(device: torch.device) -> float:
+    """The device's dense bf16 peak in FLOP/s, NaN where we don't know it."""
+    if device.type != "cuda":
+        return math.nan
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name.split()), math.nan)

@@ -1,0 +1,109 @@
+"""Validation: exact bits per byte of held-out text, and where a model puts its chunks."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from fineweb import ByteStream
+from hnet_runtime.distributed import World
+from hnet_trainable import BOS, EOS, HNetLM
+
+LENGTH_BUCKETS = (256, 1024, 4096, 16384)  # text bytes of the whole document: val_bpb_le_256, ..., val_bpb_longer
+
+_WORD = np.ones(256, dtype=bool)  # letters, digits and everything beyond ASCII; not whitespace, punctuation, control
+_WORD[:128] = [chr(b).isalnum() for b in range(128)]
+
+
+def word_edges(iids: Tensor) -> Tensor:
+    """Where text changes between {whitespace, punctuation} and the rest: bool (T,), for an NJT of bytes (B, j).
+
+    True at t if byte t - 1 and byte t differ in kind; false at the first byte of a row.
+    """
+    is_word = torch.from_numpy(_WORD).to(iids.device)[iids.values()]
+    edge_T = is_word != is_word.roll(1)
+    edge_T[iids.offsets()[:-1]] = False
+    return edge_T
+
+
+@torch.no_grad()
+def validate(model: HNetLM, stream: ByteStream, world: World, limit: int | None) -> dict[str, Any]:
+    """Scores the first `limit` slices of a held-out split (None: all), every byte once. Called by every rank.
+
+    Returns `val_bpb` (bits per text byte; the ends of documents are predicted too, as in training),
+    `val_bpb_le_<n>` by the length of the document, `val_bytes`, each stage's compression, and for stage 0
+    `val_edge_share` (share of boundaries that lie at a word edge) over `val_edge_base` (share of positions that do;
+    first bytes of rows left out of both).
+    """
+    model.eval()
+    buckets, S = len(LENGTH_BUCKETS) + 1, model.config.num_stages
+    sums = torch.zeros(2, buckets, dtype=torch.float64)  # nats and bytes by bucket
+    counts = torch.zeros(S + 1, dtype=torch.float64)  # tokens of each stage
+    edges = torch.zeros(4, dtype=torch.float64)  # boundaries, those at edges, positions, those at edges
+    slices = list(stream.slices_once(limit)) if world.size == 1 else _same_number_each(stream, world, limit)
+    for piece, weight in ((p, 1.0) for p in slices) if world.size == 1 else slices:
+        iids, labels = piece.nested(world.device)
+        out = model(iids)
+        logits_TV = out.logits.values().to(torch.promote_types(out.logits.dtype, torch.float32))
+        nats_T = F.cross_entropy(logits_TV, labels.values(), reduction="none").double().cpu()
+        bucket_T = np.repeat(np.searchsorted(LENGTH_BUCKETS, piece.document_bytes), piece.row_lengths)
+        index_T = torch.from_numpy(bucket_T)
+        is_text_T = torch.from_numpy(piece.labels != EOS).double()
+        sums[0].index_add_(0, index_T, nats_T * weight)
+        sums[1].index_add_(0, index_T, is_text_T * weight)
+        counts += weight * torch.tensor([len(nats_T), *(float(s.boundary_mask.values().sum()) for s in out.stages)])
+        if S:
+            edge_T, b_T = word_edges(iids).cpu(), out.stages[0].boundary_mask.values().cpu().clone()
+            inner_T = torch.ones_like(b_T)
+            inner_T[iids.offsets()[:-1].cpu()] = False
+            b_T &= inner_T
+            edges += weight * torch.tensor([b_T.sum(), (b_T & edge_T).sum(), inner_T.sum(), edge_T.sum()])
+    model.train()
+    if world.size > 1:
+        for t in (sums, counts, edges):
+            dist.all_reduce(t)
+    result = {"val_bpb": (sums[0].sum() / sums[1].sum() / math.log(2)).item(), "val_bytes": int(sums[1].sum())}
+    for i, name in enumerate([f"le_{n}" for n in LENGTH_BUCKETS] + ["longer"]):
+        if sums[1, i]:
+            result[f"val_bpb_{name}"] = (sums[0, i] / sums[1, i] / math.log(2)).item()
+    for s in range(S):
+        result[f"val_stage{s}_compression"] = (counts[s] / counts[s + 1]).item()
+    if S:
+        result["val_edge_share"] = (edges[1] / edges[0].clamp_min(1)).item()
+        result["val_edge_base"] = (edges[3] / edges[2].clamp_min(1)).item()
+    return result
+
+
+def _same_number_each(stream: ByteStream, world: World, limit: int | None):
+    """This rank's slices with weight 1, then slices of weight 0 until all ranks have had as many: FSDP needs that."""
+    total = sum(1 for _ in range(0, stream.pairs_per_epoch, stream.slice_bytes))
+    total = total if limit is None else min(limit, total)
+    mine = list(stream.slices_once(limit, world.rank, world.size))
+    yield from ((piece, 1.0) for piece in mine)
+    filler = next(iter(stream.slices_once(1)))
+    yield from ((filler, 0.0) for _ in range(-(-total // world.size) - len(mine)))
+
+
+@torch.no_grad()
+def chunks_of(model: HNetLM, text: bytes, world: World) -> list[np.ndarray]:
+    """Where the model cuts `text`, run as one document: for each stage a bool array (len(text),), True opens a chunk.
+
+    The model sees BOS before the first byte and always opens a chunk there; the first byte is shown as its start.
+    """
+    ids = torch.tensor([BOS, *text], device=world.device)
+    offsets = torch.tensor([0, len(ids)], device=world.device)
+    iids = torch.nested.nested_tensor_from_jagged(ids, offsets, min_seqlen=len(ids), max_seqlen=len(ids))
+    model.eval()
+    stages = model(iids).stages
+    model.train()
+    opens, at = [], np.arange(len(ids))  # bytes that reach the stage at hand
+    for stage in stages:
+        at = at[stage.boundary_mask.values().cpu().numpy()]
+        mask = np.isin(np.arange(1, len(ids)), at)
+        mask[:1] = True
+        opens.append(mask)
+    return opens

@@ -1,0 +1,97 @@
+"""A run's folder and what can happen to it: opening, locking, resuming, interrupting."""
+
+import fcntl
+import logging
+import os
+import signal
+import subprocess
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hnet_runtime import UserError, checkpoint
+from hnet_runtime.distributed import World
+
+logger = logging.getLogger("hnet")
+
+
+def open_folder(save_dir: str, name: str, world: World) -> Path:
+    """The run's folder, made and locked: `save_dir`, or runs/<name>-<time>. Raises UserError where a live run has it.
+
+    The lock goes with its process, however that ends.
+    """
+    chosen = [save_dir or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}"]
+    dist.broadcast_object_list(chosen)
+    run = Path(chosen[0])
+    busy = [False]
+    if world.is_main:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--save-dir {run}: can't be made ({error.strerror})") from None
+        lock = open(run / ".lock", "w")  # noqa: SIM115 (held until the process ends)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            busy = [True]
+        _locks.append(lock)
+    dist.broadcast_object_list(busy)
+    if busy[0]:
+        raise UserError(f"--save-dir {run}: another run is writing there; name another folder")
+    return run
+
+
+_locks: list = []
+
+
+def checkpoint_to_resume(run: Path, resume: str, world: World) -> Path | None:
+    """The checkpoint that `--resume` means: `auto` the run's newest complete one, if any; a path that one; empty none.
+
+    Raises UserError where the folder holds a run that is not being resumed.
+    """
+    found = checkpoint.complete(run)
+    if resume == "auto":
+        for folder in checkpoint.incomplete(run) if world.is_main else []:
+            logger.warning("passed over %s: not a complete checkpoint", folder)
+        return found[-1] if found else None
+    if resume:
+        return Path(resume)
+    if found or (run / "metrics.jsonl").exists():
+        raise UserError(f"--save-dir {run}: holds a run already; go on with --resume auto, or name another folder")
+    return None
+
+
+def code_revision() -> str:
+    """The git revision of this checkout, with `+` where files differ from it; `unknown` outside git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        revision = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return revision.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+class Interrupts:
+    """Ctrl-C, SIGTERM and SIGUSR1 ask for a save and an orderly end after this step; a second Ctrl-C ends at once."""
+
+    def __init__(self):
+        self.received: str | None = None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT and self.received == "SIGINT":
+            os._exit(130)
+        self.received = signal.Signals(number).name
+
+    def anywhere(self, world: World) -> bool:
+        """Whether any rank was asked to stop; every rank gets the same answer."""
+        if world.size == 1:
+            return self.received is not None
+        asked = torch.tensor(float(self.received is not None), device=world.device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return bool(asked)

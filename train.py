@@ -1,0 +1,385 @@
+"""Train an H-Net on bytes. `python train.py` alone trains a tiny one on the Python standard library's source text.
+
+One process and many run the same program: `torchrun --nproc-per-node 8 train.py ...`. `python train.py --help` lists
+the flags. A run's folder holds its configs, metrics.jsonl, checkpoints and loss.png.
+
+Read top to bottom: config -> one step -> what is reported -> the run.
+"""
+
+import dataclasses
+import logging
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.distributed as dist
+import tyro
+import yaml
+from torch import Tensor
+
+import fineweb
+from hnet_runtime import UserError, checkpoint, distributed
+from hnet_runtime.distributed import World
+from hnet_runtime.evaluation import chunks_of, validate
+from hnet_runtime.metrics import JsonlSink, Metrics, WandbSink, duration, plot_losses, read_metrics
+from hnet_runtime.run import Interrupts, checkpoint_to_resume, code_revision, open_folder
+from hnet_trainable import ConfigError, HNetConfig, HNetLM, compile_blocks, count_flops, parameter_groups
+
+logger = logging.getLogger("hnet")
+
+DEFAULT_DATA = "data/stdlib"  # prepared on first use from the running Python's own standard library
+
+
+# ------------------------------------------------------------------------------------------------------------- config
+
+
+def flag(*short: str):
+    return tyro.conf.arg(aliases=short)
+
+
+@dataclass
+class TrainConfig:
+    """Train an H-Net. Without flags: a tiny one, on the Python standard library, on this machine's best device."""
+
+    config: Annotated[str, flag("-c")] = "configs/hnet_1stage_tiny.json"
+    """Model config, a JSON file (see configs/)."""
+    n_compression: Annotated[str, flag("-N")] = ""
+    """Target compression, like 1-3-9: bytes per token that each stage should see. Empty: as the config says."""
+    data: str = DEFAULT_DATA
+    """Folder made by `fineweb.py prepare`, or a mixture of some: a:0.7,b:0.3."""
+    order: Literal["shuffle", "length"] = "shuffle"
+    """Order of the documents in an epoch; length goes from short to long."""
+    mbs: int = 4096
+    """Bytes in a slice, which is what a process runs at once (T)."""
+    global_slices: int = 1
+    """Slices in an optimizer step over all processes (G); the number of processes must divide it."""
+    max_doc: int = 8192
+    """Longest row in bytes; a longer document goes on in further rows."""
+    steps: int = 500
+    """Optimizer steps of the whole run."""
+    seed: int = 0
+    """Seed of the initial weights and of the order of the data."""
+
+    optim: Annotated[Literal["adamw"], flag("-o")] = "adamw"
+    """Optimizer: AdamW with betas (0.9, 0.95)."""
+    lr: float = 2e-3
+    """Peak learning rate before the stages' multipliers (eq. 11 of the paper)."""
+    schedule: Literal["wsd", "wsd-linear", "cosine", "constant"] = "wsd"
+    """After the warmup. wsd: constant, then down to zero over the last `decay` as 1 - sqrt (wsd-linear: linearly)."""
+    warmup: float = 0.1
+    """Share of the steps that warm up linearly."""
+    decay: float = 0.2
+    """Share of the steps that decay, with wsd and wsd-linear."""
+    weight_decay: float = 0.1
+    """AdamW's weight decay, on matrices and embeddings only."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+    alpha: float = 0.03
+    """Weight of the ratio losses."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes CUDA where torch has it."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute dtype beside float32 masters. auto: bfloat16 on CUDA, float32 on the CPU."""
+    compile: Annotated[Literal["block", "eager"], flag("-C")] = "eager"
+    """Compile each kind of block, or run eagerly."""
+
+    save_dir: str = ""
+    """The run's folder. Empty: runs/<config>-<time>."""
+    resume: str = ""
+    """auto: go on from the newest complete checkpoint in save_dir, if there is one. Or a checkpoint's folder."""
+    save_every: int = 250
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """How many of the newest checkpoints stay; 0: all."""
+    val_every: int = 100
+    """Steps between validations; the last step is always validated. 0: only the last."""
+    val_slices: int = 32
+    """Held-out slices to score; 0: all."""
+    log_every: int = 10
+    """Steps between lines on the console; metrics.jsonl has every step."""
+    logger: Annotated[Literal["local", "wandb"], flag("-l")] = "local"
+    """Where metrics go beside metrics.jsonl."""
+    early_exit: Annotated[Literal["no", "dumpparams"], flag("-e")] = "no"
+    """dumpparams: print the modules and each parameter's shape, dtype, stage, multiplier and decay, and stop."""
+
+    def check(self) -> None:
+        """Raises UserError naming the first flag that is out of range."""
+        for name in ("mbs", "global_slices", "max_doc", "steps", "save_every", "log_every"):
+            self._expect(name, getattr(self, name) >= 1, "1 or more")
+        for name in ("val_every", "val_slices", "keep", "clip", "alpha", "weight_decay"):
+            self._expect(name, getattr(self, name) >= 0, "0 or more")
+        self._expect("lr", self.lr > 0, "more than 0")
+        for name in ("warmup", "decay"):
+            self._expect(name, 0 <= getattr(self, name) <= 1, "a share from 0 to 1")
+        self._expect("decay", self.warmup + self.decay <= 1, f"at most 1 together with --warmup {self.warmup}")
+
+    def _expect(self, name: str, good: bool, expected: str) -> None:
+        if not good:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {expected}")
+
+
+def read_config(argv: Sequence[str]) -> TrainConfig:
+    """Flags over the YAML file of --config-file over the defaults. An unknown flag ends the program with status 2."""
+    argv, default = list(argv), TrainConfig()
+    if "--config-file" in argv:
+        at = argv.index("--config-file")
+        if at + 1 == len(argv):
+            raise UserError("--config-file: expected a YAML file after it")
+        _, path = argv.pop(at), argv.pop(at)
+        try:
+            given = yaml.safe_load(Path(path).read_text()) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"--config-file {path}: not a readable YAML file ({str(error).splitlines()[0]})") from None
+        known = {f.name: type(getattr(default, f.name)) for f in dataclasses.fields(TrainConfig)}
+        for key, value in given.items() if isinstance(given, dict) else [(given, None)]:
+            if key not in known:
+                raise UserError(f"--config-file {path}: unknown key {key!r}; known are {', '.join(known)}")
+            if not isinstance(value, (int, float) if known[key] is float else known[key]):
+                raise UserError(f"--config-file {path}: {key}: {value!r}; expected {known[key].__name__}")
+        default = TrainConfig(**given)
+    config = tyro.cli(TrainConfig, args=argv, default=default)
+    config.check()
+    return config
+
+
+def read_model_config(config: TrainConfig) -> HNetConfig:
+    overrides = {}
+    if config.n_compression:
+        try:
+            numbers = [float(n) for n in config.n_compression.split("-")]
+        except ValueError:
+            raise UserError(f"-N {config.n_compression}: expected numbers joined by dashes, like 1-3-9") from None
+        overrides["N_compress"] = [int(n) if n.is_integer() else n for n in numbers]
+    return HNetConfig.load(config.config, **overrides)
+
+
+def lr_scale(step: int, config: TrainConfig) -> float:
+    """The share of the peak learning rate in step 0, 1, ..., steps - 1."""
+    warmup, decay = round(config.warmup * config.steps), round(config.decay * config.steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (config.steps - warmup)))
+    into_decay = step - (config.steps - decay)
+    if config.schedule == "constant" or into_decay < 0:
+        return 1.0
+    left = into_decay / decay
+    return 1 - (left if config.schedule == "wsd-linear" else math.sqrt(left))
+
+
+# ----------------------------------------------------------------------------------------------------------- one step
+
+
+def forward_backward(model: HNetLM, slices: list[fineweb.Slice], config: TrainConfig, world: World) -> Tensor:
+    """Gradients of a step's loss, the mean over all G slices of CE + alpha * ratio losses, from this rank's slices.
+
+    Every slice has T labels and every rank as many slices, so means of means are exact; FSDP averages over ranks.
+    Returns the means over all ranks of [ce, text bytes, ratio_0.., F_0.., G_0..], a float32 tensor on the device.
+    """
+    stats = []
+    for i, piece in enumerate(slices):
+        model.set_requires_gradient_sync(i == len(slices) - 1)
+        iids, labels = piece.nested(world.device)
+        out = model(iids, labels)
+        loss = out.ce + config.alpha * out.ratio_losses.sum()
+        (loss / len(slices)).backward()
+        numbers = [out.ce, out.ce.new_tensor(piece.text_bytes), *out.ratio_losses]
+        numbers += [stage.F for stage in out.stages] + [stage.G for stage in out.stages]
+        stats.append(torch.stack([n.detach().float() for n in numbers]))
+    return distributed.mean_over_ranks(torch.stack(stats).mean(0), world)
+
+
+def describe(stats: list[float], hnet: HNetConfig, config: TrainConfig) -> dict[str, Any]:
+    """`forward_backward`'s numbers by their names in metrics.jsonl."""
+    S = hnet.num_stages
+    ce, text_bytes, *rest = stats
+    record = {"bpb": ce * config.mbs / (text_bytes * math.log(2)), "ce": ce}
+    for s in range(S):
+        ratio, F, G = rest[s::S]
+        record |= {f"stage{s}_ratio_loss": ratio, f"stage{s}_F": F, f"stage{s}_G": G}
+        record |= {f"stage{s}_compression": 1 / F, f"stage{s}_target": hnet.target_ratios[s]}
+    return record
+
+
+def speed(
+    record: dict[str, Any], seconds: float, hnet: HNetConfig, config: TrainConfig, world: World
+) -> dict[str, Any]:
+    """A step's speed. MFU counts matrix products alone, over the tokens that each stage really saw."""
+    tokens = [float(config.mbs * config.global_slices)]
+    for s in range(hnet.num_stages):
+        tokens.append(tokens[-1] * record[f"stage{s}_F"])
+    peak = distributed.peak_flops(world.device) * world.size
+    flops = count_flops(hnet, [[n] for n in tokens]).matmul
+    return {"step_ms": 1000 * seconds, "bytes_per_s": tokens[0] / seconds, "mfu": flops / seconds / peak}
+
+
+def progress_line(step: int, record: dict[str, Any], seconds_left: float, hnet: HNetConfig, config: TrainConfig) -> str:
+    parts = [f"step {step:>{len(str(config.steps))}}/{config.steps}", f"bpb {record['bpb']:.3f}"]
+    if stages := range(hnet.num_stages):
+        parts.append("ratio loss " + " ".join(f"{record[f'stage{s}_ratio_loss']:.2f}" for s in stages))
+        compression = " ".join(f"{record[f'stage{s}_compression']:.1f}/{hnet.target_ratios[s]:g}" for s in stages)
+        parts.append(f"bytes per chunk {compression}" if len(stages) == 1 else f"compression {compression}")
+    parts += [f"lr {record['lr']:.1e}", f"grad {record['grad_norm']:.2f}"]
+    parts += [f"{record['bytes_per_s'] / 1e3:.1f} kB/s", f"ETA {duration(seconds_left)}"]
+    if "val_bpb" in record:
+        parts.append(f"val bpb {record['val_bpb']:.3f}")
+    return "  ".join(parts)
+
+
+# ------------------------------------------------------------------------------------------------------------ the run
+
+
+def open_data(config: TrainConfig, world: World) -> tuple[fineweb.ByteStream, fineweb.ByteStream]:
+    """(training stream, held-out stream). Prepares the default corpus on first use."""
+    if config.data == DEFAULT_DATA and world.is_main and not (Path(DEFAULT_DATA) / "manifest.json").exists():
+        fineweb.prepare("stdlib", DEFAULT_DATA)
+    dist.barrier()
+    if config.global_slices % world.size:
+        raise UserError(f"--global-slices {config.global_slices}: {world.size} processes do not divide it")
+    common = {"slice_bytes": config.mbs, "max_doc": config.max_doc}
+    train = fineweb.ByteStream(config.data, "train", seed=config.seed, order=config.order, **common)
+    train.require(config.mbs * config.global_slices)
+    return train, fineweb.ByteStream(config.data, "validation", **common)
+
+
+def dump_parameters(model: HNetLM, groups: list[dict[str, Any]]) -> None:
+    print(model)
+    group_of = {name: group for group in groups for name in group["names"]}
+    for name, p in model.named_parameters():
+        group, dtype = group_of[name], str(p.dtype).removeprefix("torch.")
+        decay = f"decay {group['weight_decay']:g}" if group["weight_decay"] else "no decay"
+        rate = f"stage {group['stage']}  lr x {group['multiplier']:.3f}"
+        print(f"{name:72} {str(tuple(p.shape)):14} {dtype}  {rate}  {decay}")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+def main(argv: Sequence[str]) -> None:
+    config = read_config(argv)
+    hnet = read_model_config(config)
+    world = distributed.start(config.device)
+    logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s", stream=sys.stdout)
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU for what stays float32: residual_proj
+
+    half = config.dtype == "bfloat16" or (config.dtype == "auto" and world.device.type == "cuda")
+    model = distributed.build_model(hnet, world, torch.bfloat16 if half else torch.float32, config.seed)
+    parameters = list(model.parameters())
+    groups = parameter_groups(model, config.lr, config.weight_decay)
+    if config.early_exit == "dumpparams":
+        return dump_parameters(model, groups)
+    if config.compile == "block":
+        compile_blocks(model)
+    optimizer = torch.optim.AdamW(distributed.optimizer_groups(groups), betas=(0.9, 0.95), fused=True)
+
+    train_stream, val_stream = open_data(config, world)
+    run = open_folder(config.save_dir, Path(config.config).stem, world)
+    step = 0  # optimizer steps done
+    if source := checkpoint_to_resume(run, config.resume, world):
+        checkpoint.load(source, model, optimizer)
+        step = checkpoint.read_train(source)["step"]
+        logger.info("going on from %s", source)
+    about = {"config": dataclasses.asdict(config), "data": train_stream.fingerprint, "code": code_revision()}
+    metrics = open_metrics(run, step, about, hnet, config, world)
+    logger.info(
+        f"{Path(config.config).stem}: {sum(p.numel() for p in parameters) / 1e6:.1f}M parameters, "
+        f"{world.size} x {world.device.type} in {'bfloat16' if half else 'float32'}; {config.data}: "
+        f"{train_stream.text_bytes / 1e6:.1f} MB of text; {config.steps} steps of "
+        f"{config.mbs * config.global_slices:,} bytes; run folder {run}"
+    )
+
+    interrupts = Interrupts()
+    began, first_step = time.perf_counter(), step
+    model.train()
+    while step < config.steps:
+        started = time.perf_counter()
+        scale = lr_scale(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * group["multiplier"] * scale
+        slices = list(train_stream.step(step, config.global_slices, world.rank, world.size))
+        stats = forward_backward(model, slices, config, world)
+        distributed.reduce_plain_gradients(parameters, world)
+        grad_norm = distributed.clip_grad_norm(parameters, config.clip, world)
+        *stats, grad_norm = torch.cat([stats, grad_norm[None]]).tolist()
+        if not math.isfinite(grad_norm + stats[0]):
+            saved = checkpoint.complete(run)
+            raise UserError(
+                f"step {step + 1}: cross entropy {stats[0]}, gradient norm {grad_norm}; stopped before they reached "
+                f"the weights. The last good checkpoint: {saved[-1] if saved else 'none yet'}"
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+
+        record = describe(stats, hnet, config) | {"grad_norm": grad_norm, "lr": config.lr * scale}
+        record |= {"bytes_seen": step * config.mbs * config.global_slices}
+        record |= speed(record, time.perf_counter() - started, hnet, config, world)
+        is_last, interrupted = step == config.steps, interrupts.anywhere(world)
+        if is_last or (config.val_every and step % config.val_every == 0):
+            record |= validate(model, val_stream, world, config.val_slices or None)
+        metrics.log(step, record)
+        if is_last or step % config.log_every == 0 or step == first_step + 1:
+            seconds_left = (time.perf_counter() - began) / (step - first_step) * (config.steps - step)
+            logger.info(progress_line(step, record, seconds_left, hnet, config))
+        if is_last or interrupted or step % config.save_every == 0:
+            saved = checkpoint.save(run, step, model, optimizer, about, config.keep)
+        if interrupted and not is_last:
+            logger.info("%s: saved %s; go on with --save-dir %s --resume auto", interrupts.received, saved, run)
+            break
+
+    metrics.close()
+    if step == config.steps:
+        show_results(model, val_stream, run, world)
+    distributed.stop()
+
+
+def open_metrics(run: Path, step: int, about: dict, hnet: HNetConfig, config: TrainConfig, world: World) -> Metrics:
+    if not world.is_main:
+        return Metrics([])
+    (run / "train.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    checkpoint.write_json(run / "config.json", hnet.to_dict())
+    sinks = [JsonlSink(run / "metrics.jsonl", step)]
+    if config.logger == "wandb":
+        sinks.append(WandbSink(run, about | {"model": hnet.to_dict()}))
+    return Metrics(sinks)
+
+
+def show_results(model: HNetLM, val_stream: fineweb.ByteStream, run: Path, world: World) -> None:
+    """The last validation, the plot, and a piece of held-out text with the model's chunks in colours."""
+    piece = next(val_stream.slices_once(1))
+    text = bytes(piece.labels[: piece.row_lengths[0]]).rstrip(b"\xff")[:800]
+    opens = chunks_of(model, text, world)
+    if not world.is_main:
+        return
+    records = read_metrics(run / "metrics.jsonl")
+    plot_losses(records, run / "loss.png")
+    last = records[-1]
+    if opens:
+        logger.info("held-out text in the chunks that the model cut:")
+        logger.info(
+            "%s",
+            b"|".join(text[i:j] for i, j in zip(opens[0].nonzero()[0], [*opens[0].nonzero()[0][1:], len(text)])).decode(
+                errors="replace"
+            ),
+        )
+        share, base = last["val_edge_share"], last["val_edge_base"]
+        logger.info(
+            f"{share:.0%} of the chunks begin at the edge of a word, where {base:.0%} of all bytes do: "
+            f"{share / base:.1f} times as often as by chance"
+        )
+    logger.info(
+        f"{last['val_bpb']:.3f} bits per byte on {last['val_bytes']:,} bytes of held-out text; "
+        f"curves in {run / 'loss.png'}"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (UserError, ConfigError, fineweb.DataError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
