@@ -26,8 +26,11 @@ import argparse
 import codecs
 import contextlib
 import errno
+import fnmatch
 import functools
+import gzip
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -74,17 +77,25 @@ def _atomic(path: Path, scratch: Path | None = None):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
     except BaseException as e:
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(e, OSError) and e.errno in FULL:
-            raise DataError(f"{path}: the disk is full ({e.strerror}); make room and run the same command again") from e
+            raise _disk_full(path, e) from e
         raise
+
+
+def _sync_folder(path: Path) -> None:
+    """Makes renames in a folder outlast a power cut."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _disk_full(path: Path, e: OSError) -> DataError:
+    return DataError(f"{path}: no room to write it ({e.strerror}); make room and run the same command again")
 
 
 def _write_table(path: Path, header: dict, blocks: Iterable[bytes], scratch: Path | None = None) -> None:
@@ -108,20 +119,20 @@ def _write_index(shard: Path, starts: np.ndarray, sha256: str, scratch: Path | N
     _write_table(shard.with_suffix(".index"), header, [body], scratch)
 
 
-def _read_index(shard: Path, body: bool = True) -> tuple[dict, np.ndarray | None] | None:
-    """Header and starts of a shard's index, or None where it is missing, torn or older than the shard."""
+def _read_index(shard: Path, header_only: bool = False) -> tuple[dict, np.ndarray | None]:
+    """Header and starts of a shard's index; the header is empty where it is missing, torn or older than the shard."""
     try:
         stat = shard.stat()
         with open(shard.with_suffix(".index"), "rb") as f:
             header = json.loads(f.readline(4096))
-            if (header["bytes"], header["mtime_ns"]) != (stat.st_size, stat.st_mtime_ns):
-                return None
-            raw = f.read() if body else b""
+            if (header["bytes"], header["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
+                if header_only:
+                    return header, None
+                if zlib.crc32(body := f.read()) == header["crc32"]:
+                    return header, np.frombuffer(body, "<i8")
     except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if not body:
-        return header, None
-    return (header, np.frombuffer(raw, "<i8")) if zlib.crc32(raw) == header["crc32"] else None
+        pass
+    return {}, None
 
 
 def _scan(shard: Path) -> tuple[np.ndarray, str]:
@@ -148,27 +159,23 @@ def _reindex(shard: Path, sha256: str) -> np.ndarray:
 def load_manifest(folder: str | Path) -> dict:
     """The manifest of a prepared folder. Raises DataError if there is none or a shard's size contradicts it."""
     folder = Path(folder)
+    if not folder.is_dir():
+        what = "a file" if folder.exists() else "no such folder"
+        raise DataError(f"{folder}: {what}; expected one made by fineweb.py prepare SOURCE --out {folder}")
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
+        shards = [(shard["file"], shard["bytes"]) for split in manifest["splits"].values() for shard in split["shards"]]
     except FileNotFoundError:
-        if not folder.is_dir():
-            raise DataError(
-                f"{folder}: no such folder; make it with: fineweb.py prepare SOURCE --out {folder}"
-            ) from None
         what = "an unfinished prepare (run its command again)" if (folder / WORK).is_dir() else "not a prepared folder"
         raise DataError(f"{folder}: {what}: it has no {MANIFEST}") from None
-    except NotADirectoryError:
-        raise DataError(f"{folder}: a file; expected a folder made by fineweb.py prepare") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise DataError(f"{folder / MANIFEST}: damaged, prepare the folder again") from None
-    for shard in shards:
-        try:
-            size = (folder / shard["file"]).stat().st_size
-        except FileNotFoundError:
-            raise DataError(f"{folder / shard['file']}: missing, though {MANIFEST} lists it") from None
-        if size != shard["bytes"]:
-            raise DataError(f"{folder / shard['file']}: {size:,} bytes where {MANIFEST} says {shard['bytes']:,}: torn")
+        raise DataError(f"{folder / MANIFEST}: damaged; prepare the folder again") from None
+    for name, wanted in shards:
+        size = (folder / name).stat().st_size if (folder / name).exists() else None
+        if size is None:
+            raise DataError(f"{folder / name}: missing, though {MANIFEST} lists it; prepare the folder again")
+        if size != wanted:
+            raise DataError(f"{folder / name}: torn, {size:,} bytes where {MANIFEST} says {wanted:,}; prepare it again")
     return manifest
 
 
@@ -214,9 +221,7 @@ class Slice:
 def slice_numbers(step: int, global_slices: int, rank: int = 0, world: int = 1) -> range:
     """The slices that `rank` of `world` takes in a step: r, r+W, ... of [step*G, (step+1)*G). W must divide G."""
     if global_slices % world:
-        raise DataError(
-            f"{world} processes can't share {global_slices} slices a step: the first must divide the second"
-        )
+        raise DataError(f"{world} processes can't share {global_slices} slices a step evenly; use a divisor of that")
     return range(step * global_slices + rank, (step + 1) * global_slices, world)
 
 
@@ -257,13 +262,23 @@ class _Section(NamedTuple):
 
 
 class _File:
-    """An open file that closes itself when the cache lets go of it."""
+    """An open shard, which closes itself when the cache lets go of it."""
 
     def __init__(self, path: Path):
-        self.fd = os.open(path, os.O_RDONLY)
+        self.path, self.fd = path, os.open(path, os.O_RDONLY)
 
-    def __del__(self):
-        os.close(self.fd)
+    def __del__(self, close=os.close):
+        close(self.fd)
+
+    def announce(self, offset: int, length: int) -> None:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_WILLNEED)
+
+    def read(self, offset: int, length: int) -> np.ndarray:
+        data = np.frombuffer(os.pread(self.fd, length, offset), np.uint8)
+        if len(data) < length:
+            raise DataError(f"{self.path}: became shorter while it was being read; prepare the folder again")
+        return data
 
 
 class _Corpus:
@@ -272,10 +287,10 @@ class _Corpus:
     A document of n bytes has n + 1 pairs and takes n + 1 bytes of its shard, so pairs are counted in shard bytes.
     """
 
-    def __init__(self, folder: Path, split: str, seed: int, order: str):
+    def __init__(self, folder: Path, split: str, seed: int = 0):
         manifest = load_manifest(folder)
         shards = manifest["splits"].get(split, {"shards": []})["shards"]
-        self.folder, self.seed, self.order = folder, seed, order
+        self.folder, self.seed = folder, int(seed)
         self.paths = [folder / shard["file"] for shard in shards]
         self.hashes = [shard["sha256"] for shard in shards]
         self.sizes = np.array([shard["bytes"] for shard in shards], np.int64)
@@ -285,27 +300,26 @@ class _Corpus:
         self.fingerprint = _fingerprint(shards)
         if not self.documents:
             raise DataError(f"{folder}: no {split} documents; prepare it from more text or with another --holdout")
-        stale = [i for i, path in enumerate(self.paths) if _read_index(path, body=False) is None]
-        if stale:
-            self._refresh(stale)
+        indexed = [_read_index(path, header_only=True)[0].get("sha256") for path in self.paths]
+        if stale := [i for i, sha256 in enumerate(self.hashes) if sha256 != indexed[i]]:
+            self._reindex(stale)
         self._file = functools.lru_cache(maxsize=64)(lambda shard: _File(self.paths[shard]))
         self._layout = functools.lru_cache(maxsize=4)(self._make_layout)
         self._section = functools.lru_cache(maxsize=4)(self._make_section)
 
-    def _refresh(self, stale: list[int]) -> None:
+    def _reindex(self, stale: list[int]) -> None:
         from concurrent.futures import ThreadPoolExecutor
 
-        if (size := int(self.sizes[stale].sum())) > 1 << 30:
-            print(
-                f"{self.folder}: checking {size / 1e9:.1f} GB of shards, whose indexes are missing or older", flush=True
-            )
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing and comparing release the GIL
-            list(pool.map(lambda i: _reindex(self.paths[i], self.hashes[i]).size, stale))
+        if (size := self.sizes[stale].sum()) > 1e9:
+            print(f"{self.folder}: checks {size / 1e9:.1f} GB of shards that are newer than their indexes", flush=True)
+        with ThreadPoolExecutor() as pool:  # hashing and comparing release the GIL
+            list(pool.map(lambda i: len(_reindex(self.paths[i], self.hashes[i])), stale))
 
     def starts(self, shard: int) -> np.ndarray:
         """int64 (documents + 1,)"""
-        index = _read_index(self.paths[shard])
-        starts = index[1] if index else _reindex(self.paths[shard], self.hashes[shard])
+        starts = _read_index(self.paths[shard])[1]
+        if starts is None:
+            starts = _reindex(self.paths[shard], self.hashes[shard])
         if len(starts) != self.counts[shard] + 1 or starts[-1] != self.sizes[shard]:
             raise DataError(f"{self.paths[shard]}: its index doesn't match {MANIFEST}; prepare the folder again")
         return starts
@@ -345,50 +359,34 @@ class _Corpus:
             starts, lengths = table[local], table[local + 1] - table[local]
         return _Section(documents, shards, starts, np.concatenate([[0], np.cumsum(lengths)]))
 
-    def read(self, start: int, count: int, max_doc: int, order: str | None = None) -> Slice:
+    def read(self, start: int, count: int, max_doc: int, order: str) -> Slice:
         """Pairs [start, start + count) of the endless sequence of epochs."""
-        order = order or self.order
         inputs, labels, rows, done = np.empty(count, np.uint8), np.empty(count, np.uint8), [], 0
-        while done < count:
+        while done < count:  # a turn for each section
             epoch, p = divmod(start + done, self.pairs)
-            ids, before = self._layout(order, epoch if order == "shuffle" else 0)
+            epoch = epoch if order == "shuffle" else 0  # the other orders are the same in every epoch
+            ids, before = self._layout(order, epoch)
             j = int(np.searchsorted(before, p, side="right")) - 1
-            section = self._section(order, epoch if order == "shuffle" else 0, int(ids[j]))
-            p -= int(before[j])
+            section, p = self._section(order, epoch, int(ids[j])), p - int(before[j])
             stop = min(p + count - done, int(section.bounds[-1]))
-            a, b = np.searchsorted(section.bounds, (p + 1, stop))  # documents [a, b) hold pairs [p, stop)
-            a -= 1
-            pieces = [
-                (
-                    self._file(int(shard)),
-                    int(shard),
-                    int(where),
-                    int(document),
-                    max(p - lo, 0),
-                    min(stop, hi) - lo,
-                    hi - lo,
-                )
-                for document, shard, where, lo, hi in zip(
-                    section.documents[a:b],
-                    section.shards[a:b],
-                    section.starts[a:b],
-                    section.bounds[a:b].tolist(),
-                    section.bounds[a + 1 : b + 1].tolist(),
-                )
-            ]
-            for file, _, where, _, lo, hi, _ in pieces:  # ask for all of them, so that a cold disk serves them at once
-                os.posix_fadvise(file.fd, where + lo, hi - lo, os.POSIX_FADV_WILLNEED)
-            for file, shard, where, document, lo, hi, length in pieces:
-                ends = hi == length
-                n = hi - lo
-                text = np.frombuffer(os.pread(file.fd, n + (not ends), where + lo), np.uint8)
-                if len(text) != n + (not ends) or (lo == 0 and text[0] != BOS):
-                    raise DataError(f"{self.paths[shard]}: changed while it was being read; prepare the folder again")
+            a, b = np.searchsorted(section.bounds, (p + 1, stop)) - (1, 0)  # documents [a, b) hold pairs [p, stop)
+            pieces = []
+            for d in range(a, b):
+                low, high = (int(bound) for bound in section.bounds[d : d + 2])
+                text = (self._file(int(section.shards[d])), int(section.starts[d]), int(section.documents[d]))
+                pieces.append((*text, high - low, max(p, low) - low, min(stop, high) - low))
+            for file, where, _, _, begin, end in pieces:  # all of them first, so that a cold disk serves them at once
+                file.announce(where + begin, end - begin)
+            for file, where, document, pairs, begin, end in pieces:
+                text = file.read(where + begin, end - begin + (end < pairs))  # and the last label, unless it is EOS
+                if begin == 0 and text[0] != BOS:
+                    raise DataError(f"{file.path}: changed while it was being read; prepare the folder again")
+                n = end - begin
                 inputs[done : done + n] = text[:n]
                 labels[done : done + n - 1] = text[1:n]
-                labels[done + n - 1] = EOS if ends else text[n]
-                for offset in (lo, *range(lo - lo % max_doc + max_doc, hi, max_doc)):
-                    rows.append((min(hi, offset - offset % max_doc + max_doc) - offset, document, length - 1, offset))
+                labels[done + n - 1] = text[n] if end < pairs else EOS
+                edges = [begin, *range(begin - begin % max_doc + max_doc, end, max_doc), end]
+                rows += [(high - low, document, pairs - 1, low) for low, high in itertools.pairwise(edges)]
                 done += n
         return Slice(inputs, labels, *np.array(rows, np.int64).T.copy())
 
@@ -423,9 +421,9 @@ class ByteStream:
             raise DataError(f"order {order!r}: expected shuffle or length")
         if slice_bytes < 1 or max_doc < 1:
             raise DataError(f"slice_bytes {slice_bytes} and max_doc {max_doc} must be at least 1")
-        self.slice_bytes, self.max_doc = slice_bytes, max_doc
+        self.slice_bytes, self.max_doc, self.order = slice_bytes, max_doc, order
         mixture = _parse_mixture(folder)
-        self._corpora = [_Corpus(path, split, seed, order) for path, _ in mixture]
+        self._corpora = [_Corpus(path, split, seed) for path, _ in mixture]
         self._weights = [weight for _, weight in mixture]
         self._rotation = _rotation(self._weights)
         self.pairs_per_epoch = sum(corpus.pairs for corpus in self._corpora)
@@ -437,9 +435,11 @@ class ByteStream:
 
     def slice(self, i: int) -> Slice:
         """Slice i >= 0: pairs [iT, (i+1)T). Epochs join without a gap, so a slice may end one and begin the next."""
+        if i < 0:
+            raise IndexError(f"slice {i}: expected a number from 0")
         turn, r = divmod(i, len(self._rotation[0]))
         which, nth, per_turn = (int(column[r]) for column in self._rotation)
-        return self._read(which, (turn * per_turn + nth) * self.slice_bytes, self.slice_bytes)
+        return self._read(which, (turn * per_turn + nth) * self.slice_bytes, self.slice_bytes, self.order)
 
     def step(self, k: int, global_slices: int, rank: int = 0, world: int = 1) -> Iterator[Slice]:
         """The slices of step k that belong to `rank` of `world`: see `slice_numbers`."""
@@ -459,12 +459,10 @@ class ByteStream:
         """Raises DataError if a batch of so many pairs would hold some of them twice."""
         for corpus, weight in zip(self._corpora, self._weights):
             if corpus.pairs < (need := int(pairs * weight)):
-                raise DataError(
-                    f"{corpus.folder}: {corpus.pairs:,} bytes are less than one batch takes of them ({need:,}): "
-                    "use more text, or fewer or shorter slices"
-                )
+                less = f"{corpus.pairs:,} bytes are less than one batch ({need:,})"
+                raise DataError(f"{corpus.folder}: {less}; use more text, or fewer or shorter slices")
 
-    def _read(self, which: int, start: int, count: int, order: str | None = None) -> Slice:
+    def _read(self, which: int, start: int, count: int, order: str) -> Slice:
         piece = self._corpora[which].read(start, count, self.max_doc, order)
         piece.documents[:] += sum(corpus.documents for corpus in self._corpora[:which])
         return piece
@@ -479,11 +477,10 @@ def _parse_mixture(folder: str | Path) -> list[tuple[Path, float]]:
         pairs = [part.strip().rsplit(":", 1) for part in text.split(",")]
         mixture = [(Path(path), float(weight)) for path, weight in pairs]
         total = sum(weight for _, weight in mixture)
-        assert all(weight / total >= 1e-4 for _, weight in mixture)
-    except (ValueError, AssertionError, ZeroDivisionError):
-        raise DataError(
-            f"data {text!r}: expected a folder, or folders with weights above 0, such as a:0.7,b:0.3"
-        ) from None
+    except ValueError:
+        mixture = []
+    if not mixture or not all(0 < 1e-4 * total <= weight < math.inf for _, weight in mixture):
+        raise DataError(f"data {text!r}: expected a folder, or several with weights above 0, such as a:0.7,b:0.3")
     return [(path, weight / total) for path, weight in mixture]
 
 
@@ -497,7 +494,7 @@ def _rotation(weights: list[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     counts[np.argsort(counts - exact, kind="stable")[: turn - counts.sum()]] += 1
     which = np.repeat(np.arange(len(counts)), counts)
     nth = np.concatenate([np.arange(count) for count in counts])
-    # A folder's slices, laid out evenly over the turn
+    # A folder's slices at even distances over the turn, the folders interleaved
     order = np.argsort((2 * nth + 1) / (2 * counts[which]), kind="stable")
     return which[order], nth[order], counts[which[order]]
 
@@ -514,7 +511,7 @@ def _list_source(source: str) -> tuple[str, Iterator[tuple[str, int, str | int]]
         import sysconfig
 
         root = sysconfig.get_path("stdlib")
-        return root, (file for file in _walk(root, "", ("site-packages", "dist-packages")) if file[0].endswith(".py"))
+        return root, (file for file in _walk(root, skip=("site-packages", "dist-packages")) if file[0].endswith(".py"))
     if source.startswith("hf:"):
         return _list_hub(source[3:])
     if os.path.isfile(source):
@@ -524,33 +521,135 @@ def _list_source(source: str) -> tuple[str, Iterator[tuple[str, int, str | int]]
         return os.path.dirname(source), iter([(os.path.basename(source), stat.st_size, stat.st_mtime_ns)])
     if not os.path.isdir(source):
         raise DataError(f"{source}: no such file or folder (expected one, or stdlib, or hf:owner/name[:config])")
-    return source, _walk(source, "")
+    return source, _walk(source)
 
 
-def _walk(root: str, below: str, skip: tuple[str, ...] = (), above: tuple = ()) -> Iterator[tuple[str, int, int]]:
+def _walk(root: str, below: str = "", skip: tuple[str, ...] = (), above: tuple = ()) -> Iterator[tuple[str, int, int]]:
     """Text files below a folder in sorted order, one folder's names in memory at a time; hidden ones are left out."""
+    folder = os.path.join(root, below)
     try:
-        entries = sorted(os.scandir(os.path.join(root, below)), key=lambda entry: entry.name)
+        entries, stat = sorted(os.scandir(folder), key=lambda entry: entry.name), os.stat(folder)
     except OSError as e:
-        raise DataError(f"{os.path.join(root, below)}: {e.strerror}; expected a folder that can be read") from e
+        raise DataError(f"{folder}: can't be read ({e.strerror})") from e
+    if (stat.st_dev, stat.st_ino) in above:  # a link to a folder above, which would never end
+        return
     for entry in entries:
         path = os.path.join(below, entry.name)
         if entry.name.startswith(".") or entry.name in skip:
             continue
         if entry.is_dir():
-            stat = entry.stat()
-            if (stat.st_dev, stat.st_ino) not in above:  # a link to a folder above would never end
-                yield from _walk(root, path, skip, (*above, (stat.st_dev, stat.st_ino)))
+            yield from _walk(root, path, skip, (*above, (stat.st_dev, stat.st_ino)))
         elif entry.name.lower().endswith(SUFFIXES) and entry.is_file():
             yield path, entry.stat().st_size, entry.stat().st_mtime_ns
 
 
 def _list_hub(spec: str) -> tuple[str, Iterator[tuple[str, int, str]]]:
-    raise DataError(f"hf:{spec}: not yet")
+    """Data files of a dataset on the hub, at one commit; without a network, those that the hub's cache holds."""
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    name, _, config = spec.partition(":")
+    repo, _, revision = name.partition("@")
+    try:
+        api = hub.HfApi()
+        info = api.dataset_info(repo, revision=revision or None)
+        names = [file.rfilename for file in info.siblings]
+        card = "README.md" in names and hub.hf_hub_download(repo, "README.md", repo_type="dataset", revision=info.sha)
+        chosen, sizes = _choose_files(spec, repo, config, names, card), {}
+        for i in range(0, len(chosen), 500):
+            found = api.get_paths_info(repo, chosen[i : i + 500], revision=info.sha, repo_type="dataset")
+            sizes |= {file.path: file.size for file in found}
+        return f"hf://datasets/{repo}@{info.sha}", ((name, sizes[name], info.sha) for name in chosen)
+    except DataError:
+        raise
+    except errors.HFValidationError as e:
+        raise DataError(f"hf:{spec}: not a dataset's name; expected hf:owner/name[@revision][:config]") from e
+    except errors.GatedRepoError as e:
+        raise DataError(f"hf:{spec}: accept its terms on the hub and log in (hf auth login), then try again") from e
+    except errors.RepositoryNotFoundError as e:
+        raise DataError(f"hf:{spec}: the hub has no dataset {repo} (or it is private: hf auth login)") from e
+    except errors.RevisionNotFoundError as e:
+        raise DataError(f"hf:{spec}: {repo} has no revision {revision}") from e
+    except Exception as e:  # offline, or what the HTTP library of this release of huggingface_hub raises
+        reason = _first_line(e)
+    with contextlib.suppress(errors.CacheNotFound):
+        for cached in (r for r in hub.scan_cache_dir().repos if (r.repo_type, r.repo_id) == ("dataset", repo)):
+            for commit in cached.revisions:
+                if (revision or "main") in (*commit.refs, commit.commit_hash):
+                    files = {str(f.file_path.relative_to(commit.snapshot_path)): f for f in commit.files}
+                    card = "README.md" in files and files["README.md"].file_path
+                    chosen = _choose_files(spec, repo, config, list(files), card)
+                    print(f"hf:{spec}: no network; taking the {len(chosen)} files that the hub's cache holds")
+                    listing = ((name, files[name].size_on_disk, commit.commit_hash) for name in chosen)
+                    return str(commit.snapshot_path), listing
+    raise DataError(f"hf:{spec}: not in the hub's cache, and the hub can't be reached ({reason})")
 
 
-def _open(path: str):
-    return open(path, "rb")
+def _choose_files(spec: str, repo: str, config: str, names: list[str], card: str | Path | bool) -> list[str]:
+    """The training files of one config, as the dataset's card declares them; without a card, what can be read."""
+    from huggingface_hub import metadata_load
+
+    declared = (metadata_load(card) or {}).get("configs", []) if card else []
+    declared = {entry["config_name"]: entry for entry in declared if "data_files" in entry}
+    patterns = [f"{config}/*", f"*/{config}/*"] if config else ["*"]
+    if declared:
+        usual = [name for name, entry in declared.items() if entry.get("default") or name == "default"]
+        config = config or (usual or list(declared))[0] if usual or len(declared) == 1 else config
+        if config not in declared:
+            some = ", ".join(sorted(declared)[:8]) + (", ..." if len(declared) > 8 else "")
+            raise DataError(f"hf:{spec}: expected hf:{repo}:CONFIG, with CONFIG one of {some}")
+        files = declared[config]["data_files"]
+        files = [f if isinstance(f, dict) else dict(path=f) for f in (files if isinstance(files, list) else [files])]
+        files = [f for f in files if f.get("split", "train") == "train"] or files
+        patterns = [p for f in files for p in ([f["path"]] if isinstance(f["path"], str) else f["path"])]
+    kinds = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
+    chosen = sorted(n for n in names if n.lower().endswith(kinds) and any(fnmatch.fnmatch(n, p) for p in patterns))
+    if not chosen:
+        raise DataError(f"hf:{spec}: no {', '.join(kinds)} files there; try hf:{repo}@refs/convert/parquet")
+    return chosen
+
+
+class _Remote(io.RawIOBase):
+    """A file on the hub. Its failures are the network's, never bad input to be skipped."""
+
+    def __init__(self, path: str):
+        from huggingface_hub import HfFileSystem
+
+        self.path = path
+        self.file = self._ask(lambda: HfFileSystem().open(path, "rb", block_size=BLOCK_BYTES))
+
+    def _ask(self, question: Callable):
+        try:
+            return question()
+        except Exception as e:
+            raise DataError(f"{self.path}: the hub stopped answering ({_first_line(e)}); run the command again") from e
+
+    def readinto(self, buffer) -> int:
+        data = self._ask(lambda: self.file.read(len(buffer)))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, *where) -> int:
+        return self.file.seek(*where)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def readable(self) -> bool:
+        return True
+
+    seekable = readable
+
+
+def _open(path: str) -> io.BufferedIOBase:
+    if not path.startswith("hf://"):
+        return open(path, "rb")
+    from huggingface_hub import try_to_load_from_cache
+
+    repo, _, rest = path.removeprefix("hf://datasets/").partition("@")
+    commit, _, name = rest.partition("/")
+    cached = try_to_load_from_cache(repo, name, repo_type="dataset", revision=commit)
+    return open(cached, "rb") if isinstance(cached, str) else io.BufferedReader(_Remote(path), MB)
 
 
 class _Tally:
@@ -567,7 +666,7 @@ class _Tally:
 
 
 class _LongText:
-    """A text file too long to hold: iterates over its blocks."""
+    """A text file that is too long to hold: iterates over its blocks."""
 
     def __init__(self, path: str, size: int):
         self.path, self.size = path, size
@@ -576,8 +675,13 @@ class _LongText:
         return self.size
 
     def __iter__(self) -> Iterator[bytes]:
+        left = self.size
         with _open(self.path) as f:
-            yield from iter(functools.partial(f.read, BLOCK_BYTES), b"")
+            while block := f.read(BLOCK_BYTES):
+                left -= len(block)
+                yield block
+        if left:
+            raise DataError(f"{self.path}: changed while it was being read; run the command again")
 
 
 def _blocks(text: bytes | _LongText) -> Iterable[bytes]:
@@ -603,21 +707,21 @@ def _read_documents(path: str, size: int, piece: int, pieces: int, column: str, 
 
 def _read_jsonl(path: str, start: int, stop: int, column: str, bad: Callable) -> Iterator[tuple]:
     """The lines that begin in bytes [start, stop) of the file; all of them where it is gzipped."""
-    import gzip
-
-    number, packed = 0, path.lower().endswith(".gz")
+    packed, number, at = path.lower().endswith(".gz"), 0, start
 
     def where() -> str:
-        with _open(path) as f:  # the lines of earlier pieces are counted only when a message needs them
-            before = sum(f.read(min(MB, start - at)).count(b"\n") for at in range(0, start, MB))
+        before = 0
+        if start:  # the lines of earlier pieces are counted only here, where a message needs them
+            with _open(path) as f:
+                before = sum(f.read(min(MB, begin - done)).count(b"\n") for done in range(0, begin, MB))
         return f"{path}, line {before + number}"
 
     try:
         with _open(path) as raw, gzip.open(raw) if packed else contextlib.nullcontext(raw) as f:
-            at = start
             if start:  # a line that began before `start` belongs to the piece before
                 f.seek(start - 1)
                 at += len(f.readline()) - 1
+            begin = at
             while (packed or at < stop) and (line := f.readline()):
                 at, number = at + len(line), number + 1
                 if line.isspace():
@@ -631,7 +735,7 @@ def _read_jsonl(path: str, start: int, stop: int, column: str, bad: Callable) ->
                     continue
                 yield where, text
     except (OSError, EOFError, zlib.error) as e:
-        bad(f"{where()}: the file is damaged after this line ({e})")
+        bad(f"{where()}: the file can't be read after this line ({e})")
 
 
 def _read_parquet(path: str, piece: int, pieces: int, column: str, bad: Callable) -> Iterator[tuple]:
@@ -670,7 +774,7 @@ def _first_line(e: Exception) -> str:
     return str(e).strip().split("\n")[0][:200]
 
 
-# -------------------------------------------------------------------------------------------------------- scatter
+# ------------------------------------------------------------------------------------------------ scatter and merge
 
 
 class _Unit(NamedTuple):
@@ -710,8 +814,9 @@ def _make_units(files: Iterable[tuple], sink, unit_bytes: int) -> tuple[list[_Un
 class _Job:
     """What every worker has to know."""
 
-    root: str
+    root: str  # of the source
     out: Path
+    work: Path  # the list of files, and the runs
     scratch: Path  # unfinished files of this command
     column: str
     skip_bad: bool
@@ -721,7 +826,7 @@ class _Job:
 def _scatter(job: _Job, unit: _Unit) -> int:
     """Turns a unit into runs, of which the last is named so; returns the bytes of text in them."""
     tally, run, size, total, runs = _Tally(job.skip_bad), [], 0, 0, 0
-    with open(job.out / WORK / "files", "rb") as f:
+    with open(job.work / "files", "rb") as f:
         f.seek(unit.offset)
         files = [json.loads(f.readline())[:2] for _ in range(unit.files)]
     for name, file_bytes in files:
@@ -729,14 +834,10 @@ def _scatter(job: _Job, unit: _Unit) -> int:
         for where, text in _read_documents(path, file_bytes, unit.piece, unit.pieces, job.column, tally.bad):
             digest, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
             try:
-                if isinstance(text, bytes):
-                    text.decode()
-                    digest.update(text)
-                else:
-                    for block in text:
-                        decoder.decode(block)
-                        digest.update(block)
-                    decoder.decode(b"", final=True)
+                for block in _blocks(text):
+                    decoder.decode(block)
+                    digest.update(block)
+                decoder.decode(b"", final=True)
             except UnicodeDecodeError as e:
                 tally.bad(f"{where()}: not UTF-8 ({e.reason})")
                 continue
@@ -754,93 +855,101 @@ def _scatter(job: _Job, unit: _Unit) -> int:
 
 
 def _write_run(job: _Job, name: str, run: list[tuple], counts: dict) -> None:
-    """A run is sorted by digest and holds each text once: digests (high and low halves), ends of texts, texts."""
+    """A run is sorted by digest and holds each text once: digests (high halves, low halves), ends of texts, texts."""
     keys = np.frombuffer(b"".join(digest for digest, _ in run), ">u8").reshape(-1, 2).astype("<u8")
-    order = np.lexsort((keys[:, 1], keys[:, 0]))
-    order = order[_first_of_equals(keys[order])]
+    order = _sort_unique(keys)
     texts = [run[i][1] for i in order]
     ends = np.cumsum([len(text) for text in texts], dtype="<i8")
     header = dict(documents=len(texts), bytes=int(ends[-1]) if texts else 0, duplicates=len(run) - len(texts))
     table = (keys[order, 0].tobytes(), keys[order, 1].tobytes(), ends.tobytes())
-    blocks = itertools.chain.from_iterable(map(_blocks, texts))
-    _write_table(job.out / WORK / name, header | counts, itertools.chain(table, blocks), scratch=job.scratch)
+    blocks = itertools.chain(table, itertools.chain.from_iterable(map(_blocks, texts)))
+    _write_table(job.work / name, header | counts, blocks, job.scratch)
 
 
-def _first_of_equals(keys: np.ndarray) -> np.ndarray:
-    """bool (n,): which of the sorted (n, 2) keys differ from the one before."""
+def _sort_unique(keys: np.ndarray) -> np.ndarray:
+    """Order of (n, 2) keys by digest, each digest once."""
+    order = np.lexsort((keys[:, 1], keys[:, 0]))
+    keys = keys[order]
     first = np.ones(len(keys), bool)
     first[1:] = (keys[1:] != keys[:-1]).any(axis=1)
-    return first
+    return order[first]
 
 
-# ---------------------------------------------------------------------------------------------------------- merge
+def _runs(work: Path) -> list[Path]:
+    return sorted(path for path in work.iterdir() if path.suffix in (".run", ".last"))
 
 
-def _shard_ranges(documents: int, size: int, holdout: float, shard_bytes: int, **_) -> list[tuple[str, int, int]]:
+@functools.cache
+def _run_header(path: Path) -> tuple[dict, int]:
+    """Header of a run and where its table begins."""
+    with open(path, "rb") as f:
+        return json.loads(f.readline()), f.tell()
+
+
+def _shard_ranges(documents: int, size: int, holdout: float, shard_bytes: int) -> list[tuple[str, int, int]]:
     """Name and range [low, high) of the digests' first 64 bits, for each shard."""
     shards, holdout = [], Fraction(holdout)
     need = max(Fraction(size + documents, shard_bytes), Fraction(documents, SHARD_DOCUMENTS))
     for split, low, share in (("validation", Fraction(0), holdout), ("train", holdout, 1 - holdout)):
-        if not share:
-            continue
-        n = max(1, math.ceil(need * share))
-        edges = [int((low + share * i / n) * 2**64) for i in range(n + 1)]
-        shards += [(f"{split}-{i:05d}.shard", *edges[i : i + 2]) for i in range(n)]
+        n = max(1, math.ceil(need * share)) if share else 0
+        edges = [int((low + share * i / max(1, n)) * 2**64) for i in range(n + 1)]
+        shards += [(f"{split}-{i:05d}.shard", *edge) for i, edge in enumerate(itertools.pairwise(edges))]
     return shards
 
 
 def _merge(job: _Job, shard_range: tuple[str, int, int]) -> int:
     """Writes one shard and its index: all documents with digests in [low, high), sorted, each text once."""
     name, low, high = shard_range
-    keys, places = [np.empty((0, 2), "<u8")], [np.empty((0, 3), np.int64)]  # (run, offset, length)
-    runs = sorted(job.out.joinpath(WORK).glob("[0-9]*-*.*"))
+    runs = _runs(job.work)
+    keys, places = [np.empty((0, 2), np.uint64)], [np.empty((0, 3), np.int64)]  # place: run, offset, length
     for number, path in enumerate(runs):
-        with open(path, "rb") as f:
-            n, base = json.loads(f.readline())["documents"], f.tell()
-        if not n:
-            continue
-        table = np.memmap(path, "<u8", "r", base, (3, n))
-        a, b = (int(np.searchsorted(table[0], np.uint64(edge))) if edge < 2**64 else n for edge in (low, high))
-        ends = np.concatenate([[table[2, a - 1] if a else 0], table[2, a:b]]).astype(np.int64)
-        keys.append(table[:2, a:b].T)
-        places.append(np.stack([np.full(b - a, number), ends[:-1] + base + 24 * n, np.diff(ends)], axis=1))
-    keys, places = np.concatenate(keys), np.concatenate(places)
-    order = np.lexsort((keys[:, 1], keys[:, 0]))
-    order = order[_first_of_equals(keys[order])]
-    duplicates, places = len(keys) - len(order), places[order]
-    lengths = places[:, 2]
-    starts = np.concatenate([[0], np.cumsum(lengths + 1)])
+        header, base = _run_header(path)
+        n = header["documents"]
+        with open(path, "rb", buffering=0) as f:
 
-    # Batches of documents that are read together, a run at a time; a long document is a batch, read in blocks.
-    long = lengths > RUN_BYTES
-    window = starts[:-1] // RUN_BYTES
-    cuts = np.flatnonzero(np.diff(window, prepend=-1).astype(bool) | long | np.concatenate([[False], long[:-1]]))
-    digest, non_ascii = hashlib.sha256(), 0
-    shard = job.out / name
-    with _atomic(shard, job.scratch) as out:
-        for a, b in itertools.pairwise([*cuts.tolist(), len(places)]):
+            def column(i: int, a: int, b: int):
+                return np.frombuffer(os.pread(f.fileno(), 8 * (b - a), base + 8 * (i * n + a)), "<u8")  # noqa: B023
+
+            a, b = (int(np.searchsorted(column(0, 0, n), edge)) if edge < 2**64 else n for edge in (low, high))
+            ends = np.concatenate([column(2, a - 1, a) if a else [0], column(2, a, b)]).astype(np.int64)
+            keys.append(np.stack([column(0, a, b), column(1, a, b)], axis=1))
+            places.append(np.stack([np.full(b - a, number), ends[:-1] + base + 24 * n, np.diff(ends)], axis=1))
+    keys, places = np.concatenate(keys), np.concatenate(places)
+    places, read = places[_sort_unique(keys)], len(keys)
+    starts = np.concatenate([[0], np.cumsum(places[:, 2] + 1)])
+
+    # Batches of documents that are read together, run by run; a long document is a batch of its own, read in blocks.
+    long = places[:, 2] > RUN_BYTES
+    new_window = np.diff(starts[:-1] // RUN_BYTES, prepend=-1) > 0
+    cuts = np.flatnonzero(new_window | long | np.concatenate([[False], long[:-1]])).tolist()
+    digest, high_bytes = hashlib.sha256(), 0
+    with _atomic(job.out / name, job.scratch) as out:
+        for a, b in itertools.pairwise([*cuts, len(places)]):
             for block in _read_batch(runs, places[a:b]):
                 out.write(block)
                 digest.update(block)
-                non_ascii += int(np.count_nonzero(np.frombuffer(block, np.int8) < 0))
-    counts = dict(documents=len(places), duplicates=duplicates, non_ascii=non_ascii - len(places))
-    _write_index(shard, starts, digest.hexdigest(), job.scratch, **counts)
+                high_bytes += int(np.count_nonzero(np.frombuffer(block, np.int8) < 0))
+    counts = dict(documents=len(places), duplicates=read - len(places), non_ascii=high_bytes - len(places))
+    _write_index(job.out / name, starts, digest.hexdigest(), job.scratch, **counts)
     return int(starts[-1])
 
 
 def _read_batch(runs: list[Path], places: np.ndarray) -> Iterator[bytes]:
-    texts = [b""] * len(places)
+    """The documents at `places` as a shard holds them, about a megabyte at a time."""
+    texts, (number, offset, length) = [b""] * len(places), places[0].tolist()
+    if length > RUN_BYTES:
+        yield bytes([BOS])
+        with open(runs[number], "rb", buffering=0) as f:
+            for at in range(0, length, MB):
+                yield os.pread(f.fileno(), min(MB, length - at), offset + at)
+        return
     for number in np.unique(places[:, 0]):
         with open(runs[number], "rb", buffering=0) as f:
             for i in np.flatnonzero(places[:, 0] == number):
-                _, offset, length = places[i].tolist()
-                if length > RUN_BYTES:
-                    yield bytes([BOS])
-                    for at in range(0, length, BLOCK_BYTES):
-                        yield os.pread(f.fileno(), min(BLOCK_BYTES, length - at), offset + at)
-                    return
-                texts[i] = os.pread(f.fileno(), length, offset)
-    yield b"".join(itertools.chain.from_iterable(zip(itertools.repeat(bytes([BOS])), texts)))
+                texts[i] = os.pread(f.fileno(), int(places[i, 2]), int(places[i, 1]))
+    some = max(1, len(texts) * MB // RUN_BYTES)
+    for i in range(0, len(texts), some):
+        yield b"".join(b"\xfe" + text for text in texts[i : i + some])
 
 
 # -------------------------------------------------------------------------------------------------------- prepare
@@ -873,63 +982,59 @@ def prepare(
 
     Returns the manifest, or None while other parts are missing. Prints as it goes. Raises DataError.
     """
-    out, work, begun = Path(out), Path(out) / WORK, time.monotonic()
+    out, begun = Path(out), time.monotonic()
     i, n = _parse_part(part)
     if not 0 <= holdout < 1:
         raise DataError(f"--holdout {holdout}: expected a share from 0 to below 1")
     if shard_bytes < 1 or (processes is not None and processes < 1):
         raise DataError(f"--shard-bytes {shard_bytes} and --processes {processes} must be at least 1")
-    root, files = _list_source(source)
+    processes = processes or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     run_bytes = min(RUN_BYTES, max(1, shard_bytes // 2))
     plan = dict(source=source, options=dict(text_column=text_column, holdout=holdout, shard_bytes=shard_bytes))
+    root, files = _list_source(source)
     try:
         if (out / MANIFEST).exists():
-            manifest = load_manifest(out)
             with open(os.devnull, "wb") as sink:
                 plan["files"] = _make_units(files, sink, run_bytes)[1]
-            if why := _difference(manifest["plan"], plan):
-                raise DataError(f"{out}: already holds {why}; delete it or choose another --out")
-            shutil.rmtree(work, ignore_errors=True)  # what a kill after the manifest left
+            manifest = load_manifest(out)
+            _check_same(out, "holds", manifest["plan"], plan)
+            shutil.rmtree(out / WORK, ignore_errors=True)  # what a kill after the manifest left
             print(f"{out}: already prepared from {source}")
             return manifest
-        if out.is_dir() and not work.is_dir() and any(out.iterdir()):
+        if out.is_dir() and not (out / WORK).is_dir() and any(out.iterdir()):
             raise DataError(f"{out}: not empty, and not made by prepare; choose another --out")
-        work.mkdir(parents=True, exist_ok=True)
-        with _locked(work / f"part-{i}-of-{n}.lock", f"{out}: another prepare of part {part} is at work on it"):
-            scratch = work / f"unfinished-{i}-of-{n}"
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir()
-            processes = processes or len(os.sched_getaffinity(0))
-            job = _Job(root, out, scratch, text_column, skip_bad or source == "stdlib", run_bytes)
-            units = _begin(job, plan, files)
+        scratch = out / WORK / f"unfinished-{i}-of-{n}"
+        scratch.mkdir(parents=True, exist_ok=True)
+        with _locked(out / WORK / f"part-{i}-of-{n}.lock", f"{out}: another prepare of part {part} is at work on it"):
+            for left_over in scratch.iterdir():
+                left_over.unlink()
+            units, work = _begin(out, scratch, plan, files, run_bytes)
+            job = _Job(root, out, work, scratch, text_column, skip_bad or source == "stdlib", run_bytes)
             missing = _missing(work, units)
             if len(missing) < len(units):
                 print(
                     f"{out}: goes on; {len(units) - len(missing)} of {len(units)} pieces of {source} were read before"
                 )
             mine = [unit for unit in missing if unit.number % n == i - 1]
-            _parallel("reading", functools.partial(_scatter, job), mine, [unit.bytes for unit in mine], processes, job)
+            _parallel("reading", _scatter, job, mine, [unit.bytes for unit in mine], processes)
             if missing := _missing(work, units):
                 print(f"{out}: part {part} is read; {len(missing)} of {len(units)} pieces are left to other parts")
                 return None
-            with _locked(work / "merge.lock", f"{out}: another part is writing the shards; nothing is left to do here"):
+            with _locked(out / WORK / "merge.lock", f"{out}: another part is writing the shards; nothing to do here"):
                 manifest = _finish(job, plan, processes)
     except OSError as e:
         if e.errno in FULL:
-            raise DataError(f"{out}: the disk is full ({e.strerror}); make room and run the same command again") from e
+            raise _disk_full(out, e) from e
         raise DataError(f"{e.filename or out}: {e.strerror or e}") from e
     print(f"{_summary(out, manifest)}; {time.monotonic() - begun:.0f} s")
     return manifest
 
 
 def _parse_part(part: str) -> tuple[int, int]:
-    try:
-        i, n = map(int, part.split("/"))
-    except ValueError:
-        i, n = 0, 0
-    if not 1 <= i <= n:
+    i, _, n = part.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
         raise DataError(f"--part {part}: expected i/n with i from 1 to n, such as 3/8")
-    return i, n
+    return int(i), int(n)
 
 
 @contextlib.contextmanager
@@ -947,26 +1052,33 @@ def _locked(path: Path, busy: str):
         yield
 
 
-def _difference(old: dict, new: dict) -> str | None:
+def _check_same(out: Path, holds: str, old: dict, new: dict) -> None:
+    """Raises if a folder was begun with another plan."""
     for key, value in new["options"].items():
         if old["options"][key] != value:
-            return f"a corpus of --{key.replace('_', '-')} {old['options'][key]}, not {value}"
-    return None if old["files"] == new["files"] else f"{old['source']}, and this source differs or has changed since"
+            what = f"with --{key.replace('_', '-')} {old['options'][key]}, not {value}"
+            raise DataError(f"{out}: {holds} a corpus prepared {what}; delete it or choose another --out")
+    if old["files"] != new["files"]:
+        what = f"text of {old['source']} and not of {new['source']}, or of files that have changed since"
+        raise DataError(f"{out}: {holds} {what}; delete it or choose another --out")
 
 
-def _begin(job: _Job, plan: dict, files: Iterable[tuple]) -> list[_Unit]:
-    """Lists the source once more and checks that it is the one that was begun."""
-    work = job.out / WORK
-    with _atomic(work / "files", job.scratch) as sink:
-        units, plan["files"] = _make_units(files, sink, job.run_bytes)
-        if not units:
-            raise DataError(f"{plan['source']}: no text in it; expected {', '.join(SUFFIXES)}")
-        if any(work.glob("*.last")):
-            why = _difference(json.loads((work / "plan.json").read_bytes()), plan)
-            if why:
-                raise DataError(f"{job.out}: holds an unfinished prepare of {why}; delete it or choose another --out")
-    _write_table(work / "plan.json", plan, [], job.scratch)
-    return units
+def _begin(out: Path, scratch: Path, plan: dict, files: Iterable[tuple], run_bytes: int) -> tuple[list[_Unit], Path]:
+    """Lists the source; returns its units and the folder for their runs, which belongs to this plan alone."""
+    with open(scratch / "files", "wb") as sink:
+        units, plan["files"] = _make_units(files, sink, run_bytes)
+    if not units:
+        shutil.rmtree(out / WORK)
+        raise DataError(f"{plan['source']}: no text in it; expected files of {', '.join(SUFFIXES)}")
+    identity = json.dumps([plan["options"], plan["files"]], sort_keys=True)
+    work = out / WORK / f"plan-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    for other in out.glob(f"{WORK}/plan-*/*.last"):
+        if other.parent != work:
+            _check_same(out, "holds a part of", json.loads((other.parent / "plan.json").read_bytes()), plan)
+    work.mkdir(exist_ok=True)
+    os.replace(scratch / "files", work / "files")
+    _write_table(work / "plan.json", plan, [], scratch)
+    return units, work
 
 
 def _missing(work: Path, units: list[_Unit]) -> list[_Unit]:
@@ -975,70 +1087,72 @@ def _missing(work: Path, units: list[_Unit]) -> list[_Unit]:
 
 
 def _finish(job: _Job, plan: dict, processes: int) -> dict:
-    """Merges the runs, writes the manifest and clears up."""
+    """Merges the runs into shards, writes the manifest and clears up."""
     totals, examples = Counter(), []
-    for path in sorted((job.out / WORK).glob("[0-9]*-*.*")):
-        with open(path, "rb") as f:
-            header = json.loads(f.readline())
+    for path in _runs(job.work):
+        header = dict(_run_header(path)[0])
         examples += header.pop("examples", [])
         totals.update(header)
     if not totals["documents"]:
         shutil.rmtree(job.out / WORK)
-        raise DataError(f"{plan['source']}: no text in it ({totals['empty']} empty, {totals['bad']} bad documents)")
-    ranges = _shard_ranges(totals["documents"], totals["bytes"], **plan["options"])
-    todo = [r for r in ranges if _read_index(job.out / r[0]) is None]
+        bad = "".join(f", such as {example}" for example in examples[:1])
+        raise DataError(f"{plan['source']}: no text in it ({totals['empty']} empty, {totals['bad']} bad{bad})")
+    options = plan["options"]
+    ranges = _shard_ranges(totals["documents"], totals["bytes"], options["holdout"], options["shard_bytes"])
+    todo = [shard_range for shard_range in ranges if not _read_index(job.out / shard_range[0])[0]]
     sizes = [totals["bytes"] * (high - low) >> 64 for _, low, high in todo]
-    _parallel("writing shards", functools.partial(_merge, job), todo, sizes, processes, job)
+    _parallel("writing shards", _merge, job, todo, sizes, processes)
 
-    counts = dict(read=totals["read"], empty=totals["empty"], bad=totals["bad"], duplicates=totals["duplicates"])
+    counts = {name: totals[name] for name in ("read", "empty", "bad", "duplicates")}
     splits = {split: dict(documents=0, text_bytes=0, non_ascii=0, shards=[]) for split in SPLITS}
     for name, _, _ in ranges:
-        header, _ = _read_index(job.out / name, body=False)
-        split = splits[name.partition("-")[0]]
-        shard = dict(file=name, bytes=header["bytes"], documents=header["documents"], sha256=header["sha256"])
-        split["shards"].append(shard)
-        split["documents"] += header["documents"]
-        split["text_bytes"] += header["bytes"] - header["documents"]
+        header, _ = _read_index(job.out / name, header_only=True)
+        split, documents = splits[name.partition("-")[0]], header["documents"]
+        split["shards"].append(dict(file=name, bytes=header["bytes"], documents=documents, sha256=header["sha256"]))
+        split["documents"] += documents
+        split["text_bytes"] += header["bytes"] - documents
         split["non_ascii"] += header["non_ascii"]
         counts["duplicates"] += header["duplicates"]
     for split in splits.values():
         split["fingerprint"] = _fingerprint(split["shards"])
     manifest = dict(format="hnet shards 1", plan=plan, counts=counts, bad_examples=examples[:20], splits=splits)
+    _sync_folder(job.out)
     with _atomic(job.out / MANIFEST, job.scratch) as f:
         f.write(json.dumps(manifest, indent=1).encode() + b"\n")
+    _sync_folder(job.out)
     shutil.rmtree(job.out / WORK, ignore_errors=True)
     return manifest
 
 
-def _parallel(what: str, function: Callable, tasks: list, sizes: list[int], processes: int, job: _Job) -> None:
-    """Calls function(task), which returns bytes of text, for every task in worker processes, and shows progress."""
+def _parallel(what: str, function: Callable, job: _Job, tasks: list, sizes: list[int], processes: int) -> None:
+    """Calls function(job, task), which returns bytes of text, for every task in worker processes; shows progress."""
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from concurrent.futures.process import BrokenProcessPool
 
     with _Progress(what, sum(sizes)) as progress:
         processes = min(processes, len(tasks), max(1, sum(sizes) // (2 * job.run_bytes)))
-        if processes < 2:  # a process takes longer to start than this takes
+        if processes < 2:  # for a small source: done before a process has started
             for task, size in zip(tasks, sizes):
-                progress.advance(size, function(task))
+                progress.advance(size, function(job, task))
             return
         context = multiprocessing.get_context("spawn")  # the caller may have threads, which a fork doesn't survive
         leash, held = context.Pipe(duplex=False)
-        pool = ProcessPoolExecutor(processes, context, _worker, (leash,))
+        pool = ProcessPoolExecutor(processes, context, _start_worker, (leash,))
         try:
-            futures = {pool.submit(function, task): size for task, size in zip(tasks, sizes)}
+            futures = {pool.submit(function, job, task): size for task, size in zip(tasks, sizes)}
             for future in as_completed(futures):
                 progress.advance(futures[future], future.result())
         except BrokenProcessPool as e:
-            message = f"{job.out}: a process was killed while {what}, perhaps for want of memory; run the command again"
-            raise DataError(message) from e
+            how = f"a process was killed while {what}, perhaps for want of memory; run the same command again"
+            raise DataError(f"{job.out}: {how}") from e
         finally:
-            held.close()  # ends workers at once, as does the death of this process
+            held.close()
             pool.shutdown(cancel_futures=True)
 
 
-def _worker(leash) -> None:
-    """Starts in every worker: ends it as soon as the other end of the pipe closes, and leaves Ctrl-C to the parent."""
+def _start_worker(leash) -> None:
+    """Ends this worker at once when the other end of the pipe closes or its process dies; leaves Ctrl-C to that one."""
     import signal
 
     def watch():
@@ -1051,14 +1165,14 @@ def _worker(leash) -> None:
 
 
 class _Progress:
-    """A bar with MB/s of text and time left on a terminal, a line every ten seconds elsewhere."""
+    """A bar with MB/s of text and time left on a terminal; elsewhere a line every ten seconds."""
 
     def __init__(self, what: str, total: int):
-        self.what, self.total, self.done, self.text, self.said = what, max(1, total), 0, 0, time.monotonic()
-        self.begun = self.said
+        self.what, self.total, self.done, self.text = what, max(1, total), 0, 0
+        self.begun = self.said = time.monotonic()
+        self.bar = None
 
     def __enter__(self):
-        self.bar = None
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -1075,8 +1189,7 @@ class _Progress:
             self.bar.stop()
 
     def advance(self, size: int, text: int) -> None:
-        self.done, self.text = self.done + size, self.text + text
-        now = time.monotonic()
+        now, self.done, self.text = time.monotonic(), self.done + size, self.text + text
         speed = f"{self.text / 1e6 / max(now - self.begun, 1e-3):.0f} MB/s"
         if self.bar:
             self.bar.update(self.task, completed=self.done, speed=speed)
@@ -1086,7 +1199,7 @@ class _Progress:
             self.said = now
 
 
-# ------------------------------------------------------------------------------------------------------------ show
+# --------------------------------------------------------------------------------------------------- the command
 
 
 def _summary(out: Path, manifest: dict) -> str:
@@ -1099,52 +1212,47 @@ def _summary(out: Path, manifest: dict) -> str:
 def show(folder: str | Path, verify: bool = False) -> None:
     """Prints what a prepared folder holds. verify: also compares every byte with the checksums of the manifest."""
     folder, manifest = Path(folder), load_manifest(folder)
-    lines = [_summary(folder, manifest), f"source       {manifest['plan']['source']}"]
-    lines += [f"unreadable   {example}" for example in manifest["bad_examples"]]
+    lines = [_summary(folder, manifest), f"source: {manifest['plan']['source']}"]
+    lines += [f"unreadable: {example}" for example in manifest["bad_examples"]]
     for name, split in manifest["splits"].items():
         if not split["documents"]:
             continue
-        corpus = _Corpus(folder, name, 0, "shuffle")
-        if verify:
-            for path, sha256 in zip(corpus.paths, corpus.hashes):
-                _reindex(path, sha256)
-        histogram = sum(
-            np.bincount(np.frexp(np.diff(corpus.starts(i)) - 1)[1], minlength=64) for i in range(len(corpus.paths))
-        )
+        corpus = _Corpus(folder, name)
+        for path, sha256 in zip(corpus.paths, corpus.hashes) if verify else ():
+            _reindex(path, sha256)
+        histogram = np.zeros(64, int)  # by bits of the length
+        for shard in range(len(corpus.paths)):
+            histogram += np.bincount(np.frexp(np.diff(corpus.starts(shard)) - 1)[1], minlength=64)
+        mean, non_ascii = split["text_bytes"] / split["documents"], split["non_ascii"] / max(1, split["text_bytes"])
         lines += ["", f"{name}: {len(corpus.paths)} shards, fingerprint {split['fingerprint']}"]
-        lines += [f"  non-ASCII bytes {split['non_ascii'] / max(1, split['text_bytes']):.2%}"]
-        lines += [f"  mean length     {split['text_bytes'] / split['documents']:,.0f} bytes; documents by length:"]
-        for power in range(int(np.flatnonzero(histogram)[0]), int(np.flatnonzero(histogram)[-1]) + 1):
-            bar = "#" * round(50 * histogram[power] / histogram.max())
-            lines.append(
-                f"  {2 ** (power - 1) if power else 0:>12,} to {2**power - 1:<12,} {histogram[power]:>12,} {bar}"
-            )
-        first = corpus.read(0, min(400, corpus.pairs), 400, "file")
+        lines += [f"  {non_ascii:.2%} of bytes are not ASCII; documents of {mean:,.0f} bytes on average:"]
+        for bits in range(int(np.flatnonzero(histogram)[0]), int(np.flatnonzero(histogram)[-1]) + 1):
+            bar = "#" * round(50 * histogram[bits] / histogram.max())
+            lines.append(f"  {1 << bits >> 1:>13,} to {(1 << bits) - 1:<13,} {histogram[bits]:>13,} {bar}".rstrip())
+        first = corpus.read(0, min(401, corpus.pairs), corpus.pairs, "file")
         sample = first.inputs[1 : int(first.row_lengths[0])].tobytes().decode(errors="ignore")
-        lines += ["  a sample:", *(f"  | {line}" for line in sample.splitlines())]
-    print("\n".join(lines))
+        lines += ["  a sample:", *(f"  | {line}".rstrip() for line in sample.splitlines())]
+    print("\n".join([*lines, *["", "every byte is as prepared"] * verify]))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="fineweb.py", description="Text to shards of UTF-8 documents for training.")
     commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("prepare", help="text to shards", description=prepare.__doc__.split("\n")[0])
-    add = functools.partial(p.add_argument)
-    add("source", help="stdlib, a file or folder of " + " ".join(SUFFIXES) + ", or hf:owner/name[@revision][:config]")
+    add = commands.add_parser("prepare", help="text to shards", description=prepare.__doc__.split("\n")[0]).add_argument
+    add("source", help=f"stdlib, a file or folder of {' '.join(SUFFIXES)}, or hf:owner/name[@revision][:config]")
     add("--out", required=True, help="the folder to make; needs room for the text twice while it is made")
     add("--text-column", default="text", help="where .jsonl and .parquet have their text (text)")
     add("--holdout", type=float, default=0.02, help="share of documents for validation, chosen by hash (0.02)")
     add("--processes", type=int, help="default: one for each core")
     add("--part", default="1/1", metavar="I/N", help="prepare one corpus with N commands that share --out; I from 1")
     add("--skip-bad", action="store_true", help="count input that can't be read, and go on")
-    add("--shard-bytes", type=int, default=64 * MB, help="size of shards to aim at (64 MiB)")
-    s = commands.add_parser("show", help="what a folder of shards holds")
-    s.add_argument("folder")
-    s.add_argument("--verify", action="store_true", help="compare every byte with the checksums")
+    add("--shard-bytes", type=int, default=64 * MB, help="size of shards to aim at (67108864)")
+    add = commands.add_parser("show", help="what a folder of shards holds").add_argument
+    add("folder")
+    add("--verify", action="store_true", help="compare every byte with the checksums")
     arguments = vars(parser.parse_args())
-    command = {"prepare": prepare, "show": show}[arguments.pop("command")]
     try:
-        command(**arguments)
+        {"prepare": prepare, "show": show}[arguments.pop("command")](**arguments)
     except DataError as e:
         print(f"fineweb.py: {e}", file=sys.stderr)
         return 2

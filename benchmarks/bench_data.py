@@ -1,0 +1,162 @@
+"""Speed and memory of the data pipeline, in three parts that can be run alone.
+
+    python benchmarks/bench_data.py prepare SOURCE   MB/s of text from parquet to shards, memory per process
+    python benchmarks/bench_data.py slices SOURCE    ms per slice out of shards of 1 GB that no cache holds
+    python benchmarks/bench_data.py index            time and memory to open an index of 15 million documents
+
+SOURCE is whatever `fineweb.py prepare` takes. Its text is repeated, each copy made distinct, up to --gb. Everything
+is written below --work (a temporary folder, by default below the current one), which should be on the disk in question.
+"""
+
+import argparse
+import cProfile
+import hashlib
+import json
+import os
+import pstats
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from fineweb import BOS, ByteStream, _write_index, load_manifest, prepare  # noqa: E402
+
+
+def documents(folder: Path):
+    for split in load_manifest(folder)["splits"].values():
+        for shard in split["shards"]:
+            yield from (folder / shard["file"]).read_bytes().split(bytes([BOS]))[1:]
+
+
+def repeated_parquet(source: str, work: Path, gb: float) -> int:
+    """Writes parquet files of 1,000 documents a row group until they hold `gb` of text; returns bytes of text."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    prepare(source, work / "base", holdout=0)
+    texts = [text.decode() for text in documents(work / "base")]
+    (work / "parquet").mkdir()
+    total, copy = 0, 0
+    while total < gb * 1e9:
+        table = pa.table({"id": range(len(texts)), "text": [f"copy {copy} " + text for text in texts]})
+        pq.write_table(table, work / "parquet" / f"{copy:03d}.parquet", row_group_size=1000, compression="zstd")
+        total, copy = total + table["text"].nbytes, copy + 1
+    return total
+
+
+def bench_prepare(args, work: Path) -> None:
+    total = repeated_parquet(args.source, work, args.gb)
+    if args.profile:
+        profile = cProfile.Profile()
+        profile.runcall(prepare, str(work / "parquet"), work / "profiled", processes=1)
+        pstats.Stats(profile).sort_stats("tottime").print_stats(18)
+        return
+    # A process between, because a child's peak memory counts what its parent held when it was started.
+    code = (
+        "import resource, subprocess, sys, time; begin = time.perf_counter(); subprocess.run(sys.argv[1:], check=True);"
+        "print(time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)"
+    )
+    times, peaks = [], []
+    for repeat in range(args.repeats):
+        command = [sys.executable, ROOT / "fineweb.py", "prepare", work / "parquet", "--out", work / f"out{repeat}"]
+        line = [sys.executable, "-c", code, *command, "--processes", str(args.processes)]
+        out = subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True).stdout
+        seconds, peak = map(float, out.splitlines()[-1].split())
+        times.append(seconds)
+        peaks.append(peak)
+    speed = total / 1e6 / statistics.median(times)
+    each = ", ".join(f"{t:.1f}" for t in times)
+    print(f"prepare: {total / 1e9:.2f} GB of text, {args.processes} processes: {each} s, median {speed:.0f} MB/s")
+    print(f"prepare: the largest process took {max(peaks):.0f} MiB")
+
+
+def forget(folder: Path) -> None:
+    """Drops the folder's files from the page cache."""
+    for path in folder.iterdir():
+        with open(path, "rb") as f:
+            os.fsync(f.fileno())
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def bench_slices(args, work: Path) -> None:
+    repeated_parquet(args.source, work, args.gb)
+    folder = work / "shards"
+    prepare(str(work / "parquet"), folder, shard_bytes=1 << 30)
+    stream = ByteStream(folder, slice_bytes=32768)
+    forget(folder)
+    begin = time.perf_counter()
+    stream.slice(0)
+    first = time.perf_counter() - begin
+    cold, warm = [], []
+    for i in range(1, 1 + args.slices):
+        forget(folder)
+        begin = time.perf_counter()
+        stream.slice(i)
+        middle = time.perf_counter()
+        stream.slice(i)
+        cold.append(1e3 * (middle - begin))
+        warm.append(1e3 * (time.perf_counter() - middle))
+    rows = statistics.mean(len(stream.slice(i).row_lengths) for i in range(50))
+    sizes = ", ".join(f"{shard['bytes'] / 1e9:.2f}" for shard in load_manifest(folder)["splits"]["train"]["shards"])
+    print(
+        f"slices: 32,768 bytes, {rows:.0f} rows, from shards of {sizes} GB; the first of a shard {1e3 * first:.1f} ms"
+    )
+    for name, times in (("cold", cold), ("warm", warm)):
+        cuts = np.percentile(times, [50, 95, 100])
+        print(f"slices: {name}: median {cuts[0]:.3f} ms, 95% {cuts[1]:.3f} ms, longest {cuts[2]:.3f} ms")
+
+
+def bench_index(args, work: Path) -> None:
+    """Shards are holes in files; only their indexes are real, of documents with FineWeb's mean of 3,000 bytes."""
+    rng = np.random.default_rng(0)
+    shards, left = [], args.documents
+    while left:
+        lengths = np.minimum(1 + rng.lognormal(7.4, 1.05, min(left, 21_000)).astype(np.int64), 1 << 20)
+        starts = np.concatenate([[0], np.cumsum(lengths + 1)])
+        path = work / f"train-{len(shards):05d}.shard"
+        with open(path, "wb") as f:
+            f.truncate(int(starts[-1]))
+        sha256 = hashlib.sha256(path.name.encode()).hexdigest()
+        _write_index(path, starts, sha256)
+        shards.append(dict(file=path.name, bytes=int(starts[-1]), documents=len(lengths), sha256=sha256))
+        left -= len(lengths)
+    (work / "manifest.json").write_text(json.dumps(dict(splits=dict(train=dict(shards=shards)))))
+    for order in ("shuffle", "length"):
+        code = (
+            "import resource, sys, time; begin = time.perf_counter(); import fineweb;"
+            "stream = fineweb.ByteStream(sys.argv[1], slice_bytes=32768, order=sys.argv[2]);"
+            "opened = time.perf_counter(); corpus = stream._corpora[0]; epoch = 0;"
+            "ids, before = corpus._layout(sys.argv[2], 0); corpus._section(sys.argv[2], 0, int(ids[0]));"
+            "located = time.perf_counter(); peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024;"
+            "print(f'index: {sys.argv[2]}: {stream.documents:,} documents, {stream.text_bytes / 1e9:.1f} GB, "
+            "{len(corpus.paths)} shards: import and open {opened - begin:.2f} s, '"
+            "f'first section {located - opened:.2f} s, peak {peak:.0f} MiB')"
+        )
+        subprocess.run([sys.executable, "-c", code, work, order], check=True, cwd=ROOT)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("prepare", "slices", "index"))
+    parser.add_argument("source", nargs="?", default="stdlib")
+    parser.add_argument("--gb", type=float, default=1.2)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--slices", type=int, default=300)
+    parser.add_argument("--documents", type=int, default=15_000_000)
+    parser.add_argument("--profile", action="store_true", help="prepare in one process, under a profiler")
+    parser.add_argument("--work", type=Path, default=Path("."))
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.work, prefix=".bench-data-") as work:
+        {"prepare": bench_prepare, "slices": bench_slices, "index": bench_index}[args.what](args, Path(work))
+
+
+if __name__ == "__main__":
+    main()
