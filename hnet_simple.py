@@ -813,7 +813,21 @@ class Generation:
         return self.data.decode(errors="replace")
 
 
-NOISE_BLOCK = 256  # random numbers a sequence draws at a time
+class Noise:
+    """Uniform numbers in [0, 1 - 2^-24] for each sequence from a generator of its own, so independent of the batch."""
+
+    BLOCK = 256  # numbers drawn at a time
+
+    def __init__(self, seeds: Sequence[int], device: torch.device):
+        self.generators, self.device, self.drawn = [torch.Generator().manual_seed(s) for s in seeds], device, 0
+
+    def next(self) -> Tensor:
+        """float64 (B,)."""
+        if self.drawn % self.BLOCK == 0:
+            block_XB = torch.stack([torch.rand(self.BLOCK, generator=g) for g in self.generators], dim=1)
+            self.block_XB = block_XB.double().to(self.device, non_blocking=True)
+        self.drawn += 1
+        return self.block_XB[(self.drawn - 1) % self.BLOCK]
 
 
 def as_bytes(prompt: str | bytes) -> bytes:
@@ -878,12 +892,9 @@ def _stream(model, data, max_bytes, sampling, seeds, utf8_states, stop_at_eos, e
                 yield Emitted(b, byte, tuple(starts))
     logits_BV, cache, active = first.last_logits(), first.cache, [True] * len(data)
     guard = None if utf8_states is None else Utf8Guard(utf8_states, stop_at_eos, logits_BV.device)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = Noise(seeds, logits_BV.device)
     for n in range(max_bytes):
-        if n % NOISE_BLOCK == 0:
-            noise_XB = torch.stack([torch.rand(NOISE_BLOCK, generator=g) for g in generators], dim=1).double()
-            noise_XB = noise_XB.to(logits_BV.device, non_blocking=True)
-        byte_B = sampling.draw(logits_BV, noise_XB[n % NOISE_BLOCK], guard and guard.mask(max_bytes - n))
+        byte_B = sampling.draw(logits_BV, noise.next(), guard and guard.mask(max_bytes - n))
         if guard:
             guard.feed(byte_B)
         out = model.step(byte_B, cache, active)

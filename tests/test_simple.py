@@ -38,11 +38,18 @@ def config_of(layout, d_model, **changes) -> HNetConfig:
 
 
 def random_model(config: HNetConfig, dtype: torch.dtype = torch.float64, salt: str = "") -> HNetLM:
-    """Weights as the goldens have them: boundaries come and go, and every parameter matters."""
+    """Weights as the goldens have them, but inner routers without the identity in W_q.
+
+    Inner tokens are alike where `pad_dimension` is a part of all of them, so that few would open a chunk: the deepest
+    stages would see a token or two.
+    """
     model = HNetLM(config).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(torch.from_numpy(golden_weight(salt + name, tuple(parameter.shape))))
+            value = golden_weight(salt + name, tuple(parameter.shape))
+            if "main_network.routing_module.q_proj_layer" in name:
+                value -= np.eye(len(value))
+            parameter.copy_(torch.from_numpy(value))
     return model
 
 

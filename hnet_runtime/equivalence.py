@@ -1,0 +1,409 @@
+"""Is the inference model the same model? The check behind `train.py -e generate`.
+
+The same documents go through the training forward (all packed), one prefill (all together, padded) and steps (a byte at
+a time); what every layer puts out is compared token by token, then the continuations. Numbers are in units of a layer's
+own size: the largest |x - y| of a token (as vectors) over the root mean square of the training forward's tokens.
+
+Where rounding turns a boundary (p is nearly 0.5 and the two p agree within the tolerance), the two runs cut the text
+differently from there on: such a turn is counted and excused, and what depends on it is not compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nested import nested_tensor_from_jagged
+
+from hnet_runtime import weights
+from hnet_simple import HNetInference, Noise, Sampling, generate
+from hnet_trainable import BOS, HNetConfig, HNetLM, RoutingModule, init_weights, stage_of
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.15}  # of a layer's output, see above
+P_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05}  # of a boundary probability, absolute
+
+DOCUMENTS = (
+    b"",
+    b"A",
+    b"Boundaries are learnt: where does a chunk begin, and who decides?\n",
+    b"for i in range(10):\n    total += rows[i] ** 2  # squares\n" * 2,
+    "Grüße aus Köln, 東京から、и из Москвы 🙂🙃. ".encode() * 3,
+    bytes(range(0, 256, 2)) + b"\x00\x00\x00   \n\n",
+)
+
+
+@dataclasses.dataclass
+class Trace:
+    """What one way of running gave: by layer in the order of computation, then by document, one row a token."""
+
+    layers: dict[str, list[Tensor]]
+    p: list[list[Tensor]]  # [stage][document]
+    b: list[list[Tensor]]
+
+    @property
+    def logits(self) -> list[Tensor]:
+        return self.layers["lm_head"]
+
+
+@dataclasses.dataclass
+class Row:
+    """One layer compared. `tokens` were; NaN or infinity anywhere makes a difference infinite."""
+
+    layer: str
+    stage: int
+    tokens: int
+    prefill: float
+    step: float
+    limit: float
+    summary: str
+
+    @property
+    def ok(self) -> bool:
+        return max(self.prefill, self.step) <= self.limit
+
+
+@dataclasses.dataclass
+class Report:
+    """What `check` found. `rows` are in the order of computation; `turned[stage]` counts excused boundaries."""
+
+    rows: list[Row]
+    positions: list[int]  # tokens of each chunking stage
+    turned: list[int]
+    nearest: list[float]  # the smallest |p - 0.5| of each stage
+    continuations: dict[str, tuple[int, int]]  # greedy, sampled: bytes that differ, bytes compared
+    exact_continuations: bool
+
+    @property
+    def first_disagreement(self) -> str | None:
+        """The first layer, or else kind of continuation, that disagrees."""
+        wrong = [row.layer for row in self.rows if not row.ok]
+        if self.exact_continuations:
+            wrong += [f"{kind} continuation" for kind, (differ, _) in self.continuations.items() if differ]
+        return wrong[0] if wrong else None
+
+    @property
+    def ok(self) -> bool:
+        return self.first_disagreement is None
+
+    def print(self, console: Console | None = None) -> None:
+        """A table of the largest differences, then boundaries, continuations and the verdict."""
+        console = console or Console()
+        lovely = bool(_lovely())
+        table = Table("stage", "layer", "tokens", "prefill", "steps", "limit", *["training forward"] * lovely)
+        for row in self.rows:
+            cells = (
+                str(row.tokens),
+                f"{row.prefill:.1e}",
+                f"{row.step:.1e}",
+                f"{row.limit:.2g}",
+                *[row.summary] * lovely,
+            )
+            layer = row.layer.removeprefix("backbone.").removeprefix("main_network." * row.stage)
+            table.add_row(str(row.stage), layer, *cells, style=None if row.ok else "bold red")
+        console.print(table)
+        for s, (n, turned, nearest) in enumerate(zip(self.positions, self.turned, self.nearest)):
+            excused = f", {turned} turned by rounding" if turned else ", all boundaries equal"
+            console.print(f"stage {s}: {n} positions, nearest |p - 0.5| {nearest:.1e}{excused}", highlight=False)
+        for kind, (differ, total) in self.continuations.items():
+            console.print(f"{kind} continuations: {total - differ} of {total} bytes equal", highlight=False)
+        if self.ok:
+            console.print("equal: the training forward, prefill and step by step are one model", style="green")
+        else:
+            console.print(f"first to disagree: {self.first_disagreement}", style="bold red", highlight=False)
+
+
+# ----------------------------------------------------------------------------------------------------------- recording
+
+
+def _taps(model: nn.Module) -> dict[str, tuple[nn.Module, bool]]:
+    """Where to listen, by name: (module, whether to its input). The same names in both models."""
+    taps = {}
+    for name, module in model.named_modules():
+        name = name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+        kind = type(module).__name__
+        if name.endswith("._orig_mod"):
+            continue
+        if kind == "Isotropic":
+            if name.endswith(".decoder"):
+                taps[name.removesuffix("decoder") + "dechunk"] = module, True
+            taps[name + ".rmsnorm"] = module, False
+        elif ".layers." in name and name.rsplit(".", 1)[-1].isdigit() or name in ("embeddings", "lm_head"):
+            taps[name] = module, False
+    return taps
+
+
+@contextlib.contextmanager
+def _listening(model: nn.Module, heard: dict[str, list[Tensor]]) -> Iterator[None]:
+    def listen(name: str, to_input: bool):
+        def hook(module, args, *output):
+            x = args[0] if to_input else output[0]
+            heard.setdefault(name, []).append((x.values() if x.is_nested else x).detach().clone())
+
+        return hook
+
+    handles = []
+    for name, (module, to_input) in _taps(model).items():
+        register = module.register_forward_pre_hook if to_input else module.register_forward_hook
+        handles.append(register(listen(name, to_input)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _stage(name: str, config: HNetConfig) -> int:
+    return stage_of(name, config) if name.startswith("backbone") else 0
+
+
+@torch.no_grad()
+def trace_training(model: HNetLM, documents: Sequence[bytes]) -> Trace:
+    """The training forward of all documents (with their BOS) packed."""
+    device, heard = next(model.parameters()).device, {}
+    lengths = torch.tensor([len(d) for d in documents])
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(device)
+    iids = nested_tensor_from_jagged(
+        torch.tensor(list(b"".join(documents)), device=device),
+        offsets,
+        min_seqlen=int(lengths.min()),
+        max_seqlen=int(lengths.max()),
+    )
+    with _listening(model, heard):
+        out = model(iids)
+    b = [list(stage.boundary_mask.unbind()) for stage in out.stages]
+    counts = [lengths.tolist(), *([int(mask.sum()) for mask in masks] for masks in b)]
+    layers = {name: list(x[0].split(counts[_stage(name, model.config)])) for name, x in heard.items()}
+    return Trace(layers, [list(stage.boundary_prob.unbind()) for stage in out.stages], b)
+
+
+def trace_prefill(model: HNetInference, documents: Sequence[bytes]) -> Trace:
+    """One prefill of all documents."""
+    heard: dict[str, list[Tensor]] = {}
+    with _listening(model, heard):
+        out = model.prefill(documents)
+    counts = [out.lengths, *(b.sum(1).tolist() for b in out.boundaries)]
+
+    def cut(x_BLX: Tensor, s: int) -> list[Tensor]:
+        return [x_BLX[i, :n] for i, n in enumerate(counts[s])]
+
+    layers = {name: cut(x[0], _stage(name, model.config)) for name, x in heard.items()}
+    return Trace(layers, *([cut(x, s) for s, x in enumerate(xs)] for xs in (out.probabilities, out.boundaries)))
+
+
+def trace_steps(model: HNetInference, documents: Sequence[bytes]) -> Trace:
+    """All documents a byte at a time, in one batch."""
+    S, B, device = model.config.num_stages, len(documents), model.embeddings.weight.device
+    cache, layers = model.new_cache(B), {}
+    p, b = ([[[] for _ in range(B)] for _ in range(S)] for _ in "pb")
+    for t in range(max(map(len, documents))):
+        active = [t < len(d) for d in documents]
+        heard: dict[str, list[Tensor]] = {}
+        with _listening(model, heard):
+            out = model.step(torch.tensor([d[min(t, len(d) - 1)] for d in documents], device=device), cache, active)
+        for i in (i for i in range(B) if active[i]):
+            reached = [True, *out.starts[i]]
+            for name, x in heard.items():
+                if reached[_stage(name, model.config)]:
+                    layers.setdefault(name, [[] for _ in range(B)])[i].append(x[0][i])
+            for s in (s for s in range(S) if reached[s]):
+                p[s][i].append(out.probabilities[s][i])
+                b[s][i].append(torch.tensor(reached[s + 1], device=device))
+    stacked = {name: [torch.stack(rows) for rows in documents] for name, documents in layers.items()}
+    return Trace(stacked, *([[torch.stack(rows) for rows in stage] for stage in part] for part in (p, b)))
+
+
+# ----------------------------------------------------------------------------------------------------------- comparing
+
+
+@dataclasses.dataclass
+class Comparable:
+    """How many tokens of each document can be compared, [stage][document], given where boundaries were turned.
+
+    `before` the inner stage (encoder), up to the first boundary that differs (`router`), `after` it (decoder).
+    """
+
+    before: list[list[int]]
+    router: list[list[int]]
+    after: list[list[int]]
+
+    @classmethod
+    def of(cls, a: Trace, b: Trace) -> Comparable:
+        before, router = [[len(x) for x in a.logits]], []
+        for masks_a, masks_b in zip(a.b, b.b):
+            router.append([_first_difference(x, y, n) for x, y, n in zip(masks_a, masks_b, before[-1])])
+            before.append([int(mask[:first].sum()) for mask, first in zip(masks_a, router[-1])])
+        after = [before[-1]]
+        for masks, firsts in reversed(list(zip(a.b, router))):
+            opens = [mask[:first].nonzero().flatten().tolist() for mask, first in zip(masks, firsts)]
+            ends = [o[inside] if inside < len(o) else first for o, inside, first in zip(opens, after[0], firsts)]
+            after.insert(0, ends)
+        return cls(before, router, after)
+
+    def turned(self, s: int) -> int:
+        return sum(first < n for first, n in zip(self.router[s], self.before[s]))
+
+
+def _first_difference(a: Tensor, b: Tensor, n: int) -> int:
+    n = min(n, len(a), len(b))
+    return next(iter((a[:n] != b[:n]).nonzero().flatten().tolist()), n)
+
+
+def _difference(ours: list[Tensor], theirs: list[Tensor], lengths: list[int], scale: float) -> float:
+    """The largest |x - y| of a token, among the first `lengths` of each document, over `scale`."""
+    worst = 0.0
+    for x, y, n in zip(ours, theirs, lengths):
+        if len(x) < n:
+            return float("inf")
+        if n:
+            token_T = (x[:n].double() - y[:n].double()).reshape(n, -1).norm(dim=1)
+            worst = max(worst, token_T.nan_to_num(nan=torch.inf, posinf=torch.inf).max().item() / scale)
+    return worst
+
+
+def _size(documents: list[Tensor]) -> float:
+    return max(torch.cat(documents).double().square().sum(1).mean().sqrt().item(), 1e-30)
+
+
+def _lovely() -> Any:
+    """lovely-tensors' summary of a tensor, where it is installed (the `debug` extra)."""
+    try:
+        from lovely_tensors import lovely
+    except ImportError:
+        return None
+    return lovely
+
+
+def _summary(documents: list[Tensor]) -> str:
+    lovely = _lovely()
+    return str(lovely(torch.cat(documents).float())) if lovely else ""
+
+
+def check(
+    training: HNetLM,
+    inference: HNetInference,
+    documents: Sequence[bytes] = DOCUMENTS,
+    new_bytes: int = 24,
+    seed: int = 0,
+) -> Report:
+    """Compare an unsharded training model with an inference model of the same config, dtype and device.
+
+    documents: texts, to which BOS is added. Each is continued by `new_bytes`, greedily and sampled: the bytes that
+    stepping generates must be those that the training forward and a prefill of the whole text choose at each place with
+    the same random numbers. In bfloat16 a continuation may differ where two bytes are nearly as likely: it is counted.
+    """
+    dtype = inference.embeddings.weight.dtype
+    limit, p_limit = TOLERANCE[dtype], P_TOLERANCE[dtype]
+    documents = [bytes([BOS]) + d for d in documents]
+    reference = trace_training(training, documents)
+    others = [trace_prefill(inference, documents), trace_steps(inference, documents)]
+    extents = [Comparable.of(reference, other) for other in others]
+    config, rows, S = training.config, [], training.config.num_stages
+    for name, theirs in reference.layers.items():
+        s, is_after = _stage(name, config), "decoder." in name or name.endswith("dechunk") or name == "lm_head"
+        lengths = [(extent.after if is_after else extent.before)[s] for extent in extents]
+        size = _size(theirs)
+        found = [_difference(o.layers[name], theirs, n, size) for o, n in zip(others, lengths)]
+        rows.append(Row(name, s, min(map(sum, lengths)), *found, limit, _summary(theirs)))
+        if name.endswith("encoder.rmsnorm"):  # then comes the router: p, up to and with the first boundary that differs
+            p = reference.p[s]
+            lengths = [[min(f + 1, n) for f, n in zip(e.router[s], e.before[s])] for e in extents]
+            found = [_difference(o.p[s], p, n, 1.0) for o, n in zip(others, lengths)]
+            router = name.replace("encoder.rmsnorm", "routing_module")
+            rows.append(Row(router, s, min(map(sum, lengths)), *found, p_limit, _summary(p)))
+    return Report(
+        rows,
+        [sum(map(len, reference.p[s])) for s in range(S)],
+        [max(extent.turned(s) for extent in extents) for s in range(S)],
+        [(torch.cat(reference.p[s]) - 0.5).abs().min().item() for s in range(S)],
+        _continuations(training, inference, documents, new_bytes, seed),
+        exact_continuations=dtype != torch.bfloat16,
+    )
+
+
+def _continuations(training, inference, documents, new_bytes: int, seed: int) -> dict[str, tuple[int, int]]:
+    counts = {}
+    for kind, sampling in (("greedy", Sampling(temperature=0)), ("sampled", Sampling())):
+        options: dict[str, Any] = {"max_bytes": new_bytes, "sampling": sampling, "seed": seed, "stop_at_eos": False}
+        made = [g.continuation for g in generate(inference, [d[1:] for d in documents], **options)]
+        whole = [d + m[:-1] for d, m in zip(documents, made)]
+        differ = total = 0
+        for logits in (trace_training(training, whole).logits, trace_prefill(inference, whole).logits):
+            noise = Noise([seed + i for i in range(len(whole))], logits[0].device)
+            for n in range(new_bytes):
+                now = torch.stack([x[len(d) - 1 + n] for x, d in zip(logits, documents)])
+                chosen = sampling.draw(now, noise.next()).tolist()
+                differ += sum(byte != m[n] for byte, m in zip(chosen, made))
+                total += len(made)
+        counts[kind] = differ, total
+    return counts
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+@torch.no_grad()
+def random_model(config: HNetConfig, seed: int, device: str | torch.device, dtype: torch.dtype) -> HNetLM:
+    """Random weights with which the check means something, drawn from (seed, name).
+
+    Fresh ones as training draws them would not do: the routers' projections are the identity and all p lie near 0.5,
+    where rounding decides. Here they map to four dimensions, so that angles between tokens are spread out; and biases,
+    residual_proj and pad_dimension, which start at zero, are drawn as well.
+    """
+    model = init_weights(HNetLM(config), seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        drawn, leaf = torch.randn(parameter.shape, generator=generator), name.rsplit(".", 1)[-1]
+        if "norm" in name or leaf == "D":
+            parameter.copy_(1 + 0.1 * drawn)
+        elif parameter.ndim == 1 and leaf not in ("A_log", "dt_bias"):
+            parameter.copy_(0.3 * drawn)
+        elif "conv1d" in name or (name == "embeddings.weight" and not config.tie_embeddings):
+            parameter.copy_(drawn)
+        elif parameter.ndim > 1:
+            parameter.copy_(drawn / parameter.shape[-1] ** 0.5)
+    for module in (m for m in model.modules() if isinstance(m, RoutingModule)):
+        width = len(module.q_proj_layer.weight)
+        few = torch.randn(width, min(4, width), generator=generator)
+        onto = torch.linalg.qr(torch.randn(few.shape, generator=generator))[0] @ few.T
+        module.q_proj_layer.weight.copy_(onto)
+        module.k_proj_layer.weight.copy_(onto)
+    model.load_state_dict(weights.cast(model.state_dict(), dtype), assign=True)
+    if config.tie_embeddings:
+        model.lm_head.weight = model.embeddings.weight
+    return model.to(device)
+
+
+def run(
+    config: HNetConfig | None,
+    checkpoint: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    length: int = 0,
+    console: Console | None = None,
+) -> bool:
+    """The whole check, printed; True if all agrees. With a checkpoint, it's loaded once for each of the two models.
+
+    Without one, the weights are random and the inference model borrows them. `length` adds a document of so many random
+    bytes, to go beyond a window. Raises UserError where a checkpoint can't be read or isn't of this config, ValueError
+    without either.
+    """
+    if checkpoint:
+        training = weights.load_training(checkpoint, config, device, dtype)
+        inference = weights.load_inference(checkpoint, config, device, dtype)
+    elif config is None:
+        raise ValueError("equivalence: expected a config or a checkpoint")
+    else:
+        training = random_model(config, seed, device, dtype)
+        inference = HNetInference.from_training(training)
+    generator = torch.Generator().manual_seed(seed)
+    long = [bytes(torch.randint(256, (length,), generator=generator).tolist())] * bool(length)
+    report = check(training, inference, (*DOCUMENTS, *long), seed=seed)
+    report.print(console)
+    return report.ok

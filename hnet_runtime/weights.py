@@ -1,0 +1,428 @@
+"""Weights in and out: official .pt files, safetensors, our own checkpoints; by path or from the Hugging Face Hub.
+
+A source is one of
+    model.pt, model.safetensors        a file; its config lies beside it (config.json or model.json) or is given
+    RUN/checkpoints/step_00000450      a checkpoint of train.py (torch's distributed checkpointing); or the folder RUN,
+                                       which means its newest complete one
+    FOLDER                             one that holds a .safetensors or .pt file
+    hf:owner/name                      a repository of the Hub, fetched once and kept in its client's cache
+
+No file is trusted: pickles are opened with `weights_only=True` and an allow-list, and so is the index of our own
+checkpoints, which torch would open with the full pickle module. Whatever is wrong ends in a CheckpointError.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import StorageMeta, TensorStorageMetadata
+
+from hnet_runtime import UserError
+from hnet_runtime import checkpoint as own
+from hnet_simple import HNetInference
+from hnet_trainable import ConfigError, HNetConfig, HNetLM, parse_layout
+
+KEEP_FLOAT32 = ("A_log", "dt_bias", "D")  # with residual_proj: at least float32 in any compute dtype, as in training
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"  # official checkpoints come without their config
+
+
+class CheckpointError(UserError):
+    """Weights that can't be read or don't fit; one sentence that names the file and what was expected."""
+
+
+class Checkpoint(NamedTuple):
+    """Weights by official name, on the CPU in the dtype of the file, with their model's config."""
+
+    config: HNetConfig
+    weights: dict[str, Tensor]
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def load(source: str | Path, config: HNetConfig | str | Path | None = None) -> Checkpoint:
+    """Read weights and config from a source as the module describes.
+
+    config: a config or its file, for weights that come without one. Where they come with one, it must not differ in
+    anything that changes results. Raises CheckpointError, ConfigError for a config file that is none.
+    """
+    path = fetch(str(source)) if str(source).startswith("hf:") else Path(source)
+    path = _inside(path, str(source))
+    given = HNetConfig.load(config) if isinstance(config, str | Path) else config
+    beside = _config_beside(path, str(source))
+    if given and beside:
+        _check_configs(source, given, beside)
+    chosen = given or beside
+    if chosen is None:
+        raise CheckpointError(f"{source}: no config.json beside the weights; name the model's config file")
+    if path.is_dir():
+        weights = load_own_checkpoint(path)
+    elif path.suffix == ".safetensors":
+        weights = _load_safetensors(path)
+    else:
+        weights = _load_pt(path)
+    return Checkpoint(chosen, fit(weights, chosen, str(source)))
+
+
+def load_inference(
+    source: str | Path,
+    config: HNetConfig | str | Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> HNetInference:
+    """An HNetInference with the weights of a source. `dtype` (default: the file's) as `cast` applies it."""
+    checkpoint = load(source, config)
+    return _build(HNetInference, checkpoint, device, dtype).eval()
+
+
+def load_training(
+    source: str | Path,
+    config: HNetConfig | str | Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> HNetLM:
+    """The same as a training model, not sharded."""
+    return _build(HNetLM, load(source, config), device, dtype)
+
+
+def _build(kind: type, checkpoint: Checkpoint, device, dtype) -> Any:
+    with torch.device("meta"):
+        model = kind(checkpoint.config)
+    weights = cast(checkpoint.weights, dtype) if dtype else checkpoint.weights
+    model.load_state_dict({name: t.to(device) for name, t in weights.items()}, assign=True)
+    if checkpoint.config.tie_embeddings:
+        model.lm_head.weight = model.embeddings.weight
+    return model
+
+
+def cast(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weights in a compute dtype; A_log, dt_bias, D and residual_proj in at least float32, as training keeps them."""
+
+    def wanted(name: str) -> torch.dtype:
+        precise = name.rsplit(".", 1)[-1] in KEEP_FLOAT32 or "residual_proj" in name
+        return torch.promote_types(dtype, torch.float32) if precise else dtype
+
+    return {name: tensor.to(wanted(name)) for name, tensor in weights.items()}
+
+
+def _inside(path: Path, source: str) -> Path:
+    """The file or the checkpoint folder that a path means."""
+    if not path.exists():
+        raise CheckpointError(f"{source}: no such file or folder")
+    if not path.is_dir():
+        if path.suffix not in (".pt", ".pth", ".bin", ".safetensors"):
+            raise CheckpointError(f"{source}: expected a .pt or .safetensors file or a checkpoint folder")
+        return path
+    if complete := own.complete(path):
+        return complete[-1]
+    if (path / ".metadata").exists():
+        if (path / "manifest.json").exists() and not own.is_complete(path):
+            raise CheckpointError(f"{source}: damaged or incomplete (its files are not those of manifest.json)")
+        return path
+    if unfinished := own.incomplete(path):
+        raise CheckpointError(
+            f"{source}: holds no complete checkpoint ({unfinished[-1].name} is damaged or incomplete)"
+        )
+    for pattern in ("*.safetensors", "*.pt"):
+        if found := sorted(path.glob(pattern)):
+            if len(found) > 1:
+                names = ", ".join(file.name for file in found[:3])
+                raise CheckpointError(f"{source}: holds {len(found)} weight files ({names}); name one of them")
+            return found[0]
+    raise CheckpointError(f"{source}: holds no checkpoint (.safetensors, .pt, or a step of train.py)")
+
+
+def _config_beside(path: Path, source: str) -> HNetConfig | None:
+    name = source.rsplit("/", 1)[-1]
+    places = [path / "config.json"] if path.is_dir() else [path.parent / "config.json", path.with_suffix(".json")]
+    if not path.is_dir():
+        places += [CONFIGS / f"{path.stem}.json", CONFIGS / f"{name}.json"]
+    place = next((place for place in places if place.is_file()), None)
+    if place is None:
+        return None
+    try:
+        return HNetConfig.load(place)
+    except ConfigError as error:
+        raise CheckpointError(f"{error}; it lies beside {path.name}: name another config file") from None
+
+
+def _check_configs(source: str | Path, given: HNetConfig, theirs: HNetConfig) -> None:
+    ours, found = _flat(given.to_dict()), _flat(theirs.to_dict())
+    differing = [key for key in ours if ours[key] != found[key] and key not in ("N_compress", "ssm_cfg.chunk_size")]
+    if differing:
+        pairs = "; ".join(f"{key} is {found[key]} there, {ours[key]} in the one given" for key in differing[:3])
+        raise CheckpointError(f"{source}: its config differs: {pairs}")
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+# ------------------------------------------------------------------------------------------------------------- formats
+
+
+class _Ignored:
+    """Stands in for every harmless global of a pickled OmegaConf config: takes any arguments and keeps nothing."""
+
+    def __new__(cls, *args: Any) -> _Ignored:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+_OMEGACONF = [f"omegaconf.base.{name}" for name in ("ContainerMetadata", "Metadata", "Node", "Container")]
+_OMEGACONF += ["omegaconf.listconfig.ListConfig", "omegaconf.dictconfig.DictConfig"]
+_OMEGACONF += [
+    f"omegaconf.nodes.{kind}Node" for kind in ("Any", "String", "Integer", "Float", "Boolean", "Bytes", "Path")
+]
+_BESIDE_THEM = ["typing.Any", "collections.defaultdict", "builtins.dict", "builtins.list", "builtins.int"]
+
+
+def _load_pt(path: Path) -> dict[str, Tensor]:
+    allowed = [(_Ignored, name) for name in _OMEGACONF + _BESIDE_THEM]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if foreign := re.search(r"GLOBAL (\S+)", str(error)):
+            raise CheckpointError(
+                f"{path}: refused, because it holds more than weights ({foreign[1]}); nothing of it was run"
+            ) from None
+        raise CheckpointError(f"{path}: not a file of weights, or damaged") from None
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError, TypeError, AssertionError):
+        raise CheckpointError(f"{path}: damaged or cut short ({path.stat().st_size} bytes)") from None
+    for key in ("model", "state_dict", "model_state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: holds {type(content).__name__}, expected a state dict")
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError):
+        raise CheckpointError(f"{path}: damaged or cut short ({path.stat().st_size} bytes)") from None
+
+
+def load_own_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Whole weights from a checkpoint folder of train.py, whatever number of processes wrote it; no process group."""
+    try:
+        reader = SafeReader(path)
+        index = reader.read_metadata().state_dict_metadata
+        state = {
+            key: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for key, entry in index.items()
+            if key.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+        }
+        with warnings.catch_warnings():  # it says that one process alone loads, which is what we want
+            warnings.simplefilter("ignore", UserWarning)
+            dcp.load(state, storage_reader=reader, no_dist=True)
+    except (
+        dcp.CheckpointException,
+        pickle.UnpicklingError,
+        OSError,
+        EOFError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+    ):
+        raise CheckpointError(f"{path}: damaged or incomplete") from None
+    return {key.removeprefix("model."): tensor for key, tensor in state.items()}
+
+
+class SafeReader(dcp.FileSystemReader):
+    """torch's reader of checkpoint folders, but for how it opens the index: an unlisted name raises CheckpointError."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            metadata = _IndexUnpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        return metadata
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Opens a checkpoint's index, for which torch 2.11 and 2.13 use the full pickle module, with an allow-list."""
+
+    _METADATA = "Metadata TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata TensorProperties"
+    _METADATA += " MetadataIndex StorageMeta _MEM_FORMAT_ENCODING"
+    ALLOWED = {f"torch.distributed.checkpoint.metadata.{name}" for name in _METADATA.split()} | {
+        "torch.distributed.checkpoint.filesystem._StorageInfo",
+        "torch.serialization._get_layout",
+        "torch.Size",
+        "pathlib.PosixPath",
+        "collections.OrderedDict",
+    }
+
+    def __init__(self, file: BinaryIO):
+        super().__init__(file)
+        self.source = file.name
+
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = getattr(torch, name, None) if module == "torch" else None
+        if isinstance(dtype, torch.dtype):
+            return dtype
+        if f"{module}.{name}" not in self.ALLOWED:
+            raise CheckpointError(
+                f"{self.source}: refused, because it holds more than weights ({module}.{name}); nothing of it was run"
+            )
+        return super().find_class(module, name)
+
+
+def fetch(source: str) -> Path:
+    """The folder of `hf:owner/name` (or `hf:owner/name@revision`) in the Hub client's cache, fetched where needed."""
+    name, _, revision = source.removeprefix("hf:").partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise CheckpointError(f"{source}: expected hf:owner/name")
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.pt"]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise CheckpointError(f"{source}: the Hub has no such repository, or it is private") from None
+    except LocalEntryNotFoundError:
+        raise CheckpointError(f"{source}: the Hub can't be reached, and nothing of this name is cached") from None
+    except Exception as error:  # what else its HTTP library raises differs between versions
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{source}: could not be fetched ({reason})") from None
+
+
+# ------------------------------------------------------------------------------------------------------------- fitting
+
+
+def fit(weights: Mapping[str, Tensor], config: HNetConfig, source: str) -> dict[str, Tensor]:
+    """The weights under their official names, all of them and no others.
+
+    Drops wrappers' prefixes and rotary tables, which are computed; fills a tied lm_head. Raises CheckpointError naming
+    the config keys that the weights contradict, or the names that are missing, unknown or of another shape.
+    """
+    names = {name: re.sub(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|module)(?=\.)", "", name) for name in weights}
+    weights = {names[name].lstrip("."): tensor for name, tensor in weights.items() if not name.endswith("inv_freq")}
+    if config.tie_embeddings and "embeddings.weight" in weights:
+        weights.setdefault("lm_head.weight", weights["embeddings.weight"])
+    with torch.device("meta"):
+        expected = HNetInference(config).state_dict()
+    missing = [name for name in expected if name not in weights]
+    unknown = [name for name in weights if name not in expected]
+    shapes = [n for n in expected if n in weights and weights[n].shape != expected[n].shape]
+    if not (missing or unknown or shapes):
+        return {name: weights[name] for name in expected}
+    ours = _flat(config.to_dict()) | {"d_intermediate": _rounded(config)}
+    contradictions = [
+        f"{key} is {value} in the weights, {ours[key]} in the config"
+        for key, value in structure(weights).items()
+        if value != ours[key]
+    ]
+    details = contradictions[:3] or [
+        f"{len(found)} {what} ({', '.join(found[:2])}{', ...' if len(found) > 2 else ''})"
+        for found, what in ((missing, "missing"), (unknown, "unknown"), (shapes, "of another shape"))
+        if found
+    ]
+    raise CheckpointError(f"{source}: the weights don't fit the config: {'; '.join(details)}")
+
+
+def _rounded(config: HNetConfig) -> list[int]:
+    """d_intermediate as weights have it: 0 in stages without an MLP."""
+    layers = [[parse_layout(layout) for layout in config.layouts(s)] for s in range(config.num_stages + 1)]
+    uses = [any(layer.has_mlp for stack in stacks for layer in stack) for stacks in layers]
+    return [-(-width // 128) * 128 if used else 0 for width, used in zip(config.d_intermediate, uses)]
+
+
+def structure(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The config keys that can be read off the names and shapes of weights; {} where they are not an H-Net's."""
+
+    def stack(prefix: str) -> str:
+        letters = []
+        while any(name.startswith(f"{prefix}layers.{len(letters)}.") for name in weights):
+            layer = f"{prefix}layers.{len(letters)}."
+            letter = "m" if f"{layer}mixer.in_proj.weight" in weights else "t"
+            letters.append(letter.upper() if f"{layer}mlp.fc2.weight" in weights else letter)
+        return "".join(f"{run[0]}{len(run[0] + run[1])}" for run in re.findall(r"(.)(\1*)", "".join(letters)))
+
+    def stage(prefix: str) -> list:
+        if any(name.startswith(f"{prefix}encoder.") for name in weights):
+            return [stack(f"{prefix}encoder."), stage(f"{prefix}main_network."), stack(f"{prefix}decoder.")]
+        return [stack(f"{prefix}main_network.")]
+
+    layout, widths, inner, prefix, node = stage("backbone."), [], [], "backbone.", None
+    while node is None or len(node) == 3:
+        node = layout if node is None else node[1]
+        part = f"{prefix}{'encoder' if len(node) == 3 else 'main_network'}."
+        if f"{part}rmsnorm.weight" not in weights or "embeddings.weight" not in weights:
+            return {}
+        widths.append(len(weights[f"{part}rmsnorm.weight"]))
+        fc2 = [w for n, w in weights.items() if re.match(rf"{re.escape(prefix)}\w+\.layers\.\d+\.mlp\.fc2\.weight$", n)]
+        inner.append(fc2[0].shape[1] if fc2 else 0)
+        prefix += "main_network."
+    found = {"arch_layout": layout, "d_model": widths, "d_intermediate": inner}
+    return {**found, "vocab_size": len(weights["embeddings.weight"])}
+
+
+# ----------------------------------------------------------------------------------------------------------- exporting
+
+
+def export(
+    model: nn.Module | Checkpoint, folder: str | Path, form: str, dtype: torch.dtype | None = None
+) -> list[Path]:
+    """Write weights and config.json into `folder`; returns the files. Nothing half-written keeps its name.
+
+    model: an unsharded HNetLM or HNetInference, or a Checkpoint. form: `pt`, a state dict as the released code loads
+    it, with a config.json of the keys that it knows; `safetensors`, with the whole config. dtype: as `cast` applies it.
+    """
+    if form not in ("pt", "safetensors"):
+        raise ValueError(f"form: {form!r}; expected pt or safetensors")
+    config, weights = model if isinstance(model, Checkpoint) else (model.config, model.state_dict())
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    weights = cast(weights, dtype) if dtype else weights
+    keys = config.to_dict()
+    folder = Path(folder)
+    file = folder / f"model.{form}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if form == "pt":
+            keys.pop("N_compress")
+            _write(file, lambda temporary: torch.save(weights, temporary))
+        else:
+            from safetensors.torch import save_file
+
+            separate = {name: tensor.clone() for name, tensor in weights.items()}  # tied weights would share memory
+            _write(file, lambda temporary: save_file(separate, temporary, metadata={"format": "pt"}))
+        _write(folder / "config.json", lambda temporary: Path(temporary).write_text(json.dumps(keys, indent=2) + "\n"))
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: can't be written ({getattr(error, 'strerror', None) or error})") from None
+    return [file, folder / "config.json"]
+
+
+def _write(path: Path, write: Any) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
