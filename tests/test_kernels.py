@@ -7,11 +7,12 @@ import torch
 from reference import attend, each_document, ema_loop, ssd_loop, ssd_quadratic
 from torch.autograd import gradcheck
 
-from hnet_kernels import attention, ema_backward, ema_forward, ssd
+from hnet_kernels import attention, causal_conv, ema_backward, ema_forward, ssd
 
 # the package exports the functions ssd and attention under the names of their files
 ssd_file = importlib.import_module("hnet_kernels.ssd")
 attention_file = importlib.import_module("hnet_kernels.attention")
+conv_file = importlib.import_module("hnet_kernels.conv")
 
 LENGTHS = {
     "awkward": [1, 2, 63, 64, 65, 257],
@@ -108,7 +109,15 @@ def test_ssd_in_float32_keeps_small_decays_after_large_ones():
 
 def test_ssd_grows_its_chunks(monkeypatch):
     """Beyond MAX_CHUNKS chunks they get longer: tried with at most 4 chunks of at least 8 tokens."""
-    assert [ssd_file._chunk_size(T) for T in (0, 64 * 1024, 64 * 1024 + 1, 10**6)] == [64, 64, 128, 1024]
+    least = ssd_file.MIN_CHUNK
+    most = least * ssd_file.MAX_CHUNKS
+    assert [ssd_file._chunk_size(T) for T in (0, 1, most, most + 1, 8 * most)] == [
+        least,
+        least,
+        least,
+        2 * least,
+        8 * least,
+    ]
     monkeypatch.setattr(ssd_file, "MIN_CHUNK", 8)
     monkeypatch.setattr(ssd_file, "MAX_CHUNKS", 4)
     for total, size in ((32, 8), (33, 16), (150, 64)):
@@ -165,6 +174,10 @@ def test_nothing_of_a_poisoned_document_reaches_its_neighbours():
     cu = cu_of(lengths)
     outside = torch.ones(138, dtype=torch.bool)
     outside[middle] = False
+
+    x, weight, bias = (t.detach() for t in conv_inputs(138).values())
+    clean = causal_conv(x[middle], weight, bias, cu_of([70]))
+    torch.testing.assert_close(causal_conv(poison(x, outside), weight, bias, cu)[middle], clean, **CLOSE)
 
     q, k, v = (poison(normal(138, 2, 4, seed=s), outside) for s in range(3))
     clean = attention(*(t[middle] for t in (q, k, v)), cu_of([70]), 70, 5)
@@ -296,6 +309,34 @@ def test_attention_in_bfloat16_sums_in_float32():
     torch.testing.assert_close(ours.double(), wanted, rtol=2**-8, atol=1e-6)  # rounded once, at the end
 
 
+# --------------------------------------------------------------------------------------------------------- convolution
+
+
+def conv_inputs(T, D=3, taps=4):
+    inputs = {"x": normal(T, D), "weight": normal(D, 1, taps, seed=1), "bias": normal(D, seed=2)}
+    return {name: t.requires_grad_() for name, t in inputs.items()}
+
+
+def conv_loop(x, weight, bias):
+    """y_t = bias + sum_k weight[last - k] x_{t - k} in one document: the last tap is the present."""
+    taps = weight.shape[-1]
+    rows = [bias + sum(weight[:, 0, taps - 1 - k] * x[t - k] for k in range(min(taps, t + 1))) for t in range(len(x))]
+    return torch.stack(rows) if rows else torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("taps", [1, 2, 4])
+def test_causal_conv_equals_the_loop(lengths, taps):
+    inputs = conv_inputs(sum(lengths), taps=taps)
+    ours = causal_conv(*inputs.values(), cu_of(lengths))
+    wanted = each_document(lengths, lambda x: conv_loop(x, inputs["weight"], inputs["bias"]), inputs["x"])
+    compare(ours, wanted, inputs)
+
+
+def test_causal_conv_gradcheck():
+    cu = cu_of([4, 0, 1, 3])
+    assert gradcheck(lambda *values: causal_conv(*values, cu), tuple(conv_inputs(8).values()))
+
+
 # ------------------------------------------------------------------------------------------- fakes, ids, the dispatcher
 
 
@@ -303,18 +344,20 @@ def test_custom_ops_describe_themselves_truly():
     """Schemas, fakes and registered gradients, as torch.compile will rely on them."""
     lengths = [65, 0, 9]
     cu, total = cu_of(lengths), sum(lengths)
-    for op, backward, inputs, rest in (
-        (ssd, ssd_file.ssd_backward, ssd_inputs(total), (cu,)),
+    for op, backward, saved, inputs, rest in (
+        (ssd, ssd_file.ssd_backward, None, ssd_inputs(total), (cu,)),
+        (causal_conv, conv_file.causal_conv_backward, 2, conv_inputs(total), (cu,)),
         (
             attention_file.attention_definition,
             attention_file.attention_definition_backward,
+            None,
             attention_inputs(total),
             (cu, 3),
         ),
     ):
         torch.library.opcheck(op, (*inputs.values(), *rest))
         plain = [t.detach() for t in inputs.values()]
-        torch.library.opcheck(backward, (torch.ones_like(plain[0]), *plain, *rest))
+        torch.library.opcheck(backward, (torch.ones_like(plain[0]), *plain[:saved], *rest))
 
 
 def test_document_ids_skip_empty_documents():
