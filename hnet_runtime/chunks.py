@@ -1,0 +1,157 @@
+"""Text with its chunks shown in a terminal: colours where there are any, bars where there are none.
+
+A chunk of the innermost chunking stage has one hue, its neighbours others; the chunks of stage 0 in it alternate
+between a lighter and a darker shade; with three stages or more, those in between alternate between underlined and not.
+
+Bytes are shown as soon as they're known to be a whole character. A character has the style of its first byte: where a
+chunk begins inside one, a mark (`¦`) follows it. What is no UTF-8, and what a terminal would obey (escapes, text
+direction), is shown by its number: \\xff, \\u202e. The chunks are exact all the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+import unicodedata
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from hnet_simple import UTF8_NEXT
+
+# light and dark shade of a hue, apart for the colour-blind; black on them reads well on any terminal
+HUES = (("#d6ecff", "#9ccbf5"), ("#ffe9bd", "#f7c35f"), ("#d3f2dc", "#8fd6ab"), ("#fbdcee", "#eda6cf"))
+INSIDE = "¦"
+BARS = "|‖⦀"  # before a chunk of stage 0, 1, 2; without colours
+DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they would reorder the line
+_NEXT = UTF8_NEXT.tolist()
+
+
+class Piece(NamedTuple):
+    """A run of text to print, and what to print it in: `counts[s]` is the number of its chunk of stage s."""
+
+    text: str
+    counts: tuple[int, ...]
+    opens: int  # how many stages, outermost first, begin a chunk here
+    is_text: bool = True  # False for marks and for numbers that stand for bytes
+
+
+class Chunks:
+    """Cuts a stream of bytes into printable pieces. Feed it every byte with its chunk starts, then `close` it."""
+
+    def __init__(self):
+        self.pending: list[tuple[int, tuple[int, ...], int]] = []  # bytes of an unfinished character
+        self.state, self.counts = 0, ()
+
+    def feed(self, byte: int, starts: Sequence[bool]) -> list[Piece]:
+        """The pieces that this byte completes: none inside a character, several where one turns out to be broken."""
+        self.counts = tuple(n + bool(s) for n, s in zip(self.counts or (0,) * len(starts), starts))
+        opens = sum(map(bool, starts))
+        pieces, then = [], _NEXT[self.state][byte]
+        if then < 0 and self.pending:
+            pieces, then = self.close(), _NEXT[0][byte]
+        self.pending.append((byte, self.counts, opens))
+        if then < 0:
+            return pieces + self.close()
+        self.state = then
+        return pieces if then else pieces + self._character()
+
+    def close(self) -> list[Piece]:
+        """What is left: bytes that never became a character, by their numbers."""
+        pieces = [Piece(f"\\x{byte:02x}", counts, opens, False) for byte, counts, opens in self.pending]
+        self.pending, self.state = [], 0
+        return pieces
+
+    def _character(self) -> list[Piece]:
+        (_, counts, opens), *rest = self.pending
+        character = bytes(byte for byte, _, _ in self.pending).decode()
+        self.pending = []
+        shown = _shown(character)
+        pieces = [Piece(shown, counts, opens, shown == character)]
+        return pieces + [Piece(INSIDE, now, cut, False) for _, now, cut in rest if cut]
+
+
+def _shown(character: str) -> str:
+    """The character, or its number where printing it would do something else than show it."""
+    obeyed = unicodedata.category(character) == "Cc" and character not in "\n\t"
+    if not obeyed and character not in DIRECTIONS:
+        return character
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+
+def style_of(piece: Piece) -> Style:
+    """Hue, shade and underline by the numbers of the piece's chunks."""
+    if not piece.counts:
+        return Style(dim=not piece.is_text)
+    outermost, *_, innermost = piece.counts
+    light_dark = HUES[innermost % len(HUES)]
+    underline = sum(piece.counts[1:-1]) % 2 == 1
+    shade = light_dark[outermost % 2] if len(piece.counts) > 1 else light_dark[0]
+    return Style(color="#202020" if piece.is_text else "#a03030", bgcolor=shade, underline=underline)
+
+
+def pieces_of(data: bytes, starts: Iterable[Sequence[bool]]) -> list[Piece]:
+    """All pieces of a finished text. `starts`: for each byte, whether it opens a chunk of stage 0, 1, ..."""
+    chunks = Chunks()
+    pieces = [piece for byte, opens in zip(data, starts, strict=True) for piece in chunks.feed(byte, opens)]
+    return pieces + chunks.close()
+
+
+def render(data: bytes, starts: Iterable[Sequence[bool]]) -> Text:
+    """The text in colours, for `rich` to print. ValueError unless there's one entry of `starts` for each byte.
+
+    A list of masks, one a stage (as `hnet_runtime.evaluation.chunks_of` gives them), becomes `starts` by zip(*masks).
+    """
+    runs = itertools.groupby(pieces_of(data, starts), style_of)
+    return Text.assemble(*(("".join(piece.text for piece in run), style) for style, run in runs))
+
+
+def bars(data: bytes, starts: Iterable[Sequence[bool]]) -> str:
+    """The text with a bar before each chunk but the first: | opens one of stage 0, ‖ also one of stage 1, and so on.
+
+    A chunk that begins inside a character is marked `¦` after it.
+    """
+    return "".join(_barred(piece, first=not n) for n, piece in enumerate(pieces_of(data, starts)))
+
+
+def _barred(piece: Piece, first: bool) -> str:
+    bar = BARS[min(piece.opens, len(BARS)) - 1] if piece.opens and not first else ""
+    return piece.text if piece.text == INSIDE and not piece.is_text else bar + piece.text
+
+
+class Printer:
+    """Prints a stream byte by byte: in colours where the console has them, else with bars."""
+
+    def __init__(self, console: Console):
+        self.console, self.chunks, self.is_first = console, Chunks(), True
+
+    def feed(self, byte: int, starts: Sequence[bool]) -> None:
+        """Print what this byte completes, at once."""
+        self._print(self.chunks.feed(byte, starts))
+
+    def close(self) -> None:
+        """Print what is left and end the line."""
+        self._print(self.chunks.close())
+        self.console.print()
+
+    def _print(self, pieces: list[Piece]) -> None:
+        for piece in pieces:
+            if self.console.color_system:
+                shown = Text(piece.text, style=style_of(piece))
+            else:
+                shown = Text(_barred(piece, self.is_first))
+            self.console.print(shown, end="", soft_wrap=True)
+            self.is_first = False
+
+
+def legend(stages: int) -> Text | str:
+    """One line that says what the colours mean."""
+    if not stages:
+        return "no chunks: the model has no chunking stage"
+    if stages == 1:
+        return "each chunk has a colour of its own"
+    between = "; underlined or not: the stages between" if stages > 2 else ""
+    return f"colour: chunks of stage {stages - 1}; light or dark: chunks of stage 0 in them{between}"

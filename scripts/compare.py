@@ -1,0 +1,160 @@
+"""Run two checkpoints, or one in two ways, over the same text and show where they differ.
+
+python scripts/compare.py RUN_A RUN_B --text article.txt           two models: bits per byte, chunks, predictions
+python scripts/compare.py RUN --how-a training --how-b steps       one model: training forward against stepping
+python scripts/compare.py RUN --how-b prefill --tolerance 1e-3     ends with status 1 beyond the tolerance
+"""
+
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from hnet_runtime import UserError
+from hnet_runtime.chunks import bars, render
+from hnet_runtime.equivalence import Trace, trace_prefill, trace_steps, trace_training
+from hnet_runtime.weights import load_inference, load_training
+from hnet_trainable import BOS, ConfigError
+
+How = Literal["training", "prefill", "steps"]
+TEXT = "Grüße! The model reads bytes; where it begins a chunk is its own choice.\n" * 4
+
+
+@dataclass
+class Options:
+    """Compare two checkpoints, or two ways to run one, on given text."""
+
+    a: tyro.conf.Positional[str]
+    """A run or checkpoint of train.py, a .pt or .safetensors file or its folder, or hf:owner/name."""
+    b: tyro.conf.Positional[str] = ""
+    """Another; empty: the same."""
+    text: str = ""
+    """File with the text, of any bytes."""
+    prompt: str = ""
+    """The text itself."""
+    limit: int = 4096
+    """Bytes of the text that are read."""
+    how_a: How = "training"
+    """How the first is run."""
+    how_b: How = "training"
+    """How the second is run."""
+    config_a: str = ""
+    """Model config, for weights that come without one."""
+    config_b: str = ""
+    """The same for the second."""
+    tolerance: float = math.inf
+    """Largest difference of logits that is not an error (status 1)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Precision."""
+    chunks: Annotated[bool, tyro.conf.arg(aliases=["-k"])] = False
+    """Print the text as each cuts it."""
+
+
+def main(argv: Sequence[str]) -> int:
+    options = tyro.cli(Options, args=argv, description=__doc__)
+    if options.text and options.prompt:
+        raise UserError("--prompt: given with --text; give one of them")
+    if options.limit < 1:
+        raise UserError(f"--limit: {options.limit}; expected 1 or more")
+    text = read_text(options)[: options.limit]
+    b, config_b = (options.b, options.config_b) if options.b else (options.a, options.config_a)
+    if (options.a, options.how_a) == (b, options.how_b):
+        raise UserError("nothing to compare: name a second checkpoint, or another --how-b")
+    sides = [
+        run(options.a, options.config_a, options.how_a, text, options),
+        run(b, config_b, options.how_b, text, options),
+    ]
+    console = Console(highlight=False)
+    names = f"A: {options.a}, {options.how_a}", f"B: {b}, {options.how_b}"
+    for name, trace in zip(names, sides):
+        console.print(name, markup=False)
+        if options.chunks:
+            console.print((render if console.color_system else bars)(text, byte_starts(trace)[1:]), markup=False)
+    worst = report(console, text, *sides)
+    return int(worst > options.tolerance)
+
+
+def read_text(options: Options) -> bytes:
+    if not options.text:
+        return os.fsencode(options.prompt) or TEXT.encode()
+    try:
+        text = Path(options.text).read_bytes()
+    except OSError as error:
+        raise UserError(f"--text {options.text}: can't be read ({error.strerror})") from None
+    if not text:
+        raise UserError(f"--text {options.text}: empty; expected at least one byte")
+    return text
+
+
+def run(source: str, config: str, how: How, text: bytes, options: Options) -> Trace:
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU here")
+    device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
+    load = load_training if how == "training" else load_inference
+    model = load(source, config or None, device, getattr(torch, options.dtype))
+    trace = {"training": trace_training, "prefill": trace_prefill, "steps": trace_steps}[how]
+    return trace(model, [bytes([BOS]) + text])
+
+
+def byte_starts(trace: Trace) -> list[tuple[bool, ...]]:
+    """For BOS and each byte: does it open a chunk of stage 0, 1, ..."""
+    n = len(trace.logits[0])
+    at, masks = torch.arange(n), []
+    for (b,) in trace.b:
+        at = at[b.cpu()]
+        masks.append(torch.zeros(n, dtype=torch.bool).index_fill_(0, at, True).tolist())
+    return list(zip(*masks)) if masks else [()] * n
+
+
+def report(console: Console, text: bytes, a: Trace, b: Trace) -> float:
+    """Print the tables; returns the largest difference of logits."""
+    logits = [trace.logits[0][:, :256].double().cpu() for trace in (a, b)]
+    log_p = [x.log_softmax(-1) for x in logits]
+    labels = torch.tensor(list(text))
+    starts = [byte_starts(trace) for trace in (a, b)]
+    table = Table("", "A", "B")
+    table.add_row("bits per byte", *(f"{F.nll_loss(x[:-1], labels).item() / math.log(2):.4f}" for x in log_p))
+    for s in range(max(len(row[0]) for row in starts)):
+        lengths = [len(row) / sum(flags[s] for flags in row) if s < len(row[0]) else None for row in starts]
+        table.add_row(f"bytes per chunk of stage {s}", *("" if n is None else f"{n:.2f}" for n in lengths))
+    console.print(table)
+
+    difference = (logits[0] - logits[1]).abs().amax(-1)
+    kl = (log_p[0].exp() * (log_p[0] - log_p[1])).sum(-1)
+    table = Table("A against B", "")
+    table.add_row("largest difference of logits", f"{difference.max():.2e} at byte {int(difference.argmax())}")
+    table.add_row("mean KL divergence, nats", f"{kl.mean():.2e}")
+    same = (logits[0].argmax(-1) == logits[1].argmax(-1)).double().mean()
+    table.add_row("same most likely byte", f"{same:.2%}")
+    for s in range(min(len(row[0]) for row in starts)):
+        masks: list[Tensor] = [torch.tensor([flags[s] for flags in row]) for row in starts]
+        both, either = (masks[0] & masks[1]).sum().item(), (masks[0] | masks[1]).sum().item()
+        first = next(iter((masks[0] != masks[1]).nonzero().flatten().tolist()), None)
+        where = "" if first is None else f", first at byte {first}"
+        table.add_row(f"chunk starts of stage {s}", f"{both} shared, {either - both} not{where}")
+    if a.p and b.p:
+        table.add_row(
+            "largest difference of p, stage 0", f"{(a.p[0][0].double() - b.p[0][0].double()).abs().max():.2e}"
+        )
+    console.print(table)
+    return difference.nan_to_num(nan=math.inf).max().item()
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (UserError, ConfigError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,52 @@
+"""Write a model's weights for others: as the released code loads them (.pt), or as safetensors, with a config.json.
+
+python scripts/export.py RUN OUT                       both forms, in the dtype of the checkpoint
+python scripts/export.py RUN OUT --form pt --dtype bfloat16
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from hnet_runtime import UserError
+from hnet_runtime.weights import export, load
+from hnet_trainable import ConfigError
+
+
+@dataclass
+class Options:
+    """Write a model's weights as .pt and safetensors, each in a folder with its config.json."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """A run or checkpoint of train.py, a .pt or .safetensors file or its folder, or hf:owner/name."""
+    out: tyro.conf.Positional[Path]
+    """Folder to write; with both forms, folders `pt` and `safetensors` in it."""
+    config: Annotated[str, tyro.conf.arg(aliases=["-c"])] = ""
+    """Model config, for weights that come without one."""
+    form: Literal["both", "pt", "safetensors"] = "both"
+    """pt: for the released code, its config.json without N_compress, which that code refuses."""
+    dtype: Literal["keep", "float32", "bfloat16"] = "keep"
+    """Precision; A_log, dt_bias, D and residual_proj stay in at least float32."""
+
+
+def main(argv: Sequence[str]) -> None:
+    options = tyro.cli(Options, args=argv, description=__doc__)
+    checkpoint = load(options.checkpoint, options.config or None)
+    dtype = None if options.dtype == "keep" else getattr(torch, options.dtype)
+    for form in ("pt", "safetensors") if options.form == "both" else (options.form,):
+        folder = options.out / form if options.form == "both" else options.out
+        for file in export(checkpoint, folder, form, dtype):
+            print(f"{file}  {file.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (UserError, ConfigError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
