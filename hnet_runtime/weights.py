@@ -207,7 +207,7 @@ def _load_pt(path: Path) -> dict[str, Tensor]:
                 f"{path}: refused, because it holds more than weights ({foreign[1]}); nothing of it was run"
             ) from None
         raise CheckpointError(f"{path}: not a file of weights, or damaged") from None
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError, TypeError, AssertionError):
+    except Exception:  # what an unpickler makes of damaged files can be anything
         raise CheckpointError(f"{path}: damaged or cut short ({path.stat().st_size} bytes)") from None
     for key in ("model", "state_dict", "model_state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -240,15 +240,9 @@ def load_own_checkpoint(path: Path) -> dict[str, Tensor]:
         with warnings.catch_warnings():  # it says that one process alone loads, which is what we want
             warnings.simplefilter("ignore", UserWarning)
             dcp.load(state, storage_reader=reader, no_dist=True)
-    except (
-        dcp.CheckpointException,
-        pickle.UnpicklingError,
-        OSError,
-        EOFError,
-        ValueError,
-        AttributeError,
-        RuntimeError,
-    ):
+    except CheckpointError:
+        raise
+    except (Exception, dcp.CheckpointException):  # the latter, a BaseException, holds whatever a file led to
         raise CheckpointError(f"{path}: damaged or incomplete") from None
     return {key.removeprefix("model."): tensor for key, tensor in state.items()}
 

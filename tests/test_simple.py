@@ -5,6 +5,7 @@ import math
 import os
 import socket
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hnet_simple
+from hnet_runtime.weights import load
 from hnet_simple import HNetInference, Sampling, Utf8Guard, generate, ring_slots, stream, utf8_state
 from hnet_trainable import BOS, EOS, HNetConfig, HNetLM, parse_layout
 
@@ -369,38 +371,31 @@ def test_allocates_no_parameter_memory():
     assert allocations.total == 0
 
 
-def sharded_worker(rank: int, world: int, port: int) -> None:
+def sharded_worker(rank: int, world_size: int, port: int, folder: Path) -> None:
     """What a rank of a sharded training does; an assertion that fails fails the test."""
-    import torch.distributed as dist
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from hnet_runtime import checkpoint, distributed
 
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    config = config_of(["m1T1", ["T1"], "M1"], [64, 64], tie_embeddings=False)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    world = distributed.start("cpu")
+    config = config_of(["m1T1", ["T1"], "M1"], [64, 64])
     documents = random_documents([30, 12])
-    for param_dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.5)):
+    for compute_dtype, tolerance in ((torch.bfloat16, 0.5), (torch.float32, 1e-4)):
         model = random_model(config, torch.float32)
-        plain = {p for n, p in model.named_parameters() if n.endswith(("A_log", "dt_bias", ".D"))}
-        policy = MixedPrecisionPolicy(param_dtype=param_dtype, cast_forward_inputs=False)
-        blocks = [m for m in model.modules() if type(m).__name__ == "Block"]
-        for module in (*blocks, model):
-            fully_shard(module, mp_policy=policy, ignored_params=plain & set(module.parameters()))
+        distributed.shard_model(model, world.mesh, compute_dtype)
         lm = HNetInference.from_training(model)
-        try:
+        with pytest.raises(RuntimeError, match="unsharded"):
             lm.prefill(documents)
-            raise AssertionError("sharded weights were used outside of unsharded()")
-        except RuntimeError as error:
-            assert "unsharded()" in str(error)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        optimizer = torch.optim.AdamW(distributed.optimizer_groups([{"params": list(model.parameters())}]), lr=1e-2)
         for _ in range(2):  # the second time sees the optimizer's step
             expected, masks = training_logits(model, documents)
             with lm.unsharded():
-                weights = dict(lm.named_parameters())
-                whole = dict(model.named_parameters())
+                weights, whole = dict(lm.named_parameters()), dict(model.named_parameters())
                 assert all(weights[n].data_ptr() == whole[n].data_ptr() for n in whole)
-                assert weights["lm_head.weight"].dtype == param_dtype
+                assert weights["lm_head.weight"].dtype == compute_dtype
                 assert weights["backbone.encoder.layers.0.mixer.A_log"].dtype == torch.float32
+                assert weights["backbone.residual_proj.weight"].dtype == torch.float32
                 storage = weights["lm_head.weight"].untyped_storage()
                 assert storage.nbytes() > 0
                 if rank == 0:  # one rank alone: nothing inside talks to the others
@@ -414,17 +409,26 @@ def sharded_worker(rank: int, world: int, port: int) -> None:
             model(nested(documents)).logits.values().float().square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-    dist.barrier()
-    dist.destroy_process_group()
+    checkpoint.save(folder, 2, model, optimizer, {}, keep=0)
+    whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in model.state_dict().items()}
+    if rank == 0:
+        torch.save(whole, folder / "whole.pt")
+    distributed.stop()
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_sharded_training_model(world):
-    """FSDP2 over gloo: pointers to the gathered weights inside the `with`, released after it."""
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_sharded_training_model(world_size, tmp_path):
+    """FSDP2 over gloo: pointers to the gathered weights inside the `with`, released after it.
+
+    And what such a run saves is loaded by one process without a process group.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(sharded_worker, args=(world, port), nprocs=world)
+    torch.multiprocessing.spawn(sharded_worker, args=(world_size, port, tmp_path), nprocs=world_size)
+    loaded, whole = load(tmp_path), torch.load(tmp_path / "whole.pt")
+    assert loaded.weights.keys() == whole.keys()
+    assert all(torch.equal(loaded.weights[name], whole[name]) for name in whole)
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling
