@@ -57,7 +57,8 @@ MB = 1 << 20
 RUN_BYTES = 32 * MB  # text that a process gathers before it writes; memory is a small multiple of it
 BLOCK_BYTES = 8 * MB  # unit of copying and hashing
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-SHARD_DOCUMENTS = 1 << 20  # a corpus of very short documents gets more shards, so that an index stays small
+SECTION_DOCUMENTS = 1 << 16  # of the order by length, located together
+RUN_DOCUMENTS, SHARD_DOCUMENTS = 1 << 18, 1 << 20  # bounds for very short documents, whose digests outweigh them
 
 
 class DataError(Exception):
@@ -326,10 +327,10 @@ class _Corpus:
 
     @functools.cached_property
     def _by_length(self) -> tuple[np.ndarray, np.ndarray]:
-        """Document numbers, short ones first and equal ones in file order, uint32; the pairs of each 65,536 of them."""
+        """Document numbers, short ones first and equal ones in file order, uint32; the pairs of each section."""
         lengths = np.concatenate([np.diff(self.starts(shard)) for shard in range(len(self.paths))])
         order = np.argsort(lengths, kind="stable").astype(np.uint32)
-        return order, np.add.reduceat(lengths[order], np.arange(0, len(order), 65536))
+        return order, np.add.reduceat(lengths[order], np.arange(0, len(order), SECTION_DOCUMENTS))
 
     def _make_layout(self, order: str, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The sections of an epoch, in order, and the pairs before each, int64 (sections + 1,)."""
@@ -343,7 +344,7 @@ class _Corpus:
 
     def _make_section(self, order: str, epoch: int, i: int) -> _Section:
         if order == "length":
-            documents = self._by_length[0][i * 65536 : (i + 1) * 65536].astype(np.int64)
+            documents = self._by_length[0][i * SECTION_DOCUMENTS :][:SECTION_DOCUMENTS].astype(np.int64)
             shards = np.searchsorted(self.first, documents, side="right") - 1
             starts, lengths = np.empty_like(documents), np.empty_like(documents)
             for shard in np.unique(shards):
@@ -448,12 +449,16 @@ class ByteStream:
     def slices_once(self, limit: int | None = None, rank: int = 0, world: int = 1) -> Iterator[Slice]:
         """Every pair of the split exactly once, in file order, T at a time; the last slice of a folder may be shorter.
 
-        limit: the first so many slices only, which is a random sample, as shards are sorted by hash. Ranks take turns.
+        limit: so many slices only, the same ones each time, evenly spaced. Ranks take turns.
         """
-        T = self.slice_bytes
-        numbered = ((c, at) for c, corpus in enumerate(self._corpora) for at in range(0, corpus.pairs, T))
-        for c, at in itertools.islice(numbered, rank, limit, world):
-            yield self._read(c, at, min(T, self._corpora[c].pairs - at), "file")
+        T, counts = self.slice_bytes, [-(-corpus.pairs // self.slice_bytes) for corpus in self._corpora]
+        total = sum(counts)
+        taken = total if limit is None else min(limit, total)
+        for n in range(rank, taken, world):
+            c, at = 0, n * total // taken
+            while at >= counts[c]:
+                at, c = at - counts[c], c + 1
+            yield self._read(c, at * T, min(T, self._corpora[c].pairs - at * T), "file")
 
     def require(self, pairs: int) -> None:
         """Raises DataError if a batch of so many pairs would hold some of them twice."""
@@ -554,7 +559,9 @@ def _list_hub(spec: str) -> tuple[str, Iterator[tuple[str, int, str]]]:
         api = hub.HfApi()
         info = api.dataset_info(repo, revision=revision or None)
         names = [file.rfilename for file in info.siblings]
-        card = "README.md" in names and hub.hf_hub_download(repo, "README.md", repo_type="dataset", revision=info.sha)
+        card = None
+        if "README.md" in names:
+            card = hub.hf_hub_download(repo, "README.md", repo_type="dataset", revision=info.sha)
         chosen, sizes = _choose_files(spec, repo, config, names, card), {}
         for i in range(0, len(chosen), 500):
             found = api.get_paths_info(repo, chosen[i : i + 500], revision=info.sha, repo_type="dataset")
@@ -577,7 +584,7 @@ def _list_hub(spec: str) -> tuple[str, Iterator[tuple[str, int, str]]]:
             for commit in cached.revisions:
                 if (revision or "main") in (*commit.refs, commit.commit_hash):
                     files = {str(f.file_path.relative_to(commit.snapshot_path)): f for f in commit.files}
-                    card = "README.md" in files and files["README.md"].file_path
+                    card = files["README.md"].file_path if "README.md" in files else None
                     chosen = _choose_files(spec, repo, config, list(files), card)
                     print(f"hf:{spec}: no network; taking the {len(chosen)} files that the hub's cache holds")
                     listing = ((name, files[name].size_on_disk, commit.commit_hash) for name in chosen)
@@ -585,7 +592,7 @@ def _list_hub(spec: str) -> tuple[str, Iterator[tuple[str, int, str]]]:
     raise DataError(f"hf:{spec}: not in the hub's cache, and the hub can't be reached ({reason})")
 
 
-def _choose_files(spec: str, repo: str, config: str, names: list[str], card: str | Path | bool) -> list[str]:
+def _choose_files(spec: str, repo: str, config: str, names: list[str], card: str | Path | None) -> list[str]:
     """The training files of one config, as the dataset's card declares them; without a card, what can be read."""
     from huggingface_hub import metadata_load
 
@@ -594,7 +601,8 @@ def _choose_files(spec: str, repo: str, config: str, names: list[str], card: str
     patterns = [f"{config}/*", f"*/{config}/*"] if config else ["*"]
     if declared:
         usual = [name for name, entry in declared.items() if entry.get("default") or name == "default"]
-        config = config or (usual or list(declared))[0] if usual or len(declared) == 1 else config
+        if not config and (usual or len(declared) == 1):
+            config = (usual or list(declared))[0]
         if config not in declared:
             some = ", ".join(sorted(declared)[:8]) + (", ..." if len(declared) > 8 else "")
             raise DataError(f"hf:{spec}: expected hf:{repo}:CONFIG, with CONFIG one of {some}")
@@ -684,8 +692,17 @@ class _LongText:
             raise DataError(f"{self.path}: changed while it was being read; run the command again")
 
 
-def _blocks(text: bytes | _LongText) -> Iterable[bytes]:
-    return (text,) if isinstance(text, bytes) else text
+def _digest(text: bytes | _LongText) -> bytes:
+    """16 bytes of SHA-256. Raises UnicodeDecodeError."""
+    if isinstance(text, bytes):
+        text.decode()
+        return hashlib.sha256(text).digest()[:16]
+    digest, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
+    for block in text:
+        decoder.decode(block)
+        digest.update(block)
+    decoder.decode(b"", final=True)
+    return digest.digest()[:16]
 
 
 def _read_documents(path: str, size: int, piece: int, pieces: int, column: str, bad: Callable) -> Iterator[tuple]:
@@ -832,12 +849,8 @@ def _scatter(job: _Job, unit: _Unit) -> int:
     for name, file_bytes in files:
         path = os.path.join(job.root, name)
         for where, text in _read_documents(path, file_bytes, unit.piece, unit.pieces, job.column, tally.bad):
-            digest, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
             try:
-                for block in _blocks(text):
-                    decoder.decode(block)
-                    digest.update(block)
-                decoder.decode(b"", final=True)
+                digest = _digest(text)
             except UnicodeDecodeError as e:
                 tally.bad(f"{where()}: not UTF-8 ({e.reason})")
                 continue
@@ -845,9 +858,9 @@ def _scatter(job: _Job, unit: _Unit) -> int:
             if not len(text):
                 tally.counts["empty"] += 1
                 continue
-            run.append((digest.digest()[:16], text))
+            run.append((digest, text))
             size += len(text)
-            if size >= job.run_bytes or len(run) == SHARD_DOCUMENTS:
+            if size >= job.run_bytes or len(run) == RUN_DOCUMENTS:
                 _write_run(job, f"{unit.number:07d}-{runs:05d}.run", run, {})
                 run, size, total, runs = [], 0, total + size, runs + 1
     _write_run(job, f"{unit.number:07d}-{runs:05d}.last", run, tally.counts | dict(examples=tally.examples))
@@ -862,7 +875,7 @@ def _write_run(job: _Job, name: str, run: list[tuple], counts: dict) -> None:
     ends = np.cumsum([len(text) for text in texts], dtype="<i8")
     header = dict(documents=len(texts), bytes=int(ends[-1]) if texts else 0, duplicates=len(run) - len(texts))
     table = (keys[order, 0].tobytes(), keys[order, 1].tobytes(), ends.tobytes())
-    blocks = itertools.chain(table, itertools.chain.from_iterable(map(_blocks, texts)))
+    blocks = itertools.chain(table, *([text] if isinstance(text, bytes) else text for text in texts))
     _write_table(job.work / name, header | counts, blocks, job.scratch)
 
 
@@ -1012,9 +1025,7 @@ def prepare(
             job = _Job(root, out, work, scratch, text_column, skip_bad or source == "stdlib", run_bytes)
             missing = _missing(work, units)
             if len(missing) < len(units):
-                print(
-                    f"{out}: goes on; {len(units) - len(missing)} of {len(units)} pieces of {source} were read before"
-                )
+                print(f"{out}: goes on; {len(units) - len(missing)} of {len(units)} pieces were read before")
             mine = [unit for unit in missing if unit.number % n == i - 1]
             _parallel("reading", _scatter, job, mine, [unit.bytes for unit in mine], processes)
             if missing := _missing(work, units):
@@ -1148,6 +1159,7 @@ def _parallel(what: str, function: Callable, job: _Job, tasks: list, sizes: list
             raise DataError(f"{job.out}: {how}") from e
         finally:
             held.close()
+            leash.close()
             pool.shutdown(cancel_futures=True)
 
 

@@ -61,20 +61,21 @@ def bench_prepare(args, work: Path) -> None:
     # A process between, because a child's peak memory counts what its parent held when it was started.
     code = (
         "import resource, subprocess, sys, time; begin = time.perf_counter(); subprocess.run(sys.argv[1:], check=True);"
-        "print(time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)"
+        "seconds = time.perf_counter() - begin; used = resource.getrusage(resource.RUSAGE_CHILDREN);"
+        "print(seconds, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)"
     )
-    times, peaks = [], []
+    rows = []
     for repeat in range(args.repeats):
         command = [sys.executable, ROOT / "fineweb.py", "prepare", work / "parquet", "--out", work / f"out{repeat}"]
         line = [sys.executable, "-c", code, *command, "--processes", str(args.processes)]
         out = subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True).stdout
-        seconds, peak = map(float, out.splitlines()[-1].split())
-        times.append(seconds)
-        peaks.append(peak)
-    speed = total / 1e6 / statistics.median(times)
-    each = ", ".join(f"{t:.1f}" for t in times)
-    print(f"prepare: {total / 1e9:.2f} GB of text, {args.processes} processes: {each} s, median {speed:.0f} MB/s")
-    print(f"prepare: the largest process took {max(peaks):.0f} MiB")
+        rows.append([float(number) for number in out.splitlines()[-1].split()])
+    seconds, cpu, peak = zip(*rows)
+    print(
+        f"prepare: {total / 1e9:.2f} GB of text, {args.processes} processes: {', '.join(f'{t:.1f}' for t in seconds)} s"
+    )
+    print(f"prepare: median {total / 1e6 / statistics.median(seconds):.0f} MB/s, {statistics.median(cpu):.1f} s of CPU")
+    print(f"prepare: the largest process took {max(peak):.0f} MiB")
 
 
 def forget(folder: Path) -> None:

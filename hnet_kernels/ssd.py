@@ -1,13 +1,18 @@
 """The Mamba-2 recurrence (state-space duality, arXiv 2405.21060) over packed documents.
 
 Legend: T tokens of all documents together, H heads, P channels a head, N state size, Q tokens a chunk, C chunks.
+
+This file has the definition and the operation; the Triton kernels that it runs on a GPU are in ssd_triton.py.
 """
 
+import importlib.util
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from hnet_kernels.dispatch import use_fast
 
 MIN_CHUNK = 32  # tokens; the work inside a chunk grows with it, the work between chunks shrinks
 MAX_CHUNKS = 1024  # beyond this many the chunks get longer, so that the (C, C) matrix between them stays small
@@ -146,6 +151,24 @@ def _sum_from_here(x: Tensor) -> Tensor:
     return x.flip(-1).cumsum(-1).flip(-1)
 
 
+def _obstacle(x_THP: Tensor, B_TN: Tensor) -> str | None:
+    """Why the kernels of ssd_triton.py cannot run on these, or None."""
+    P, N = x_THP.shape[-1], B_TN.shape[-1]
+    if x_THP.device.type != "cuda":
+        return "no CUDA device"
+    if x_THP.dtype not in (torch.bfloat16, torch.float32):
+        return f"dtype {str(x_THP.dtype).removeprefix('torch.')}"
+    if P != 64:
+        return f"headdim {P}, not 64"
+    if N not in (16, 32, 64, 128):
+        return f"d_state {N}, not 16, 32, 64 or 128"
+    if torch.cuda.get_device_capability(x_THP.device) < (8, 0):
+        return "compute capability below 8.0"
+    if importlib.util.find_spec("triton") is None:
+        return "no triton"
+    return None
+
+
 @torch.library.custom_op("hnet::ssd", mutates_args=())
 def ssd(x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TN: Tensor, C_TN: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Mamba-2's scan: h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, y_t = h_t C_t; h = 0 before each document.
@@ -154,6 +177,10 @@ def ssd(x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TN: Tensor, C_TN: Tensor, c
     float64 with float64 inputs. cu_seqlens: int32 or int64 (B + 1,). Returns y_THP in x's dtype; the skip D x and the
     gate are the caller's. Keeps only its inputs for the backward, which computes the states again.
     """
+    if use_fast("ssd", x_THP.device.type, x_THP.dtype, _obstacle(x_THP, B_TN)):
+        from hnet_kernels import ssd_triton  # not above: triton is not everywhere
+
+        return ssd_triton.scan_forward(x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens)
     return scan_forward(x_THP, dt_TH, dt_TH * A_H, B_TN, C_TN, cu_seqlens)
 
 
@@ -167,6 +194,10 @@ def ssd_backward(
     dy_THP: Tensor, x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TN: Tensor, C_TN: Tensor, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `ssd` for x, dt, A, B and C, given the gradient dy_THP of its output."""
+    if use_fast("ssd", x_THP.device.type, x_THP.dtype, _obstacle(x_THP, B_TN)):
+        from hnet_kernels import ssd_triton
+
+        return ssd_triton.scan_backward(dy_THP, x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens)
     dx_THP, dgain_TH, dlog_a_TH, dB_TN, dC_TN = scan_backward(dy_THP, x_THP, dt_TH, dt_TH * A_H, B_TN, C_TN, cu_seqlens)
     return dx_THP, dgain_TH + dlog_a_TH * A_H, (dlog_a_TH * dt_TH).sum(0), dB_TN.contiguous(), dC_TN.contiguous()
 

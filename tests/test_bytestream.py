@@ -14,9 +14,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import fineweb
 from fineweb import BOS, EOS, ByteStream, DataError, prepare, slice_numbers
 
 LAW = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_sections():
+    """So that the order by length has several of them here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fineweb, "SECTION_DOCUMENTS", 4)
+        yield
 
 
 def write_corpus(folder: Path, shards: list[list[bytes]], split: str = "train") -> Path:
@@ -144,8 +153,12 @@ def test_a_validation_pass_reads_every_byte_once(corpus, world):
         ranks = [list(stream.slices_once(rank=rank, world=world)) for rank in range(world)]
         assert all(same(piece, ranks[i % world][i // world]) for i, piece in enumerate(pieces))
         assert sum(map(len, ranks)) == len(pieces)
-        limited = list(stream.slices_once(limit=2))
-        assert len(limited) == min(2, len(pieces)) and all(map(same, limited, pieces))
+        for limit in (1, 3, len(pieces) + 1):  # so many of them, each once, spread over the whole
+            some = [tuple(zip(p.documents.tolist(), p.offsets.tolist())) for p in stream.slices_once(limit)]
+            every = [tuple(zip(p.documents.tolist(), p.offsets.tolist())) for p in pieces]
+            taken = [every.index(each) for each in some]
+            assert len(taken) == min(limit, len(pieces)) and taken[0] == 0 and sorted(set(taken)) == taken
+            assert taken[-1] >= len(pieces) * (1 - 1 / limit) - 1
 
 
 @settings(LAW, max_examples=15)

@@ -1,0 +1,224 @@
+"""The kernels in hnet_kernels/ssd_triton.py against the definition in float64: outputs, and every gradient by name.
+
+Without a GPU they run under Triton's interpreter, in float32 alone (its bfloat16 products are wrong) and in a process
+of its own, because `TRITON_INTERPRET` counts only before triton is first imported: this file, run as a script, prints
+what `distances` finds.
+"""
+
+import functools
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from hnet_kernels import dispatch, ssd  # noqa: E402
+
+definition = importlib.import_module("hnet_kernels.ssd")
+
+NAMES = "y", "dx", "ddt", "dA", "dB", "dC"
+AWKWARD = [1, 2, 63, 64, 65, 257]
+
+
+class Case(NamedTuple):
+    lengths: list[int]
+    padding: int = 0  # rows after the last document
+    heads: int = 2
+    N: int = 16
+    dt: tuple[float, float] = (1e-3, 0.1)  # what Mamba-2 begins with, and A in [-16, -1]
+    zero_dy: bool = False
+
+
+SMALL = {
+    "awkward": Case(AWKWARD, padding=30),
+    "whole chunks": Case([40, 0, 60, 28]),
+    "one document": Case([200], heads=3, N=32),
+    "tokens": Case([1] * 5, padding=1, heads=1),
+    "only padding": Case([0, 0], padding=70),
+    "groups of heads": Case([33, 50], heads=4),
+    "no decay": Case([130, 70], dt=(1e-7, 1e-6)),
+    "strong decay": Case([130, 70], padding=9, dt=(1e-4, 3.0)),
+    "zero dy": Case(AWKWARD[:4], padding=3, zero_dy=True),
+}
+LARGE = {
+    "16": Case([*AWKWARD, 3000, 0, 5], padding=100, heads=16, N=16),
+    "32": Case([*AWKWARD, 3000, 0, 5], padding=100, heads=24, N=32),
+    "64": Case([*AWKWARD, 3000, 0, 5], heads=3, N=64),
+    "128": Case([*AWKWARD, 3000, 0, 5], padding=100, heads=32, N=128),
+    "long": Case([*AWKWARD, 20000, 12316], heads=16, N=128, dt=(1e-5, 0.1)),
+}
+# Sums of a few hundred terms in float32 are good to about 1e-6. Log decays are summed over a chunk in float32 and then
+# subtracted: where they reach 1e3 ("strong decay") the difference is good to 1e3 * 2^-24 = 6e-5, as then is the decay.
+FLOAT32 = {"strong decay": 1e-4}
+FLOAT32_TOLERANCE = 5e-6
+# bfloat16 keeps 8 bits: rounding an operand, a state or a result costs 2^-9 = 2e-3 at most, a few of which add up.
+# dA is a sum over all tokens whose terms largely cancel, and so are small gradients of dt.
+BFLOAT16_TOLERANCE = 1e-2
+
+
+def inputs_of(case: Case, dtype: torch.dtype, device: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """dy, x, dt, A, B, C as a model has them (x, B and C are parts of one tensor) and cu_seqlens with repeated ends."""
+    T = sum(case.lengths) + case.padding
+    generator = torch.Generator().manual_seed(T)
+    width = case.heads * 64
+    xBC = torch.randn(T, width + 2 * case.N, generator=generator).to(device, dtype)
+    x, B, C = xBC.split([width, case.N, case.N], dim=-1)
+    dy = torch.randn(T, case.heads, 64, generator=generator).to(device, dtype)
+    low, high = case.dt
+    dt = low * (high / low) ** torch.rand(T, case.heads, generator=generator)
+    A = -torch.linspace(1, 16, case.heads)
+    ends = torch.tensor([0, *case.lengths]).cumsum(0)
+    cu_seqlens = torch.cat([ends, ends[-1:].repeat(3)]).to(device, torch.int32)
+    inputs = {"dy": dy * (not case.zero_dy), "x": x.unflatten(-1, (-1, 64)), "dt": dt, "A": A, "B": B, "C": C}
+    return {name: t.to(device) for name, t in inputs.items()}, cu_seqlens
+
+
+def defined(dy, x, dt, A, B, C, cu_seqlens) -> tuple[torch.Tensor, ...]:
+    y = definition.scan_forward(x, dt, dt * A, B, C, cu_seqlens)
+    dx, dgain, dlog_a, dB, dC = definition.scan_backward(dy, x, dt, dt * A, B, C, cu_seqlens)
+    return y, dx, dgain + dlog_a * A, (dlog_a * dt).sum(0), dB, dC
+
+
+def fast(dy, x, dt, A, B, C, cu_seqlens) -> tuple[torch.Tensor, ...]:
+    """The kernels, in memory that is full of NaN before they write to it."""
+    from hnet_kernels import ssd_triton
+
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self, *size, **options):
+        out = new_empty(self, *size, **options)
+        return out.fill_(torch.nan if out.is_floating_point() else -(2**31))
+
+    torch.Tensor.new_empty = poisoned
+    try:
+        y = ssd_triton.scan_forward(x, dt, A, B, C, cu_seqlens)
+        return y, *ssd_triton.scan_backward(dy, x, dt, A, B, C, cu_seqlens)
+    finally:
+        torch.Tensor.new_empty = new_empty
+
+
+def relative(ours: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Distance over norm; over 1 where the norm is zero."""
+    norm = wanted.norm().item()
+    return (ours.double() - wanted).norm().item() / (norm or 1.0)
+
+
+def distances(case: Case, dtype: torch.dtype, device: str) -> dict[str, float]:
+    inputs, cu_seqlens = inputs_of(case, dtype, device)
+    ours = fast(**inputs, cu_seqlens=cu_seqlens)
+    wanted = defined(**{name: t.double() for name, t in inputs.items()}, cu_seqlens=cu_seqlens)
+    for name, a, b in zip(NAMES, ours, wanted):
+        assert a.shape == b.shape and a.dtype == (torch.float32 if name in ("ddt", "dA") else dtype), name
+    return {name: relative(a, b) for name, a, b in zip(NAMES, ours, wanted)}
+
+
+def leaks(device: str, dtype: torch.dtype) -> list[str]:
+    """What changes in other documents, be it in the last bit, when one document's numbers change."""
+    case = Case([30, 75, 40], padding=15)
+    inputs, cu_seqlens = inputs_of(case, dtype, device)
+    before = fast(**inputs, cu_seqlens=cu_seqlens)
+    changed = {name: t.clone() for name, t in inputs.items()}
+    for name in ("dy", "x", "dt", "B", "C"):
+        changed[name][30:105] *= 3
+    after = fast(**changed, cu_seqlens=cu_seqlens)
+    others = torch.cat([torch.arange(30), torch.arange(105, 160)]).to(device)
+    return [n for n, a, b in zip(NAMES, before, after) if n != "dA" and not torch.equal(a[others], b[others])]
+
+
+def check(found: dict[str, float], tolerance: float) -> None:
+    wrong = {name: distance for name, distance in found.items() if not distance <= tolerance}  # NaN is wrong too
+    assert not wrong and set(found) == set(NAMES), found
+
+
+# ---------------------------------------------------------------------------------------------------- the interpreter
+
+
+@functools.cache
+def interpreted() -> dict:
+    pytest.importorskip("triton")
+    run = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_interpreted_kernels_match_the_definition(name):
+    check(interpreted()["distances"][name], FLOAT32.get(name, FLOAT32_TOLERANCE))
+
+
+def test_interpreted_kernels_pass_nothing_between_documents():
+    assert interpreted()["leaks"] == []
+
+
+def test_obstacles():
+    x, B = torch.empty(1, 1, 64), torch.empty(1, 16)
+    assert definition._obstacle(x, B) == "no CUDA device"
+    x = x.to("meta")
+    assert definition._obstacle(x, B) == "no CUDA device"
+
+
+# ----------------------------------------------------------------------------------------------------------- real GPUs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*SMALL, *LARGE])
+def test_float32_on_gpu(name):
+    check(distances((SMALL | LARGE)[name], torch.float32, "cuda"), FLOAT32.get(name, FLOAT32_TOLERANCE))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*SMALL, *LARGE])
+def test_bfloat16_on_gpu(name):
+    check(distances((SMALL | LARGE)[name], torch.bfloat16, "cuda"), BFLOAT16_TOLERANCE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gpu_passes_nothing_between_documents(dtype):
+    assert leaks("cuda", dtype) == []
+
+
+@pytest.mark.gpu
+def test_operation_runs_the_kernels_without_syncs_in_a_graph_and_repeats_itself():
+    inputs, cu_seqlens = inputs_of(LARGE["128"], torch.bfloat16, "cuda")
+    dy = inputs.pop("dy")
+    leaves = [t.requires_grad_() for t in inputs.values()]
+
+    def step():
+        y = ssd(*leaves, cu_seqlens)
+        return y, *torch.autograd.grad(y, leaves, dy)
+
+    eager = step()
+    torch.cuda.synchronize()
+    assert dispatch.kernel_report()["ssd cuda bfloat16"] == "fast"
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step()
+    graph.replay()
+    for name, a, b, c in zip(NAMES, eager, again, replayed):
+        assert torch.equal(a, b) and torch.equal(a, c), name
+
+
+if __name__ == "__main__":
+    assert os.environ.get("TRITON_INTERPRET") == "1"
+    torch.set_num_threads(1)
+    found = {name: distances(case, torch.float32, "cpu") for name, case in SMALL.items()}
+    print(json.dumps({"distances": found, "leaks": leaks("cpu", torch.float32)}))
