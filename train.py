@@ -20,10 +20,12 @@ import torch
 import torch.distributed as dist
 import tyro
 import yaml
+from rich.console import Console
 from torch import Tensor
 
 import fineweb
 from hnet_runtime import UserError, checkpoint, distributed
+from hnet_runtime.chunks import bars, render
 from hnet_runtime.distributed import World
 from hnet_runtime.evaluation import chunks_of, validate
 from hnet_runtime.metrics import JsonlSink, Metrics, WandbSink, duration, plot_losses, read_metrics
@@ -360,12 +362,9 @@ def show_results(model: HNetLM, val_stream: fineweb.ByteStream, run: Path, world
     last = records[-1]
     if opens:
         logger.info("held-out text in the chunks that the model cut:")
-        logger.info(
-            "%s",
-            b"|".join(text[i:j] for i, j in zip(opens[0].nonzero()[0], [*opens[0].nonzero()[0][1:], len(text)])).decode(
-                errors="replace"
-            ),
-        )
+        starts = list(zip(*opens))
+        console = Console(highlight=False)
+        console.print(render(text, starts) if console.color_system else bars(text, starts), markup=False)
         share, base = last["val_edge_share"], last["val_edge_base"]
         logger.info(
             f"{share:.0%} of the chunks begin at the edge of a word, where {base:.0%} of all bytes do: "

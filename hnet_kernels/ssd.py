@@ -134,10 +134,9 @@ def scan_backward(
     dsum_CHQ -= to_end_CHQ
     dsum_CHQ += (dy_start_CHQP * (C_C1QN @ before_CHPN.mT)).double().sum(-1)
     dsum_CHQ[..., -1] += to_end_CHQ.sum(-1)
-    carried_CHX, reached_CHX = added_CHPN.flatten(2), dbefore_CHPN.flatten(2)
-    flow_HCC = (decays.carried_HCC * (reached_CHX.transpose(0, 1) @ carried_CHX.transpose(0, 1).mT)).double()
-    dtotal_HC = pad(flow_HCC.sum(-1), (-1, 1)) - flow_HCC.sum(-2)
-    dsum_CHQ[..., -1] += _sum_from_here(dtotal_HC).T
+    # a chunk's whole decay scales the state before it on its way to the state after it
+    passed_CH = (dadded_CHPN * before_CHPN).double().sum((-1, -2)) * decays.from_start_CHQ[..., -1]
+    dsum_CHQ[..., -1] += passed_CH
     dlog_a_TH = _sum_from_here(dsum_CHQ).transpose(1, 2).flatten(0, 1)[:T]
 
     dxg_THP = dx_CHQP.transpose(1, 2).flatten(0, 1)[:T]

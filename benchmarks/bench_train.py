@@ -1,0 +1,172 @@
+"""Time of a training step as train.py runs it: forward, backward, clipping and AdamW, on real packed text.
+
+    python benchmarks/bench_train.py --config configs/hnet_1stage_small.json --data DIR --mbs 32768 --boundaries forced:0.18
+
+Prints one JSON object (and writes it with --out): median step time after a warm-up, bytes per second, MFU (6 x matmul
+parameters x tokens really seen, over the data sheet's dense bf16 peak), peak memory, time to the first step, kernel
+launches per step and share of the time that the GPU was busy. With --profile FOLDER also a trace and the top kernels.
+"""
+
+import json
+import platform
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+import fineweb
+import train
+from hnet_kernels import kernel_report
+from hnet_runtime import distributed
+from hnet_trainable import HNetConfig, RoutingModule, StageOutput, compile_blocks, nested_like, parameter_groups
+
+
+@dataclass
+class Benchmark:
+    """What to time."""
+
+    config: str = "configs/hnet_1stage_small.json"
+    """Model config."""
+    data: str = "data/stdlib"
+    """Folder made by fineweb.py prepare."""
+    mbs: int = 32768
+    """Bytes a step."""
+    max_doc: int = 8192
+    """Longest row."""
+    boundaries: str = "learned"
+    """learned, or forced:RATE[,RATE]: open chunks at random at that rate, stage by stage."""
+    warmup: int = 10
+    """Steps before the clock starts."""
+    steps: int = 20
+    """Steps timed."""
+    compile: str = "eager"
+    """eager or block."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    profile: str = ""
+    """Folder for a trace and a table of kernels."""
+    out: str = ""
+    """File for the result."""
+
+
+def force_boundaries(model: torch.nn.Module, rates: list[float]) -> None:
+    """Replace every router's decisions, not its probabilities, by random ones; documents still open with a chunk."""
+    routers = [m for m in model.modules() if isinstance(m, RoutingModule)]
+    if len(rates) != len(routers):
+        sys.exit(f"--boundaries: {len(rates)} rates for {len(routers)} stages")
+    for router, rate in zip(routers, rates):
+        generator = torch.Generator(next(router.parameters()).device).manual_seed(0)
+
+        def hook(module, inputs, stage: StageOutput, rate=rate, generator=generator) -> StageOutput:
+            p_T = stage.boundary_prob.values()
+            b_T = torch.rand(p_T.shape, device=p_T.device, generator=generator) < rate
+            b_T[stage.boundary_prob.offsets()[:-1]] = True
+            return stage._replace(boundary_mask=nested_like(b_T, stage.boundary_prob), F=b_T.float().mean())
+
+        router.register_forward_hook(hook)
+
+
+def main(args: Benchmark) -> None:
+    program_start = time.perf_counter()
+    config = train.TrainConfig(
+        config=args.config, data=args.data, mbs=args.mbs, max_doc=args.max_doc, device=args.device
+    )
+    hnet = HNetConfig.load(args.config)
+    world = distributed.start(args.device)
+    on_gpu = world.device.type == "cuda"
+    torch.set_float32_matmul_precision("high")
+    model = distributed.build_model(hnet, world, torch.bfloat16 if on_gpu else torch.float32, seed=0)
+    if args.compile == "block":
+        compile_blocks(model)
+    if args.boundaries != "learned":
+        force_boundaries(model, [float(r) for r in args.boundaries.removeprefix("forced:").split(",")])
+    parameters = list(model.parameters())
+    groups = parameter_groups(model, 3e-4, config.weight_decay)
+    optimizer = torch.optim.AdamW(distributed.optimizer_groups(groups), betas=(0.9, 0.95), fused=True)
+    stream = fineweb.ByteStream(args.data, slice_bytes=args.mbs, max_doc=args.max_doc)
+
+    def step(i: int) -> torch.Tensor:
+        stats = train.forward_backward(model, [stream.slice(i)], config, world)
+        distributed.clip_grad_norm(parameters, 1.0, world)
+        optimizer.step()
+        optimizer.zero_grad()
+        return stats
+
+    def synchronize() -> None:
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    step(0)
+    synchronize()
+    first_step_s = time.perf_counter() - program_start
+    for i in range(1, args.warmup):
+        step(i)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    synchronize()
+    times, rates = [], []
+    for i in range(args.warmup, args.warmup + args.steps):
+        started = time.perf_counter()
+        stats = step(i)
+        synchronize()
+        times.append(time.perf_counter() - started)
+        S = hnet.num_stages
+        rates.append(stats[2 + S : 2 + 2 * S].tolist())
+    began = time.perf_counter()  # again without waiting for each step, as training runs
+    for i in range(args.warmup, args.warmup + args.steps):
+        step(i)
+    synchronize()
+    overlapped = (time.perf_counter() - began) / args.steps
+    mean_rates = [statistics.mean(column) for column in zip(*rates)]
+    record = {f"stage{s}_F": F for s, F in enumerate(mean_rates)}
+    result = {
+        **{k: v for k, v in vars(args).items() if k not in ("out", "profile")},
+        "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or "CPU",
+        "torch": torch.__version__,
+        "kernels": kernel_report(),
+        "boundary_rates": [round(r, 4) for r in mean_rates],
+        "step_ms_median": 1000 * statistics.median(times),
+        "step_ms_min": 1000 * min(times),
+        "step_ms_overlapped": 1000 * overlapped,
+        **{k: v for k, v in train.speed(record, overlapped, hnet, config, world).items() if k != "step_ms"},
+        "first_step_s": first_step_s,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+    }
+    if args.profile:
+        result |= profile(lambda: step(0), Path(args.profile), on_gpu)
+    print(json.dumps(result))
+    if args.out:
+        Path(args.out).write_text(json.dumps(result) + "\n")
+    distributed.stop()
+
+
+def profile(step, folder: Path, on_gpu: bool, steps: int = 3) -> dict[str, float]:
+    """Launches and GPU-busy milliseconds per step; writes trace.json.gz and kernels.txt into `folder`."""
+    from torch.profiler import ProfilerActivity
+
+    folder.mkdir(parents=True, exist_ok=True)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with torch.profiler.profile(activities=activities) as prof:
+        for _ in range(steps):
+            step()
+        if on_gpu:
+            torch.cuda.synchronize()
+    averages = prof.key_averages()
+    key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    (folder / "kernels.txt").write_text(averages.table(sort_by=key, row_limit=60, max_name_column_width=90))
+    prof.export_chrome_trace(str(folder / "trace.json.gz"))
+    launches = sum(
+        e.count
+        for e in averages
+        if e.key in ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx")
+    )
+    busy = sum(e.self_device_time_total for e in averages if e.device_type == torch.autograd.DeviceType.CUDA)
+    return {"launches_per_step": launches / steps, "gpu_busy_ms": busy / steps / 1000}
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Benchmark))
