@@ -86,10 +86,8 @@ def style_of(piece: Piece) -> Style:
     """Hue, shade and underline by the numbers of the piece's chunks."""
     if not piece.counts:
         return Style(dim=not piece.is_text)
-    outermost, *_, innermost = piece.counts
-    light_dark = HUES[innermost % len(HUES)]
     underline = sum(piece.counts[1:-1]) % 2 == 1
-    shade = light_dark[outermost % 2] if len(piece.counts) > 1 else light_dark[0]
+    shade = HUES[piece.counts[-1] % len(HUES)][piece.counts[0] % 2 if len(piece.counts) > 1 else 0]
     return Style(color="#202020" if piece.is_text else "#a03030", bgcolor=shade, underline=underline)
 
 

@@ -1,0 +1,330 @@
+"""What people type: generate, export, compare; the chunks they see; and the check behind `train.py -e generate`."""
+
+import importlib.util
+import io
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from test_simple import config_of, one_thread, random_model  # noqa: F401 (a fixture)
+
+import hnet_simple
+from hnet_runtime import UserError, chunks, equivalence, weights
+from hnet_runtime.chunks import Printer, bars, render
+from hnet_runtime.equivalence import check, run
+from hnet_simple import HNetInference, generate
+from hnet_trainable import HNetLM
+
+ROOT = Path(__file__).parent.parent
+
+
+def script(name: str) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(f"scripts_{name}", ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    config = config_of(["m1", ["T1m1", ["T1"], "m1"], "M1"], [32, 32, 64], window_size=[-1, 5, -1])
+    weights.export(random_model(config, torch.float32), folder, "safetensors")
+    return folder
+
+
+# -------------------------------------------------------------------------------------------------------------- chunks
+
+
+def flags(text: str) -> list[tuple[bool, bool]]:
+    """'0' no chunk starts, '1' one of stage 0, '2' one of stage 1 too: a digit a byte."""
+    return [(digit >= "1", digit >= "2") for digit in text]
+
+
+def test_bars():
+    assert bars(b"The cat", flags("2001100")) == "The| |cat"
+    assert bars(b"abcd", flags("0212")) == "a‖b|c‖d"
+    assert bars("né日".encode(), flags("110100")) == "n|é|日"
+    assert bars(b"ab", [(), ()]) == "ab"
+    with pytest.raises(ValueError):
+        bars(b"abc", flags("11"))
+
+
+def test_chunk_starts_inside_a_character():
+    """A mark follows the character; the chunks after it count on."""
+    assert bars("日本".encode(), flags("100001")) == "日本¦"
+    assert bars("日本".encode(), flags("112010")) == "日¦¦本¦"
+    pieces = chunks.pieces_of("日x".encode(), flags("1110"))
+    assert [piece.counts for piece in pieces] == [(1, 0), (2, 0), (3, 0), (3, 0)]
+
+
+@pytest.mark.parametrize(
+    "data, shown",
+    [
+        (b"a\xffb", "a\\xffb"),
+        (b"\xe6\x97", "\\xe6\\x97"),  # a character that never ends
+        (b"\xe6\x97A", "\\xe6\\x97A"),
+        (b"\xe6\xe6\x97\xa5", "\\xe6日"),
+        (b"\x80\xc3\xa9\xc3", "\\x80é\\xc3"),
+        (b"\xed\xa0\x80", "\\xed\\xa0\\x80"),  # half of a surrogate pair
+        (b"\x1b[31mred\x07\r\n\t", "\\x1b[31mred\\x07\\x0d\n\t"),
+        ("\u202eabc\u2069\x9b".encode(), "\\u202eabc\\u2069\\x9b"),
+        ("👩‍🚀🙂".encode(), "👩‍🚀🙂"),
+        (b"[bold]x[/bold]:smile:", "[bold]x[/bold]:smile:"),
+    ],
+)
+def test_what_is_no_text_is_shown_by_number(data, shown):
+    quiet = [(False,)] * len(data)
+    assert bars(data, quiet) == shown
+    assert render(data, quiet).plain == shown
+    for color_system in (None, "truecolor"):
+        printed = io.StringIO()
+        printer = Printer(Console(file=printed, color_system=color_system, force_terminal=True, width=20))
+        for byte in data:
+            printer.feed(byte, (False,))
+        printer.close()
+        plain = printed.getvalue() if color_system is None else without_colours(printed.getvalue())
+        assert plain == shown.expandtabs() + "\n"  # rich expands tabs
+
+
+def without_colours(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def test_a_character_is_printed_as_soon_as_it_is_whole():
+    printed = io.StringIO()
+    printer, seen = Printer(Console(file=printed, color_system=None)), []
+    for byte in "aé🙂".encode():
+        printer.feed(byte, (False,))
+        seen.append(printed.getvalue())
+    assert seen == ["a", "a", "aé", "aé", "aé", "aé", "aé🙂"]
+
+
+def test_colours_follow_the_stages():
+    """Neighbouring chunks differ; hue by the innermost stage, shade by the outermost."""
+    text = render(b"abcdef", flags("210121"))
+    backgrounds = {text.plain[span.start : span.end]: span.style.bgcolor.name for span in text.spans}
+    assert list(backgrounds) == ["a", "bc", "d", "e", "f"]
+    hues = [next(n for n, shades in enumerate(chunks.HUES) if color in shades) for color in backgrounds.values()]
+    assert hues == [1, 1, 1, 2, 2] and len(set(backgrounds.values())) == 4
+    one = render(b"abcd", [(True,), (False,), (True,), (True,)])
+    assert len({span.style.bgcolor.name for span in one.spans}) == 3
+    three = render(b"abc", [(True, True, True), (True, True, False), (True, False, False)])
+    assert [bool(span.style.underline) for span in three.spans] == [True, False, False]
+    assert all("chunk" in str(chunks.legend(S)) for S in range(4))
+
+
+# --------------------------------------------------------------------------------------------------------- equivalence
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_models_agree(dtype):
+    config = config_of(["m1t1", ["T1", ["M1"], "t1"], "M1"], [32, 32, 64], window_size=[11, 5, -1])
+    printed = io.StringIO()
+    assert run(config, dtype=dtype, length=90, console=Console(file=printed, width=100)), printed.getvalue()
+    for words in ("encoder.layers.0", "routing_module", "dechunk", "lm_head", "stage 1: ", "greedy", "sampled"):
+        assert words in printed.getvalue()
+
+
+def test_plain_models_and_tied_ones_agree():
+    assert run(config_of(["T1m1"], [32], tie_embeddings=True), console=Console(file=io.StringIO()))
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[HNetLM, HNetInference]:
+    config = config_of(["m1t1", ["T1"], "M1"], [64, 64], window_size=[11, -1])
+    model = equivalence.random_model(config, 0, "cpu", torch.float64)
+    copy = HNetInference(config).double()
+    copy.load_state_dict(model.state_dict())
+    return model, copy
+
+
+@pytest.mark.parametrize(
+    "parameter, layer",
+    [
+        ("embeddings.weight", "embeddings"),
+        ("backbone.encoder.layers.1.mixer.Wqkv.weight", "backbone.encoder.layers.1"),
+        ("backbone.encoder.rmsnorm.weight", "backbone.encoder.rmsnorm"),
+        ("backbone.routing_module.k_proj_layer.weight", "backbone.routing_module"),
+        ("backbone.main_network.main_network.layers.0.mlp.fc2.weight", "backbone.main_network.main_network.layers.0"),
+        ("backbone.residual_proj.bias", "backbone.dechunk"),
+        ("backbone.decoder.layers.0.mixer.D", "backbone.decoder.layers.0"),
+        ("lm_head.weight", "lm_head"),
+    ],
+)
+def test_the_first_layer_that_disagrees_is_named(pair, parameter, layer):
+    model, copy = pair
+    weight = copy.get_parameter(parameter)
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight += 1e-5 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    report = check(model, copy, documents=(b"some text", b"x" * 30), new_bytes=2)
+    assert report.first_disagreement == layer and not report.ok
+    printed = io.StringIO()
+    report.print(Console(file=printed))
+    assert f"first to disagree: {layer}" in printed.getvalue()
+    with torch.no_grad():
+        weight.copy_(kept)
+    assert check(model, copy, documents=(b"some text",), new_bytes=2).ok
+
+
+def test_a_step_that_differs_is_found(pair, monkeypatch):
+    """A window that only decoding ignores."""
+    model, copy = pair
+    right = hnet_simple.ring_slots
+    monkeypatch.setattr(
+        hnet_simple, "ring_slots", lambda tokens, window: right(tokens, window + 3 if window > 0 else -1)
+    )
+    report = check(model, copy, documents=(b"a" * 8, bytes(range(65, 95))), new_bytes=2)
+    (row,) = [row for row in report.rows if row.layer == report.first_disagreement]
+    assert row.layer == "backbone.encoder.layers.1" and row.prefill < 1e-9 < row.step
+    monkeypatch.undo()
+    assert check(model, copy, documents=(bytes(range(65, 95)),), new_bytes=2).ok
+
+
+def test_continuations_are_compared(pair, monkeypatch):
+    model, copy = pair
+    made = hnet_simple.generate
+
+    def forgetful(*args, **options):
+        texts = made(*args, **options)
+        texts[0].continuation = texts[0].continuation[:-1] + b"\x00"
+        return texts
+
+    monkeypatch.setattr(equivalence, "generate", forgetful)
+    report = check(model, copy, documents=(b"some text",), new_bytes=3)
+    assert report.first_disagreement == "greedy continuation"
+
+
+def test_check_of_a_checkpoint(checkpoint, tmp_path):
+    printed = io.StringIO()
+    assert run(None, str(checkpoint), dtype=torch.float64, console=Console(file=printed))
+    with pytest.raises(UserError, match="no such file"):
+        run(None, str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match="expected a config or a checkpoint"):
+        run(None)
+
+
+def test_lovely_summaries_where_installed(pair, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lovely_tensors", types.SimpleNamespace(lovely=lambda t: f"lovely{t.ndim}"))
+    printed = io.StringIO()
+    check(*pair, documents=(b"text",), new_bytes=1).print(Console(file=printed, width=120))
+    assert "lovely2" in printed.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------------------- scripts
+
+
+def test_generate_writes_the_text(checkpoint, capfdbinary):
+    command = [str(checkpoint), "--prompt", "Grüße", "--max-bytes", "30", "--seed", "4", "--past-eos"]
+    script("generate").main(command)
+    out = capfdbinary.readouterr().out
+    model = weights.load_inference(checkpoint)
+    (text,) = generate(model, ["Grüße"], max_bytes=30, seed=4, valid_utf8=True, stop_at_eos=False)
+    assert out == text.data + b"\n" and out.decode()
+    script("generate").main([*command, "--show", "chunks"])
+    assert capfdbinary.readouterr().out.decode() == bars(text.data, text.starts) + "\n"
+    script("generate").main([*command, "--samples", "2"])
+    assert capfdbinary.readouterr().out.startswith(b"--- seed 4\n" + text.data + b"\n--- seed 5\n")
+
+
+def test_generate_from_files(checkpoint, tmp_path, capfdbinary, monkeypatch):
+    file = tmp_path / "prompt.bin"
+    file.write_bytes(b"ok \xfe\xe6\x97")
+    command = [str(checkpoint), "--max-bytes", "5", "--temperature", "0", "--any-bytes", "--past-eos"]
+    script("generate").main([*command, "--prompt-file", str(file)])
+    captured = capfdbinary.readouterr()
+    assert captured.out[:6] == b"ok \xfe\xe6\x97" and len(captured.out) == 12
+    assert b"byte 3 is not UTF-8" in captured.err and b"byte FE or FF" in captured.err
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(b"from a pipe"), isatty=lambda: False))
+    script("generate").main([*command, "--prompt-file", "-"])
+    assert capfdbinary.readouterr().out.startswith(b"from a pipe")
+
+
+def test_generate_interactive(checkpoint, capfdbinary, monkeypatch):
+    """A line a prompt; an empty line is BOS alone; a prompt that can't be continued doesn't end the session."""
+    typed = b"first\n\n" + b"cut off \xe6\n" + b"last"
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(typed), isatty=lambda: True))
+    script("generate").main([str(checkpoint), "--max-bytes", "1", "--past-eos"])
+    captured = capfdbinary.readouterr()
+    lines = captured.out.split(b"\n")
+    assert lines[0][:5] == b"first" and len(lines[0]) == 6
+    assert captured.out.count(b"last") == 1 and b"cut off" not in captured.out
+    assert captured.err.count(b"prompt> ") == 5 and b"--max-bytes: 1; a prompt ends in a character" in captured.err
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--prompt", "a", "--temperature", "-0.5"], "--temperature: -0.5; expected 0"),
+        (["--prompt", "a", "--top-p", "0"], "--top-p: 0.0; expected more than 0"),
+        (["--prompt", "a", "--top-p", "1.01"], "--top-p: 1.01"),
+        (["--prompt", "a", "--top-k", "-1"], "--top-k: -1"),
+        (["--prompt", "a", "--min-p", "7"], "--min-p: 7.0"),
+        (["--prompt", "a", "--max-bytes", "0"], "--max-bytes: 0; expected 1 or more"),
+        (["--prompt", "a", "--samples", "0"], "--samples: 0"),
+        (["--prompt", "a", "--prompt-file", "b"], "give one of them"),
+        (["--prompt-file", "nowhere.txt"], "--prompt-file nowhere.txt: can't be read (No such file or directory)"),
+        (["--prompt", "a", "-c", "nowhere.json"], "nowhere.json: no such config file"),
+    ],
+)
+def test_generate_says_what_is_wrong(checkpoint, flags, words):
+    from hnet_trainable import ConfigError
+
+    with pytest.raises((UserError, ConfigError)) as error:
+        script("generate").main([str(checkpoint), *flags])
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_long_prompt_is_warned_of(checkpoint, capfdbinary, monkeypatch):
+    monkeypatch.setattr(hnet_simple, "TRAINED_LENGTH", 20)
+    script("generate").main([str(checkpoint), "--prompt", "x" * 19, "--max-bytes", "2"])
+    assert b"warning: a prompt of 19 bytes and 2 more exceed the 20" in capfdbinary.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["generate", "export", "compare"])
+def test_wrong_usage_is_status_2_without_traceback(name, tmp_path):
+    """In a process of its own, as people see it."""
+    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), str(tmp_path / "nothing")]
+    command += {"generate": ["--prompt", "x"], "export": [str(tmp_path)], "compare": ["--how-b", "steps"]}[name]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path / 'nothing'}: no such file or folder\n"
+
+
+def test_export_command(checkpoint, tmp_path, capsys):
+    script("export").main([str(checkpoint), str(tmp_path / "out"), "--dtype", "bfloat16"])
+    assert capsys.readouterr().out.count("bytes\n") == 4
+    both = [weights.load(tmp_path / "out" / form) for form in ("pt", "safetensors")]
+    assert all(torch.equal(both[0].weights[name], both[1].weights[name]) for name in both[0].weights)
+    assert both[0].config == both[1].config  # N_compress 1, 3, 9 is the default of two stages
+    script("export").main([str(checkpoint), str(tmp_path / "one"), "--form", "pt"])
+    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["config.json", "model.pt"]
+
+
+def test_compare_command(checkpoint, tmp_path, capsys):
+    compare = script("compare").main
+    text = ["--prompt", "a text of Grüße", "--dtype", "float64", "--tolerance", "1e-9"]
+    assert compare([str(checkpoint), *text, "--how-b", "steps", "--chunks"]) == 0
+    assert compare([str(checkpoint), *text, "--how-a", "prefill", "--how-b", "steps"]) == 0
+    assert "chunk starts of stage 1" in capsys.readouterr().out
+    other = random_model(config_of(["m1", ["T1"], "m1"], [32, 64]), torch.float32, salt="other")
+    weights.export(other, tmp_path / "other", "pt")
+    assert compare([str(checkpoint), str(tmp_path / "other"), *text]) == 1
+    assert "bits per byte" in capsys.readouterr().out
+    (tmp_path / "empty.txt").write_text("")
+    for wrong, words in (
+        (["--text", str(tmp_path / "no.txt")], "can't be read"),
+        (["--text", str(tmp_path / "empty.txt")], "empty"),
+        (["--text", "a", "--prompt", "b"], "give one of them"),
+        (["--limit", "0"], "--limit: 0"),
+        ([], "nothing to compare"),
+    ):
+        with pytest.raises(UserError, match=words):
+            compare([str(checkpoint), *wrong])
