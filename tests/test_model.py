@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from golden_io import pack
 from hypothesis import example, given, settings
 from reference import Reference
-from small_models import TWO_STAGES, build, draw_weights, inputs_of, random_documents, relative_gap
+from small_models import (
+    TWO_STAGES,
+    build,
+    draw_weights,
+    inputs_of,
+    one_thread,  # noqa: F401
+    random_documents,
+    relative_gap,
+)
 
 import hnet_trainable as H
 

@@ -20,6 +20,7 @@ import test_model
 import test_njt_ops
 import test_training_parts
 import torch
+from small_models import one_thread  # noqa: F401
 
 import hnet_kernels
 import hnet_trainable
@@ -370,7 +371,7 @@ MUTATIONS = [
         "return dt",
     ),
     mutation(
-        "init of A log-uniform",
+        "init of A without its logarithm",
         test_training_parts.test_initial_weights_as_the_released_code_draws_them,
         "uniform(1, 16).log()",
         "uniform(1, 16)",
@@ -454,9 +455,7 @@ KERNEL_MUTATIONS = [
         "decay(sum_CHQ[..., :, None] - sum_CHQ[..., None, :],",
         "decay(sum_CHQ[..., :, None] - pad(sum_CHQ, (1, -1))[..., None, :],",
     ),
-    mutation(
-        "gradient of A misses the carried decays", scan, "    dsum_CHQ[..., -1] += _sum_from_here(dtotal_HC).T\n", ""
-    ),
+    mutation("gradient of A misses the carried decays", scan, "    dsum_CHQ[..., -1] += passed_CH\n", ""),
     mutation("gradient of A misses the end of the chunk", scan, "    dsum_CHQ[..., -1] += to_end_CHQ.sum(-1)\n", ""),
     mutation(
         "gradient of C misses the state before", scan, " + (dy_start_CHQP @ before_CHPN).sum(1, keepdim=True)", ""

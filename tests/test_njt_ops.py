@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from small_models import one_thread  # noqa: F401
 from torch import autograd
 from torch.nested import nested_tensor_from_jagged
 
