@@ -176,12 +176,10 @@ class CausalConv1d(nn.Module):
 
     def forward(self, x_BXC: Tensor) -> Tensor:
         """X = W + L inputs -> L outputs."""
-        taps = self.weight.squeeze(1).unbind(-1)
-        W, end = len(taps) - 1, x_BXC.shape[1]
-        y_BLC = self.bias + taps[-1] * x_BXC[:, W:]
-        for back, tap in enumerate(reversed(taps[:-1]), start=1):
-            y_BLC = y_BLC + tap * x_BXC[:, W - back : end - back]
-        return y_BLC
+        dtype = at_least_float32(x_BXC.dtype)
+        x, taps_XC = x_BXC.to(dtype), self.weight.to(dtype).squeeze(1).T  # the last tap meets the newest input
+        L = x.shape[1] - len(taps_XC) + 1
+        return (self.bias + sum(tap_C * x[:, k : k + L] for k, tap_C in enumerate(taps_XC))).to(x_BXC.dtype)
 
 
 class Mamba2(nn.Module):

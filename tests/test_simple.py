@@ -620,3 +620,69 @@ def test_flat_logits_reach_every_kind_of_character():
     texts = [bytes(row).decode() for row in torch.stack(drawn, 1).tolist()]
     assert {len(c.encode()) for text in texts for c in text} == {1, 2, 3, 4}
     assert len({c.encode()[0] for text in texts for c in text}) == 128 + 30 + 16 + 5
+
+
+# ---------------------------------------------------------------------------------------------------------------- CUDA
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_goldens_on_cuda(name):
+    golden = load_golden(name)
+    documents = [torch.from_numpy(d[:-1].astype(np.int64)).cuda() for d in golden_documents(golden)]
+    model = golden_model(golden, torch.float64, "cuda")
+    expected, _ = training_logits(model, documents)
+    lm = HNetInference.from_training(model)
+    splits = [[1, max(1, len(d) - 9)] for d in documents]
+    assert worst(feed(lm, documents, splits, 9), expected) < 1e-9
+    assert worst(feed(lm, documents, [[]] * len(documents), 40), [logits[:40] for logits in expected]) < 1e-9
+
+
+@pytest.mark.gpu
+def test_windows_on_cuda_in_bfloat16(capsys):
+    """Flash attention in prefill against the ring in steps; boundaries that rounding turns are excused and counted."""
+    from hnet_runtime.equivalence import check, random_model
+
+    config = config_of(
+        ["m1t1", ["T1m1", ["T2"], "m1T1"], "m1"],
+        [256, 256, 512],
+        num_heads=[4, 4, 8],
+        rotary_emb_dim=[32, 32, 32],
+        window_size=[40, 7, -1],
+        d_intermediate=[0, 512, 512],
+        ssm_cfg={"d_state": 128},
+    )
+    model = random_model(config, 0, "cuda", torch.bfloat16)
+    documents = [
+        bytes(torch.randint(256, (n,), generator=torch.Generator().manual_seed(n)).tolist()) for n in (1, 50, 200)
+    ]
+    report = check(model, HNetInference.from_training(model), documents)
+    report.print()
+    assert report.ok
+    assert sum(report.turned) <= 0.03 * sum(report.positions)
+
+
+@pytest.mark.gpu
+def test_a_step_on_cuda_waits_once():
+    lm = HNetInference.from_training(random_model(config_of(["m1t1", ["T1"], "m1"], [32, 64])).cuda())
+    cache = lm.prefill(random_documents([5, 9])).cache
+    byte_B = torch.tensor([65, 66], device="cuda")
+    lm.step(byte_B, cache)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            lm.step(byte_B, cache, [True, False])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchroniz" in str(warning.message) for warning in caught) == 1
+
+
+@pytest.mark.gpu
+def test_batch_generates_what_single_runs_do_on_cuda():
+    lm = HNetInference.from_training(random_model(config_of(["m1", ["T1"], "m1"], [32, 32])).cuda())
+    prompts = ["", "a", "The quick brown fox ", b"\xff\x00\x80", "日本", "x" * 70, "\n\n", "def f(x):"]
+    for temperature in (0.0, 1.0):
+        options = {"max_bytes": 30, "sampling": Sampling(temperature), "stop_at_eos": False}
+        together = generate(lm, prompts, seed=list(range(8)), **options)
+        assert together == [generate(lm, [p], seed=b, **options)[0] for b, p in enumerate(prompts)]
