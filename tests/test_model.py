@@ -240,11 +240,12 @@ def test_router_compares_the_query_of_one_position_with_the_key_of_the_next():
 # ----------------------------------------------------------------------------------------------------- long documents
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 5e-3)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 def test_no_limit_on_document_length_and_positions_are_relative(dtype, tolerance):
     """5000 bytes through windowed attention: one layer's answer depends on the last w + 1 bytes and their distances.
 
-    So the end of the long document equals a short one. In float32 an angle near 5000 is off by up to 2.4e-4.
+    So the end of the long document equals a short one. In float32 an angle near 5000 is off by up to 2.4e-4, which
+    reaches the logits as some 1e-6.
     """
     window = 15
     raw = {
