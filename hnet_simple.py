@@ -277,9 +277,8 @@ class Attention(nn.Module):
         W, device = state.k_BWHP.shape[1], q_BLHP.device
         past = span.past if self.window < 0 else min(span.past, self.window)
         before_BX = span.start_B[:, None] - torch.arange(past, 0, -1, device=device)
-        k, v = (
-            torch.cat([take(t, before_BX % W), new], 1) for t, new in ((state.k_BWHP, k_BLHP), (state.v_BWHP, v_BLHP))
-        )
+        both = (state.k_BWHP, k_BLHP), (state.v_BWHP, v_BLHP)
+        k, v = (torch.cat([take(ring, before_BX % W), new], dim=1) for ring, new in both)
         q = F.pad(q_BLHP, (0, 0, 0, 0, past, 0))
         junk_B = (past - span.start_B).clamp_min(0).to(torch.int32)
         cu = even_documents(B, past + L, device)
@@ -289,7 +288,7 @@ class Attention(nn.Module):
         # each slot keeps the last position that falls on it; those from `start` on are new
         end_B1, slot_W = (span.start_B + span.length_B)[:, None], torch.arange(W, device=device)
         new_BW = end_B1 - 1 - (end_B1 - 1 - slot_W) % W - span.start_B[:, None]
-        for ring, new in ((state.k_BWHP, k_BLHP), (state.v_BWHP, v_BLHP)):
+        for ring, new in both:
             ring.copy_(torch.where((new_BW >= 0)[..., None, None], take(new, new_BW.clamp_min(0)), ring))
         return o.unflatten(0, (B, past + L))[:, past:]
 
@@ -301,9 +300,8 @@ class Attention(nn.Module):
         state.v_BWHP[everyone_B, slot_B] = v_BHP
         seen_BW = torch.arange(W, device=q_BHP.device) <= now.position_B[:, None]
         k_BHWP, v_BHWP = state.k_BWHP.transpose(1, 2), state.v_BWHP.transpose(1, 2)
-        return F.scaled_dot_product_attention(q_BHP[:, :, None], k_BHWP, v_BHWP, attn_mask=seen_BW[:, None, None])[
-            :, :, 0
-        ]
+        o_BH1P = F.scaled_dot_product_attention(q_BHP[:, :, None], k_BHWP, v_BHWP, attn_mask=seen_BW[:, None, None])
+        return o_BH1P[:, :, 0]
 
 
 class Block(nn.Module):
@@ -534,20 +532,16 @@ class HNetInference(nn.Module):
         """
         rows = self._check(iids, cache)
         device = self.embeddings.weight.device
-        byte_BL, lengths = (
-            pad_sequence(rows, batch_first=True).to(device, non_blocking=True),
-            [len(row) for row in rows],
-        )
-        cache = cache or self.new_cache(len(rows))
-        tokens, x = lengths, self.embeddings(byte_BL)
-        B, L = byte_BL.shape
+        cache, lengths = cache or self.new_cache(len(rows)), [len(row) for row in rows]
+        byte_BL = pad_sequence(rows, batch_first=True).to(device, non_blocking=True)
+        (B, L), tokens, x = byte_BL.shape, lengths, self.embeddings(byte_BL)
         origin_BL = torch.arange(L, device=device).expand(B, L)  # the byte at which each token of the stage begins
         starts_BLS = torch.zeros(B, L, self.config.num_stages, dtype=torch.bool, device=device)
         probabilities, boundaries, way_back, y = [], [], [], None
         for s, (stage, state) in enumerate(zip(self.stages, cache.stages)):
             if not x.shape[1]:  # no chunk began: the stages inside have nothing to do
-                probabilities += [x.new_zeros(B, 0, dtype=at_least_float32(x.dtype))] * (s < self.config.num_stages)
-                boundaries += [x.new_zeros(B, 0, dtype=torch.bool)] * (s < self.config.num_stages)
+                probabilities += [] if stage.is_innermost else [probabilities[-1][:, :0]]
+                boundaries += [] if stage.is_innermost else [boundaries[-1][:, :0]]
                 continue
             x, tokens_B = stage.enter(x), torch.tensor(tokens).to(device, non_blocking=True)
             span = stage.span(state, x, tokens_B)
@@ -579,9 +573,9 @@ class HNetInference(nn.Module):
         self._check_weights()
         active = [True] * cache.batch if active is None else list(active)
         if not len(byte_B) == len(active) == cache.batch:
-            raise ValueError(
-                f"step: {len(byte_B)} bytes and {len(active)} flags for a cache of {cache.batch} sequences"
-            )
+            raise ValueError(f"step: {len(byte_B)} bytes, {len(active)} flags for a cache of {cache.batch} sequences")
+        if not any(active):
+            raise ValueError("active: every sequence is False; a step needs one that goes on")
         active_B = torch.tensor(active).to(byte_B.device, non_blocking=True)
         x, b_B, way_back, probabilities = self.embeddings(byte_B), active_B, [], []
         for stage, state in zip(self.stages, cache.stages):
@@ -607,8 +601,6 @@ class HNetInference(nn.Module):
                     stage.smooth_step(y, probabilities[s], way_back[s + 1][2].active_B, state)
                 y = stage.decode(state.ema_BD, x, state, now)
             state.advance(reached[s], now.active_B)
-        if y is None:
-            raise ValueError("active: every sequence is False; a step needs one that goes on")
         starts = list(zip(*reached[1:])) if reached[1:] else [()] * cache.batch
         return Step(self.lm_head(y), fed, starts, probabilities)
 
@@ -835,9 +827,8 @@ def as_bytes(prompt: str | bytes) -> bytes:
     try:
         return prompt.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"prompt: character {error.start} ({prompt[error.start]!r}) is no text; pass bytes that aren't UTF-8 as bytes"
-        ) from None
+        found = prompt[error.start]
+        raise ValueError(f"prompt: character {error.start} ({found!r}) is no text; pass raw bytes as bytes") from None
 
 
 def stream(
@@ -906,7 +897,7 @@ def _stream(model, data, max_bytes, sampling, seeds, utf8_states, stop_at_eos, e
 
 
 def generate(model: HNetInference, prompts: Sequence[str | bytes], **options) -> list[Generation]:
-    """`stream` with the same options, collected: one Generation per prompt, with the chunk starts of prompt and rest."""
+    """`stream` with the same options, collected: a Generation per prompt, with the chunk starts of prompt and rest."""
     done = [Generation(as_bytes(prompt)) for prompt in prompts]
     for emitted in stream(model, prompts, **{**options, "echo": True}):
         generation = done[emitted.sequence]

@@ -532,7 +532,7 @@ def test_bad_input_is_named():
         (lambda: lm.prefill([[1, 256]]), "values outside 0..255"),
         (lambda: lm.prefill([[1, -1]]), "values outside 0..255"),
         (lambda: lm.prefill([torch.ones(2, 2)]), r"expected whole numbers"),
-        (lambda: lm.step(torch.tensor([1, 2]), cache), "2 bytes and 1 flags"),
+        (lambda: lm.step(torch.tensor([1, 2]), cache), "2 bytes, 1 flags"),
         (lambda: lm.step(torch.tensor([1]), cache, [False]), "every sequence is False"),
         (lambda: lm.new_cache(0), "batch: 0"),
         (lambda: generate(lm, []), "prompts: 0"),
