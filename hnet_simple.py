@@ -509,17 +509,17 @@ class HNetInference(nn.Module):
             stages.append(stages[-1].main_network)
         return stages
 
-    def new_cache(self, batch: int, max_len: int = 0) -> Cache:
+    def new_cache(self, batch: int, max_len: int | Sequence[int] = 0) -> Cache:
         """A cache for `batch` sequences that have seen nothing. ValueError unless `batch` is 1 or more.
 
-        `max_len` reserves for that many bytes a sequence: buffers then keep their size up to there, even if every byte
-        opens a chunk at every stage. Without it the rings of attention layers grow as they must.
+        `max_len` reserves for that many tokens a sequence, at every stage or given stage by stage: up to there buffers
+        keep their size and place. Without it, or beyond, the rings of attention layers grow as they must.
         """
         if batch < 1:
             raise ValueError(f"batch: {batch}; expected 1 or more")
         cache = Cache([stage.new_state(batch) for stage in self.stages])
-        for state in cache.stages:
-            state.reserve(max_len)
+        for s, state in enumerate(cache.stages):
+            state.reserve(max_len if isinstance(max_len, int) else max_len[s])
         return cache
 
     @torch.no_grad()

@@ -22,15 +22,6 @@ from hnet_simple import HNetInference, Sampling, Utf8Guard, generate, ring_slots
 from hnet_trainable import BOS, EOS, HNetConfig, HNetLM, parse_layout
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Single bytes are too little work to share out: a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def config_of(layout, d_model, **changes) -> HNetConfig:
     S = len(d_model)
     attn = {"num_heads": [2] * S, "rotary_emb_dim": [8] * S, "window_size": [-1] * S}
@@ -290,6 +281,7 @@ def test_max_len_reserves():
     lm.prefill(random_documents([300, 4]), cache)
     assert before == cache.cache_bytes()
     assert places == [layer.k_BWHP.data_ptr() for s in cache.stages for layer in s.layers[:1]]
+    assert lm.new_cache(2, max_len=[300, 100]).cache_bytes() < before
 
 
 class Waits(TorchDispatchMode):
