@@ -76,11 +76,11 @@ class Layer(NamedTuple):
 
 def parse_layout(layout: str) -> list[Layer]:
     """`"T1m2"` -> one attention block with MLP and two Mamba-2 blocks without. Raises ConfigError on anything else."""
-    if not isinstance(layout, str) or not re.fullmatch(r"([mMtT]\d+)+", layout):
+    if not isinstance(layout, str) or not re.fullmatch(r"([mMtT][0-9]+)+", layout):
         raise ConfigError(
             f"arch_layout: {layout!r} is not a layout; write letters of m M t T, each with a count: 'T1m4'"
         )
-    found = re.findall(r"([mMtT])(\d+)", layout)
+    found = re.findall(r"([mMtT])([0-9]+)", layout)
     return [Layer(letter.lower(), letter.isupper()) for letter, count in found for _ in range(int(count))]
 
 
@@ -242,6 +242,8 @@ def _numbers(values: Any, key: str, whole: bool = True) -> tuple:
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
             raise ConfigError(f"{key}: {value!r} in the list; expected {'whole ' if whole else ''}numbers")
+        if not math.isfinite(value):
+            raise ConfigError(f"{key}: {value} in the list; expected finite numbers")
     return tuple(values)
 
 
@@ -309,6 +311,7 @@ class BoundaryProbability(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q_BjD: Tensor, k_BjD: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)  # autograd can't make zeros of an NJT's shape
         dtype = torch.promote_types(q_BjD.dtype, torch.float32)
         q_TD, k_TD = q_BjD.values().to(dtype).roll(1, 0), k_BjD.values().to(dtype)
         q_norm_T1 = q_TD.norm(dim=-1, keepdim=True).clamp_min(1e-12)
@@ -343,6 +346,7 @@ class SelectChunks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_BjD: Tensor, b_Bj: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)  # autograd can't make zeros of an NJT's shape
         b_T, offsets = b_Bj.values(), b_Bj.offsets()
         inner_offsets = F.pad(b_T.cumsum(0), (1, 0))[offsets]
         lengths = inner_offsets.diff()
@@ -370,6 +374,7 @@ class EmaUpsample(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y_BkD: Tensor, p_Bj: Tensor, b_Bj: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)  # autograd can't make zeros of an NJT's shape
         chunk_T = b_Bj.values().cumsum(0) - 1
         kept_C = torch.nonzero_static(b_Bj.values(), size=y_BkD.values().shape[0]).squeeze(1)
         raw_C = p_Bj.values()[kept_C]
@@ -397,6 +402,7 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, c_Bj: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)  # autograd can't make zeros of an NJT's shape
         return nested_like(torch.ones_like(c_Bj.values()), c_Bj)
 
     @staticmethod
@@ -481,8 +487,9 @@ class Mamba2(nn.Module):
             [self.d_inner, self.d_state, self.d_state], dim=-1
         )
         x_THP = x.unflatten(-1, (self.n_heads, HEADDIM))
-        dt_TH = F.softplus(dt_TH.to(self.dt_bias.dtype) + self.dt_bias)
-        y_THP = ssd(x_THP, dt_TH, -self.A_log.exp(), B_TN, C_TN, packing.cu_seqlens)
+        dtype = torch.promote_types(self.dt_bias.dtype, torch.float32)
+        dt_TH = F.softplus(dt_TH.to(dtype) + self.dt_bias)
+        y_THP = ssd(x_THP, dt_TH, -self.A_log.to(dtype).exp(), B_TN, C_TN, packing.cu_seqlens)
         y_THP = y_THP + self.D[:, None] * x_THP
         return self.out_proj(self.norm(y_THP.flatten(1), z))
 
@@ -674,10 +681,18 @@ class HNetLM(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.embeddings.weight
 
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.config.tie_embeddings:  # leaving the meta device makes new parameters, which must stay one
+            self.lm_head.weight = self.embeddings.weight
+        return self
+
     def forward(self, iids: Tensor, labels: Tensor | None = None) -> HNetOutput:
-        """`iids` and `labels`: NJTs (B, j0) of int64. Raises ValueError where their documents differ in length."""
-        if labels is not None:
-            check_same_documents(iids, labels)
+        """`iids` and `labels`: NJTs (B, j0) of int64, at least one byte in all.
+
+        Raises ValueError for anything else, and where the documents of the two differ in length.
+        """
+        check_documents(iids, labels)
         x_BjD, stages = self.backbone(self.embeddings(iids))
         logits = self.lm_head(x_BjD)
         logits_TV = logits.values()
@@ -687,14 +702,15 @@ class HNetLM(nn.Module):
         return HNetOutput(logits, ce, torch.stack(losses) if losses else logits_TV.new_zeros(0), stages)
 
 
-def check_same_documents(iids: Tensor, labels: Tensor) -> None:
-    """ValueError unless both are NJTs with the same document lengths. Costs nothing where they share their offsets."""
+def check_documents(iids: Tensor, labels: Tensor | None) -> None:
+    """ValueError unless these are NJTs (B, j) of the same document lengths. Free where they share their offsets."""
     for name, x in (("iids", iids), ("labels", labels)):
-        if not (x.is_nested and x.layout == torch.jagged and x.ndim == 2):
-            raise ValueError(
-                f"{name}: expected a nested tensor (B, j) of jagged layout, got {tuple(x.shape)}, {x.layout}"
-            )
-    if iids.offsets() is labels.offsets():
+        if x is not None and not (x.is_nested and x.layout == torch.jagged and x.dim() == 2):
+            kind = f"a nested tensor of layout {x.layout}" if x.is_nested else f"a tensor of shape {tuple(x.shape)}"
+            raise ValueError(f"{name}: expected a nested tensor (B, j) of jagged layout, got {kind}")
+    if not iids.values().shape[0]:
+        raise ValueError("iids: expected at least one byte, got none")
+    if labels is None or iids.offsets() is labels.offsets():
         return
     if iids.offsets().shape != labels.offsets().shape or not torch.equal(iids.offsets(), labels.offsets()):
         raise ValueError(
@@ -769,9 +785,10 @@ def initial_weight(name: str, shape: Sequence[int], config: HNetConfig, seed: in
     *_, module, leaf = ("", *name.split("."))
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    plain = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are set to
 
     def uniform(low: float, high: float) -> Tensor:
-        return torch.rand(*shape, generator=generator) * (high - low) + low
+        return torch.rand(*shape, generator=generator, **plain) * (high - low) + low
 
     if leaf == "A_log":
         return uniform(1, 16).log()
@@ -779,9 +796,9 @@ def initial_weight(name: str, shape: Sequence[int], config: HNetConfig, seed: in
         dt = uniform(math.log(1e-3), math.log(0.1)).exp()
         return dt + torch.log(-torch.expm1(-dt))
     if leaf == "D" or module.startswith("norm") or module == "rmsnorm":
-        return torch.ones(*shape)
+        return torch.ones(*shape, **plain)
     if leaf == "pad_dimension" or (module == "residual_proj" and leaf == "weight"):
-        return torch.zeros(*shape)
+        return torch.zeros(*shape, **plain)
     if module == "residual_proj":
         bound = config.d_model[stage_of(name, config)] ** -0.5
         return uniform(-bound, bound)
@@ -789,13 +806,13 @@ def initial_weight(name: str, shape: Sequence[int], config: HNetConfig, seed: in
         bound = config.ssm_cfg.d_conv**-0.5
         return uniform(-bound, bound)
     if module in ("q_proj_layer", "k_proj_layer"):
-        return torch.eye(*shape)
+        return torch.eye(*shape, **plain)
     std = 0.02
     if module == "embeddings" and not config.tie_embeddings:
         std = 1.0
     if module in ("out_proj", "fc2"):
         std /= math.sqrt(residual_branches(config, stage_of(name, config)))
-    return torch.randn(*shape, generator=generator) * std
+    return torch.randn(*shape, generator=generator, **plain) * std
 
 
 def initial_weights(model: nn.Module, seed: int) -> Iterator[tuple[str, nn.Parameter, Tensor]]:

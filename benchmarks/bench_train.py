@@ -1,6 +1,6 @@
 """Time of a training step as train.py runs it: forward, backward, clipping and AdamW, on real packed text.
 
-    python benchmarks/bench_train.py --config configs/hnet_1stage_small.json --data DIR --mbs 32768 --boundaries forced:0.18
+    python benchmarks/bench_train.py --config configs/hnet_1stage_small.json --data DIR --boundaries forced:0.18
 
 Prints one JSON object (and writes it with --out): median step time after a warm-up, bytes per second, MFU (6 x matmul
 parameters x tokens really seen, over the data sheet's dense bf16 peak), peak memory, time to the first step, kernel

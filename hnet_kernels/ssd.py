@@ -180,7 +180,7 @@ def ssd(x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TN: Tensor, C_TN: Tensor, c
         from hnet_kernels import ssd_triton  # not above: triton is not everywhere
 
         return ssd_triton.scan_forward(x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens)
-    return scan_forward(x_THP, dt_TH, dt_TH * A_H, B_TN, C_TN, cu_seqlens)
+    return scan_forward(x_THP, dt_TH, dt_TH * A_H, B_TN, C_TN, cu_seqlens).contiguous()
 
 
 @ssd.register_fake
@@ -198,7 +198,8 @@ def ssd_backward(
 
         return ssd_triton.scan_backward(dy_THP, x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens)
     dx_THP, dgain_TH, dlog_a_TH, dB_TN, dC_TN = scan_backward(dy_THP, x_THP, dt_TH, dt_TH * A_H, B_TN, C_TN, cu_seqlens)
-    return dx_THP, dgain_TH + dlog_a_TH * A_H, (dlog_a_TH * dt_TH).sum(0), dB_TN.contiguous(), dC_TN.contiguous()
+    grads = (dx_THP, dgain_TH + dlog_a_TH * A_H, (dlog_a_TH * dt_TH).sum(0), dB_TN, dC_TN)
+    return tuple(grad.contiguous() for grad in grads)
 
 
 @ssd_backward.register_fake

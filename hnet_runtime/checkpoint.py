@@ -9,15 +9,17 @@ RUN/checkpoints/step_00000450/
 
 import json
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -27,6 +29,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from hnet_runtime import UserError
+
+
+class CheckpointError(UserError):
+    """Weights that can't be read or don't fit; one sentence that names the file and what was expected."""
+
 
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -53,7 +60,7 @@ def save(
         dist.barrier()
         state = {
             "model": get_model_state_dict(model),
-            "optimizer": get_optimizer_state_dict(model, optimizer, options=_OPTIONS),
+            "optimizer": _tensors(get_optimizer_state_dict(model, optimizer, options=_OPTIONS)),
         }
         dcp.save(state, checkpoint_id=scratch)
         if is_main:
@@ -140,8 +147,55 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
         raise UserError(f"{checkpoint}: its model config differs in {'; '.join(differing[:3])}")
     state: dict[str, Any] = {"model": get_model_state_dict(model)}
     if optimizer is not None:
-        state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
-    dcp.load(state, checkpoint_id=checkpoint)
+        everything = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
+        state["optimizer"] = _tensors(everything)
+    try:
+        dcp.load(state, storage_reader=SafeReader(checkpoint))
+    except dcp.CheckpointException as error:
+        raise CheckpointError(f"{checkpoint}: can't be read ({_reason(error)})") from None
     set_model_state_dict(model, state["model"])
     if optimizer is not None:
-        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_OPTIONS)
+        set_optimizer_state_dict(model, optimizer, everything | state["optimizer"], options=_OPTIONS)
+
+
+def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:
+    """What of an optimizer is saved: rates and decays come from the config, and tensors need no pickle."""
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+class SafeReader(dcp.FileSystemReader):
+    """torch's reader of checkpoint folders, but for how it opens the index: an unlisted name raises CheckpointError."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            metadata = _IndexUnpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        return metadata
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Opens a checkpoint's index, for which torch 2.11 and 2.13 use the full pickle module, with an allow-list."""
+
+    _METADATA = "Metadata TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata TensorProperties"
+    _METADATA += " MetadataIndex StorageMeta _MEM_FORMAT_ENCODING"
+    ALLOWED = {f"torch.distributed.checkpoint.metadata.{name}" for name in _METADATA.split()} | {
+        "torch.distributed.checkpoint.filesystem._StorageInfo",
+        "torch.serialization._get_layout",
+        "torch.Size",
+        "pathlib.PosixPath",
+        "collections.OrderedDict",
+    }
+
+    def __init__(self, file: BinaryIO):
+        super().__init__(file)
+        self.source = file.name
+
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = getattr(torch, name, None) if module == "torch" else None
+        if isinstance(dtype, torch.dtype):
+            return dtype
+        if f"{module}.{name}" not in self.ALLOWED:
+            raise CheckpointError(
+                f"{self.source}: refused, because it holds more than weights ({module}.{name}); nothing of it was run"
+            )
+        return super().find_class(module, name)

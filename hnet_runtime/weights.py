@@ -21,24 +21,20 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from hnet_runtime import UserError
 from hnet_runtime import checkpoint as own
+from hnet_runtime.checkpoint import CheckpointError, SafeReader
 from hnet_simple import HNetInference
 from hnet_trainable import ConfigError, HNetConfig, HNetLM, parse_layout
 
 KEEP_FLOAT32 = ("A_log", "dt_bias", "D")  # with residual_proj: at least float32 in any compute dtype, as in training
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"  # official checkpoints come without their config
-
-
-class CheckpointError(UserError):
-    """Weights that can't be read or don't fit; one sentence that names the file and what was expected."""
 
 
 class Checkpoint(NamedTuple):
@@ -245,44 +241,6 @@ def load_own_checkpoint(path: Path) -> dict[str, Tensor]:
     except (Exception, dcp.CheckpointException):  # the latter, a BaseException, holds whatever a file led to
         raise CheckpointError(f"{path}: damaged or incomplete") from None
     return {key.removeprefix("model."): tensor for key, tensor in state.items()}
-
-
-class SafeReader(dcp.FileSystemReader):
-    """torch's reader of checkpoint folders, but for how it opens the index: an unlisted name raises CheckpointError."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            metadata = _IndexUnpickler(file).load()
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        return metadata
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Opens a checkpoint's index, for which torch 2.11 and 2.13 use the full pickle module, with an allow-list."""
-
-    _METADATA = "Metadata TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata TensorProperties"
-    _METADATA += " MetadataIndex StorageMeta _MEM_FORMAT_ENCODING"
-    ALLOWED = {f"torch.distributed.checkpoint.metadata.{name}" for name in _METADATA.split()} | {
-        "torch.distributed.checkpoint.filesystem._StorageInfo",
-        "torch.serialization._get_layout",
-        "torch.Size",
-        "pathlib.PosixPath",
-        "collections.OrderedDict",
-    }
-
-    def __init__(self, file: BinaryIO):
-        super().__init__(file)
-        self.source = file.name
-
-    def find_class(self, module: str, name: str) -> Any:
-        dtype = getattr(torch, name, None) if module == "torch" else None
-        if isinstance(dtype, torch.dtype):
-            return dtype
-        if f"{module}.{name}" not in self.ALLOWED:
-            raise CheckpointError(
-                f"{self.source}: refused, because it holds more than weights ({module}.{name}); nothing of it was run"
-            )
-        return super().find_class(module, name)
 
 
 def fetch(source: str) -> Path:

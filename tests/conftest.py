@@ -5,6 +5,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+torch.set_num_threads(1)  # tests run in parallel processes; two threads for small tensors mostly wait for each other
 
 
 def pytest_collection_modifyitems(items):

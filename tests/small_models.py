@@ -3,7 +3,6 @@
 from types import ModuleType
 
 import numpy as np
-import pytest
 import torch
 from golden.golden_weights import golden_weight
 from golden_io import pack
@@ -16,16 +15,6 @@ TWO_STAGES = {
     "ssm_cfg": {"d_state": 16},
     "attn_cfg": {"num_heads": [2, 2, 4], "rotary_emb_dim": [8, 16, 0], "window_size": [7, 3, -1]},
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """For the tests of a module that imports this: small tensors gain nothing from a second thread, and on a machine
-    with other work threads wait for each other, ten times as long as they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def draw_weights(model: nn.Module, seed: int = 0) -> None:

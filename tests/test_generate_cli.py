@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from test_simple import config_of, one_thread, random_model  # noqa: F401 (a fixture)
+from test_simple import config_of, random_model
 
 import hnet_simple
 from hnet_runtime import UserError, chunks, equivalence, weights

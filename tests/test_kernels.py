@@ -5,7 +5,6 @@ import importlib
 import pytest
 import torch
 from reference import attend, each_document, ema_loop, ssd_loop, ssd_quadratic
-from small_models import one_thread  # noqa: F401
 from torch.autograd import gradcheck
 
 from hnet_kernels import attention, causal_conv, ema_backward, ema_forward, ssd

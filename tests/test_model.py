@@ -12,7 +12,6 @@ from small_models import (
     build,
     draw_weights,
     inputs_of,
-    one_thread,  # noqa: F401
     random_documents,
     relative_gap,
 )
@@ -362,6 +361,13 @@ def test_two_runs_give_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
+def test_tied_embeddings_stay_one_parameter_on_the_way_from_meta():
+    with torch.device("meta"):
+        model = H.HNetLM(H.HNetConfig.load({**TWO_STAGES, "tie_embeddings": True}))
+    model.to_empty(device="cpu")
+    assert model.lm_head.weight is model.embeddings.weight
+
+
 def test_tied_embeddings_are_one_parameter_that_both_ends_train():
     tied = build(H, {**TWO_STAGES, "tie_embeddings": True})
     assert tied.lm_head.weight is tied.embeddings.weight
@@ -387,5 +393,11 @@ def test_labels_of_another_shape_than_the_inputs_are_refused():
             model(iids, pack(random_documents(wrong))[1])
     with pytest.raises(ValueError, match="labels"):
         model(iids, labels.values())
+    with pytest.raises(ValueError, match="labels.*strided"):
+        model(iids, torch.nested.nested_tensor([torch.arange(5), torch.arange(3)]))
+    with pytest.raises(ValueError, match="iids.*at least one byte"):
+        model(pack(random_documents([0, 0]))[0])
+    with pytest.raises(ValueError, match="iids"):
+        model(iids.values())
     with pytest.raises(ValueError, match="iids"):
         model(iids.values(), labels)

@@ -20,7 +20,6 @@ import test_model
 import test_njt_ops
 import test_training_parts
 import torch
-from small_models import one_thread  # noqa: F401
 
 import hnet_kernels
 import hnet_trainable
@@ -276,8 +275,8 @@ MUTATIONS = [
     mutation(
         "dt clamped",
         definition,
-        "dt_TH = F.softplus(dt_TH.to(self.dt_bias.dtype) + self.dt_bias)",
-        "dt_TH = F.softplus(dt_TH.to(self.dt_bias.dtype) + self.dt_bias).clamp(1e-3, 0.1)",
+        "dt_TH = F.softplus(dt_TH.to(dtype) + self.dt_bias)",
+        "dt_TH = F.softplus(dt_TH.to(dtype) + self.dt_bias).clamp(1e-3, 0.1)",
     ),
     mutation(
         "no norm at the end of a stack",
@@ -349,7 +348,7 @@ MUTATIONS = [
     mutation(
         "initial weights from the global generator",
         test_training_parts.test_initial_weights_depend_on_seed_and_name_alone,
-        "torch.randn(*shape, generator=generator)",
+        "torch.randn(*shape, generator=generator, **plain)",
         "torch.randn(*shape)",
     ),
     mutation(
@@ -387,8 +386,8 @@ MUTATIONS = [
     mutation(
         "labels of any shape",
         test_model.test_labels_of_another_shape_than_the_inputs_are_refused,
-        "            check_same_documents(iids, labels)\n",
-        "            pass\n",
+        "        check_documents(iids, labels)\n",
+        "        pass\n",
     ),
 ]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from golden_io import pack
-from small_models import TWO_STAGES, build, one_thread, random_documents  # noqa: F401
+from small_models import TWO_STAGES, build, random_documents
 from torch import nn
 
 import hnet_trainable as H

@@ -1,0 +1,238 @@
+"""train.py as a person runs it: real processes, a tiny model, real text."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import fineweb
+
+ROOT = Path(__file__).parent.parent
+MODEL = {
+    "arch_layout": ["m1", ["T1"], "m1"],
+    "d_model": [32, 64],
+    "d_intermediate": [0, 64],
+    "ssm_cfg": {"d_state": 16},
+    "attn_cfg": {"num_heads": [1, 2], "rotary_emb_dim": [8, 8], "window_size": [-1, -1]},
+}
+TIMES = ("step_ms", "bytes_per_s", "mfu")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """40 documents of 300 to 3000 bytes and a model's config beside their shards."""
+    folder = tmp_path_factory.mktemp("corpus")
+    words = [
+        "the",
+        "quick",
+        "brown",
+        "fox",
+        "jumps",
+        "over",
+        "a",
+        "lazy",
+        "dog",
+        "bytes",
+        "become",
+        "chunks",
+        "of",
+        "text",
+    ]
+    rng = random.Random(0)
+    (folder / "texts").mkdir()
+    for i in range(40):
+        text = " ".join(rng.choices(words, k=rng.randint(60, 600)))
+        (folder / "texts" / f"{i}.txt").write_text(text)
+    fineweb.prepare(str(folder / "texts"), str(folder / "data"), holdout=0.2)
+    (folder / "model.json").write_text(json.dumps(MODEL))
+    return folder
+
+
+def command(corpus: Path, *more: str) -> list[str]:
+    flags = f"-c {corpus}/model.json --data {corpus}/data --mbs 256 --val-slices 4 --device cpu --log-every 5"
+    return [sys.executable, str(ROOT / "train.py"), *flags.split(), *more]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def run(corpus: Path, *more: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(corpus, *more), cwd=corpus, env=environment(), capture_output=True, text=True, timeout=240
+    )
+
+
+def succeed(corpus: Path, *more: str) -> str:
+    done = run(corpus, *more)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(folder: Path) -> list[dict]:
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in records(folder)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus) -> Path:
+    folder = corpus / "undisturbed"
+    output = succeed(corpus, "--steps", "20", "--save-every", "4", "--val-every", "10", "--save-dir", str(folder))
+    assert "bits per byte" in output and "edge of a word" in output
+    return folder
+
+
+def test_a_run_learns_and_leaves_its_records(undisturbed):
+    rows = records(undisturbed)
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    assert rows[-1]["bpb"] < 0.7 * rows[0]["bpb"]
+    wanted = {"bpb", "ce", "lr", "grad_norm", "bytes_per_s", "stage0_ratio_loss", "stage0_compression", "stage0_F"}
+    assert all(wanted <= set(row) for row in rows)
+    assert [row["step"] for row in rows if "val_bpb" in row] == [10, 20]
+    assert {"val_edge_share", "val_edge_base", "val_stage0_compression"} <= set(rows[-1])
+    assert (undisturbed / "loss.png").read_bytes().startswith(b"\x89PNG")
+    kept = sorted(p.name for p in (undisturbed / "checkpoints").iterdir())
+    assert kept == ["step_00000016", "step_00000020"]
+    assert json.loads((undisturbed / "config.json").read_text())["N_compress"] == [1, 6]
+
+
+def test_the_learning_rate_warms_up_and_decays(undisturbed):
+    rates = [row["lr"] for row in records(undisturbed)]
+    assert rates[0] == pytest.approx(1e-3) and rates[1:17] == [2e-3] * 16
+    assert rates[17] == pytest.approx(2e-3 * (1 - 0.5)) and 0 < rates[19] < rates[18] < rates[17]
+
+
+def kill_and_resume(corpus: Path, folder: Path, seed: int, steps: int = 20, kills: int = 1) -> None:
+    """Start the undisturbed run again in `folder`, kill -9 it at a random moment, and resume until it is through."""
+    rng = random.Random(seed)
+    flags = ["--steps", str(steps), "--save-every", "4", "--val-every", "10", "--save-dir", str(folder)]
+    for _ in range(kills):
+        process = subprocess.Popen(
+            command(corpus, *flags, "--resume", "auto"), cwd=corpus, env=environment(), stdout=subprocess.DEVNULL
+        )
+        target, metrics = rng.randint(0, steps - 2), folder / "metrics.jsonl"
+        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > target):
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        process.wait()
+    succeed(corpus, *flags, "--resume", "auto")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_and_resumed_equals_undisturbed(corpus, undisturbed, tmp_path, seed):
+    kill_and_resume(corpus, tmp_path / "run", seed)
+    assert timeless(tmp_path / "run") == timeless(undisturbed)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(100, 107))
+def test_killed_three_times_and_resumed_equals_undisturbed(corpus, undisturbed, tmp_path, seed):
+    kill_and_resume(corpus, tmp_path / "run", seed, kills=3)
+    assert timeless(tmp_path / "run") == timeless(undisturbed)
+
+
+def test_a_torn_checkpoint_is_passed_over(corpus, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    newest = folder / "checkpoints" / "step_00000020"
+    shard = next(newest.glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    (folder / "checkpoints" / "step_00000024.writing").mkdir()
+    flags = ["--steps", "20", "--save-every", "4", "--val-every", "10", "--save-dir", str(folder), "--resume", "auto"]
+    output = succeed(corpus, *flags)
+    assert "passed over" in output and "step_00000020" in output and "step_00000016" in output
+    assert timeless(folder) == timeless(undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_ends_well(corpus, undisturbed, tmp_path, number):
+    folder = tmp_path / "run"
+    flags = ["--steps", "20", "--save-every", "1000", "--val-every", "10", "--save-dir", str(folder)]
+    process = subprocess.Popen(
+        command(corpus, *flags), cwd=corpus, env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    while not (folder / "metrics.jsonl").exists() or (folder / "metrics.jsonl").read_text().count("\n") < 3:
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "--resume auto" in output
+    assert 3 <= len(records(folder)) < 20
+    succeed(corpus, *flags, "--resume", "auto")
+    assert timeless(folder) == timeless(undisturbed)
+
+
+def refused(corpus: Path, *flags: str) -> str:
+    """The one line that a mistake ends in, with exit status 2 and no traceback."""
+    done = run(corpus, *flags)
+    assert done.returncode == 2, (done.returncode, done.stderr[-2000:])
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_mistakes_end_in_one_sentence(corpus, undisturbed, tmp_path):
+    (tmp_path / "not.json").write_text("arch_layout: T12")
+    (tmp_path / "key.json").write_text(json.dumps({**MODEL, "d_hidden": 3}))
+    (tmp_path / "run.yaml").write_text("step: 3\n")
+    (tmp_path / "type.yaml").write_text("steps: many\n")
+    (tmp_path / "empty").mkdir()
+    assert "--stepz" in refused(corpus, "--stepz", "3")
+    assert "not JSON" in refused(corpus, "-c", str(tmp_path / "not.json"))
+    assert "d_hidden" in refused(corpus, "-c", str(tmp_path / "key.json"))
+    assert "no such config file" in refused(corpus, "-c", "nowhere.json")
+    assert "'step'" in refused(corpus, "--config-file", str(tmp_path / "run.yaml"))
+    assert "expected int" in refused(corpus, "--config-file", str(tmp_path / "type.yaml"))
+    assert "1-3-9" in refused(corpus, "-N", "1-x")
+    assert "N_compress" in refused(corpus, "-N", "1-3-9")
+    assert "empty" in refused(corpus, "--data", str(tmp_path / "empty"))
+    assert "one batch" in refused(corpus, "--mbs", "1000000")
+    assert "--lr" in refused(corpus, "--lr", "0")
+    assert "--resume auto" in refused(corpus, "--steps", "20", "--save-dir", str(undisturbed))
+    (tmp_path / "other.json").write_text(json.dumps({**MODEL, "d_intermediate": [0, 128]}))
+    other = ["-c", str(tmp_path / "other.json"), "--save-dir", str(tmp_path / "other")]
+    message = refused(corpus, *other, "--resume", str(undisturbed / "checkpoints" / "step_00000020"))
+    assert "d_intermediate" in message
+
+
+def test_a_folder_in_use_is_refused(corpus, tmp_path):
+    folder = tmp_path / "run"
+    flags = ["--steps", "1000", "--save-dir", str(folder)]
+    process = subprocess.Popen(command(corpus, *flags), cwd=corpus, env=environment(), stdout=subprocess.DEVNULL)
+    while not (folder / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    assert "another run" in refused(corpus, *flags, "--resume", "auto")
+    process.kill()
+    process.wait()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(corpus, tmp_path):
+    folder = tmp_path / "run"
+    flags = ["--steps", "20", "--save-every", "1", "--save-dir", str(folder), "--clip", "0", "--warmup", "0"]
+    message = refused(corpus, *flags, "--lr", "1e30")
+    assert "step " in message and "last good checkpoint" in message
+    rows = records(folder)
+    assert all(row["ce"] is not None for row in rows)
+    assert (folder / "checkpoints" / f"step_{len(rows):08d}" / "manifest.json").exists()
+
+
+def test_a_yaml_file_gives_flags_and_flags_win(corpus, tmp_path):
+    (tmp_path / "run.yaml").write_text(f"steps: 7\nlr: 0.001\nsave_dir: {tmp_path}/run\nmbs: 128\n")
+    succeed(corpus, "--config-file", str(tmp_path / "run.yaml"), "--steps", "2")
+    rows = records(tmp_path / "run")
+    assert len(rows) == 2 and rows[-1]["bytes_seen"] == 2 * 256  # --mbs 256 is on the command line
+    assert "lr: 0.001" in (tmp_path / "run" / "train.yaml").read_text()
+
+
+def test_dumpparams_lists_every_parameter(corpus):
+    output = succeed(corpus, "-e", "dumpparams")
+    assert "backbone.encoder.layers.0.mixer.A_log" in output and "no decay" in output and "lr x 3.0" in output
