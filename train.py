@@ -24,16 +24,18 @@ from rich.console import Console
 from torch import Tensor
 
 import fineweb
-from hnet_runtime import UserError, checkpoint, distributed
+from hnet_runtime import UserError, checkpoint, distributed, equivalence, weights
 from hnet_runtime.chunks import bars, render
 from hnet_runtime.distributed import World
 from hnet_runtime.evaluation import chunks_of, validate
-from hnet_runtime.metrics import JsonlSink, Metrics, WandbSink, duration, plot_losses, read_metrics
+from hnet_runtime.metrics import JsonlSink, Metrics, TensorBoardSink, WandbSink, duration, plot_losses, read_metrics
 from hnet_runtime.run import Interrupts, checkpoint_to_resume, code_revision, open_folder
+from hnet_simple import HNetInference, generate
 from hnet_trainable import ConfigError, HNetConfig, HNetLM, compile_blocks, count_flops, parameter_groups
 
 logger = logging.getLogger("hnet")
 
+DEFAULT_CONFIG = "configs/hnet_1stage_tiny.json"
 DEFAULT_DATA = "data/stdlib"  # prepared on first use from the running Python's own standard library
 
 
@@ -48,8 +50,10 @@ def flag(*short: str):
 class TrainConfig:
     """Train an H-Net. Without flags: a tiny one, on the Python standard library, on this machine's best device."""
 
-    config: Annotated[str, flag("-c")] = "configs/hnet_1stage_tiny.json"
-    """Model config, a JSON file (see configs/)."""
+    config: Annotated[str, flag("-c")] = ""
+    """Model config, a JSON file. Empty: the checkpoint's own with -p, else configs/hnet_1stage_tiny.json."""
+    pt_ckpt: Annotated[str, flag("-p")] = ""
+    """Weights to start from: an official .pt, safetensors, a checkpoint of ours, or hf:owner/name."""
     n_compression: Annotated[str, flag("-N")] = ""
     """Target compression, like 1-3-9: bytes per token that each stage should see. Empty: as the config says."""
     data: str = DEFAULT_DATA
@@ -105,21 +109,38 @@ class TrainConfig:
     """Held-out slices to score; 0: all."""
     log_every: int = 10
     """Steps between lines on the console; metrics.jsonl has every step."""
-    logger: Annotated[Literal["local", "wandb"], flag("-l")] = "local"
+    sample_every: int = 0
+    """Steps between generated samples; the last step always gives one. 0: only the last."""
+    sample_bytes: int = 160
+    """Length of a sample; 0: none."""
+    prompt: str = ""
+    """What samples go on from."""
+    logger: Annotated[Literal["local", "wandb", "tensorboard", "neptune"], flag("-l")] = "local"
     """Where metrics go beside metrics.jsonl."""
-    early_exit: Annotated[Literal["no", "dumpparams"], flag("-e")] = "no"
-    """dumpparams: print the modules and each parameter's shape, dtype, stage, multiplier and decay, and stop."""
+    early_exit: Annotated[Literal["no", "generate", "dumpparams"], flag("-e")] = "no"
+    """generate: check that training forward, prefill and steps agree, and stop (status 1 if not). dumpparams: print the
+    modules and each parameter's shape, dtype, stage, multiplier and decay, and stop."""
 
     def check(self) -> None:
         """Raises UserError naming the first flag that is out of range."""
         for name in ("mbs", "global_slices", "max_doc", "steps", "save_every", "log_every"):
             self._expect(name, getattr(self, name) >= 1, "1 or more")
-        for name in ("val_every", "val_slices", "keep", "clip", "alpha", "weight_decay"):
+        for name in (
+            "val_every",
+            "val_slices",
+            "sample_every",
+            "sample_bytes",
+            "keep",
+            "clip",
+            "alpha",
+            "weight_decay",
+        ):
             self._expect(name, getattr(self, name) >= 0, "0 or more")
         self._expect("lr", self.lr > 0, "more than 0")
         for name in ("warmup", "decay"):
             self._expect(name, 0 <= getattr(self, name) <= 1, "a share from 0 to 1")
         self._expect("decay", self.warmup + self.decay <= 1, f"at most 1 together with --warmup {self.warmup}")
+        self._expect("logger", self.logger != "neptune", "wandb or tensorboard (neptune, which only printed, is gone)")
 
     def _expect(self, name: str, good: bool, expected: str) -> None:
         if not good:
@@ -150,7 +171,8 @@ def read_config(argv: Sequence[str]) -> TrainConfig:
     return config
 
 
-def read_model_config(config: TrainConfig) -> HNetConfig:
+def read_model(config: TrainConfig) -> tuple[HNetConfig, dict[str, Tensor] | None]:
+    """The model's config, and the weights to start from where -p names some."""
     overrides = {}
     if config.n_compression:
         try:
@@ -158,7 +180,10 @@ def read_model_config(config: TrainConfig) -> HNetConfig:
         except ValueError:
             raise UserError(f"-N {config.n_compression}: expected numbers joined by dashes, like 1-3-9") from None
         overrides["N_compress"] = [int(n) if n.is_integer() else n for n in numbers]
-    return HNetConfig.load(config.config, **overrides)
+    if not config.pt_ckpt:
+        return HNetConfig.load(config.config or DEFAULT_CONFIG, **overrides), None
+    start = weights.load(config.pt_ckpt, HNetConfig.load(config.config, **overrides) if config.config else None)
+    return HNetConfig.load(start.config.to_dict(), **overrides), start.weights
 
 
 def lr_scale(step: int, config: TrainConfig) -> float:
@@ -263,13 +288,16 @@ def dump_parameters(model: HNetLM, groups: list[dict[str, Any]]) -> None:
 
 def main(argv: Sequence[str]) -> None:
     config = read_config(argv)
-    hnet = read_model_config(config)
+    hnet, start_weights = read_model(config)
     world = distributed.start(config.device)
     logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s", stream=sys.stdout)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU for what stays float32: residual_proj
 
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and world.device.type == "cuda")
-    model = distributed.build_model(hnet, world, torch.bfloat16 if half else torch.float32, config.seed)
+    if config.early_exit == "generate":
+        dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+        sys.exit(not equivalence.run(hnet, config.pt_ckpt or None, world.device, dtype, config.seed))
+    model = distributed.build_model(hnet, world, torch.bfloat16 if half else torch.float32, config.seed, start_weights)
     parameters = list(model.parameters())
     groups = parameter_groups(model, config.lr, config.weight_decay)
     if config.early_exit == "dumpparams":
@@ -279,7 +307,8 @@ def main(argv: Sequence[str]) -> None:
     optimizer = torch.optim.AdamW(distributed.optimizer_groups(groups), betas=(0.9, 0.95), fused=True)
 
     train_stream, val_stream = open_data(config, world)
-    run = open_folder(config.save_dir, Path(config.config).stem, world)
+    name = Path(config.config or config.pt_ckpt or DEFAULT_CONFIG).stem
+    run = open_folder(config.save_dir, name, world)
     step = 0  # optimizer steps done
     if source := checkpoint_to_resume(run, config.resume, world):
         checkpoint.load(source, model, optimizer)
@@ -288,12 +317,13 @@ def main(argv: Sequence[str]) -> None:
     about = {"config": dataclasses.asdict(config), "data": train_stream.fingerprint, "code": code_revision()}
     metrics = open_metrics(run, step, about, hnet, config, world)
     logger.info(
-        f"{Path(config.config).stem}: {sum(p.numel() for p in parameters) / 1e6:.1f}M parameters, "
+        f"{name}: {sum(p.numel() for p in parameters) / 1e6:.1f}M parameters, "
         f"{world.size} x {world.device.type} in {'bfloat16' if half else 'float32'}; {config.data}: "
         f"{train_stream.text_bytes / 1e6:.1f} MB of text; {config.steps} steps of "
         f"{config.mbs * config.global_slices:,} bytes; run folder {run}"
     )
 
+    inference = HNetInference.from_training(model)  # borrows the weights: nothing is copied
     interrupts = Interrupts()
     began, first_step = time.perf_counter(), step
     model.train()
@@ -323,6 +353,8 @@ def main(argv: Sequence[str]) -> None:
         is_last, interrupted = step == config.steps, interrupts.anywhere(world)
         if is_last or (config.val_every and step % config.val_every == 0):
             record |= validate(model, val_stream, world, config.val_slices or None)
+        if config.sample_bytes and (is_last or (config.sample_every and step % config.sample_every == 0)):
+            record |= {"sample": sample(inference, config, world)}
         metrics.log(step, record)
         if is_last or step % config.log_every == 0 or step == first_step + 1:
             seconds_left = (time.perf_counter() - began) / (step - first_step) * (config.steps - step)
@@ -347,12 +379,33 @@ def open_metrics(run: Path, step: int, about: dict, hnet: HNetConfig, config: Tr
     sinks = [JsonlSink(run / "metrics.jsonl", step)]
     if config.logger == "wandb":
         sinks.append(WandbSink(run, about | {"model": hnet.to_dict()}))
+    elif config.logger == "tensorboard":
+        sinks.append(TensorBoardSink(run, step))
     return Metrics(sinks)
+
+
+def sample(inference: HNetInference, config: TrainConfig, world: World) -> str:
+    """Let the model write, print that with its chunks, and return it with bars between them. Called by every rank."""
+    with inference.unsharded():  # gathers the weights of all ranks; then rank 0 alone generates
+        if not world.is_main:
+            return ""
+        written = generate(
+            inference, [config.prompt], max_bytes=config.sample_bytes, seed=config.seed, valid_utf8=True
+        )[0]
+    logger.info("the model writes, beginning with %r:", config.prompt)
+    print_chunks(written.data, written.starts)
+    return bars(written.data, written.starts)
+
+
+def print_chunks(data: bytes, starts: Sequence[Sequence[bool]]) -> None:
+    """In colours where the terminal has them, else with bars."""
+    console = Console(highlight=False, markup=False)
+    console.print(render(data, starts) if console.color_system else bars(data, starts))
 
 
 def show_results(model: HNetLM, val_stream: fineweb.ByteStream, run: Path, world: World) -> None:
     """The last validation, the plot, and a piece of held-out text with the model's chunks in colours."""
-    piece = next(val_stream.slices_once(1))
+    *_, piece = val_stream.slices_once(2)  # the first and one from the middle
     text = bytes(piece.labels[: piece.row_lengths[0]]).rstrip(b"\xff")[:800]
     opens = chunks_of(model, text, world)
     if not world.is_main:
@@ -362,9 +415,7 @@ def show_results(model: HNetLM, val_stream: fineweb.ByteStream, run: Path, world
     last = records[-1]
     if opens:
         logger.info("held-out text in the chunks that the model cut:")
-        starts = list(zip(*opens))
-        console = Console(highlight=False)
-        console.print(render(text, starts) if console.color_system else bars(text, starts), markup=False)
+        print_chunks(text, list(zip(*opens)))
         share, base = last["val_edge_share"], last["val_edge_base"]
         logger.info(
             f"{share:.0%} of the chunks begin at the edge of a word, where {base:.0%} of all bytes do: "

@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hnet_runtime import UserError
-from hnet_trainable import Block, HNet, HNetConfig, HNetLM, initial_weights
+from hnet_trainable import Block, HNet, HNetConfig, HNetLM, initial_weight
 
 logger = logging.getLogger("hnet")
 # Its advice is against in-place operations on what a sharded module returns; there are none
@@ -74,18 +74,25 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def build_model(config: HNetConfig, world: World, compute_dtype: torch.dtype, seed: int) -> HNetLM:
+def build_model(
+    config: HNetConfig,
+    world: World,
+    compute_dtype: torch.dtype,
+    seed: int,
+    weights: Mapping[str, Tensor] | None = None,
+) -> HNetLM:
     """A sharded HNetLM with float32 master weights that computes in `compute_dtype`; see `shard_model`.
 
-    It is built on the meta device and every weight drawn from (seed, name) alone, so it's the same at any world size.
+    It is built on the meta device. Every weight is drawn from (seed, name) alone, so it's the same at any world size,
+    or comes from `weights`, whole tensors by official name.
     """
     with torch.device("meta"):
         model = HNetLM(config)
     shard_model(model, world.mesh, compute_dtype)
     model.to_empty(device=world.device)
     with torch.no_grad():
-        for _, parameter, value in initial_weights(model, seed):
-            assign(parameter, value)
+        for name, parameter in model.named_parameters():
+            assign(parameter, weights[name] if weights else initial_weight(name, parameter.shape, config, seed))
     return model
 
 

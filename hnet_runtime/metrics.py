@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import secrets
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,11 +49,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in read_lines(path)]
 
 
+GROUPS = {  # panel -> prefixes of the keys in it, for wandb and TensorBoard
+    "loss": ("bpb", "ce", "val_bpb", "val_bytes"),
+    "stages": ("stage", "val_stage", "val_edge"),
+    "optimizer": ("lr", "grad"),
+    "speed": ("step_ms", "bytes", "mfu"),
+}
+
+
+def panel(key: str) -> str:
+    """`stage0_F` -> `stages/stage0_F`: wandb and TensorBoard group curves by what stands before the slash."""
+    return next((f"{group}/{key}" for group, prefixes in GROUPS.items() if key.startswith(prefixes)), f"other/{key}")
+
+
 class WandbSink:
     """wandb, online or offline; the run's id is kept in its folder, so a resumed run goes on in the same curves."""
-
-    GROUPS = {"bpb": "loss", "val": "loss", "loss": "loss", "ratio": "loss", "stage": "stages", "lr": "optimizer"}
-    GROUPS |= {"grad": "optimizer", "weight": "optimizer", "bytes": "speed", "step_ms": "speed", "mfu": "speed"}
 
     def __init__(self, run: Path, config: dict[str, Any]):
         try:
@@ -61,23 +72,47 @@ class WandbSink:
             raise UserError("--logger wandb: wandb is not installed; pip install 'hnet-trainable[wandb]'") from None
         id_file = run / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id())
-        settings = wandb.Settings(init_timeout=30)
+            id_file.write_text(secrets.token_hex(4))
         keywords = dict(project="hnet", name=run.name, id=id_file.read_text(), resume="allow", dir=run, config=config)
         try:
-            self._run = wandb.init(settings=settings, **keywords)
+            self._run = wandb.init(settings=wandb.Settings(init_timeout=30), **keywords)
         except Exception as error:  # whatever wandb raises, it must not stop training
-            logger.warning("wandb does not answer (%s); this run is logged offline", str(error).splitlines()[0])
+            logger.warning("wandb: %s; this run is logged offline", str(error).strip().splitlines()[0])
             self._run = wandb.init(mode="offline", **keywords)
+        self._samples: list[list[Any]] = []
+        self._table = wandb.Table
 
     def log(self, step: int, record: dict[str, Any]) -> None:
-        self._run.log({f"{self._group(k)}/{k}": v for k, v in record.items()}, step=step)
-
-    def _group(self, key: str) -> str:
-        return next((group for prefix, group in self.GROUPS.items() if key.startswith(prefix)), "other")
+        values = {panel(key): value for key, value in record.items() if key != "sample"}
+        if record.get("sample"):
+            self._samples.append([step, record["sample"]])
+            values["samples"] = self._table(columns=["step", "sample, chunks between bars"], data=list(self._samples))
+        self._run.log(values, step=step)
 
     def close(self) -> None:
         self._run.finish()
+
+
+class TensorBoardSink:
+    """TensorBoard's event files, in the run's folder; what a resumed run repeats is purged."""
+
+    def __init__(self, run: Path, first_step: int):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            message = "--logger tensorboard: tensorboard is not installed; pip install 'hnet-trainable[tensorboard]'"
+            raise UserError(message) from None
+        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
+
+    def log(self, step: int, record: dict[str, Any]) -> None:
+        for key, value in record.items():
+            if isinstance(value, str):
+                self._writer.add_text(panel(key), value, step)
+            else:
+                self._writer.add_scalar(panel(key), value, step)
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 class Metrics:
