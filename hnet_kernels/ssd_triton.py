@@ -16,10 +16,12 @@ segment with the state in registers, so that forward reads x twice and writes y,
     _outputs    y, each program starting from the states that reach its segment
 
     _totals, _states    backward: the same, both ways, keeping h and its gradient at every chunk in the dtype of x
-    _gradients  dx and what the decays get, per head; dB and dC, summed over the heads of a group in registers
-    _finish     sums over groups, and from flows between tokens to dt and A
+    _gradients  dx, and what flows between tokens, per head; sums for dB and dC over the heads of a group in registers
+    _finish     dB and dC; dt and A from the flows
 
-No atomics: the same bits every time on one kind of GPU.
+No atomics: the same bits every time on one kind of GPU. Tiles are loaded and stored through tensor descriptors: on
+Hopper the copy engine moves them, which saves the registers that addresses would take; rows past T are read as zeros
+and not written.
 """
 
 import functools
@@ -28,114 +30,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-TRACE = tl.constexpr(True)
 LOG2_E = tl.constexpr(1.4426950408889634)
 SUM, SOURCE, GAIN, START, END = (tl.constexpr(i) for i in range(5))  # of vectors_5HT, see _prepare
-INTO, LATER, DGAIN = (tl.constexpr(i) for i in range(3))  # of flows_3HT, see _gradients
+INSIDE, BEFORE, LATER, DGAIN = (tl.constexpr(i) for i in range(4))  # of flows_4HT, see _gradients
 
 
 @triton.jit
-def _document(cu_seqlens_ptr, n_docs, bisections, t):
-    """How many documents end at or before token t: the document it belongs to."""
-    low = t * 0
-    high = low + n_docs
-    for _ in range(bisections):
-        middle = (low + high) // 2
-        open_ = low < high
-        ended = tl.load(cu_seqlens_ptr + 1 + middle, mask=open_, other=0).to(tl.int32) <= t
-        low = tl.where(open_ & ended, middle + 1, low)
-        high = tl.where(open_ & ~ended, middle, high)
-    return low
-
-
-@triton.jit
-def _add_in_document(left_sum, left_opens, right_sum, right_opens):
-    """Joins the sums of neighbouring runs of tokens; a run in which a document begins has that of its last document."""
-    return tl.where(right_opens != 0, right_sum, left_sum + right_sum), left_opens | right_opens
-
-
-@triton.jit(do_not_specialize=["T", "H", "n_docs", "bisections"])
-def _prepare(
-    dt_ptr,
-    A_ptr,
-    B_ptr,
-    C_ptr,
-    cu_seqlens_ptr,
-    vectors_ptr,
-    decay_ptr,
-    document_ptr,
-    scores_ptr,
-    T,
-    H,
-    n_docs,
-    bisections,
-    dt_stride,
-    B_stride,
-    C_stride,
-    N: tl.constexpr,
-    Q: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    WITH_SCORES: tl.constexpr,
-):
-    """One program a chunk: vectors_5HT, decay_CH (through the chunk), document_T, scores_CQQ (C B^T, zero where
-    nothing may flow). The vectors: sums of log decays from the start of the chunk or, in it, the document; log gains
-    less these sums (SOURCE); gains; decays from before the chunk (START) and to its end (END)."""
-    c = tl.program_id(0)
-    padded = tl.num_programs(0) * Q
-    q = tl.arange(0, Q)
-    t = c * Q + q
-    h = tl.arange(0, BLOCK_H)
-    document = _document(cu_seqlens_ptr, n_docs, bisections, t)
-    tl.store(document_ptr + t, document)
-    opens = tl.where(tl.load(cu_seqlens_ptr + document).to(tl.int32) == t, 1, 0)  # whether t is its document's first
-    fresh = tl.sum(tl.where(q == 0, opens, 0), 0)  # whether the chunk begins with a document
-    first, last = tl.min(document, 0), tl.max(document, 0)
-
-    gain_QH = tl.load(dt_ptr + t[:, None] * dt_stride + h[None, :], mask=(t < T)[:, None] & (h < H)[None, :], other=0.0)
-    A_H = tl.load(A_ptr + h, mask=h < H, other=0.0)
-    opens_QH = tl.broadcast_to(opens[:, None], (Q, BLOCK_H))
-    sum_QH, _ = tl.associative_scan((gain_QH * (A_H * LOG2_E)[None, :], opens_QH), 0, _add_in_document)
-    total_H = tl.sum(tl.where(q[:, None] == Q - 1, sum_QH, 0.0), 0)
-    start_QH = tl.where(((document == first) & (fresh == 0))[:, None], tl.exp2(sum_QH), 0.0)
-    end_QH = tl.where((document == last)[:, None], tl.exp2(total_H[None, :] - sum_QH), 0.0)
-    tl.store(decay_ptr + c * H + h, tl.where((first == last) & (fresh == 0), tl.exp2(total_H), 0.0), mask=h < H)
-    row = vectors_ptr + h[None, :] * padded + t[:, None]
-    valid = (h < H)[None, :] & (t >= 0)[:, None]
-    tl.store(row + SUM * H * padded, sum_QH, mask=valid)
-    tl.store(row + SOURCE * H * padded, tl.log2(gain_QH) - sum_QH, mask=valid)
-    tl.store(row + GAIN * H * padded, gain_QH, mask=valid)
-    tl.store(row + START * H * padded, start_QH, mask=valid)
-    tl.store(row + END * H * padded, end_QH, mask=valid)
-
-    if WITH_SCORES:
-        B_QN = _rows(B_ptr, B_stride, c, T, Q, N, WHOLE)
-        C_QN = _rows(C_ptr, C_stride, c, T, Q, N, WHOLE)
-        scores_QQ = tl.dot(C_QN, tl.trans(B_QN), input_precision="ieee")
-        allowed_QQ = (q[:, None] >= q[None, :]) & (document[:, None] == document[None, :])
-        scores_QQ = tl.where(allowed_QQ, scores_QQ, 0.0).to(scores_ptr.dtype.element_ty)
-        tl.store(scores_ptr + tl.cast(c, tl.int64) * Q * Q + q[:, None] * Q + q[None, :], scores_QQ)
-
-
-@triton.jit
-def _rows(ptr, stride, c, T, Q: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
-    """Rows c Q ... c Q + Q - 1 of a flat tensor; zeros past its end."""
-    q = tl.arange(0, Q)
-    at = ptr + tl.cast(c * Q, tl.int64) * stride + (q[:, None] * stride + tl.arange(0, WIDTH)[None, :])
-    if WHOLE:
-        return tl.load(at)
-    return tl.load(at, mask=(c * Q + q < T)[:, None], other=0.0)
-
-
-@triton.jit
-def _store_rows(ptr, stride, c, T, tile, Q: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
-    q = tl.arange(0, Q)
-    at = ptr + tl.cast(c * Q, tl.int64) * stride + (q[:, None] * stride + tl.arange(0, WIDTH)[None, :])
-    if WHOLE:
-        tl.store(at, tile.to(ptr.dtype.element_ty))
-    else:
-        tl.store(at, tile.to(ptr.dtype.element_ty), mask=(c * Q + q < T)[:, None])
+def _tile(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
 
 
 @triton.jit
@@ -145,8 +49,79 @@ def _exp2(x):
 
 
 @triton.jit
-def _tile(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    return tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+def _documents(cu_seqlens_ptr, n_docs, t, Q: tl.constexpr):
+    """The document that each token is in, counting those that end at or before it, and whether it opens it (1, 0)."""
+    BLOCK: tl.constexpr = 64
+    document_Q = tl.zeros((Q,), tl.int32)
+    opens_Q = tl.where(t == 0, 1, 0)
+    for first in range(0, n_docs, BLOCK):
+        b = first + tl.arange(0, BLOCK)
+        ends = tl.load(cu_seqlens_ptr + 1 + b, mask=b < n_docs, other=2**31 - 1).to(tl.int32)
+        document_Q += tl.sum((ends[:, None] <= t[None, :]).to(tl.int32), 0)
+        opens_Q |= tl.max((ends[:, None] == t[None, :]).to(tl.int32), 0)
+    return document_Q, opens_Q
+
+
+@triton.jit
+def _add_in_document(left_sum, left_opens, right_sum, right_opens):
+    """Joins the sums of neighbouring runs of tokens; a run in which a document begins has that of its last document."""
+    return tl.where(right_opens != 0, right_sum, left_sum + right_sum), left_opens | right_opens
+
+
+@triton.jit(do_not_specialize=["T", "H", "n_docs"])
+def _prepare(
+    dt_ptr,
+    A_ptr,
+    B_desc,
+    C_desc,
+    cu_seqlens_ptr,
+    vectors_ptr,
+    decay_ptr,
+    document_ptr,
+    scores_ptr,
+    T,
+    H,
+    n_docs,
+    dt_stride,
+    Q: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    WITH_SCORES: tl.constexpr,
+):
+    """One program a chunk: vectors_5HT, decay_CH (through the chunk), document_T, scores_CQQ (C B^T, zero where
+    nothing may flow). The vectors: sums of log decays from the start of the chunk or, in it, the document; log gains
+    less these sums (SOURCE); gains; decays from before the chunk (START) and to its end (END)."""
+    c = tl.program_id(0)
+    padded = tl.num_programs(0) * Q
+    q, h = tl.arange(0, Q), tl.arange(0, BLOCK_H)
+    t = c * Q + q
+    if WITH_SCORES:
+        B_QN, C_QN = B_desc.load([c * Q, 0]), C_desc.load([c * Q, 0])
+    gain_QH = tl.load(dt_ptr + t[:, None] * dt_stride + h[None, :], mask=(t < T)[:, None] & (h < H)[None, :], other=0.0)
+    A_H = tl.load(A_ptr + h, mask=h < H, other=0.0)
+    document_Q, opens_Q = _documents(cu_seqlens_ptr, n_docs, t, Q)
+    tl.store(document_ptr + t, document_Q)
+    before = tl.min(document_Q - tl.where(q == 0, opens_Q, 0), 0)  # the document that the chunk goes on with, if any
+    last = tl.max(document_Q, 0)
+
+    gain_HQ = tl.trans(gain_QH)
+    opens_HQ = tl.broadcast_to(opens_Q[None, :], (BLOCK_H, Q))
+    sum_HQ, _ = tl.associative_scan((gain_HQ * (A_H * LOG2_E)[:, None], opens_HQ), 1, _add_in_document)
+    total_H = tl.sum(tl.where(q[None, :] == Q - 1, sum_HQ, 0.0), 1)
+    row = vectors_ptr + h[:, None] * padded + t[None, :]
+    valid = (h < H)[:, None] & (q >= 0)[None, :]
+    tl.store(row + SUM * H * padded, sum_HQ, mask=valid)
+    tl.store(row + SOURCE * H * padded, tl.log2(gain_HQ) - sum_HQ, mask=valid)
+    tl.store(row + GAIN * H * padded, gain_HQ, mask=valid)
+    tl.store(row + START * H * padded, tl.where((document_Q == before)[None, :], tl.exp2(sum_HQ), 0.0), mask=valid)
+    to_end_HQ = tl.where((document_Q == last)[None, :], tl.exp2(total_H[:, None] - sum_HQ), 0.0)
+    tl.store(row + END * H * padded, to_end_HQ, mask=valid)
+    tl.store(decay_ptr + c * H + h, tl.where(before == last, tl.exp2(total_H), 0.0), mask=h < H)
+
+    if WITH_SCORES:
+        scores_QQ = tl.dot(C_QN, tl.trans(B_QN), input_precision="ieee")
+        allowed_QQ = (q[:, None] >= q[None, :]) & (document_Q[:, None] == document_Q[None, :])
+        scores_QQ = tl.where(allowed_QQ, scores_QQ, 0.0).to(scores_ptr.dtype.element_ty)
+        tl.store(scores_ptr + tl.cast(c, tl.int64) * Q * Q + _tile(Q, Q), scores_QQ)
 
 
 @triton.jit
@@ -168,24 +143,20 @@ def _arriving(totals_ptr, decay_ptr, h, s, H, S, P: tl.constexpr, N: tl.constexp
 
 @triton.jit
 def _walk(
-    values_ptr,
-    values_stride,
-    keys_ptr,
-    keys_stride,
+    values_desc,
+    keys_desc,
     vectors_ptr,
     decay_ptr,
-    states_ptr,
+    states_desc,
+    states_row,
     state_PN,
     first,
     end,
     h,
-    T,
     H,
     padded,
     P: tl.constexpr,
-    N: tl.constexpr,
     Q: tl.constexpr,
-    WHOLE: tl.constexpr,
     REVERSE: tl.constexpr,
     STORE: tl.constexpr,
 ):
@@ -193,52 +164,47 @@ def _walk(
 
     Returns it and the decay through all of them; STORE keeps what arrives at each chunk in states_CHPN.
     """
+    STEP: tl.constexpr = -1 if REVERSE else 1
     through = tl.full((), 1.0, tl.float32)
     q = tl.arange(0, Q)
+    c = end - 1 if REVERSE else first
+    decay = tl.load(decay_ptr + c * H + h)
     for k in range(end - first):
-        if REVERSE:
-            c = end - 1 - k
-        else:
-            c = first + k
+        # a scalar that is loaded where it is used holds everything up: the next chunk's is loaded now
+        next_decay = tl.load(decay_ptr + (c + STEP) * H + h, mask=k + 1 < end - first, other=0.0)
         at = h * padded + c * Q + q
         if REVERSE:
             weight_Q = tl.load(vectors_ptr + START * H * padded + at)
         else:
             weight_Q = tl.load(vectors_ptr + END * H * padded + at) * tl.load(vectors_ptr + GAIN * H * padded + at)
-        decay = tl.load(decay_ptr + c * H + h)
-        values_QP = _rows(values_ptr + h * P, values_stride, c, T, Q, P, WHOLE)
-        keys_QN = _rows(keys_ptr, keys_stride, c, T, Q, N, WHOLE)
+        values_QP = values_desc.load([c * Q, h * P])
+        keys_QN = keys_desc.load([c * Q, 0])
         if STORE:
-            state_at = states_ptr + tl.cast(c * H + h, tl.int64) * (P * N) + _tile(P, N)
-            tl.store(state_at, state_PN.to(states_ptr.dtype.element_ty))
+            states_desc.store([states_row + (c * H + h) * P, 0], state_PN.to(keys_QN.dtype))
         values_QP = (values_QP * weight_Q[:, None]).to(keys_QN.dtype)
         state_PN = tl.dot(tl.trans(values_QP), keys_QN, state_PN * decay, input_precision="ieee")
         through *= decay
+        decay = next_decay
+        c += STEP
     return state_PN, through
 
 
-@triton.jit(do_not_specialize=["T", "H", "n_chunks", "chunks_per_segment"])
+@triton.jit(do_not_specialize=["H", "n_chunks", "chunks_per_segment"])
 def _totals(
-    x_ptr,
-    dy_ptr,
-    B_ptr,
-    C_ptr,
+    x_desc,
+    dy_desc,
+    B_desc,
+    C_desc,
     vectors_ptr,
     decay_ptr,
     totals_ptr,
     segment_decay_ptr,
-    T,
     H,
     n_chunks,
     chunks_per_segment,
-    x_stride,
-    dy_stride,
-    B_stride,
-    C_stride,
     P: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
-    WHOLE: tl.constexpr,
 ):
     """One program a segment, head and way. totals_2SHPN: what a segment adds to the state at its end, and to the
     gradient of the state at its start; segment_decay_SH: the decay through it."""
@@ -250,42 +216,36 @@ def _totals(
     state_PN = tl.zeros((P, N), tl.float32)
     if tl.program_id(1) == 0:
         state_PN, through = _walk(
-            x_ptr, x_stride, B_ptr, B_stride, vectors_ptr, decay_ptr, totals_ptr, state_PN, first, end, h, T, H,
-            n_chunks * Q, P, N, Q, WHOLE, False, False,
+            x_desc, B_desc, vectors_ptr, decay_ptr, B_desc, 0, state_PN, first, end, h, H, n_chunks * Q,
+            P, Q, False, False,
         )  # fmt: skip
         tl.store(totals_ptr + pid * (P * N) + _tile(P, N), state_PN)
         tl.store(segment_decay_ptr + pid, through)
     else:
         state_PN, _ = _walk(
-            dy_ptr, dy_stride, C_ptr, C_stride, vectors_ptr, decay_ptr, totals_ptr, state_PN, first, end, h, T, H,
-            n_chunks * Q, P, N, Q, WHOLE, True, False,
+            dy_desc, C_desc, vectors_ptr, decay_ptr, B_desc, 0, state_PN, first, end, h, H, n_chunks * Q,
+            P, Q, True, False,
         )  # fmt: skip
         tl.store(totals_ptr + (S * H + pid) * (P * N) + _tile(P, N), state_PN)
 
 
-@triton.jit(do_not_specialize=["T", "H", "n_chunks", "chunks_per_segment"])
+@triton.jit(do_not_specialize=["H", "n_chunks", "chunks_per_segment"])
 def _states(
-    x_ptr,
-    dy_ptr,
-    B_ptr,
-    C_ptr,
+    x_desc,
+    dy_desc,
+    B_desc,
+    C_desc,
     vectors_ptr,
     decay_ptr,
     totals_ptr,
     segment_decay_ptr,
-    states_ptr,
-    T,
+    states_desc,
     H,
     n_chunks,
     chunks_per_segment,
-    x_stride,
-    dy_stride,
-    B_stride,
-    C_stride,
     P: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
-    WHOLE: tl.constexpr,
 ):
     """One program a segment, head and way. states_2CHPN: the state before each chunk, and the gradient of the state
     after each chunk."""
@@ -297,40 +257,34 @@ def _states(
     if tl.program_id(1) == 0:
         state_PN = _arriving(totals_ptr, segment_decay_ptr, h, s, H, S, P, N, False)
         _walk(
-            x_ptr, x_stride, B_ptr, B_stride, vectors_ptr, decay_ptr, states_ptr, state_PN, first, end, h, T, H,
-            n_chunks * Q, P, N, Q, WHOLE, False, True,
+            x_desc, B_desc, vectors_ptr, decay_ptr, states_desc, 0, state_PN, first, end, h, H, n_chunks * Q,
+            P, Q, False, True,
         )  # fmt: skip
     else:
         state_PN = _arriving(totals_ptr + S * H * (P * N), segment_decay_ptr, h, s, H, S, P, N, True)
         _walk(
-            dy_ptr, dy_stride, C_ptr, C_stride, vectors_ptr, decay_ptr,
-            states_ptr + tl.cast(n_chunks * H, tl.int64) * (P * N), state_PN, first, end, h, T, H,
-            n_chunks * Q, P, N, Q, WHOLE, True, True,
+            dy_desc, C_desc, vectors_ptr, decay_ptr, states_desc, n_chunks * H * P, state_PN, first, end, h, H,
+            n_chunks * Q, P, Q, True, True,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "H", "n_chunks", "chunks_per_segment"])
+@triton.jit(do_not_specialize=["H", "n_chunks", "chunks_per_segment"])
 def _outputs(
-    x_ptr,
-    B_ptr,
-    C_ptr,
+    x_desc,
+    B_desc,
+    C_desc,
     vectors_ptr,
     decay_ptr,
-    scores_ptr,
+    scores_desc,
     totals_ptr,
     segment_decay_ptr,
-    y_ptr,
-    T,
+    y_desc,
     H,
     n_chunks,
     chunks_per_segment,
-    x_stride,
-    B_stride,
-    C_stride,
     P: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
-    WHOLE: tl.constexpr,
 ):
     """One program a segment and head: y_THP, the state in registers."""
     pid = tl.program_id(0)
@@ -340,291 +294,255 @@ def _outputs(
     first = s * chunks_per_segment
     end = tl.minimum(first + chunks_per_segment, n_chunks)
     q = tl.arange(0, Q)
+    vectors_ptr += h * padded + q
     state_PN = _arriving(totals_ptr, segment_decay_ptr, h, s, H, S, P, N, False)
+    decay = tl.load(decay_ptr + first * H + h)
+    start_Q = tl.load(vectors_ptr + START * H * padded + first * Q)
     for c in range(first, end):
-        at = vectors_ptr + h * padded + c * Q + q
-        sum_Q = tl.load(at + SUM * H * padded)
-        source_Q = tl.load(at + SOURCE * H * padded)
-        gain_Q = tl.load(at + GAIN * H * padded)
-        start_Q = tl.load(at + START * H * padded)
-        end_Q = tl.load(at + END * H * padded)
-        decay = tl.load(decay_ptr + c * H + h)
-        x_QP = _rows(x_ptr + h * P, x_stride, c, T, Q, P, WHOLE)
-        B_QN = _rows(B_ptr, B_stride, c, T, Q, N, WHOLE)
-        C_QN = _rows(C_ptr, C_stride, c, T, Q, N, WHOLE)
-        scores_QQ = tl.load(scores_ptr + tl.cast(c, tl.int64) * Q * Q + _tile(Q, Q))
+        # what does not come through the pipeline is loaded one chunk ahead
+        next_decay = tl.load(decay_ptr + (c + 1) * H + h, mask=c + 1 < end, other=0.0)
+        next_start_Q = tl.load(vectors_ptr + START * H * padded + (c + 1) * Q, mask=(q >= 0) & (c + 1 < end), other=0.0)
+        sum_Q = tl.load(vectors_ptr + SUM * H * padded + c * Q)
+        source_Q = tl.load(vectors_ptr + SOURCE * H * padded + c * Q)
+        gain_Q = tl.load(vectors_ptr + GAIN * H * padded + c * Q)
+        end_Q = tl.load(vectors_ptr + END * H * padded + c * Q)
+        x_QP = x_desc.load([c * Q, h * P])
+        B_QN = B_desc.load([c * Q, 0])
+        C_QN = C_desc.load([c * Q, 0])
+        scores_QQ = scores_desc.load([c * Q, 0])
 
         y_QP = tl.dot(C_QN, tl.trans(state_PN.to(x_QP.dtype)), input_precision="ieee") * start_Q[:, None]
         weights_QQ = (scores_QQ * _exp2(sum_Q[:, None] + source_Q[None, :])).to(x_QP.dtype)
         y_QP = tl.dot(weights_QQ, x_QP, y_QP, input_precision="ieee")
-        _store_rows(y_ptr + h * P, H * P, c, T, y_QP, Q, P, WHOLE)
+        y_desc.store([c * Q, h * P], y_QP.to(x_QP.dtype))
 
         x_QP = (x_QP * (end_Q * gain_Q)[:, None]).to(B_QN.dtype)
         state_PN = tl.dot(tl.trans(x_QP), B_QN, state_PN * decay, input_precision="ieee")
+        decay, start_Q = next_decay, next_start_Q
 
 
 @triton.jit
-def _allowed(document_ptr, c, Q: tl.constexpr, TRANSPOSED: tl.constexpr = False):
-    """(Q, Q): the row's token comes after the column's (TRANSPOSED: before), or is it, in one document."""
+def _gradients_within(
+    x_desc,
+    dy_desc,
+    B_desc,
+    C_desc,
+    vectors_ptr,
+    document_ptr,
+    states_desc,
+    dx_desc,
+    dscores_desc,
+    flows_ptr,
+    c,
+    group,
+    first,
+    end,
+    H,
+    n_chunks,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+):
+    """dx, the gradient of the scores, and what flows from the inputs of chunk c to it and later ones. Rows: inputs."""
+    padded = n_chunks * Q
     q = tl.arange(0, Q)
     document_Q = tl.load(document_ptr + c * Q + q)
-    same_QQ = document_Q[:, None] == document_Q[None, :]
-    if TRANSPOSED:
-        return same_QQ & (q[:, None] <= q[None, :])
-    return same_QQ & (q[:, None] >= q[None, :])
-
-
-@triton.jit
-def _gradients_of_outputs(
-    x_ptr,
-    dy_ptr,
-    B_ptr,
-    C_ptr,
-    vectors_ptr,
-    decay_ptr,
-    document_ptr,
-    states_ptr,
-    dC_ptr,
-    flows_ptr,
-    through_ptr,
-    c,
-    first,
-    end,
-    T,
-    H,
-    n_chunks,
-    x_stride,
-    dy_stride,
-    B_stride,
-    C_stride,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    Q: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
-    """What leads to the outputs of chunk c: dC, the flows INTO its tokens and the flow through it. Rows: outputs."""
-    padded = n_chunks * Q
-    q = tl.arange(0, Q)
-    B_QN = _rows(B_ptr, B_stride, c, T, Q, N, WHOLE)
-    C_QN = _rows(C_ptr, C_stride, c, T, Q, N, WHOLE)
-    scores_QQ = tl.dot(C_QN, tl.trans(B_QN), input_precision="ieee")
-    scores_QQ = tl.where(_allowed(document_ptr, c, Q), scores_QQ, 0.0).to(B_QN.dtype)
+    allowed_QQ = (q[:, None] <= q[None, :]) & (document_Q[:, None] == document_Q[None, :])
+    B_QN = B_desc.load([c * Q, 0])
+    scores_QQ = tl.dot(B_QN, tl.trans(C_desc.load([c * Q, 0])), input_precision="ieee")
+    scores_QQ = tl.where(allowed_QQ, scores_QQ, 0.0)
     dscores_QQ = tl.zeros((Q, Q), tl.float32)
-    dC_QN = tl.zeros((Q, N), tl.float32)
-    dstates_ptr = states_ptr + tl.cast(n_chunks * H, tl.int64) * (P * N)
-    for h in range(first, end):
-        at = h * padded + c * Q + q
-        sum_Q = tl.load(vectors_ptr + SUM * H * padded + at)
-        source_Q = tl.load(vectors_ptr + SOURCE * H * padded + at)
-        start_Q = tl.load(vectors_ptr + START * H * padded + at)
-        decay = tl.load(decay_ptr + c * H + h)
-        x_QP = _rows(x_ptr + h * P, x_stride, c, T, Q, P, WHOLE)
-        dy_QP = _rows(dy_ptr + h * P, dy_stride, c, T, Q, P, WHOLE)
-        state_at = tl.cast(c * H + h, tl.int64) * (P * N) + _tile(P, N)
-        state_PN = tl.load(states_ptr + state_at)
-        dstate_PN = tl.load(dstates_ptr + state_at)
-
-        dscores_h_QQ = tl.dot(dy_QP, tl.trans(x_QP), input_precision="ieee")
-        dscores_h_QQ *= _exp2(sum_Q[:, None] + source_Q[None, :])
-        dscores_QQ += dscores_h_QQ
-        into_Q = tl.sum(dscores_h_QQ * scores_QQ, 1)
-
-        dy_start_QP = dy_QP * start_Q[:, None]
-        into_Q += tl.sum(dy_start_QP * tl.dot(C_QN, tl.trans(state_PN), input_precision="ieee"), 1)
-        dC_QN = tl.dot(dy_start_QP.to(dy_QP.dtype), state_PN, dC_QN, input_precision="ieee")
-        tl.store(flows_ptr + INTO * H * padded + at, into_Q)
-        if TRACE:
-            product_PP = tl.dot(state_PN, tl.trans(dstate_PN), input_precision="ieee")
-            p = tl.arange(0, P)
-            product_PP = tl.where(p[:, None] == p[None, :], product_PP, 0.0)
-            through = tl.sum(tl.sum(product_PP, 1), 0)
-        else:
-            through = tl.sum(tl.sum(state_PN.to(tl.float32) * dstate_PN.to(tl.float32), 1), 0)
-        tl.store(through_ptr + c * H + h, decay * through)
-
-    dscores_QQ = tl.where(_allowed(document_ptr, c, Q), dscores_QQ, 0.0).to(x_ptr.dtype.element_ty)
-    B_QN = _rows(B_ptr, B_stride, c, T, Q, N, WHOLE)  # again, rather than kept through the loop
-    dC_QN = tl.dot(dscores_QQ, B_QN, dC_QN, input_precision="ieee")
-    _store_rows(dC_ptr, N, c, T, dC_QN, Q, N, WHOLE)
-
-
-@triton.jit
-def _gradients_of_inputs(
-    x_ptr,
-    dy_ptr,
-    B_ptr,
-    C_ptr,
-    vectors_ptr,
-    document_ptr,
-    dstates_ptr,
-    dx_ptr,
-    dB_ptr,
-    flows_ptr,
-    c,
-    first,
-    end,
-    T,
-    H,
-    n_chunks,
-    x_stride,
-    dy_stride,
-    B_stride,
-    C_stride,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    Q: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
-    """What the inputs of chunk c lead to: dx, dB, the gradient of the gain and the flow LATER. Rows: inputs."""
-    padded = n_chunks * Q
-    q = tl.arange(0, Q)
-    B_QN = _rows(B_ptr, B_stride, c, T, Q, N, WHOLE)
-    C_QN = _rows(C_ptr, C_stride, c, T, Q, N, WHOLE)
-    scores_QQ = tl.dot(B_QN, tl.trans(C_QN), input_precision="ieee")
-    scores_QQ = tl.where(_allowed(document_ptr, c, Q, True), scores_QQ, 0.0).to(B_QN.dtype)
-    dscores_QQ = tl.zeros((Q, Q), tl.float32)
-    dB_QN = tl.zeros((Q, N), tl.float32)
     for h in range(first, end):
         at = h * padded + c * Q + q
         sum_Q = tl.load(vectors_ptr + SUM * H * padded + at)
         gain_Q = tl.load(vectors_ptr + GAIN * H * padded + at)
         end_Q = tl.load(vectors_ptr + END * H * padded + at)
-        x_QP = _rows(x_ptr + h * P, x_stride, c, T, Q, P, WHOLE)
-        dy_QP = _rows(dy_ptr + h * P, dy_stride, c, T, Q, P, WHOLE)
-        dstate_PN = tl.load(dstates_ptr + tl.cast(c * H + h, tl.int64) * (P * N) + _tile(P, N))
+        x_QP = x_desc.load([c * Q, h * P])
+        dy_QP = dy_desc.load([c * Q, h * P])
+        dstate_PN = states_desc.load([((n_chunks + c) * H + h) * P, 0])
 
         within_QQ = _exp2(sum_Q[None, :] - sum_Q[:, None])
-        ddecayed_QQ = tl.dot(x_QP, tl.trans(dy_QP), input_precision="ieee") * within_QQ
-        dscores_QQ += ddecayed_QQ * gain_Q[:, None]
-        dgain_Q = tl.sum(ddecayed_QQ * scores_QQ, 1)
+        dscores_h_QQ = tl.dot(x_QP, tl.trans(dy_QP), input_precision="ieee") * within_QQ  # without the gain
+        dscores_QQ += dscores_h_QQ * gain_Q[:, None]
+        flow_QQ = dscores_h_QQ * scores_QQ
+        dgain_Q = tl.sum(flow_QQ, 1)
+        inside_Q = tl.sum(flow_QQ * gain_Q[:, None], 0) - dgain_Q * gain_Q
         weights_QQ = (within_QQ * scores_QQ).to(x_QP.dtype)
 
         dinput_QP = tl.dot(B_QN, tl.trans(dstate_PN), input_precision="ieee") * end_Q[:, None]
         later_Q = tl.sum(x_QP * dinput_QP, 1)
         dinput_QP = tl.dot(weights_QQ, dy_QP, dinput_QP, input_precision="ieee")
-        x_end_QP = (x_QP * (end_Q * gain_Q)[:, None]).to(x_QP.dtype)
-        dB_QN = tl.dot(x_end_QP, dstate_PN, dB_QN, input_precision="ieee")
-
-        _store_rows(dx_ptr + h * P, H * P, c, T, dinput_QP * gain_Q[:, None], Q, P, WHOLE)
-        tl.store(flows_ptr + DGAIN * H * padded + at, dgain_Q + later_Q)
+        dx_desc.store([c * Q, h * P], (dinput_QP * gain_Q[:, None]).to(x_QP.dtype))
+        tl.store(flows_ptr + INSIDE * H * padded + at, inside_Q)
         tl.store(flows_ptr + LATER * H * padded + at, later_Q * gain_Q)
+        tl.store(flows_ptr + DGAIN * H * padded + at, dgain_Q + later_Q)
 
-    dscores_QQ = tl.where(_allowed(document_ptr, c, Q, True), dscores_QQ, 0.0).to(x_ptr.dtype.element_ty)
-    C_QN = _rows(C_ptr, C_stride, c, T, Q, N, WHOLE)  # again, rather than kept through the loop
-    dB_QN = tl.dot(dscores_QQ, C_QN, dB_QN, input_precision="ieee")
-    _store_rows(dB_ptr, N, c, T, dB_QN, Q, N, WHOLE)
+    dscores_QQ = tl.where(allowed_QQ, dscores_QQ, 0.0).to(B_QN.dtype)
+    dscores_desc.store([group * padded + c * Q, 0], dscores_QQ)
 
 
-@triton.jit(do_not_specialize=["T", "H", "n_chunks", "heads_per_group"])
-def _gradients(
-    x_ptr,
-    dy_ptr,
-    B_ptr,
-    C_ptr,
+@triton.jit
+def _gradients_across(
+    x_desc,
+    dy_desc,
+    C_desc,
     vectors_ptr,
     decay_ptr,
-    document_ptr,
-    states_ptr,
-    dx_ptr,
-    dB_ptr,
-    dC_ptr,
+    states_desc,
+    parts_desc,
     flows_ptr,
     through_ptr,
-    T,
+    c,
+    group,
+    first,
+    end,
     H,
     n_chunks,
-    heads_per_group,
-    x_stride,
-    dy_stride,
-    B_stride,
-    C_stride,
     P: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
-    WHOLE: tl.constexpr,
+):
+    """dB and dC as far as they come through the states around chunk c, and what flows into it and through it."""
+    padded = n_chunks * Q
+    p = tl.arange(0, P)
+    C_QN = C_desc.load([c * Q, 0])
+    dB_QN = tl.zeros((Q, N), tl.float32)
+    dC_QN = tl.zeros((Q, N), tl.float32)
+    for h in range(first, end):
+        at = h * padded + c * Q + tl.arange(0, Q)
+        gain_Q = tl.load(vectors_ptr + GAIN * H * padded + at)
+        start_Q = tl.load(vectors_ptr + START * H * padded + at)
+        end_Q = tl.load(vectors_ptr + END * H * padded + at)
+        decay = tl.load(decay_ptr + c * H + h)
+        x_QP = x_desc.load([c * Q, h * P])
+        dy_QP = dy_desc.load([c * Q, h * P])
+        state_PN = states_desc.load([(c * H + h) * P, 0])
+        dstate_PN = states_desc.load([((n_chunks + c) * H + h) * P, 0])
+
+        x_end_QP = (x_QP * (end_Q * gain_Q)[:, None]).to(x_QP.dtype)
+        dB_QN = tl.dot(x_end_QP, dstate_PN, dB_QN, input_precision="ieee")
+        dy_start_QP = dy_QP * start_Q[:, None]
+        dC_QN = tl.dot(dy_start_QP.to(dy_QP.dtype), state_PN, dC_QN, input_precision="ieee")
+        before_Q = tl.sum(dy_start_QP * tl.dot(C_QN, tl.trans(state_PN), input_precision="ieee"), 1)
+        tl.store(flows_ptr + BEFORE * H * padded + at, before_Q)
+        # the sum over state * dstate as the trace of a product: fewer registers than to load both tiles
+        product_PP = tl.dot(state_PN, tl.trans(dstate_PN), input_precision="ieee")
+        through = tl.sum(tl.sum(tl.where(p[:, None] == p[None, :], product_PP, 0.0), 1), 0)
+        tl.store(through_ptr + c * H + h, decay * through)
+
+    row = group * 2 * padded + c * Q
+    parts_desc.store([row, 0], dB_QN.to(C_QN.dtype))
+    parts_desc.store([row + padded, 0], dC_QN.to(C_QN.dtype))
+
+
+@triton.jit(do_not_specialize=["H", "n_chunks", "heads_per_group"])
+def _gradients(
+    x_desc,
+    dy_desc,
+    B_desc,
+    C_desc,
+    vectors_ptr,
+    decay_ptr,
+    document_ptr,
+    states_desc,
+    dx_desc,
+    dscores_desc,
+    parts_desc,
+    flows_ptr,
+    through_ptr,
+    H,
+    n_chunks,
+    heads_per_group,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
 ):
     """Two programs a chunk and group of heads, side by side so that they share what they load through the cache:
-    dx_THP, dB_GTN and dC_GTN of the group and, for the decays, flows_3HT and through_CH.
+    dx_THP; for dB and dC, dscores_GCQQ (transposed: rows of B, columns of C) and parts_G2TN; for the decays, flows_4HT
+    and through_CH.
 
-    The flow from j to i is (dL/dy_i) . (what j's input adds to y_i). flows_3HT: the flow INTO a token, its flow to
-    LATER chunks, and the gradient of its gain (which is all its flow, to its chunk and later, over the gain).
+    The flow from j to i is (dL/dy_i) . (what j's input adds to y_i). flows_4HT: the flow INSIDE the chunk into a token
+    less that from it; from BEFORE the chunk; to LATER chunks; and the gradient of a token's gain (all its flow over the
+    gain). through_CH: what flows through a chunk.
     """
     c, group = tl.program_id(0) // 2, tl.program_id(1)
     first = group * heads_per_group
     end = first + heads_per_group
-    part = tl.cast(group * T, tl.int64) * N
     if tl.program_id(0) % 2 == 0:
-        _gradients_of_outputs(
-            x_ptr, dy_ptr, B_ptr, C_ptr, vectors_ptr, decay_ptr, document_ptr, states_ptr, dC_ptr + part, flows_ptr,
-            through_ptr, c, first, end, T, H, n_chunks, x_stride, dy_stride, B_stride, C_stride, P, N, Q, WHOLE,
+        _gradients_within(
+            x_desc, dy_desc, B_desc, C_desc, vectors_ptr, document_ptr, states_desc, dx_desc, dscores_desc, flows_ptr,
+            c, group, first, end, H, n_chunks, P, Q,
         )  # fmt: skip
     else:
-        dstates_ptr = states_ptr + tl.cast(n_chunks * H, tl.int64) * (P * N)
-        _gradients_of_inputs(
-            x_ptr, dy_ptr, B_ptr, C_ptr, vectors_ptr, document_ptr, dstates_ptr, dx_ptr, dB_ptr + part, flows_ptr,
-            c, first, end, T, H, n_chunks, x_stride, dy_stride, B_stride, C_stride, P, N, Q, WHOLE,
+        _gradients_across(
+            x_desc, dy_desc, C_desc, vectors_ptr, decay_ptr, states_desc, parts_desc, flows_ptr, through_ptr,
+            c, group, first, end, H, n_chunks, P, N, Q,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "H"])
+@triton.jit(do_not_specialize=["T", "H", "n_chunks"])
 def _finish(
-    dt_ptr,
     A_ptr,
+    B_desc,
+    C_desc,
+    vectors_ptr,
     document_ptr,
+    dscores_desc,
+    parts_desc,
     flows_ptr,
     through_ptr,
-    dB_GTN_ptr,
-    dC_GTN_ptr,
     ddt_ptr,
     dA_ptr,
-    dB_ptr,
-    dC_ptr,
+    dB_desc,
+    dC_desc,
     T,
     H,
-    dt_stride,
-    N: tl.constexpr,
+    n_chunks,
     Q: tl.constexpr,
     BLOCK_H: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """One program a chunk: ddt_TH, the chunk's part of dA (dA_CH), and dB and dC summed over GROUPS > 1 groups.
+    """One program a chunk: ddt_TH, the chunk's part of dA (dA_HC), dB_TN and dC_TN.
 
     A token's log decay gets what flows across it: from all before it to itself and all after it.
     """
     c = tl.program_id(0)
-    padded = tl.num_programs(0) * Q
-    q, h, n = tl.arange(0, Q), tl.arange(0, BLOCK_H), tl.arange(0, N)
+    padded = n_chunks * Q
+    q, h = tl.arange(0, Q), tl.arange(0, BLOCK_H)
     t = c * Q + q
     document_Q = tl.load(document_ptr + t)
-    at_QH = h[None, :] * padded + t[:, None]
-    valid_QH = (t < T)[:, None] & (h < H)[None, :]
-    gain_QH = tl.load(dt_ptr + t[:, None] * dt_stride + h[None, :], mask=valid_QH, other=0.0)
+    next_document_Q = tl.load(document_ptr + t + 1, mask=q < Q - 1, other=0)
+    at_HQ = h[:, None] * padded + t[None, :]
+    valid_HQ = (h < H)[:, None] & (t < T)[None, :]
     A_H = tl.load(A_ptr + h, mask=h < H, other=0.0)
-    into_QH = tl.load(flows_ptr + INTO * H * padded + at_QH, mask=valid_QH, other=0.0)
-    later_QH = tl.load(flows_ptr + LATER * H * padded + at_QH, mask=valid_QH, other=0.0)
-    dgain_QH = tl.load(flows_ptr + DGAIN * H * padded + at_QH, mask=valid_QH, other=0.0)
     through_H = tl.load(through_ptr + c * H + h, mask=h < H, other=0.0)
+    gain_HQ = tl.load(vectors_ptr + GAIN * H * padded + at_HQ, mask=valid_HQ, other=0.0)
+    into_HQ = tl.load(flows_ptr + INSIDE * H * padded + at_HQ, mask=valid_HQ, other=0.0)
+    into_HQ += tl.load(flows_ptr + BEFORE * H * padded + at_HQ, mask=valid_HQ, other=0.0)
+    later_HQ = tl.load(flows_ptr + LATER * H * padded + at_HQ, mask=valid_HQ, other=0.0)
+    dgain_HQ = tl.load(flows_ptr + DGAIN * H * padded + at_HQ, mask=valid_HQ, other=0.0)
 
-    inside_QH = into_QH - (gain_QH * dgain_QH - later_QH)  # less its flow to its chunk
-    same_QQ = document_Q[:, None] == document_Q[None, :]
-    from_here_QQ = tl.where(same_QQ & (q[:, None] <= q[None, :]), 1.0, 0.0)
-    earlier_QQ = tl.where(same_QQ & (q[:, None] > q[None, :]), 1.0, 0.0)
-    dlog_QH = tl.dot(from_here_QQ, inside_QH, input_precision="ieee")
-    dlog_QH = tl.dot(earlier_QQ, later_QH, dlog_QH, input_precision="ieee") + through_H[None, :]
-    tl.store(ddt_ptr + t[:, None] * H + h[None, :], dgain_QH + dlog_QH * A_H[None, :], mask=valid_QH)
-    tl.store(dA_ptr + c * H + h, tl.sum(dlog_QH * gain_QH, 0), mask=h < H)
+    closes_HQ = tl.broadcast_to((document_Q != next_document_Q).to(tl.int32)[None, :], (BLOCK_H, Q))
+    dlog_HQ, _ = tl.associative_scan((into_HQ, closes_HQ), 1, _add_in_document, reverse=True)
+    dlog_HQ += (
+        tl.cumsum(later_HQ, 1) - later_HQ + through_H[:, None]
+    )  # only a chunk's last document goes on to later ones
+    tl.store(dA_ptr + h * n_chunks + c, tl.sum(dlog_HQ * gain_HQ, 1), mask=h < H)
+    ddt_QH = tl.trans(dgain_HQ + dlog_HQ * A_H[:, None])
+    tl.store(ddt_ptr + t[:, None] * H + h[None, :], ddt_QH, mask=(t < T)[:, None] & (h < H)[None, :])
 
-    if GROUPS > 1:
-        at_QN = t.to(tl.int64)[:, None] * N + n[None, :]
-        mask_QN = (t < T)[:, None]
-        dB_QN = tl.zeros((Q, N), tl.float32)
-        dC_QN = tl.zeros((Q, N), tl.float32)
-        for g in range(GROUPS):
-            part = tl.cast(T * g, tl.int64) * N + at_QN
-            dB_QN += tl.load(dB_GTN_ptr + part, mask=mask_QN, other=0.0)
-            dC_QN += tl.load(dC_GTN_ptr + part, mask=mask_QN, other=0.0)
-        tl.store(dB_ptr + at_QN, dB_QN.to(dB_ptr.dtype.element_ty), mask=mask_QN)
-        tl.store(dC_ptr + at_QN, dC_QN.to(dC_ptr.dtype.element_ty), mask=mask_QN)
+    dscores_QQ = dscores_desc.load([c * Q, 0]).to(tl.float32)
+    dB_QN = parts_desc.load([c * Q, 0]).to(tl.float32)
+    dC_QN = parts_desc.load([padded + c * Q, 0]).to(tl.float32)
+    for g in range(1, GROUPS):
+        dscores_QQ += dscores_desc.load([g * padded + c * Q, 0])
+        dB_QN += parts_desc.load([2 * g * padded + c * Q, 0])
+        dC_QN += parts_desc.load([(2 * g + 1) * padded + c * Q, 0])
+    B_QN, C_QN = B_desc.load([c * Q, 0]), C_desc.load([c * Q, 0])
+    dscores_QQ = dscores_QQ.to(B_QN.dtype)
+    dB_QN = tl.dot(dscores_QQ, C_QN, dB_QN, input_precision="ieee")
+    dC_QN = tl.dot(tl.trans(dscores_QQ), B_QN, dC_QN, input_precision="ieee")
+    dB_desc.store([c * Q, 0], dB_QN.to(B_QN.dtype))
+    dC_desc.store([c * Q, 0], dC_QN.to(B_QN.dtype))
 
 
 LAUNCH = {  # (warps, stages of the pipeline that loads): measured on an H200, see docs/PERFORMANCE.md
@@ -641,9 +559,9 @@ LAUNCH = {  # (warps, stages of the pipeline that loads): measured on an H200, s
         "_prepare": (8, 1),
         "_totals": (8, 1),
         "_states": (8, 1),
-        "_outputs": (16, 1),
+        "_outputs": (8, 1),
         "_gradients": (16, 1),
-        "_finish": (4, 1),
+        "_finish": (8, 1),
     },
 }
 CHUNK = {torch.bfloat16: 64, torch.float32: 32}  # tokens; 64: the rows of one tensor-core instruction on Hopper
@@ -654,64 +572,67 @@ def _launch(kernel: str, dtype: torch.dtype) -> dict[str, int]:
     return {"num_warps": warps, "num_stages": stages}
 
 
-def _dense(x: Tensor) -> Tensor:
-    """x, or a copy, with its rows at any stride and everything within a row side by side."""
-    return x if x[:1].is_contiguous() else x.contiguous()
+def _described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Of a (T, ...) tensor as (T, W), in tiles of (rows, columns); copied if its rows are not dense or not aligned."""
+    if not x[:1].is_contiguous() or x.data_ptr() % 16 or x.stride(0) * x.element_size() % 16:
+        x = x.contiguous()
+    width = x[0].numel()
+    return TensorDescriptor(x, [len(x), width], [x.stride(0), 1], [rows, columns])
 
 
 @functools.cache
-def _programs(device: torch.device) -> int:
-    """How many programs at once keep a device busy, two on a multiprocessor."""
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 6
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 class _Plan:
-    """What both directions begin with: sizes, and what `_prepare` computes."""
+    """What both directions begin with: sizes, descriptors, and what `_prepare` computes."""
 
     def __init__(self, x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TN: Tensor, C_TN: Tensor, cu_seqlens: Tensor):
         (self.T, self.H, self.P), self.N, self.Q = x_THP.shape, B_TN.shape[1], CHUNK[x_THP.dtype]
         self.n_chunks = triton.cdiv(self.T, self.Q)
-        self.chunks_per_segment = triton.cdiv(self.n_chunks * self.H, _programs(x_THP.device))
+        # two programs, which walk through one segment each, fit on a multiprocessor
+        self.chunks_per_segment = triton.cdiv(self.n_chunks * self.H, 2 * _multiprocessors(x_THP.device))
         self.segments = triton.cdiv(self.n_chunks, self.chunks_per_segment)
-        self.shape = {"P": self.P, "N": self.N, "Q": self.Q, "WHOLE": self.T % self.Q == 0}
-        self.inputs = dt_TH, A_H, B_TN, C_TN, cu_seqlens
+        self.x = _described(x_THP, self.Q, self.P)
+        self.B, self.C = (_described(t, self.Q, self.N) for t in (B_TN, C_TN))
+        self.dt_TH = dt_TH if dt_TH.stride(1) == 1 else dt_TH.contiguous()
+        self.A_H, self.cu_seqlens = A_H.contiguous(), cu_seqlens.contiguous()
         self.vectors_5HT = dt_TH.new_empty(5, self.H, self.n_chunks * self.Q)
         self.decay_CH = dt_TH.new_empty(self.n_chunks, self.H)
         self.document_T = cu_seqlens.new_empty(self.n_chunks * self.Q, dtype=torch.int32)
+        self.scores = _described(B_TN.new_empty(self.n_chunks * self.Q, self.Q), self.Q, self.Q)
+        self.shape = {"P": self.P, "N": self.N, "Q": self.Q}
 
-    def prepare(self, with_scores: bool) -> Tensor:
-        """Launches `_prepare`; returns scores_CQQ."""
-        dt_TH, _, B_TN, C_TN, cu_seqlens = self.inputs
-        n_docs = len(cu_seqlens) - 1
-        scores_CQQ = B_TN.new_empty(self.n_chunks if with_scores else 0, self.Q, self.Q)
+    def prepare(self, with_scores: bool) -> None:
         _prepare[(self.n_chunks,)](
-            *self.inputs, self.vectors_5HT, self.decay_CH, self.document_T, scores_CQQ,
-            self.T, self.H, n_docs, n_docs.bit_length(), dt_TH.stride(0), B_TN.stride(0), C_TN.stride(0),
-            N=self.N, Q=self.Q, WHOLE=self.shape["WHOLE"], BLOCK_H=triton.next_power_of_2(self.H),
-            WITH_SCORES=with_scores, **_launch("_prepare", B_TN.dtype),
+            self.dt_TH, self.A_H, self.B, self.C, self.cu_seqlens,
+            self.vectors_5HT, self.decay_CH, self.document_T, self.scores.base,
+            self.T, self.H, len(self.cu_seqlens) - 1, self.dt_TH.stride(0),
+            Q=self.Q, BLOCK_H=triton.next_power_of_2(self.H), WITH_SCORES=with_scores,
+            **_launch("_prepare", self.x.base.dtype),
         )  # fmt: skip
-        return scores_CQQ
 
 
 def scan_forward(x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TN: Tensor, C_TN: Tensor, cu_seqlens: Tensor) -> Tensor:
     """y_THP of `hnet::ssd`. x, B, C: one of the dtypes of CHUNK; dt, A: float32; N a power of two from 16 on."""
-    x_THP, dt_TH, B_TN, C_TN = (_dense(t) for t in (x_THP, dt_TH, B_TN, C_TN))
-    plan = _Plan(x_THP, dt_TH, A_H.contiguous(), B_TN, C_TN, cu_seqlens.contiguous())
     y_THP = x_THP.new_empty(x_THP.shape)
+    if not len(x_THP):
+        return y_THP
+    plan = _Plan(x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens)
     totals_SHPN = dt_TH.new_empty(plan.segments, plan.H, plan.P, plan.N)
     segment_decay_SH = dt_TH.new_empty(plan.segments, plan.H)
-    sizes = plan.T, plan.H, plan.n_chunks, plan.chunks_per_segment
-    strides = x_THP.stride(0), B_TN.stride(0), C_TN.stride(0)
     decays = plan.vectors_5HT, plan.decay_CH
+    sizes = plan.H, plan.n_chunks, plan.chunks_per_segment
     with torch.cuda.device_of(x_THP):
-        scores_CQQ = plan.prepare(with_scores=True)
+        plan.prepare(with_scores=True)
         _totals[(plan.segments * plan.H, 1)](
-            x_THP, x_THP, B_TN, C_TN, *decays, totals_SHPN, segment_decay_SH, *sizes, x_THP.stride(0), *strides,
+            plan.x, plan.x, plan.B, plan.C, *decays, totals_SHPN, segment_decay_SH, *sizes,
             **plan.shape, **_launch("_totals", x_THP.dtype),
         )  # fmt: skip
         _outputs[(plan.segments * plan.H,)](
-            x_THP, B_TN, C_TN, *decays, scores_CQQ, totals_SHPN, segment_decay_SH, y_THP, *sizes, *strides,
-            **plan.shape, **_launch("_outputs", x_THP.dtype),
+            plan.x, plan.B, plan.C, *decays, plan.scores, totals_SHPN, segment_decay_SH,
+            _described(y_THP, plan.Q, plan.P), *sizes, **plan.shape, **_launch("_outputs", x_THP.dtype),
         )  # fmt: skip
     return y_THP
 
@@ -720,43 +641,43 @@ def scan_backward(
     dy_THP: Tensor, x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TN: Tensor, C_TN: Tensor, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `hnet::ssd` for x, dt, A, B and C; computes the states again."""
-    dy_THP, x_THP, dt_TH, B_TN, C_TN = (_dense(t) for t in (dy_THP, x_THP, dt_TH, B_TN, C_TN))
-    A_H = A_H.contiguous()
-    plan = _Plan(x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens.contiguous())
-    T, H, P, N, n_chunks = plan.T, plan.H, plan.P, plan.N, plan.n_chunks
+    dx_THP, ddt_TH, dB_TN, dC_TN = (t.new_empty(t.shape) for t in (x_THP, dt_TH, B_TN, C_TN))
+    if not len(x_THP):
+        return dx_THP, ddt_TH, torch.zeros_like(A_H), dB_TN, dC_TN
+    plan = _Plan(x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens)
+    T, H, P, N, Q, n_chunks = plan.T, plan.H, plan.P, plan.N, plan.Q, plan.n_chunks
     groups = _groups(n_chunks, H, x_THP.device)
     totals_2SHPN = dt_TH.new_empty(2, plan.segments, H, P, N)
     segment_decay_SH = dt_TH.new_empty(plan.segments, H)
-    states_2CHPN = x_THP.new_empty(2, n_chunks, H, P, N)
-    dx_THP, ddt_TH, dB_TN, dC_TN = (t.new_empty(t.shape) for t in (x_THP, dt_TH, B_TN, C_TN))
-    parts_2GTN = dt_TH.new_empty(2, groups, T, N) if groups > 1 else (dB_TN, dC_TN)
-    flows_3HT = dt_TH.new_empty(3, H, n_chunks * plan.Q)
-    through_CH, dA_CH = dt_TH.new_empty(2, n_chunks, H)
-    inputs = x_THP, dy_THP, B_TN, C_TN, plan.vectors_5HT, plan.decay_CH
-    strides = x_THP.stride(0), dy_THP.stride(0), B_TN.stride(0), C_TN.stride(0)
+    states_2CHPN = _described(x_THP.new_empty(2 * n_chunks * H * P, N), P, N)
+    dscores_GCQQ = _described(x_THP.new_empty(groups * n_chunks * Q, Q), Q, Q)
+    parts_G2TN = _described(x_THP.new_empty(groups * 2 * n_chunks * Q, N), Q, N)
+    flows_4HT = dt_TH.new_empty(4, H, n_chunks * Q)
+    through_CH, dA_HC = dt_TH.new_empty(n_chunks, H), dt_TH.new_empty(H, n_chunks)
+    inputs = plan.x, _described(dy_THP, Q, P), plan.B, plan.C, plan.vectors_5HT, plan.decay_CH
+    sizes = H, n_chunks, plan.chunks_per_segment
     with torch.cuda.device_of(x_THP):
         plan.prepare(with_scores=False)
         _totals[(plan.segments * H, 2)](
-            *inputs, totals_2SHPN, segment_decay_SH, T, H, n_chunks, plan.chunks_per_segment, *strides,
-            **plan.shape, **_launch("_totals", x_THP.dtype),
-        )  # fmt: skip
+            *inputs, totals_2SHPN, segment_decay_SH, *sizes, **plan.shape, **_launch("_totals", x_THP.dtype)
+        )
         _states[(plan.segments * H, 2)](
-            *inputs, totals_2SHPN, segment_decay_SH, states_2CHPN, T, H, n_chunks, plan.chunks_per_segment, *strides,
+            *inputs, totals_2SHPN, segment_decay_SH, states_2CHPN, *sizes,
             **plan.shape, **_launch("_states", x_THP.dtype),
         )  # fmt: skip
         _gradients[(2 * n_chunks, groups)](
-            *inputs, plan.document_T, states_2CHPN, dx_THP, *parts_2GTN, flows_3HT, through_CH,
-            T, H, n_chunks, H // groups, *strides, **plan.shape, **_launch("_gradients", x_THP.dtype),
+            *inputs, plan.document_T, states_2CHPN, _described(dx_THP, Q, P), dscores_GCQQ, parts_G2TN,
+            flows_4HT, through_CH, H, n_chunks, H // groups, **plan.shape, **_launch("_gradients", x_THP.dtype),
         )  # fmt: skip
         _finish[(n_chunks,)](
-            dt_TH, A_H, plan.document_T, flows_3HT, through_CH, *parts_2GTN, ddt_TH, dA_CH, dB_TN, dC_TN,
-            T, H, dt_TH.stride(0), N=N, Q=plan.Q, BLOCK_H=max(16, triton.next_power_of_2(H)), GROUPS=groups,
-            **_launch("_finish", x_THP.dtype),
+            plan.A_H, plan.B, plan.C, plan.vectors_5HT, plan.document_T, dscores_GCQQ, parts_G2TN,
+            flows_4HT, through_CH, ddt_TH, dA_HC, *(_described(t, Q, N) for t in (dB_TN, dC_TN)), T, H, n_chunks,
+            Q=Q, BLOCK_H=triton.next_power_of_2(H), GROUPS=groups, **_launch("_finish", x_THP.dtype),
         )  # fmt: skip
-        return dx_THP, ddt_TH, dA_CH.sum(0), dB_TN, dC_TN
+        return dx_THP, ddt_TH, dA_HC.sum(1), dB_TN, dC_TN
 
 
 def _groups(n_chunks: int, H: int, device: torch.device) -> int:
     """Groups of heads in `_gradients`: the fewest, so that few sums are left, that still keep the device busy."""
-    enough = -(-3 * _programs(device) // (2 * n_chunks))
+    enough = triton.cdiv(3 * _multiprocessors(device), n_chunks)
     return next(g for g in range(1, H + 1) if H % g == 0 and (g >= enough or 2 * g >= H))
