@@ -18,11 +18,13 @@ Equation numbers and sections are those of the paper; "code" is the released one
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
 import math
 import re
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nested import nested_tensor_from_jagged
 
-from hnet_kernels import attention, causal_conv, ema_backward, ema_forward, ssd
+from hnet_kernels import attention, causal_conv_silu, ema_backward, ema_forward, ssd
 
 BOS, EOS = 0xFE, 0xFF  # neither byte occurs in UTF-8 (code)
 HEADDIM = 64  # channels a head of Mamba-2
@@ -417,19 +419,23 @@ class StraightThrough(torch.autograd.Function):
 
 
 class Packing(NamedTuple):
-    """How T flat tokens fall into documents, and the rotary tables of their positions."""
+    """How T flat tokens fall into documents of at most M tokens, and the rotary tables of positions 0 ... M - 1.
+
+    Tensors alone, M being a size: a compiled block takes other sizes without another compilation, but not other ints.
+    """
 
     cu_seqlens: Tensor  # int32 (B + 1,)
-    cos_TR: Tensor  # R = half the rotary dimensions; at least float32
-    sin_TR: Tensor
-    max_seqlen: int
+    position_T: Tensor  # int32, from 0 in each document
+    cos_MR: Tensor  # R = half the rotary dimensions; at least float32
+    sin_MR: Tensor
 
     @classmethod
     def of(cls, x_BjD: Tensor, rotary_dim: int) -> Packing:
         dtype = torch.promote_types(x_BjD.dtype, torch.float32)
         exponent_R = torch.arange(0, rotary_dim, 2, device=x_BjD.device, dtype=dtype) / max(rotary_dim, 1)
-        angle_TR = positions(x_BjD).to(dtype)[:, None] * 10000.0**-exponent_R
-        return cls(cu_seqlens(x_BjD), angle_TR.cos(), angle_TR.sin(), x_BjD._get_max_seqlen())
+        position_M1 = torch.arange(x_BjD._get_max_seqlen(), device=x_BjD.device, dtype=dtype)[:, None]
+        angle_MR = position_M1 * 10000.0**-exponent_R
+        return cls(cu_seqlens(x_BjD), positions(x_BjD).to(torch.int32), angle_MR.cos(), angle_MR.sin())
 
 
 class RMSNorm(nn.Module):
@@ -454,15 +460,15 @@ class GatedRMSNorm(RMSNorm):
 
 
 class CausalConv1d(nn.Module):
-    """Depthwise causal convolution with bias along each document; weight `(D, 1, width)`, its last tap the present."""
+    """Depthwise causal convolution and SiLU along each document; weight `(D, 1, width)`, its last tap the present."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 1, width))
         self.bias = nn.Parameter(torch.empty(channels))
 
-    def forward(self, x_TD: Tensor, cu_seqlens: Tensor) -> Tensor:
-        return causal_conv(x_TD, self.weight, self.bias, cu_seqlens)
+    def forward(self, x_TD: Tensor, position_T: Tensor) -> Tensor:
+        return causal_conv_silu(x_TD, self.weight, self.bias, position_T)
 
 
 class Mamba2(nn.Module):
@@ -483,9 +489,8 @@ class Mamba2(nn.Module):
 
     def forward(self, x_TD: Tensor, packing: Packing) -> Tensor:
         z, xBC, dt_TH = self.in_proj(x_TD).split([self.d_inner, self.d_inner + 2 * self.d_state, self.n_heads], dim=-1)
-        x, B_TN, C_TN = F.silu(self.conv1d(xBC, packing.cu_seqlens)).split(
-            [self.d_inner, self.d_state, self.d_state], dim=-1
-        )
+        xBC = self.conv1d(xBC, packing.position_T)
+        x, B_TN, C_TN = xBC.split([self.d_inner, self.d_state, self.d_state], dim=-1)
         x_THP = x.unflatten(-1, (self.n_heads, HEADDIM))
         dtype = torch.promote_types(self.dt_bias.dtype, torch.float32)
         dt_TH = F.softplus(dt_TH.to(dtype) + self.dt_bias)
@@ -494,9 +499,9 @@ class Mamba2(nn.Module):
         return self.out_proj(self.norm(y_THP.flatten(1), z))
 
 
-def rotate(x_THP: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+def rotate(x_THP: Tensor, packing: Packing) -> Tensor:
     """Partial RoPE, halves rotated: of each head, dimensions [0, R) turn against [R, 2R); the rest stays."""
-    cos, sin = cos_TR[:, None], sin_TR[:, None]
+    cos, sin = (table_MR[packing.position_T][:, None] for table_MR in (packing.cos_MR, packing.sin_MR))
     R = cos.shape[-1]
     a, b, rest = x_THP[..., :R], x_THP[..., R : 2 * R], x_THP[..., 2 * R :]
     turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_THP.dtype)
@@ -514,8 +519,8 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, packing: Packing) -> Tensor:
         q_THP, k_THP, v_THP = self.Wqkv(x_TD).unflatten(-1, (3, self.n_heads, -1)).unbind(1)
-        q_THP, k_THP = (rotate(x, packing.cos_TR, packing.sin_TR) for x in (q_THP, k_THP))
-        o_THP = attention(q_THP, k_THP, v_THP, packing.cu_seqlens, packing.max_seqlen, self.window)
+        q_THP, k_THP = (rotate(x, packing) for x in (q_THP, k_THP))
+        o_THP = attention(q_THP, k_THP, v_THP, packing.cu_seqlens, len(packing.cos_MR), self.window)
         return self.out_proj(o_THP.flatten(1))
 
 
@@ -880,13 +885,26 @@ def _visible_pairs(length: int, window: int) -> int:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile each block's forward, fullgraph; blocks of one kind share their code. Call it before the first forward.
+    """Compile each kind of block once, fullgraph, for any T, B and M. Call it before the first forward.
 
-    Only flat tensors enter a block: torch 2.11 can't compile autograd functions on NJTs, which stay outside.
+    Only flat tensors enter a block: torch 2.11 can't compile autograd functions on NJTs, which stay outside. A kind is
+    a letter at a stage. Each gets a code object of its own, which is what dynamo keeps its compilations by: it guards
+    too little of a module that FSDP manages to tell kinds apart, and stops at 8 compilations of one code object.
     """
-    for block in model.modules():
+    kinds: dict[str, Any] = {}
+    for name, block in model.named_modules():
         if isinstance(block, Block):
-            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)
+            kind = f"block_{type(block.mixer).__name__}{block.has_mlp:d}_{stage_of(name + '.', model.config)}"
+            if kind not in kinds:
+                code = Block.forward.__code__.replace(co_name=kind)
+                kinds[kind] = torch.compile(types.FunctionType(code, globals(), kind), fullgraph=True)
+            block.forward = functools.partial(_call_with_any_sizes, kinds[kind], block)
+
+
+def _call_with_any_sizes(compiled: Any, block: Block, residual_TD: Tensor, packing: Packing) -> Tensor:
+    for tensor in (residual_TD, *packing):
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return compiled(block, residual_TD, packing)
 
 
 def self_check(device: str) -> bool:

@@ -4,11 +4,15 @@
 
 Prints one JSON object (and writes it with --out): median step time after a warm-up, bytes per second, MFU (6 x matmul
 parameters x tokens really seen, over the data sheet's dense bf16 peak), peak memory, time to the first step, kernel
-launches per step and share of the time that the GPU was busy. With --profile FOLDER also a trace and the top kernels.
+launches per step and share of the time that the GPU was busy. With --profile FOLDER also a trace, the top kernels and
+where the CPU's time goes.
 """
 
+import cProfile
+import io
 import json
 import platform
+import pstats
 import statistics
 import sys
 import time
@@ -44,7 +48,7 @@ class Benchmark:
     steps: int = 20
     """Steps timed."""
     compile: str = "eager"
-    """eager or block."""
+    """eager or block (each kind of block compiled)."""
     device: str = "auto"
     """auto, cpu or cuda."""
     profile: str = ""
@@ -100,6 +104,7 @@ def main(args: Benchmark) -> None:
         if on_gpu:
             torch.cuda.synchronize()
 
+    built_s = time.perf_counter() - program_start
     step(0)
     synchronize()
     first_step_s = time.perf_counter() - program_start
@@ -133,7 +138,10 @@ def main(args: Benchmark) -> None:
         "step_ms_min": 1000 * min(times),
         "step_ms_overlapped": 1000 * overlapped,
         **{k: v for k, v in train.speed(record, overlapped, hnet, config, world).items() if k != "step_ms"},
+        "built_s": built_s,
         "first_step_s": first_step_s,
+        "compilations": len(compilations()),
+        "compile_s": sum(compilations()),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
     }
     if args.profile:
@@ -144,8 +152,13 @@ def main(args: Benchmark) -> None:
     distributed.stop()
 
 
+def compilations() -> list[float]:
+    """Seconds of each of dynamo's compilations so far; more than one for each kind of block means it recompiled."""
+    return torch._dynamo.utils.compilation_time_metrics.get("_compile.compile_inner", [])
+
+
 def profile(step, folder: Path, on_gpu: bool, steps: int = 3) -> dict[str, float]:
-    """Launches and GPU-busy milliseconds per step; writes trace.json.gz and kernels.txt into `folder`."""
+    """Launches and GPU-busy milliseconds per step; writes trace.json.gz, kernels.txt and python.txt into `folder`."""
     from torch.profiler import ProfilerActivity
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -157,7 +170,14 @@ def profile(step, folder: Path, on_gpu: bool, steps: int = 3) -> dict[str, float
             torch.cuda.synchronize()
     averages = prof.key_averages()
     key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    (folder / "kernels.txt").write_text(averages.table(sort_by=key, row_limit=60, max_name_column_width=90))
+    (folder / "kernels.txt").write_text(averages.table(sort_by=key, row_limit=80, max_name_column_width=90))
+    with cProfile.Profile() as calls:
+        for _ in range(steps):
+            step()
+    report = io.StringIO()
+    for order in ("tottime", "cumtime"):
+        pstats.Stats(calls, stream=report).strip_dirs().sort_stats(order).print_stats(60)
+    (folder / "python.txt").write_text(report.getvalue())
     prof.export_chrome_trace(str(folder / "trace.json.gz"))
     launches = sum(
         e.count

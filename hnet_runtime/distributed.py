@@ -16,7 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hnet_runtime import UserError
-from hnet_trainable import Block, HNet, HNetConfig, HNetLM, initial_weight
+from hnet_trainable import Block, HNet, HNetConfig, HNetLM, Isotropic, initial_weight
 
 logger = logging.getLogger("hnet")
 # Its advice is against in-place operations on what a sharded module returns; there are none
@@ -112,15 +112,20 @@ def shard_model(model: HNetLM, mesh: DeviceMesh, compute_dtype: torch.dtype) -> 
     Masters, gradients and their reduction are float32; weights are gathered in `compute_dtype`. Inputs are not cast:
     the residual stream stays float32 across blocks. A_log, dt_bias and D, a few numbers a layer, stay whole and float32
     on every rank; `reduce_plain_gradients` averages their gradients.
+
+    A process alone has nothing to gather: there a group is a whole stack of blocks, which saves most of the hooks'
+    time, and weights stay in `compute_dtype` until the backward has used them.
     """
     plain = {p for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] in PLAIN_FLOAT32}
+    alone = mesh.size() == 1
 
     def wrap(module: nn.Module, dtype: torch.dtype) -> None:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=plain)
+        keep = {"reshard_after_forward": False} if alone else {}
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=plain, **keep)
 
     for module in model.modules():
-        if isinstance(module, Block):
+        if isinstance(module, Isotropic if alone else Block):
             wrap(module, compute_dtype)
         elif isinstance(module, HNet) and not module.is_innermost:
             wrap(module.residual_proj, torch.float32)

@@ -4,10 +4,11 @@ import importlib
 
 import pytest
 import torch
+import torch.nn.functional as F
 from reference import attend, each_document, ema_loop, ssd_loop, ssd_quadratic
 from torch.autograd import gradcheck
 
-from hnet_kernels import attention, causal_conv, ema_backward, ema_forward, ssd
+from hnet_kernels import attention, causal_conv_silu, ema_backward, ema_forward, ssd
 
 # the package exports the functions ssd and attention under the names of their files
 ssd_file = importlib.import_module("hnet_kernels.ssd")
@@ -32,6 +33,10 @@ def lengths(request):
 
 def cu_of(lengths):
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def positions_of(lengths):
+    return torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths])
 
 
 def normal(*shape, seed=0, scale=1.0):
@@ -176,8 +181,9 @@ def test_nothing_of_a_poisoned_document_reaches_its_neighbours():
     outside[middle] = False
 
     x, weight, bias = (t.detach() for t in conv_inputs(138).values())
-    clean = causal_conv(x[middle], weight, bias, cu_of([70]))
-    torch.testing.assert_close(causal_conv(poison(x, outside), weight, bias, cu)[middle], clean, **CLOSE)
+    clean = causal_conv_silu(x[middle], weight, bias, positions_of([70]))
+    ours = causal_conv_silu(poison(x, outside), weight, bias, positions_of(lengths))
+    torch.testing.assert_close(ours[middle], clean, **CLOSE)
 
     q, k, v = (poison(normal(138, 2, 4, seed=s), outside) for s in range(3))
     clean = attention(*(t[middle] for t in (q, k, v)), cu_of([70]), 70, 5)
@@ -318,23 +324,23 @@ def conv_inputs(T, D=3, taps=4):
 
 
 def conv_loop(x, weight, bias):
-    """y_t = bias + sum_k weight[last - k] x_{t - k} in one document: the last tap is the present."""
+    """silu(y), y_t = bias + sum_k weight[last - k] x_{t - k} in one document: the last tap is the present."""
     taps = weight.shape[-1]
     rows = [bias + sum(weight[:, 0, taps - 1 - k] * x[t - k] for k in range(min(taps, t + 1))) for t in range(len(x))]
-    return torch.stack(rows) if rows else torch.zeros_like(x)
+    return F.silu(torch.stack(rows)) if rows else torch.zeros_like(x)
 
 
 @pytest.mark.parametrize("taps", [1, 2, 4])
 def test_causal_conv_equals_the_loop(lengths, taps):
     inputs = conv_inputs(sum(lengths), taps=taps)
-    ours = causal_conv(*inputs.values(), cu_of(lengths))
+    ours = causal_conv_silu(*inputs.values(), positions_of(lengths))
     wanted = each_document(lengths, lambda x: conv_loop(x, inputs["weight"], inputs["bias"]), inputs["x"])
     compare(ours, wanted, inputs)
 
 
 def test_causal_conv_gradcheck():
-    cu = cu_of([4, 0, 1, 3])
-    assert gradcheck(lambda *values: causal_conv(*values, cu), tuple(conv_inputs(8).values()))
+    positions = positions_of([4, 0, 1, 3])
+    assert gradcheck(lambda *values: causal_conv_silu(*values, positions), tuple(conv_inputs(8).values()))
 
 
 # ------------------------------------------------------------------------------------------- fakes, ids, the dispatcher
@@ -344,20 +350,19 @@ def test_custom_ops_describe_themselves_truly():
     """Schemas, fakes and registered gradients, as torch.compile will rely on them."""
     lengths = [65, 0, 9]
     cu, total = cu_of(lengths), sum(lengths)
-    for op, backward, saved, inputs, rest in (
-        (ssd, ssd_file.ssd_backward, None, ssd_inputs(total), (cu,)),
-        (causal_conv, conv_file.causal_conv_backward, 2, conv_inputs(total), (cu,)),
+    for op, backward, inputs, rest in (
+        (ssd, ssd_file.ssd_backward, ssd_inputs(total), (cu,)),
+        (conv_file.causal_conv_silu, conv_file.causal_conv_silu_backward, conv_inputs(total), (positions_of(lengths),)),
         (
             attention_file.attention_definition,
             attention_file.attention_definition_backward,
-            None,
             attention_inputs(total),
             (cu, 3),
         ),
     ):
         torch.library.opcheck(op, (*inputs.values(), *rest))
         plain = [t.detach() for t in inputs.values()]
-        torch.library.opcheck(backward, (torch.ones_like(plain[0]), *plain[:saved], *rest))
+        torch.library.opcheck(backward, (torch.ones_like(plain[0]), *plain, *rest))
 
 
 def test_document_ids_skip_empty_documents():

@@ -109,7 +109,7 @@ def mutation(what: str, caught_by: Callable[[], None], *texts: str):
     return pytest.param(Mutation(what, caught_by, tuple(zip(texts[::2], texts[1::2]))), id=what.replace(" ", "_"))
 
 
-WINDOWED = "packing.max_seqlen, self.window)"
+WINDOWED = "len(packing.cos_MR), self.window)"
 NORM = "F.silu(z_TD.to(dtype))"
 LAST_GROUP = '"dt_bias", "pad_dimension")'
 
@@ -214,9 +214,9 @@ MUTATIONS = [
         f"super().forward(y_TD.to(dtype) * {NORM})",
         f"(super().forward(y_TD.to(dtype)) * {NORM}).to(self.weight.dtype)",
     ),
-    mutation("window one wider", two_stage_float32, WINDOWED, "packing.max_seqlen, self.window + (self.window >= 0))"),
-    mutation("window one narrower", two_stage_float32, WINDOWED, "packing.max_seqlen, max(self.window - 1, -1))"),
-    mutation("window ignored", two_stage_float32, WINDOWED, "packing.max_seqlen, -1)"),
+    mutation("window one wider", two_stage_float32, WINDOWED, "len(packing.cos_MR), self.window + (self.window >= 0))"),
+    mutation("window one narrower", two_stage_float32, WINDOWED, "len(packing.cos_MR), max(self.window - 1, -1))"),
+    mutation("window ignored", two_stage_float32, WINDOWED, "len(packing.cos_MR), -1)"),
     mutation(
         "attention crosses documents",
         definition,
@@ -232,14 +232,14 @@ MUTATIONS = [
     mutation(
         "convolution crosses documents",
         definition,
-        "self.conv1d(xBC, packing.cu_seqlens)",
-        "self.conv1d(xBC, packing.cu_seqlens[[0, -1]])",
+        "self.conv1d(xBC, packing.position_T)",
+        "self.conv1d(xBC, torch.arange(len(xBC)))",
     ),
     mutation(
         "convolution backwards in time",
         definition,
-        "causal_conv(x_TD, self.weight,",
-        "causal_conv(x_TD, self.weight.flip(-1),",
+        "causal_conv_silu(x_TD, self.weight,",
+        "causal_conv_silu(x_TD, self.weight.flip(-1),",
     ),
     mutation(
         "rotary interleaved",
@@ -250,12 +250,12 @@ MUTATIONS = [
     mutation(
         "rotary turns the other way for keys",
         definition,
-        "(rotate(x, packing.cos_TR, packing.sin_TR) for x in (q_THP, k_THP))",
-        "(rotate(x, packing.cos_TR, s) for x, s in ((q_THP, packing.sin_TR), (k_THP, -packing.sin_TR)))",
+        "(rotate(x, packing) for x in (q_THP, k_THP))",
+        "(rotate(x, packing._replace(sin_MR=s)) for x, s in ((q_THP, packing.sin_MR), (k_THP, -packing.sin_MR)))",
     ),
     mutation("rotary base 5000", definition, "10000.0**-exponent_R", "5000.0**-exponent_R"),
     mutation(
-        "rotary tables end", long_document, "positions(x_BjD).to(dtype)", "positions(x_BjD).clamp(max=2047).to(dtype)"
+        "rotary tables end", long_document, "positions(x_BjD).to(torch", "positions(x_BjD).clamp(max=2047).to(torch"
     ),
     mutation(
         "query, key and value in another order",
@@ -270,7 +270,7 @@ MUTATIONS = [
         "z, xBC, dt_TH = self.in_proj(x_TD).split([self.d_inner, self.d_inner + 2 * self.d_state,",
         "xBC, z, dt_TH = self.in_proj(x_TD).split([self.d_inner + 2 * self.d_state, self.d_inner,",
     ),
-    mutation("B and C swapped", definition, "x, B_TN, C_TN = F.silu(", "x, C_TN, B_TN = F.silu("),
+    mutation("B and C swapped", definition, "x, B_TN, C_TN = xBC", "x, C_TN, B_TN = xBC"),
     mutation("D skipped", one_stage_float32, "y_THP + self.D[:, None] * x_THP", "y_THP + 0 * self.D[:, None] * x_THP"),
     mutation(
         "dt clamped",
