@@ -275,6 +275,23 @@ def open_data(config: TrainConfig, world: World) -> tuple[fineweb.ByteStream, fi
     return train, fineweb.ByteStream(config.data, "validation", **common)
 
 
+def check_continuation(source: Path, about: dict[str, Any]) -> int:
+    """The steps that a checkpoint has done. Raises UserError where the data would not go on where it stopped.
+
+    The order of the data is a function of these alone; all else may change between parts of a run.
+    """
+    saved = checkpoint.read_train(source)
+    theirs, ours = ({**a["config"], "data": a["data"]} for a in (saved, about))
+    for name in ("data", "seed", "mbs", "global_slices", "max_doc", "order"):
+        if theirs[name] != ours[name]:
+            what = "the text in --data" if name == "data" else f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{source}: {what} differs ({theirs[name]} there, {ours[name]} here), so the data would not go on "
+                "where it stopped; to start a new run from these weights use -p"
+            )
+    return saved["step"]
+
+
 def dump_parameters(model: HNetLM, groups: list[dict[str, Any]]) -> None:
     print(model)
     group_of = {name: group for group in groups for name in group["names"]}
@@ -309,12 +326,12 @@ def main(argv: Sequence[str]) -> None:
     train_stream, val_stream = open_data(config, world)
     name = Path(config.config or config.pt_ckpt or DEFAULT_CONFIG).stem
     run = open_folder(config.save_dir, name, world)
+    about = {"config": dataclasses.asdict(config), "data": train_stream.fingerprint, "code": code_revision()}
     step = 0  # optimizer steps done
     if source := checkpoint_to_resume(run, config.resume, world):
+        step = check_continuation(source, about)
         checkpoint.load(source, model, optimizer)
-        step = checkpoint.read_train(source)["step"]
         logger.info("going on from %s", source)
-    about = {"config": dataclasses.asdict(config), "data": train_stream.fingerprint, "code": code_revision()}
     metrics = open_metrics(run, step, about, hnet, config, world)
     logger.info(
         f"{name}: {sum(p.numel() for p in parameters) / 1e6:.1f}M parameters, "

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -155,6 +156,58 @@ def test_a_torn_checkpoint_is_passed_over(corpus, undisturbed, tmp_path):
     assert timeless(folder) == timeless(undisturbed)
 
 
+def test_a_kill_during_a_save_leaves_the_checkpoint_before(corpus, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    flags = ["--steps", "20", "--save-every", "4", "--val-every", "10", "--save-dir", str(folder), "--resume", "auto"]
+    process = subprocess.Popen(command(corpus, *flags), cwd=corpus, env=environment(), stdout=subprocess.DEVNULL)
+    torn = folder / "checkpoints" / "step_00000008.writing"
+    while not torn.exists():
+        time.sleep(0.0002)
+    process.kill()
+    process.wait()
+    kept = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert "step_00000004" in kept
+    output = succeed(corpus, *flags)
+    if torn.name in kept:  # the kill came before the rename
+        assert f"passed over {torn}" in output and "going on from" in output and "step_00000004" in output
+    assert timeless(folder) == timeless(undisturbed)
+    assert not torn.exists()
+
+
+def limit_files(size: int):
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_a_full_disk_leaves_nothing_torn(corpus, tmp_path):
+    """A limit on the size of files stands for a full disk: writes fail half-way, with an error from the system."""
+    folder = tmp_path / "run"
+    flags = ["--steps", "4", "--save-every", "2", "--save-dir", str(folder)]
+    done = subprocess.run(
+        command(corpus, *flags),
+        cwd=corpus,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=100,
+        preexec_fn=limit_files(100_000),
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert "step_00000002" in done.stderr and "could not be written" in done.stderr
+    assert list((folder / "checkpoints").iterdir()) == []
+
+
+def test_a_continuation_on_other_data_is_refused(corpus, undisturbed, tmp_path):
+    source = ["--resume", str(undisturbed / "checkpoints" / "step_00000020"), "--steps", "30"]
+    assert "--seed" in refused(corpus, *source, "--seed", "1", "--save-dir", str(tmp_path / "a"))
+    assert "--mbs" in refused(corpus, *source, "--mbs", "128", "--save-dir", str(tmp_path / "b"))
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("another text " * 500)
+    (tmp_path / "texts" / "b.txt").write_text("and one more " * 500)
+    fineweb.prepare(str(tmp_path / "texts"), str(tmp_path / "data"), holdout=0.5)
+    message = refused(corpus, *source, "--data", str(tmp_path / "data"), "--save-dir", str(tmp_path / "c"))
+    assert "the text in --data" in message
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_ends_well(corpus, undisturbed, tmp_path, number):
     folder = tmp_path / "run"
@@ -236,3 +289,50 @@ def test_a_yaml_file_gives_flags_and_flags_win(corpus, tmp_path):
 def test_dumpparams_lists_every_parameter(corpus):
     output = succeed(corpus, "-e", "dumpparams")
     assert "backbone.encoder.layers.0.mixer.A_log" in output and "no decay" in output and "lr x 3.0" in output
+
+
+def test_the_equivalence_check_as_a_command(corpus, undisturbed):
+    assert "are one model" in succeed(corpus, "-e", "generate")
+    assert "are one model" in succeed(corpus, "-e", "generate", "-p", str(undisturbed))
+
+
+def test_fine_tuning_starts_from_a_checkpoint_of_any_kind(corpus, undisturbed, tmp_path):
+    export = [sys.executable, str(ROOT / "scripts" / "export.py"), str(undisturbed), str(tmp_path / "e")]
+    subprocess.run(export, check=True, capture_output=True, env=environment(), timeout=60)
+    source = next((tmp_path / "e").rglob("*.safetensors"))
+    last = records(undisturbed)[-1]["val_bpb"]
+    for i, weights in enumerate((undisturbed, source)):
+        folder = tmp_path / f"tuned{i}"
+        succeed(corpus, "--steps", "1", "--lr", "1e-12", "-p", str(weights), "--save-dir", str(folder))
+        assert records(folder)[-1]["val_bpb"] == pytest.approx(last, abs=1e-6)
+
+
+def test_samples_are_printed_and_logged(corpus, tmp_path):
+    flags = ["--steps", "4", "--sample-every", "2", "--sample-bytes", "30", "--prompt", "the ", "--save-dir"]
+    output = succeed(corpus, *flags, str(tmp_path / "run"))
+    assert output.count("the model writes") == 2
+    rows = records(tmp_path / "run")
+    assert [row["step"] for row in rows if "sample" in row] == [2, 4]
+    assert rows[-1]["sample"].replace("|", "").startswith("the ")
+
+
+def test_wandb_offline(corpus, tmp_path):
+    pytest.importorskip("wandb")
+    os.environ["WANDB_MODE"] = "offline"
+    try:
+        succeed(corpus, "--steps", "2", "-l", "wandb", "--save-dir", str(tmp_path / "run"))
+        succeed(corpus, "--steps", "3", "-l", "wandb", "--save-dir", str(tmp_path / "run"), "--resume", "auto")
+    finally:
+        del os.environ["WANDB_MODE"]
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 2
+    assert len({p.name.split("-")[-1] for p in (tmp_path / "run" / "wandb").glob("offline-run-*")}) == 1
+
+
+def test_tensorboard(corpus, tmp_path):
+    pytest.importorskip("tensorboard")
+    succeed(corpus, "--steps", "2", "-l", "tensorboard", "--save-dir", str(tmp_path / "run"))
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+
+
+def test_a_gone_logger_says_so(corpus):
+    assert "gone" in refused(corpus, "-l", "neptune")
