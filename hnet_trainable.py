@@ -432,10 +432,15 @@ class Packing(NamedTuple):
     @classmethod
     def of(cls, x_BjD: Tensor, rotary_dim: int) -> Packing:
         dtype = torch.promote_types(x_BjD.dtype, torch.float32)
-        exponent_R = torch.arange(0, rotary_dim, 2, device=x_BjD.device, dtype=dtype) / max(rotary_dim, 1)
-        position_M1 = torch.arange(x_BjD._get_max_seqlen(), device=x_BjD.device, dtype=dtype)[:, None]
-        angle_MR = position_M1 * 10000.0**-exponent_R
-        return cls(cu_seqlens(x_BjD), positions(x_BjD).to(torch.int32), angle_MR.cos(), angle_MR.sin())
+        tables = rotary_tables(x_BjD._get_max_seqlen(), rotary_dim, dtype, x_BjD.device)
+        return cls(cu_seqlens(x_BjD), positions(x_BjD).to(torch.int32), *tables)
+
+
+def rotary_tables(M: int, rotary_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos_MR and sin_MR of the angles that positions 0 ... M - 1 turn by."""
+    exponent_R = torch.arange(0, rotary_dim, 2, device=device, dtype=dtype) / max(rotary_dim, 1)
+    angle_MR = torch.arange(M, device=device).to(dtype)[:, None] * 10000.0**-exponent_R
+    return angle_MR.cos(), angle_MR.sin()
 
 
 class RMSNorm(nn.Module):
@@ -499,9 +504,9 @@ class Mamba2(nn.Module):
         return self.out_proj(self.norm(y_THP.flatten(1), z))
 
 
-def rotate(x_THP: Tensor, packing: Packing) -> Tensor:
+def rotate(x_THP: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     """Partial RoPE, halves rotated: of each head, dimensions [0, R) turn against [R, 2R); the rest stays."""
-    cos, sin = (table_MR[packing.position_T][:, None] for table_MR in (packing.cos_MR, packing.sin_MR))
+    cos, sin = cos_TR[:, None], sin_TR[:, None]
     R = cos.shape[-1]
     a, b, rest = x_THP[..., :R], x_THP[..., R : 2 * R], x_THP[..., 2 * R :]
     turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_THP.dtype)
@@ -519,7 +524,8 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, packing: Packing) -> Tensor:
         q_THP, k_THP, v_THP = self.Wqkv(x_TD).unflatten(-1, (3, self.n_heads, -1)).unbind(1)
-        q_THP, k_THP = (rotate(x, packing) for x in (q_THP, k_THP))
+        cos_TR, sin_TR = (table_MR[packing.position_T] for table_MR in (packing.cos_MR, packing.sin_MR))
+        q_THP, k_THP = (rotate(x, cos_TR, sin_TR) for x in (q_THP, k_THP))
         o_THP = attention(q_THP, k_THP, v_THP, packing.cu_seqlens, len(packing.cos_MR), self.window)
         return self.out_proj(o_THP.flatten(1))
 
@@ -570,14 +576,17 @@ class Isotropic(nn.Module):
         self.layers = nn.ModuleList(Block(layer, config, s) for layer in parse_layout(layout))
         self.rmsnorm = RMSNorm(config.d_model[s])
 
-    def forward(self, x_BjD: Tensor) -> Tensor:
-        packing = Packing.of(x_BjD, self.rotary_dim)
+    def forward(self, x_TD: Tensor, packing: Packing) -> Tensor:
         # A copy even where the dtype stays: values() is a view of the NJT, and a compiled block that is handed one also
         # gets the NJT's symbolic sizes, on which inductor fails (torch 2.13: "For s + 1, expected [s]").
-        residual_TD = x_BjD.values().to(torch.promote_types(x_BjD.dtype, torch.float32), copy=True)
+        residual_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32), copy=True)
         for layer in self.layers:
             residual_TD = layer(residual_TD, packing)
-        return nested_like(self.rmsnorm(residual_TD), x_BjD)
+        return self.rmsnorm(residual_TD)
+
+
+def on_values(stack: Isotropic, x_BjD: Tensor) -> Tensor:
+    return nested_like(stack(x_BjD.values(), Packing.of(x_BjD, stack.rotary_dim)), x_BjD)
 
 
 # ---------------------------------------------------------------------------------------------- router, chunk, dechunk
@@ -653,12 +662,12 @@ class HNet(nn.Module):
             pad_TD = self.pad_dimension.to(x_TD.dtype).expand(x_TD.shape[0], -1)
             x_BjD = nested_like(torch.cat([x_TD, pad_TD], dim=-1), x_BjD)
         if self.is_innermost:
-            return self.main_network(x_BjD)[..., : self.outer_width], []
-        x_BjD = self.encoder(x_BjD)
+            return on_values(self.main_network, x_BjD)[..., : self.outer_width], []
+        x_BjD = on_values(self.encoder, x_BjD)
         stage = self.routing_module(x_BjD)
         residual_BjD = self.residual_proj(x_BjD.to(self.residual_proj.weight.dtype))
         y_BkD, inner = self.main_network(SelectChunks.apply(x_BjD, stage.boundary_mask))
-        x_BjD = self.decoder(dechunk(y_BkD, stage, residual_BjD).to(x_BjD.dtype))
+        x_BjD = on_values(self.decoder, dechunk(y_BkD, stage, residual_BjD).to(x_BjD.dtype))
         return x_BjD[..., : self.outer_width], [stage, *inner]
 
 

@@ -1,14 +1,16 @@
 """Triton kernels for `hnet::causal_conv_silu` and its gradient. The definition is in conv.py.
 
-Legend: T tokens, D channels, K taps, S runs of tokens.
+Legend: T tokens, D channels, K <= 4 taps, S runs of tokens.
 
-Both are bound by memory: forward reads x and writes y, backward reads x and dy and writes dx, each element once from
-memory; the K - 1 rows before a tile (and after it, backward) come from the cache. With u = bias + the convolution,
+Both are bound by memory: forward reads x and writes y, backward reads x and dy and writes dx. A program walks along a
+run of tokens with a row of channels, the last three rows of x in registers, so that it reads each element once. With
+u = bias + the convolution and du = dy silu'(u),
 
-    dx_t = sum_k weight[K - 1 - k] du_{t + k}    over the tokens of t's document, du = dy silu'(u)
+    dx_t = sum_k weight[K - 1 - k] du_{t + k}    over the tokens of t's document
 
-so a program computes u again for its own rows and for the K - 1 after them. Sums for the weights and the bias are kept
-in registers over a run of tiles and added up at the end: no atomics, the same bits every time.
+so backward walks three tokens further, and hands each dx on when its last term has come. Sums for the weights and the
+bias stay in registers and are added up over the runs at the end: no atomics, the same bits every time. Rows are loaded
+two tokens before they are used: with few warps on a multiprocessor that keeps enough bytes under way.
 """
 
 import torch
@@ -16,35 +18,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TOKENS, CHANNELS, WARPS = 16, 64, 4  # a tile
-TILES = 8  # in a run, backward
+RUN, CHANNELS, WARPS = 32, 128, 1  # tokens and channels of a program
 
 
 @triton.jit
-def _silu_gradient(u):
-    s = 1 / (1 + tl.exp(-u))
-    return s * (1 + u * (1 - s))
+def _tap(weight_ptr, k: tl.constexpr, d, in_D, K: tl.constexpr):
+    """The weights of what is k tokens before; zero where there are fewer taps."""
+    return tl.load(weight_ptr + d * K + (K - 1 - k), mask=in_D & (k < K), other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _before(x_ptr, position, k, t, d, in_D, T, x_stride):
-    """x of k tokens before, in float32; zero where that is another document. `position`: that of the tokens t."""
-    seen = ((t < T) & (position >= k))[:, None] & in_D[None, :]
-    return tl.load(x_ptr + (t - k)[:, None] * x_stride + d[None, :], mask=seen, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _tap(weight_ptr, k, d, in_D, K: tl.constexpr):
-    """The weight (1, D) of what is k tokens before."""
-    return tl.load(weight_ptr + d * K + (K - 1 - k), mask=in_D, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def _convolve(x_ptr, weight_ptr, bias, position, t, d, in_D, T, x_stride, K: tl.constexpr):
-    u = tl.zeros((t.shape[0], d.shape[0]), tl.float32) + bias[None, :]
-    for k in tl.static_range(K):
-        u += _tap(weight_ptr, k, d, in_D, K) * _before(x_ptr, position, k, t, d, in_D, T, x_stride)
-    return u
+def _row(x_ptr, t, d, in_D, T, stride):
+    return tl.load(x_ptr + t * stride + d, mask=in_D & (t >= 0) & (t < T), other=0.0)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -58,20 +43,37 @@ def _forward(
     D,
     x_stride,
     K: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    RUN: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    t = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    bias = tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-    position = tl.load(position_ptr + t, mask=t < T, other=0)
-    u = _convolve(x_ptr, weight_ptr, bias, position, t, d, d < D, T, x_stride, K)
-    y = u / (1 + tl.exp(-u))
-    inside = (t < T)[:, None] & (d < D)[None, :]
-    tl.store(y_ptr + t[:, None] * D + d[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
+    in_D = d < D
+    first = tl.program_id(1).to(tl.int64) * RUN
+    bias = tl.load(bias_ptr + d, mask=in_D, other=0.0).to(tl.float32)
+    w0, w1, w2, w3 = (
+        _tap(weight_ptr, 0, d, in_D, K),
+        _tap(weight_ptr, 1, d, in_D, K),
+        _tap(weight_ptr, 2, d, in_D, K),
+        _tap(weight_ptr, 3, d, in_D, K),
+    )
+    x1 = _row(x_ptr, first - 1, d, in_D, T, x_stride).to(tl.float32)
+    x2 = _row(x_ptr, first - 2, d, in_D, T, x_stride).to(tl.float32)
+    x3 = _row(x_ptr, first - 3, d, in_D, T, x_stride).to(tl.float32)
+    x_next, x_after = _row(x_ptr, first, d, in_D, T, x_stride), _row(x_ptr, first + 1, d, in_D, T, x_stride)
+    position = tl.load(position_ptr + first)
+    for i in range(RUN):
+        t = first + i
+        x = x_next.to(tl.float32)
+        x_next, x_after = x_after, _row(x_ptr, t + 2, d, in_D, T, x_stride)
+        next_position = tl.load(position_ptr + t + 1, mask=t + 1 < T, other=0)
+        u = bias + w0 * x + tl.where(position >= 1, w1 * x1, 0.0)
+        u += tl.where(position >= 2, w2 * x2, 0.0) + tl.where(position >= 3, w3 * x3, 0.0)
+        y = u / (1 + tl.exp(-u))
+        tl.store(y_ptr + t * D + d, y.to(y_ptr.dtype.element_ty), mask=in_D & (t < T))
+        x1, x2, x3, position = x, x1, x2, next_position
 
 
-@triton.jit(do_not_specialize=["T", "tiles"])
+@triton.jit(do_not_specialize=["T"])
 def _backward(
     dy_ptr,
     x_ptr,
@@ -84,48 +86,62 @@ def _backward(
     D,
     x_stride,
     dy_stride,
-    tiles,
     K: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    RUN: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """dx_TD, and a run's part of the sums for the weight and the bias: sums_SKD, with the bias as tap K."""
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    run = tl.program_id(1)
     in_D = d < D
+    first = tl.program_id(1).to(tl.int64) * RUN
     bias = tl.load(bias_ptr + d, mask=in_D, other=0.0).to(tl.float32)
-    sum_bias = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    sum_0, sum_1, sum_2, sum_3 = sum_bias, sum_bias, sum_bias, sum_bias  # of the taps 0 ... 3 tokens before
-    for tile in range(tiles):
-        t = (run.to(tl.int64) * tiles + tile) * BLOCK_T + tl.arange(0, BLOCK_T)
-        dx = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-        for k in tl.static_range(K):
-            position = tl.load(position_ptr + t + k, mask=t + k < T, other=0)
-            u = _convolve(x_ptr, weight_ptr, bias, position, t + k, d, in_D, T, x_stride, K)
-            reached = ((t + k < T) & (position >= k))[:, None] & in_D[None, :]
-            dy = tl.load(dy_ptr + (t + k)[:, None] * dy_stride + d[None, :], mask=reached, other=0.0)
-            du = dy.to(tl.float32) * _silu_gradient(u)
-            dx += _tap(weight_ptr, k, d, in_D, K) * du
-            if k == 0:
-                sum_bias += du
-                sum_0 += du * _before(x_ptr, position, 0, t, d, in_D, T, x_stride)
-                if K > 1:
-                    sum_1 += du * _before(x_ptr, position, 1, t, d, in_D, T, x_stride)
-                if K > 2:
-                    sum_2 += du * _before(x_ptr, position, 2, t, d, in_D, T, x_stride)
-                if K > 3:
-                    sum_3 += du * _before(x_ptr, position, 3, t, d, in_D, T, x_stride)
-        inside = (t < T)[:, None] & in_D[None, :]
-        tl.store(dx_ptr + t[:, None] * D + d[None, :], dx.to(dx_ptr.dtype.element_ty), mask=inside)
-    row = sums_ptr + run.to(tl.int64) * (K + 1) * D + d
-    tl.store(row + K * D, tl.sum(sum_bias, 0), mask=in_D)
-    tl.store(row + (K - 1) * D, tl.sum(sum_0, 0), mask=in_D)
-    if K > 1:
-        tl.store(row + (K - 2) * D, tl.sum(sum_1, 0), mask=in_D)
-    if K > 2:
-        tl.store(row + (K - 3) * D, tl.sum(sum_2, 0), mask=in_D)
-    if K > 3:
-        tl.store(row + (K - 4) * D, tl.sum(sum_3, 0), mask=in_D)
+    w0, w1, w2, w3 = (
+        _tap(weight_ptr, 0, d, in_D, K),
+        _tap(weight_ptr, 1, d, in_D, K),
+        _tap(weight_ptr, 2, d, in_D, K),
+        _tap(weight_ptr, 3, d, in_D, K),
+    )
+    before1 = _row(x_ptr, first - 1, d, in_D, T, x_stride).to(tl.float32)
+    before2 = _row(x_ptr, first - 2, d, in_D, T, x_stride).to(tl.float32)
+    before3 = _row(x_ptr, first - 3, d, in_D, T, x_stride).to(tl.float32)
+    zero = tl.zeros((BLOCK_D,), tl.float32)
+    sum_bias, sum0, sum1, sum2, sum3 = zero, zero, zero, zero, zero
+    dx1, dx2, dx3 = zero, zero, zero  # of the last three tokens, as far as they are known
+    x_next, x_after = _row(x_ptr, first, d, in_D, T, x_stride), _row(x_ptr, first + 1, d, in_D, T, x_stride)
+    dy_next, dy_after = _row(dy_ptr, first, d, in_D, T, dy_stride), _row(dy_ptr, first + 1, d, in_D, T, dy_stride)
+    position = tl.load(position_ptr + first)
+    for i in range(RUN + 3):
+        t = first + i
+        x, dy = x_next.to(tl.float32), dy_next.to(tl.float32)
+        x_next, x_after = x_after, _row(x_ptr, t + 2, d, in_D, T, x_stride)
+        dy_next, dy_after = dy_after, _row(dy_ptr, t + 2, d, in_D, T, dy_stride)
+        next_position = tl.load(position_ptr + t + 1, mask=t + 1 < T, other=0)
+        x1 = tl.where(position >= 1, before1, 0.0)
+        x2 = tl.where(position >= 2, before2, 0.0)
+        x3 = tl.where(position >= 3, before3, 0.0)
+        u = bias + w0 * x + w1 * x1 + w2 * x2 + w3 * x3
+        s = 1 / (1 + tl.exp(-u))
+        du = dy * s * (1 + u * (1 - s))
+
+        dx3 += tl.where(position >= 3, w3 * du, 0.0)
+        tl.store(dx_ptr + (t - 3) * D + d, dx3.to(dx_ptr.dtype.element_ty), mask=in_D & (i >= 3) & (t - 3 < T))
+        dx3 = dx2 + tl.where(position >= 2, w2 * du, 0.0)
+        dx2 = dx1 + tl.where(position >= 1, w1 * du, 0.0)
+        dx1 = w0 * du
+
+        du = tl.where(i < RUN, du, 0.0)  # the next run counts its own
+        sum_bias += du
+        sum0 += du * x
+        sum1 += du * x1
+        sum2 += du * x2
+        sum3 += du * x3
+        before1, before2, before3, position = x, before1, before2, next_position
+    row = sums_ptr + tl.program_id(1).to(tl.int64) * (K + 1) * D + d
+    tl.store(row + K * D, sum_bias, mask=in_D)
+    tl.store(row + (K - 1) * D, sum0, mask=in_D)
+    tl.store(row + (K - 2) * D, sum1, mask=in_D & (K > 1))
+    tl.store(row + (K - 3) * D, sum2, mask=in_D & (K > 2))
+    tl.store(row + (K - 4) * D, sum3, mask=in_D & (K > 3))
 
 
 def _dense_rows(x_TD: Tensor) -> Tensor:
@@ -140,9 +156,9 @@ def conv_silu_forward(x_TD: Tensor, weight_D1K: Tensor, bias_D: Tensor, position
         return y_TD
     x_TD = _dense_rows(x_TD)
     with torch.cuda.device_of(x_TD):
-        _forward[(triton.cdiv(D, CHANNELS), triton.cdiv(T, TOKENS))](
+        _forward[(triton.cdiv(D, CHANNELS), triton.cdiv(T, RUN))](
             x_TD, weight_D1K.contiguous(), bias_D.contiguous(), position_T, y_TD, T, D, x_TD.stride(0),
-            K=K, BLOCK_T=TOKENS, BLOCK_D=CHANNELS, num_warps=WARPS,
+            K=K, RUN=RUN, BLOCK_D=CHANNELS, num_warps=WARPS,
         )  # fmt: skip
     return y_TD
 
@@ -156,13 +172,12 @@ def conv_silu_backward(
     if not T:
         return dx_TD, torch.zeros_like(weight_D1K), torch.zeros_like(bias_D)
     x_TD, dy_TD = _dense_rows(x_TD), _dense_rows(dy_TD)
-    runs = triton.cdiv(T, TOKENS * TILES)
+    runs = triton.cdiv(T, RUN)
     sums_SKD = x_TD.new_empty(runs, K + 1, D, dtype=torch.float32)
     with torch.cuda.device_of(x_TD):
         _backward[(triton.cdiv(D, CHANNELS), runs)](
             dy_TD, x_TD, weight_D1K.contiguous(), bias_D.contiguous(), position_T, dx_TD, sums_SKD,
-            T, D, x_TD.stride(0), dy_TD.stride(0), TILES,
-            K=K, BLOCK_T=TOKENS, BLOCK_D=CHANNELS, num_warps=WARPS,
+            T, D, x_TD.stride(0), dy_TD.stride(0), K=K, RUN=RUN, BLOCK_D=CHANNELS, num_warps=WARPS,
         )  # fmt: skip
     sums_KD = sums_SKD.sum(0)
     dweight_D1K = sums_KD[:K].T.to(weight_D1K.dtype).contiguous()[:, None]

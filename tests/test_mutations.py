@@ -187,8 +187,8 @@ MUTATIONS = [
         definition,
         "stage = self.routing_module(x_BjD)",
         "stage = self.routing_module(given_BjD)",
-        "        x_BjD = self.encoder(x_BjD)",
-        "        given_BjD, x_BjD = x_BjD, self.encoder(x_BjD)",
+        "        x_BjD = on_values(self.encoder, x_BjD)",
+        "        given_BjD, x_BjD = x_BjD, on_values(self.encoder, x_BjD)",
     ),
     # losses
     mutation("ratio loss without N / (N - 1)", two_stage_float32, "return N / (N - 1) * (", "return ("),
@@ -250,12 +250,15 @@ MUTATIONS = [
     mutation(
         "rotary turns the other way for keys",
         definition,
-        "(rotate(x, packing) for x in (q_THP, k_THP))",
-        "(rotate(x, packing._replace(sin_MR=s)) for x, s in ((q_THP, packing.sin_MR), (k_THP, -packing.sin_MR)))",
+        "(rotate(x, cos_TR, sin_TR) for x in (q_THP, k_THP))",
+        "(rotate(x, cos_TR, s) for x, s in ((q_THP, sin_TR), (k_THP, -sin_TR)))",
     ),
     mutation("rotary base 5000", definition, "10000.0**-exponent_R", "5000.0**-exponent_R"),
     mutation(
-        "rotary tables end", long_document, "positions(x_BjD).to(torch", "positions(x_BjD).clamp(max=2047).to(torch"
+        "rotary tables end",
+        long_document,
+        "torch.arange(M, device=device).to",
+        "torch.arange(M, device=device).clamp(max=2047).to",
     ),
     mutation(
         "query, key and value in another order",
@@ -281,8 +284,8 @@ MUTATIONS = [
     mutation(
         "no norm at the end of a stack",
         definition,
-        "nested_like(self.rmsnorm(residual_TD), x_BjD)",
-        "nested_like(residual_TD + 0 * self.rmsnorm(residual_TD), x_BjD)",
+        "return self.rmsnorm(residual_TD)",
+        "return residual_TD + 0 * self.rmsnorm(residual_TD)",
     ),
     mutation(
         "MLP beside the mixer",
