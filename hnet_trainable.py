@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nested import nested_tensor_from_jagged
 
-from hnet_kernels import attention, causal_conv_silu, ema_backward, ema_forward, ssd
+from hnet_kernels import attention, causal_conv_silu, ema_backward, ema_forward, ssd, sum_chunks
 
 BOS, EOS = 0xFE, 0xFF  # neither byte occurs in UTF-8 (code)
 HEADDIM = 64  # channels a head of Mamba-2
@@ -384,15 +384,15 @@ class EmaUpsample(torch.autograd.Function):
         cu = cu_seqlens(y_BkD)
         z_CD = ema_forward(y_BkD.values(), P_C, cu)
         ctx.y, ctx.p = y_BkD.detach(), p_Bj.detach()
-        ctx.save_for_backward(chunk_T, kept_C, raw_C == P_C, P_C, z_CD, cu)
+        ctx.save_for_backward(kept_C, raw_C == P_C, P_C, z_CD, cu)
         return nested_like(z_CD[chunk_T], p_Bj)
 
     @staticmethod
     def backward(ctx, grad_up_BjD: Tensor | None):
         if grad_up_BjD is None:
             return None, None, None
-        chunk_T, kept_C, inside_C, P_C, z_CD, cu = ctx.saved_tensors
-        grad_z_CD = torch.zeros_like(z_CD).index_add_(0, chunk_T, grad_up_BjD.values().to(z_CD.dtype))
+        kept_C, inside_C, P_C, z_CD, cu = ctx.saved_tensors
+        grad_z_CD = sum_chunks(grad_up_BjD.values().to(z_CD.dtype), kept_C)
         grad_y_CD, grad_P_C = ema_backward(grad_z_CD, ctx.y.values(), P_C, z_CD, cu)
         grad_p_T = torch.zeros_like(ctx.p.values())
         grad_p_T[kept_C] = grad_P_C * inside_C
