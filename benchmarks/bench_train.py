@@ -26,6 +26,7 @@ import fineweb
 import train
 from hnet_kernels import kernel_report
 from hnet_runtime import distributed
+from hnet_runtime.graphs import graph_stacks
 from hnet_trainable import HNetConfig, RoutingModule, StageOutput, compile_blocks, nested_like, parameter_groups
 
 
@@ -48,7 +49,7 @@ class Benchmark:
     steps: int = 20
     """Steps timed."""
     compile: str = "eager"
-    """eager or block (each kind of block compiled)."""
+    """eager, block (each kind of block compiled) or graph (compiled, and each stack of blocks a CUDA graph)."""
     device: str = "auto"
     """auto, cpu or cuda."""
     profile: str = ""
@@ -84,8 +85,10 @@ def main(args: Benchmark) -> None:
     on_gpu = world.device.type == "cuda"
     torch.set_float32_matmul_precision("high")
     model = distributed.build_model(hnet, world, torch.bfloat16 if on_gpu else torch.float32, seed=0)
-    if args.compile == "block":
+    if args.compile in ("block", "graph"):
         compile_blocks(model)
+    if args.compile == "graph":
+        graph_stacks(model)
     if args.boundaries != "learned":
         force_boundaries(model, [float(r) for r in args.boundaries.removeprefix("forced:").split(",")])
     parameters = list(model.parameters())
@@ -182,9 +185,10 @@ def profile(step, folder: Path, on_gpu: bool, steps: int = 3) -> dict[str, float
     launches = sum(
         e.count
         for e in averages
-        if e.key in ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx")
+        if e.key in ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx", "cudaGraphLaunch")
     )
-    busy = sum(e.self_device_time_total for e in averages if e.device_type == torch.autograd.DeviceType.CUDA)
+    on_device = (e for e in prof.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    busy = sum(e.self_device_time_total for e in on_device if not e.is_user_annotation)
     return {"launches_per_step": launches / steps, "gpu_busy_ms": busy / steps / 1000}
 
 

@@ -10,7 +10,16 @@ nothing ever passes from one document to another.
 from hnet_kernels.attention import attention
 from hnet_kernels.conv import causal_conv_silu
 from hnet_kernels.dispatch import KernelError, kernel_report
-from hnet_kernels.ema import ema_backward, ema_forward
+from hnet_kernels.ema import ema_backward, ema_forward, sum_chunks
 from hnet_kernels.ssd import ssd
 
-__all__ = ["KernelError", "attention", "causal_conv_silu", "ema_backward", "ema_forward", "kernel_report", "ssd"]
+__all__ = [
+    "KernelError",
+    "attention",
+    "causal_conv_silu",
+    "ema_backward",
+    "ema_forward",
+    "kernel_report",
+    "ssd",
+    "sum_chunks",
+]

@@ -1,11 +1,16 @@
 """Exponential moving average over packed documents: the smoothing of chunks (H-Net paper, section 2.2.2).
 
-Legend: C chunks of all documents together, D channels.
+Legend: T tokens and C chunks of all documents together, D channels.
+
+This file has the definitions and the choice; the Triton kernels that run on a GPU are in ema_triton.py.
 """
+
+import importlib.util
 
 import torch
 from torch import Tensor
 
+from hnet_kernels.dispatch import use_fast
 from hnet_kernels.ssd import document_ids, scan_forward
 
 
@@ -15,12 +20,28 @@ def _recurrence(x_CD: Tensor, gain_C: Tensor, log_a_C: Tensor, cu_seqlens: Tenso
     return scan_forward(x_CD[:, None], gain_C[:, None], log_a_C[:, None], one_C1, one_C1, cu_seqlens)[:, 0]
 
 
+def _fast(x: Tensor, compute: Tensor) -> bool:
+    """Whether the kernels of ema_triton.py run on x with float32 arithmetic, which `compute`'s dtype asks for."""
+    obstacle = None
+    if x.device.type != "cuda":
+        obstacle = "no CUDA device"
+    elif compute.dtype != torch.float32 or x.dtype == torch.float64:
+        obstacle = f"dtype {str(compute.dtype).removeprefix('torch.')}"
+    elif importlib.util.find_spec("triton") is None:
+        obstacle = "no triton"
+    return use_fast("ema", x.device.type, x.dtype, obstacle)
+
+
 def ema_forward(y_CD: Tensor, p_C: Tensor, cu_seqlens: Tensor) -> Tensor:
     """z_k = p_k y_k + (1 - p_k) z_{k-1}, with z = 0 before each document.
 
     y_CD: any floating dtype. p_C: float32 or float64, strictly between 0 and 1. cu_seqlens: int (B + 1,).
     Returns z_CD in p's dtype, which is also the one of the arithmetic.
     """
+    if _fast(y_CD, p_C):
+        from hnet_kernels import ema_triton  # not above: triton is not everywhere
+
+        return ema_triton.ema_forward(y_CD, p_C, cu_seqlens)
     return _recurrence(y_CD.to(p_C.dtype), p_C, torch.log1p(-p_C), cu_seqlens)
 
 
@@ -30,6 +51,10 @@ def ema_backward(dz_CD: Tensor, y_CD: Tensor, p_C: Tensor, z_CD: Tensor, cu_seql
     With g_k = dz_k + (1 - p_{k+1}) g_{k+1}, a recurrence of the same kind run backwards:
     dy_k = p_k g_k and dp_k = g_k . (y_k - z_{k-1}).
     """
+    if _fast(y_CD, p_C):
+        from hnet_kernels import ema_triton
+
+        return ema_triton.ema_backward(dz_CD.to(p_C.dtype), y_CD, p_C, z_CD, cu_seqlens)
     total = y_CD.shape[0]
     doc_C = document_ids(cu_seqlens, total)
     follows_C = (doc_C[1:] == doc_C[:-1]).to(p_C.dtype)  # chunk k + 1 belongs to the document of chunk k
@@ -38,3 +63,16 @@ def ema_backward(dz_CD: Tensor, y_CD: Tensor, p_C: Tensor, z_CD: Tensor, cu_seql
     g_CD = _recurrence(dz_CD.to(p_C.dtype).flip(0), torch.ones_like(p_C), log_a_C.flip(0), reversed_cu).flip(0)
     before_CD = torch.cat([z_CD.new_zeros(1, z_CD.shape[1]), z_CD[:-1] * follows_C[:, None]])
     return (p_C[:, None] * g_CD).to(y_CD.dtype), (g_CD * (y_CD.to(p_C.dtype) - before_CD)).sum(-1)
+
+
+def sum_chunks(x_TD: Tensor, start_C: Tensor) -> Tensor:
+    """The sum of x over each chunk, (C, D): the gradient of handing every token the row of its chunk.
+
+    start_C: int64, the first token of each chunk, growing from 0. x_TD: float32 or float64.
+    """
+    if _fast(x_TD, x_TD):
+        from hnet_kernels import ema_triton
+
+        return ema_triton.sum_chunks(x_TD, start_C)
+    chunk_T = torch.bucketize(torch.arange(len(x_TD), device=x_TD.device), start_C, right=True) - 1
+    return x_TD.new_zeros(len(start_C), x_TD.shape[1]).index_add_(0, chunk_T, x_TD)

@@ -305,8 +305,8 @@ MUTATIONS = [
     mutation(
         "residual stream in 16 bits",
         dtypes_in_bfloat16,
-        "residual_TD = x_BjD.values().to(torch.promote_types(x_BjD.dtype, torch.float32)",
-        "residual_TD = x_BjD.values().to(x_BjD.dtype",
+        "residual_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32)",
+        "residual_TD = x_TD.to(x_TD.dtype",
     ),
     mutation(
         "router in 16 bits",
