@@ -33,6 +33,7 @@ class Case(NamedTuple):
     heads: int = 2
     N: int = 16
     dt: tuple[float, float] = (1e-3, 0.1)  # what Mamba-2 begins with, and A in [-16, -1]
+    offset: int = 0  # of the inputs in memory, in numbers
     zero_dy: bool = False
 
 
@@ -40,7 +41,7 @@ SMALL = {
     "awkward": Case(AWKWARD, padding=30),
     "whole chunks": Case([40, 0, 60, 28]),
     "one document": Case([200], heads=3, N=32),
-    "tokens": Case([1] * 5, padding=1, heads=1),
+    "tokens": Case([1] * 5, padding=1, heads=1, offset=1),
     "only padding": Case([0, 0], padding=70),
     "groups of heads": Case([33, 50], heads=4),
     "no decay": Case([130, 70], dt=(1e-7, 1e-6)),
@@ -67,7 +68,8 @@ def inputs_of(case: Case, dtype: torch.dtype, device: str) -> tuple[dict[str, to
     T = sum(case.lengths) + case.padding
     generator = torch.Generator().manual_seed(T)
     width = case.heads * 64
-    xBC = torch.randn(T, width + 2 * case.N, generator=generator).to(device, dtype)
+    row = width + 2 * case.N
+    xBC = torch.randn(T * row + case.offset, generator=generator).to(device, dtype)[case.offset :].view(T, row)
     x, B, C = xBC.split([width, case.N, case.N], dim=-1)
     dy = torch.randn(T, case.heads, 64, generator=generator).to(device, dtype)
     low, high = case.dt
@@ -82,14 +84,14 @@ def inputs_of(case: Case, dtype: torch.dtype, device: str) -> tuple[dict[str, to
 def defined(dy, x, dt, A, B, C, cu_seqlens) -> tuple[tuple[torch.Tensor, ...], tuple[float, ...]]:
     """The results, and the size of each that rounding errors are relative to.
 
-    That is its norm, but for dA: it sums what all tokens contribute, mostly cancelling terms whose errors go together
-    (long memory), so that it is off by a part of the sum of their magnitudes.
+    That is its norm, but for dA: a token's term is the difference of the flows into and out of it, and the terms of
+    all tokens cancel in their sum, while their errors may go together (long memory).
     """
     y = definition.scan_forward(x, dt, dt * A, B, C, cu_seqlens)
     dx, dgain, dlog_a, dB, dC = definition.scan_backward(dy, x, dt, dt * A, B, C, cu_seqlens)
     results = y, dx, dgain + dlog_a * A, (dlog_a * dt).sum(0), dB, dC
     sizes = [t.norm().item() for t in results]
-    sizes[NAMES.index("dA")] = (dlog_a * dt).abs().sum(0).norm().item()
+    sizes[NAMES.index("dA")] = (dlog_a.abs() * dt + dgain.abs() * dt**2).sum(0).norm().item()
     return results, tuple(sizes)
 
 
@@ -216,6 +218,9 @@ def test_operation_runs_the_kernels_without_syncs_in_a_graph_and_repeats_itself(
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") == "1"
     torch.set_num_threads(1)
+    from hnet_kernels.ssd_triton import HEADS
+
+    HEADS[torch.float32] = HEADS[torch.bfloat16]  # or nothing here would show what only bfloat16 does
     if sys.argv[1] == "leaks":
         print(json.dumps(leaks("cpu", torch.float32)))
     else:
