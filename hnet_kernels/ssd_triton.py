@@ -6,9 +6,9 @@ one program walks through), G groups of heads. Log decays are in powers of two.
 With h_n the state (P, N) before chunk n, g the gain dt, and decays that are zero across documents, a chunk does
 
     y_i = start_i C_i h_n^T + sum_{j <= i} (C_i . B_j) decay_ij g_j x_j
-    h_{n+1} = decay_n h_n + sum_j adds_j x_j B_j^T
+    h_{n+1} = decay_n h_n + sum_j end_j g_j x_j B_j^T
 
-and the gradient runs the same recurrence backwards: with dy for x, C for B, start for adds. A program walks through a
+and the gradient runs the same recurrence backwards: with dy for g x, C for B, start for end. A program walks through a
 segment with the state in registers, so that forward reads x twice and writes y, and nothing else grows with T H:
 
     _prepare    decays within and across chunks, and the products C_i . B_j, which all heads share
@@ -33,21 +33,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-SUM, SOURCE, GAIN, START, ADDS = (tl.constexpr(i) for i in range(5))  # of vectors_5HT, see _prepare
+SUM, SOURCE, GAIN, START, END = (tl.constexpr(i) for i in range(5))  # of vectors_5HT, see _prepare
 INSIDE, BEFORE, LATER, DGAIN = (tl.constexpr(i) for i in range(4))  # of flows_4HT, see _gradients
 
 
 @triton.jit
 def _tile(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-
-
-@triton.jit
-def _rows(ptr, stride, c, T, Q: tl.constexpr, N: tl.constexpr):
-    """Rows of chunk c without a descriptor, for where several loads are to be under way at once."""
-    q = tl.arange(0, Q)
-    at = ptr + tl.cast(c * Q, tl.int64) * stride + (q[:, None] * stride + tl.arange(0, N)[None, :])
-    return tl.load(at, mask=(c * Q + q < T)[:, None], other=0.0)
 
 
 @triton.jit
@@ -80,8 +72,8 @@ def _add_in_document(left_sum, left_opens, right_sum, right_opens):
 def _prepare(
     dt_ptr,
     A_ptr,
-    B_ptr,
-    C_ptr,
+    B_desc,
+    C_desc,
     cu_seqlens_ptr,
     vectors_ptr,
     decay_ptr,
@@ -91,128 +83,110 @@ def _prepare(
     H,
     n_docs,
     dt_stride,
-    B_stride,
-    C_stride,
-    N: tl.constexpr,
     Q: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    WITH_SCORES: tl.constexpr,
 ):
-    """A program a chunk: vectors_5HT, decay_CH (through the chunk), document_T. The second row of programs, if any:
-    scores_CQQ, which is C B^T, zero where nothing may flow.
-
-    The vectors: sums of log decays from the start of the chunk or, in it, the document; log gains less these sums
-    (SOURCE); gains; decays from before the chunk (START); gains with the decays to its end (ADDS)."""
+    """One program a chunk: vectors_5HT, decay_CH (through the chunk), document_T, scores_CQQ (C B^T, zero where
+    nothing may flow). The vectors: sums of log decays from the start of the chunk or, in it, the document; log gains
+    less these sums (SOURCE); gains; decays from before the chunk (START) and to its end (END)."""
     c = tl.program_id(0)
     padded = tl.num_programs(0) * Q
     q, h = tl.arange(0, Q), tl.arange(0, BLOCK_H)
     t = c * Q + q
-    if tl.program_id(1) == 0:
-        valid_QH = (t < T)[:, None] & (h < H)[None, :]
-        gain_HQ = tl.trans(tl.load(dt_ptr + t[:, None] * dt_stride + h[None, :], mask=valid_QH, other=0.0))
-        A_H = tl.load(A_ptr + h, mask=h < H, other=0.0)
-        document_Q, opens_Q = _documents(cu_seqlens_ptr, n_docs, t, Q)
-        tl.store(document_ptr + t, document_Q)
-        before = tl.min(
-            document_Q - tl.where(q == 0, opens_Q, 0), 0
-        )  # the document that the chunk goes on with, if any
-        last = tl.max(document_Q, 0)
+    if WITH_SCORES:
+        B_QN, C_QN = B_desc.load([c * Q, 0]), C_desc.load([c * Q, 0])
+    gain_QH = tl.load(dt_ptr + t[:, None] * dt_stride + h[None, :], mask=(t < T)[:, None] & (h < H)[None, :], other=0.0)
+    A_H = tl.load(A_ptr + h, mask=h < H, other=0.0)
+    document_Q, opens_Q = _documents(cu_seqlens_ptr, n_docs, t, Q)
+    tl.store(document_ptr + t, document_Q)
+    before = tl.min(document_Q - tl.where(q == 0, opens_Q, 0), 0)  # the document that the chunk goes on with, if any
+    last = tl.max(document_Q, 0)
 
-        opens_HQ = tl.broadcast_to(opens_Q[None, :], (BLOCK_H, Q))
-        sum_HQ, _opens_HQ = tl.associative_scan((gain_HQ * (A_H * LOG2_E)[:, None], opens_HQ), 1, _add_in_document)
-        total_H = tl.sum(tl.where(q[None, :] == Q - 1, sum_HQ, 0.0), 1)
-        start_HQ = tl.where((document_Q == before)[None, :], tl.exp2(sum_HQ), 0.0)
-        adds_HQ = tl.where((document_Q == last)[None, :], tl.exp2(total_H[:, None] - sum_HQ), 0.0) * gain_HQ
-        row = vectors_ptr + h[:, None] * padded + t[None, :]
-        valid_HQ = (h < H)[:, None] & (q >= 0)[None, :]
-        tl.store(row + SUM * H * padded, sum_HQ, mask=valid_HQ)
-        tl.store(row + SOURCE * H * padded, tl.log2(gain_HQ) - sum_HQ, mask=valid_HQ)
-        tl.store(row + GAIN * H * padded, gain_HQ, mask=valid_HQ)
-        tl.store(row + START * H * padded, start_HQ, mask=valid_HQ)
-        tl.store(row + ADDS * H * padded, adds_HQ, mask=valid_HQ)
-        tl.store(decay_ptr + c * H + h, tl.where(before == last, tl.exp2(total_H), 0.0), mask=h < H)
-    else:
-        B_QN = _rows(B_ptr, B_stride, c, T, Q, N)
-        C_QN = _rows(C_ptr, C_stride, c, T, Q, N)
-        document_Q, _ = _documents(cu_seqlens_ptr, n_docs, t, Q)
+    gain_HQ = tl.trans(gain_QH)
+    opens_HQ = tl.broadcast_to(opens_Q[None, :], (BLOCK_H, Q))
+    sum_HQ, _ = tl.associative_scan((gain_HQ * (A_H * LOG2_E)[:, None], opens_HQ), 1, _add_in_document)
+    total_H = tl.sum(tl.where(q[None, :] == Q - 1, sum_HQ, 0.0), 1)
+    row = vectors_ptr + h[:, None] * padded + t[None, :]
+    valid = (h < H)[:, None] & (q >= 0)[None, :]
+    tl.store(row + SUM * H * padded, sum_HQ, mask=valid)
+    tl.store(row + SOURCE * H * padded, tl.log2(gain_HQ) - sum_HQ, mask=valid)
+    tl.store(row + GAIN * H * padded, gain_HQ, mask=valid)
+    tl.store(row + START * H * padded, tl.where((document_Q == before)[None, :], tl.exp2(sum_HQ), 0.0), mask=valid)
+    to_end_HQ = tl.where((document_Q == last)[None, :], tl.exp2(total_H[:, None] - sum_HQ), 0.0)
+    tl.store(row + END * H * padded, to_end_HQ, mask=valid)
+    tl.store(decay_ptr + c * H + h, tl.where(before == last, tl.exp2(total_H), 0.0), mask=h < H)
+
+    if WITH_SCORES:
+        scores_QQ = tl.dot(C_QN, tl.trans(B_QN), input_precision="ieee")
         allowed_QQ = (q[:, None] >= q[None, :]) & (document_Q[:, None] == document_Q[None, :])
-        scores_QQ = tl.where(allowed_QQ, tl.dot(C_QN, tl.trans(B_QN), input_precision="ieee"), 0.0)
-        tl.store(scores_ptr + tl.cast(c, tl.int64) * Q * Q + _tile(Q, Q), scores_QQ.to(scores_ptr.dtype.element_ty))
+        scores_QQ = tl.where(allowed_QQ, scores_QQ, 0.0).to(scores_ptr.dtype.element_ty)
+        tl.store(scores_ptr + tl.cast(c, tl.int64) * Q * Q + _tile(Q, Q), scores_QQ)
 
 
 @triton.jit
-def _arriving(
-    totals_ptr, decay_ptr, h, s, H, S, P: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, REVERSE: tl.constexpr
-):
-    """The states (WIDTH, N) of the heads from h on that reach segment s from those before it, WIDTH a multiple of P.
+def _arriving(totals_ptr, decay_ptr, h, s, H, S, P: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr):
+    """The state (P, N) that reaches segment s from those before it; REVERSE: its gradient, from those after it.
 
-    REVERSE: their gradients, from the segments after it. Looks back no further than anything is carried: a document
-    rarely spans more than a few segments.
+    Looks back no further than anything is carried: a document rarely spans more than a few segments.
     """
     STEP: tl.constexpr = 1 if REVERSE else -1
-    p = tl.arange(0, WIDTH)
-    states_WN = tl.zeros((WIDTH, N), tl.float32)
-    weight_W = tl.full((WIDTH,), 1.0, tl.float32)
-    carried = tl.full((), 1.0, tl.float32)
+    state_PN = tl.zeros((P, N), tl.float32)
+    weight = tl.full((), 1.0, tl.float32)
     m = s + STEP
-    while (m >= 0) & (m < S) & (carried > 0):
-        states_WN += weight_W[:, None] * tl.load(totals_ptr + (m * H + h) * (P * N) + _tile(WIDTH, N))
-        weight_W *= tl.load(decay_ptr + m * H + h + p // P)
-        carried = tl.max(weight_W, 0)
+    while (m >= 0) & (m < S) & (weight > 0):
+        state_PN += weight * tl.load(totals_ptr + (m * H + h) * (P * N) + _tile(P, N))
+        weight *= tl.load(decay_ptr + m * H + h)
         m += STEP
-    return states_WN
+    return state_PN
 
 
 @triton.jit
-def _weighted(values_QW, weight_QH, Q: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr):
-    """Each head's part of (Q, HEADS P) times its own weights."""
-    weight_QHP = tl.broadcast_to(weight_QH[:, :, None], (Q, HEADS, P))
-    return (values_QW * tl.reshape(weight_QHP, (Q, HEADS * P))).to(values_QW.dtype)
-
-
-@triton.jit
-def _total(
+def _walk(
     values_desc,
     keys_desc,
-    weights_ptr,
+    vectors_ptr,
     decay_ptr,
+    states_desc,
+    states_row,
+    state_PN,
     first,
     end,
     h,
     H,
     padded,
     P: tl.constexpr,
-    N: tl.constexpr,
     Q: tl.constexpr,
-    HEADS: tl.constexpr,
     REVERSE: tl.constexpr,
+    STORE: tl.constexpr,
 ):
-    """What chunks first ... end - 1 add to the states at their end; REVERSE: to their gradients at their start.
+    """Carries a state through chunks first ... end - 1, or its gradient through them from the last to the first.
 
-    Also the decays through them all. Goes from where the sum is wanted away, so that the decay is part of the weights
-    and the sum itself stays where the tensor cores add to it.
+    Returns it and the decay through all of them; STORE keeps what arrives at each chunk in states_CHPN.
     """
-    STEP: tl.constexpr = 1 if REVERSE else -1
-    states_WN = tl.zeros((HEADS * P, N), tl.float32)
-    i_H = tl.arange(0, HEADS)
-    decay_ptr += h + i_H
-    weights_ptr += tl.arange(0, Q)[:, None] + i_H[None, :] * padded
-    through_H = tl.full((HEADS,), 1.0, tl.float32)
-    c = first if REVERSE else end - 1
-    decay_H = tl.load(decay_ptr + c * H)
-    weight_QH = tl.load(weights_ptr + c * Q)
-    for _ in range(end - first):
-        # what does not come through the pipeline would hold everything up: it is loaded one chunk ahead
-        following = tl.minimum(tl.maximum(c + STEP, first), end - 1)
-        next_decay_H = tl.load(decay_ptr + following * H)
-        next_weight_QH = tl.load(weights_ptr + following * Q)
+    STEP: tl.constexpr = -1 if REVERSE else 1
+    through = tl.full((), 1.0, tl.float32)
+    q = tl.arange(0, Q)
+    c = end - 1 if REVERSE else first
+    decay = tl.load(decay_ptr + c * H + h)
+    for k in range(end - first):
+        # a scalar that is loaded where it is used holds everything up: the next chunk's is loaded now
+        next_decay = tl.load(decay_ptr + (c + STEP) * H + h, mask=k + 1 < end - first, other=0.0)
+        at = h * padded + c * Q + q
+        if REVERSE:
+            weight_Q = tl.load(vectors_ptr + START * H * padded + at)
+        else:
+            weight_Q = tl.load(vectors_ptr + END * H * padded + at) * tl.load(vectors_ptr + GAIN * H * padded + at)
+        values_QP = values_desc.load([c * Q, h * P])
         keys_QN = keys_desc.load([c * Q, 0])
-        values_QW = values_desc.load([c * Q, h * P])
-        values_QW = _weighted(values_QW, weight_QH * through_H[None, :], Q, P, HEADS)
-        states_WN = tl.dot(tl.trans(values_QW), keys_QN, states_WN, input_precision="ieee")
-        through_H *= decay_H
-        decay_H, weight_QH = next_decay_H, next_weight_QH
-        c = following
-    return states_WN, through_H
+        if STORE:
+            states_desc.store([states_row + (c * H + h) * P, 0], state_PN.to(keys_QN.dtype))
+        values_QP = (values_QP * weight_Q[:, None]).to(keys_QN.dtype)
+        state_PN = tl.dot(tl.trans(values_QP), keys_QN, state_PN * decay, input_precision="ieee")
+        through *= decay
+        decay = next_decay
+        c += STEP
+    return state_PN, through
 
 
 @triton.jit(do_not_specialize=["H", "n_chunks", "chunks_per_segment"])
@@ -231,67 +205,28 @@ def _totals(
     P: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
-    HEADS: tl.constexpr,
 ):
-    """One program a segment, HEADS heads and way. totals_2SHPN: what a segment adds to the state at its end, and to the
+    """One program a segment, head and way. totals_2SHPN: what a segment adds to the state at its end, and to the
     gradient of the state at its start; segment_decay_SH: the decay through it."""
-    h, s = tl.program_id(0) * HEADS, tl.program_id(1)
-    S = tl.num_programs(1)
-    padded = n_chunks * Q
+    pid = tl.program_id(0)
+    h, s = pid % H, pid // H
+    S = tl.num_programs(0) // H
     first = s * chunks_per_segment
     end = tl.minimum(first + chunks_per_segment, n_chunks)
-    totals_ptr += (s * H + h) * (P * N) + _tile(HEADS * P, N)
-    if tl.program_id(2) == 0:
-        weights_ptr = vectors_ptr + (ADDS * H + h) * padded
-        states_WN, through_H = _total(
-            x_desc, B_desc, weights_ptr, decay_ptr, first, end, h, H, padded, P, N, Q, HEADS, False
-        )
-        tl.store(totals_ptr, states_WN)
-        tl.store(segment_decay_ptr + s * H + h + tl.arange(0, HEADS), through_H)
+    state_PN = tl.zeros((P, N), tl.float32)
+    if tl.program_id(1) == 0:
+        state_PN, through = _walk(
+            x_desc, B_desc, vectors_ptr, decay_ptr, B_desc, 0, state_PN, first, end, h, H, n_chunks * Q,
+            P, Q, False, False,
+        )  # fmt: skip
+        tl.store(totals_ptr + pid * (P * N) + _tile(P, N), state_PN)
+        tl.store(segment_decay_ptr + pid, through)
     else:
-        weights_ptr = vectors_ptr + (START * H + h) * padded
-        states_WN, _ = _total(dy_desc, C_desc, weights_ptr, decay_ptr, first, end, h, H, padded, P, N, Q, HEADS, True)
-        tl.store(totals_ptr + S * H * (P * N), states_WN)
-
-
-@triton.jit
-def _walk(
-    values_desc,
-    keys_desc,
-    weights_ptr,
-    decay_ptr,
-    states_desc,
-    states_row,
-    states_WN,
-    first,
-    end,
-    h,
-    H,
-    padded,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    HEADS: tl.constexpr,
-    REVERSE: tl.constexpr,
-):
-    """Carries states through chunks first ... end - 1, or their gradients through them from the last to the first, and
-    stores what arrives at each."""
-    STEP: tl.constexpr = -1 if REVERSE else 1
-    decay_ptr += h + tl.arange(0, HEADS * P) // P
-    weights_ptr += tl.arange(0, Q)[:, None] + tl.arange(0, HEADS)[None, :] * padded
-    c = end - 1 if REVERSE else first
-    decay_W = tl.load(decay_ptr + c * H)
-    weight_QH = tl.load(weights_ptr + c * Q)
-    for _ in range(end - first):
-        following = tl.minimum(tl.maximum(c + STEP, first), end - 1)
-        next_decay_W = tl.load(decay_ptr + following * H)
-        next_weight_QH = tl.load(weights_ptr + following * Q)
-        keys_QN = keys_desc.load([c * Q, 0])
-        values_QW = values_desc.load([c * Q, h * P])
-        states_desc.store([states_row + (c * H + h) * P, 0], states_WN.to(keys_QN.dtype))
-        values_QW = _weighted(values_QW, weight_QH, Q, P, HEADS)
-        states_WN = tl.dot(tl.trans(values_QW), keys_QN, states_WN * decay_W[:, None], input_precision="ieee")
-        decay_W, weight_QH = next_decay_W, next_weight_QH
-        c = following
+        state_PN, _ = _walk(
+            dy_desc, C_desc, vectors_ptr, decay_ptr, B_desc, 0, state_PN, first, end, h, H, n_chunks * Q,
+            P, Q, True, False,
+        )  # fmt: skip
+        tl.store(totals_ptr + (S * H + pid) * (P * N) + _tile(P, N), state_PN)
 
 
 @triton.jit(do_not_specialize=["H", "n_chunks", "chunks_per_segment"])
@@ -311,30 +246,25 @@ def _states(
     P: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
-    HEADS: tl.constexpr,
 ):
-    """One program a segment, HEADS heads and way. states_2CHPN: the state before each chunk, and the gradient of the
-    state after each chunk."""
-    h, s = tl.program_id(0) * HEADS, tl.program_id(1)
-    S = tl.num_programs(1)
-    padded = n_chunks * Q
+    """One program a segment, head and way. states_2CHPN: the state before each chunk, and the gradient of the state
+    after each chunk."""
+    pid = tl.program_id(0)
+    h, s = pid % H, pid // H
+    S = tl.num_programs(0) // H
     first = s * chunks_per_segment
     end = tl.minimum(first + chunks_per_segment, n_chunks)
-    reverse = tl.program_id(2)
-    if reverse == 0:  # not if and else: Triton 3.6 would give each branch shared memory of its own
-        weights_ptr = vectors_ptr + (ADDS * H + h) * padded
-        states_WN = _arriving(totals_ptr, segment_decay_ptr, h, s, H, S, P, N, HEADS * P, False)
+    if tl.program_id(1) == 0:
+        state_PN = _arriving(totals_ptr, segment_decay_ptr, h, s, H, S, P, N, False)
         _walk(
-            x_desc, B_desc, weights_ptr, decay_ptr, states_desc, 0, states_WN, first, end, h, H, padded,
-            P, Q, HEADS, False,
+            x_desc, B_desc, vectors_ptr, decay_ptr, states_desc, 0, state_PN, first, end, h, H, n_chunks * Q,
+            P, Q, False, True,
         )  # fmt: skip
-    if reverse == 1:
-        weights_ptr = vectors_ptr + (START * H + h) * padded
-        states_WN = _arriving(totals_ptr + S * H * (P * N), segment_decay_ptr, h, s, H, S, P, N, HEADS * P, True)
-        row = n_chunks * H * P
+    else:
+        state_PN = _arriving(totals_ptr + S * H * (P * N), segment_decay_ptr, h, s, H, S, P, N, True)
         _walk(
-            dy_desc, C_desc, weights_ptr, decay_ptr, states_desc, row, states_WN, first, end, h, H, padded,
-            P, Q, HEADS, True,
+            dy_desc, C_desc, vectors_ptr, decay_ptr, states_desc, n_chunks * H * P, state_PN, first, end, h, H,
+            n_chunks * Q, P, Q, True, True,
         )  # fmt: skip
 
 
@@ -357,14 +287,15 @@ def _outputs(
     Q: tl.constexpr,
 ):
     """One program a segment and head: y_THP, the state in registers."""
-    h, s = tl.program_id(0), tl.program_id(1)
-    S = tl.num_programs(1)
+    pid = tl.program_id(0)
+    h, s = pid % H, pid // H
+    S = tl.num_programs(0) // H
     padded = n_chunks * Q
     first = s * chunks_per_segment
     end = tl.minimum(first + chunks_per_segment, n_chunks)
     q = tl.arange(0, Q)
     vectors_ptr += h * padded + q
-    state_PN = _arriving(totals_ptr, segment_decay_ptr, h, s, H, S, P, N, P, False)
+    state_PN = _arriving(totals_ptr, segment_decay_ptr, h, s, H, S, P, N, False)
     decay = tl.load(decay_ptr + first * H + h)
     start_Q = tl.load(vectors_ptr + START * H * padded + first * Q)
     for c in range(first, end):
@@ -373,7 +304,8 @@ def _outputs(
         next_start_Q = tl.load(vectors_ptr + START * H * padded + (c + 1) * Q, mask=(q >= 0) & (c + 1 < end), other=0.0)
         sum_Q = tl.load(vectors_ptr + SUM * H * padded + c * Q)
         source_Q = tl.load(vectors_ptr + SOURCE * H * padded + c * Q)
-        adds_Q = tl.load(vectors_ptr + ADDS * H * padded + c * Q)
+        gain_Q = tl.load(vectors_ptr + GAIN * H * padded + c * Q)
+        end_Q = tl.load(vectors_ptr + END * H * padded + c * Q)
         x_QP = x_desc.load([c * Q, h * P])
         B_QN = B_desc.load([c * Q, 0])
         C_QN = C_desc.load([c * Q, 0])
@@ -384,7 +316,7 @@ def _outputs(
         y_QP = tl.dot(weights_QQ, x_QP, y_QP, input_precision="ieee")
         y_desc.store([c * Q, h * P], y_QP.to(x_QP.dtype))
 
-        x_QP = (x_QP * adds_Q[:, None]).to(B_QN.dtype)
+        x_QP = (x_QP * (end_Q * gain_Q)[:, None]).to(B_QN.dtype)
         state_PN = tl.dot(tl.trans(x_QP), B_QN, state_PN * decay, input_precision="ieee")
         decay, start_Q = next_decay, next_start_Q
 
@@ -422,28 +354,27 @@ def _gradients_within(
     for h in range(first, end):
         at = h * padded + c * Q + q
         sum_Q = tl.load(vectors_ptr + SUM * H * padded + at)
-        source_Q = tl.load(vectors_ptr + SOURCE * H * padded + at)
-        adds_Q = tl.load(vectors_ptr + ADDS * H * padded + at)
         gain_Q = tl.load(vectors_ptr + GAIN * H * padded + at)
+        end_Q = tl.load(vectors_ptr + END * H * padded + at)
         x_QP = x_desc.load([c * Q, h * P])
         dy_QP = dy_desc.load([c * Q, h * P])
         dstate_PN = states_desc.load([((n_chunks + c) * H + h) * P, 0])
 
-        within_QQ = _exp2(sum_Q[None, :] + source_Q[:, None])
-        dinput_QQ = tl.dot(x_QP, tl.trans(dy_QP), input_precision="ieee")
-        dscores_QQ += dinput_QQ * within_QQ
-        weights_QQ = within_QQ * scores_QQ
-        flow_QQ = dinput_QQ * weights_QQ
-        from_Q = tl.sum(flow_QQ, 1)
-        inside_Q = tl.sum(flow_QQ, 0) - from_Q
+        within_QQ = _exp2(sum_Q[None, :] - sum_Q[:, None])
+        dscores_h_QQ = tl.dot(x_QP, tl.trans(dy_QP), input_precision="ieee") * within_QQ  # without the gain
+        dscores_QQ += dscores_h_QQ * gain_Q[:, None]
+        flow_QQ = dscores_h_QQ * scores_QQ
+        dgain_Q = tl.sum(flow_QQ, 1)
+        inside_Q = tl.sum(flow_QQ * gain_Q[:, None], 0) - dgain_Q * gain_Q
+        weights_QQ = (within_QQ * scores_QQ).to(x_QP.dtype)
 
-        dx_QP = tl.dot(B_QN, tl.trans(dstate_PN), input_precision="ieee") * adds_Q[:, None]
-        later_Q = tl.sum(x_QP * dx_QP, 1)
-        dx_QP = tl.dot(weights_QQ.to(x_QP.dtype), dy_QP, dx_QP, input_precision="ieee")
-        dx_desc.store([c * Q, h * P], dx_QP.to(x_QP.dtype))
+        dinput_QP = tl.dot(B_QN, tl.trans(dstate_PN), input_precision="ieee") * end_Q[:, None]
+        later_Q = tl.sum(x_QP * dinput_QP, 1)
+        dinput_QP = tl.dot(weights_QQ, dy_QP, dinput_QP, input_precision="ieee")
+        dx_desc.store([c * Q, h * P], (dinput_QP * gain_Q[:, None]).to(x_QP.dtype))
         tl.store(flows_ptr + INSIDE * H * padded + at, inside_Q)
-        tl.store(flows_ptr + LATER * H * padded + at, later_Q)
-        tl.store(flows_ptr + DGAIN * H * padded + at, tl.where(gain_Q > 0, (from_Q + later_Q) / gain_Q, 0.0))
+        tl.store(flows_ptr + LATER * H * padded + at, later_Q * gain_Q)
+        tl.store(flows_ptr + DGAIN * H * padded + at, dgain_Q + later_Q)
 
     dscores_QQ = tl.where(allowed_QQ, dscores_QQ, 0.0).to(B_QN.dtype)
     dscores_desc.store([group * padded + c * Q, 0], dscores_QQ)
@@ -478,19 +409,20 @@ def _gradients_across(
     dC_QN = tl.zeros((Q, N), tl.float32)
     for h in range(first, end):
         at = h * padded + c * Q + tl.arange(0, Q)
-        adds_Q = tl.load(vectors_ptr + ADDS * H * padded + at)
+        gain_Q = tl.load(vectors_ptr + GAIN * H * padded + at)
         start_Q = tl.load(vectors_ptr + START * H * padded + at)
+        end_Q = tl.load(vectors_ptr + END * H * padded + at)
         decay = tl.load(decay_ptr + c * H + h)
         x_QP = x_desc.load([c * Q, h * P])
         dy_QP = dy_desc.load([c * Q, h * P])
         state_PN = states_desc.load([(c * H + h) * P, 0])
         dstate_PN = states_desc.load([((n_chunks + c) * H + h) * P, 0])
 
-        added_QP = (x_QP * adds_Q[:, None]).to(x_QP.dtype)
-        dB_QN = tl.dot(added_QP, dstate_PN, dB_QN, input_precision="ieee")
-        dy_start_QP = (dy_QP * start_Q[:, None]).to(dy_QP.dtype)
-        dC_QN = tl.dot(dy_start_QP, state_PN, dC_QN, input_precision="ieee")
-        before_Q = tl.sum(dy_QP * tl.dot(C_QN, tl.trans(state_PN), input_precision="ieee"), 1) * start_Q
+        x_end_QP = (x_QP * (end_Q * gain_Q)[:, None]).to(x_QP.dtype)
+        dB_QN = tl.dot(x_end_QP, dstate_PN, dB_QN, input_precision="ieee")
+        dy_start_QP = dy_QP * start_Q[:, None]
+        dC_QN = tl.dot(dy_start_QP.to(dy_QP.dtype), state_PN, dC_QN, input_precision="ieee")
+        before_Q = tl.sum(dy_start_QP * tl.dot(C_QN, tl.trans(state_PN), input_precision="ieee"), 1)
         tl.store(flows_ptr + BEFORE * H * padded + at, before_Q)
         # the sum over state * dstate as the trace of a product: fewer registers than to load both tiles
         product_PP = tl.dot(state_PN, tl.trans(dstate_PN), input_precision="ieee")
@@ -530,7 +462,7 @@ def _gradients(
 
     The flow from j to i is (dL/dy_i) . (what j's input adds to y_i). flows_4HT: the flow INSIDE the chunk into a token
     less that from it; from BEFORE the chunk; to LATER chunks; and the gradient of a token's gain (all its flow over the
-    gain; zero where the gain is). through_CH: what flows through a chunk.
+    gain). through_CH: what flows through a chunk.
     """
     c, group = tl.program_id(0) // 2, tl.program_id(1)
     first = group * heads_per_group
@@ -550,29 +482,26 @@ def _gradients(
 @triton.jit(do_not_specialize=["T", "H", "n_chunks"])
 def _finish(
     A_ptr,
-    B_ptr,
-    C_ptr,
+    B_desc,
+    C_desc,
     vectors_ptr,
     document_ptr,
-    dscores_ptr,
-    parts_ptr,
+    dscores_desc,
+    parts_desc,
     flows_ptr,
     through_ptr,
     ddt_ptr,
     dA_ptr,
-    dB_ptr,
-    dC_ptr,
+    dB_desc,
+    dC_desc,
     T,
     H,
     n_chunks,
-    B_stride,
-    C_stride,
-    N: tl.constexpr,
     Q: tl.constexpr,
     BLOCK_H: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """Two programs a chunk: dB_TN and dC_TN; ddt_TH and the chunk's part of dA (dA_HC).
+    """One program a chunk: ddt_TH, the chunk's part of dA (dA_HC), dB_TN and dC_TN.
 
     A token's log decay gets what flows across it: from all before it to itself and all after it.
     """
@@ -580,52 +509,50 @@ def _finish(
     padded = n_chunks * Q
     q, h = tl.arange(0, Q), tl.arange(0, BLOCK_H)
     t = c * Q + q
-    if tl.program_id(1) == 0:
-        B_QN = _rows(B_ptr, B_stride, c, T, Q, N)
-        C_QN = _rows(C_ptr, C_stride, c, T, Q, N)
-        dscores_QQ = _rows(dscores_ptr, Q, c, padded, Q, Q).to(tl.float32)
-        dB_QN = _rows(parts_ptr, N, c, padded, Q, N).to(tl.float32)
-        dC_QN = _rows(parts_ptr, N, n_chunks + c, 2 * padded, Q, N).to(tl.float32)
-        for g in range(1, GROUPS):
-            dscores_QQ += _rows(dscores_ptr, Q, g * n_chunks + c, GROUPS * padded, Q, Q)
-            dB_QN += _rows(parts_ptr, N, 2 * g * n_chunks + c, 2 * GROUPS * padded, Q, N)
-            dC_QN += _rows(parts_ptr, N, (2 * g + 1) * n_chunks + c, 2 * GROUPS * padded, Q, N)
-        dscores_QQ = dscores_QQ.to(B_QN.dtype)
-        dB_QN = tl.dot(dscores_QQ, C_QN, dB_QN, input_precision="ieee")
-        dC_QN = tl.dot(tl.trans(dscores_QQ), B_QN, dC_QN, input_precision="ieee")
-        at_QN = tl.cast(c * Q, tl.int64) * N + _tile(Q, N)
-        tl.store(dB_ptr + at_QN, dB_QN.to(dB_ptr.dtype.element_ty), mask=(t < T)[:, None])
-        tl.store(dC_ptr + at_QN, dC_QN.to(dC_ptr.dtype.element_ty), mask=(t < T)[:, None])
-    else:
-        document_Q = tl.load(document_ptr + t)
-        next_document_Q = tl.load(document_ptr + t + 1, mask=q < Q - 1, other=0)
-        at_HQ = h[:, None] * padded + t[None, :]
-        valid_HQ = (h < H)[:, None] & (t < T)[None, :]
-        A_H = tl.load(A_ptr + h, mask=h < H, other=0.0)
-        through_H = tl.load(through_ptr + c * H + h, mask=h < H, other=0.0)
-        gain_HQ = tl.load(vectors_ptr + GAIN * H * padded + at_HQ, mask=valid_HQ, other=0.0)
-        inside_HQ = tl.load(flows_ptr + INSIDE * H * padded + at_HQ, mask=valid_HQ, other=0.0)
-        before_HQ = tl.load(flows_ptr + BEFORE * H * padded + at_HQ, mask=valid_HQ, other=0.0)
-        later_HQ = tl.load(flows_ptr + LATER * H * padded + at_HQ, mask=valid_HQ, other=0.0)
-        dgain_HQ = tl.load(flows_ptr + DGAIN * H * padded + at_HQ, mask=valid_HQ, other=0.0)
+    document_Q = tl.load(document_ptr + t)
+    next_document_Q = tl.load(document_ptr + t + 1, mask=q < Q - 1, other=0)
+    at_HQ = h[:, None] * padded + t[None, :]
+    valid_HQ = (h < H)[:, None] & (t < T)[None, :]
+    A_H = tl.load(A_ptr + h, mask=h < H, other=0.0)
+    through_H = tl.load(through_ptr + c * H + h, mask=h < H, other=0.0)
+    gain_HQ = tl.load(vectors_ptr + GAIN * H * padded + at_HQ, mask=valid_HQ, other=0.0)
+    into_HQ = tl.load(flows_ptr + INSIDE * H * padded + at_HQ, mask=valid_HQ, other=0.0)
+    into_HQ += tl.load(flows_ptr + BEFORE * H * padded + at_HQ, mask=valid_HQ, other=0.0)
+    later_HQ = tl.load(flows_ptr + LATER * H * padded + at_HQ, mask=valid_HQ, other=0.0)
+    dgain_HQ = tl.load(flows_ptr + DGAIN * H * padded + at_HQ, mask=valid_HQ, other=0.0)
 
-        closes_HQ = tl.broadcast_to((document_Q != next_document_Q).to(tl.int32)[None, :], (BLOCK_H, Q))
-        dlog_HQ, _ = tl.associative_scan((inside_HQ + before_HQ, closes_HQ), 1, _add_in_document, reverse=True)
-        # only the last document of a chunk has flows to later chunks, and only one that fills it has flows through it
-        dlog_HQ += tl.cumsum(later_HQ, 1) - later_HQ + through_H[:, None]
-        tl.store(dA_ptr + h * n_chunks + c, tl.sum(dlog_HQ * gain_HQ, 1), mask=h < H)
-        ddt_QH = tl.trans(dgain_HQ + dlog_HQ * A_H[:, None])
-        tl.store(ddt_ptr + t[:, None] * H + h[None, :], ddt_QH, mask=(t < T)[:, None] & (h < H)[None, :])
+    closes_HQ = tl.broadcast_to((document_Q != next_document_Q).to(tl.int32)[None, :], (BLOCK_H, Q))
+    dlog_HQ, _ = tl.associative_scan((into_HQ, closes_HQ), 1, _add_in_document, reverse=True)
+    dlog_HQ += (
+        tl.cumsum(later_HQ, 1) - later_HQ + through_H[:, None]
+    )  # only a chunk's last document goes on to later ones
+    tl.store(dA_ptr + h * n_chunks + c, tl.sum(dlog_HQ * gain_HQ, 1), mask=h < H)
+    ddt_QH = tl.trans(dgain_HQ + dlog_HQ * A_H[:, None])
+    tl.store(ddt_ptr + t[:, None] * H + h[None, :], ddt_QH, mask=(t < T)[:, None] & (h < H)[None, :])
+
+    dscores_QQ = dscores_desc.load([c * Q, 0]).to(tl.float32)
+    dB_QN = parts_desc.load([c * Q, 0]).to(tl.float32)
+    dC_QN = parts_desc.load([padded + c * Q, 0]).to(tl.float32)
+    for g in range(1, GROUPS):
+        dscores_QQ += dscores_desc.load([g * padded + c * Q, 0])
+        dB_QN += parts_desc.load([2 * g * padded + c * Q, 0])
+        dC_QN += parts_desc.load([(2 * g + 1) * padded + c * Q, 0])
+    B_QN, C_QN = B_desc.load([c * Q, 0]), C_desc.load([c * Q, 0])
+    dscores_QQ = dscores_QQ.to(B_QN.dtype)
+    dB_QN = tl.dot(dscores_QQ, C_QN, dB_QN, input_precision="ieee")
+    dC_QN = tl.dot(tl.trans(dscores_QQ), B_QN, dC_QN, input_precision="ieee")
+    dB_desc.store([c * Q, 0], dB_QN.to(B_QN.dtype))
+    dC_desc.store([c * Q, 0], dC_QN.to(B_QN.dtype))
 
 
-LAUNCH = {  # (warps, stages of the pipeline that loads): measured on an H200, see docs/PERFORMANCE.md
+LAUNCH = {  # (warps, stages of the pipeline that loads), measured on an H200
     torch.bfloat16: {
         "_prepare": (4, 1),
-        "_totals": (4, 3),
-        "_states": (4, 3),
+        "_totals": (4, 4),
+        "_states": (4, 4),
         "_outputs": (4, 2),
         "_gradients": (4, 2),
-        "_finish": (4, 1),
+        "_finish": (8, 1),
     },
     # full-precision products do without tensor cores: more registers, so more threads and fewer tokens a chunk
     torch.float32: {
@@ -637,8 +564,6 @@ LAUNCH = {  # (warps, stages of the pipeline that loads): measured on an H200, s
         "_finish": (8, 1),
     },
 }
-# heads side by side in a tile of _totals and _states, which load B and C once for both; forward has too few programs
-HEADS = {torch.bfloat16: 2, torch.float32: 1}
 CHUNK = {torch.bfloat16: 64, torch.float32: 32}  # tokens; 64: the rows of one tensor-core instruction on Hopper
 
 
@@ -655,6 +580,7 @@ def _dense(x: Tensor) -> Tensor:
 
 def _described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Of a (T, ...) tensor as (T, W), in tiles of (rows, columns)."""
+    x = _dense(x)
     return TensorDescriptor(x, [len(x), x[0].numel()], [x.stride(0), 1], [rows, columns])
 
 
@@ -666,20 +592,14 @@ def _multiprocessors(device: torch.device) -> int:
 class _Plan:
     """What both directions begin with: sizes, descriptors, and what `_prepare` computes."""
 
-    def __init__(
-        self, x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TN: Tensor, C_TN: Tensor, cu_seqlens: Tensor, ways: int
-    ):
-        dtype = x_THP.dtype
-        (self.T, self.H, self.P), self.N, self.Q = x_THP.shape, B_TN.shape[1], CHUNK[dtype]
+    def __init__(self, x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TN: Tensor, C_TN: Tensor, cu_seqlens: Tensor):
+        (self.T, self.H, self.P), self.N, self.Q = x_THP.shape, B_TN.shape[1], CHUNK[x_THP.dtype]
         self.n_chunks = triton.cdiv(self.T, self.Q)
-        self.heads = HEADS[dtype] if ways == 2 and self.H % 2 == 0 else 1
-        # as many programs that walk through a segment as fit on the device at once, two on a multiprocessor
-        walks = ways * self.H // self.heads
-        self.chunks_per_segment = triton.cdiv(self.n_chunks * walks, 2 * _multiprocessors(x_THP.device))
+        # two programs, which walk through one segment each, fit on a multiprocessor
+        self.chunks_per_segment = triton.cdiv(self.n_chunks * self.H, 2 * _multiprocessors(x_THP.device))
         self.segments = triton.cdiv(self.n_chunks, self.chunks_per_segment)
-        self.x_THP, self.B_TN, self.C_TN = _dense(x_THP), _dense(B_TN), _dense(C_TN)
-        self.x = _described(self.x_THP, self.Q, self.P)
-        self.B, self.C = (_described(t, self.Q, self.N) for t in (self.B_TN, self.C_TN))
+        self.x = _described(x_THP, self.Q, self.P)
+        self.B, self.C = (_described(t, self.Q, self.N) for t in (B_TN, C_TN))
         self.dt_TH = dt_TH if dt_TH.stride(1) == 1 else dt_TH.contiguous()
         self.A_H, self.cu_seqlens = A_H.contiguous(), cu_seqlens.contiguous()
         self.vectors_5HT = dt_TH.new_empty(5, self.H, self.n_chunks * self.Q)
@@ -689,11 +609,12 @@ class _Plan:
         self.shape = {"P": self.P, "N": self.N, "Q": self.Q}
 
     def prepare(self, with_scores: bool) -> None:
-        _prepare[(self.n_chunks, 1 + with_scores)](
-            self.dt_TH, self.A_H, self.B_TN, self.C_TN, self.cu_seqlens,
+        _prepare[(self.n_chunks,)](
+            self.dt_TH, self.A_H, self.B, self.C, self.cu_seqlens,
             self.vectors_5HT, self.decay_CH, self.document_T, self.scores.base,
-            self.T, self.H, len(self.cu_seqlens) - 1, self.dt_TH.stride(0), self.B_TN.stride(0), self.C_TN.stride(0),
-            N=self.N, Q=self.Q, BLOCK_H=triton.next_power_of_2(self.H), **_launch("_prepare", self.x_THP.dtype),
+            self.T, self.H, len(self.cu_seqlens) - 1, self.dt_TH.stride(0),
+            Q=self.Q, BLOCK_H=triton.next_power_of_2(self.H), WITH_SCORES=with_scores,
+            **_launch("_prepare", self.x.base.dtype),
         )  # fmt: skip
 
 
@@ -702,18 +623,18 @@ def scan_forward(x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TN: Tensor, C_TN: 
     y_THP = x_THP.new_empty(x_THP.shape)
     if not len(x_THP):
         return y_THP
-    plan = _Plan(x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens, ways=1)
+    plan = _Plan(x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens)
     totals_SHPN = dt_TH.new_empty(plan.segments, plan.H, plan.P, plan.N)
     segment_decay_SH = dt_TH.new_empty(plan.segments, plan.H)
     decays = plan.vectors_5HT, plan.decay_CH
     sizes = plan.H, plan.n_chunks, plan.chunks_per_segment
     with torch.cuda.device_of(x_THP):
         plan.prepare(with_scores=True)
-        _totals[(plan.H, plan.segments, 1)](
+        _totals[(plan.segments * plan.H, 1)](
             plan.x, plan.x, plan.B, plan.C, *decays, totals_SHPN, segment_decay_SH, *sizes,
-            **plan.shape, HEADS=1, **_launch("_totals", x_THP.dtype),
+            **plan.shape, **_launch("_totals", x_THP.dtype),
         )  # fmt: skip
-        _outputs[(plan.H, plan.segments)](
+        _outputs[(plan.segments * plan.H,)](
             plan.x, plan.B, plan.C, *decays, plan.scores, totals_SHPN, segment_decay_SH,
             _described(y_THP, plan.Q, plan.P), *sizes, **plan.shape, **_launch("_outputs", x_THP.dtype),
         )  # fmt: skip
@@ -727,40 +648,35 @@ def scan_backward(
     dx_THP, ddt_TH, dB_TN, dC_TN = (t.new_empty(t.shape) for t in (x_THP, dt_TH, B_TN, C_TN))
     if not len(x_THP):
         return dx_THP, ddt_TH, torch.zeros_like(A_H), dB_TN, dC_TN
-    plan = _Plan(x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens, ways=2)
+    plan = _Plan(x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens)
     T, H, P, N, Q, n_chunks = plan.T, plan.H, plan.P, plan.N, plan.Q, plan.n_chunks
     groups = _groups(n_chunks, H, x_THP.device)
     totals_2SHPN = dt_TH.new_empty(2, plan.segments, H, P, N)
     segment_decay_SH = dt_TH.new_empty(plan.segments, H)
-    states_2CHPN = x_THP.new_empty(2 * n_chunks * H * P, N)
+    states_2CHPN = _described(x_THP.new_empty(2 * n_chunks * H * P, N), P, N)
     dscores_GCQQ = _described(x_THP.new_empty(groups * n_chunks * Q, Q), Q, Q)
     parts_G2TN = _described(x_THP.new_empty(groups * 2 * n_chunks * Q, N), Q, N)
     flows_4HT = dt_TH.new_empty(4, H, n_chunks * Q)
     through_CH, dA_HC = dt_TH.new_empty(n_chunks, H), dt_TH.new_empty(H, n_chunks)
-    dy_THP = _dense(dy_THP)
-    keys_and_decays = plan.B, plan.C, plan.vectors_5HT, plan.decay_CH
-    wide = *(_described(t, Q, plan.heads * P) for t in (plan.x_THP, dy_THP)), *keys_and_decays
+    inputs = plan.x, _described(dy_THP, Q, P), plan.B, plan.C, plan.vectors_5HT, plan.decay_CH
     sizes = H, n_chunks, plan.chunks_per_segment
     with torch.cuda.device_of(x_THP):
         plan.prepare(with_scores=False)
-        _totals[(H // plan.heads, plan.segments, 2)](
-            *wide, totals_2SHPN, segment_decay_SH, *sizes,
-            **plan.shape, HEADS=plan.heads, **_launch("_totals", x_THP.dtype),
-        )  # fmt: skip
-        _states[(H // plan.heads, plan.segments, 2)](
-            *wide, totals_2SHPN, segment_decay_SH, _described(states_2CHPN, plan.heads * P, N), *sizes,
-            **plan.shape, HEADS=plan.heads, **_launch("_states", x_THP.dtype),
+        _totals[(plan.segments * H, 2)](
+            *inputs, totals_2SHPN, segment_decay_SH, *sizes, **plan.shape, **_launch("_totals", x_THP.dtype)
+        )
+        _states[(plan.segments * H, 2)](
+            *inputs, totals_2SHPN, segment_decay_SH, states_2CHPN, *sizes,
+            **plan.shape, **_launch("_states", x_THP.dtype),
         )  # fmt: skip
         _gradients[(2 * n_chunks, groups)](
-            plan.x, _described(dy_THP, Q, P), *keys_and_decays, plan.document_T, _described(states_2CHPN, P, N),
-            _described(dx_THP, Q, P), dscores_GCQQ, parts_G2TN, flows_4HT, through_CH, H, n_chunks, H // groups,
-            **plan.shape, **_launch("_gradients", x_THP.dtype),
+            *inputs, plan.document_T, states_2CHPN, _described(dx_THP, Q, P), dscores_GCQQ, parts_G2TN,
+            flows_4HT, through_CH, H, n_chunks, H // groups, **plan.shape, **_launch("_gradients", x_THP.dtype),
         )  # fmt: skip
-        _finish[(n_chunks, 2)](
-            plan.A_H, plan.B_TN, plan.C_TN, plan.vectors_5HT, plan.document_T, dscores_GCQQ.base, parts_G2TN.base,
-            flows_4HT, through_CH, ddt_TH, dA_HC, dB_TN, dC_TN,
-            T, H, n_chunks, plan.B_TN.stride(0), plan.C_TN.stride(0),
-            N=N, Q=Q, BLOCK_H=triton.next_power_of_2(H), GROUPS=groups, **_launch("_finish", x_THP.dtype),
+        _finish[(n_chunks,)](
+            plan.A_H, plan.B, plan.C, plan.vectors_5HT, plan.document_T, dscores_GCQQ, parts_G2TN,
+            flows_4HT, through_CH, ddt_TH, dA_HC, *(_described(t, Q, N) for t in (dB_TN, dC_TN)), T, H, n_chunks,
+            Q=Q, BLOCK_H=triton.next_power_of_2(H), GROUPS=groups, **_launch("_finish", x_THP.dtype),
         )  # fmt: skip
         return dx_THP, ddt_TH, dA_HC.sum(1), dB_TN, dC_TN
 

@@ -218,9 +218,6 @@ def test_operation_runs_the_kernels_without_syncs_in_a_graph_and_repeats_itself(
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") == "1"
     torch.set_num_threads(1)
-    from hnet_kernels.ssd_triton import HEADS
-
-    HEADS[torch.float32] = HEADS[torch.bfloat16]  # or nothing here would show what only bfloat16 does
     if sys.argv[1] == "leaks":
         print(json.dumps(leaks("cpu", torch.float32)))
     else:
