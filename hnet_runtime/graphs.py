@@ -15,9 +15,9 @@ from torch.func import functional_call
 
 from hnet_trainable import HNetLM, Isotropic, Packing, rotary_tables
 
-TOKENS = 512  # T is rounded up to a multiple of this, which wastes half of it on average
-DOCUMENTS = 32  # B + 1 likewise
-LONGEST = 1024  # M likewise
+TOKENS = 512  # T is rounded up to a multiple of this
+SPARE = 16  # a graph also serves down to 1 - 1 / SPARE of its tokens (or TOKENS fewer): a capture takes a second
+DOCUMENTS, LONGEST = 64, 1024  # the least room for documents and for a document; more is a power of two
 KEPT = 8  # graphs of a stack: the sizes last used
 
 
@@ -30,8 +30,18 @@ class Sizes(NamedTuple):
 
     @classmethod
     def of(cls, x_TD: Tensor, packing: Packing) -> "Sizes":
-        sizes = len(x_TD), len(packing.cu_seqlens), len(packing.cos_MR)  # B + 1: room for the document of zeros
-        return cls(*(-(-size // unit) * unit for size, unit in zip(sizes, (TOKENS, DOCUMENTS, LONGEST))))
+        """What a batch needs: with one document more, of zeros."""
+        return cls(len(x_TD), len(packing.cu_seqlens), len(packing.cos_MR))
+
+    def rounded(self) -> "Sizes":
+        B, M = (1 << (max(size, least) - 1).bit_length() for size, least in ((self.B, DOCUMENTS), (self.M, LONGEST)))
+        return Sizes(-(-self.T // TOKENS) * TOKENS, B, M)
+
+    def hold(self, needed: "Sizes") -> bool:
+        """Whether a graph of these sizes serves a batch, without wasting much and with M for the document of zeros."""
+        spare = max(TOKENS, self.T // SPARE)
+        enough = self.B >= needed.B and self.M >= needed.M
+        return enough and 0 <= self.T - needed.T <= min(spare, self.M)
 
 
 class Captured:
@@ -146,7 +156,8 @@ class GraphedStack:
             self.weights = [w.detach().clone().requires_grad_() for w in weights]
             self.gradients = [torch.empty_like(w) for w in self.weights]
             self.pool = torch.cuda.graph_pool_handle() if x_TD.is_cuda else None
-        sizes = Sizes.of(x_TD, packing)
+        needed = Sizes.of(x_TD, packing)
+        sizes = min((sizes for sizes in self.captured if sizes.hold(needed)), default=needed.rounded())
         if sizes not in self.captured:
             if len(self.captured) == KEPT:
                 self.captured.popitem(last=False)

@@ -33,50 +33,70 @@ def batch(lengths: list[int], seed: int, device: torch.device) -> tuple[torch.Te
     return iids, nested_like(iids.values().roll(-1), iids)
 
 
-def losses(world, dtype: torch.dtype, fast: bool, micro_batches: int = 2) -> list[float]:
-    """Of a few steps of SGD on micro-batches whose sizes vary."""
+def steps(world, dtype: torch.dtype, fast: bool, micro_batches: int) -> tuple[list[float], list[torch.Tensor]]:
+    """Losses and all gradients of a few steps of SGD on micro-batches whose sizes vary."""
     model = distributed.build_model(HNetConfig.load(LAYOUT), world, dtype, seed=0)
     if fast:
         if world.device.type == "cuda":
             compile_blocks(model)
         graph_stacks(model)
-    found = []
-    for step, lengths in enumerate(BATCHES * 2):
+    found, gradients = [], []
+    for step, lengths in enumerate(BATCHES):
         for i in range(micro_batches):
             model.set_requires_gradient_sync(i == micro_batches - 1)
             out = model(*batch(lengths, 10 * step + i, world.device))
             (out.ce + out.ratio_losses.sum()).backward()
             found.append(out.ce.item())
+        whole = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
+        gradients.append(torch.cat([g.flatten() for g in whole]))
         with torch.no_grad():
             for p in model.parameters():
-                p -= 0.3 * p.grad
+                p -= 0.05 * p.grad
                 p.grad = None
     with torch.no_grad():
         found.append(model(*batch(BATCHES[0], 0, world.device)).ce.item())  # a validation uses no graphs
-    return found
+    return found, gradients
+
+
+def check_equal(world, dtype: torch.dtype, micro_batches: int, loss: float, gradient: float) -> None:
+    (eager, eager_gradients), (graphed, gradients) = (
+        steps(world, dtype, fast, micro_batches) for fast in (False, True)
+    )
+    assert eager[0] - eager[-1] > 0.01, "nothing was learned"
+    assert graphed == pytest.approx(eager, rel=loss)
+    distances = [((a - b).norm() / b.norm()).item() for a, b in zip(gradients, eager_gradients)]
+    assert max(distances) < gradient, distances
 
 
 def test_training_is_the_same(world):
-    """Two micro-batches a step: gradients of the first must survive the second."""
-    eager, graphed = (losses(world, torch.float32, fast) for fast in (False, True))
-    assert eager[0] - eager[-2] > 0.01, "nothing was learned"
-    # the order of sums differs, and training magnifies that
-    assert graphed[:4] == pytest.approx(eager[:4], rel=1e-5)
-    assert graphed == pytest.approx(eager, rel=2e-3)
+    """Two micro-batches a step: gradients of the first must survive the second. Sums in another order differ."""
+    check_equal(world, torch.float32, 2, loss=1e-4, gradient=1e-3)
 
 
 @pytest.mark.gpu
 def test_training_is_the_same_in_bfloat16(world):
-    eager, graphed = (losses(world, torch.bfloat16, fast, micro_batches=1) for fast in (False, True))
-    assert graphed == pytest.approx(eager, rel=2e-2)
+    """Compiled blocks round to 16 bits at fewer places; a boundary that flips changes the gradient more."""
+    check_equal(world, torch.bfloat16, 1, loss=1e-2, gradient=0.2)
 
 
 def test_sizes_leave_room_for_a_document_of_zeros():
     tables = torch.empty(1000, 0)
     for B in (1, DOCUMENTS - 1, DOCUMENTS, DOCUMENTS + 1):
         packing = Packing(torch.empty(B + 1), torch.empty(0), tables, tables)
-        sizes = Sizes.of(torch.empty(TOKENS + 1, 2), packing)
-        assert sizes.B >= B + 1 and sizes.B % DOCUMENTS == 0 and sizes.T == 2 * TOKENS and sizes.M >= TOKENS
+        needed = Sizes.of(torch.empty(TOKENS + 1, 2), packing)
+        sizes = needed.rounded()
+        assert sizes.hold(needed) and sizes.B > B and sizes.T == 2 * TOKENS and sizes.M == 1024
+    assert Sizes(16384, 64, 2048).hold(Sizes(15400, 64, 2048)) and not Sizes(16384, 64, 2048).hold(Sizes(15300, 2, 2))
+    assert not Sizes(512, 64, 1024).hold(Sizes(513, 2, 2)) and not Sizes(512, 64, 1024).hold(Sizes(512, 65, 2))
+    assert not Sizes(65536, 64, 1024).hold(Sizes(64000, 64, 2)), "the document of zeros would be too long"
+
+
+def test_batches_of_about_one_size_share_a_graph(world):
+    model = distributed.build_model(HNetConfig.load(LAYOUT), world, torch.float32, seed=0)
+    graph_stacks(model)
+    for lengths in BATCHES:
+        model(*batch(lengths, 0, world.device))
+    assert len(model.backbone.encoder.forward.captured) == 1
 
 
 @pytest.mark.gpu
