@@ -47,7 +47,7 @@ class Benchmark:
     warmup: int = 10
     """Steps before the clock starts."""
     steps: int = 20
-    """Steps timed."""
+    """Steps timed, and then as many again without waiting for each, as training runs (step_ms_overlapped)."""
     compile: str = "eager"
     """eager, block (each kind of block compiled) or graph (compiled, and each stack of blocks a CUDA graph)."""
     device: str = "auto"
@@ -143,6 +143,7 @@ def main(args: Benchmark) -> None:
         **{k: v for k, v in train.speed(record, overlapped, hnet, config, world).items() if k != "step_ms"},
         "built_s": built_s,
         "first_step_s": first_step_s,
+        "ce_last": stats[0].item(),
         "compilations": len(compilations()),
         "compile_s": sum(compilations()),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,

@@ -130,6 +130,15 @@ def shard_model(model: HNetLM, mesh: DeviceMesh, compute_dtype: torch.dtype) -> 
         elif isinstance(module, HNet) and not module.is_innermost:
             wrap(module.residual_proj, torch.float32)
     wrap(model, compute_dtype)
+    if alone:
+        # all casts at once and before the first stage waits for its boundaries, while the device has other work
+        stacks = [module for module in model.modules() if isinstance(module, Isotropic)]
+
+        def unshard_all(*_) -> None:
+            for stack in stacks:
+                stack.unshard()
+
+        model.register_forward_pre_hook(unshard_all)
 
 
 def reduce_plain_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
