@@ -98,7 +98,7 @@ def main(args: Benchmark) -> None:
 
     def step(i: int) -> torch.Tensor:
         stats = train.forward_backward(model, [stream.slice(i)], config, world)
-        distributed.clip_grad_norm(parameters, 1.0, world)
+        distributed.clip_in_optimizer(optimizer, parameters, 1.0, world)
         optimizer.step()
         optimizer.zero_grad()
         return stats

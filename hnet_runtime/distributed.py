@@ -164,18 +164,44 @@ def optimizer_groups(groups: list[dict]) -> list[dict]:
 
 
 @torch.no_grad()
-def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float, world: World) -> Tensor:
-    """Scale all gradients to a global norm of at most `max_norm` (0: don't). Returns the norm before, on the device."""
-    grads = [(p.grad, isinstance(p, DTensor)) for p in parameters if p.grad is not None]
-    local = [g.to_local() if sharded else g for g, sharded in grads]
-    squares = torch.stack(torch._foreach_norm(local)).square()
-    is_sharded = torch.tensor([sharded for _, sharded in grads], device=squares.device)
-    shards = (squares * is_sharded).sum()
+def grad_norm(parameters: Iterable[nn.Parameter], world: World) -> Tensor:
+    """The global norm of all gradients, on the device; nothing waits for it."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    shards = _squares([g.to_local() for g in grads if isinstance(g, DTensor)], world)
     if world.size > 1:
         dist.all_reduce(shards)
-    norm = (shards + (squares * ~is_sharded).sum()).sqrt()
+    return (shards + _squares([g for g in grads if not isinstance(g, DTensor)], world)).sqrt()
+
+
+def _squares(tensors: list[Tensor], world: World) -> Tensor:
+    if not tensors:
+        return torch.zeros((), device=world.device)
+    return torch.stack(torch._foreach_norm(tensors)).square().sum()
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float, world: World) -> Tensor:
+    """Scale all gradients to a global norm of at most `max_norm` (0: don't). Returns the norm before, on the device."""
+    parameters = list(parameters)
+    norm = grad_norm(parameters, world)
     if max_norm > 0:
+        grads = [p.grad for p in parameters if p.grad is not None]
+        local = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
         torch._foreach_mul_(local, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+@torch.no_grad()
+def clip_in_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], max_norm: float, world: World
+) -> Tensor:
+    """Like `clip_grad_norm`, but the next step of a fused optimizer does the scaling: one pass over memory less.
+
+    A step whose norm isn't finite changes no weight and no state, so that nobody has to wait for the norm before it.
+    """
+    norm = grad_norm(parameters, world)
+    optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0) if max_norm > 0 else torch.ones_like(norm)
+    optimizer.found_inf = (~norm.isfinite()).float()
     return norm
 
 

@@ -1,0 +1,57 @@
+"""Clipping by a fused optimizer equals clipping before it, and a norm that isn't finite changes nothing."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from hnet_runtime import distributed
+from hnet_trainable import HNetConfig, parameter_groups
+
+CONFIG = {
+    "arch_layout": ["m1", ["T1"], "m1"],
+    "d_model": [64, 64],
+    "d_intermediate": [0, 64],
+    "ssm_cfg": {"d_state": 16},
+    "attn_cfg": {"num_heads": [2, 2], "rotary_emb_dim": [16, 16], "window_size": [-1, -1]},
+}
+
+
+@pytest.fixture
+def world():
+    started = not dist.is_initialized()
+    yield distributed.start("cuda" if torch.cuda.is_available() else "cpu")
+    if started:
+        distributed.stop()
+
+
+def train(world, clip, scales: list[float]) -> tuple[torch.Tensor, list[float]]:
+    """All weights after steps on random gradients of these sizes, clipped to 1 by `clip(optimizer, parameters)`."""
+    model = distributed.build_model(HNetConfig.load(CONFIG), world, torch.float32, seed=0)
+    parameters = list(model.parameters())
+    groups = distributed.optimizer_groups(parameter_groups(model, 1e-2, 0.1))
+    optimizer, norms = torch.optim.AdamW(groups, fused=True), []
+    for step, scale in enumerate(scales):
+        generator = torch.Generator().manual_seed(step)
+        for p in parameters:
+            p.grad = torch.empty_like(p)
+            distributed.assign(p.grad, scale * torch.randn(p.shape, generator=generator))
+        norms.append(clip(optimizer, parameters).item())
+        optimizer.step()
+    whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in parameters]
+    return torch.cat([p.detach().flatten() for p in whole]), norms
+
+
+def test_the_optimizer_clips(world):
+    scales = [1.0, 1e-5, 3.0]  # above, below and above the limit
+    before, norms = train(world, lambda _, p: distributed.clip_grad_norm(p, 1.0, world), scales)
+    inside, same_norms = train(world, lambda o, p: distributed.clip_in_optimizer(o, p, 1.0, world), scales)
+    assert norms == same_norms and norms[0] > 1 > norms[1]
+    torch.testing.assert_close(inside, before, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_step_that_is_not_finite_changes_nothing(world, bad):
+    clip = lambda o, p: distributed.clip_in_optimizer(o, p, 1.0, world)  # noqa: E731
+    once, _ = train(world, clip, [1.0])
+    twice, _ = train(world, clip, [1.0, bad])
+    assert torch.equal(once, twice)
