@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hnet_kernels.dispatch import use_fast
 
-QUERY_BLOCK = 1024  # queries at a time in the definition: bounds the memory of one block of scores
+QUERY_BLOCK = 128  # queries at a time in the definition: bounds the memory of one block of scores
 
 
 class Span(NamedTuple):

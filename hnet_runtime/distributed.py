@@ -114,8 +114,11 @@ def shard_model(model: HNetLM, mesh: DeviceMesh, compute_dtype: torch.dtype) -> 
     on every rank; `reduce_plain_gradients` averages their gradients.
 
     A process alone has nothing to gather: there a group is a whole stack of blocks, which saves most of the hooks'
-    time, and weights stay in `compute_dtype` until the backward has used them.
+    time, and weights stay in `compute_dtype` until the backward has used them. Where it computes in float32 there is
+    nothing to cast either, and the model stays as it is.
     """
+    if mesh.size() == 1 and compute_dtype == torch.float32:
+        return
     plain = {p for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] in PLAIN_FLOAT32}
     alone = mesh.size() == 1
 

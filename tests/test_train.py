@@ -57,7 +57,8 @@ def corpus(tmp_path_factory) -> Path:
 
 
 def command(corpus: Path, *more: str) -> list[str]:
-    flags = f"-c {corpus}/model.json --data {corpus}/data --mbs 256 --val-slices 4 --device cpu --log-every 5"
+    flags = f"-c {corpus}/model.json --data {corpus}/data --mbs 256 --lr 2e-3 --schedule wsd --device cpu"
+    flags += " --val-slices 4 --log-every 5"
     return [sys.executable, str(ROOT / "train.py"), *flags.split(), *more]
 
 
@@ -249,7 +250,7 @@ def test_mistakes_end_in_one_sentence(corpus, undisturbed, tmp_path):
     assert "N_compress" in refused(corpus, "-N", "1-3-9")
     assert "empty" in refused(corpus, "--data", str(tmp_path / "empty"))
     assert "one batch" in refused(corpus, "--mbs", "1000000")
-    assert "--lr" in refused(corpus, "--lr", "0")
+    assert "--lr" in refused(corpus, "--lr", "0.0")
     assert "--resume auto" in refused(corpus, "--steps", "20", "--save-dir", str(undisturbed))
     (tmp_path / "other.json").write_text(json.dumps({**MODEL, "d_intermediate": [0, 128]}))
     other = ["-c", str(tmp_path / "other.json"), "--save-dir", str(tmp_path / "other")]
