@@ -81,14 +81,15 @@ def build_model(
     seed: int,
     weights: Mapping[str, Tensor] | None = None,
 ) -> HNetLM:
-    """A sharded HNetLM with float32 master weights that computes in `compute_dtype`; see `shard_model`.
+    """An HNetLM with float32 masters that computes in `compute_dtype`, sharded (`shard_model`) where that is of use.
 
     It is built on the meta device. Every weight is drawn from (seed, name) alone, so it's the same at any world size,
     or comes from `weights`, whole tensors by official name.
     """
     with torch.device("meta"):
         model = HNetLM(config)
-    shard_model(model, world.mesh, compute_dtype)
+    if world.size > 1 or compute_dtype != torch.float32:  # else there is nothing to gather and nothing to cast
+        shard_model(model, world.mesh, compute_dtype)
     model.to_empty(device=world.device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -114,11 +115,8 @@ def shard_model(model: HNetLM, mesh: DeviceMesh, compute_dtype: torch.dtype) -> 
     on every rank; `reduce_plain_gradients` averages their gradients.
 
     A process alone has nothing to gather: there a group is a whole stack of blocks, which saves most of the hooks'
-    time, and weights stay in `compute_dtype` until the backward has used them. Where it computes in float32 there is
-    nothing to cast either, and the model stays as it is.
+    time, and weights stay in `compute_dtype` until the backward has used them.
     """
-    if mesh.size() == 1 and compute_dtype == torch.float32:
-        return
     plain = {p for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] in PLAIN_FLOAT32}
     alone = mesh.size() == 1
 

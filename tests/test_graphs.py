@@ -36,6 +36,8 @@ def batch(lengths: list[int], seed: int, device: torch.device) -> tuple[torch.Te
 def steps(world, dtype: torch.dtype, fast: bool, micro_batches: int) -> tuple[list[float], list[torch.Tensor]]:
     """Losses and all gradients of a few steps of SGD on micro-batches whose sizes vary."""
     model = distributed.build_model(HNetConfig.load(LAYOUT), world, dtype, seed=0)
+    if dtype == torch.float32:  # which build_model leaves whole in a single process
+        distributed.shard_model(model, world.mesh, dtype)
     if fast:
         if world.device.type == "cuda":
             compile_blocks(model)

@@ -280,11 +280,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(corpus
 
 
 def test_a_yaml_file_gives_flags_and_flags_win(corpus, tmp_path):
-    (tmp_path / "run.yaml").write_text(f"steps: 7\nlr: 0.001\nsave_dir: {tmp_path}/run\nmbs: 128\n")
+    (tmp_path / "run.yaml").write_text(f"steps: 7\nweight_decay: 0.3\nsave_dir: {tmp_path}/run\nmbs: 128\n")
     succeed(corpus, "--config-file", str(tmp_path / "run.yaml"), "--steps", "2")
     rows = records(tmp_path / "run")
     assert len(rows) == 2 and rows[-1]["bytes_seen"] == 2 * 256  # --mbs 256 is on the command line
-    assert "lr: 0.001" in (tmp_path / "run" / "train.yaml").read_text()
+    assert "weight_decay: 0.3" in (tmp_path / "run" / "train.yaml").read_text()
 
 
 def test_dumpparams_lists_every_parameter(corpus):
