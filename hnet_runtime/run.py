@@ -50,11 +50,27 @@ _locks: list = []
 def checkpoint_to_resume(run: Path, resume: str, world: World) -> Path | None:
     """The checkpoint that `--resume` means: `auto` the run's newest complete one, if any; a path that one; empty none.
 
+    Rank 0 decides for all: it goes on to write into the folder, where a later look would find a run.
     Raises UserError where the folder holds a run that is not being resumed.
     """
+    chosen, mistake = None, None
+    if world.is_main:
+        try:
+            chosen = _choose_checkpoint(run, resume)
+        except UserError as error:
+            mistake = str(error)
+    decided = [chosen, mistake]
+    dist.broadcast_object_list(decided)
+    chosen, mistake = decided
+    if mistake:
+        raise UserError(mistake)
+    return chosen
+
+
+def _choose_checkpoint(run: Path, resume: str) -> Path | None:
     found = checkpoint.complete(run)
     if resume == "auto":
-        for folder in checkpoint.incomplete(run) if world.is_main else []:
+        for folder in checkpoint.incomplete(run):
             logger.warning("passed over %s: not a complete checkpoint", folder)
         return found[-1] if found else None
     if resume:
