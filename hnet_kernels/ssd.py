@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from hnet_kernels.dispatch import use_fast
 
 MIN_CHUNK = 32  # tokens; the work inside a chunk grows with it, the work between chunks shrinks
-MAX_CHUNKS = 1024  # beyond this many the chunks get longer, so that the (C, C) matrix between them stays small
+MAX_CHUNKS = 256  # beyond this many the chunks get longer: states are handed on one chunk at a time
 
 
 def document_ids(cu_seqlens: Tensor, total: int) -> Tensor:
@@ -27,37 +27,44 @@ def document_ids(cu_seqlens: Tensor, total: int) -> Tensor:
 class Decays(NamedTuple):
     """All decays that the scan of a batch needs, zero where they would cross from one document to another."""
 
-    within_CHQQ: Tensor  # from token j to token i of a chunk; its own decay acts before a token's input is added
-    to_end_CHQ: Tensor  # from a token to the end of its chunk
-    from_start_CHQ: Tensor  # from before a chunk to a token
-    carried_HCC: Tensor  # from the end of chunk m to before chunk n
+    sum_HCQ: Tensor  # float64: log decays summed from before a chunk to each of its tokens
+    hidden_CQQ: Tensor  # bool: token j of a chunk is after token i or in another document
+    to_end_CQH1: Tensor  # from a token to the end of its chunk; its own decay acts before its input is added
+    from_start_CQH1: Tensor  # from before a chunk to a token
+    across_CH1: Tensor  # from before a chunk to its end
+
+    def within(self, h: int, dtype: torch.dtype) -> Tensor:
+        """Head h's decays from token j to token i of each chunk, (C, Q, Q)."""
+        sum_CQ = self.sum_HCQ[h]
+        return _decay(sum_CQ[:, :, None] - sum_CQ[:, None, :], self.hidden_CQQ, dtype)
+
+
+def _decay(log_decay: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """exp where not hidden, else 0; masked before exp, so that what is hidden cannot overflow."""
+    return log_decay.to(dtype, copy=True).masked_fill_(hidden, -torch.inf).exp_()
 
 
 def _decays(log_a_TH: Tensor, cu_seqlens: Tensor, Q: int) -> Decays:
     """Sums of log decays are kept in float64: only their differences are used, small ones among large ones."""
-
-    def decay(log_decay: Tensor, allowed: Tensor) -> Tensor:
-        # masked before exp, so that what is not allowed cannot overflow
-        return log_decay.to(log_a_TH.dtype).masked_fill_(~allowed, -torch.inf).exp_()
-
+    dtype = log_a_TH.dtype
     doc_CQ = document_ids(cu_seqlens, -(-len(log_a_TH) // Q) * Q).view(-1, Q)
-    first_C, last_C = doc_CQ[:, 0], doc_CQ[:, -1]
-    sum_CHQ = _chunks(log_a_TH.double(), Q).cumsum(1).transpose(1, 2)  # from before the chunk to each token
-    total_HC = sum_CHQ[..., -1].T.cumsum(-1)  # from before everything to the end of each chunk
-    same_CQQ = doc_CQ[:, :, None] == doc_CQ[:, None, :]
-    follows_CC = (first_C[:, None] == last_C).tril(-1)
+    last_C1 = doc_CQ[:, -1:]
+    before_C1 = pad(last_C1[:-1], (0, 0, 1, 0), value=-1)  # the document of the token before the chunk
+    sum_CQH = _chunks(log_a_TH.double(), Q).cumsum(1)
+    total_C1H = sum_CQH[:, -1:]
     return Decays(
-        decay(sum_CHQ[..., :, None] - sum_CHQ[..., None, :], same_CQQ.tril()[:, None]),
-        decay(sum_CHQ[..., -1:] - sum_CHQ, (doc_CQ == last_C[:, None])[:, None]),
-        decay(sum_CHQ.clone(), (doc_CQ == first_C[:, None])[:, None]),
-        decay(pad(total_HC, (1, -1))[:, :, None] - total_HC[:, None, :], follows_CC),
+        sum_CQH.permute(2, 0, 1).contiguous(),
+        (doc_CQ[:, :, None] == doc_CQ[:, None, :]).tril_().logical_not_(),
+        _decay(total_C1H - sum_CQH, (doc_CQ != last_C1)[..., None], dtype)[..., None],
+        _decay(sum_CQH, (doc_CQ != before_C1)[..., None], dtype)[..., None],
+        _decay(total_C1H[:, 0], last_C1 != before_C1, dtype)[..., None],
     )
 
 
 def _chunks(x: Tensor, Q: int) -> Tensor:
     """(T, ...) -> (C, Q, ...), filled up with zeros."""
     extra = -len(x) % Q
-    return pad(x, (0, 0) * (x.ndim - 1) + (0, extra)).unflatten(0, (-1, Q))
+    return (pad(x, (0, 0) * (x.ndim - 1) + (0, extra)) if extra else x).unflatten(0, (-1, Q))
 
 
 def _chunk_size(T: int) -> int:
@@ -76,24 +83,49 @@ def scan_forward(
     x_THP, B_TN, C_TN: one floating dtype. gain_TH, log_a_TH (<= 0): float32 or float64, the dtype of the arithmetic.
     Returns y_THP in x's dtype.
     """
-    Q, dtype = _chunk_size(len(x_THP)), gain_TH.dtype
+    T, H, P = x_THP.shape
+    Q, dtype = _chunk_size(T), gain_TH.dtype
     decays = _decays(log_a_TH, cu_seqlens, Q)
-    x_CHQP = _chunks(x_THP.to(dtype) * gain_TH[..., None], Q).transpose(1, 2)
-    B_C1QN, C_C1QN = (_chunks(t.to(dtype), Q)[:, None] for t in (B_TN, C_TN))
-    y_CHQP = (decays.within_CHQQ * (C_C1QN @ B_C1QN.mT)) @ x_CHQP
-    y_CHQP += (C_C1QN @ _states(decays, x_CHQP, B_C1QN)[1].mT) * decays.from_start_CHQ[..., None]
-    return y_CHQP.transpose(1, 2).flatten(0, 1)[: len(x_THP)].to(x_THP.dtype)
+    x_CQHP = _chunks(x_THP * gain_TH[..., None], Q)
+    B_CQN, C_CQN = (_chunks(t.to(dtype), Q) for t in (B_TN, C_TN))
+    before_CNHP = _hand_on(_outer(B_CQN, x_CQHP * decays.to_end_CQH1), decays.across_CH1)
+    y_CQHP = _inner(C_CQN, before_CNHP).mul_(decays.from_start_CQH1)
+    scores_CQQ = C_CQN @ B_CQN.mT
+    for h in range(H):  # a head at a time: its (C, Q, Q) stay in a CPU's cache
+        y_CQHP[:, :, h] += decays.within(h, dtype).mul_(scores_CQQ) @ x_CQHP[:, :, h]
+    return y_CQHP.flatten(0, 1)[:T].to(x_THP.dtype)
 
 
-def _states(decays: Decays, x_CHQP: Tensor, B_C1QN: Tensor) -> tuple[Tensor, Tensor]:
-    """(what each chunk adds to the state, the state before each chunk), both (C, H, P, N)."""
-    added_CHPN = (x_CHQP * decays.to_end_CHQ[..., None]).mT @ B_C1QN
-    return added_CHPN, _carry(decays.carried_HCC, added_CHPN)
+# States are (C, N, H, P): all heads of a token lie together in memory, so one matrix product serves them all.
 
 
-def _carry(carried_HCC: Tensor, state_CHPN: Tensor) -> Tensor:
-    flat_HCX = state_CHPN.flatten(2).transpose(0, 1)
-    return (carried_HCC @ flat_HCX).transpose(0, 1).view(state_CHPN.shape)
+def _outer(v_CQN: Tensor, x_CQHP: Tensor) -> Tensor:
+    """The sum over each chunk's tokens of v x^T, a state (C, N, H, P)."""
+    return (v_CQN.mT @ x_CQHP.flatten(2)).unflatten(-1, x_CQHP.shape[2:])
+
+
+def _inner(v_CQN: Tensor, state_CNHP: Tensor) -> Tensor:
+    """Each token's v times its chunk's state, (C, Q, H, P)."""
+    return (v_CQN @ state_CNHP.flatten(2)).unflatten(-1, state_CNHP.shape[2:])
+
+
+def _inner_sum(x_CQHP: Tensor, state_CNHP: Tensor) -> Tensor:
+    """The other side of `_inner`: each token's x times its chunk's state, summed over heads, (C, Q, N)."""
+    return x_CQHP.flatten(2) @ state_CNHP.flatten(2).mT
+
+
+def _hand_on(added_CNHP: Tensor, across_CH1: Tensor, backwards: bool = False) -> Tensor:
+    """The state before each chunk, from what each adds to the state and how a state decays across it.
+
+    Backwards: the gradient of the state after each chunk, from the gradients of the states before them.
+    """
+    state_CNHP = torch.empty_like(added_CNHP)
+    added, across, state = added_CNHP.unbind(), across_CH1.unbind(), state_CNHP.unbind()
+    order = range(len(state))[:: -1 if backwards else 1]
+    state[order[0]].zero_()
+    for c, following in zip(order, order[1:]):
+        torch.addcmul(added[c], across[c], state[c], out=state[following])
+    return state_CNHP
 
 
 def scan_backward(
@@ -106,48 +138,45 @@ def scan_backward(
     cu_seqlens: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `scan_forward` for x, gain, log_a, B and C, each in its input's dtype; recomputes the states."""
-    T, Q, dtype = len(x_THP), _chunk_size(len(x_THP)), gain_TH.dtype
+    T, H, P = x_THP.shape
+    Q, dtype = _chunk_size(T), gain_TH.dtype
     decays = _decays(log_a_TH, cu_seqlens, Q)
-    x_CHQP = _chunks(x_THP.to(dtype) * gain_TH[..., None], Q).transpose(1, 2)
-    dy_CHQP = _chunks(dy_THP.to(dtype), Q).transpose(1, 2)
-    B_C1QN, C_C1QN = (_chunks(t.to(dtype), Q)[:, None] for t in (B_TN, C_TN))
-    added_CHPN, before_CHPN = _states(decays, x_CHQP, B_C1QN)
+    x_CQHP, dy_CQHP = _chunks(x_THP * gain_TH[..., None], Q), _chunks(dy_THP.to(dtype), Q)
+    B_CQN, C_CQN = (_chunks(t.to(dtype), Q) for t in (B_TN, C_TN))
+    x_end_CQHP = x_CQHP * decays.to_end_CQH1
+    before_CNHP = _hand_on(_outer(B_CQN, x_end_CQHP), decays.across_CH1)
 
-    # what reaches each chunk's state: from its own outputs, and from those of the chunks it is carried to
-    dy_start_CHQP = dy_CHQP * decays.from_start_CHQ[..., None]
-    dbefore_CHPN = dy_start_CHQP.mT @ C_C1QN
-    dadded_CHPN = _carry(decays.carried_HCC.mT, dbefore_CHPN)
-
-    weights_CHQQ = decays.within_CHQQ * (C_C1QN @ B_C1QN.mT)
-    dweights_CHQQ = dy_CHQP @ x_CHQP.mT
-    dscores_C1QQ = (decays.within_CHQQ * dweights_CHQQ).sum(1, keepdim=True)
-    dx_end_CHQP = (B_C1QN @ dadded_CHPN.mT) * decays.to_end_CHQ[..., None]
-    dx_CHQP = weights_CHQQ.mT @ dy_CHQP + dx_end_CHQP
-    x_end_CHQP = x_CHQP * decays.to_end_CHQ[..., None]
-    dC_C1QN = dscores_C1QQ @ B_C1QN + (dy_start_CHQP @ before_CHPN).sum(1, keepdim=True)
-    dB_C1QN = dscores_C1QQ.mT @ C_C1QN + (x_end_CHQP @ dadded_CHPN).sum(1, keepdim=True)
+    # what reaches each chunk's state: from its own outputs, and from those of the chunks it is handed on to
+    dy_start_CQHP = dy_CQHP * decays.from_start_CQH1
+    dafter_CNHP = _hand_on(_outer(C_CQN, dy_start_CQHP), decays.across_CH1, backwards=True)
 
     # log decays: each decay's gradient times the decay goes to the sum at its end and, negated, to the one at its start
-    flow_CHQQ = (weights_CHQQ * dweights_CHQQ).double()
-    dsum_CHQ = flow_CHQQ.sum(-1) - flow_CHQQ.sum(-2)
-    to_end_CHQ = (x_CHQP * dx_end_CHQP).double().sum(-1)
-    dsum_CHQ -= to_end_CHQ
-    dsum_CHQ += (dy_start_CHQP * (C_C1QN @ before_CHPN.mT)).double().sum(-1)
-    dsum_CHQ[..., -1] += to_end_CHQ.sum(-1)
-    # a chunk's whole decay scales the state before it on its way to the state after it
-    passed_CH = (dadded_CHPN * before_CHPN).double().sum((-1, -2)) * decays.from_start_CHQ[..., -1]
-    dsum_CHQ[..., -1] += passed_CH
-    dlog_a_TH = _sum_from_here(dsum_CHQ).transpose(1, 2).flatten(0, 1)[:T]
+    dx_CQHP = _inner(B_CQN, dafter_CNHP)
+    to_end_CQH = (dx_CQHP * x_end_CQHP).sum(-1)
+    from_start_CQH = _inner(C_CQN, before_CNHP).mul_(dy_start_CQHP).sum(-1)
+    across_CH = (dafter_CNHP * before_CNHP).sum((1, 3)) * decays.across_CH1[..., 0]
+    dsum_CQH = (from_start_CQH - to_end_CQH).double()
+    dsum_CQH[:, -1] += to_end_CQH.sum(1) + across_CH
 
-    dxg_THP = dx_CHQP.transpose(1, 2).flatten(0, 1)[:T]
-    dgain_TH = (dxg_THP * x_THP.to(dtype)).sum(-1)
-    dB_TN, dC_TN = (t.flatten(0, 2)[:T].to(B_TN.dtype) for t in (dB_C1QN, dC_C1QN))
-    return (dxg_THP * gain_TH[..., None]).to(x_THP.dtype), dgain_TH, dlog_a_TH.to(dtype), dB_TN, dC_TN
+    dx_CQHP *= decays.to_end_CQH1
+    scores_CQQ = C_CQN @ B_CQN.mT
+    dscores_CQQ = torch.zeros_like(scores_CQQ)
+    for h in range(H):
+        within_CQQ = decays.within(h, dtype)
+        dweights_CQQ = (dy_CQHP[:, :, h] @ x_CQHP[:, :, h].mT).mul_(within_CQQ)
+        dscores_CQQ += dweights_CQQ
+        dweights_CQQ *= scores_CQQ
+        dsum_CQH[..., h] += dweights_CQQ.sum(-1) - dweights_CQQ.sum(-2)
+        dx_CQHP[:, :, h] += within_CQQ.mul_(scores_CQQ).mT @ dy_CQHP[:, :, h]
+    dC_CQN = dscores_CQQ @ B_CQN + _inner_sum(dy_start_CQHP, before_CNHP)
+    dB_CQN = dscores_CQQ.mT @ C_CQN + _inner_sum(x_end_CQHP, dafter_CNHP)
+    dlog_a_CQH = dsum_CQH.flip(1).cumsum(1).flip(1)  # a token's log decay is in the sums from it to the chunk's end
 
-
-def _sum_from_here(x: Tensor) -> Tensor:
-    """Sums of each element and all after it along the last dimension."""
-    return x.flip(-1).cumsum(-1).flip(-1)
+    dxg_THP = dx_CQHP.flatten(0, 1)[:T]
+    dgain_TH = (dxg_THP * x_THP).sum(-1)
+    dlog_a_TH, dB_TN, dC_TN = (t.flatten(0, 1)[:T] for t in (dlog_a_CQH, dB_CQN, dC_CQN))
+    dx_THP = (dxg_THP * gain_TH[..., None]).to(x_THP.dtype)
+    return dx_THP, dgain_TH, dlog_a_TH.to(dtype), dB_TN.to(B_TN.dtype), dC_TN.to(C_TN.dtype)
 
 
 def _obstacle(x_THP: Tensor, B_TN: Tensor) -> str | None:
