@@ -1,6 +1,6 @@
 """Depthwise causal convolution over packed documents and the SiLU after it (the short convolution of a Mamba-2 layer).
 
-Legend: T tokens of all documents together, D channels, K taps, L rows of the layout with gaps.
+Legend: T tokens of all documents together, B documents, D channels, K taps.
 
 This file has the definition and the operation; the Triton kernels that it runs on a GPU are in conv_triton.py.
 """
@@ -16,44 +16,34 @@ from hnet_kernels.dispatch import use_fast
 MAX_TAPS = 4
 
 
-def _rows_with_gaps(position_T: Tensor, K: int) -> tuple[Tensor, int]:
-    """(row of each token, number of rows L) in a layout with K - 1 empty rows before each document."""
-    document_T = (position_T == 0).cumsum(0)  # from 1
-    rows_T = torch.arange(len(position_T), device=position_T.device) + (K - 1) * document_T
-    return rows_T, len(position_T) + (K - 1) * int(document_T[-1:].sum())
-
-
-def _spread(x_TD: Tensor, rows_T: Tensor, L: int) -> Tensor:
-    """(1, D, L): x at its rows, zero elsewhere, as torch's convolutions take it."""
-    return x_TD.new_zeros(L, x_TD.shape[1]).index_copy_(0, rows_T, x_TD).T[None]
+def _clear(x_TD: Tensor, rows: Tensor) -> None:
+    """Zero these rows of x in place; rows outside of it don't count."""
+    x_TD[rows[(rows >= 0) & (rows < len(x_TD))]] = 0
 
 
 def conv_forward(x_TD: Tensor, weight_D1K: Tensor, bias_D: Tensor, position_T: Tensor) -> Tensor:
-    """The convolution alone, by torch's."""
-    K = weight_D1K.shape[-1]
-    rows_T, L = _rows_with_gaps(position_T, K)
-    y_1DL = F.conv1d(_spread(x_TD, rows_T, L), weight_D1K, bias_D, groups=x_TD.shape[1])
-    return y_1DL[0].T[rows_T - (K - 1)]
+    """The convolution alone, tap by tap: K multiply-adds of the whole x, each shifted by one token more."""
+    taps_KD, start_B = weight_D1K[:, 0].T.flip(0), (position_T == 0).nonzero()
+    y_TD = torch.addcmul(bias_D, x_TD, taps_KD[0])
+    x_TD = x_TD.clone(memory_format=torch.contiguous_format)
+    for k in range(1, min(len(taps_KD), len(x_TD))):
+        _clear(x_TD, start_B - k)  # the last k tokens before a document starts must not reach into it
+        y_TD[k:].addcmul_(x_TD[:-k], taps_KD[k])
+    return y_TD
 
 
 def conv_backward(dy_TD: Tensor, x_TD: Tensor, weight_D1K: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `conv_forward` for x, weight and bias, by torch's convolution."""
-    D, K = x_TD.shape[1], weight_D1K.shape[-1]
-    rows_T, L = _rows_with_gaps(position_T, K)
-    dx_1DL, dweight_D1K, dbias_D = torch.ops.aten.convolution_backward(
-        _spread(dy_TD, rows_T - (K - 1), L - (K - 1)),
-        _spread(x_TD, rows_T, L),
-        weight_D1K,
-        bias_sizes=[D],
-        stride=[1],
-        padding=[0],
-        dilation=[1],
-        transposed=False,
-        output_padding=[0],
-        groups=D,
-        output_mask=[True, True, True],
-    )
-    return dx_1DL[0].T[rows_T], dweight_D1K, dbias_D
+    """Gradients of `conv_forward` for x, weight and bias. Overwrites dy."""
+    taps_KD, start_B = weight_D1K[:, 0].T.flip(0), (position_T == 0).nonzero()
+    dtaps_KD = torch.zeros_like(taps_KD)
+    dbias_D = dy_TD.sum(0)
+    dx_TD = dy_TD * taps_KD[0]
+    torch.sum(dy_TD * x_TD, 0, out=dtaps_KD[0])
+    for k in range(1, min(len(taps_KD), len(x_TD))):
+        _clear(dy_TD, start_B + k - 1)  # the first k tokens of a document saw nothing k tokens before
+        dx_TD[:-k].addcmul_(dy_TD[k:], taps_KD[k])
+        torch.sum(dy_TD[k:] * x_TD[:-k], 0, out=dtaps_KD[k])
+    return dx_TD, dtaps_KD.flip(0).T[:, None], dbias_D
 
 
 def _obstacle(x_TD: Tensor, K: int) -> str | None:
