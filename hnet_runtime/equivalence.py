@@ -5,7 +5,8 @@ a time); what every layer puts out is compared token by token, then the continua
 own size: the largest |x - y| of a token (as vectors) over the root mean square of the training forward's tokens.
 
 Where rounding turns a boundary (p is nearly 0.5 and the two p agree within the tolerance), the two runs cut the text
-differently from there on: such a turn is counted and excused, and what depends on it is not compared.
+differently from there on: such a turn is counted and excused, and what depends on it is not compared. The outermost
+encoder and router depend on no boundary, so there every turn is counted; further in, the first of each document.
 """
 
 from __future__ import annotations
@@ -70,11 +71,11 @@ class Row:
 
 @dataclasses.dataclass
 class Report:
-    """What `check` found. `rows` are in the order of computation; `turned[stage]` counts excused boundaries."""
+    """What `check` found. `rows` are in the order of computation; `turned[stage]`: |p - 0.5| of excused boundaries."""
 
     rows: list[Row]
     positions: list[int]  # tokens of each chunking stage
-    turned: list[int]
+    turned: list[list[float]]  # in the training forward, of prefill or steps, whichever turned more
     nearest: list[float]  # the smallest |p - 0.5| of each stage
     continuations: dict[str, tuple[int, int]]  # greedy, sampled: bytes that differ, bytes compared
     exact_continuations: bool
@@ -108,8 +109,8 @@ class Report:
             table.add_row(str(row.stage), layer, *cells, style=None if row.ok else "bold red")
         console.print(table)
         for s, (n, turned, nearest) in enumerate(zip(self.positions, self.turned, self.nearest)):
-            excused = f", {turned} turned by rounding" if turned else ", all boundaries equal"
-            console.print(f"stage {s}: {n} positions, nearest |p - 0.5| {nearest:.1e}{excused}", highlight=False)
+            excused = f"{len(turned)} turned by rounding (|p - 0.5| up to {max(turned):.1e})" if turned else "all equal"
+            console.print(f"stage {s}: {n} boundaries, {excused}; nearest |p - 0.5| {nearest:.1e}", highlight=False)
         for kind, (differ, total) in self.continuations.items():
             console.print(f"{kind} continuations: {total - differ} of {total} bytes equal", highlight=False)
         if self.ok:
@@ -225,28 +226,36 @@ def trace_steps(model: HNetInference, documents: Sequence[bytes]) -> Trace:
 class Comparable:
     """How many tokens of each document can be compared, [stage][document], given where boundaries were turned.
 
-    `before` the inner stage (encoder), up to the first boundary that differs (`router`), `after` it (decoder).
+    `before` the inner stage (encoder), in the `router`, up to the first boundary that differs (`agree`), and `after` the
+    inner stage (decoder).
     """
 
     before: list[list[int]]
     router: list[list[int]]
+    agree: list[list[int]]
     after: list[list[int]]
 
     @classmethod
     def of(cls, a: Trace, b: Trace) -> Comparable:
-        before, router = [[len(x) for x in a.logits]], []
-        for masks_a, masks_b in zip(a.b, b.b):
-            router.append([_first_difference(x, y, n) for x, y, n in zip(masks_a, masks_b, before[-1])])
-            before.append([int(mask[:first].sum()) for mask, first in zip(masks_a, router[-1])])
+        before, router, agree = [[len(x) for x in a.logits]], [], []
+        for s, (masks_a, masks_b) in enumerate(zip(a.b, b.b)):
+            agree.append([_first_difference(x, y, n) for x, y, n in zip(masks_a, masks_b, before[-1])])
+            router.append([n if s == 0 else min(first + 1, n) for first, n in zip(agree[-1], before[-1])])
+            before.append([int(mask[:first].sum()) for mask, first in zip(masks_a, agree[-1])])
         after = [before[-1]]
-        for masks, firsts in reversed(list(zip(a.b, router))):
+        for masks, firsts in reversed(list(zip(a.b, agree))):
             opens = [mask[:first].nonzero().flatten().tolist() for mask, first in zip(masks, firsts)]
             ends = [o[inside] if inside < len(o) else first for o, inside, first in zip(opens, after[0], firsts)]
             after.insert(0, ends)
-        return cls(before, router, after)
+        return cls(before, router, agree, after)
 
-    def turned(self, s: int) -> int:
-        return sum(first < n for first, n in zip(self.router[s], self.before[s]))
+
+def _turned(a: Trace, b: Trace, extent: Comparable, s: int) -> list[float]:
+    """|p - 0.5| in `a` of the boundaries of stage s that differ, where they can be compared."""
+    found = []
+    for p, mask_a, mask_b, n in zip(a.p[s], a.b[s], b.b[s], extent.router[s]):
+        found += (p[:n] - 0.5).abs()[mask_a[:n] != mask_b[:n]].tolist()
+    return found
 
 
 def _first_difference(a: Tensor, b: Tensor, n: int) -> int:
@@ -310,16 +319,15 @@ def check(
         size = _size(theirs)
         found = [_difference(o.layers[name], theirs, n, size) for o, n in zip(others, lengths)]
         rows.append(Row(name, s, min(map(sum, lengths)), *found, limit, _summary(theirs)))
-        if name.endswith("encoder.rmsnorm"):  # then comes the router: p, up to and with the first boundary that differs
-            p = reference.p[s]
-            lengths = [[min(f + 1, n) for f, n in zip(e.router[s], e.before[s])] for e in extents]
+        if name.endswith("encoder.rmsnorm"):  # then comes the router
+            p, lengths = reference.p[s], [extent.router[s] for extent in extents]
             found = [_difference(o.p[s], p, n, 1.0) for o, n in zip(others, lengths)]
             router = name.replace("encoder.rmsnorm", "routing_module")
             rows.append(Row(router, s, min(map(sum, lengths)), *found, p_limit, _summary(p)))
     return Report(
         rows,
         [sum(map(len, reference.p[s])) for s in range(S)],
-        [max(extent.turned(s) for extent in extents) for s in range(S)],
+        [max((_turned(reference, o, e, s) for o, e in zip(others, extents)), key=len) for s in range(S)],
         [(torch.cat(reference.p[s]) - 0.5).abs().min().item() for s in range(S)],
         _continuations(training, inference, documents, new_bytes, seed),
         exact_continuations=dtype != torch.bfloat16,
