@@ -226,8 +226,8 @@ def trace_steps(model: HNetInference, documents: Sequence[bytes]) -> Trace:
 class Comparable:
     """How many tokens of each document can be compared, [stage][document], given where boundaries were turned.
 
-    `before` the inner stage (encoder), in the `router`, up to the first boundary that differs (`agree`), and `after` the
-    inner stage (decoder).
+    `before` the inner stage (encoder), in the `router`, up to the first boundary that differs (`agree`), and `after`
+    the inner stage (decoder).
     """
 
     before: list[list[int]]
