@@ -9,6 +9,7 @@ Read top to bottom: config -> one step -> what is reported -> the run.
 import dataclasses
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -120,7 +121,8 @@ class TrainConfig:
     """Where metrics go beside metrics.jsonl."""
     early_exit: Annotated[Literal["no", "generate", "dumpparams"], flag("-e")] = "no"
     """generate: check that training forward, prefill and steps agree, and stop (status 1 if not). dumpparams: print the
-    modules and each parameter's shape, dtype, stage, multiplier and decay, and stop."""
+    modules and each parameter's shape, dtype, stage, multiplier and decay, and stop; LOVELY_TENSORS=1 in the
+    environment adds what is in them."""
 
     def check(self) -> None:
         """Raises UserError naming the first flag that is out of range."""
@@ -295,13 +297,18 @@ def check_continuation(source: Path, about: dict[str, Any]) -> int:
 
 
 def dump_parameters(model: HNetLM, groups: list[dict[str, Any]]) -> None:
+    """Prints modules and parameters; with LOVELY_TENSORS=1 also lovely-tensors' summary of each."""
+    lovely = None
+    if os.environ.get("LOVELY_TENSORS") == "1" and not (lovely := equivalence.lovely_summary()):
+        logger.warning("LOVELY_TENSORS=1: lovely-tensors is not installed; pip install 'hnet-trainable[debug]'")
     print(model)
     group_of = {name: group for group in groups for name in group["names"]}
     for name, p in model.named_parameters():
         group, dtype = group_of[name], str(p.dtype).removeprefix("torch.")
         decay = f"decay {group['weight_decay']:g}" if group["weight_decay"] else "no decay"
         rate = f"stage {group['stage']}  lr x {group['multiplier']:.3f}"
-        print(f"{name:72} {str(tuple(p.shape)):14} {dtype}  {rate}  {decay}")
+        summary = f"  {lovely(distributed.whole(p.detach()))}" if lovely else ""
+        print(f"{name:72} {str(tuple(p.shape)):14} {dtype}  {rate}  {decay}{summary}")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
 
 
@@ -315,12 +322,15 @@ def main(argv: Sequence[str]) -> None:
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and world.device.type == "cuda")
     if config.early_exit == "generate":
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-        sys.exit(not equivalence.run(hnet, config.pt_ckpt or None, world.device, dtype, config.seed))
+        equal = equivalence.run(hnet, config.pt_ckpt or None, world.device, dtype, config.seed)
+        distributed.stop()
+        sys.exit(not equal)
     model = distributed.build_model(hnet, world, torch.bfloat16 if half else torch.float32, config.seed, start_weights)
     parameters = list(model.parameters())
     groups = parameter_groups(model, config.lr, config.weight_decay)
     if config.early_exit == "dumpparams":
-        return dump_parameters(model, groups)
+        dump_parameters(model, groups)
+        return distributed.stop()
     if config.compile == "block":
         compile_blocks(model)
     optimizer = torch.optim.AdamW(distributed.optimizer_groups(groups), betas=(0.9, 0.95), fused=True)
@@ -451,4 +461,6 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (UserError, ConfigError, fineweb.DataError) as error:
         print(f"train.py: {error}", file=sys.stderr)
+        if dist.is_initialized() and dist.get_world_size() == 1:  # else NCCL adds a warning to the sentence
+            dist.destroy_process_group()
         sys.exit(2)

@@ -107,6 +107,11 @@ def assign(parameter: Tensor, value: Tensor) -> None:
     parameter.copy_(value)
 
 
+def whole(parameter: Tensor) -> Tensor:
+    """A parameter's whole value, gathered from all ranks where it is sharded: then every rank must ask."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
 def shard_model(model: HNetLM, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
     """FSDP2: one group a block, one for each residual projection (kept in float32), one for the rest.
 

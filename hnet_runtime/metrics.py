@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,6 +79,7 @@ class WandbSink:
             self._run = wandb.init(settings=wandb.Settings(init_timeout=30), **keywords)
         except Exception as error:  # whatever wandb raises, it must not stop training
             logger.warning("wandb: %s; this run is logged offline", str(error).strip().splitlines()[0])
+            wandb.teardown()  # its service still holds the id
             self._run = wandb.init(mode="offline", **keywords)
         self._samples: list[list[Any]] = []
         self._table = wandb.Table
@@ -122,18 +124,20 @@ class Metrics:
         self._sinks = sinks
 
     def log(self, step: int, record: dict[str, Any]) -> None:
+        self._each(lambda sink: sink.log(step, record))
+
+    def close(self) -> None:
+        self._each(lambda sink: sink.close())
+
+    def _each(self, call: Callable[[Sink], None]) -> None:
         for sink in list(self._sinks):
             try:
-                sink.log(step, record)
+                call(sink)
             except Exception as error:
                 if isinstance(sink, JsonlSink):
                     raise
                 logger.warning("%s failed (%s): training goes on without it", type(sink).__name__, error)
                 self._sinks.remove(sink)
-
-    def close(self) -> None:
-        for sink in self._sinks:
-            sink.close()
 
 
 def duration(seconds: float) -> str:
@@ -171,6 +175,7 @@ def plot_losses(records: list[dict[str, Any]], path: Path) -> None:
         draw(axes[2], f"stage{s}_target", f"stage {s} target", linestyle=":", color="gray")
     axes[1].set_title("ratio loss (1 at the target)")
     axes[2].set_title("tokens per chunk")
+    axes[2].set_yscale("log")  # the first steps may find a chunk or two in a slice
     for axis in axes:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)

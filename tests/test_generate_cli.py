@@ -173,6 +173,18 @@ def test_the_first_layer_that_disagrees_is_named(pair, parameter, layer):
     assert check(model, copy, documents=(b"some text",), new_bytes=2).ok
 
 
+def test_bfloat16_hides_no_small_mistake():
+    """Weights of one layer that are 4% off, which rounding to 8 bits is not: the limit follows what rounding does."""
+    config = config_of(["m1t1", ["T1"], "M1"], [64, 64], window_size=[11, -1])
+    model = equivalence.random_model(config, 0, "cpu", torch.bfloat16)
+    copy = HNetInference(config).bfloat16()
+    copy.load_state_dict(model.state_dict(), assign=True)
+    assert check(model, copy, new_bytes=1).ok
+    layer = copy.backbone.encoder.layers[1].mixer.out_proj
+    layer.weight = torch.nn.Parameter(layer.weight * 1.04)
+    assert check(model, copy, new_bytes=1).first_disagreement == "backbone.encoder.layers.1"
+
+
 def test_a_step_that_differs_is_found(pair, monkeypatch):
     """A window that only decoding ignores."""
     model, copy = pair

@@ -47,7 +47,7 @@ def random_model(config: HNetConfig, dtype: torch.dtype = torch.float64, salt: s
 
 
 def nested(documents: list[torch.Tensor]) -> torch.Tensor:
-    lengths = torch.tensor([len(d) for d in documents])
+    lengths = torch.tensor([len(d) for d in documents], device=documents[0].device)
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     limits = {"min_seqlen": int(lengths.min()), "max_seqlen": int(lengths.max())}
     return torch.nested.nested_tensor_from_jagged(torch.cat(documents), offsets, **limits)

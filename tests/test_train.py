@@ -226,6 +226,15 @@ def test_a_signal_saves_and_ends_well(corpus, undisturbed, tmp_path, number):
     assert timeless(folder) == timeless(undisturbed)
 
 
+def test_a_second_ctrl_c_ends_at_once():
+    """In the program itself, so that the second signal can't be merged with the first."""
+    program = "import os, signal; from hnet_runtime.run import Interrupts; Interrupts(); print('set', flush=True); "
+    program += "os.kill(os.getpid(), signal.SIGINT); print('asked', flush=True); "
+    program += "os.kill(os.getpid(), signal.SIGINT); print('too late', flush=True)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130 and done.stdout.split() == ["set", "asked"], done.stderr
+
+
 def refused(corpus: Path, *flags: str) -> str:
     """The one line that a mistake ends in, with exit status 2 and no traceback."""
     done = run(corpus, *flags)
@@ -292,6 +301,15 @@ def test_dumpparams_lists_every_parameter(corpus):
     assert "backbone.encoder.layers.0.mixer.A_log" in output and "no decay" in output and "lr x 3.0" in output
 
 
+def test_lovely_tensors_summaries_are_asked_for_by_the_environment(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOVELY_TENSORS", "1")
+    (tmp_path / "lovely_tensors.py").write_text("lovely = lambda t: f'lovely {t.numel()}'")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    assert f"lovely {256 * 32}" in succeed(corpus, "-e", "dumpparams")
+    (tmp_path / "lovely_tensors.py").write_text("raise ImportError")
+    assert "not installed" in succeed(corpus, "-e", "dumpparams")
+
+
 def test_the_equivalence_check_as_a_command(corpus, undisturbed):
     assert "are one model" in succeed(corpus, "-e", "generate")
     assert "are one model" in succeed(corpus, "-e", "generate", "-p", str(undisturbed))
@@ -327,6 +345,17 @@ def test_wandb_offline(corpus, tmp_path):
         del os.environ["WANDB_MODE"]
     assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 2
     assert len({p.name.split("-")[-1] for p in (tmp_path / "run" / "wandb").glob("offline-run-*")}) == 1
+
+
+@pytest.mark.soak
+def test_wandb_without_a_network_goes_on_offline(corpus, tmp_path, monkeypatch):
+    """Half a minute of waiting for a server that isn't there, then offline."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    assert "logged offline" in succeed(corpus, "--steps", "2", "-l", "wandb", "--save-dir", str(tmp_path / "run"))
+    assert len(records(tmp_path / "run")) == 2
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 1
 
 
 def test_tensorboard(corpus, tmp_path):
