@@ -12,9 +12,9 @@ left out when nobody does.
 Read in this order: caches, layers, router, HNet, HNetInference (prefill, step, weights borrowed from training),
 sampling, UTF-8, generate.
 
-Shape legend, as suffixes of names: B sequences, L new tokens of a stage in a prefill (padded), K those of the stage
-inside, D width, C channels of a convolution, H heads, P channels a head, N state size, W slots of a key-value ring,
-R rotary dimensions / 2, V vocabulary, S number of chunking stages. "code" is github.com/goombalab/hnet.
+Shape legend, as suffixes of names: B sequences, L new tokens of a stage (padded in a prefill, 1 in a step), K those of
+the stage inside, D width, C channels of a convolution, H heads, P channels a head, N state size, W slots of a key-value
+ring, R rotary dimensions / 2, V vocabulary, S number of chunking stages. "code" is github.com/goombalab/hnet.
 """
 
 from __future__ import annotations
@@ -58,8 +58,12 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 class Span(NamedTuple):
-    """Where a prefill's new tokens of one stage stand: sequence b adds length[b] of them, from position start[b]."""
+    """Where new tokens of one stage stand: sequence b adds length[b] of them, from position start[b].
 
+    In a step L = 1, and sequences of length 0 are those that are not active: they keep all their state.
+    """
+
+    is_step: bool
     start_B: Tensor  # int64
     length_B: Tensor  # int64
     valid_BL: Tensor  # bool; the rest is padding, always on the right, so that causality hides it
@@ -68,24 +72,12 @@ class Span(NamedTuple):
     sin_TR: Tensor
 
 
-class Now(NamedTuple):
-    """Where a step's token of one stage stands; sequences that are not active keep all their state."""
-
-    position_B: Tensor  # int64
-    active_B: Tensor  # bool
-    cos_BR: Tensor
-    sin_BR: Tensor
-
-
 @dataclasses.dataclass
 class MambaState:
     """The last inputs of the convolution and the state of the recurrence."""
 
     conv_BWC: Tensor  # W = d_conv - 1, compute dtype
     ssm_BHPN: Tensor  # at least float32
-
-    def reserve(self, tokens: int) -> None:
-        """Mamba-2's state has one size."""
 
 
 @dataclasses.dataclass
@@ -127,7 +119,8 @@ class StageState:
 
     def reserve(self, tokens: int) -> None:
         for layer in self.layers:
-            layer.reserve(tokens)
+            if isinstance(layer, KVState):
+                layer.reserve(tokens)
 
     def advance(self, tokens: Sequence[int | bool], tokens_B: Tensor) -> None:
         self.tokens = [old + new for old, new in zip(self.tokens, tokens)]
@@ -163,7 +156,7 @@ class Cache:
 
 # ------------------------------------------------------------------------------------------------------------- layers
 #
-# Each takes x, its state and where it stands: x_BLD with a Span is a prefill, x_BD with a Now is a step.
+# Each takes x_BLD, its state and the Span that says where the tokens stand, and brings the state up to date.
 
 
 class CausalConv1d(nn.Module):
@@ -205,26 +198,20 @@ class Mamba2(nn.Module):
             weight.new_zeros(batch, self.n_heads, HEADDIM, self.d_state, dtype=dtype),
         )
 
-    def forward(self, x: Tensor, state: MambaState, at: Span | Now) -> Tensor:
-        z, xBC, dt = self.in_proj(x).split([self.d_inner, self.conv_dim, self.n_heads], dim=-1)
-        convolve, scan = (self.conv_prefill, self.scan_prefill) if x.ndim == 3 else (self.conv_step, self.scan_step)
-        xBC = F.silu(convolve(xBC, state, at))
-        x, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], dim=-1)
+    def forward(self, x_BLD: Tensor, state: MambaState, span: Span) -> Tensor:
+        z, xBC, dt = self.in_proj(x_BLD).split([self.d_inner, self.conv_dim, self.n_heads], dim=-1)
+        x, B, C = self.convolve(xBC, state, span).split([self.d_inner, self.d_state, self.d_state], dim=-1)
         x = x.unflatten(-1, (self.n_heads, HEADDIM))
         dt = F.softplus(dt.to(at_least_float32(self.dt_bias.dtype)) + self.dt_bias)
-        y = scan(x, dt, -self.A_log.to(dt.dtype).exp(), B, C, state, at) + self.D[:, None] * x
+        scan = self.scan_step if span.is_step else self.scan_prefill
+        y = scan(x, dt, -self.A_log.to(dt.dtype).exp(), B, C, state, span) + self.D[:, None] * x
         return self.out_proj(self.norm(y.flatten(-2), z))
 
-    def conv_prefill(self, x_BLC: Tensor, state: MambaState, span: Span) -> Tensor:
+    def convolve(self, x_BLC: Tensor, state: MambaState, span: Span) -> Tensor:
         x_BXC = torch.cat([state.conv_BWC, x_BLC], dim=1)
         last_BW = span.length_B[:, None] + torch.arange(self.d_conv - 1, device=x_BLC.device)
         state.conv_BWC.copy_(take(x_BXC, last_BW))
-        return self.conv1d(x_BXC)
-
-    def conv_step(self, x_BC: Tensor, state: MambaState, now: Now) -> Tensor:
-        x_BXC = torch.cat([state.conv_BWC, x_BC[:, None]], dim=1)
-        state.conv_BWC.copy_(torch.where(now.active_B[:, None, None], x_BXC[:, 1:], state.conv_BWC))
-        return self.conv1d(x_BXC)[:, 0]
+        return F.silu(self.conv1d(x_BXC))
 
     def scan_prefill(self, x_BLHP, dt_BLH, A_H, B_BLN, C_BLN, state: MambaState, span: Span) -> Tensor:
         """The training kernel from h = 0, plus what the state before contributes: the recurrence is linear."""
@@ -240,12 +227,12 @@ class Mamba2(nn.Module):
         h_BHPN.mul_(sum_BLH[:, -1].exp().to(dtype)[..., None, None]).add_(added_BHPN)
         return (y_BLHP + kept_BLHP).to(x_BLHP.dtype)
 
-    def scan_step(self, x_BHP, dt_BH, A_H, B_BN, C_BN, state: MambaState, now: Now) -> Tensor:
+    def scan_step(self, x_B1HP, dt_B1H, A_H, B_B1N, C_B1N, state: MambaState, span: Span) -> Tensor:
         h_BHPN, dtype = state.ssm_BHPN, state.ssm_BHPN.dtype
-        dt_BH = dt_BH * now.active_B[:, None]  # dt = 0 leaves h as it is
-        added_BHP = x_BHP.to(dtype) * dt_BH[..., None]
-        h_BHPN.mul_((dt_BH * A_H).exp()[..., None, None]).add_(added_BHP[..., None] * B_BN.to(dtype)[:, None, None])
-        return torch.einsum("bhpn,bn->bhp", h_BHPN, C_BN.to(dtype)).to(x_BHP.dtype)
+        dt_BH = (dt_B1H * span.valid_BL[..., None])[:, 0]  # dt = 0 leaves h as it is
+        added_BHP = x_B1HP[:, 0].to(dtype) * dt_BH[..., None]
+        h_BHPN.mul_((dt_BH * A_H).exp()[..., None, None]).add_(added_BHP[..., None] * B_B1N.to(dtype)[:, :, None])
+        return torch.einsum("bhpn,bln->blhp", h_BHPN, C_B1N.to(dtype)).to(x_B1HP.dtype)
 
 
 class Attention(nn.Module):
@@ -262,11 +249,12 @@ class Attention(nn.Module):
         heads = (self.n_heads, self.out_proj.in_features // self.n_heads)
         return KVState(*(self.Wqkv.weight.new_zeros(batch, 0, *heads) for _ in "kv"), self.window)
 
-    def forward(self, x: Tensor, state: KVState, at: Span | Now) -> Tensor:
-        q_THP, k_THP, v_THP = self.Wqkv(x).view(-1, 3, self.n_heads, x.shape[-1] // self.n_heads).unbind(1)
-        q_THP, k_THP = rotate(q_THP, at[-2], at[-1]), rotate(k_THP, at[-2], at[-1])
-        q, k, v = (t.unflatten(0, x.shape[:-1]) for t in (q_THP, k_THP, v_THP))
-        return self.out_proj((self.prefill if x.ndim == 3 else self.step)(q, k, v, state, at).flatten(-2))
+    def forward(self, x_BLD: Tensor, state: KVState, span: Span) -> Tensor:
+        q_THP, k_THP, v_THP = self.Wqkv(x_BLD).flatten(0, 1).unflatten(-1, (3, self.n_heads, -1)).unbind(1)
+        q_THP, k_THP = (rotate(t, span.cos_TR, span.sin_TR) for t in (q_THP, k_THP))
+        q, k, v = (t.unflatten(0, x_BLD.shape[:2]) for t in (q_THP, k_THP, v_THP))
+        attend = self.step if span.is_step else self.prefill
+        return self.out_proj(attend(q, k, v, state, span).flatten(-2))
 
     def prefill(self, q_BLHP: Tensor, k_BLHP: Tensor, v_BLHP: Tensor, state: KVState, span: Span) -> Tensor:
         """The training kernel over [what was before | what is new], with empty queries for what was before.
@@ -292,16 +280,15 @@ class Attention(nn.Module):
             ring.copy_(torch.where((new_BW >= 0)[..., None, None], take(new, new_BW.clamp_min(0)), ring))
         return o.unflatten(0, (B, past + L))[:, past:]
 
-    def step(self, q_BHP: Tensor, k_BHP: Tensor, v_BHP: Tensor, state: KVState, now: Now) -> Tensor:
+    def step(self, q_B1HP: Tensor, k_B1HP: Tensor, v_B1HP: Tensor, state: KVState, span: Span) -> Tensor:
         """Writes for all: a sequence that is not active overwrites only its next slot, which nothing sees till then."""
-        W = state.k_BWHP.shape[1]
-        everyone_B, slot_B = torch.arange(len(q_BHP), device=q_BHP.device), now.position_B % W
-        state.k_BWHP[everyone_B, slot_B] = k_BHP
-        state.v_BWHP[everyone_B, slot_B] = v_BHP
-        seen_BW = torch.arange(W, device=q_BHP.device) <= now.position_B[:, None]
-        k_BHWP, v_BHWP = state.k_BWHP.transpose(1, 2), state.v_BWHP.transpose(1, 2)
-        o_BH1P = F.scaled_dot_product_attention(q_BHP[:, :, None], k_BHWP, v_BHWP, attn_mask=seen_BW[:, None, None])
-        return o_BH1P[:, :, 0]
+        (B, W), device = state.k_BWHP.shape[:2], q_B1HP.device
+        everyone_B, slot_B = torch.arange(B, device=device), span.start_B % W
+        state.k_BWHP[everyone_B, slot_B] = k_B1HP[:, 0]
+        state.v_BWHP[everyone_B, slot_B] = v_B1HP[:, 0]
+        seen_BW = torch.arange(W, device=device) <= span.start_B[:, None]
+        q, k, v = (t.transpose(1, 2) for t in (q_B1HP, state.k_BWHP, state.v_BWHP))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen_BW[:, None, None]).transpose(1, 2)
 
 
 class Block(nn.Module):
@@ -316,8 +303,8 @@ class Block(nn.Module):
             self.mlp = SwiGLU(config.d_model[s], config.d_intermediate[s])
         self.has_mlp = layer.has_mlp
 
-    def forward(self, residual: Tensor, state: MambaState | KVState, at: Span | Now) -> Tensor:
-        residual = residual + self.mixer(self.norm1(residual), state, at)
+    def forward(self, residual: Tensor, state: MambaState | KVState, span: Span) -> Tensor:
+        residual = residual + self.mixer(self.norm1(residual), state, span)
         return residual + self.mlp(self.norm2(residual)) if self.has_mlp else residual
 
 
@@ -332,10 +319,10 @@ class Isotropic(nn.Module):
     def new_state(self, batch: int) -> list[MambaState | KVState]:
         return [layer.mixer.new_state(batch) for layer in self.layers]
 
-    def forward(self, x: Tensor, states: list[MambaState | KVState], at: Span | Now) -> Tensor:
+    def forward(self, x: Tensor, states: list[MambaState | KVState], span: Span) -> Tensor:
         residual = x.to(at_least_float32(x.dtype))
         for layer, state in zip(self.layers, states):
-            residual = layer(residual, state, at)
+            residual = layer(residual, state, span)
         return self.rmsnorm(residual)
 
 
@@ -360,18 +347,11 @@ class RoutingModule(nn.Module):
         self.q_proj_layer = nn.Linear(width, width, bias=False)
         self.k_proj_layer = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, state: StageState, at: Span | Now) -> Tensor:
-        last_BD = state.last_hidden_state_BD
-        if x.ndim == 3:
-            x_BXD = torch.cat([last_BD[:, None], x], dim=1)
-            before, newest_BD = x_BXD[:, :-1], take(x_BXD, at.length_B[:, None])[:, 0]
-            first = at.start_B[:, None] + torch.arange(x.shape[1], device=x.device) == 0
-        else:
-            before, newest_BD = last_BD.clone(), torch.where(at.active_B[:, None], x, last_BD)
-            first = at.position_B == 0
-        last_BD.copy_(newest_BD)
-        dtype = at_least_float32(x.dtype)
-        q, k = self.q_proj_layer(before).to(dtype), self.k_proj_layer(x).to(dtype)
+    def forward(self, x_BLD: Tensor, state: StageState, span: Span) -> Tensor:
+        x_BXD, dtype = torch.cat([state.last_hidden_state_BD[:, None], x_BLD], dim=1), at_least_float32(x_BLD.dtype)
+        state.last_hidden_state_BD.copy_(take(x_BXD, span.length_B[:, None])[:, 0])
+        first = span.start_B[:, None] + torch.arange(x_BLD.shape[1], device=x_BLD.device) == 0
+        q, k = self.q_proj_layer(x_BXD[:, :-1]).to(dtype), self.k_proj_layer(x_BLD).to(dtype)
         cos = (F.normalize(q, dim=-1, eps=1e-12) * F.normalize(k, dim=-1, eps=1e-12)).sum(-1)
         return ((1 - cos) / 2).clamp(0, 1).masked_fill(first, 1.0)
 
@@ -414,14 +394,10 @@ class HNet(nn.Module):
             return x
         return torch.cat([x, self.pad_dimension.to(x.dtype).expand(*x.shape[:-1], -1)], dim=-1)
 
-    def span(self, state: StageState, x_BLD: Tensor, length_B: Tensor) -> Span:
-        L, start_B = x_BLD.shape[1], state.position_B.clone()
-        offset_L = torch.arange(L, device=x_BLD.device)
+    def span(self, state: StageState, x_BLD: Tensor, length_B: Tensor, is_step: bool = False) -> Span:
+        start_B, offset_L = state.position_B.clone(), torch.arange(x_BLD.shape[1], device=x_BLD.device)
         tables = rotary_tables((start_B[:, None] + offset_L).flatten(), self.rotary_dim, x_BLD.dtype)
-        return Span(start_B, length_B, offset_L < length_B[:, None], max(state.tokens), *tables)
-
-    def now(self, state: StageState, x_BD: Tensor, active_B: Tensor) -> Now:
-        return Now(state.position_B, active_B, *rotary_tables(state.position_B, self.rotary_dim, x_BD.dtype))
+        return Span(is_step, start_B, length_B, offset_L < length_B[:, None], max(state.tokens), *tables)
 
     def smooth_prefill(self, y_BKD: Tensor, p_BL: Tensor, b_BL: Tensor, kept_BK: Tensor, state: StageState) -> Tensor:
         """Eq. 5 and 8: z_k = P_k y_k + (1 - P_k) z_{k-1}, and the z of its chunk for each of the L tokens."""
@@ -436,15 +412,15 @@ class HNet(nn.Module):
         state.ema_BD.copy_(z_BLD[:, -1])
         return z_BLD
 
-    def smooth_step(self, y_BD: Tensor, p_B: Tensor, b_B: Tensor, state: StageState) -> None:
+    def smooth_step(self, y_BD: Tensor, p_B: Tensor, b_B1: Tensor, state: StageState) -> None:
         P_B1 = p_B.clamp(EMA_CLAMP, 1 - EMA_CLAMP)[:, None]
         z_BD = P_B1 * y_BD.to(p_B.dtype) + (1 - P_B1) * state.ema_BD
-        state.ema_BD.copy_(torch.where(b_B[:, None], z_BD, state.ema_BD))
+        state.ema_BD.copy_(torch.where(b_B1, z_BD, state.ema_BD))
 
-    def decode(self, z: Tensor, x: Tensor, state: StageState, at: Span | Now) -> Tensor:
+    def decode(self, z: Tensor, x: Tensor, state: StageState, span: Span) -> Tensor:
         """Eq. 9 with a straight-through confidence of 1, the decoder, and back to the outer stage's width."""
         z = z + self.residual_proj(x.to(self.residual_proj.weight.dtype))
-        return self.decoder(z.to(x.dtype), state.decoder, at)[..., : self.outer_width]
+        return self.decoder(z.to(x.dtype), state.decoder, span)[..., : self.outer_width]
 
 
 def rotary_tables(position_T: Tensor, rotary_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -576,33 +552,33 @@ class HNetInference(nn.Module):
             raise ValueError(f"step: {len(byte_B)} bytes, {len(active)} flags for a cache of {cache.batch} sequences")
         if not any(active):
             raise ValueError("active: every sequence is False; a step needs one that goes on")
-        active_B = torch.tensor(active).to(byte_B.device, non_blocking=True)
-        x, b_B, way_back, probabilities = self.embeddings(byte_B), active_B, [], []
+        new_B = torch.tensor(active).to(byte_B.device, non_blocking=True).long()
+        x, way_back, probabilities = self.embeddings(byte_B)[:, None], [], []
         for stage, state in zip(self.stages, cache.stages):
             x = stage.enter(x)
             state.reserve(max(state.tokens) + 1)
-            now = stage.now(state, x, b_B)
+            span = stage.span(state, x, new_B, is_step=True)
             if not stage.is_innermost:
-                x = stage.encoder(x, state.encoder, now)
-                p_B = stage.routing_module(x, state, now)
-                probabilities.append(p_B)
-                b_B = (p_B > 0.5) & now.active_B
-            way_back.append((stage, state, now, x))
-        reached = torch.stack([byte_B, *(now.active_B for _, _, now, _ in way_back[1:])]).tolist()  # the only wait
+                x = stage.encoder(x, state.encoder, span)
+                p_BL = stage.routing_module(x, state, span)
+                probabilities.append(p_BL[:, 0])
+                new_B = ((p_BL > 0.5) & span.valid_BL)[:, 0].long()
+            way_back.append((stage, state, span, x))
+        reached = torch.stack([byte_B, *(span.length_B for _, _, span, _ in way_back[1:])]).tolist()  # the only wait
         fed, reached = reached[0], [active, *([bool(b) for b in row] for row in reached[1:])]
         y = None
-        for s, (stage, state, now, x) in reversed(list(enumerate(way_back))):
+        for s, (stage, state, span, x) in reversed(list(enumerate(way_back))):
             if not any(reached[s]):
                 continue
             if stage.is_innermost:
-                y = stage.main_network(x, state.inner, now)[..., : stage.outer_width]
+                y = stage.main_network(x, state.inner, span)[..., : stage.outer_width]
             else:
                 if y is not None:
-                    stage.smooth_step(y, probabilities[s], way_back[s + 1][2].active_B, state)
-                y = stage.decode(state.ema_BD, x, state, now)
-            state.advance(reached[s], now.active_B)
+                    stage.smooth_step(y[:, 0], probabilities[s], way_back[s + 1][2].valid_BL, state)
+                y = stage.decode(state.ema_BD[:, None], x, state, span)
+            state.advance(reached[s], span.length_B)
         starts = list(zip(*reached[1:])) if reached[1:] else [()] * cache.batch
-        return Step(self.lm_head(y), fed, starts, probabilities)
+        return Step(self.lm_head(y)[:, 0], fed, starts, probabilities)
 
     def _check(self, iids, cache: Cache | None) -> list[Tensor]:
         self._check_weights()

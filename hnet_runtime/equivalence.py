@@ -216,7 +216,7 @@ def trace_steps(model: HNetInference, documents: Sequence[bytes]) -> Trace:
             reached = [True, *out.starts[i]]
             for name, x in heard.items():
                 if reached[_stage(name, model.config)]:
-                    layers.setdefault(name, [[] for _ in range(B)])[i].append(x[0][i])
+                    layers.setdefault(name, [[] for _ in range(B)])[i].append(x[0][i].flatten())
             for s in (s for s in range(S) if reached[s]):
                 p[s][i].append(out.probabilities[s][i])
                 b[s][i].append(torch.tensor(reached[s + 1], device=device))

@@ -318,9 +318,9 @@ def test_the_equivalence_check_as_a_command(corpus, undisturbed):
 def test_fine_tuning_starts_from_a_checkpoint_of_any_kind(corpus, undisturbed, tmp_path):
     export = [sys.executable, str(ROOT / "scripts" / "export.py"), str(undisturbed), str(tmp_path / "e")]
     subprocess.run(export, check=True, capture_output=True, env=environment(), timeout=60)
-    source = next((tmp_path / "e").rglob("*.safetensors"))
+    official, safetensors = (next((tmp_path / "e").rglob(f"*.{form}")) for form in ("pt", "safetensors"))
     last = records(undisturbed)[-1]["val_bpb"]
-    for i, weights in enumerate((undisturbed, source)):
+    for i, weights in enumerate((undisturbed, official, safetensors)):
         folder = tmp_path / f"tuned{i}"
         succeed(corpus, "--steps", "1", "--lr", "1e-12", "-p", str(weights), "--save-dir", str(folder))
         assert records(folder)[-1]["val_bpb"] == pytest.approx(last, abs=1e-6)
