@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 import fineweb
+from hnet_runtime.metrics import GROUPS, panel
+from hnet_runtime.run import code_revision
 
 ROOT = Path(__file__).parent.parent
 MODEL = {
@@ -102,10 +104,13 @@ def test_a_run_learns_and_leaves_its_records(undisturbed):
     assert all(wanted <= set(row) for row in rows)
     assert [row["step"] for row in rows if "val_bpb" in row] == [10, 20]
     assert {"val_edge_share", "val_edge_base", "val_stage0_compression"} <= set(rows[-1])
+    assert {panel(key).split("/")[0] for row in rows for key in row if key not in ("step", "sample")} == set(GROUPS)
     assert (undisturbed / "loss.png").read_bytes().startswith(b"\x89PNG")
     kept = sorted(p.name for p in (undisturbed / "checkpoints").iterdir())
     assert kept == ["step_00000016", "step_00000020"]
     assert json.loads((undisturbed / "config.json").read_text())["N_compress"] == [1, 6]
+    saved = json.loads((undisturbed / "checkpoints" / "step_00000020" / "train.json").read_text())
+    assert saved["step"] == 20 and saved["config"]["mbs"] == 256 and saved["code"] == code_revision()
 
 
 def test_the_learning_rate_warms_up_and_decays(undisturbed):
