@@ -339,6 +339,11 @@ class BoundaryProbability(torch.autograd.Function):
         return nested_like(grad_q_TD, q_BjD), nested_like(grad_k_TD.to(k_BjD.dtype), k_BjD)
 
 
+def chunk_offsets(b_T: Tensor, offsets: Tensor) -> Tensor:
+    """The offsets (B + 1,) of documents counted in chunks, where b_T (bool) opens a chunk."""
+    return F.pad(b_T.cumsum(0), (1, 0))[offsets]
+
+
 class SelectChunks(torch.autograd.Function):
     """Downsampler (section 2.2.1): keep x_t where b_t. x_BjD, b_Bj (bool) -> h_BkD, one row a chunk.
 
@@ -349,8 +354,8 @@ class SelectChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BjD: Tensor, b_Bj: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)  # autograd can't make zeros of an NJT's shape
-        b_T, offsets = b_Bj.values(), b_Bj.offsets()
-        inner_offsets = F.pad(b_T.cumsum(0), (1, 0))[offsets]
+        b_T = b_Bj.values()
+        inner_offsets = chunk_offsets(b_T, b_Bj.offsets())
         lengths = inner_offsets.diff()
         total, shortest, longest = torch.stack([inner_offsets[-1], lengths.min(), lengths.max()]).tolist()
         kept_C = torch.nonzero_static(b_T, size=total).squeeze(1)
@@ -371,15 +376,17 @@ class EmaUpsample(torch.autograd.Function):
     """Smoothing and upsampling (eq. 5 and 8): token t gets z of its chunk, z_k = P_k y_k + (1 - P_k) z_{k-1}.
 
     y_BkD (one row a chunk), p_Bj, b_Bj -> up_BjD in p's dtype; P is p at the boundaries, clamped to [1e-4, 1 - 1e-4].
-    Gradients: of y and p. Left out: p where the clamp acts (so every document's first token), b.
+    Gradients: of y and p. Left out: p where the clamp acts (so every document's first token), b. Rows of y past the
+    last chunk, a document of their own that fills up a fixed size, reach nothing.
     """
 
     @staticmethod
     def forward(ctx, y_BkD: Tensor, p_Bj: Tensor, b_Bj: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)  # autograd can't make zeros of an NJT's shape
-        chunk_T = b_Bj.values().cumsum(0) - 1
-        kept_C = torch.nonzero_static(b_Bj.values(), size=y_BkD.values().shape[0]).squeeze(1)
-        raw_C = p_Bj.values()[kept_C]
+        p_T, b_T = p_Bj.values(), b_Bj.values()
+        chunk_T = b_T.cumsum(0) - 1
+        kept_C = torch.nonzero_static(b_T, size=y_BkD.values().shape[0], fill_value=len(p_T)).squeeze(1)
+        raw_C = F.pad(p_T, (0, 1))[kept_C]
         P_C = raw_C.clamp(EMA_CLAMP, 1 - EMA_CLAMP)
         cu = cu_seqlens(y_BkD)
         z_CD = ema_forward(y_BkD.values(), P_C, cu)
@@ -394,9 +401,9 @@ class EmaUpsample(torch.autograd.Function):
         kept_C, inside_C, P_C, z_CD, cu = ctx.saved_tensors
         grad_z_CD = sum_chunks(grad_up_BjD.values().to(z_CD.dtype), kept_C)
         grad_y_CD, grad_P_C = ema_backward(grad_z_CD, ctx.y.values(), P_C, z_CD, cu)
-        grad_p_T = torch.zeros_like(ctx.p.values())
+        grad_p_T = F.pad(torch.zeros_like(ctx.p.values()), (0, 1))
         grad_p_T[kept_C] = grad_P_C * inside_C
-        return nested_like(grad_y_CD, ctx.y), nested_like(grad_p_T, ctx.p), None
+        return nested_like(grad_y_CD, ctx.y), nested_like(grad_p_T[:-1], ctx.p), None
 
 
 class StraightThrough(torch.autograd.Function):
@@ -657,18 +664,30 @@ class HNet(nn.Module):
         self.decoder = Isotropic(layouts[1], config, s)
 
     def forward(self, x_BjD: Tensor) -> tuple[Tensor, list[StageOutput]]:
-        if self.pad_dimension is not None:
-            x_TD = x_BjD.values()
-            pad_TD = self.pad_dimension.to(x_TD.dtype).expand(x_TD.shape[0], -1)
-            x_BjD = nested_like(torch.cat([x_TD, pad_TD], dim=-1), x_BjD)
         if self.is_innermost:
-            return on_values(self.main_network, x_BjD)[..., : self.outer_width], []
-        x_BjD = on_values(self.encoder, x_BjD)
+            return on_values(self.main_network, self.widen(x_BjD))[..., : self.outer_width], []
+        x_BjD, stage, residual_BjD = self.enter(x_BjD)
+        y_BkD, inner = self.main_network(SelectChunks.apply(x_BjD, stage.boundary_mask))
+        return self.leave(y_BkD, stage, residual_BjD), [stage, *inner]
+
+    def widen(self, x_BjD: Tensor) -> Tensor:
+        if self.pad_dimension is None:
+            return x_BjD
+        x_TD = x_BjD.values()
+        pad_TD = self.pad_dimension.to(x_TD.dtype).expand(x_TD.shape[0], -1)
+        return nested_like(torch.cat([x_TD, pad_TD], dim=-1), x_BjD)
+
+    def enter(self, x_BjD: Tensor) -> tuple[Tensor, StageOutput, Tensor]:
+        """The way in: x_BjD after the encoder, where the router cuts it, and the residual that `leave` adds."""
+        x_BjD = on_values(self.encoder, self.widen(x_BjD))
         stage = self.routing_module(x_BjD)
         residual_BjD = self.residual_proj(x_BjD.to(self.residual_proj.weight.dtype))
-        y_BkD, inner = self.main_network(SelectChunks.apply(x_BjD, stage.boundary_mask))
-        x_BjD = on_values(self.decoder, dechunk(y_BkD, stage, residual_BjD).to(x_BjD.dtype))
-        return x_BjD[..., : self.outer_width], [stage, *inner]
+        return x_BjD, stage, residual_BjD
+
+    def leave(self, y_BkD: Tensor, stage: StageOutput, residual_BjD: Tensor) -> Tensor:
+        """The way out: the inner network's outputs, one a chunk, to x_BjD of the outer stage's width."""
+        x_BjD = on_values(self.decoder, dechunk(y_BkD, stage, residual_BjD).to(y_BkD.dtype))
+        return x_BjD[..., : self.outer_width]
 
 
 class HNetOutput(NamedTuple):

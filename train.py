@@ -30,6 +30,7 @@ from hnet_runtime import UserError, checkpoint, distributed, equivalence, weight
 from hnet_runtime.chunks import bars, render
 from hnet_runtime.distributed import World
 from hnet_runtime.evaluation import chunks_of, validate
+from hnet_runtime.graphs import GraphedModel
 from hnet_runtime.metrics import JsonlSink, Metrics, TensorBoardSink, WandbSink, duration, plot_losses, read_metrics
 from hnet_runtime.run import Interrupts, checkpoint_to_resume, code_revision, open_folder
 from hnet_simple import HNetInference, generate
@@ -206,12 +207,18 @@ def lr_scale(step: int, config: TrainConfig) -> float:
 # ----------------------------------------------------------------------------------------------------------- one step
 
 
-def forward_backward(model: HNetLM, slices: list[fineweb.Slice], config: TrainConfig, world: World) -> Tensor:
+def forward_backward(
+    model: HNetLM | GraphedModel, slices: list[fineweb.Slice], config: TrainConfig, world: World
+) -> Tensor:
     """Gradients of a step's loss, the mean over all G slices of CE + alpha * ratio losses, from this rank's slices.
 
     Every slice has T labels and every rank as many slices, so means of means are exact; FSDP averages over ranks.
     Returns the means over all ranks of [ce, text bytes, ratio_0.., F_0.., G_0..], a float32 tensor on the device.
     """
+    if isinstance(model, GraphedModel):
+        losses = model.forward_backward([piece.nested(world.device) for piece in slices])
+        text_bytes = torch.full_like(losses.ce, sum(piece.text_bytes for piece in slices) / len(slices))
+        return torch.cat([losses.ce[None], text_bytes[None], losses.ratio, losses.F, losses.G]).float()
     stats = []
     for i, piece in enumerate(slices):
         if isinstance(model, FSDPModule):

@@ -16,6 +16,7 @@ import pstats
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +27,16 @@ import fineweb
 import train
 from hnet_kernels import kernel_report
 from hnet_runtime import distributed
-from hnet_runtime.graphs import graph_stacks
-from hnet_trainable import HNetConfig, RoutingModule, StageOutput, compile_blocks, nested_like, parameter_groups
+from hnet_runtime.graphs import GraphedModel
+from hnet_trainable import (
+    HNetConfig,
+    RoutingModule,
+    StageOutput,
+    compile_blocks,
+    nested_like,
+    parameter_groups,
+    positions,
+)
 
 
 @dataclass
@@ -49,7 +58,7 @@ class Benchmark:
     steps: int = 20
     """Steps timed, and then as many again without waiting for each, as training runs (step_ms_overlapped)."""
     compile: str = "eager"
-    """eager, block (each kind of block compiled) or graph (compiled, and each stack of blocks a CUDA graph)."""
+    """eager, block (each kind of block compiled), graph (CUDA graphs) or both (CUDA graphs of compiled blocks)."""
     device: str = "auto"
     """auto, cpu or cuda."""
     profile: str = ""
@@ -58,21 +67,25 @@ class Benchmark:
     """File for the result."""
 
 
-def force_boundaries(model: torch.nn.Module, rates: list[float]) -> None:
-    """Replace every router's decisions, not its probabilities, by random ones; documents still open with a chunk."""
+def force_boundaries(model: torch.nn.Module, rates: list[float], T: int) -> Callable[[], None]:
+    """Replace every router's decisions, not its probabilities, by random ones; documents still open with a chunk.
+
+    Returns what draws new ones: they lie in one place, where a CUDA graph finds them.
+    """
     routers = [m for m in model.modules() if isinstance(m, RoutingModule)]
     if len(rates) != len(routers):
         sys.exit(f"--boundaries: {len(rates)} rates for {len(routers)} stages")
-    for router, rate in zip(routers, rates):
-        generator = torch.Generator(next(router.parameters()).device).manual_seed(0)
+    device = next(model.parameters()).device
+    generator, drawn = torch.Generator(device).manual_seed(0), torch.rand(len(rates), T, device=device)
+    for rate, drawn_T, router in zip(rates, drawn, routers):
 
-        def hook(module, inputs, stage: StageOutput, rate=rate, generator=generator) -> StageOutput:
-            p_T = stage.boundary_prob.values()
-            b_T = torch.rand(p_T.shape, device=p_T.device, generator=generator) < rate
-            b_T[stage.boundary_prob.offsets()[:-1]] = True
+        def hook(module, inputs, stage: StageOutput, rate=rate, drawn_T=drawn_T) -> StageOutput:
+            first_T = positions(stage.boundary_prob) == 0
+            b_T = (drawn_T[: len(first_T)] < rate) | first_T
             return stage._replace(boundary_mask=nested_like(b_T, stage.boundary_prob), F=b_T.float().mean())
 
         router.register_forward_hook(hook)
+    return lambda: drawn.uniform_(generator=generator)
 
 
 def main(args: Benchmark) -> None:
@@ -84,23 +97,30 @@ def main(args: Benchmark) -> None:
     world = distributed.start(args.device)
     on_gpu = world.device.type == "cuda"
     torch.set_float32_matmul_precision("high")
-    model = distributed.build_model(hnet, world, torch.bfloat16 if on_gpu else torch.float32, seed=0)
-    if args.compile in ("block", "graph"):
-        compile_blocks(model)
-    if args.compile == "graph":
-        graph_stacks(model)
+    half, graphs = torch.bfloat16 if on_gpu else torch.float32, args.compile in ("graph", "both")
+    model = distributed.build_model(hnet, world, torch.float32 if graphs else half, seed=0)
+    runner = GraphedModel(model, half, config.alpha) if graphs else model
+    inner = runner.model if graphs else model
+    if args.compile in ("block", "both"):
+        compile_blocks(inner)
+    draw = lambda: None  # noqa: E731
     if args.boundaries != "learned":
-        force_boundaries(model, [float(r) for r in args.boundaries.removeprefix("forced:").split(",")])
+        rates = [float(r) for r in args.boundaries.removeprefix("forced:").split(",")]
+        draw = force_boundaries(inner, rates, args.mbs)
     parameters = list(model.parameters())
     groups = parameter_groups(model, 3e-4, config.weight_decay)
     optimizer = torch.optim.AdamW(distributed.optimizer_groups(groups), betas=(0.9, 0.95), fused=True)
     stream = fineweb.ByteStream(args.data, slice_bytes=args.mbs, max_doc=args.max_doc)
 
     def step(i: int) -> torch.Tensor:
-        stats = train.forward_backward(model, [stream.slice(i)], config, world)
+        draw()
+        stats = train.forward_backward(runner, [stream.slice(i)], config, world)
         distributed.clip_in_optimizer(optimizer, parameters, 1.0, world)
         optimizer.step()
-        optimizer.zero_grad()
+        if graphs:
+            runner.refresh()
+        else:
+            optimizer.zero_grad()
         return stats
 
     def synchronize() -> None:

@@ -1,176 +1,347 @@
-"""CUDA graphs of the stacks of blocks: a step's thousands of launches become a few, which a CPU can keep up with.
+"""Whole training steps as CUDA graphs: thousands of launches become a few, which a CPU can keep up with.
 
-A graph holds fixed sizes and addresses. So a stack's input is copied into a buffer of one of a few sizes, filled up
-with a document of zeros that nobody reads, and its weights, which FSDP gathers anew in every step, into another.
+The model is cut where the number of chunks decides how large tensors are, which is where a step waits for the device,
+once a stage:
 
-Legend: T tokens, B documents, M the longest document's tokens; "padded" where they are rounded up.
+    enter 0 | enter 1 | inner | leave 1 | leave 0, with the loss
+
+Each part is a `Segment` for fixed sizes: one graph for its forward, one for its backward. A graph holds fixed sizes and
+addresses. So the documents of an inner stage are filled up to one of a few sizes with a document of zeros that reaches
+no output, statistic or gradient; rows without documents are empty documents. The weights that it reads are copies of
+the float32 masters in the compute dtype, made once a step; it writes each weight's gradient to where the optimizer
+reads it, in float32.
+
+Legend: T tokens, B documents, M the longest document's tokens; all three with what fills them up. s: a stage.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.nested import nested_tensor_from_jagged
 
-from hnet_trainable import HNetLM, Isotropic, Packing, rotary_tables
+from hnet_trainable import HNet, HNetConfig, HNetLM, StageOutput, chunk_offsets, nested_like, ratio_loss
 
-TOKENS = 512  # T is rounded up to a multiple of this
-SPARE = 16  # a graph also serves down to 1 - 1 / SPARE of its tokens (or TOKENS fewer): a capture takes a second
-DOCUMENTS, LONGEST = 64, 1024  # the least room for documents and for a document; more is a power of two
-KEPT = 8  # graphs of a stack: the sizes last used
+FLOAT32 = ("A_log", "dt_bias", "D")  # computed with in float32, as residual_proj is: no copies
+TOKENS = 512  # an inner T is rounded up to a multiple of this
+SPARE = 16  # a segment also serves down to 1 - 1 / SPARE of its tokens (or TOKENS fewer): a capture takes a second
+DOCUMENTS, LONGEST = 16, 1024  # the least room for documents and for a document; more is a power of two
+KEPT = 8  # segments of a part: the sizes last used
 
 
 class Sizes(NamedTuple):
-    """What a graph is captured for."""
+    """What a segment is captured for."""
 
     T: int
     B: int
     M: int
 
-    @classmethod
-    def of(cls, x_TD: Tensor, packing: Packing) -> "Sizes":
-        """What a batch needs: with one document more, of zeros."""
-        return cls(len(x_TD), len(packing.cu_seqlens), len(packing.cos_MR))
+    def rounded(self, exact: bool) -> "Sizes":
+        """With room to spare. `exact`: for the outermost stage, whose T never varies; inner ones take B from there."""
+        M = 1 << (max(self.M, LONGEST) - 1).bit_length()
+        if exact:
+            return Sizes(self.T, 1 << (max(self.B, DOCUMENTS) - 1).bit_length(), M)
+        return Sizes(-(-self.T // TOKENS) * TOKENS, self.B, M)
 
-    def rounded(self) -> "Sizes":
-        B, M = (1 << (max(size, least) - 1).bit_length() for size, least in ((self.B, DOCUMENTS), (self.M, LONGEST)))
-        return Sizes(-(-self.T // TOKENS) * TOKENS, B, M)
-
-    def hold(self, needed: "Sizes") -> bool:
-        """Whether a graph of these sizes serves a batch, without wasting much and with M for the document of zeros."""
-        spare = max(TOKENS, self.T // SPARE)
-        enough = self.B >= needed.B and self.M >= needed.M
-        return enough and 0 <= self.T - needed.T <= min(spare, self.M)
+    def hold(self, needed: "Sizes", exact: bool) -> bool:
+        """Whether these sizes serve a batch, without wasting much and with M enough for the document of zeros."""
+        spare = 0 if exact else min(max(TOKENS, self.T // SPARE), self.M)
+        return self.B >= needed.B and self.M >= needed.M and 0 <= self.T - needed.T <= spare
 
 
-class Captured:
-    """A stack's forward and backward for one choice of sizes, each a graph or, on a CPU, the calls themselves."""
+class Segment:
+    """A part of the model for fixed sizes: its forward and its backward, each a graph, or on a CPU plain calls.
 
-    def __init__(self, stack: "GraphedStack", x_TD: Tensor, packing: Packing, sizes: Sizes):
-        device, self.stack = x_TD.device, stack
-        self.x_TD = torch.zeros(sizes.T, x_TD.shape[1], dtype=x_TD.dtype, device=device, requires_grad=True)
-        self.cu_seqlens = torch.full((sizes.B + 1,), sizes.T, dtype=torch.int32, device=device)
-        self.cu_seqlens[0] = 0
-        self.position_T = torch.arange(sizes.T, dtype=torch.int32, device=device)
-        self.from_zero_T = self.position_T.clone()
-        tables = rotary_tables(sizes.M, stack.rotary_dim, packing.cos_MR.dtype, device)
-        self.packing = Packing(self.cu_seqlens, self.position_T, *tables)
-        self.forward_graph = self.backward_graph = None
-        if device.type != "cuda":
+    inputs: tensors that stay where they are; those that require a gradient get one, in `dinputs`.
+    run: the inputs -> outputs. `outputs` stay where they are too, and so do the gradients of those that have one,
+    `doutputs`, which the caller fills before `backward` and may provide.
+    weights, gradients: what `run` reads beside its inputs, and where each one's gradient goes.
+    """
+
+    def __init__(
+        self,
+        run: Callable[..., Sequence[Tensor]],
+        inputs: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        pool: tuple[int, int] | None,
+        doutputs: list[Tensor] | None = None,
+    ):
+        self.run, self.inputs, self.gradients, self.doutputs = run, inputs, gradients, doutputs
+        self.wanted = [x for x in inputs if x.requires_grad] + list(weights)
+        self.graphs: list[torch.cuda.CUDAGraph] = []
+        if not inputs[0].is_cuda:
+            self._forward()
+            self.outputs = [x.detach().clone() for x in self.live]
+            self.doutputs = self.doutputs or [torch.zeros_like(x) for x in self.live if x.requires_grad]
             return
-        self._fill(x_TD, packing)
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):  # compiles and loads whatever has not run yet
             self._forward()
-            self.dout_TD = torch.zeros_like(self.out_TD)
+            self.doutputs = self.doutputs or [torch.zeros_like(x) for x in self.live if x.requires_grad]
             self._backward()
         torch.cuda.current_stream().wait_stream(aside)
-        self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.forward_graph, pool=stack.pool):
-            self._forward()
-        with torch.cuda.graph(self.backward_graph, pool=stack.pool):
-            self._backward()
+        for part in (self._forward, self._backward):
+            self.graphs.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(self.graphs[-1], pool=pool):
+                part()
+            if part == self._forward:
+                self.outputs = [x.detach() for x in self.live]
+        del self.live  # and with it, what the forward saved: the pool's other segments use that memory too
 
     def _forward(self) -> None:
         with torch.enable_grad():
-            self.with_grad_TD = self.stack.run(self.x_TD, self.packing)
-        self.out_TD = self.with_grad_TD.detach()
+            self.live = self.run(*self.inputs)
 
     def _backward(self) -> None:
-        inputs = [self.x_TD, *self.stack.weights]
-        self.dx_TD, *gradients = torch.autograd.grad(self.with_grad_TD, inputs, self.dout_TD)
-        torch._foreach_copy_(self.stack.gradients, gradients)
-        del self.with_grad_TD  # and with it, what the forward saved
+        ends = [x for x in self.live if x.requires_grad]
+        found = torch.autograd.grad(ends, self.wanted, self.doutputs)
+        split = len(found) - len(self.gradients)
+        self.dinputs = found[:split]
+        torch._foreach_copy_(self.gradients, found[split:])
 
-    def _fill(self, x_TD: Tensor, packing: Packing) -> None:
-        T, B = len(x_TD), len(packing.cu_seqlens) - 1
-        self.x_TD.detach()[:T].copy_(x_TD)
-        self.x_TD.detach()[T:].zero_()
-        self.cu_seqlens[: B + 1].copy_(packing.cu_seqlens)
-        self.cu_seqlens[B + 1 :].fill_(len(self.x_TD))
-        self.position_T[:T].copy_(packing.position_T)
-        self.position_T[T:].copy_(self.from_zero_T[: len(self.x_TD) - T])
-
-    def forward(self, x_TD: Tensor, packing: Packing) -> Tensor:
-        self._fill(x_TD, packing)
-        if self.forward_graph:
-            self.forward_graph.replay()
+    def forward(self) -> None:
+        if self.graphs:
+            self.graphs[0].replay()
         else:
             self._forward()
-        return self.out_TD[: len(x_TD)]
+            for kept, new in zip(self.outputs, self.live):
+                kept.copy_(new.detach())
 
-    def backward(self, dout_TD: Tensor) -> Tensor:
-        T = len(dout_TD)
-        if self.backward_graph:
-            self.dout_TD[:T].copy_(dout_TD)
-            self.dout_TD[T:].zero_()
-            self.backward_graph.replay()
+    def backward(self) -> None:
+        if self.graphs:
+            self.graphs[1].replay()
         else:
-            self.dout_TD = torch.cat([dout_TD, dout_TD.new_zeros(len(self.x_TD) - T, dout_TD.shape[1])])
             self._backward()
-        return self.dx_TD[:T]
 
 
-class _Replay(torch.autograd.Function):
-    """x_TD and the weights -> out_TD. Gradients: of all of them."""
+class Place:
+    """What stands between the segments of a stage, for fixed sizes: its documents, what enters and what leaves."""
 
-    @staticmethod
-    def forward(ctx, captured: Captured, packing: Packing, x_TD: Tensor, *weights: Tensor) -> Tensor:
-        ctx.captured = captured
-        torch._foreach_copy_(captured.stack.weights, weights)
-        return captured.forward(x_TD, packing).detach()
+    def __init__(self, s: int, sizes: Sizes, width: int, dtype: torch.dtype, device: torch.device):
+        self.s, self.sizes = s, sizes
+        self.offsets = torch.full((sizes.B + 1,), sizes.T, device=device)  # int64
+        self.offsets[0] = 0
+        self.count = torch.full((), sizes.T, device=device)  # int64: tokens without those that fill up
+        if s == 0:
+            self.x_T, self.labels_T = torch.zeros(2, sizes.T, dtype=torch.int64, device=device)
+        else:
+            self.x_TD, self.y_TD = (torch.zeros(sizes.T, width, dtype=dtype, device=device) for _ in "xy")
+            self.dy_TD = torch.zeros_like(self.x_TD)
+            self.x_TD.requires_grad_()
+            self.y_TD.requires_grad_()
 
-    @staticmethod
-    def backward(ctx, dout_TD: Tensor):
-        dx_TD = ctx.captured.backward(dout_TD)
-        # autograd keeps what it is handed. FSDP turns 16-bit gradients into float32 ones at once; float32 ones may stay
-        # as they are for another micro-batch, while the next replay writes here.
-        gradients = (g.clone() if g.dtype == torch.float32 else g.detach() for g in ctx.captured.stack.gradients)
-        return None, None, dx_TD.detach(), *gradients
+    def nested(self, values: Tensor) -> Tensor:
+        return nested_tensor_from_jagged(values, self.offsets, min_seqlen=0, max_seqlen=self.sizes.M)
 
-
-class GraphedStack:
-    """Takes the place of an Isotropic's forward; captures on the first call of each size."""
-
-    def __init__(self, stack: Isotropic):
-        self.eager, self.rotary_dim = stack.forward, stack.rotary_dim
-        # the same blocks without the stack itself, so that a call runs none of the hooks that FSDP has put there
-        self.bare = nn.Module()
-        self.bare.layers, self.bare.rmsnorm = stack.layers, stack.rmsnorm
-        self.bare.forward = lambda x_TD, packing: Isotropic.forward(self.bare, x_TD, packing)
-        places = [(name.rpartition("."), name) for name, _ in self.bare.named_parameters()]
-        self.places = {name: (self.bare.get_submodule(path), leaf) for (path, _, leaf), name in places}
-        self.captured: OrderedDict[Sizes, Captured] = OrderedDict()
-        self.weights = self.gradients = self.pool = None
-
-    def run(self, x_TD: Tensor, packing: Packing) -> Tensor:
-        return functional_call(self.bare, dict(zip(self.places, self.weights)), (x_TD, packing))
-
-    def __call__(self, x_TD: Tensor, packing: Packing) -> Tensor:
-        if not torch.is_grad_enabled():
-            return self.eager(x_TD, packing)
-        weights = [module._parameters[leaf] for module, leaf in self.places.values()]
-        if self.weights is None:
-            self.weights = [w.detach().clone().requires_grad_() for w in weights]
-            self.gradients = [torch.empty_like(w) for w in self.weights]
-            self.pool = torch.cuda.graph_pool_handle() if x_TD.is_cuda else None
-        needed = Sizes.of(x_TD, packing)
-        sizes = min((sizes for sizes in self.captured if sizes.hold(needed)), default=needed.rounded())
-        if sizes not in self.captured:
-            if len(self.captured) == KEPT:
-                self.captured.popitem(last=False)
-            self.captured[sizes] = Captured(self, x_TD, packing, sizes)
-        self.captured.move_to_end(sizes)
-        return _Replay.apply(self.captured[sizes], packing, x_TD, *weights)
+    def fill(self, x_TD: Tensor, kept_C: Tensor, offsets: Tensor) -> None:
+        """Takes those rows of the stage outside, in documents of these offsets; fills up with a document of zeros."""
+        rows_TD, C = self.x_TD.detach(), len(kept_C)
+        torch.index_select(x_TD, 0, kept_C, out=rows_TD[:C])
+        rows_TD[C:].zero_()
+        self.offsets[: len(offsets)].copy_(offsets)
+        self.offsets[len(offsets) :].fill_(self.sizes.T)
+        self.count.copy_(offsets[-1])
 
 
-def graph_stacks(model: HNetLM) -> None:
-    """Run the training steps of every stack of blocks as CUDA graphs. Call it after `compile_blocks`, if at all.
+class Losses(NamedTuple):
+    """Of one micro-batch, on the device; each (S,) but for ce."""
 
-    Needs one FSDP group a stack, as `shard_model` makes for a process alone: graphs have no place for hooks inside.
+    ce: Tensor
+    ratio: Tensor
+    F: Tensor
+    G: Tensor
+
+
+class GraphedModel:
+    """Runs the training steps of an HNetLM on one process as graphs.
+
+    `masters`: the HNetLM whose float32 parameters are trained. `model`: an HNetLM of copies in the compute dtype, for
+    whoever evaluates or generates; `refresh` brings them up to date. Gradients go to the masters' `grad`, which lie in
+    one flat tensor, `gradient`.
     """
-    for module in model.modules():
-        if isinstance(module, Isotropic):
-            module.forward = GraphedStack(module)
+
+    def __init__(self, masters: HNetLM, compute_dtype: torch.dtype, alpha: float):
+        config: HNetConfig = masters.config
+        if config.tie_embeddings:
+            raise ValueError("tie_embeddings: graphs write each weight's gradient once")
+        self.masters, self.alpha, self.S = masters, alpha, config.num_stages
+        self.dtype, self.device = compute_dtype, masters.lm_head.weight.device
+        with torch.device("meta"):
+            self.model = HNetLM(config)
+        parameters = dict(masters.named_parameters())
+        self.gradient = torch.zeros(sum(p.numel() for p in parameters.values()), device=self.device)
+        self.gradient = self.gradient.to(masters.lm_head.weight.dtype)
+        for p, grad in zip(parameters.values(), self.gradient.split([p.numel() for p in parameters.values()])):
+            p.grad = grad.view_as(p)
+        self.copied: list[tuple[Tensor, Tensor]] = []  # (copy, master)
+        for name, p in parameters.items():
+            path, _, leaf = name.rpartition(".")
+            whole = leaf in FLOAT32 or "residual_proj" in name or p.dtype == compute_dtype
+            used = p if whole else nn.Parameter(p.detach().to(compute_dtype))
+            if not whole:
+                self.copied.append((used.detach(), p.detach()))
+            self.model.get_submodule(path)._parameters[leaf] = used
+        self.levels: list[HNet] = [self.model.backbone]
+        for _ in range(self.S):
+            self.levels.append(self.levels[-1].main_network)
+        self.places: list[OrderedDict[Sizes, Place]] = [OrderedDict() for _ in self.levels]
+        self.segments: dict[str, OrderedDict] = {}
+        self.pools: dict[str, tuple[int, int] | None] = {}
+
+    def refresh(self) -> None:
+        """Copies the masters' weights. To be called whenever they have changed."""
+        if self.copied:
+            torch._foreach_copy_(*map(list, zip(*self.copied)))
+
+    # ------------------------------------------------------------------------------------------- what segments compute
+
+    def _begin(self, place: Place, x: Tensor) -> Tensor:
+        x_BjD = place.nested(x)
+        return self.model.embeddings(x_BjD) if place.s == 0 else x_BjD
+
+    def _end(self, place: Place, x_BjD: Tensor) -> tuple[Tensor]:
+        if place.s:
+            place.y_TD.detach().copy_(x_BjD.values().detach())
+            return (x_BjD.values(),)
+        logits_TV = self.model.lm_head(x_BjD).values()
+        loss_dtype = torch.promote_types(logits_TV.dtype, torch.float32)
+        return (F.cross_entropy(logits_TV.to(loss_dtype), place.labels_T),)
+
+    def _enter(self, place: Place, x: Tensor) -> tuple[Tensor, ...]:
+        x_BjD, stage, residual_BjD = self.levels[place.s].enter(self._begin(place, x))
+        p_T = stage.boundary_prob.values()
+        real_T = torch.arange(place.sizes.T, device=p_T.device) < place.count
+        b_T = stage.boundary_mask.values() & real_T
+        share, mean = b_T.to(p_T.dtype).sum() / place.count, (p_T * real_T).sum() / place.count
+        ratio = ratio_loss(stage._replace(F=share, G=mean), self.masters.config.target_ratios[place.s])
+        inner = chunk_offsets(b_T, place.offsets)
+        counts = torch.stack([inner[-1], inner.diff().max()])
+        return x_BjD.values(), residual_BjD.values(), p_T, ratio, b_T, inner, counts, share, mean.detach()
+
+    def _leave(self, place: Place, inside: Place, b_T: Tensor, y_CD: Tensor, residual_TD: Tensor, p_T: Tensor):
+        p_Bj = place.nested(p_T)
+        stage = StageOutput(p_Bj, nested_like(b_T, p_Bj), None, None)
+        x_BjD = self.levels[place.s].leave(inside.nested(y_CD), stage, nested_like(residual_TD, p_Bj))
+        return self._end(place, x_BjD)
+
+    def _inner(self, place: Place, x: Tensor) -> tuple[Tensor]:
+        return self._end(place, self.levels[place.s](self._begin(place, x))[0])
+
+    # ----------------------------------------------------------------------------------------- finding and making them
+
+    def _place(self, s: int, needed: Sizes) -> Place:
+        places, exact = self.places[s], s == 0
+        sizes = min((z for z in places if z.hold(needed, exact)), default=None)
+        if sizes is None:
+            if len(places) == KEPT:
+                self._drop(places.popitem(last=False)[1])
+            sizes = needed.rounded(exact)
+            places[sizes] = Place(s, sizes, self.masters.config.d_model[max(s - 1, 0)], self.dtype, self.device)
+        places.move_to_end(sizes)
+        return places[sizes]
+
+    def _drop(self, place: Place) -> None:
+        for segments in self.segments.values():
+            for key in [key for key in segments if place in key]:
+                del segments[key]
+
+    def _segment(self, part: str, key: tuple[Place, ...], modules: Sequence, run, inputs: Sequence[Tensor]) -> Segment:
+        """The segment of a part for these places, made on first use; `modules` hold its weights."""
+        segments, outermost = self.segments.setdefault(f"{part} {key[0].s}", OrderedDict()), key[0].s == 0
+        if key not in segments:
+            pool = self.pools.get(f"{part} {key[0].s}")
+            if pool is None and self.device.type == "cuda":
+                pool = self.pools[f"{part} {key[0].s}"] = torch.cuda.graph_pool_handle()
+            if len(segments) == KEPT:
+                segments.popitem(last=False)
+            modules = [*modules, self.model.embeddings if outermost and part != "leave" else None]
+            modules += [self.model.lm_head if outermost and part != "enter" else None]
+            names = {id(p): name for name, p in self.model.named_parameters()}
+            weights = [m for m in modules if isinstance(m, Tensor)]
+            weights += [p for m in modules if isinstance(m, nn.Module) for p in m.parameters()]
+            gradients = [self.masters.get_parameter(names[id(p)]).grad for p in weights]
+            doutputs = [key[0].dy_TD] if part != "enter" and not outermost else None
+            segments[key] = Segment(run, inputs, weights, gradients, pool, doutputs)
+        segments.move_to_end(key)
+        return segments[key]
+
+    # ---------------------------------------------------------------------------------------------------------- a step
+
+    def forward_backward(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Losses:
+        """Mean losses of some micro-batches; puts the gradient of ce + alpha * ratio losses into the masters' `grad`.
+
+        batches: NJTs (iids, labels), each (B, j) of int64.
+        """
+        found, sum_ = [], None
+        for i, (iids, labels) in enumerate(batches):
+            found.append(self._micro_batch(iids, labels, 1 / len(batches)))
+            if i + 1 < len(batches):  # the next one writes to the same place
+                sum_ = self.gradient.clone() if sum_ is None else sum_.add_(self.gradient)
+        if sum_ is not None:
+            self.gradient.add_(sum_)
+        return Losses(*(torch.stack(values).mean(0) for values in zip(*found)))
+
+    def _micro_batch(self, iids: Tensor, labels: Tensor, share: float) -> Losses:
+        offsets = iids.offsets()
+        place = self._place(0, Sizes(len(iids.values()), len(offsets) - 1, iids._get_max_seqlen()))
+        place.x_T.copy_(iids.values())
+        place.labels_T.copy_(labels.values())
+        place.offsets[: len(offsets)].copy_(offsets)
+        place.offsets[len(offsets) :].fill_(place.sizes.T)
+        stages: list[tuple[Tensor, ...]] = []
+        last, backward = self._run(place, share, stages)
+        last.doutputs[0].fill_(share)
+        backward()
+        ce = last.outputs[0].clone()  # the stacks below copy too: the next micro-batch writes to the same places
+        return Losses(ce, *([torch.stack(column) for column in zip(*stages)] or [ce.new_zeros(0)] * 3))
+
+    def _run(self, place: Place, share: float, stages: list) -> tuple[Segment, Callable[[], Tensor | None]]:
+        """The forward of a stage. Returns its last segment and its backward, which returns the gradient of its x_TD."""
+        s, hnet = place.s, self.levels[place.s]
+        x = place.x_TD if s else place.x_T
+        if s == self.S:
+            modules = hnet.pad_dimension, hnet.main_network
+            inner = self._segment("inner", (place,), modules, lambda *at: self._inner(place, *at), [x])
+            inner.forward()
+
+            def back() -> Tensor | None:
+                inner.backward()
+                return inner.dinputs[0] if s else None
+
+            return inner, back
+
+        modules = hnet.pad_dimension, hnet.encoder, hnet.routing_module, hnet.residual_proj
+        enter = self._segment("enter", (place,), modules, lambda *at: self._enter(place, *at), [x])
+        enter.forward()
+        x_TD, residual_TD, p_T, ratio, b_T, offsets, counts, F_, G = enter.outputs
+        stages.append((ratio, F_, G))
+        total, longest = counts.tolist()  # the one wait of a stage
+        inside = self._place(s + 1, Sizes(total, place.sizes.B + 1, longest))
+        kept_C = torch.nonzero_static(b_T, size=total).squeeze(1)
+        inside.fill(x_TD, kept_C, offsets)
+        _, inside_back = self._run(inside, share, stages)
+        leaves = [x.detach().requires_grad_() for x in (residual_TD, p_T)]
+        leave = self._segment(
+            "leave", (place, inside), [hnet.decoder], lambda *at: self._leave(place, inside, b_T, *at),
+            [inside.y_TD, *leaves],
+        )  # fmt: skip
+        leave.forward()
+
+        def back() -> Tensor | None:
+            leave.backward()
+            dy_CD, dresidual_TD, dp_T = leave.dinputs
+            inside.dy_TD.copy_(dy_CD)
+            dinside_TD = inside_back()
+            enter.doutputs[0].zero_().index_copy_(0, kept_C, dinside_TD[:total])
+            enter.doutputs[1].copy_(dresidual_TD)
+            enter.doutputs[2].copy_(dp_T)
+            enter.doutputs[3].fill_(share * self.alpha)
+            enter.backward()
+            return enter.dinputs[0] if s else None
+
+        return leave, back
