@@ -104,3 +104,16 @@ def _setup(ctx, inputs, output):
 causal_conv_silu.register_autograd(
     lambda ctx, dy: (*causal_conv_silu_backward(dy, *ctx.saved_tensors), None), setup_context=_setup
 )
+
+
+def causal_conv_silu_backward_to(
+    dx_TD: Tensor, dy_TD: Tensor, x_TD: Tensor, weight_D1K: Tensor, bias_D: Tensor, position_T: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(dweight, dbias) of `causal_conv_silu`; writes x's gradient to dx_TD, whose rows may be parts of longer ones."""
+    if use_fast("causal_conv_silu", x_TD.device.type, x_TD.dtype, _obstacle(x_TD, weight_D1K.shape[-1])):
+        from hnet_kernels import conv_triton
+
+        return conv_triton.conv_silu_backward(dy_TD, x_TD, weight_D1K, bias_D, position_T, dx_TD)[1:]
+    found_TD, dweight_D1K, dbias_D = causal_conv_silu_backward(dy_TD, x_TD, weight_D1K, bias_D, position_T)
+    dx_TD.copy_(found_TD)
+    return dweight_D1K, dbias_D

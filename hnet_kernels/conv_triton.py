@@ -86,6 +86,7 @@ def _backward(
     D,
     x_stride,
     dy_stride,
+    dx_stride,
     K: tl.constexpr,
     RUN: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -124,7 +125,7 @@ def _backward(
         du = dy * s * (1 + u * (1 - s))
 
         dx3 += tl.where(position >= 3, w3 * du, 0.0)
-        tl.store(dx_ptr + (t - 3) * D + d, dx3.to(dx_ptr.dtype.element_ty), mask=in_D & (i >= 3) & (t - 3 < T))
+        tl.store(dx_ptr + (t - 3) * dx_stride + d, dx3.to(dx_ptr.dtype.element_ty), mask=in_D & (i >= 3) & (t - 3 < T))
         dx3 = dx2 + tl.where(position >= 2, w2 * du, 0.0)
         dx2 = dx1 + tl.where(position >= 1, w1 * du, 0.0)
         dx1 = w0 * du
@@ -164,11 +165,16 @@ def conv_silu_forward(x_TD: Tensor, weight_D1K: Tensor, bias_D: Tensor, position
 
 
 def conv_silu_backward(
-    dy_TD: Tensor, x_TD: Tensor, weight_D1K: Tensor, bias_D: Tensor, position_T: Tensor
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    weight_D1K: Tensor,
+    bias_D: Tensor,
+    position_T: Tensor,
+    out_TD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx_TD, dweight_D1K, dbias_D) of `hnet::causal_conv_silu`."""
+    """(dx_TD, dweight_D1K, dbias_D) of `hnet::causal_conv_silu`. out_TD: where dx_TD goes, with dense rows."""
     (T, D), K = x_TD.shape, weight_D1K.shape[-1]
-    dx_TD = x_TD.new_empty(T, D)
+    dx_TD = x_TD.new_empty(T, D) if out_TD is None else out_TD
     if not T:
         return dx_TD, torch.zeros_like(weight_D1K), torch.zeros_like(bias_D)
     x_TD, dy_TD = _dense_rows(x_TD), _dense_rows(dy_TD)
@@ -177,7 +183,7 @@ def conv_silu_backward(
     with torch.cuda.device_of(x_TD):
         _backward[(triton.cdiv(D, CHANNELS), runs)](
             dy_TD, x_TD, weight_D1K.contiguous(), bias_D.contiguous(), position_T, dx_TD, sums_SKD,
-            T, D, x_TD.stride(0), dy_TD.stride(0), K=K, RUN=RUN, BLOCK_D=CHANNELS, num_warps=WARPS,
+            T, D, x_TD.stride(0), dy_TD.stride(0), dx_TD.stride(0), K=K, RUN=RUN, BLOCK_D=CHANNELS, num_warps=WARPS,
         )  # fmt: skip
     sums_KD = sums_SKD.sum(0)
     dweight_D1K = sums_KD[:K].T.to(weight_D1K.dtype).contiguous()[:, None]

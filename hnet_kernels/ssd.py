@@ -226,7 +226,7 @@ def ssd_backward(
     if use_fast("ssd", x_THP.device.type, x_THP.dtype, _obstacle(x_THP, B_TN)):
         from hnet_kernels import ssd_triton
 
-        return ssd_triton.scan_backward(dy_THP, x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens)
+        return ssd_triton.scan_backward(dy_THP, x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens)[:5]
     dx_THP, dgain_TH, dlog_a_TH, dB_TN, dC_TN = scan_backward(dy_THP, x_THP, dt_TH, dt_TH * A_H, B_TN, C_TN, cu_seqlens)
     grads = (dx_THP, dgain_TH + dlog_a_TH * A_H, (dlog_a_TH * dt_TH).sum(0), dB_TN, dC_TN)
     return tuple(grad.contiguous() for grad in grads)
@@ -242,3 +242,39 @@ def _setup(ctx, inputs, output):
 
 
 ssd.register_autograd(lambda ctx, dy: (*ssd_backward(dy, *ctx.saved_tensors), None), setup_context=_setup)
+
+
+def ssd_skip_forward(
+    x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TN: Tensor, C_TN: Tensor, D_H: Tensor, cu_seqlens: Tensor
+) -> Tensor:
+    """`ssd` with the skip, y + D x, for callers who write their own backward. D_H: the dtype of dt."""
+    if use_fast("ssd", x_THP.device.type, x_THP.dtype, _obstacle(x_THP, B_TN)):
+        from hnet_kernels import ssd_triton
+
+        return ssd_triton.scan_forward(x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens, D_H)
+    y_THP = scan_forward(x_THP, dt_TH, dt_TH * A_H, B_TN, C_TN, cu_seqlens)
+    return (y_THP + D_H[:, None] * x_THP).to(x_THP.dtype)
+
+
+def ssd_skip_backward(
+    dy_THP: Tensor,
+    x_THP: Tensor,
+    dt_TH: Tensor,
+    A_H: Tensor,
+    B_TN: Tensor,
+    C_TN: Tensor,
+    D_H: Tensor,
+    cu_seqlens: Tensor,
+    out: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(ddt_TH, dA_H, dD_H) of `ssd_skip_forward`; writes dx, dB and dC to `out`, perhaps parts of longer rows."""
+    if use_fast("ssd", x_THP.device.type, x_THP.dtype, _obstacle(x_THP, B_TN)):
+        from hnet_kernels import ssd_triton
+
+        if ssd_triton.can_write(out):
+            found = ssd_triton.scan_backward(dy_THP, x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens, D_H, out)
+            return found.ddt_TH, found.dA_H, found.dD_H
+    dx_THP, ddt_TH, dA_H, dB_TN, dC_TN = ssd_backward(dy_THP, x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens)
+    for target, found in zip(out, (dx_THP + D_H[:, None] * dy_THP, dB_TN, dC_TN)):
+        target.copy_(found)
+    return ddt_TH, dA_H, (x_THP.to(dt_TH.dtype) * dy_THP).sum((0, 2))

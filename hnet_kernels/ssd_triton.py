@@ -25,6 +25,8 @@ and not written.
 """
 
 import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -278,6 +280,7 @@ def _outputs(
     scores_desc,
     totals_ptr,
     segment_decay_ptr,
+    D_ptr,
     y_desc,
     H,
     n_chunks,
@@ -285,8 +288,9 @@ def _outputs(
     P: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
+    HAS_D: tl.constexpr,
 ):
-    """One program a segment and head: y_THP, the state in registers."""
+    """One program a segment and head: y_THP, the state in registers. HAS_D: with the skip D x."""
     pid = tl.program_id(0)
     h, s = pid % H, pid // H
     S = tl.num_programs(0) // H
@@ -314,6 +318,8 @@ def _outputs(
         y_QP = tl.dot(C_QN, tl.trans(state_PN.to(x_QP.dtype)), input_precision="ieee") * start_Q[:, None]
         weights_QQ = (scores_QQ * _exp2(sum_Q[:, None] + source_Q[None, :])).to(x_QP.dtype)
         y_QP = tl.dot(weights_QQ, x_QP, y_QP, input_precision="ieee")
+        if HAS_D:
+            y_QP += tl.load(D_ptr + h) * x_QP
         y_desc.store([c * Q, h * P], y_QP.to(x_QP.dtype))
 
         x_QP = (x_QP * (end_Q * gain_Q)[:, None]).to(B_QN.dtype)
@@ -333,6 +339,8 @@ def _gradients_within(
     dx_desc,
     dscores_desc,
     flows_ptr,
+    D_ptr,
+    dD_ptr,
     c,
     group,
     first,
@@ -341,6 +349,7 @@ def _gradients_within(
     n_chunks,
     P: tl.constexpr,
     Q: tl.constexpr,
+    HAS_D: tl.constexpr,
 ):
     """dx, the gradient of the scores, and what flows from the inputs of chunk c to it and later ones. Rows: inputs."""
     padded = n_chunks * Q
@@ -371,7 +380,11 @@ def _gradients_within(
         dinput_QP = tl.dot(B_QN, tl.trans(dstate_PN), input_precision="ieee") * end_Q[:, None]
         later_Q = tl.sum(x_QP * dinput_QP, 1)
         dinput_QP = tl.dot(weights_QQ, dy_QP, dinput_QP, input_precision="ieee")
-        dx_desc.store([c * Q, h * P], (dinput_QP * gain_Q[:, None]).to(x_QP.dtype))
+        dinput_QP *= gain_Q[:, None]
+        if HAS_D:
+            dinput_QP += tl.load(D_ptr + h) * dy_QP
+            tl.store(dD_ptr + c * H + h, tl.sum(tl.sum(x_QP.to(tl.float32) * dy_QP, 1), 0))
+        dx_desc.store([c * Q, h * P], dinput_QP.to(x_QP.dtype))
         tl.store(flows_ptr + INSIDE * H * padded + at, inside_Q)
         tl.store(flows_ptr + LATER * H * padded + at, later_Q * gain_Q)
         tl.store(flows_ptr + DGAIN * H * padded + at, dgain_Q + later_Q)
@@ -449,16 +462,19 @@ def _gradients(
     parts_desc,
     flows_ptr,
     through_ptr,
+    D_ptr,
+    dD_ptr,
     H,
     n_chunks,
     heads_per_group,
     P: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
+    HAS_D: tl.constexpr,
 ):
     """Two programs a chunk and group of heads, side by side so that they share what they load through the cache:
     dx_THP; for dB and dC, dscores_GCQQ (transposed: rows of B, columns of C) and parts_G2TN; for the decays, flows_4HT
-    and through_CH.
+    and through_CH. HAS_D: with the skip, and dD_CH.
 
     The flow from j to i is (dL/dy_i) . (what j's input adds to y_i). flows_4HT: the flow INSIDE the chunk into a token
     less that from it; from BEFORE the chunk; to LATER chunks; and the gradient of a token's gain (all its flow over the
@@ -470,7 +486,7 @@ def _gradients(
     if tl.program_id(0) % 2 == 0:
         _gradients_within(
             x_desc, dy_desc, B_desc, C_desc, vectors_ptr, document_ptr, states_desc, dx_desc, dscores_desc, flows_ptr,
-            c, group, first, end, H, n_chunks, P, Q,
+            D_ptr, dD_ptr, c, group, first, end, H, n_chunks, P, Q, HAS_D,
         )  # fmt: skip
     else:
         _gradients_across(
@@ -618,8 +634,16 @@ class _Plan:
         )  # fmt: skip
 
 
-def scan_forward(x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TN: Tensor, C_TN: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """y_THP of `hnet::ssd`. x, B, C: one of the dtypes of CHUNK; dt, A: float32; N a power of two from 16 on."""
+def scan_forward(
+    x_THP: Tensor,
+    dt_TH: Tensor,
+    A_H: Tensor,
+    B_TN: Tensor,
+    C_TN: Tensor,
+    cu_seqlens: Tensor,
+    D_H: Tensor | None = None,
+) -> Tensor:
+    """y_THP of `hnet::ssd`, plus D x where D_H is given. x, B, C: one of the dtypes of CHUNK; the others: float32."""
     y_THP = x_THP.new_empty(x_THP.shape)
     if not len(x_THP):
         return y_THP
@@ -635,19 +659,46 @@ def scan_forward(x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TN: Tensor, C_TN: 
             **plan.shape, **_launch("_totals", x_THP.dtype),
         )  # fmt: skip
         _outputs[(plan.segments * plan.H,)](
-            plan.x, plan.B, plan.C, *decays, plan.scores, totals_SHPN, segment_decay_SH,
-            _described(y_THP, plan.Q, plan.P), *sizes, **plan.shape, **_launch("_outputs", x_THP.dtype),
+            plan.x, plan.B, plan.C, *decays, plan.scores, totals_SHPN, segment_decay_SH, D_H,
+            _described(y_THP, plan.Q, plan.P), *sizes, **plan.shape, HAS_D=D_H is not None,
+            **_launch("_outputs", x_THP.dtype),
         )  # fmt: skip
     return y_THP
 
 
+class Gradients(NamedTuple):
+    """Of `hnet::ssd`'s inputs, and of D_H where it was given."""
+
+    dx_THP: Tensor
+    ddt_TH: Tensor
+    dA_H: Tensor
+    dB_TN: Tensor
+    dC_TN: Tensor
+    dD_H: Tensor | None
+
+
+def can_write(tensors: Sequence[Tensor]) -> bool:
+    """Whether the kernels can write to these, as parts of longer rows."""
+    return all(_dense(t) is t for t in tensors)
+
+
 def scan_backward(
-    dy_THP: Tensor, x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TN: Tensor, C_TN: Tensor, cu_seqlens: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `hnet::ssd` for x, dt, A, B and C; computes the states again."""
-    dx_THP, ddt_TH, dB_TN, dC_TN = (t.new_empty(t.shape) for t in (x_THP, dt_TH, B_TN, C_TN))
+    dy_THP: Tensor,
+    x_THP: Tensor,
+    dt_TH: Tensor,
+    A_H: Tensor,
+    B_TN: Tensor,
+    C_TN: Tensor,
+    cu_seqlens: Tensor,
+    D_H: Tensor | None = None,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Gradients:
+    """Gradients of `scan_forward`; computes the states again. `out`: where dx, dB and dC go, see `can_write`."""
+    dx_THP, dB_TN, dC_TN = out or tuple(t.new_empty(t.shape) for t in (x_THP, B_TN, C_TN))
+    ddt_TH = dt_TH.new_empty(dt_TH.shape)
     if not len(x_THP):
-        return dx_THP, ddt_TH, torch.zeros_like(A_H), dB_TN, dC_TN
+        dD_H = None if D_H is None else torch.zeros_like(D_H)
+        return Gradients(dx_THP, ddt_TH, torch.zeros_like(A_H), dB_TN, dC_TN, dD_H)
     plan = _Plan(x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens)
     T, H, P, N, Q, n_chunks = plan.T, plan.H, plan.P, plan.N, plan.Q, plan.n_chunks
     groups = _groups(n_chunks, H, x_THP.device)
@@ -658,6 +709,7 @@ def scan_backward(
     parts_G2TN = _described(x_THP.new_empty(groups * 2 * n_chunks * Q, N), Q, N)
     flows_4HT = dt_TH.new_empty(4, H, n_chunks * Q)
     through_CH, dA_HC = dt_TH.new_empty(n_chunks, H), dt_TH.new_empty(H, n_chunks)
+    dD_CH = None if D_H is None else dt_TH.new_empty(n_chunks, H)
     inputs = plan.x, _described(dy_THP, Q, P), plan.B, plan.C, plan.vectors_5HT, plan.decay_CH
     sizes = H, n_chunks, plan.chunks_per_segment
     with torch.cuda.device_of(x_THP):
@@ -671,14 +723,16 @@ def scan_backward(
         )  # fmt: skip
         _gradients[(2 * n_chunks, groups)](
             *inputs, plan.document_T, states_2CHPN, _described(dx_THP, Q, P), dscores_GCQQ, parts_G2TN,
-            flows_4HT, through_CH, H, n_chunks, H // groups, **plan.shape, **_launch("_gradients", x_THP.dtype),
+            flows_4HT, through_CH, D_H, dD_CH, H, n_chunks, H // groups, **plan.shape, HAS_D=D_H is not None,
+            **_launch("_gradients", x_THP.dtype),
         )  # fmt: skip
         _finish[(n_chunks,)](
             plan.A_H, plan.B, plan.C, plan.vectors_5HT, plan.document_T, dscores_GCQQ, parts_G2TN,
             flows_4HT, through_CH, ddt_TH, dA_HC, *(_described(t, Q, N) for t in (dB_TN, dC_TN)), T, H, n_chunks,
             Q=Q, BLOCK_H=triton.next_power_of_2(H), GROUPS=groups, **_launch("_finish", x_THP.dtype),
         )  # fmt: skip
-        return dx_THP, ddt_TH, dA_HC.sum(1), dB_TN, dC_TN
+        dD_H = None if D_H is None else dD_CH.sum(0)
+        return Gradients(dx_THP, ddt_TH, dA_HC.sum(1), dB_TN, dC_TN, dD_H)
 
 
 def _groups(n_chunks: int, H: int, device: torch.device) -> int:

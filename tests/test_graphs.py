@@ -47,9 +47,9 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm().clamp_min(1e-9)).item()
 
 
-def check_equal(raw: dict, dtype: torch.dtype, tolerance: float) -> None:
+def check_equal(raw: dict, dtype: torch.dtype, fused: bool, tolerance: float) -> None:
     model = build(raw, dtype)
-    graphed = GraphedModel(model, dtype, ALPHA)
+    graphed = GraphedModel(model, dtype, ALPHA, fused)
     for round_ in range(2):  # first captured, then replayed
         for i, lengths in enumerate(BATCHES):
             pair = batch(lengths, 10 * round_ + i)
@@ -64,10 +64,11 @@ def check_equal(raw: dict, dtype: torch.dtype, tolerance: float) -> None:
             assert not wrong, (i, wrong)
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("stages", LAYOUTS)
-def test_losses_and_gradients_are_those_of_the_model(stages):
+def test_losses_and_gradients_are_those_of_the_model(stages, fused):
     """The document of zeros that fills up inner stages must reach nothing: in float64, sums in another order remain."""
-    check_equal(LAYOUTS[stages], torch.float64, 1e-9)
+    check_equal(LAYOUTS[stages], torch.float64, fused, 1e-9)
 
 
 def test_micro_batches_add_up():

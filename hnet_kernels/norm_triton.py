@@ -1,0 +1,201 @@
+"""Triton kernels for the norms of norm.py, where the definitions are.
+
+Legend: T tokens, D channels, N programs. Bound by memory: each reads its inputs once and writes its outputs once. A
+program takes whole rows, a few at a time; backwards, it walks along its share of them with the sums for the weight in
+registers, which are added up at the end: no atomics, the same bits every time on one kind of GPU.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 4096  # elements of a program's rows; no more than registers hold
+PER_MULTIPROCESSOR = 4  # programs, backwards
+
+
+@triton.jit
+def _silu_parts(z):
+    """silu(z) and its derivative."""
+    s = 1 / (1 + tl.exp(-z))
+    return z * s, s * (1 + z * (1 - s))
+
+
+@triton.jit(do_not_specialize=["T"])
+def _add_norm(
+    residual_ptr, delta_ptr, weight_ptr, sum_ptr, x_ptr, scale_ptr, T, delta_stride, eps,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)
+    inside = (t < T)[:, None] & (d < D)[None, :]
+    row = t.to(tl.int64)[:, None]
+    u = tl.load(delta_ptr + row * delta_stride + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        u += tl.load(residual_ptr + row * D + d[None, :], mask=inside, other=0.0)
+    weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    scale = 1 / tl.sqrt(tl.sum(u * u, 1) / D + eps)
+    tl.store(sum_ptr + row * D + d[None, :], u, mask=inside)
+    x = u * scale[:, None] * weight[None, :]
+    tl.store(x_ptr + row * D + d[None, :], x.to(x_ptr.dtype.element_ty), mask=inside)
+    tl.store(scale_ptr + t, scale, mask=t < T)
+
+
+@triton.jit(do_not_specialize=["T", "per_program"])
+def _add_norm_backward(
+    dx_ptr, dsum_ptr, sum_ptr, scale_ptr, weight_ptr, dresidual_ptr, ddelta_ptr, dweight_ptr, T, per_program,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_DSUM: tl.constexpr,
+):  # fmt: skip
+    d = tl.arange(0, BLOCK_D)
+    weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    dweight = tl.zeros((BLOCK_D,), tl.float32)
+    first = tl.program_id(0) * per_program
+    end = tl.minimum(first + per_program, T)
+    for start in range(first, end, ROWS):
+        t = start + tl.arange(0, ROWS)
+        inside = (t < end)[:, None] & (d < D)[None, :]
+        at = t.to(tl.int64)[:, None] * D + d[None, :]
+        dx = tl.load(dx_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(scale_ptr + t, mask=t < end, other=0.0)
+        unit = tl.load(sum_ptr + at, mask=inside, other=0.0) * scale[:, None]
+        dweight += tl.sum(dx * unit, 0)
+        g = dx * weight[None, :]
+        du = scale[:, None] * (g - unit * (tl.sum(g * unit, 1) / D)[:, None])
+        if HAS_DSUM:
+            du += tl.load(dsum_ptr + at, mask=inside, other=0.0)
+        tl.store(dresidual_ptr + at, du, mask=inside)
+        tl.store(ddelta_ptr + at, du.to(ddelta_ptr.dtype.element_ty), mask=inside)
+    tl.store(dweight_ptr + tl.program_id(0) * D + d, dweight, mask=d < D)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _gated_norm(
+    y_ptr, z_ptr, weight_ptr, x_ptr, scale_ptr, T, y_stride, z_stride, eps,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)
+    inside = (t < T)[:, None] & (d < D)[None, :]
+    row = t.to(tl.int64)[:, None]
+    y = tl.load(y_ptr + row * y_stride + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    z = tl.load(z_ptr + row * z_stride + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    gate, _ = _silu_parts(z)
+    u = y * gate
+    scale = 1 / tl.sqrt(tl.sum(u * u, 1) / D + eps)
+    x = u * scale[:, None] * weight[None, :]
+    tl.store(x_ptr + row * D + d[None, :], x.to(x_ptr.dtype.element_ty), mask=inside)
+    tl.store(scale_ptr + t, scale, mask=t < T)
+
+
+@triton.jit(do_not_specialize=["T", "per_program"])
+def _gated_norm_backward(
+    dx_ptr, y_ptr, z_ptr, scale_ptr, weight_ptr, dy_ptr, dz_ptr, dweight_ptr, T, per_program,
+    y_stride, z_stride, dz_stride,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    d = tl.arange(0, BLOCK_D)
+    weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    dweight = tl.zeros((BLOCK_D,), tl.float32)
+    first = tl.program_id(0) * per_program
+    end = tl.minimum(first + per_program, T)
+    for start in range(first, end, ROWS):
+        t = start + tl.arange(0, ROWS)
+        inside = (t < end)[:, None] & (d < D)[None, :]
+        row = t.to(tl.int64)[:, None]
+        dx = tl.load(dx_ptr + row * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + row * y_stride + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + row * z_stride + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(scale_ptr + t, mask=t < end, other=0.0)
+        gate, dgate = _silu_parts(z)
+        unit = y * gate * scale[:, None]
+        dweight += tl.sum(dx * unit, 0)
+        g = dx * weight[None, :]
+        du = scale[:, None] * (g - unit * (tl.sum(g * unit, 1) / D)[:, None])
+        tl.store(dy_ptr + row * D + d[None, :], (du * gate).to(dy_ptr.dtype.element_ty), mask=inside)
+        tl.store(dz_ptr + row * dz_stride + d[None, :], (du * y * dgate).to(dz_ptr.dtype.element_ty), mask=inside)
+    tl.store(dweight_ptr + tl.program_id(0) * D + d, dweight, mask=d < D)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def _blocks(D: int, tile: int) -> dict[str, int]:
+    block = triton.next_power_of_2(D)
+    return {"D": D, "BLOCK_D": block, "ROWS": max(1, tile // block), "num_warps": 8 if block >= 2048 else 4}
+
+
+def _shares(T: int, blocks: dict[str, int], device: torch.device) -> tuple[int, int]:
+    """(programs, rows of each): whole tiles, spread evenly."""
+    rows = blocks["ROWS"] * triton.cdiv(T, blocks["ROWS"] * PER_MULTIPROCESSOR * _multiprocessors(device))
+    return triton.cdiv(T, rows), rows
+
+
+def _dense_rows(x_TD: Tensor) -> Tensor:
+    return x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
+
+
+def add_norm_forward(
+    residual_TD: Tensor | None, delta_TD: Tensor, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum_TD, x_TD, scale_T) of `add_norm_forward` in norm.py."""
+    (T, D), delta_TD = delta_TD.shape, _dense_rows(delta_TD)
+    sum_TD, x_TD = delta_TD.new_empty(T, D, dtype=torch.float32), weight_D.new_empty(T, D)
+    scale_T, blocks = sum_TD.new_empty(T), _blocks(D, TILE)
+    residual_TD = None if residual_TD is None else residual_TD.contiguous()
+    with torch.cuda.device_of(delta_TD):
+        _add_norm[(triton.cdiv(T, blocks["ROWS"]),)](
+            residual_TD, delta_TD, weight_D.contiguous(), sum_TD, x_TD, scale_T, T, delta_TD.stride(0), eps,
+            HAS_RESIDUAL=residual_TD is not None, **blocks,
+        )  # fmt: skip
+    return sum_TD, x_TD, scale_T
+
+
+def add_norm_backward(
+    dx_TD: Tensor, dsum_TD: Tensor | None, sum_TD: Tensor, scale_T: Tensor, weight_D: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dresidual_TD, ddelta_TD, dweight_D) of `add_norm_backward` in norm.py."""
+    (T, D), dx_TD = dx_TD.shape, dx_TD.contiguous()
+    dresidual_TD, ddelta_TD, blocks = sum_TD.new_empty(T, D), dx_TD.new_empty(T, D), _blocks(D, TILE // 2)
+    programs, rows = _shares(T, blocks, dx_TD.device)
+    dweight_ND = sum_TD.new_empty(programs, D)
+    dsum_TD = None if dsum_TD is None else dsum_TD.contiguous()
+    with torch.cuda.device_of(dx_TD):
+        _add_norm_backward[(programs,)](
+            dx_TD, dsum_TD, sum_TD, scale_T, weight_D.contiguous(), dresidual_TD, ddelta_TD, dweight_ND, T, rows,
+            HAS_DSUM=dsum_TD is not None, **blocks,
+        )  # fmt: skip
+    return dresidual_TD, ddelta_TD, dweight_ND.sum(0).to(weight_D.dtype)
+
+
+def gated_norm_forward(y_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x_TD, scale_T) of `gated_norm_forward` in norm.py."""
+    T, D = y_TD.shape
+    y_TD, z_TD = _dense_rows(y_TD), _dense_rows(z_TD)
+    x_TD, scale_T, blocks = weight_D.new_empty(T, D), y_TD.new_empty(T, dtype=torch.float32), _blocks(D, TILE)
+    with torch.cuda.device_of(y_TD):
+        _gated_norm[(triton.cdiv(T, blocks["ROWS"]),)](
+            y_TD, z_TD, weight_D.contiguous(), x_TD, scale_T, T, y_TD.stride(0), z_TD.stride(0), eps, **blocks
+        )
+    return x_TD, scale_T
+
+
+def gated_norm_backward(
+    dx_TD: Tensor, y_TD: Tensor, z_TD: Tensor, scale_T: Tensor, weight_D: Tensor, dz_TD: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(dy_TD, dweight_D) of `gated_norm_backward` in norm.py; fills dz_TD, whose rows are dense."""
+    T, D = y_TD.shape
+    dx_TD, y_TD, z_TD = dx_TD.contiguous(), _dense_rows(y_TD), _dense_rows(z_TD)
+    dy_TD, blocks = y_TD.new_empty(T, D), _blocks(D, TILE // 2)
+    programs, rows = _shares(T, blocks, dx_TD.device)
+    dweight_ND = scale_T.new_empty(programs, D)
+    with torch.cuda.device_of(dx_TD):
+        _gated_norm_backward[(programs,)](
+            dx_TD, y_TD, z_TD, scale_T, weight_D.contiguous(), dy_TD, dz_TD, dweight_ND, T, rows,
+            y_TD.stride(0), z_TD.stride(0), dz_TD.stride(0), **blocks,
+        )  # fmt: skip
+    return dy_TD, dweight_ND.sum(0).to(weight_D.dtype)

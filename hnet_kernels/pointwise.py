@@ -1,0 +1,101 @@
+"""Operations on single elements that would otherwise take several passes over memory: SwiGLU, rotary, softplus.
+
+Legend: T tokens, I inner channels of a SwiGLU, H heads, P channels a head, R = half the rotary dimensions, M positions.
+
+This file has the definitions and the choice; the Triton kernels that run on a GPU are in pointwise_triton.py.
+"""
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hnet_kernels.dispatch import use_fast
+
+
+def _fast(operation: str, x: Tensor) -> bool:
+    obstacle = None
+    if x.device.type != "cuda":
+        obstacle = "no CUDA device"
+    elif x.dtype == torch.float64:
+        obstacle = "dtype float64"
+    elif importlib.util.find_spec("triton") is None:
+        obstacle = "no triton"
+    return use_fast(operation, x.device.type, x.dtype, obstacle)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def swiglu_forward(both_T2I: Tensor) -> Tensor:
+    """silu(gate) * value of rows (value, gate), computed in at least float32. Returns h_TI in their dtype."""
+    if _fast("swiglu", both_T2I):
+        from hnet_kernels import pointwise_triton  # not above: triton is not everywhere
+
+        return pointwise_triton.swiglu_forward(both_T2I)
+    value_TI, gate_TI = _wide(both_T2I).chunk(2, dim=-1)
+    return (F.silu(gate_TI) * value_TI).to(both_T2I.dtype)
+
+
+def swiglu_backward(dh_TI: Tensor, both_T2I: Tensor) -> Tensor:
+    """The gradient of `swiglu_forward`'s input, given that of its output."""
+    if _fast("swiglu", both_T2I):
+        from hnet_kernels import pointwise_triton
+
+        return pointwise_triton.swiglu_backward(dh_TI, both_T2I)
+    value_TI, gate_TI = _wide(both_T2I).chunk(2, dim=-1)
+    dvalue_TI = _wide(dh_TI) * F.silu(gate_TI)
+    dgate_TI = torch.ops.aten.silu_backward(_wide(dh_TI) * value_TI, gate_TI)
+    return torch.cat([dvalue_TI, dgate_TI], dim=-1).to(both_T2I.dtype)
+
+
+def _turned(x_THP: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    R = cos_TR.shape[1]
+    a, b, rest = x_THP[..., :R], x_THP[..., R : 2 * R], x_THP[..., 2 * R :]
+    cos, sin = cos_TR[:, None], sin_TR[:, None]
+    return torch.cat([(a * cos - b * sin).to(x_THP.dtype), (b * cos + a * sin).to(x_THP.dtype), rest], dim=-1)
+
+
+def rotate_(qkv_T3HP: Tensor, cos_MR: Tensor, sin_MR: Tensor, position_T: Tensor) -> Tensor:
+    """Turns q and k in place: of each head, dimensions [0, R) against [R, 2R) by the angles of the token's position."""
+    if _fast("rotary", qkv_T3HP):
+        from hnet_kernels import pointwise_triton
+
+        return pointwise_triton.rotate_(qkv_T3HP, cos_MR, sin_MR, position_T)
+    for x_THP in qkv_T3HP.unbind(1)[:2]:
+        x_THP.copy_(_turned(x_THP, cos_MR[position_T], sin_MR[position_T]))
+    return qkv_T3HP
+
+
+def rotate_backward(
+    dq_THP: Tensor, dk_THP: Tensor, dv_THP: Tensor, cos_MR: Tensor, sin_MR: Tensor, position_T: Tensor
+) -> Tensor:
+    """The gradient of `rotate_`'s input, dqkv_T3HP, given those of q, k and v after it."""
+    if _fast("rotary", dq_THP):
+        from hnet_kernels import pointwise_triton
+
+        return pointwise_triton.rotate_backward(dq_THP, dk_THP, dv_THP, cos_MR, sin_MR, position_T)
+    cos_TR, sin_TR = cos_MR[position_T], -sin_MR[position_T]
+    return torch.stack([_turned(dq_THP, cos_TR, sin_TR), _turned(dk_THP, cos_TR, sin_TR), dv_THP], dim=1)
+
+
+def softplus_forward(raw_TH: Tensor, bias_H: Tensor) -> Tensor:
+    """softplus(raw + bias) in bias's dtype, at least float32. Rows of raw_TH may be parts of longer ones."""
+    if _fast("softplus", raw_TH):
+        from hnet_kernels import pointwise_triton
+
+        return pointwise_triton.softplus_forward(raw_TH, bias_H)
+    return F.softplus(raw_TH.to(bias_H.dtype) + bias_H)
+
+
+def softplus_backward(dout_TH: Tensor, raw_TH: Tensor, bias_H: Tensor, draw_TH: Tensor) -> Tensor:
+    """dbias_H of `softplus_forward`; writes raw's gradient to draw_TH, whose rows may be parts of longer ones."""
+    if _fast("softplus", raw_TH):
+        from hnet_kernels import pointwise_triton
+
+        return pointwise_triton.softplus_backward(dout_TH, raw_TH, bias_H, draw_TH)
+    dsum_TH = dout_TH * torch.sigmoid(raw_TH.to(bias_H.dtype) + bias_H)
+    draw_TH.copy_(dsum_TH)
+    return dsum_TH.sum(0)

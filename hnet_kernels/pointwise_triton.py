@@ -1,0 +1,172 @@
+"""Triton kernels for the operations of pointwise.py, where the definitions are.
+
+Legend: T tokens, I inner channels of a SwiGLU, H heads, P channels a head, R = half the rotary dimensions, M positions,
+N programs. All are bound by memory: each element is read once and written once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ELEMENTS = 1024  # a program of SwiGLU
+TOKENS = 32  # a program of the others
+
+
+@triton.jit
+def _swiglu(both_ptr, h_ptr, inner, BLOCK: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < inner
+    value = tl.load(both_ptr + t * 2 * inner + i, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(both_ptr + t * 2 * inner + inner + i, mask=inside, other=0.0).to(tl.float32)
+    h = gate / (1 + tl.exp(-gate)) * value
+    tl.store(h_ptr + t * inner + i, h.to(h_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _swiglu_backward(dh_ptr, both_ptr, dboth_ptr, inner, BLOCK: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < inner
+    dh = tl.load(dh_ptr + t * inner + i, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(both_ptr + t * 2 * inner + i, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(both_ptr + t * 2 * inner + inner + i, mask=inside, other=0.0).to(tl.float32)
+    s = 1 / (1 + tl.exp(-gate))
+    dvalue = dh * gate * s
+    dgate = dh * value * s * (1 + gate * (1 - s))
+    tl.store(dboth_ptr + t * 2 * inner + i, dvalue.to(dboth_ptr.dtype.element_ty), mask=inside)
+    tl.store(dboth_ptr + t * 2 * inner + inner + i, dgate.to(dboth_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _rotate(
+    x_ptr, out_ptr, cos_ptr, sin_ptr, position_ptr, T, x_stride, x_head, out_stride,
+    P: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+    BACK: tl.constexpr, COPY: tl.constexpr,
+):  # fmt: skip
+    """Turns one head of TOKENS tokens, to the position's angles (BACK: from them); COPY: also the rest of the head."""
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    row, h = t.to(tl.int64)[:, None], tl.program_id(1)
+    r = tl.arange(0, BLOCK_R)[None, :]
+    inside = (t < T)[:, None] & (r < R)
+    angle = tl.load(position_ptr + t, mask=t < T, other=0)[:, None] * R + r
+    cos, sin = tl.load(cos_ptr + angle, mask=inside, other=0.0), tl.load(sin_ptr + angle, mask=inside, other=0.0)
+    if BACK:
+        sin = -sin
+    source, target = x_ptr + row * x_stride + h * x_head, out_ptr + row * out_stride + h * P
+    a = tl.load(source + r, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(source + R + r, mask=inside, other=0.0).to(tl.float32)
+    tl.store(target + r, (a * cos - b * sin).to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(target + R + r, (b * cos + a * sin).to(out_ptr.dtype.element_ty), mask=inside)
+    if COPY:
+        p = 2 * R + tl.arange(0, BLOCK_P)[None, :]
+        rest = (t < T)[:, None] & (p < P)
+        tl.store(target + p, tl.load(source + p, mask=rest, other=0.0), mask=rest)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _softplus(raw_ptr, bias_ptr, out_ptr, T, raw_stride, H, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    h = tl.arange(0, BLOCK_H)[None, :]
+    inside = (t < T)[:, None] & (h < H)
+    row = t.to(tl.int64)[:, None]
+    x = tl.load(raw_ptr + row * raw_stride + h, mask=inside, other=0.0).to(tl.float32)
+    x += tl.load(bias_ptr + h, mask=h < H, other=0.0)
+    # log(1 + e) loses what is below float32's last bit of 1; its series has it
+    e = tl.exp(-tl.abs(x))
+    tl.store(out_ptr + row * H + h, tl.maximum(x, 0.0) + tl.where(e < 1e-3, e - e * e / 2, tl.log(1 + e)), mask=inside)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _softplus_backward(
+    dout_ptr, raw_ptr, bias_ptr, draw_ptr, dbias_ptr, T, raw_stride, draw_stride, H,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    h = tl.arange(0, BLOCK_H)
+    inside = (t < T)[:, None] & (h < H)[None, :]
+    row = t.to(tl.int64)[:, None]
+    x = tl.load(raw_ptr + row * raw_stride + h[None, :], mask=inside, other=0.0).to(tl.float32)
+    x += tl.load(bias_ptr + h, mask=h < H, other=0.0)[None, :]
+    dx = tl.load(dout_ptr + row * H + h[None, :], mask=inside, other=0.0) / (1 + tl.exp(-x))
+    tl.store(draw_ptr + row * draw_stride + h[None, :], dx.to(draw_ptr.dtype.element_ty), mask=inside)
+    tl.store(dbias_ptr + tl.program_id(0) * H + h, tl.sum(dx, 0), mask=h < H)
+
+
+def swiglu_forward(both_T2I: Tensor) -> Tensor:
+    """h_TI of `swiglu_forward` in pointwise.py."""
+    T, inner, both_T2I = len(both_T2I), both_T2I.shape[1] // 2, both_T2I.contiguous()
+    h_TI = both_T2I.new_empty(T, inner)
+    with torch.cuda.device_of(h_TI):
+        _swiglu[(T, triton.cdiv(inner, ELEMENTS))](both_T2I, h_TI, inner, BLOCK=ELEMENTS)
+    return h_TI
+
+
+def swiglu_backward(dh_TI: Tensor, both_T2I: Tensor) -> Tensor:
+    """dboth_T2I of `swiglu_backward` in pointwise.py."""
+    T, inner = dh_TI.shape
+    both_T2I, dh_TI = both_T2I.contiguous(), dh_TI.contiguous()
+    dboth_T2I = both_T2I.new_empty(T, 2 * inner)
+    with torch.cuda.device_of(dh_TI):
+        _swiglu_backward[(T, triton.cdiv(inner, ELEMENTS))](dh_TI, both_T2I, dboth_T2I, inner, BLOCK=ELEMENTS)
+    return dboth_T2I
+
+
+def _turn(x_THP: Tensor, out_THP: Tensor, tables: tuple[Tensor, Tensor, Tensor], back: bool, copy: bool) -> None:
+    (T, H, P), R = x_THP.shape, tables[0].shape[1]
+    with torch.cuda.device_of(x_THP):
+        _rotate[(triton.cdiv(T, TOKENS), H)](
+            x_THP, out_THP, *tables, T, x_THP.stride(0), x_THP.stride(1), out_THP.stride(0),
+            P=P, R=R, BLOCK_T=TOKENS, BLOCK_R=triton.next_power_of_2(max(R, 1)),
+            BLOCK_P=triton.next_power_of_2(max(P - 2 * R, 1)), BACK=back, COPY=copy, num_warps=2,
+        )  # fmt: skip
+
+
+def rotate_(qkv_T3HP: Tensor, cos_MR: Tensor, sin_MR: Tensor, position_T: Tensor) -> Tensor:
+    """`rotate_` of pointwise.py; each token's q, k and v lie side by side."""
+    T, _, H, P = qkv_T3HP.shape
+    assert qkv_T3HP[0].is_contiguous()
+    qk_THP = qkv_T3HP.view(T, 3 * H, P)[:, : 2 * H]
+    if T and cos_MR.shape[1]:
+        _turn(qk_THP, qk_THP, (cos_MR, sin_MR, position_T), back=False, copy=False)
+    return qkv_T3HP
+
+
+def rotate_backward(
+    dq_THP: Tensor, dk_THP: Tensor, dv_THP: Tensor, cos_MR: Tensor, sin_MR: Tensor, position_T: Tensor
+) -> Tensor:
+    """dqkv_T3HP of `rotate_backward` in pointwise.py."""
+    T, H, P = dq_THP.shape
+    dqkv_T3HP = dq_THP.new_empty(T, 3, H, P)
+    if T and not cos_MR.shape[1]:
+        return torch.stack([dq_THP, dk_THP, dv_THP], dim=1)
+    if T:
+        for i, d_THP in enumerate((dq_THP, dk_THP)):
+            d_THP = d_THP if d_THP.stride(2) == 1 else d_THP.contiguous()
+            _turn(d_THP, dqkv_T3HP[:, i], (cos_MR, sin_MR, position_T), back=True, copy=True)
+        dqkv_T3HP[:, 2].copy_(dv_THP)
+    return dqkv_T3HP
+
+
+def softplus_forward(raw_TH: Tensor, bias_H: Tensor) -> Tensor:
+    """softplus(raw + bias) of pointwise.py, float32."""
+    (T, H), raw_TH = raw_TH.shape, raw_TH if raw_TH.stride(1) == 1 else raw_TH.contiguous()
+    out_TH = bias_H.new_empty(T, H)
+    with torch.cuda.device_of(raw_TH):
+        _softplus[(triton.cdiv(T, TOKENS),)](
+            raw_TH, bias_H, out_TH, T, raw_TH.stride(0), H, BLOCK_T=TOKENS, BLOCK_H=triton.next_power_of_2(H)
+        )
+    return out_TH
+
+
+def softplus_backward(dout_TH: Tensor, raw_TH: Tensor, bias_H: Tensor, draw_TH: Tensor) -> Tensor:
+    """dbias_H of `softplus_backward` in pointwise.py; fills draw_TH, whose rows are dense."""
+    (T, H), raw_TH = raw_TH.shape, raw_TH if raw_TH.stride(1) == 1 else raw_TH.contiguous()
+    dbias_NH = bias_H.new_empty(triton.cdiv(T, TOKENS), H)
+    with torch.cuda.device_of(raw_TH):
+        _softplus_backward[(len(dbias_NH),)](
+            dout_TH.contiguous(), raw_TH, bias_H, draw_TH, dbias_NH, T, raw_TH.stride(0), draw_TH.stride(0), H,
+            BLOCK_T=TOKENS, BLOCK_H=triton.next_power_of_2(H),
+        )  # fmt: skip
+    return dbias_NH.sum(0)

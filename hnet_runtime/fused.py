@@ -1,0 +1,173 @@
+"""Stacks of blocks with their backward written out: what `Isotropic.forward` computes, in fewer passes over memory.
+
+A block is one or two branches, a mixer and perhaps an MLP, each behind a norm. Here a branch takes the residual stream
+and `delta`, what the branch before it adds to that; so the sum and the norm of it are one kernel, and backwards too.
+Gradients of parts of a matrix product's output are written into one tensor. The maths is the model's, its text in
+hnet_trainable.py; tests compare both in float64. Legend: as in hnet_trainable.py.
+"""
+
+import torch
+from torch import Tensor
+
+from hnet_kernels import attention, causal_conv_silu
+from hnet_kernels.conv import causal_conv_silu_backward_to
+from hnet_kernels.norm import add_norm_backward, add_norm_forward, gated_norm_backward, gated_norm_forward
+from hnet_kernels.pointwise import (
+    rotate_,
+    rotate_backward,
+    softplus_backward,
+    softplus_forward,
+    swiglu_backward,
+    swiglu_forward,
+)
+from hnet_kernels.ssd import ssd_skip_backward, ssd_skip_forward
+from hnet_trainable import HEADDIM, NORM_EPS, HNetLM, Isotropic, Packing
+
+
+def fuse_stacks(model: HNetLM) -> None:
+    """Let every stack of blocks of the model run as here."""
+    for module in model.modules():
+        if isinstance(module, Isotropic):
+            module.forward = lambda x_TD, packing, stack=module: run_stack(stack, x_TD, packing)
+
+
+def run_stack(stack: Isotropic, x_TD: Tensor, packing: Packing) -> Tensor:
+    """`Isotropic.forward`."""
+    residual_TD, delta_TD = None, x_TD
+    for block in stack.layers:
+        mixer = block.mixer
+        if hasattr(mixer, "A_log"):
+            conv, norm = mixer.conv1d, mixer.norm
+            weights = mixer.in_proj.weight, conv.weight, conv.bias, mixer.dt_bias, mixer.A_log, mixer.D, norm.weight
+            weights = block.norm1.weight, *weights, mixer.out_proj.weight
+            residual_TD, delta_TD = MambaBranch.apply(packing, residual_TD, delta_TD, *weights)
+        else:
+            sizes = mixer.n_heads, mixer.window
+            weights = block.norm1.weight, mixer.Wqkv.weight, mixer.out_proj.weight
+            residual_TD, delta_TD = AttentionBranch.apply(packing, sizes, residual_TD, delta_TD, *weights)
+        if block.has_mlp:
+            weights = block.norm2.weight, block.mlp.fc1.weight, block.mlp.fc2.weight
+            residual_TD, delta_TD = MlpBranch.apply(residual_TD, delta_TD, *weights)
+    return FinalNorm.apply(residual_TD, delta_TD, stack.rmsnorm.weight)
+
+
+class FinalNorm(torch.autograd.Function):
+    """The norm of residual + delta. Gradients: of both and of the weight."""
+
+    @staticmethod
+    def forward(ctx, residual_TD: Tensor | None, delta_TD: Tensor, weight_D: Tensor) -> Tensor:
+        sum_TD, x_TD, scale_T = add_norm_forward(residual_TD, delta_TD, weight_D, NORM_EPS)
+        ctx.save_for_backward(sum_TD, scale_T, weight_D)
+        return x_TD
+
+    @staticmethod
+    def backward(ctx, dx_TD: Tensor):
+        sum_TD, scale_T, weight_D = ctx.saved_tensors
+        return _wanted(ctx, 0, *add_norm_backward(dx_TD, None, sum_TD, scale_T, weight_D))
+
+
+class MlpBranch(torch.autograd.Function):
+    """(residual, delta) -> (residual + delta, the SwiGLU of its norm). Gradients: of both and of the weights."""
+
+    @staticmethod
+    def forward(ctx, residual_TD: Tensor, delta_TD: Tensor, norm_D: Tensor, fc1: Tensor, fc2: Tensor):
+        residual_TD, x_TD, scale_T = add_norm_forward(residual_TD, delta_TD, norm_D, NORM_EPS)
+        both_T2I = x_TD @ fc1.T
+        h_TI = swiglu_forward(both_T2I)
+        ctx.save_for_backward(residual_TD, scale_T, x_TD, both_T2I, h_TI, norm_D, fc1, fc2)
+        return residual_TD, h_TI @ fc2.T
+
+    @staticmethod
+    def backward(ctx, dresidual_TD: Tensor, dout_TD: Tensor):
+        residual_TD, scale_T, x_TD, both_T2I, h_TI, norm_D, fc1, fc2 = ctx.saved_tensors
+        dboth_T2I = swiglu_backward(dout_TD @ fc2, both_T2I)
+        gradients = add_norm_backward(dboth_T2I @ fc1, dresidual_TD, residual_TD, scale_T, norm_D)
+        return _wanted(ctx, 0, *gradients, dboth_T2I.T @ x_TD, dout_TD.T @ h_TI)
+
+
+class AttentionBranch(torch.autograd.Function):
+    """(residual, delta) -> (residual + delta, the attention of its norm). Gradients: of both and of the weights."""
+
+    @staticmethod
+    def forward(ctx, packing, sizes, residual_TD, delta_TD, norm_D: Tensor, Wqkv: Tensor, out_proj: Tensor):
+        n_heads, window = sizes
+        residual_TD, x_TD, scale_T = add_norm_forward(residual_TD, delta_TD, norm_D, NORM_EPS)
+        qkv_T3HP = (x_TD @ Wqkv.T).unflatten(-1, (3, n_heads, -1))
+        rotate_(qkv_T3HP, packing.cos_MR, packing.sin_MR, packing.position_T)
+        with torch.enable_grad():
+            ctx.qkv = [x.detach().requires_grad_() for x in qkv_T3HP.unbind(1)]
+            ctx.o = attention(*ctx.qkv, packing.cu_seqlens, len(packing.cos_MR), window)
+        o_TD = ctx.o.detach().flatten(1)
+        ctx.packing = packing
+        ctx.save_for_backward(residual_TD, scale_T, x_TD, o_TD, norm_D, Wqkv, out_proj)
+        return residual_TD, o_TD @ out_proj.T
+
+    @staticmethod
+    def backward(ctx, dresidual_TD: Tensor, dout_TD: Tensor):
+        residual_TD, scale_T, x_TD, o_TD, norm_D, Wqkv, out_proj = ctx.saved_tensors
+        tables = ctx.packing.cos_MR, ctx.packing.sin_MR, ctx.packing.position_T
+        do_THP = (dout_TD @ out_proj).view_as(ctx.o)
+        dqkv_TD = rotate_backward(*torch.autograd.grad(ctx.o, ctx.qkv, do_THP), *tables).flatten(1)
+        del ctx.o, ctx.qkv
+        gradients = add_norm_backward(dqkv_TD @ Wqkv, dresidual_TD, residual_TD, scale_T, norm_D)
+        return _wanted(ctx, 2, *gradients, dqkv_TD.T @ x_TD, dout_TD.T @ o_TD)
+
+
+class MambaBranch(torch.autograd.Function):
+    """(residual, delta) -> (residual + delta, the Mamba-2 of its norm). Gradients: of both and of the weights."""
+
+    @staticmethod
+    def forward(
+        ctx, packing, residual_TD, delta_TD, norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_log_H, D_H, gate_D,
+        out_proj,
+    ):  # fmt: skip
+        residual_TD, x_TD, scale_T = add_norm_forward(residual_TD, delta_TD, norm_D, NORM_EPS)
+        projected = x_TD @ in_proj.T
+        z, before, raw_TH = projected.split([len(gate_D), len(conv_bias_D), len(D_H)], dim=-1)
+        after = causal_conv_silu(before, conv_D1K, conv_bias_D, packing.position_T)
+        u_THP, B_TN, C_TN = _parts(after, len(D_H))
+        wide = torch.promote_types(dt_bias_H.dtype, torch.float32)
+        dt_TH, A_H = softplus_forward(raw_TH, dt_bias_H.to(wide)), -A_log_H.to(wide).exp()
+        y_TD = ssd_skip_forward(u_THP, dt_TH, A_H, B_TN, C_TN, D_H.to(wide), packing.cu_seqlens).flatten(1)
+        gated_TD, gate_scale_T = gated_norm_forward(y_TD, z, gate_D, NORM_EPS)
+        ctx.packing = packing
+        ctx.save_for_backward(
+            residual_TD, scale_T, x_TD, projected, after, dt_TH, A_H, y_TD, gated_TD, gate_scale_T,
+            norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, D_H, gate_D, out_proj,
+        )  # fmt: skip
+        return residual_TD, gated_TD @ out_proj.T
+
+    @staticmethod
+    def backward(ctx, dresidual_TD: Tensor, dout_TD: Tensor):
+        (
+            residual_TD, scale_T, x_TD, projected, after, dt_TH, A_H, y_TD, gated_TD, gate_scale_T,
+            norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, D_H, gate_D, out_proj,
+        ) = ctx.saved_tensors  # fmt: skip
+        dprojected, dafter = torch.empty_like(projected), torch.empty_like(after)
+        widths = [len(gate_D), len(conv_bias_D), len(D_H)]
+        (z, before, raw_TH), (dz, dbefore, draw_TH) = (x.split(widths, dim=-1) for x in (projected, dprojected))
+        dy_TD, dgate_D = gated_norm_backward(dout_TD @ out_proj, y_TD, z, gate_scale_T, gate_D, dz)
+        u_THP, *BC = _parts(after, len(D_H))
+        ddt_TH, dA_H, dD_H = ssd_skip_backward(
+            dy_TD.view_as(u_THP), u_THP, dt_TH, A_H, *BC, D_H.to(dt_TH.dtype), ctx.packing.cu_seqlens,
+            _parts(dafter, len(D_H)),
+        )  # fmt: skip
+        dconv = causal_conv_silu_backward_to(dbefore, dafter, before, conv_D1K, conv_bias_D, ctx.packing.position_T)
+        ddt_bias_H = softplus_backward(ddt_TH, raw_TH, dt_bias_H.to(dt_TH.dtype), draw_TH)
+        gradients = add_norm_backward(dprojected @ in_proj, dresidual_TD, residual_TD, scale_T, norm_D)
+        small = (g.to(D_H.dtype) for g in (ddt_bias_H, dA_H * A_H, dD_H))
+        return _wanted(ctx, 1, *gradients, dprojected.T @ x_TD, *dconv, *small, dgate_D, dout_TD.T @ gated_TD)
+
+
+def _wanted(ctx, others: int, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    """What a backward returns: None for `others` first inputs, and for a residual that was None."""
+    found = [None] * others + list(gradients)
+    return tuple(g if wanted else None for g, wanted in zip(found, ctx.needs_input_grad))
+
+
+def _parts(after: Tensor, n_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x, B and C as views of what the convolution gives."""
+    width = n_heads * HEADDIM
+    N = (after.shape[1] - width) // 2
+    x, B_TN, C_TN = after.split([width, N, N], dim=-1)
+    return x.unflatten(-1, (n_heads, HEADDIM)), B_TN, C_TN
