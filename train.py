@@ -95,8 +95,9 @@ class TrainConfig:
     """Where to train; auto takes CUDA where torch has it."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype beside float32 masters. auto: bfloat16 on CUDA, float32 on the CPU."""
-    compile: Annotated[Literal["block", "eager"], flag("-C")] = "eager"
-    """Compile each kind of block, or run eagerly."""
+    compile: Annotated[Literal["auto", "graph", "block", "eager"], flag("-C")] = "auto"
+    """graph: steps as CUDA graphs, with fused kernels (one process). block: each kind of block compiled by torch.
+    auto: graph where that can be, on one GPU in bfloat16, else eager."""
 
     save_dir: str = ""
     """The run's folder. Empty: runs/<config>-<time>."""
@@ -303,6 +304,20 @@ def check_continuation(source: Path, about: dict[str, Any]) -> int:
     return saved["step"]
 
 
+def takes_graphs(config: TrainConfig, hnet: HNetConfig, half: bool, world: World) -> bool:
+    """Whether steps run as graphs. Raises UserError where --compile graph asks for what they cannot do."""
+    on_gpu, obstacle = world.device.type == "cuda", None
+    if world.size > 1:
+        obstacle = f"runs on one process, not {world.size}"
+    elif hnet.tie_embeddings:
+        obstacle = "does not know tied embeddings"
+    elif on_gpu and not half:
+        obstacle = "needs --dtype bfloat16 on a GPU"
+    if config.compile == "graph" and obstacle:
+        raise UserError(f"--compile graph: {obstacle}; use eager or block")
+    return config.compile == "graph" or (config.compile == "auto" and on_gpu and not obstacle)
+
+
 def dump_parameters(model: HNetLM, groups: list[dict[str, Any]]) -> None:
     """Prints modules and parameters; with LOVELY_TENSORS=1 also lovely-tensors' summary of each."""
     lovely = None
@@ -332,7 +347,9 @@ def main(argv: Sequence[str]) -> None:
         equal = equivalence.run(hnet, config.pt_ckpt or None, world.device, dtype, config.seed)
         distributed.stop()
         sys.exit(not equal)
-    model = distributed.build_model(hnet, world, torch.bfloat16 if half else torch.float32, config.seed, start_weights)
+    dtype, graph = torch.bfloat16 if half else torch.float32, takes_graphs(config, hnet, half, world)
+    # graphs have bfloat16 copies of their own beside a whole float32 model
+    model = distributed.build_model(hnet, world, torch.float32 if graph else dtype, config.seed, start_weights)
     parameters = list(model.parameters())
     groups = parameter_groups(model, config.lr, config.weight_decay)
     if config.early_exit == "dumpparams":
@@ -351,6 +368,8 @@ def main(argv: Sequence[str]) -> None:
         step = check_continuation(source, about)
         checkpoint.load(source, model, optimizer)
         logger.info("going on from %s", source)
+    runner = GraphedModel(model, dtype, config.alpha) if graph else model  # runs the steps
+    evaluated = runner.model if graph else model  # computes as training does; shares or copies the weights
     metrics = open_metrics(run, step, about, hnet, config, world)
     logger.info(
         f"{name}: {sum(p.numel() for p in parameters) / 1e6:.1f}M parameters, "
@@ -359,51 +378,75 @@ def main(argv: Sequence[str]) -> None:
         f"{config.mbs * config.global_slices:,} bytes; run folder {run}"
     )
 
-    inference = HNetInference.from_training(model)  # borrows the weights: nothing is copied
+    inference = HNetInference.from_training(evaluated)  # borrows the weights: nothing is copied
     interrupts = Interrupts()
-    began, first_step = time.perf_counter(), step
+    began = settled = time.perf_counter()
+    first_step, waiting = step, None  # waiting: the step whose numbers the device has yet to deliver
     model.train()
+
+    def settle(stats: Tensor, done: int) -> dict[str, Any]:
+        """The record of a step, once the device has run it. Raises UserError where its numbers are not finite."""
+        nonlocal settled
+        *stats, grad_norm = stats.tolist()
+        if not math.isfinite(grad_norm + stats[0]):
+            saved = checkpoint.complete(run)
+            raise UserError(
+                f"step {done}: cross entropy {stats[0]}, gradient norm {grad_norm}; stopped before they reached "
+                f"the weights. The last good checkpoint: {saved[-1] if saved else 'none yet'}"
+            )
+        record = describe(stats, hnet, config) | {"grad_norm": grad_norm, "lr": config.lr * lr_scale(done - 1, config)}
+        record |= {"bytes_seen": done * config.mbs * config.global_slices}
+        now, before = time.perf_counter(), settled
+        settled = now
+        return record | speed(record, now - before, hnet, config, world)
+
+    def report(done: int, record: dict[str, Any]) -> None:
+        metrics.log(done, record)
+        if done == config.steps or done % config.log_every == 0 or done == first_step + 1:
+            seconds_left = (time.perf_counter() - began) / (done - first_step) * (config.steps - done)
+            logger.info(progress_line(done, record, seconds_left, hnet, config))
+
     while step < config.steps:
-        started = time.perf_counter()
         scale = lr_scale(step, config)
         for group in optimizer.param_groups:
             group["lr"] = config.lr * group["multiplier"] * scale
         slices = list(train_stream.step(step, config.global_slices, world.rank, world.size))
-        stats = forward_backward(model, slices, config, world)
+        stats = forward_backward(runner, slices, config, world)
         distributed.reduce_plain_gradients(parameters, world)
-        grad_norm = distributed.clip_grad_norm(parameters, config.clip, world)
-        *stats, grad_norm = torch.cat([stats, grad_norm[None]]).tolist()
-        if not math.isfinite(grad_norm + stats[0]):
-            saved = checkpoint.complete(run)
-            raise UserError(
-                f"step {step + 1}: cross entropy {stats[0]}, gradient norm {grad_norm}; stopped before they reached "
-                f"the weights. The last good checkpoint: {saved[-1] if saved else 'none yet'}"
-            )
+        # nothing here waits for the device: a norm or a loss that is not finite leaves the weights as they are
+        grad_norm = distributed.clip_in_optimizer(optimizer, parameters, config.clip, world, stats[0])
         optimizer.step()
-        optimizer.zero_grad()
+        if graph:
+            runner.refresh()
+        else:
+            optimizer.zero_grad()
         step += 1
+        # a step's numbers are read when the next one has been launched, or below
+        if waiting:
+            report(step - 1, settle(waiting.numbers(), step - 1))
+        waiting = distributed.Fetched(torch.cat([stats, grad_norm[None]]))
 
-        record = describe(stats, hnet, config) | {"grad_norm": grad_norm, "lr": config.lr * scale}
-        record |= {"bytes_seen": step * config.mbs * config.global_slices}
-        record |= speed(record, time.perf_counter() - started, hnet, config, world)
         is_last, interrupted = step == config.steps, interrupts.anywhere(world)
-        if is_last or (config.val_every and step % config.val_every == 0):
-            record |= validate(model, val_stream, world, config.val_slices or None)
-        if config.sample_bytes and (is_last or (config.sample_every and step % config.sample_every == 0)):
-            record |= {"sample": sample(inference, config, world)}
-        metrics.log(step, record)
-        if is_last or step % config.log_every == 0 or step == first_step + 1:
-            seconds_left = (time.perf_counter() - began) / (step - first_step) * (config.steps - step)
-            logger.info(progress_line(step, record, seconds_left, hnet, config))
-        if is_last or interrupted or step % config.save_every == 0:
-            saved = checkpoint.save(run, step, model, optimizer, about, config.keep)
+        validates = is_last or (config.val_every and step % config.val_every == 0)
+        samples = config.sample_bytes and (is_last or (config.sample_every and step % config.sample_every == 0))
+        saves = is_last or interrupted or step % config.save_every == 0
+        if validates or samples or saves or step == first_step + 1:
+            record, waiting = settle(waiting.numbers(), step), None
+            if validates:
+                record |= validate(evaluated, val_stream, world, config.val_slices or None)
+            if samples:
+                record |= {"sample": sample(inference, config, world)}
+            report(step, record)
+            if saves:
+                saved = checkpoint.save(run, step, model, optimizer, about, config.keep)
+            settled = time.perf_counter()  # the next step's time begins here
         if interrupted and not is_last:
             logger.info("%s: saved %s; go on with --save-dir %s --resume auto", interrupts.received, saved, run)
             break
 
     metrics.close()
     if step == config.steps:
-        show_results(model, val_stream, run, world)
+        show_results(evaluated, val_stream, run, world)
     distributed.stop()
 
 

@@ -199,16 +199,40 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float, world: W
 
 @torch.no_grad()
 def clip_in_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], max_norm: float, world: World
+    optimizer: torch.optim.Optimizer,
+    parameters: Iterable[nn.Parameter],
+    max_norm: float,
+    world: World,
+    loss: Tensor | float = 0.0,
 ) -> Tensor:
     """Like `clip_grad_norm`, but the next step of a fused optimizer does the scaling: one pass over memory less.
 
-    A step whose norm isn't finite changes no weight and no state, so that nobody has to wait for the norm before it.
+    A step whose norm or loss isn't finite changes no weight and no state, so that nobody has to wait for them before.
     """
     norm = grad_norm(parameters, world)
     optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0) if max_norm > 0 else torch.ones_like(norm)
-    optimizer.found_inf = (~norm.isfinite()).float()
+    optimizer.found_inf = (~(norm + loss).isfinite()).float()
     return norm
+
+
+class Fetched:
+    """A small tensor on its way to the host, which goes on meanwhile."""
+
+    def __init__(self, values: Tensor):
+        self._arrived = None
+        if values.device.type != "cuda":
+            self._values = values
+            return
+        self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        self._values.copy_(values, non_blocking=True)
+        self._arrived = torch.cuda.Event()
+        self._arrived.record()
+
+    def numbers(self) -> Tensor:
+        """The tensor on the host; waits for it."""
+        if self._arrived:
+            self._arrived.synchronize()
+        return self._values
 
 
 def mean_over_ranks(values: Tensor, world: World) -> Tensor:

@@ -108,6 +108,6 @@ class Interrupts:
         """Whether any rank was asked to stop; every rank gets the same answer."""
         if world.size == 1:
             return self.received is not None
-        asked = torch.tensor(float(self.received is not None), device=world.device)
+        asked = torch.tensor(float(self.received is not None))  # on the host, where nothing waits for a GPU
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         return bool(asked)

@@ -40,7 +40,9 @@ def eager(model: HNetLM, iids, labels) -> tuple[list[torch.Tensor], dict[str, to
     loss = out.ce + ALPHA * out.ratio_losses.sum()
     grads = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
     statistics = [torch.stack([getattr(s, name) for s in out.stages]) if out.stages else [] for name in "FG"]
-    return [out.ce, out.ratio_losses, *statistics], dict(zip(dict(model.named_parameters()), grads))
+    return [x.detach() if isinstance(x, torch.Tensor) else x for x in (out.ce, out.ratio_losses, *statistics)], dict(
+        zip(dict(model.named_parameters()), grads)
+    )
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -134,8 +134,8 @@ MUTATIONS = [
     mutation(
         "a token gets the chunk before its own",
         definition,
-        "chunk_T = b_Bj.values().cumsum(0) - 1",
-        "chunk_T = (b_Bj.values().cumsum(0) - 2).clamp_min(0)",
+        "chunk_T = b_T.cumsum(0) - 1",
+        "chunk_T = (b_T.cumsum(0) - 2).clamp_min(0)",
     ),
     mutation("confidence is p everywhere", definition, "torch.where(b_Bj.values(), p_T, 1 - p_T)", "p_T"),
     mutation("straight-through drops its gradient", definition, "        return grad_Bj\n", "        return None\n"),
@@ -187,8 +187,8 @@ MUTATIONS = [
         definition,
         "stage = self.routing_module(x_BjD)",
         "stage = self.routing_module(given_BjD)",
-        "        x_BjD = on_values(self.encoder, x_BjD)",
-        "        given_BjD, x_BjD = x_BjD, on_values(self.encoder, x_BjD)",
+        "        x_BjD = on_values(self.encoder, self.widen(x_BjD))",
+        "        given_BjD = self.widen(x_BjD)\n        x_BjD = on_values(self.encoder, given_BjD)",
     ),
     # losses
     mutation("ratio loss without N / (N - 1)", two_stage_float32, "return N / (N - 1) * (", "return ("),

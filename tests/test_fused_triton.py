@@ -1,0 +1,239 @@
+"""The kernels of norm_triton.py and pointwise_triton.py, the scan's skip, and gradients written into longer rows, all
+against the definitions in float64: outputs, and every gradient by name.
+
+Without a GPU they run under Triton's interpreter, in a process of its own: this file, run as a script, prints what
+`distances` finds. See test_ssd_triton.py.
+"""
+
+import functools
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from hnet_kernels import norm, pointwise, ssd  # noqa: E402
+from hnet_kernels.conv import causal_conv_silu_backward_to  # noqa: E402
+from hnet_kernels.ssd import scan_backward, ssd_skip_backward, ssd_skip_forward  # noqa: E402
+
+AWKWARD = [1, 2, 63, 64, 65, 257]
+EPS = 1e-5
+# Elementwise float32, sums of up to some thousand terms of both signs: 1e-7 each, 1e-6 together; the scan's decays come
+# from float32 sums of logs. bf16 rounds each output by 2^-9 = 2e-3, and operands of products, whose errors add up: the
+# usual bound is 1e-2.
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 1e-2}
+
+
+class Inputs:
+    """Random tensors by name, on a device in a dtype; `exact` has the same numbers in float64 on the CPU."""
+
+    def __init__(self, dtype: torch.dtype, device: str):
+        self.generator, self.dtype, self.device = torch.Generator().manual_seed(0), dtype, device
+
+    def __call__(self, *shape: int, wide: bool = False, scale: float = 1.0) -> Tensor:
+        values = torch.randn(*shape, generator=self.generator) * scale
+        return values.to(self.device, torch.float32 if wide else self.dtype)
+
+
+def exact(x):
+    return x.detach().double().cpu() if isinstance(x, Tensor) and x.is_floating_point() else x.cpu()
+
+
+def nan_like(x: Tensor, longer: int = 0) -> Tensor:
+    """NaNs of x's shape, as parts of rows that are `longer`."""
+    width = x[0].numel()
+    rows = torch.full((len(x), width + 2 * longer), torch.nan, dtype=x.dtype, device=x.device)
+    return rows[:, longer : longer + width].view(x.shape)
+
+
+def add_norm_case(new: Inputs, T: int, D: int, first: bool) -> dict[str, tuple[Tensor, Tensor]]:
+    residual, delta, weight = None if first else new(T, D, wide=True), new(T, D), new(D)
+    dx, dsum = new(T, D), None if first else new(T, D, wide=True)
+    sum_, x, scale = norm.add_norm_forward(residual, delta, weight, EPS)
+    found = {"sum": sum_, "x": x, "scale": scale}
+    found |= dict(zip(("dresidual", "ddelta", "dweight"), norm.add_norm_backward(dx, dsum, sum_, scale, weight)))
+    leaves = [exact(t).requires_grad_() for t in (delta if first else residual, delta, weight)]
+    wide = leaves[1] if first else leaves[0] + leaves[1]
+    scales = (wide.square().mean(-1) + EPS).rsqrt()
+    outputs = wide * scales[:, None] * leaves[2]
+    loss = (outputs * exact(dx)).sum() + (0 if first else (wide * exact(dsum)).sum())
+    _, ddelta, dweight = torch.autograd.grad(loss, leaves, materialize_grads=True)
+    wanted = {"sum": wide, "x": outputs, "scale": scales}
+    return found, wanted | {"dresidual": ddelta, "ddelta": ddelta, "dweight": dweight}
+
+
+def gated_norm_case(new: Inputs, T: int, D: int):
+    rows, y, weight, dx = new(T, 2 * D + 16), new(T, D), new(D), new(T, D)
+    z = rows[:, 8 : 8 + D]
+    x, scale = norm.gated_norm_forward(y, z, weight, EPS)
+    dz = nan_like(z, longer=8)
+    dy, dweight = norm.gated_norm_backward(dx, y, z, scale, weight, dz)
+    leaves = [exact(t).requires_grad_() for t in (y, z, weight)]
+    u = leaves[0] * torch.nn.functional.silu(leaves[1])
+    scales = (u.square().mean(-1) + EPS).rsqrt()
+    outputs = u * scales[:, None] * leaves[2]
+    gradients = torch.autograd.grad(outputs, leaves, exact(dx))
+    found = {"x": x, "scale": scale, "dy": dy, "dz": dz, "dweight": dweight}
+    return found, {"x": outputs, "scale": scales} | dict(zip(("dy", "dz", "dweight"), gradients))
+
+
+def swiglu_case(new: Inputs, T: int, inner: int):
+    both, dh = new(T, 2 * inner, scale=3), new(T, inner)
+    leaf = exact(both).requires_grad_()
+    h = torch.nn.functional.silu(leaf[:, inner:]) * leaf[:, :inner]
+    found = {"h": pointwise.swiglu_forward(both), "dboth": pointwise.swiglu_backward(dh, both)}
+    return found, {"h": h, "dboth": torch.autograd.grad(h, leaf, exact(dh))[0]}
+
+
+def rotary_case(new: Inputs, lengths: list[int], H: int, P: int, R: int):
+    T = sum(lengths)
+    position = torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths]).to(new.device)
+    angles = torch.arange(max(lengths))[:, None] * 10000.0 ** (-torch.arange(R) / max(R, 1))
+    tables = angles.cos().to(new.device), angles.sin().to(new.device)
+    qkv, *dqkv = new(T, 3, H, P), new(T, H, P), new(T, H, P), new(T, H, P)
+    leaf = exact(qkv).requires_grad_()
+    cos, sin = (exact(t)[exact(position)][:, None] for t in tables)
+    a, b, rest = leaf[:, :2, :, :R], leaf[:, :2, :, R : 2 * R], leaf[:, :2, :, 2 * R :]
+    cos, sin = cos[:, None], sin[:, None]
+    turned = torch.cat([torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1), leaf[:, 2:]], 1)
+    found = {"dqkv": pointwise.rotate_backward(*dqkv, *tables, position)}
+    found["qkv"] = pointwise.rotate_(qkv, *tables, position)
+    gradient = torch.autograd.grad(turned, leaf, exact(torch.stack(dqkv, 1)))[0]
+    return found, {"dqkv": gradient, "qkv": turned}
+
+
+def softplus_case(new: Inputs, T: int, H: int):
+    raw = (new(T, H + 8, scale=6))[:, 8:]
+    bias, dout = new(H, wide=True), new(T, H, wide=True)
+    out, draw = pointwise.softplus_forward(raw, bias), nan_like(raw, longer=8)
+    dbias = pointwise.softplus_backward(dout, raw, bias, draw)
+    leaves = [exact(raw).requires_grad_(), exact(bias).requires_grad_()]
+    wanted = torch.nn.functional.softplus(leaves[0] + leaves[1])
+    gradients = torch.autograd.grad(wanted, leaves, exact(dout))
+    found = {"out": out, "relative": out.double().log(), "draw": draw, "dbias": dbias}
+    return found, {"out": wanted, "relative": wanted.log(), "draw": gradients[0], "dbias": gradients[1]}
+
+
+def scan_case(new: Inputs, lengths: list[int], H: int, N: int, K: int = 4):
+    """The scan with its skip and the convolution before it, whose gradients are parts of longer rows."""
+    T, P = sum(lengths), 64
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=new.device)
+    position = torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths]).to(new.device)
+    rows, dy, D = new(T, H * P + 2 * N), new(T, H, P), new(H, wide=True)
+    dt = torch.nn.functional.softplus(new(T, H, wide=True) - 2)
+    A = -(new(H, wide=True)).exp()
+    split = [H * P, N, N]
+    x, B, C = rows.split(split, -1)
+    x = x.unflatten(-1, (H, P))
+    out, dconv = nan_like(rows), nan_like(rows, longer=8)
+    dx, dB, dC = out.split(split, -1)
+    y = ssd_skip_forward(x, dt, A, B, C, D, cu)
+    ddt, dA, dD = ssd_skip_backward(dy, x, dt, A, B, C, D, cu, (dx.unflatten(-1, (H, P)), dB, dC))
+    weight, bias, dafter = new(rows.shape[1], 1, K), new(rows.shape[1]), new(T, rows.shape[1])
+    dweight, dbias = causal_conv_silu_backward_to(dconv, dafter, rows, weight, bias, position)
+    found = {"y": y, "dx": dx, "ddt": ddt, "dA": dA, "dB": dB, "dC": dC, "dD": dD}
+    found |= {"dbefore": dconv, "dweight": dweight, "dbias": dbias}
+    leaves = [exact(t).requires_grad_() for t in (x, dt, A, B, C, D)]
+    *inputs, skip = leaves
+    wanted_y = ssd(*inputs, cu.cpu()) + skip[:, None] * leaves[0]
+    gradients = torch.autograd.grad(wanted_y, leaves, exact(dy))
+    wanted = {"y": wanted_y} | dict(zip(("dx", "ddt", "dA", "dB", "dC", "dD"), gradients))
+    wanted["dx"] = wanted["dx"].flatten(1)
+    convolved = [exact(t) for t in (dafter, rows, weight, bias)]
+    before = torch.empty_like(convolved[1])
+    dweight, dbias = causal_conv_silu_backward_to(before, *convolved, position.cpu())
+    wanted |= {"dbefore": before, "dweight": dweight, "dbias": dbias}
+    # dA is a sum of terms that cancel: its errors are relative to them, as test_ssd_triton.py explains
+    x_, dt_, A_, B_, C_ = (t.detach() for t in inputs)
+    _, dgain, dlog_a, *_ = scan_backward(exact(dy), x_, dt_, dt_ * A_, B_, C_, cu.cpu())
+    return found, wanted, {"dA": (dlog_a.abs() * dt_ + dgain.abs() * dt_**2).sum(0).norm().item()}
+
+
+CASES = {
+    "add_norm": lambda new: add_norm_case(new, 75, 48, first=False),
+    "add_norm, a stack's first": lambda new: add_norm_case(new, 33, 64, first=True),
+    "add_norm, one row": lambda new: add_norm_case(new, 1, 64, first=False),
+    "gated_norm": lambda new: gated_norm_case(new, 75, 80),
+    "swiglu": lambda new: swiglu_case(new, 33, 1100),
+    "rotary": lambda new: rotary_case(new, [1, 2, 40], H=3, P=24, R=6),
+    "rotary of whole heads": lambda new: rotary_case(new, [9], H=1, P=8, R=4),
+    "no rotary": lambda new: rotary_case(new, [9], H=2, P=8, R=0),
+    "softplus": lambda new: softplus_case(new, 70, 5),
+    "scan": lambda new: scan_case(new, AWKWARD, H=2, N=16),
+}
+LARGE = {
+    "add_norm, large": lambda new: add_norm_case(new, 5000, 1536, first=False),
+    "gated_norm, large": lambda new: gated_norm_case(new, 5000, 3072),
+    "swiglu, large": lambda new: swiglu_case(new, 3000, 2688),
+    "rotary, large": lambda new: rotary_case(new, [*AWKWARD, 3000], H=16, P=64, R=16),
+    "scan, large": lambda new: scan_case(new, [*AWKWARD, 3000], H=16, N=128),
+}
+
+
+def distances(name: str, dtype: torch.dtype, device: str) -> dict[str, float]:
+    new_empty = Tensor.new_empty
+
+    def poisoned(*args, **options):
+        out = new_empty(*args, **options)
+        return out.fill_(torch.nan) if out.is_floating_point() else out
+
+    Tensor.new_empty = poisoned
+    try:
+        found, wanted, *sizes = (CASES | LARGE)[name](Inputs(dtype, device))
+    finally:
+        Tensor.new_empty = new_empty
+    assert set(found) == set(wanted)
+    found = {key: exact(found[key]) for key in found}
+    sizes = {key: wanted[key].norm().item() for key in wanted} | (sizes[0] if sizes else {})
+    return {key: (found[key] - wanted[key]).norm().item() / sizes[key] for key in found}
+
+
+def check(found: dict[str, float], tolerance: float) -> None:
+    wrong = {name: distance for name, distance in found.items() if not distance <= tolerance}  # NaN is wrong too
+    assert found and not wrong, found
+
+
+@functools.cache
+def interpreted() -> dict:
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted_kernels_match_the_definition(name):
+    check(interpreted()[name], TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_definitions_match_autograd(name):
+    """In float32 on the CPU, where the definitions run."""
+    check(distances(name, torch.float32, "cpu"), TOLERANCE[torch.float32])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", [*CASES, *LARGE])
+def test_on_gpu(name, dtype):
+    tolerance = TOLERANCE[dtype]
+    if "scan" in name and dtype == torch.float32:
+        tolerance = 5e-5  # see test_ssd_triton.py: decays of up to e^-20 a token
+    check(distances(name, dtype, "cuda"), tolerance)
+
+
+if __name__ == "__main__":
+    assert os.environ.get("TRITON_INTERPRET") == "1"
+    torch.set_num_threads(1)
+    for module in (norm, pointwise, *(importlib.import_module(f"hnet_kernels.{n}") for n in ("ssd", "conv"))):
+        module.use_fast = lambda operation, device, dtype, obstacle: dtype != torch.float64
+    print(json.dumps({name: distances(name, torch.float32, "cpu") for name in CASES}))
