@@ -3,6 +3,7 @@
 Legend: T tokens of all documents together, H heads, P channels a head.
 """
 
+import importlib.util
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -123,3 +124,52 @@ def attention(
         size = (window, 0) if window >= 0 else (-1, 0)
         return varlen_attn(q_THP, k_THP, v_THP, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=size)
     return attention_definition(q_THP, k_THP, v_THP, cu_seqlens, window)
+
+
+def _packed_obstacle(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the kernels of attention_triton.py cannot run on these, or None."""
+    obstacle = _flash_obstacle(device_type, dtype, head_dim)
+    if obstacle:
+        return obstacle
+    if head_dim not in (16, 32, 64, 128):
+        return f"head size {head_dim}, not 16, 32, 64 or 128"
+    capability = torch.cuda.get_device_capability()
+    if capability[0] != 9:  # elsewhere nobody has tried the sizes of their tiles
+        return f"compute capability {capability[0]}.{capability[1]}, not 9.x"
+    return None if importlib.util.find_spec("triton") else "no triton"
+
+
+class Attended(NamedTuple):
+    """Packed attention's output, and what its backward needs."""
+
+    o_THP: Tensor
+    lse_HT: Tensor | None  # of the Triton kernels, else
+    graph: tuple[Tensor, ...]  # q, k, v and o with autograd's graph between them
+
+
+def packed_attention(qkv_T3HP: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int) -> Attended:
+    """`attention` of q, k and v that lie side by side, for callers who write their own backward.
+
+    The documents hold all rows. Its own Triton kernels on Hopper GPUs, else `attention`.
+    """
+    kind = qkv_T3HP.device.type, qkv_T3HP.dtype
+    if use_fast("packed_attention", *kind, _packed_obstacle(*kind, qkv_T3HP.shape[-1])):
+        from hnet_kernels import attention_triton  # not above: triton is not everywhere
+
+        return Attended(*attention_triton.attention_forward(qkv_T3HP, cu_seqlens, window), ())
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in qkv_T3HP.unbind(1)]
+        o_THP = attention(*leaves, cu_seqlens, max_seqlen, window)
+    return Attended(o_THP.detach(), None, (*leaves, o_THP))
+
+
+def packed_attention_backward(
+    do_THP: Tensor, qkv_T3HP: Tensor, attended: Attended, cu_seqlens: Tensor, window: int
+) -> Tensor:
+    """dqkv_T3HP, given the gradient of o_THP."""
+    if attended.lse_HT is not None:
+        from hnet_kernels import attention_triton
+
+        return attention_triton.attention_backward(do_THP, qkv_T3HP, *attended[:2], cu_seqlens, window)
+    *leaves, o_THP = attended.graph
+    return torch.stack(torch.autograd.grad(o_THP, leaves, do_THP), dim=1)

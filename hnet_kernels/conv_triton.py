@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hnet_kernels.norm_triton import sum_rows
+
 RUN, CHANNELS, WARPS = 32, 128, 1  # tokens and channels of a program
 
 
@@ -185,6 +187,5 @@ def conv_silu_backward(
             dy_TD, x_TD, weight_D1K.contiguous(), bias_D.contiguous(), position_T, dx_TD, sums_SKD,
             T, D, x_TD.stride(0), dy_TD.stride(0), dx_TD.stride(0), K=K, RUN=RUN, BLOCK_D=CHANNELS, num_warps=WARPS,
         )  # fmt: skip
-    sums_KD = sums_SKD.sum(0)
-    dweight_D1K = sums_KD[:K].T.to(weight_D1K.dtype).contiguous()[:, None]
-    return dx_TD, dweight_D1K, sums_KD[K].to(bias_D.dtype)
+        sums_KD = sum_rows(sums_SKD.view(runs, -1), weight_D1K.dtype).view(K + 1, D)
+    return dx_TD, sums_KD[:K].T.contiguous()[:, None], sums_KD[K].to(bias_D.dtype)

@@ -119,6 +119,24 @@ def _gated_norm_backward(
     tl.store(dweight_ptr + tl.program_id(0) * D + d, dweight, mask=d < D)
 
 
+@triton.jit(do_not_specialize=["N"])
+def _sum_rows(parts_ptr, sum_ptr, N, D, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    for first in range(0, N, ROWS):
+        n = first + tl.arange(0, ROWS)
+        total += tl.load(parts_ptr + n[:, None] * D + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
+    tl.store(sum_ptr + d, tl.sum(total, 0).to(sum_ptr.dtype.element_ty), mask=d < D)
+
+
+def sum_rows(parts_ND: Tensor, dtype: torch.dtype) -> Tensor:
+    """parts.sum(0) of float32 numbers, in a dtype: torch's takes three times as long for a few hundred rows."""
+    N, D = parts_ND.shape
+    sum_D = parts_ND.new_empty(D, dtype=dtype)
+    _sum_rows[(triton.cdiv(D, 32),)](parts_ND, sum_D, N, D, ROWS=64, BLOCK_D=32)
+    return sum_D
+
+
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
@@ -169,7 +187,7 @@ def add_norm_backward(
             dx_TD, dsum_TD, sum_TD, scale_T, weight_D.contiguous(), dresidual_TD, ddelta_TD, dweight_ND, T, rows,
             HAS_DSUM=dsum_TD is not None, **blocks,
         )  # fmt: skip
-    return dresidual_TD, ddelta_TD, dweight_ND.sum(0).to(weight_D.dtype)
+        return dresidual_TD, ddelta_TD, sum_rows(dweight_ND, weight_D.dtype)
 
 
 def gated_norm_forward(y_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -198,4 +216,4 @@ def gated_norm_backward(
             dx_TD, y_TD, z_TD, scale_T, weight_D.contiguous(), dy_TD, dz_TD, dweight_ND, T, rows,
             y_TD.stride(0), z_TD.stride(0), dz_TD.stride(0), **blocks,
         )  # fmt: skip
-    return dy_TD, dweight_ND.sum(0).to(weight_D.dtype)
+        return dy_TD, sum_rows(dweight_ND, weight_D.dtype)

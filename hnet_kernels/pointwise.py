@@ -58,27 +58,19 @@ def _turned(x_THP: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     return torch.cat([(a * cos - b * sin).to(x_THP.dtype), (b * cos + a * sin).to(x_THP.dtype), rest], dim=-1)
 
 
-def rotate_(qkv_T3HP: Tensor, cos_MR: Tensor, sin_MR: Tensor, position_T: Tensor) -> Tensor:
-    """Turns q and k in place: of each head, dimensions [0, R) against [R, 2R) by the angles of the token's position."""
+def rotate_(qkv_T3HP: Tensor, cos_MR: Tensor, sin_MR: Tensor, position_T: Tensor, back: bool = False) -> Tensor:
+    """Turns q and k in place: of each head, dimensions [0, R) against [R, 2R) by the angles of the token's position.
+
+    `back` turns by the negative angles, which makes gradients of what was turned those of what it was before.
+    """
     if _fast("rotary", qkv_T3HP):
         from hnet_kernels import pointwise_triton
 
-        return pointwise_triton.rotate_(qkv_T3HP, cos_MR, sin_MR, position_T)
+        return pointwise_triton.rotate_(qkv_T3HP, cos_MR, sin_MR, position_T, back)
+    cos_TR, sin_TR = cos_MR[position_T], sin_MR[position_T] * (-1 if back else 1)
     for x_THP in qkv_T3HP.unbind(1)[:2]:
-        x_THP.copy_(_turned(x_THP, cos_MR[position_T], sin_MR[position_T]))
+        x_THP.copy_(_turned(x_THP, cos_TR, sin_TR))
     return qkv_T3HP
-
-
-def rotate_backward(
-    dq_THP: Tensor, dk_THP: Tensor, dv_THP: Tensor, cos_MR: Tensor, sin_MR: Tensor, position_T: Tensor
-) -> Tensor:
-    """The gradient of `rotate_`'s input, dqkv_T3HP, given those of q, k and v after it."""
-    if _fast("rotary", dq_THP):
-        from hnet_kernels import pointwise_triton
-
-        return pointwise_triton.rotate_backward(dq_THP, dk_THP, dv_THP, cos_MR, sin_MR, position_T)
-    cos_TR, sin_TR = cos_MR[position_T], -sin_MR[position_T]
-    return torch.stack([_turned(dq_THP, cos_TR, sin_TR), _turned(dk_THP, cos_TR, sin_TR), dv_THP], dim=1)
 
 
 def softplus_forward(raw_TH: Tensor, bias_H: Tensor) -> Tensor:

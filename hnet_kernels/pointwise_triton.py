@@ -41,28 +41,22 @@ def _swiglu_backward(dh_ptr, both_ptr, dboth_ptr, inner, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def _rotate(
-    x_ptr, out_ptr, cos_ptr, sin_ptr, position_ptr, T, x_stride, x_head, out_stride,
-    P: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
-    BACK: tl.constexpr, COPY: tl.constexpr,
+    x_ptr, cos_ptr, sin_ptr, position_ptr, T, stride,
+    P: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    """Turns one head of TOKENS tokens, to the position's angles (BACK: from them); COPY: also the rest of the head."""
+    """Turns one head of some tokens in place by the angles of their positions; BACK: by the negative ones."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    row, h = t.to(tl.int64)[:, None], tl.program_id(1)
     r = tl.arange(0, BLOCK_R)[None, :]
     inside = (t < T)[:, None] & (r < R)
     angle = tl.load(position_ptr + t, mask=t < T, other=0)[:, None] * R + r
     cos, sin = tl.load(cos_ptr + angle, mask=inside, other=0.0), tl.load(sin_ptr + angle, mask=inside, other=0.0)
     if BACK:
         sin = -sin
-    source, target = x_ptr + row * x_stride + h * x_head, out_ptr + row * out_stride + h * P
-    a = tl.load(source + r, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(source + R + r, mask=inside, other=0.0).to(tl.float32)
-    tl.store(target + r, (a * cos - b * sin).to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(target + R + r, (b * cos + a * sin).to(out_ptr.dtype.element_ty), mask=inside)
-    if COPY:
-        p = 2 * R + tl.arange(0, BLOCK_P)[None, :]
-        rest = (t < T)[:, None] & (p < P)
-        tl.store(target + p, tl.load(source + p, mask=rest, other=0.0), mask=rest)
+    head = x_ptr + t.to(tl.int64)[:, None] * stride + tl.program_id(1) * P + r
+    a = tl.load(head, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(head + R, mask=inside, other=0.0).to(tl.float32)
+    tl.store(head, (a * cos - b * sin).to(x_ptr.dtype.element_ty), mask=inside)
+    tl.store(head + R, (b * cos + a * sin).to(x_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -113,40 +107,17 @@ def swiglu_backward(dh_TI: Tensor, both_T2I: Tensor) -> Tensor:
     return dboth_T2I
 
 
-def _turn(x_THP: Tensor, out_THP: Tensor, tables: tuple[Tensor, Tensor, Tensor], back: bool, copy: bool) -> None:
-    (T, H, P), R = x_THP.shape, tables[0].shape[1]
-    with torch.cuda.device_of(x_THP):
-        _rotate[(triton.cdiv(T, TOKENS), H)](
-            x_THP, out_THP, *tables, T, x_THP.stride(0), x_THP.stride(1), out_THP.stride(0),
-            P=P, R=R, BLOCK_T=TOKENS, BLOCK_R=triton.next_power_of_2(max(R, 1)),
-            BLOCK_P=triton.next_power_of_2(max(P - 2 * R, 1)), BACK=back, COPY=copy, num_warps=2,
-        )  # fmt: skip
-
-
-def rotate_(qkv_T3HP: Tensor, cos_MR: Tensor, sin_MR: Tensor, position_T: Tensor) -> Tensor:
+def rotate_(qkv_T3HP: Tensor, cos_MR: Tensor, sin_MR: Tensor, position_T: Tensor, back: bool) -> Tensor:
     """`rotate_` of pointwise.py; each token's q, k and v lie side by side."""
-    T, _, H, P = qkv_T3HP.shape
+    (T, _, H, P), R = qkv_T3HP.shape, cos_MR.shape[1]
     assert qkv_T3HP[0].is_contiguous()
-    qk_THP = qkv_T3HP.view(T, 3 * H, P)[:, : 2 * H]
-    if T and cos_MR.shape[1]:
-        _turn(qk_THP, qk_THP, (cos_MR, sin_MR, position_T), back=False, copy=False)
+    if T and R:
+        with torch.cuda.device_of(qkv_T3HP):
+            _rotate[(triton.cdiv(T, TOKENS), 2 * H)](
+                qkv_T3HP, cos_MR, sin_MR, position_T, T, qkv_T3HP.stride(0),
+                P=P, R=R, BLOCK_T=TOKENS, BLOCK_R=triton.next_power_of_2(R), BACK=back, num_warps=2,
+            )  # fmt: skip
     return qkv_T3HP
-
-
-def rotate_backward(
-    dq_THP: Tensor, dk_THP: Tensor, dv_THP: Tensor, cos_MR: Tensor, sin_MR: Tensor, position_T: Tensor
-) -> Tensor:
-    """dqkv_T3HP of `rotate_backward` in pointwise.py."""
-    T, H, P = dq_THP.shape
-    dqkv_T3HP = dq_THP.new_empty(T, 3, H, P)
-    if T and not cos_MR.shape[1]:
-        return torch.stack([dq_THP, dk_THP, dv_THP], dim=1)
-    if T:
-        for i, d_THP in enumerate((dq_THP, dk_THP)):
-            d_THP = d_THP if d_THP.stride(2) == 1 else d_THP.contiguous()
-            _turn(d_THP, dqkv_T3HP[:, i], (cos_MR, sin_MR, position_T), back=True, copy=True)
-        dqkv_T3HP[:, 2].copy_(dv_THP)
-    return dqkv_T3HP
 
 
 def softplus_forward(raw_TH: Tensor, bias_H: Tensor) -> Tensor:

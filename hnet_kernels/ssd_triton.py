@@ -375,15 +375,15 @@ def _gradients_within(
         flow_QQ = dscores_h_QQ * scores_QQ
         dgain_Q = tl.sum(flow_QQ, 1)
         inside_Q = tl.sum(flow_QQ * gain_Q[:, None], 0) - dgain_Q * gain_Q
-        weights_QQ = (within_QQ * scores_QQ).to(x_QP.dtype)
+        weights_QQ = within_QQ * scores_QQ * gain_Q[:, None]
+        if HAS_D:  # the skip is a weight of a token for itself; no decay acts there, so x . dy is on the diagonal
+            itself_QQ = q[:, None] == q[None, :]
+            weights_QQ += tl.where(itself_QQ, tl.load(D_ptr + h), 0.0)
+            tl.store(dD_ptr + c * H + h, tl.sum(tl.sum(tl.where(itself_QQ, dscores_h_QQ, 0.0), 1), 0))
 
         dinput_QP = tl.dot(B_QN, tl.trans(dstate_PN), input_precision="ieee") * end_Q[:, None]
         later_Q = tl.sum(x_QP * dinput_QP, 1)
-        dinput_QP = tl.dot(weights_QQ, dy_QP, dinput_QP, input_precision="ieee")
-        dinput_QP *= gain_Q[:, None]
-        if HAS_D:
-            dinput_QP += tl.load(D_ptr + h) * dy_QP
-            tl.store(dD_ptr + c * H + h, tl.sum(tl.sum(x_QP.to(tl.float32) * dy_QP, 1), 0))
+        dinput_QP = tl.dot(weights_QQ.to(x_QP.dtype), dy_QP, dinput_QP * gain_Q[:, None], input_precision="ieee")
         dx_desc.store([c * Q, h * P], dinput_QP.to(x_QP.dtype))
         tl.store(flows_ptr + INSIDE * H * padded + at, inside_Q)
         tl.store(flows_ptr + LATER * H * padded + at, later_Q * gain_Q)

@@ -9,12 +9,12 @@ hnet_trainable.py; tests compare both in float64. Legend: as in hnet_trainable.p
 import torch
 from torch import Tensor
 
-from hnet_kernels import attention, causal_conv_silu
+from hnet_kernels import causal_conv_silu
+from hnet_kernels.attention import packed_attention, packed_attention_backward
 from hnet_kernels.conv import causal_conv_silu_backward_to
 from hnet_kernels.norm import add_norm_backward, add_norm_forward, gated_norm_backward, gated_norm_forward
 from hnet_kernels.pointwise import (
     rotate_,
-    rotate_backward,
     softplus_backward,
     softplus_forward,
     swiglu_backward,
@@ -94,21 +94,20 @@ class AttentionBranch(torch.autograd.Function):
         residual_TD, x_TD, scale_T = add_norm_forward(residual_TD, delta_TD, norm_D, NORM_EPS)
         qkv_T3HP = (x_TD @ Wqkv.T).unflatten(-1, (3, n_heads, -1))
         rotate_(qkv_T3HP, packing.cos_MR, packing.sin_MR, packing.position_T)
-        with torch.enable_grad():
-            ctx.qkv = [x.detach().requires_grad_() for x in qkv_T3HP.unbind(1)]
-            ctx.o = attention(*ctx.qkv, packing.cu_seqlens, len(packing.cos_MR), window)
-        o_TD = ctx.o.detach().flatten(1)
-        ctx.packing = packing
-        ctx.save_for_backward(residual_TD, scale_T, x_TD, o_TD, norm_D, Wqkv, out_proj)
-        return residual_TD, o_TD @ out_proj.T
+        attended = packed_attention(qkv_T3HP, packing.cu_seqlens, len(packing.cos_MR), window)
+        ctx.packing, ctx.window, ctx.attended = packing, window, attended
+        ctx.save_for_backward(residual_TD, scale_T, x_TD, qkv_T3HP, norm_D, Wqkv, out_proj)
+        return residual_TD, attended.o_THP.flatten(1) @ out_proj.T
 
     @staticmethod
     def backward(ctx, dresidual_TD: Tensor, dout_TD: Tensor):
-        residual_TD, scale_T, x_TD, o_TD, norm_D, Wqkv, out_proj = ctx.saved_tensors
-        tables = ctx.packing.cos_MR, ctx.packing.sin_MR, ctx.packing.position_T
-        do_THP = (dout_TD @ out_proj).view_as(ctx.o)
-        dqkv_TD = rotate_backward(*torch.autograd.grad(ctx.o, ctx.qkv, do_THP), *tables).flatten(1)
-        del ctx.o, ctx.qkv
+        residual_TD, scale_T, x_TD, qkv_T3HP, norm_D, Wqkv, out_proj = ctx.saved_tensors
+        cu_seqlens, position_T, *tables = ctx.packing
+        o_THP, window = ctx.attended.o_THP, ctx.window
+        do_THP = (dout_TD @ out_proj).view_as(o_THP)
+        dqkv_T3HP = packed_attention_backward(do_THP, qkv_T3HP, ctx.attended, cu_seqlens, window)
+        dqkv_TD, o_TD = rotate_(dqkv_T3HP, *tables, position_T, back=True).flatten(1), o_THP.flatten(1)
+        del ctx.attended
         gradients = add_norm_backward(dqkv_TD @ Wqkv, dresidual_TD, residual_TD, scale_T, norm_D)
         return _wanted(ctx, 2, *gradients, dqkv_TD.T @ x_TD, dout_TD.T @ o_TD)
 

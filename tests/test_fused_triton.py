@@ -24,6 +24,7 @@ from hnet_kernels import norm, pointwise, ssd  # noqa: E402
 from hnet_kernels.conv import causal_conv_silu_backward_to  # noqa: E402
 from hnet_kernels.ssd import scan_backward, ssd_skip_backward, ssd_skip_forward  # noqa: E402
 
+attention = importlib.import_module("hnet_kernels.attention")
 AWKWARD = [1, 2, 63, 64, 65, 257]
 EPS = 1e-5
 # Elementwise float32, sums of up to some thousand terms of both signs: 1e-7 each, 1e-6 together; the scan's decays come
@@ -98,16 +99,29 @@ def rotary_case(new: Inputs, lengths: list[int], H: int, P: int, R: int):
     position = torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths]).to(new.device)
     angles = torch.arange(max(lengths))[:, None] * 10000.0 ** (-torch.arange(R) / max(R, 1))
     tables = angles.cos().to(new.device), angles.sin().to(new.device)
-    qkv, *dqkv = new(T, 3, H, P), new(T, H, P), new(T, H, P), new(T, H, P)
+    qkv, dqkv = new(T, 3, H, P), new(T, 3, H, P)
     leaf = exact(qkv).requires_grad_()
-    cos, sin = (exact(t)[exact(position)][:, None] for t in tables)
+    cos, sin = (exact(t)[exact(position)][:, None, None] for t in tables)
     a, b, rest = leaf[:, :2, :, :R], leaf[:, :2, :, R : 2 * R], leaf[:, :2, :, 2 * R :]
-    cos, sin = cos[:, None], sin[:, None]
     turned = torch.cat([torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1), leaf[:, 2:]], 1)
-    found = {"dqkv": pointwise.rotate_backward(*dqkv, *tables, position)}
-    found["qkv"] = pointwise.rotate_(qkv, *tables, position)
-    gradient = torch.autograd.grad(turned, leaf, exact(torch.stack(dqkv, 1)))[0]
+    gradient = torch.autograd.grad(turned, leaf, exact(dqkv))[0]
+    found = {"qkv": pointwise.rotate_(qkv, *tables, position)}
+    found["dqkv"] = pointwise.rotate_(dqkv, *tables, position, back=True)
     return found, {"dqkv": gradient, "qkv": turned}
+
+
+def attention_case(new: Inputs, lengths: list[int], H: int, P: int, window: int = -1, empty: int = 3):
+    """With empty documents among the others and at the end."""
+    T = sum(lengths)
+    ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+    cu = torch.cat([ends[:1], ends, ends[-1:].repeat(empty)]).to(new.device)
+    qkv, do = new(T, 3, H, P), new(T, H, P)
+    attended = attention.packed_attention(qkv, cu, max(lengths), window)
+    dqkv = attention.packed_attention_backward(do, qkv, attended, cu, window)
+    leaf = exact(qkv).requires_grad_()
+    o = attention.attention_definition(*leaf.unbind(1), cu.cpu(), window)
+    wanted = {"o": o} | dict(zip(("dq", "dk", "dv"), torch.autograd.grad(o, leaf, exact(do))[0].unbind(1)))
+    return {"o": attended.o_THP} | dict(zip(("dq", "dk", "dv"), dqkv.unbind(1))), wanted
 
 
 def softplus_case(new: Inputs, T: int, H: int):
@@ -166,6 +180,9 @@ CASES = {
     "rotary": lambda new: rotary_case(new, [1, 2, 40], H=3, P=24, R=6),
     "rotary of whole heads": lambda new: rotary_case(new, [9], H=1, P=8, R=4),
     "no rotary": lambda new: rotary_case(new, [9], H=2, P=8, R=0),
+    "attention": lambda new: attention_case(new, AWKWARD, H=2, P=16),
+    "attention in a window": lambda new: attention_case(new, [1, 200, 65], H=1, P=32, window=63),
+    "attention to itself and the one before": lambda new: attention_case(new, [130], H=1, P=16, window=1, empty=0),
     "softplus": lambda new: softplus_case(new, 70, 5),
     "scan": lambda new: scan_case(new, AWKWARD, H=2, N=16),
 }
@@ -174,6 +191,9 @@ LARGE = {
     "gated_norm, large": lambda new: gated_norm_case(new, 5000, 3072),
     "swiglu, large": lambda new: swiglu_case(new, 3000, 2688),
     "rotary, large": lambda new: rotary_case(new, [*AWKWARD, 3000], H=16, P=64, R=16),
+    "attention, large": lambda new: attention_case(new, [*AWKWARD, 1475, 1024], H=16, P=64),
+    "attention in a window, large": lambda new: attention_case(new, [3000, 1], H=8, P=64, window=1023),
+    "attention, heads of 128": lambda new: attention_case(new, [700, 300], H=4, P=128),
     "scan, large": lambda new: scan_case(new, [*AWKWARD, 3000], H=16, N=128),
 }
 
@@ -226,6 +246,8 @@ def test_definitions_match_autograd(name):
 @pytest.mark.parametrize("name", [*CASES, *LARGE])
 def test_on_gpu(name, dtype):
     tolerance = TOLERANCE[dtype]
+    if "attention" in name and dtype == torch.float32:
+        pytest.skip("the kernels take 16 bits")
     if "scan" in name and dtype == torch.float32:
         tolerance = 5e-5  # see test_ssd_triton.py: decays of up to e^-20 a token
     check(distances(name, dtype, "cuda"), tolerance)
@@ -234,6 +256,11 @@ def test_on_gpu(name, dtype):
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") == "1"
     torch.set_num_threads(1)
-    for module in (norm, pointwise, *(importlib.import_module(f"hnet_kernels.{n}") for n in ("ssd", "conv"))):
+    for module in (
+        norm,
+        pointwise,
+        *(importlib.import_module(f"hnet_kernels.{n}") for n in ("ssd", "conv")),
+        attention,
+    ):
         module.use_fast = lambda operation, device, dtype, obstacle: dtype != torch.float64
     print(json.dumps({name: distances(name, torch.float32, "cpu") for name in CASES}))
