@@ -145,7 +145,8 @@ def _sum_chunks(x_ptr, start_ptr, sum_ptr, T, C, D, ROWS: tl.constexpr, BLOCK_D:
     for t in range(first, end, ROWS):
         row = t + tl.arange(0, ROWS)
         tile = row.to(tl.int64)[:, None] * D + d[None, :]
-        total += tl.sum(tl.load(x_ptr + tile, mask=(row < end)[:, None] & (d < D)[None, :], other=0.0), 0)
+        x = tl.load(x_ptr + tile, mask=(row < end)[:, None] & (d < D)[None, :], other=0.0)
+        total += tl.sum(x.to(tl.float32), 0)
     tl.store(sum_ptr + k.to(tl.int64) * D + d, total, mask=d < D)
 
 
@@ -195,9 +196,9 @@ def ema_backward(dz_CD: Tensor, y_CD: Tensor, p_C: Tensor, z_CD: Tensor, cu_seql
 
 
 def sum_chunks(x_TD: Tensor, start_C: Tensor) -> Tensor:
-    """(C, D) of `sum_chunks` in ema.py. x_TD: float32."""
+    """(C, D), float32, of `sum_chunks` in ema.py. x_TD: float32 or of 16 bits."""
     (T, D), C = x_TD.shape, len(start_C)
-    x_TD, sum_CD = x_TD.contiguous(), x_TD.new_empty(C, D)
+    x_TD, sum_CD = x_TD.contiguous(), x_TD.new_empty(C, D, dtype=torch.float32)
     with torch.cuda.device_of(x_TD):
         _sum_chunks[(triton.cdiv(D, SUM_CHANNELS), C)](
             x_TD, start_C, sum_CD, T, C, D, ROWS=SUM_ROWS, BLOCK_D=SUM_CHANNELS, num_warps=SUM_WARPS

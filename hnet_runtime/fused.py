@@ -1,15 +1,18 @@
-"""Stacks of blocks with their backward written out: what `Isotropic.forward` computes, in fewer passes over memory.
+"""The model with its backward written out: what hnet_trainable.py computes, in fewer passes over memory.
 
 A block is one or two branches, a mixer and perhaps an MLP, each behind a norm. Here a branch takes the residual stream
 and `delta`, what the branch before it adds to that; so the sum and the norm of it are one kernel, and backwards too.
-Gradients of parts of a matrix product's output are written into one tensor. The maths is the model's, its text in
-hnet_trainable.py; tests compare both in float64. Legend: as in hnet_trainable.py.
+Gradients of parts of a matrix product's output are written into one tensor. The maths is that of hnet_trainable.py;
+tests compare the two in float64. Legend: as in hnet_trainable.py.
 """
 
-import torch
-from torch import Tensor
+import functools
 
-from hnet_kernels import causal_conv_silu
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hnet_kernels import causal_conv_silu, ema_backward, ema_forward
 from hnet_kernels.attention import packed_attention, packed_attention_backward
 from hnet_kernels.conv import causal_conv_silu_backward_to
 from hnet_kernels.norm import add_norm_backward, add_norm_forward, gated_norm_backward, gated_norm_forward
@@ -20,15 +23,110 @@ from hnet_kernels.pointwise import (
     swiglu_backward,
     swiglu_forward,
 )
+from hnet_kernels.router import boundary_backward, boundary_forward, upsample_backward, upsample_forward
 from hnet_kernels.ssd import ssd_skip_backward, ssd_skip_forward
-from hnet_trainable import HEADDIM, NORM_EPS, HNetLM, Isotropic, Packing
+from hnet_trainable import (
+    EMA_CLAMP,
+    HEADDIM,
+    NORM_EPS,
+    HNet,
+    HNetLM,
+    Isotropic,
+    Packing,
+    RoutingModule,
+    StageOutput,
+    cu_seqlens,
+    nested_like,
+    on_values,
+    positions,
+)
 
 
-def fuse_stacks(model: HNetLM) -> None:
-    """Let every stack of blocks of the model run as here."""
+def fuse(model: HNetLM) -> None:
+    """Let the model compute as is written here: its stacks of blocks, routers, ways out of a stage, and embeddings."""
     for module in model.modules():
         if isinstance(module, Isotropic):
-            module.forward = lambda x_TD, packing, stack=module: run_stack(stack, x_TD, packing)
+            module.forward = functools.partial(run_stack, module)
+        elif isinstance(module, RoutingModule):
+            module.forward = functools.partial(_route, module)
+        elif isinstance(module, HNet):
+            module.leave = functools.partial(_leave, module)
+    model.embeddings.forward = functools.partial(_embed, model.embeddings)
+
+
+def _embed(embeddings: nn.Embedding, iids: Tensor) -> Tensor:
+    return nested_like(Embed.apply(iids.values(), embeddings.weight), iids)
+
+
+def _route(router: RoutingModule, x_BjD: Tensor) -> StageOutput:
+    weights = router.q_proj_layer.weight, router.k_proj_layer.weight
+    p_T = Route.apply(x_BjD.values(), positions(x_BjD), *weights)
+    p_Bj, b_T = nested_like(p_T, x_BjD), p_T.detach() > 0.5
+    return StageOutput(p_Bj, nested_like(b_T, p_Bj), b_T.to(p_T.dtype).mean(), p_T.mean())
+
+
+def _leave(hnet: HNet, y_BkD: Tensor, stage: StageOutput, residual_BjD: Tensor) -> Tensor:
+    p_Bj, b_Bj = stage.boundary_prob, stage.boundary_mask
+    x_TD = Upsample.apply(y_BkD.values(), p_Bj.values(), b_Bj.values(), cu_seqlens(y_BkD), residual_BjD.values())
+    return on_values(hnet.decoder, nested_like(x_TD, p_Bj))[..., : hnet.outer_width]
+
+
+class Embed(torch.autograd.Function):
+    """Rows of the embeddings. Gradient: of them, as a product with one-hot rows, whose sum has no order to vary."""
+
+    @staticmethod
+    def forward(ctx, iids_T: Tensor, weight_VD: Tensor) -> Tensor:
+        ctx.save_for_backward(iids_T)
+        ctx.V = len(weight_VD)
+        return weight_VD[iids_T]
+
+    @staticmethod
+    def backward(ctx, dx_TD: Tensor):
+        (iids_T,) = ctx.saved_tensors
+        hot_VT = torch.arange(ctx.V, device=iids_T.device)[:, None] == iids_T
+        return None, hot_VT.to(dx_TD.dtype) @ dx_TD
+
+
+class Route(torch.autograd.Function):
+    """Router (eq. 4): x_TD -> p_T. Gradients: of x and both weights; what has none: see `BoundaryProbability`."""
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, position_T: Tensor, Wq: Tensor, Wk: Tensor) -> Tensor:
+        q_TD, k_TD = x_TD @ Wq.T, x_TD @ Wk.T
+        ctx.save_for_backward(x_TD, q_TD, k_TD, position_T, Wq, Wk)
+        return boundary_forward(q_TD, k_TD, position_T)
+
+    @staticmethod
+    def backward(ctx, dp_T: Tensor):
+        x_TD, q_TD, k_TD, position_T, Wq, Wk = ctx.saved_tensors
+        dq_TD, dk_TD = boundary_backward(dp_T, q_TD, k_TD, position_T)
+        return torch.addmm(dq_TD @ Wq, dk_TD, Wk), None, dq_TD.T @ x_TD, dk_TD.T @ x_TD
+
+
+class Upsample(torch.autograd.Function):
+    """Smoothing, upsampling and residual (eq. 5 to 9): y_CD, p_T, b_T, residual_TD -> x_TD in y's dtype.
+
+    Gradients: of y, p and the residual; what has none: see `EmaUpsample` and `StraightThrough`.
+    """
+
+    @staticmethod
+    def forward(ctx, y_CD: Tensor, p_T: Tensor, b_T: Tensor, cu: Tensor, residual_TD: Tensor) -> Tensor:
+        chunk_T = b_T.cumsum(0) - 1
+        kept_C = torch.nonzero_static(b_T, size=len(y_CD), fill_value=len(p_T)).squeeze(1)
+        raw_C = F.pad(p_T, (0, 1))[kept_C]
+        P_C = raw_C.clamp(EMA_CLAMP, 1 - EMA_CLAMP)
+        z_CD = ema_forward(y_CD, P_C, cu)
+        ctx.save_for_backward(y_CD, b_T, chunk_T, kept_C, raw_C == P_C, P_C, z_CD, cu)
+        return upsample_forward(z_CD, chunk_T, residual_TD, y_CD.dtype)
+
+    @staticmethod
+    def backward(ctx, dx_TD: Tensor):
+        y_CD, b_T, chunk_T, kept_C, inside_C, P_C, z_CD, cu = ctx.saved_tensors
+        dresidual_TD, dconfidence_T, dz_CD = upsample_backward(dx_TD, z_CD, chunk_T, kept_C)
+        dy_CD, dP_C = ema_backward(dz_CD, y_CD, P_C, z_CD, cu)
+        dp_T = F.pad(torch.where(b_T, dconfidence_T, -dconfidence_T), (0, 1))  # eq. 6
+        dp_T.index_add_(0, kept_C, dP_C * inside_C)
+        return dy_CD, dp_T[:-1], None, None, dresidual_TD
 
 
 def run_stack(stack: Isotropic, x_TD: Tensor, packing: Packing) -> Tensor:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nested import nested_tensor_from_jagged
 
-from hnet_runtime.fused import fuse_stacks
+from hnet_runtime.fused import fuse
 from hnet_trainable import HNet, HNetConfig, HNetLM, StageOutput, chunk_offsets, nested_like, ratio_loss
 
 FLOAT32 = ("A_log", "dt_bias", "D")  # computed with in float32, as residual_proj is: no copies
@@ -163,7 +163,7 @@ class GraphedModel:
 
     `masters`: the HNetLM whose float32 parameters are trained. `model`: an HNetLM of copies in the compute dtype, for
     whoever evaluates or generates; `refresh` brings them up to date. Gradients go to the masters' `grad`, which lie in
-    one flat tensor, `gradient`. `fused`: its stacks run as fused.py writes them.
+    one flat tensor, `gradient`. `fused`: it computes as fused.py writes it.
     """
 
     def __init__(self, masters: HNetLM, compute_dtype: torch.dtype, alpha: float, fused: bool = True):
@@ -188,7 +188,7 @@ class GraphedModel:
                 self.copied.append((used.detach(), p.detach()))
             self.model.get_submodule(path)._parameters[leaf] = used
         if fused:
-            fuse_stacks(self.model)
+            fuse(self.model)
         self.levels: list[HNet] = [self.model.backbone]
         for _ in range(self.S):
             self.levels.append(self.levels[-1].main_network)

@@ -1,5 +1,5 @@
-"""The kernels of norm_triton.py and pointwise_triton.py, the scan's skip, and gradients written into longer rows, all
-against the definitions in float64: outputs, and every gradient by name.
+"""The kernels of norm, pointwise, attention and router_triton.py, the scan's skip, and gradients that are written into
+longer rows, all against the definitions in float64: outputs, and every gradient by name.
 
 Without a GPU they run under Triton's interpreter, in a process of its own: this file, run as a script, prints what
 `distances` finds. See test_ssd_triton.py.
@@ -20,7 +20,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from hnet_kernels import norm, pointwise, ssd  # noqa: E402
+from hnet_kernels import norm, pointwise, router, ssd  # noqa: E402
 from hnet_kernels.conv import causal_conv_silu_backward_to  # noqa: E402
 from hnet_kernels.ssd import scan_backward, ssd_skip_backward, ssd_skip_forward  # noqa: E402
 
@@ -124,6 +124,38 @@ def attention_case(new: Inputs, lengths: list[int], H: int, P: int, window: int 
     return {"o": attended.o_THP} | dict(zip(("dq", "dk", "dv"), dqkv.unbind(1))), wanted
 
 
+def router_case(new: Inputs, lengths: list[int], D: int):
+    T = sum(lengths)
+    position = torch.cat([torch.arange(n) for n in lengths]).to(new.device)
+    q, k, dp = new(T, D), new(T, D), new(T, wide=True)
+    q[0] = 0  # no direction
+    p = router.boundary_forward(q, k, position)
+    dq, dk = router.boundary_backward(dp, q, k, position)
+    leaves = [exact(t).requires_grad_() for t in (q, k)]
+    unit = [torch.nn.functional.normalize(t, dim=-1) for t in leaves]
+    wanted = torch.where(exact(position) == 0, 1.0, (1 - (unit[0].roll(1, 0) * unit[1]).sum(-1)) / 2)
+    gradients = torch.autograd.grad(wanted, leaves, exact(dp))
+    # q[0]: 1e12 times the rest, as the definition's clamp of its length has it; compared by itself
+    rest = [torch.cat([t[1:], t[:1] * 1e-12]) for t in (dq.double(), gradients[0])]
+    return {"p": p, "dq": rest[0], "dk": dk}, {"p": wanted, "dq": rest[1], "dk": gradients[1]}
+
+
+def upsample_case(new: Inputs, T: int, C: int, D: int, spare: int):
+    """With `spare` rows of z that no token takes."""
+    start = torch.cat([torch.zeros(1, dtype=torch.int64), torch.randperm(T - 1, generator=new.generator)[: C - 1] + 1])
+    start = start.sort().values.to(new.device)
+    chunk = torch.bucketize(torch.arange(T, device=new.device), start, right=True) - 1
+    z, residual, dout = new(C + spare, D, wide=True), new(T, D, wide=True), new(T, D)
+    start = torch.nn.functional.pad(start, (0, spare), value=T)
+    out = router.upsample_forward(z, chunk, residual, new.dtype)
+    found = {"out": out} | dict(zip(("dresidual", "dscale", "dz"), router.upsample_backward(dout, z, chunk, start)))
+    leaves = [exact(residual), torch.ones(T, dtype=torch.float64), exact(z)]
+    leaves = [t.requires_grad_() for t in leaves]
+    wanted = leaves[2][chunk.cpu()] * leaves[1][:, None] + leaves[0]
+    gradients = torch.autograd.grad(wanted, leaves, exact(dout))
+    return found, {"out": wanted} | dict(zip(("dresidual", "dscale", "dz"), gradients))
+
+
 def softplus_case(new: Inputs, T: int, H: int):
     raw = (new(T, H + 8, scale=6))[:, 8:]
     bias, dout = new(H, wide=True), new(T, H, wide=True)
@@ -183,6 +215,9 @@ CASES = {
     "attention": lambda new: attention_case(new, AWKWARD, H=2, P=16),
     "attention in a window": lambda new: attention_case(new, [1, 200, 65], H=1, P=32, window=63),
     "attention to itself and the one before": lambda new: attention_case(new, [130], H=1, P=16, window=1, empty=0),
+    "router": lambda new: router_case(new, AWKWARD[:4], D=48),
+    "upsample": lambda new: upsample_case(new, 90, 30, D=48, spare=0),
+    "upsample, filled up": lambda new: upsample_case(new, 33, 9, D=64, spare=5),
     "softplus": lambda new: softplus_case(new, 70, 5),
     "scan": lambda new: scan_case(new, AWKWARD, H=2, N=16),
 }
@@ -194,6 +229,8 @@ LARGE = {
     "attention, large": lambda new: attention_case(new, [*AWKWARD, 1475, 1024], H=16, P=64),
     "attention in a window, large": lambda new: attention_case(new, [3000, 1], H=8, P=64, window=1023),
     "attention, heads of 128": lambda new: attention_case(new, [700, 300], H=4, P=128),
+    "router, large": lambda new: router_case(new, [*AWKWARD, 3000], D=512),
+    "upsample, large": lambda new: upsample_case(new, 4000, 700, D=768, spare=68),
     "scan, large": lambda new: scan_case(new, [*AWKWARD, 3000], H=16, N=128),
 }
 

@@ -1,0 +1,177 @@
+"""Time of each fast kernel at the sizes of hnet_1stage_small, and its share of what the device can do.
+
+    python benchmarks/bench_kernels.py [--only attention] [--tiles] --out FILE
+
+Prints a table: median milliseconds, bytes (each input read once, each output written once) or FLOPs, and the share of
+the device's copy bandwidth or bf16 matrix rate, both measured first. Inputs are random; chunks are those of text.
+`--tiles` times attention with other sizes of tiles. Small inputs may come from the cache.
+"""
+
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor
+from triton.testing import do_bench
+
+from hnet_kernels import attention as torch_attention
+from hnet_kernels import attention_triton, conv_triton, ema_triton, norm, pointwise, router, ssd_triton
+
+HALF, WIDE = torch.bfloat16, torch.float32
+
+
+@dataclass
+class Benchmark:
+    """What to time."""
+
+    only: str = ""
+    """Kernels whose name holds this."""
+    bytes_: int = 32768
+    """Tokens of the outer stage (T)."""
+    chunk: float = 5.55
+    """Tokens a chunk."""
+    tiles: bool = False
+    """Also attention with other tiles."""
+    out: str = ""
+    """File for the numbers."""
+
+
+def rand(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=dtype)
+
+
+def documents(T: int, longest: int) -> tuple[Tensor, Tensor]:
+    """(cu_seqlens, position_T) of documents as packed text has them: most are long, some short."""
+    ends, shares = [0], itertools.cycle((1.0, 0.35, 0.8, 1.0, 0.2, 0.55))
+    while ends[-1] < T:
+        ends.append(min(ends[-1] + int(longest * next(shares)), T))
+    cu = torch.tensor(ends, dtype=torch.int32, device="cuda")
+    lengths = cu.diff()
+    start = cu[:-1].repeat_interleave(lengths)
+    return cu, torch.arange(T, device="cuda", dtype=torch.int32) - start
+
+
+def size(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def cases(T: int, C: int) -> dict[str, tuple[Callable, float, float]]:
+    """name -> (call, bytes, FLOPs)."""
+    D, N, found = 512, 128, {}
+    for stage, rows, width in (("0", T, D), ("1", C, 2 * D)):
+        residual, delta, weight = rand(rows, width, dtype=WIDE), rand(rows, width), rand(width)
+        _, _, scale = norm.add_norm_forward(residual, delta, weight, 1e-5)
+        moved = 2 * size(residual, delta)
+        found[f"add_norm {stage}"] = lambda a=(residual, delta, weight, 1e-5): norm.add_norm_forward(*a), moved, 0
+        found[f"add_norm {stage} backward"] = (
+            lambda a=(delta, residual, residual, scale, weight): norm.add_norm_backward(*a),
+            3 * size(residual) + 2 * size(delta),
+            0,
+        )
+    projected, y, gate = rand(T, 4 * D + 2 * N + 16), rand(T, 2 * D), rand(2 * D)
+    z, xBC, raw = projected.split([2 * D, 2 * D + 2 * N, 16], dim=-1)
+    _, scale = norm.gated_norm_forward(y, z, gate, 1e-5)
+    dz = torch.empty_like(projected)[:, : 2 * D]
+    found["gated_norm"] = lambda: norm.gated_norm_forward(y, z, gate, 1e-5), 3 * size(y), 0
+    found["gated_norm backward"] = lambda: norm.gated_norm_backward(y, y, z, scale, gate, dz), 5 * size(y), 0
+    cu, position = documents(T, 8192)
+    weight, bias = rand(2 * D + 2 * N, 1, 4), rand(2 * D + 2 * N)
+    found["conv"] = lambda: conv_triton.conv_silu_forward(xBC, weight, bias, position), 2 * size(xBC), 0
+    out = torch.empty_like(projected)[:, 2 * D : 4 * D + 2 * N]
+    found["conv backward"] = (
+        lambda: conv_triton.conv_silu_backward(xBC, xBC, weight, bias, position, out), 3 * size(xBC), 0,
+    )  # fmt: skip
+    x, B, Cs = rand(T, 2 * D + 2 * N).split([2 * D, N, N], dim=-1)
+    x, dt, A, skip = x.unflatten(-1, (16, 64)), rand(T, 16, dtype=WIDE).exp() * 0.01, -rand(16, dtype=WIDE).exp(), gate
+    skip = skip[:16].float()
+    scan = 2 * 3 * x.numel() * N  # of the recurrence itself
+    found["scan"] = lambda: ssd_triton.scan_forward(x, dt, A, B, Cs, cu, skip), 2 * size(x) + 2 * size(B), scan
+    found["scan backward"] = (
+        lambda: ssd_triton.scan_backward(y.view_as(x), x, dt, A, B, Cs, cu, skip), 3 * size(x) + 4 * size(B), 2 * scan,
+    )  # fmt: skip
+    both = rand(C, 2 * 2688)
+    h = rand(C, 2688)
+    found["swiglu"] = lambda: pointwise.swiglu_forward(both), size(both, h), 0
+    found["swiglu backward"] = lambda: pointwise.swiglu_backward(h, both), 2 * size(both) + size(h), 0
+    inner_cu, inner_position = documents(C, 1475)
+    qkv, do = rand(C, 3, 16, 64), rand(C, 16, 64)
+    cos, sin = rand(2048, 16, dtype=WIDE), rand(2048, 16, dtype=WIDE)
+    found["rotary"] = lambda: pointwise.rotate_(qkv, cos, sin, inner_position), size(qkv) * 2 / 3, 0
+    o, lse = attention_triton.attention_forward(qkv, inner_cu, -1)
+    pairs = sum(n * (n + 1) / 2 for n in inner_cu.diff().tolist())
+    flops = 4 * pairs * 16 * 64
+    found["attention"] = lambda: attention_triton.attention_forward(qkv, inner_cu, -1), 4 * size(o), flops
+    found["attention backward"] = (
+        lambda: attention_triton.attention_backward(do, qkv, o, lse, inner_cu, -1), 8 * size(o), 2.5 * flops,
+    )  # fmt: skip
+    leaves = [t.detach().requires_grad_() for t in qkv.unbind(1)]
+    by_torch = torch_attention(*leaves, inner_cu, 2048)
+    found["attention, torch's flash"] = lambda: torch_attention(*leaves, inner_cu, 2048).detach(), 4 * size(o), flops
+    found["attention, torch's flash backward"] = (
+        lambda: torch.autograd.grad(by_torch, leaves, do, retain_graph=True), 8 * size(o), 2.5 * flops,
+    )  # fmt: skip
+    q, k, dp = rand(T, D), rand(T, D), rand(T, dtype=WIDE)
+    found["router"] = lambda: router.boundary_forward(q, k, position), 2 * size(q), 0
+    found["router backward"] = lambda: router.boundary_backward(dp, q, k, position), 4 * size(q), 0
+    start = torch.linspace(0, T - 1, C, device="cuda").long()
+    chunk = torch.bucketize(torch.arange(T, device="cuda"), start, right=True) - 1
+    zs, residual = rand(C, D, dtype=WIDE), rand(T, D, dtype=WIDE)
+    found["upsample"] = lambda: router.upsample_forward(zs, chunk, residual, HALF), size(zs, residual, q), 0
+    found["upsample backward"] = (
+        lambda: router.upsample_backward(q, zs, chunk, start), 2 * size(q) + 2 * size(zs) + size(residual), 0,
+    )  # fmt: skip
+    ys, p = rand(C, D), torch.rand(C, device="cuda")
+    found["smoothing"] = lambda: ema_triton.ema_forward(ys, p, inner_cu), 2 * size(ys) + size(zs), 0
+    return found
+
+
+def ceilings() -> tuple[float, float]:
+    """Bytes a second of a large copy, read and written, and FLOP/s of a large product."""
+    a, b = torch.empty(2, 1 << 31, dtype=torch.uint8, device="cuda")
+    m, n = rand(8192, 8192), rand(8192, 8192)
+    return 2e3 * a.numel() / do_bench(lambda: b.copy_(a)), 2e3 * 8192**3 / do_bench(lambda: m @ n)
+
+
+def main(args: Benchmark) -> None:
+    if not torch.cuda.is_available():
+        sys.exit("bench_kernels.py: needs a CUDA device")
+    bandwidth, rate = ceilings()
+    name = torch.cuda.get_device_name()
+    print(f"{name}, torch {torch.__version__}: copy {bandwidth / 1e12:.2f} TB/s, product {rate / 1e12:.0f} TFLOP/s")
+    rows, all_cases = [], cases(args.bytes_, round(args.bytes_ / args.chunk))
+
+    def time_(label: str, call: Callable, moved: float, flops: float) -> None:
+        try:
+            ms = do_bench(call, warmup=10, rep=40, return_mode="median")
+        except Exception as error:  # a choice of tiles may need more shared memory than there is
+            print(f"{label:45} {type(error).__name__}")
+            return
+        by_bytes, by_flops = moved / bandwidth / ms * 1e3, flops / rate / ms * 1e3
+        rows.append({"kernel": label, "ms": ms, "bytes": moved, "flops": flops, "share": max(by_bytes, by_flops)})
+        print(
+            f"{label:45} {ms:7.3f} ms  {moved / 1e6:7.0f} MB {by_bytes:4.0%}  {flops / 1e9:7.1f} GFLOP {by_flops:4.0%}"
+        )
+
+    for label, case in all_cases.items():
+        if args.only in label:
+            time_(label, *case)
+    if args.tiles:
+        for direction, M, N, warps, stages in itertools.product(
+            ("FORWARD", "KEYS", "QUERIES"), (64, 128), (32, 64, 128), (4, 8), (2, 3)
+        ):
+            before = getattr(attention_triton, direction)
+            setattr(attention_triton, direction, attention_triton.Tiles(M, N, warps, stages))
+            part = "attention" if direction == "FORWARD" else "attention backward"
+            time_(f"{part}, {direction} {M} {N} {warps} {stages}", *all_cases[part])
+            setattr(attention_triton, direction, before)
+    if args.out:
+        Path(args.out).write_text(json.dumps({"device": name, "torch": torch.__version__, "kernels": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Benchmark))

@@ -1,0 +1,86 @@
+"""What surrounds an inner network, in few passes over memory: the router's probabilities, upsampling onto the residual.
+
+Legend: T tokens, C chunks, D channels. Everything is computed in at least float32.
+
+This file has the definitions and the choice; the Triton kernels that run on a GPU are in router_triton.py.
+"""
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from hnet_kernels.dispatch import use_fast
+from hnet_kernels.ema import sum_chunks
+
+WIDEST = 8192  # channels: a row must fit into the registers of one program
+
+
+def _fast(operation: str, x_TD: Tensor) -> bool:
+    obstacle = None
+    if x_TD.device.type != "cuda":
+        obstacle = "no CUDA device"
+    elif x_TD.dtype == torch.float64:
+        obstacle = "dtype float64"
+    elif x_TD.shape[1] > WIDEST:
+        obstacle = f"{x_TD.shape[1]} channels, more than {WIDEST}"
+    elif importlib.util.find_spec("triton") is None:
+        obstacle = "no triton"
+    return use_fast(operation, x_TD.device.type, x_TD.dtype, obstacle)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _units(q_TD: Tensor, k_TD: Tensor) -> tuple[Tensor, ...]:
+    """q of the token before, and k, in unit length; and their lengths (T, 1)."""
+    q, k = _wide(q_TD).roll(1, 0), _wide(k_TD)
+    q_T1, k_T1 = (x.norm(dim=-1, keepdim=True).clamp_min(1e-12) for x in (q, k))
+    return q / q_T1, k / k_T1, q_T1, k_T1
+
+
+def boundary_forward(q_TD: Tensor, k_TD: Tensor, position_T: Tensor) -> Tensor:
+    """p_t = (1 - cos(q_{t-1}, k_t)) / 2 in [0, 1], and 1 where position_T is 0. Returns p_T in at least float32."""
+    if _fast("router", q_TD):
+        from hnet_kernels import router_triton  # not above: triton is not everywhere
+
+        return router_triton.boundary_forward(q_TD, k_TD, position_T)
+    q, k, *_ = _units(q_TD, k_TD)
+    return ((1 - (q * k).sum(-1)) / 2).clamp(0, 1).masked_fill(position_T == 0, 1.0)
+
+
+def boundary_backward(dp_T: Tensor, q_TD: Tensor, k_TD: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor]:
+    """(dq_TD, dk_TD) of `boundary_forward`; none where p is a constant, or was clamped."""
+    if _fast("router", q_TD):
+        from hnet_kernels import router_triton
+
+        return router_triton.boundary_backward(dp_T, q_TD, k_TD, position_T)
+    q, k, q_T1, k_T1 = _units(q_TD, k_TD)
+    cos_T1 = (q * k).sum(-1, keepdim=True)
+    constant_T1 = (position_T == 0)[:, None] | (cos_T1.abs() > 1)
+    dcos_T1 = (-dp_T[:, None] / 2).masked_fill(constant_T1, 0)
+    dq_TD = (dcos_T1 * (k - cos_T1 * q) / q_T1).roll(-1, 0)
+    return dq_TD.to(q_TD.dtype), (dcos_T1 * (q - cos_T1 * k) / k_T1).to(k_TD.dtype)
+
+
+def upsample_forward(z_CD: Tensor, chunk_T: Tensor, residual_TD: Tensor, dtype: torch.dtype) -> Tensor:
+    """z of each token's chunk + residual, in dtype. z_CD, residual_TD: float32 or float64; chunk_T: int64."""
+    if _fast("upsample", z_CD):
+        from hnet_kernels import router_triton
+
+        return router_triton.upsample_forward(z_CD, chunk_T, residual_TD, dtype)
+    return (z_CD[chunk_T] + residual_TD).to(dtype)
+
+
+def upsample_backward(dout_TD: Tensor, z_CD: Tensor, chunk_T: Tensor, start_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(dresidual_TD, dscale_T, dz_CD), the middle one of a factor that each token's z had, which was 1; in z's dtype.
+
+    start_C: int64, the first token of each chunk, growing from 0, T for a chunk without tokens.
+    """
+    if _fast("upsample", z_CD):
+        from hnet_kernels import router_triton
+
+        return router_triton.upsample_backward(dout_TD, z_CD, chunk_T, start_C)
+    dresidual_TD = dout_TD.to(z_CD.dtype)
+    return dresidual_TD, (z_CD[chunk_T] * dresidual_TD).sum(-1), sum_chunks(dresidual_TD, start_C)

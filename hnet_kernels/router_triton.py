@@ -1,0 +1,130 @@
+"""Triton kernels for the operations of router.py, where the definitions are.
+
+Legend: T tokens, C chunks, D channels. All are bound by memory: a program takes a few rows whole, each read once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hnet_kernels.ema_triton import sum_chunks
+
+TILE = 2048  # elements of a program's rows
+
+
+@triton.jit
+def _cosine(q_ptr, k_ptr, row, before, d, inside, D):
+    """q of the token before, and k, in unit length; one over their lengths; their product."""
+    q = tl.load(q_ptr + before * D + d, mask=inside, other=0.0).to(tl.float32)
+    k = tl.load(k_ptr + row * D + d, mask=inside, other=0.0).to(tl.float32)
+    over_q = 1 / tl.maximum(tl.sqrt(tl.sum(q * q, 1)), 1e-12)
+    over_k = 1 / tl.maximum(tl.sqrt(tl.sum(k * k, 1)), 1e-12)
+    q, k = q * over_q[:, None], k * over_k[:, None]
+    return q, k, over_q, over_k, tl.sum(q * k, 1)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _boundary(q_ptr, k_ptr, position_ptr, p_ptr, T, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    inside = (t < T)[:, None] & (d < D)
+    row = t.to(tl.int64)[:, None]
+    before = tl.where(row > 0, row - 1, T - 1)
+    _, _, _, _, cos = _cosine(q_ptr, k_ptr, row, before, d, inside, D)
+    p = tl.minimum(tl.maximum((1 - cos) / 2, 0.0), 1.0)
+    position = tl.load(position_ptr + t, mask=t < T, other=0)
+    tl.store(p_ptr + t, tl.where(position == 0, 1.0, p), mask=t < T)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _boundary_backward(
+    dp_ptr, q_ptr, k_ptr, position_ptr, dq_ptr, dk_ptr, T,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    inside = (t < T)[:, None] & (d < D)
+    row = t.to(tl.int64)[:, None]
+    before = tl.where(row > 0, row - 1, T - 1)
+    q, k, over_q, over_k, cos = _cosine(q_ptr, k_ptr, row, before, d, inside, D)
+    position = tl.load(position_ptr + t, mask=t < T, other=0)
+    dcos = tl.load(dp_ptr + t, mask=t < T, other=0.0) / -2
+    dcos = tl.where((position == 0) | (tl.abs(cos) > 1), 0.0, dcos)
+    dq = (dcos * over_q)[:, None] * (k - cos[:, None] * q)
+    dk = (dcos * over_k)[:, None] * (q - cos[:, None] * k)
+    tl.store(dq_ptr + before * D + d, dq.to(dq_ptr.dtype.element_ty), mask=inside)
+    tl.store(dk_ptr + row * D + d, dk.to(dk_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _upsample(z_ptr, chunk_ptr, residual_ptr, out_ptr, T, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    inside = (t < T)[:, None] & (d < D)
+    row = t.to(tl.int64)[:, None]
+    chunk = tl.load(chunk_ptr + t, mask=t < T, other=0)[:, None]
+    out = tl.load(z_ptr + chunk * D + d, mask=inside, other=0.0)
+    out += tl.load(residual_ptr + row * D + d, mask=inside, other=0.0)
+    tl.store(out_ptr + row * D + d, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _upsample_backward(
+    dout_ptr, z_ptr, chunk_ptr, dresidual_ptr, dscale_ptr, T,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    inside = (t < T)[:, None] & (d < D)
+    row = t.to(tl.int64)[:, None]
+    dout = tl.load(dout_ptr + row * D + d, mask=inside, other=0.0).to(tl.float32)
+    chunk = tl.load(chunk_ptr + t, mask=t < T, other=0)[:, None]
+    z = tl.load(z_ptr + chunk * D + d, mask=inside, other=0.0)
+    tl.store(dresidual_ptr + row * D + d, dout, mask=inside)
+    tl.store(dscale_ptr + t, tl.sum(z * dout, 1), mask=t < T)
+
+
+def _blocks(x_TD: Tensor) -> tuple[tuple[int], dict[str, int]]:
+    T, D = x_TD.shape
+    block = triton.next_power_of_2(D)
+    rows = max(1, TILE // block)
+    return (triton.cdiv(T, rows),), {"D": D, "BLOCK_D": block, "ROWS": rows}
+
+
+def boundary_forward(q_TD: Tensor, k_TD: Tensor, position_T: Tensor) -> Tensor:
+    """p_T (float32) of `boundary_forward` in router.py."""
+    q_TD, k_TD, p_T = q_TD.contiguous(), k_TD.contiguous(), q_TD.new_empty(len(q_TD), dtype=torch.float32)
+    grid, blocks = _blocks(q_TD)
+    with torch.cuda.device_of(q_TD):
+        _boundary[grid](q_TD, k_TD, position_T, p_T, len(q_TD), **blocks)
+    return p_T
+
+
+def boundary_backward(dp_T: Tensor, q_TD: Tensor, k_TD: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor]:
+    """(dq_TD, dk_TD) of `boundary_backward` in router.py."""
+    q_TD, k_TD = q_TD.contiguous(), k_TD.contiguous()
+    dq_TD, dk_TD = (x.new_empty(x.shape) for x in (q_TD, k_TD))
+    grid, blocks = _blocks(q_TD)
+    with torch.cuda.device_of(q_TD):
+        _boundary_backward[grid](dp_T.contiguous(), q_TD, k_TD, position_T, dq_TD, dk_TD, len(q_TD), **blocks)
+    return dq_TD, dk_TD
+
+
+def upsample_forward(z_CD: Tensor, chunk_T: Tensor, residual_TD: Tensor, dtype: torch.dtype) -> Tensor:
+    """`upsample_forward` of router.py."""
+    residual_TD, out_TD = residual_TD.contiguous(), residual_TD.new_empty(residual_TD.shape, dtype=dtype)
+    grid, blocks = _blocks(residual_TD)
+    with torch.cuda.device_of(z_CD):
+        _upsample[grid](z_CD.contiguous(), chunk_T, residual_TD, out_TD, len(chunk_T), **blocks)
+    return out_TD
+
+
+def upsample_backward(dout_TD: Tensor, z_CD: Tensor, chunk_T: Tensor, start_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`upsample_backward` of router.py."""
+    dout_TD = dout_TD.contiguous()
+    dresidual_TD, dscale_T = z_CD.new_empty(dout_TD.shape), z_CD.new_empty(len(dout_TD))
+    grid, blocks = _blocks(dout_TD)
+    with torch.cuda.device_of(z_CD):
+        _upsample_backward[grid](dout_TD, z_CD.contiguous(), chunk_T, dresidual_TD, dscale_T, len(chunk_T), **blocks)
+    return dresidual_TD, dscale_T, sum_chunks(dout_TD, start_C)
