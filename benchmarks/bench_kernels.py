@@ -1,10 +1,10 @@
 """Time of each fast kernel at the sizes of hnet_1stage_small, and its share of what the device can do.
 
-    python benchmarks/bench_kernels.py [--only attention] [--tiles] --out FILE
+    python benchmarks/bench_kernels.py [--only attention] [--sweep] --out FILE
 
 Prints a table: median milliseconds, bytes (each input read once, each output written once) or FLOPs, and the share of
 the device's copy bandwidth or bf16 matrix rate, both measured first. Inputs are random; chunks are those of text.
-`--tiles` times attention with other sizes of tiles. Small inputs may come from the cache.
+Small inputs may come from the cache.
 """
 
 import itertools
@@ -20,9 +20,31 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from hnet_kernels import attention as torch_attention
-from hnet_kernels import attention_triton, conv_triton, ema_triton, norm, pointwise, router, ssd_triton
+from hnet_kernels import attention_triton, conv_triton, ema_triton, norm, norm_triton, pointwise, router, ssd_triton
 
 HALF, WIDE = torch.bfloat16, torch.float32
+
+
+TILES = ("FORWARD", "KEYS", "QUERIES")
+_ATTENTION = {  # (queries, keys, warps, stages)
+    "FORWARD": [(64, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 128, 4, 2)],
+    "KEYS": [(64, 128, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (32, 128, 4, 3), (64, 128, 8, 3), (128, 64, 4, 2)],
+    "QUERIES": [(128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 2)],
+}
+_ROWS = [{"TILE": tile, "PER_MULTIPROCESSOR": n} for tile, n in ((4096, 2), (4096, 8), (2048, 8), (8192, 2))]
+_WALKS = [
+    {"RUN": run, "CHANNELS": c, "WARPS": w} for run, c, w in ((64, 128, 1), (32, 256, 2), (32, 256, 1), (64, 64, 1))
+]
+SWEEP = [  # (name, module, what to set its constants to)
+    (
+        "attention" if d == "FORWARD" else "attention backward",
+        attention_triton,
+        [{d: attention_triton.Tiles(*c)} for c in cs],
+    )
+    for d, cs in _ATTENTION.items()
+]
+SWEEP += [(name, norm_triton, _ROWS) for name in ("add_norm 0 backward", "gated_norm backward")]
+SWEEP += [(name, conv_triton, _WALKS) for name in ("conv", "conv backward")]
 
 
 @dataclass
@@ -31,12 +53,12 @@ class Benchmark:
 
     only: str = ""
     """Kernels whose name holds this."""
-    bytes_: int = 32768
+    tokens: int = 32768
     """Tokens of the outer stage (T)."""
     chunk: float = 5.55
     """Tokens a chunk."""
-    tiles: bool = False
-    """Also attention with other tiles."""
+    sweep: bool = False
+    """Also with other sizes of tiles and launch options."""
     out: str = ""
     """File for the numbers."""
 
@@ -143,7 +165,7 @@ def main(args: Benchmark) -> None:
     bandwidth, rate = ceilings()
     name = torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}: copy {bandwidth / 1e12:.2f} TB/s, product {rate / 1e12:.0f} TFLOP/s")
-    rows, all_cases = [], cases(args.bytes_, round(args.bytes_ / args.chunk))
+    rows, all_cases = [], cases(args.tokens, round(args.tokens / args.chunk))
 
     def time_(label: str, call: Callable, moved: float, flops: float) -> None:
         try:
@@ -160,15 +182,17 @@ def main(args: Benchmark) -> None:
     for label, case in all_cases.items():
         if args.only in label:
             time_(label, *case)
-    if args.tiles:
-        for direction, M, N, warps, stages in itertools.product(
-            ("FORWARD", "KEYS", "QUERIES"), (64, 128), (32, 64, 128), (4, 8), (2, 3)
-        ):
-            before = getattr(attention_triton, direction)
-            setattr(attention_triton, direction, attention_triton.Tiles(M, N, warps, stages))
-            part = "attention" if direction == "FORWARD" else "attention backward"
-            time_(f"{part}, {direction} {M} {N} {warps} {stages}", *all_cases[part])
-            setattr(attention_triton, direction, before)
+    for label, module, choices in SWEEP if args.sweep else ():
+        for choice in choices:
+            before = {constant: getattr(module, constant) for constant in choice}
+            for constant, value in choice.items():
+                setattr(module, constant, value)
+            time_(
+                f"{label}, {' '.join(f'{k}={tuple(v) if k in TILES else v}' for k, v in choice.items())}",
+                *all_cases[label],
+            )
+            for constant, value in before.items():
+                setattr(module, constant, value)
     if args.out:
         Path(args.out).write_text(json.dumps({"device": name, "torch": torch.__version__, "kernels": rows}, indent=1))
 
