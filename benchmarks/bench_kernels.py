@@ -27,14 +27,12 @@ HALF, WIDE = torch.bfloat16, torch.float32
 
 TILES = ("FORWARD", "KEYS", "QUERIES")
 _ATTENTION = {  # (queries, keys, warps, stages)
-    "FORWARD": [(64, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 128, 4, 2)],
-    "KEYS": [(64, 128, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (32, 128, 4, 3), (64, 128, 8, 3), (128, 64, 4, 2)],
-    "QUERIES": [(128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 2)],
+    "FORWARD": [(128, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 128, 4, 2)],
+    "KEYS": [(64, 128, 4, 2), (64, 128, 8, 2), (64, 64, 4, 3), (32, 128, 4, 3), (64, 128, 8, 3), (128, 64, 4, 2)],
+    "QUERIES": [(128, 64, 4, 2), (64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (64, 128, 4, 2)],
 }
-_ROWS = [{"TILE": tile, "PER_MULTIPROCESSOR": n} for tile, n in ((4096, 2), (4096, 8), (2048, 8), (8192, 2))]
-_WALKS = [
-    {"RUN": run, "CHANNELS": c, "WARPS": w} for run, c, w in ((64, 128, 1), (32, 256, 2), (32, 256, 1), (64, 64, 1))
-]
+_ROWS = [{"BACKWARD_TILE": tile, "PER_MULTIPROCESSOR": n} for tile, n in ((2048, 2), (2048, 4), (1024, 8), (8192, 2))]
+_WALKS = [(64, 128, 1), (32, 256, 2), (32, 256, 1), (64, 64, 1), (128, 128, 1)]
 SWEEP = [  # (name, module, what to set its constants to)
     (
         "attention" if d == "FORWARD" else "attention backward",
@@ -44,7 +42,10 @@ SWEEP = [  # (name, module, what to set its constants to)
     for d, cs in _ATTENTION.items()
 ]
 SWEEP += [(name, norm_triton, _ROWS) for name in ("add_norm 0 backward", "gated_norm backward")]
-SWEEP += [(name, conv_triton, _WALKS) for name in ("conv", "conv backward")]
+SWEEP += [
+    (name, conv_triton, [{run: r, "CHANNELS": c, "WARPS": w} for r, c, w in _WALKS])
+    for name, run in (("conv", "RUN"), ("conv backward", "BACKWARD_RUN"))
+]
 
 
 @dataclass

@@ -21,6 +21,7 @@ from torch import Tensor
 from hnet_kernels.norm_triton import sum_rows
 
 RUN, CHANNELS, WARPS = 32, 128, 1  # tokens and channels of a program
+BACKWARD_RUN = 64  # tokens, backwards
 
 
 @triton.jit
@@ -180,12 +181,13 @@ def conv_silu_backward(
     if not T:
         return dx_TD, torch.zeros_like(weight_D1K), torch.zeros_like(bias_D)
     x_TD, dy_TD = _dense_rows(x_TD), _dense_rows(dy_TD)
-    runs = triton.cdiv(T, RUN)
+    runs = triton.cdiv(T, BACKWARD_RUN)
     sums_SKD = x_TD.new_empty(runs, K + 1, D, dtype=torch.float32)
     with torch.cuda.device_of(x_TD):
         _backward[(triton.cdiv(D, CHANNELS), runs)](
             dy_TD, x_TD, weight_D1K.contiguous(), bias_D.contiguous(), position_T, dx_TD, sums_SKD,
-            T, D, x_TD.stride(0), dy_TD.stride(0), dx_TD.stride(0), K=K, RUN=RUN, BLOCK_D=CHANNELS, num_warps=WARPS,
+            T, D, x_TD.stride(0), dy_TD.stride(0), dx_TD.stride(0),
+            K=K, RUN=BACKWARD_RUN, BLOCK_D=CHANNELS, num_warps=WARPS,
         )  # fmt: skip
         sums_KD = sum_rows(sums_SKD.view(runs, -1), weight_D1K.dtype).view(K + 1, D)
     return dx_TD, sums_KD[:K].T.contiguous()[:, None], sums_KD[K].to(bias_D.dtype)

@@ -34,7 +34,7 @@ TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 1e-2}
 
 
 class Inputs:
-    """Random tensors by name, on a device in a dtype; `exact` has the same numbers in float64 on the CPU."""
+    """Random tensors on a device, in a dtype or in float32 (`wide`)."""
 
     def __init__(self, dtype: torch.dtype, device: str):
         self.generator, self.dtype, self.device = torch.Generator().manual_seed(0), dtype, device
@@ -44,8 +44,8 @@ class Inputs:
         return values.to(self.device, torch.float32 if wide else self.dtype)
 
 
-def exact(x):
-    return x.detach().double().cpu() if isinstance(x, Tensor) and x.is_floating_point() else x.cpu()
+def exact(x: Tensor) -> Tensor:
+    return x.detach().double()
 
 
 def nan_like(x: Tensor, longer: int = 0) -> Tensor:
@@ -101,7 +101,7 @@ def rotary_case(new: Inputs, lengths: list[int], H: int, P: int, R: int):
     tables = angles.cos().to(new.device), angles.sin().to(new.device)
     qkv, dqkv = new(T, 3, H, P), new(T, 3, H, P)
     leaf = exact(qkv).requires_grad_()
-    cos, sin = (exact(t)[exact(position)][:, None, None] for t in tables)
+    cos, sin = (exact(t)[position][:, None, None] for t in tables)
     a, b, rest = leaf[:, :2, :, :R], leaf[:, :2, :, R : 2 * R], leaf[:, :2, :, 2 * R :]
     turned = torch.cat([torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1), leaf[:, 2:]], 1)
     gradient = torch.autograd.grad(turned, leaf, exact(dqkv))[0]
@@ -119,7 +119,7 @@ def attention_case(new: Inputs, lengths: list[int], H: int, P: int, window: int 
     attended = attention.packed_attention(qkv, cu, max(lengths), window)
     dqkv = attention.packed_attention_backward(do, qkv, attended, cu, window)
     leaf = exact(qkv).requires_grad_()
-    o = attention.attention_definition(*leaf.unbind(1), cu.cpu(), window)
+    o = attention.attention_definition(*leaf.unbind(1), cu, window)
     wanted = {"o": o} | dict(zip(("dq", "dk", "dv"), torch.autograd.grad(o, leaf, exact(do))[0].unbind(1)))
     return {"o": attended.o_THP} | dict(zip(("dq", "dk", "dv"), dqkv.unbind(1))), wanted
 
@@ -133,7 +133,7 @@ def router_case(new: Inputs, lengths: list[int], D: int):
     dq, dk = router.boundary_backward(dp, q, k, position)
     leaves = [exact(t).requires_grad_() for t in (q, k)]
     unit = [torch.nn.functional.normalize(t, dim=-1) for t in leaves]
-    wanted = torch.where(exact(position) == 0, 1.0, (1 - (unit[0].roll(1, 0) * unit[1]).sum(-1)) / 2)
+    wanted = torch.where(position == 0, 1.0, (1 - (unit[0].roll(1, 0) * unit[1]).sum(-1)) / 2)
     gradients = torch.autograd.grad(wanted, leaves, exact(dp))
     # q[0]: 1e12 times the rest, as the definition's clamp of its length has it; compared by itself
     rest = [torch.cat([t[1:], t[:1] * 1e-12]) for t in (dq.double(), gradients[0])]
@@ -149,9 +149,9 @@ def upsample_case(new: Inputs, T: int, C: int, D: int, spare: int):
     start = torch.nn.functional.pad(start, (0, spare), value=T)
     out = router.upsample_forward(z, chunk, residual, new.dtype)
     found = {"out": out} | dict(zip(("dresidual", "dscale", "dz"), router.upsample_backward(dout, z, chunk, start)))
-    leaves = [exact(residual), torch.ones(T, dtype=torch.float64), exact(z)]
+    leaves = [exact(residual), torch.ones(T, dtype=torch.float64, device=new.device), exact(z)]
     leaves = [t.requires_grad_() for t in leaves]
-    wanted = leaves[2][chunk.cpu()] * leaves[1][:, None] + leaves[0]
+    wanted = leaves[2][chunk] * leaves[1][:, None] + leaves[0]
     gradients = torch.autograd.grad(wanted, leaves, exact(dout))
     return found, {"out": wanted} | dict(zip(("dresidual", "dscale", "dz"), gradients))
 
@@ -189,17 +189,17 @@ def scan_case(new: Inputs, lengths: list[int], H: int, N: int, K: int = 4):
     found |= {"dbefore": dconv, "dweight": dweight, "dbias": dbias}
     leaves = [exact(t).requires_grad_() for t in (x, dt, A, B, C, D)]
     *inputs, skip = leaves
-    wanted_y = ssd(*inputs, cu.cpu()) + skip[:, None] * leaves[0]
+    wanted_y = ssd(*inputs, cu) + skip[:, None] * leaves[0]
     gradients = torch.autograd.grad(wanted_y, leaves, exact(dy))
     wanted = {"y": wanted_y} | dict(zip(("dx", "ddt", "dA", "dB", "dC", "dD"), gradients))
     wanted["dx"] = wanted["dx"].flatten(1)
     convolved = [exact(t) for t in (dafter, rows, weight, bias)]
     before = torch.empty_like(convolved[1])
-    dweight, dbias = causal_conv_silu_backward_to(before, *convolved, position.cpu())
+    dweight, dbias = causal_conv_silu_backward_to(before, *convolved, position)
     wanted |= {"dbefore": before, "dweight": dweight, "dbias": dbias}
     # dA is a sum of terms that cancel: its errors are relative to them, as test_ssd_triton.py explains
     x_, dt_, A_, B_, C_ = (t.detach() for t in inputs)
-    _, dgain, dlog_a, *_ = scan_backward(exact(dy), x_, dt_, dt_ * A_, B_, C_, cu.cpu())
+    _, dgain, dlog_a, *_ = scan_backward(exact(dy), x_, dt_, dt_ * A_, B_, C_, cu)
     return found, wanted, {"dA": (dlog_a.abs() * dt_ + dgain.abs() * dt_**2).sum(0).norm().item()}
 
 
