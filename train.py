@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 import fineweb
-from hnet_runtime import UserError, checkpoint, distributed, equivalence, weights
+from hnet_runtime import UserError, checkpoint, distributed, equivalence, graphs, weights
 from hnet_runtime.chunks import bars, render
 from hnet_runtime.distributed import World
 from hnet_runtime.evaluation import chunks_of, validate
@@ -96,8 +96,8 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype beside float32 masters. auto: bfloat16 on CUDA, float32 on the CPU."""
     compile: Annotated[Literal["auto", "graph", "block", "eager"], flag("-C")] = "auto"
-    """graph: steps as CUDA graphs, with fused kernels (one process). block: each kind of block compiled by torch.
-    auto: graph where that can be, on one GPU in bfloat16, else eager."""
+    """graph: steps as CUDA graphs of fused kernels (one process). block: each kind of block compiled by torch.
+    auto: graph on one Hopper GPU in bfloat16, else eager."""
 
     save_dir: str = ""
     """The run's folder. Empty: runs/<config>-<time>."""
@@ -304,18 +304,14 @@ def check_continuation(source: Path, about: dict[str, Any]) -> int:
     return saved["step"]
 
 
-def takes_graphs(config: TrainConfig, hnet: HNetConfig, half: bool, world: World) -> bool:
+def takes_graphs(config: TrainConfig, hnet: HNetConfig, dtype: torch.dtype, world: World) -> bool:
     """Whether steps run as graphs. Raises UserError where --compile graph asks for what they cannot do."""
-    on_gpu, obstacle = world.device.type == "cuda", None
+    obstacle = graphs.obstacle(hnet, world.device, dtype)
     if world.size > 1:
-        obstacle = f"runs on one process, not {world.size}"
-    elif hnet.tie_embeddings:
-        obstacle = "does not know tied embeddings"
-    elif on_gpu and not half:
-        obstacle = "needs --dtype bfloat16 on a GPU"
+        obstacle = f"they run on one process, not on {world.size}"
     if config.compile == "graph" and obstacle:
         raise UserError(f"--compile graph: {obstacle}; use eager or block")
-    return config.compile == "graph" or (config.compile == "auto" and on_gpu and not obstacle)
+    return config.compile == "graph" or (config.compile == "auto" and world.device.type == "cuda" and not obstacle)
 
 
 def dump_parameters(model: HNetLM, groups: list[dict[str, Any]]) -> None:
@@ -347,7 +343,8 @@ def main(argv: Sequence[str]) -> None:
         equal = equivalence.run(hnet, config.pt_ckpt or None, world.device, dtype, config.seed)
         distributed.stop()
         sys.exit(not equal)
-    dtype, graph = torch.bfloat16 if half else torch.float32, takes_graphs(config, hnet, half, world)
+    dtype = torch.bfloat16 if half else torch.float32
+    graph = takes_graphs(config, hnet, dtype, world)
     # graphs have bfloat16 copies of their own beside a whole float32 model
     model = distributed.build_model(hnet, world, torch.float32 if graph else dtype, config.seed, start_weights)
     parameters = list(model.parameters())

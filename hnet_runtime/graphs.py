@@ -14,6 +14,7 @@ reads it, in float32.
 Legend: T tokens, B documents, M the longest document's tokens; all three with what fills them up. s: a stage.
 """
 
+import importlib.util
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -23,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nested import nested_tensor_from_jagged
 
+from hnet_kernels.conv import MAX_TAPS
+from hnet_kernels.dispatch import requested
 from hnet_runtime.fused import fuse
 from hnet_trainable import HNet, HNetConfig, HNetLM, StageOutput, chunk_offsets, nested_like, ratio_loss
 
@@ -31,6 +34,26 @@ TOKENS = 512  # an inner T is rounded up to a multiple of this
 SPARE = 16  # a segment also serves down to 1 - 1 / SPARE of its tokens (or TOKENS fewer): a capture takes a second
 DOCUMENTS, LONGEST = 16, 1024  # the least room for documents and for a document; more is a power of two
 KEPT = 8  # segments of a part: the sizes last used
+
+
+def obstacle(config: HNetConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a model's steps cannot run as graphs on a device, computing in dtype; None where they can.
+
+    On a GPU each operation must have a fast kernel: some of the definitions wait for the device, which ends a capture.
+    """
+    if config.tie_embeddings:
+        return "they do not know tied embeddings"
+    if device.type != "cuda":
+        return None
+    if requested() == "reference":
+        return "HNET_KERNELS=reference forbids the kernels they need"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"on a GPU they compute in bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return f"they need a Hopper GPU, which {torch.cuda.get_device_name(device)} is not"
+    if config.ssm_cfg.d_state not in (16, 32, 64, 128) or config.ssm_cfg.d_conv > MAX_TAPS:
+        return "ssm_cfg has sizes for which there is no kernel"
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
 
 
 class Sizes(NamedTuple):
@@ -168,10 +191,10 @@ class GraphedModel:
 
     def __init__(self, masters: HNetLM, compute_dtype: torch.dtype, alpha: float, fused: bool = True):
         config: HNetConfig = masters.config
-        if config.tie_embeddings:
-            raise ValueError("tie_embeddings: graphs write each weight's gradient once")
         self.masters, self.alpha, self.S = masters, alpha, config.num_stages
         self.dtype, self.device = compute_dtype, masters.lm_head.weight.device
+        if reason := obstacle(config, self.device, compute_dtype):
+            raise ValueError(f"steps as graphs: {reason}")
         with torch.device("meta"):
             self.model = HNetLM(config)
         parameters = dict(masters.named_parameters())

@@ -293,6 +293,41 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(corpus
     assert (folder / "checkpoints" / f"step_{len(rows):08d}" / "manifest.json").exists()
 
 
+def test_a_loss_that_is_not_finite_is_named_though_the_next_step_has_been_launched(corpus, tmp_path):
+    flags = ["--steps", "20", "--save-dir", str(tmp_path / "run"), "--clip", "0", "--warmup", "0", "--lr", "1e30"]
+    message = refused(corpus, *flags)
+    finite = records(tmp_path / "run")
+    assert f"step {len(finite) + 1}: cross entropy" in message and "none yet" in message
+    assert [row["step"] for row in finite] == list(range(1, len(finite) + 1)) and len(finite) < 19
+
+
+def test_graphs_train_as_eager_steps_do(corpus, tmp_path):
+    """On the CPU without capture: the same sums in another order, in float32; training spreads the difference."""
+    flags = ["--steps", "8", "--global-slices", "2", "--save-every", "4", "--save-dir"]
+    for mode in ("eager", "graph"):
+        succeed(corpus, *flags, str(tmp_path / mode), "-C", mode)
+    eager, graph = records(tmp_path / "eager"), records(tmp_path / "graph")
+    for key in ("ce", "grad_norm", "stage0_F", "stage0_ratio_loss"):
+        assert [row[key] for row in graph] == pytest.approx([row[key] for row in eager], rel=1e-3), key
+    assert graph[-1]["val_bpb"] == pytest.approx(eager[-1]["val_bpb"], rel=1e-3)
+    shutil.copytree(tmp_path / "graph", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step_00000008")
+    succeed(corpus, *flags, str(tmp_path / "resumed"), "-C", "graph", "--resume", "auto")
+    assert timeless(tmp_path / "resumed") == timeless(tmp_path / "graph")
+
+
+def test_graphs_in_bfloat16(corpus, tmp_path):
+    """Copies of the weights, which follow the float32 masters."""
+    folder = tmp_path / "run"
+    succeed(corpus, "--steps", "20", "-C", "graph", "--dtype", "bfloat16", "--save-dir", str(folder))
+    assert records(folder)[-1]["bpb"] < 0.75 * records(folder)[0]["bpb"]
+
+
+def test_graphs_say_what_they_cannot_do(corpus, tmp_path):
+    (tmp_path / "tied.json").write_text(json.dumps({**MODEL, "tie_embeddings": True}))
+    assert "tied embeddings" in refused(corpus, "-c", str(tmp_path / "tied.json"), "-C", "graph")
+
+
 def test_a_yaml_file_gives_flags_and_flags_win(corpus, tmp_path):
     (tmp_path / "run.yaml").write_text(f"steps: 7\nweight_decay: 0.3\nsave_dir: {tmp_path}/run\nmbs: 128\n")
     succeed(corpus, "--config-file", str(tmp_path / "run.yaml"), "--steps", "2")
