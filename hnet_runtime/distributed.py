@@ -186,18 +186,6 @@ def _squares(tensors: list[Tensor], world: World) -> Tensor:
 
 
 @torch.no_grad()
-def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float, world: World) -> Tensor:
-    """Scale all gradients to a global norm of at most `max_norm` (0: don't). Returns the norm before, on the device."""
-    parameters = list(parameters)
-    norm = grad_norm(parameters, world)
-    if max_norm > 0:
-        grads = [p.grad for p in parameters if p.grad is not None]
-        local = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
-        torch._foreach_mul_(local, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm
-
-
-@torch.no_grad()
 def clip_in_optimizer(
     optimizer: torch.optim.Optimizer,
     parameters: Iterable[nn.Parameter],
@@ -205,9 +193,10 @@ def clip_in_optimizer(
     world: World,
     loss: Tensor | float = 0.0,
 ) -> Tensor:
-    """Like `clip_grad_norm`, but the next step of a fused optimizer does the scaling: one pass over memory less.
+    """Let the next step of a fused optimizer scale all gradients to a global norm of at most `max_norm` (0: don't).
 
-    A step whose norm or loss isn't finite changes no weight and no state, so that nobody has to wait for them before.
+    Returns the norm before, on the device. A step whose norm or loss isn't finite changes no weight and no state, so
+    that nobody has to wait for them before.
     """
     norm = grad_norm(parameters, world)
     optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0) if max_norm > 0 else torch.ones_like(norm)

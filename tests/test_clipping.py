@@ -41,9 +41,18 @@ def train(world, clip, scales: list[float]) -> tuple[torch.Tensor, list[float]]:
     return torch.cat([p.detach().flatten() for p in whole]), norms
 
 
+def clip_before(parameters, max_norm: float, world) -> torch.Tensor:
+    """Clipping as it is defined: all gradients times max_norm / norm, where that is less than 1."""
+    norm = distributed.grad_norm(parameters, world)
+    with torch.no_grad():
+        for p in parameters:
+            p.grad *= (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return norm
+
+
 def test_the_optimizer_clips(world):
     scales = [1.0, 1e-5, 3.0]  # above, below and above the limit
-    before, norms = train(world, lambda _, p: distributed.clip_grad_norm(p, 1.0, world), scales)
+    before, norms = train(world, lambda _, p: clip_before(p, 1.0, world), scales)
     inside, same_norms = train(world, lambda o, p: distributed.clip_in_optimizer(o, p, 1.0, world), scales)
     assert norms == same_norms and norms[0] > 1 > norms[1]
     torch.testing.assert_close(inside, before, rtol=1e-5, atol=1e-7)
@@ -55,3 +64,13 @@ def test_a_step_that_is_not_finite_changes_nothing(world, bad):
     once, _ = train(world, clip, [1.0])
     twice, _ = train(world, clip, [1.0, bad])
     assert torch.equal(once, twice)
+    losses = iter([0.0, bad])
+    twice, _ = train(
+        world, lambda o, p: distributed.clip_in_optimizer(o, p, 1.0, world, torch.tensor(next(losses))), [1.0, 1.0]
+    )
+    assert torch.equal(once, twice), "a loss that is not finite"
+
+
+def test_fetched_numbers_arrive():
+    values = torch.randn(3, device="cuda" if torch.cuda.is_available() else "cpu")
+    assert torch.equal(distributed.Fetched(values).numbers(), values.cpu())
