@@ -428,40 +428,40 @@ def smoothing():
 
 KERNEL_MUTATIONS = [
     mutation(
-        "state crosses documents between chunks",
+        "state is handed on across a document's end",
         scan,
-        "(first_C[:, None] == last_C).tril(-1)",
-        "torch.ones_like(first_C[:, None] == last_C).tril(-1)",
+        "_decay(total_C1H[:, 0], last_C1 != before_C1, dtype)",
+        "_decay(total_C1H[:, 0], last_C1 < 0, dtype)",
     ),
     mutation(
         "state crosses documents within a chunk",
         scan,
-        "same_CQQ.tril()[:, None]",
-        "torch.ones_like(same_CQQ).tril()[:, None]",
+        "(doc_CQ[:, :, None] == doc_CQ[:, None, :]).tril_()",
+        "torch.ones_like(doc_CQ[:, :, None] == doc_CQ[:, None, :]).tril_()",
     ),
     mutation(
         "state of the document before reaches all of a chunk",
         scan,
-        "(doc_CQ == first_C[:, None])[:, None]",
-        "(doc_CQ >= 0)[:, None]",
+        "(doc_CQ != before_C1)[..., None]",
+        "(doc_CQ < 0)[..., None]",
     ),
     mutation(
-        "no state between chunks",
+        "state takes in documents that ended before its chunk did",
         scan,
-        "(first_C[:, None] == last_C).tril(-1)",
-        "(first_C[:, None] == last_C).tril(-9)",
+        "(doc_CQ != last_C1)[..., None]",
+        "(doc_CQ < 0)[..., None]",
     ),
+    mutation("no state between chunks", scan, "out=state[following])", "out=state[following]).zero_()"),
     mutation(
         "own decay acts after the input",
         scan,
-        "decay(sum_CHQ[..., :, None] - sum_CHQ[..., None, :],",
-        "decay(sum_CHQ[..., :, None] - pad(sum_CHQ, (1, -1))[..., None, :],",
+        "sum_CQ[:, :, None] - sum_CQ[:, None, :]",
+        "sum_CQ[:, :, None] - pad(sum_CQ, (1, -1))[:, None, :]",
     ),
-    mutation("gradient of A misses the carried decays", scan, "    dsum_CHQ[..., -1] += passed_CH\n", ""),
-    mutation("gradient of A misses the end of the chunk", scan, "    dsum_CHQ[..., -1] += to_end_CHQ.sum(-1)\n", ""),
-    mutation(
-        "gradient of C misses the state before", scan, " + (dy_start_CHQP @ before_CHPN).sum(1, keepdim=True)", ""
-    ),
+    mutation("gradient of A misses the decays across chunks", scan, " + across_CH\n", "\n"),
+    mutation("gradient of A misses the end of the chunk", scan, "to_end_CQH.sum(1) + across_CH", "across_CH"),
+    mutation("gradient of C misses the state before", scan, " + _inner_sum(dy_start_CQHP, before_CNHP)", ""),
+    mutation("gradient of B misses the state after", scan, " + _inner_sum(x_end_CQHP, dafter_CNHP)", ""),
     mutation("gradient of dt misses its gain", scan, "dgain_TH + dlog_a_TH * A_H", "dlog_a_TH * A_H"),
 ]
 
