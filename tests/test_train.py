@@ -331,6 +331,17 @@ def test_fine_tuning_starts_from_a_checkpoint_of_any_kind(corpus, undisturbed, t
         assert records(folder)[-1]["val_bpb"] == pytest.approx(last, abs=1e-6)
 
 
+def test_evaluate_gives_the_validation_of_training(corpus, undisturbed, tmp_path):
+    """On two processes, the run's last val_bpb; the rows of a batch are others than in training."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch += [str(ROOT / "scripts" / "evaluate.py"), str(undisturbed), "--device", "cpu", "--batch", "3"]
+    launch += ["--out", str(tmp_path / "out")]
+    done = subprocess.run(launch, cwd=corpus, env=environment(), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result, last = json.loads((tmp_path / "out.json").read_text())["text"], records(undisturbed)[-1]
+    assert result["bpb"] == pytest.approx(last["val_bpb"], abs=1e-4) and result["bytes"] == last["val_bytes"]
+
+
 def test_samples_are_printed_and_logged(corpus, tmp_path):
     flags = ["--steps", "4", "--sample-every", "2", "--sample-bytes", "30", "--prompt", "the ", "--save-dir"]
     output = succeed(corpus, *flags, str(tmp_path / "run"))
