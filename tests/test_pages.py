@@ -95,6 +95,57 @@ def test_explore_as_a_command(model, tmp_path, capsys):
             command("explore")([str(source), *flags])
 
 
+# --------------------------------------------------------------------------------------------------------------- plots
+
+
+def write_run(folder: Path, records: list[dict], tail: str = "") -> str:
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + tail)
+    return str(folder)
+
+
+def records(n: int, stages: int = 1) -> list[dict]:
+    rows = []
+    for step in range(1, n + 1):
+        row = {"step": step, "bpb": 8 / step, "lr": 1e-3, "mfu": None, "bytes_per_s": 1e5 + step, "grad_norm": 1.0}
+        for s in range(stages):
+            row |= {f"stage{s}_ratio_loss": 1.1, f"stage{s}_compression": 5.0 + s / step, f"stage{s}_target": 6.0}
+        rows.append(row)
+    return rows
+
+
+def test_runs_with_different_keys_and_a_torn_line_are_overlaid(tmp_path, capsys):
+    a = write_run(tmp_path / "a", records(2500) + [{"step": 2501, "val_bpb": 1.5}], '{"step": 2502, "bp')
+    b = write_run(tmp_path / "b", records(3, stages=2))
+    (tmp_path / "b" / "config.json").write_text((ROOT / "configs" / "hnet_2stage_XL.json").read_text())
+    command("plot")([a, b, "--out", str(tmp_path / "both")])
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG") and "both.html" in capsys.readouterr().out
+    panels = {panel["title"]: panel for panel in data_of((tmp_path / "both.html").read_text())}
+    curves = {curve["name"]: curve["points"] for panel in panels.values() for curve in panel["curves"]}
+    assert curves["a: bpb"][0] == [1, 8.0] and curves["a: bpb"][-1] == [2500, 8 / 2500]
+    assert len(curves["a: bpb"]) <= 1201 and curves["a: val bpb"] == [[2501, 1.5]]
+    assert curves["b: stage 1 compression"][0] == [1, 6.0] and "a: stage 1 compression" not in curves
+    assert "MFU" not in panels  # nobody has a number
+    rates = [curves[f"b: stage {s} lr"][0][1] for s in range(3)]
+    assert rates == pytest.approx([3.03e-3, 1.43e-3, 0.715e-3], rel=5e-3)  # eq. 11 for 2-stage XL
+    command("plot")([b])
+    assert (tmp_path / "b" / "plots.png").exists() and (tmp_path / "b" / "plots.html").exists()
+
+
+def test_what_is_no_run_is_named(tmp_path):
+    (tmp_path / "nothing").mkdir()
+    torn = write_run(tmp_path / "torn", [], '{"step": 1')
+    broken = write_run(tmp_path / "broken", records(1), "[]\n")
+    for run, words in (
+        (tmp_path / "nothing", "nothing/metrics.jsonl: no such file"),
+        (torn, "torn/metrics.jsonl: holds no whole record yet"),
+        (broken, "broken/metrics.jsonl, line 2: expected a JSON object with a step"),
+        (write_run(tmp_path / "bare", [{"step": 1}]), "hold nothing to plot"),
+    ):
+        with pytest.raises(UserError, match=words):
+            command("plot")([str(run)])
+
+
 # ------------------------------------------------------------------------------------------------------------- browser
 
 
@@ -305,4 +356,19 @@ def test_screenshots(browser, tmp_path):
     browser.open(write_page(models[0], tmp_path, text))
     browser.until("document.querySelectorAll('.cell i').length > 0")
     browser.shot("explorer-one")
+    assert browser.complaints() == []
+
+
+@pytest.mark.browser
+def test_the_page_of_plots(browser, tmp_path):
+    runs = [write_run(tmp_path / "a", records(300)), write_run(tmp_path / "b", records(40, stages=2))]
+    command("plot")([*runs, "--out", str(tmp_path / "both")])
+    browser.open(tmp_path / "both.html")
+    panels = data_of((tmp_path / "both.html").read_text())
+    assert browser.evaluate("document.querySelectorAll('figure').length") == len(panels)
+    drawn = browser.evaluate("[...document.querySelectorAll('figure')].map(f => f.querySelectorAll('polyline').length)")
+    assert drawn == [len(panel["curves"]) for panel in panels]
+    browser.hover("document.querySelector('figure svg')")
+    assert "at step 1" in browser.evaluate("document.querySelector('.key').textContent")
+    browser.shot("plots")
     assert browser.complaints() == []
