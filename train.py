@@ -1,7 +1,7 @@
 """Train an H-Net on bytes. `python train.py` alone trains a tiny one on the Python standard library's source text.
 
 One process and many run the same program: `torchrun --nproc-per-node 8 train.py ...`. `python train.py --help` lists
-the flags. A run's folder holds its configs, metrics.jsonl, checkpoints and loss.png.
+the flags. A run's folder holds its configs, metrics.jsonl, checkpoints and plots.
 
 Read top to bottom: config -> one step -> what is reported -> the run.
 """
@@ -26,11 +26,20 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 import fineweb
-from hnet_runtime import UserError, checkpoint, distributed, equivalence, weights
+from hnet_runtime import UserError, checkpoint, distributed, equivalence, statistics, weights
 from hnet_runtime.chunks import bars, render
 from hnet_runtime.distributed import World
 from hnet_runtime.evaluation import chunks_of, validate
-from hnet_runtime.metrics import JsonlSink, Metrics, TensorBoardSink, WandbSink, duration, plot_losses, read_metrics
+from hnet_runtime.metrics import (
+    JsonlSink,
+    Metrics,
+    RouterHealth,
+    TensorBoardSink,
+    WandbSink,
+    duration,
+    read_metrics,
+)
+from hnet_runtime.plots import plot
 from hnet_runtime.run import Interrupts, checkpoint_to_resume, code_revision, open_folder
 from hnet_simple import HNetInference, generate
 from hnet_trainable import ConfigError, HNetConfig, HNetLM, compile_blocks, count_flops, parameter_groups
@@ -111,6 +120,10 @@ class TrainConfig:
     """Held-out slices to score; 0: all."""
     log_every: int = 20
     """Steps between lines on the console; metrics.jsonl has every step."""
+    stats_every: int = 20
+    """Steps between statistics of routers and weights: chunk lengths, where boundaries lie, norms, updates. 0: none."""
+    on_collapse: Literal["warn", "stop"] = "warn"
+    """When a router has collapsed or is dead: say so, or save and stop with status 2. Oscillation is only named."""
     sample_every: int = 0
     """Steps between generated samples; the last step always gives one. 0: only the last."""
     sample_bytes: int = 160
@@ -131,6 +144,7 @@ class TrainConfig:
         for name in (
             "val_every",
             "val_slices",
+            "stats_every",
             "sample_every",
             "sample_bytes",
             "keep",
@@ -206,11 +220,14 @@ def lr_scale(step: int, config: TrainConfig) -> float:
 # ----------------------------------------------------------------------------------------------------------- one step
 
 
-def forward_backward(model: HNetLM, slices: list[fineweb.Slice], config: TrainConfig, world: World) -> Tensor:
+def forward_backward(
+    model: HNetLM, slices: list[fineweb.Slice], config: TrainConfig, world: World, routers: list[Tensor] | None = None
+) -> Tensor:
     """Gradients of a step's loss, the mean over all G slices of CE + alpha * ratio losses, from this rank's slices.
 
     Every slice has T labels and every rank as many slices, so means of means are exact; FSDP averages over ranks.
-    Returns the means over all ranks of [ce, text bytes, ratio_0.., F_0.., G_0..], a float32 tensor on the device.
+    Returns the means over all ranks of [ce, text bytes, rows, ratio_0.., F_0.., G_0..], a float32 tensor on the device.
+    `routers`, where given, gets the `router_statistics` of this rank's last slice.
     """
     stats = []
     for i, piece in enumerate(slices):
@@ -220,22 +237,26 @@ def forward_backward(model: HNetLM, slices: list[fineweb.Slice], config: TrainCo
         out = model(iids, labels)
         loss = out.ce + config.alpha * out.ratio_losses.sum()
         (loss / len(slices)).backward()
-        numbers = [out.ce, torch.full_like(out.ce, piece.text_bytes), *out.ratio_losses]
+        numbers = [out.ce, *(torch.full_like(out.ce, n) for n in (piece.text_bytes, len(piece.row_lengths)))]
+        numbers += out.ratio_losses
         numbers += [stage.F for stage in out.stages] + [stage.G for stage in out.stages]
         stats.append(torch.stack([n.detach().float() for n in numbers]))
+    if routers is not None:
+        routers.append(statistics.router_statistics(iids, out.stages))
     return distributed.mean_over_ranks(torch.stack(stats).mean(0), world)
 
 
 def describe(stats: list[float], hnet: HNetConfig, config: TrainConfig) -> dict[str, Any]:
     """`forward_backward`'s numbers by their names in metrics.jsonl."""
     S = hnet.num_stages
-    ce, text_bytes, *rest = stats
-    record = {"bpb": ce * config.mbs / (text_bytes * math.log(2)), "ce": ce}
+    ce, text_bytes, rows, *rest = stats
+    record = {"bpb": ce * config.mbs / (text_bytes * math.log(2)), "ce": ce, "rows": rows}
+    rest, more = rest[: 3 * S], rest[3 * S :]
     for s in range(S):
         ratio, F, G = rest[s::S]
         record |= {f"stage{s}_ratio_loss": ratio, f"stage{s}_F": F, f"stage{s}_G": G}
         record |= {f"stage{s}_compression": 1 / F, f"stage{s}_target": hnet.target_ratios[s]}
-    return record
+    return record | dict(zip(statistics.names(S), more))
 
 
 def speed(
@@ -353,7 +374,7 @@ def main(argv: Sequence[str]) -> None:
     )
 
     inference = HNetInference.from_training(model)  # borrows the weights: nothing is copied
-    interrupts = Interrupts()
+    interrupts, health = Interrupts(), RouterHealth(hnet.target_ratios, config.mbs)
     began, first_step = time.perf_counter(), step
     model.train()
     while step < config.steps:
@@ -362,7 +383,8 @@ def main(argv: Sequence[str]) -> None:
         for group in optimizer.param_groups:
             group["lr"] = config.lr * group["multiplier"] * scale
         slices = list(train_stream.step(step, config.global_slices, world.rank, world.size))
-        stats = forward_backward(model, slices, config, world)
+        more: list[Tensor] | None = [] if config.stats_every and (step + 1) % config.stats_every == 0 else None
+        stats = forward_backward(model, slices, config, world, more)
         distributed.reduce_plain_gradients(parameters, world)
         grad_norm = distributed.clip_grad_norm(parameters, config.clip, world)
         *stats, grad_norm = torch.cat([stats, grad_norm[None]]).tolist()
@@ -373,13 +395,19 @@ def main(argv: Sequence[str]) -> None:
                 f"the weights. The last good checkpoint: {saved[-1] if saved else 'none yet'}"
             )
         optimizer.step()
+        if more is not None:
+            more.append(statistics.weight_statistics(optimizer, hnet.num_stages, world))
+            stats += torch.cat(more).tolist()
         optimizer.zero_grad()
         step += 1
 
         record = describe(stats, hnet, config) | {"grad_norm": grad_norm, "lr": config.lr * scale}
         record |= {"bytes_seen": step * config.mbs * config.global_slices}
         record |= speed(record, time.perf_counter() - started, hnet, config, world)
-        is_last, interrupted = step == config.steps, interrupts.anywhere(world)
+        for trouble in health.look(step, record):
+            logger.warning("step %d: %s", step, trouble)
+        stuck = config.on_collapse == "stop" and health.stuck
+        is_last, interrupted = step == config.steps, interrupts.anywhere(world) or stuck
         if is_last or (config.val_every and step % config.val_every == 0):
             record |= validate(model, val_stream, world, config.val_slices or None)
         if config.sample_bytes and (is_last or (config.sample_every and step % config.sample_every == 0)):
@@ -390,6 +418,9 @@ def main(argv: Sequence[str]) -> None:
             logger.info(progress_line(step, record, seconds_left, hnet, config))
         if is_last or interrupted or step % config.save_every == 0:
             saved = checkpoint.save(run, step, model, optimizer, about, config.keep)
+        if stuck:
+            metrics.close()
+            raise UserError(f"step {step}: a router is stuck, see above (--on-collapse stop); saved {saved}")
         if interrupted and not is_last:
             logger.info("%s: saved %s; go on with --save-dir %s --resume auto", interrupts.received, saved, run)
             break
@@ -440,7 +471,7 @@ def show_results(model: HNetLM, val_stream: fineweb.ByteStream, run: Path, world
     if not world.is_main:
         return
     records = read_metrics(run / "metrics.jsonl")
-    plot_losses(records, run / "loss.png")
+    plot([run], run / "plots")
     last = records[-1]
     if opens:
         logger.info("held-out text in the chunks that the model cut:")
@@ -452,7 +483,7 @@ def show_results(model: HNetLM, val_stream: fineweb.ByteStream, run: Path, world
         )
     logger.info(
         f"{last['val_bpb']:.3f} bits per byte on {last['val_bytes']:,} bytes of held-out text; "
-        f"curves in {run / 'loss.png'}"
+        f"curves in {run / 'plots.html'}"
     )
 
 

@@ -27,6 +27,7 @@ PANELS = (  # title, pattern of the keys, logarithmic
     ("bytes a second", r"bytes_per_s", False),
     ("MFU", r"mfu", False),
     ("held-out bits per byte by length of the document", r"val_bpb_(le_\d+|longer)", False),
+    ("held-out bits per byte by position in the document", r"val_bpb_at_\w+", False),
 )
 # apart for the colour-blind (Okabe and Ito)
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8a6d00")
