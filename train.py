@@ -27,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule
 
 import fineweb
 from hnet_runtime import UserError, checkpoint, distributed, equivalence, statistics, weights
-from hnet_runtime.chunks import bars, render
+from hnet_runtime.chunks import bars, render, to_html
 from hnet_runtime.distributed import World
 from hnet_runtime.evaluation import chunks_of, validate
 from hnet_runtime.metrics import (
@@ -411,7 +411,7 @@ def main(argv: Sequence[str]) -> None:
         if is_last or (config.val_every and step % config.val_every == 0):
             record |= validate(model, val_stream, world, config.val_slices or None)
         if config.sample_bytes and (is_last or (config.sample_every and step % config.sample_every == 0)):
-            record |= {"sample": sample(inference, config, world)}
+            record |= sample(inference, config, world)
         metrics.log(step, record)
         if is_last or step % config.log_every == 0 or step == first_step + 1:
             seconds_left = (time.perf_counter() - began) / (step - first_step) * (config.steps - step)
@@ -444,17 +444,17 @@ def open_metrics(run: Path, step: int, about: dict, hnet: HNetConfig, config: Tr
     return Metrics(sinks)
 
 
-def sample(inference: HNetInference, config: TrainConfig, world: World) -> str:
-    """Let the model write, print that with its chunks, and return it with bars between them. Called by every rank."""
+def sample(inference: HNetInference, config: TrainConfig, world: World) -> dict[str, str]:
+    """Let the model write, print that, and return it with bars between chunks and in colours. Called by every rank."""
     with inference.unsharded():  # gathers the weights of all ranks; then rank 0 alone generates
         if not world.is_main:
-            return ""
+            return {}
         written = generate(
             inference, [config.prompt], max_bytes=config.sample_bytes, seed=config.seed, valid_utf8=True
         )[0]
     logger.info("the model writes, beginning with %r:", config.prompt)
     print_chunks(written.data, written.starts)
-    return bars(written.data, written.starts)
+    return {"sample": bars(written.data, written.starts), "sample_html": to_html(written.data, written.starts)}
 
 
 def print_chunks(data: bytes, starts: Sequence[Sequence[bool]]) -> None:

@@ -15,6 +15,8 @@ logger = logging.getLogger("hnet")
 
 
 class Sink(Protocol):
+    """Takes records: numbers, `sample` (text with bars between its chunks), `sample_html` (in colours, for wandb)."""
+
     def log(self, step: int, record: dict[str, Any]) -> None: ...
     def close(self) -> None: ...
 
@@ -31,6 +33,7 @@ class JsonlSink:
 
     def log(self, step: int, record: dict[str, Any]) -> None:
         safe = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        safe.pop("sample_html", None)
         self._file.write(json.dumps({"step": step, **safe}) + "\n")
 
     def close(self) -> None:
@@ -82,13 +85,13 @@ class WandbSink:
             wandb.teardown()  # its service still holds the id
             self._run = wandb.init(mode="offline", **keywords)
         self._samples: list[list[Any]] = []
-        self._table = wandb.Table
+        self._table, self._html = wandb.Table, wandb.Html
 
     def log(self, step: int, record: dict[str, Any]) -> None:
-        values = {panel(key): value for key, value in record.items() if key != "sample"}
-        if record.get("sample"):
-            self._samples.append([step, record["sample"]])
-            values["samples"] = self._table(columns=["step", "sample, chunks between bars"], data=list(self._samples))
+        values = {panel(key): value for key, value in record.items() if not key.startswith("sample")}
+        if record.get("sample_html"):
+            self._samples.append([step, self._html(record["sample_html"])])
+            values["samples"] = self._table(columns=["step", "sample, chunks in colours"], data=list(self._samples))
         self._run.log(values, step=step)
 
     def close(self) -> None:
@@ -108,6 +111,8 @@ class TensorBoardSink:
 
     def log(self, step: int, record: dict[str, Any]) -> None:
         for key, value in record.items():
+            if key == "sample_html":
+                continue
             if isinstance(value, str):
                 self._writer.add_text(panel(key), value, step)
             else:

@@ -131,3 +131,25 @@ def test_the_inner_stage_is_looked_at_on_its_own():
         "stage 1 is dead: no chunk begins but at the beginning of a row (for 50 steps)"
     ]
     assert health.stuck
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_device():
+    device = torch.device("cuda")
+    model = build(hnet_trainable, TWO_STAGES, dtype=torch.float32).to(device)
+    documents = [np.frombuffer(b"\xfe" + text.encode(), np.uint8) for text in TEXTS]
+    iids, labels = pack(documents, device)
+    groups = [{k: v for k, v in g.items() if k != "names"} for g in parameter_groups(model, 1e-3, 0.1)]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    out = model(iids, labels)
+    out.ce.backward()
+    optimizer.step()
+    for mode in ("default", "error"):  # the first call may set things up
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            router = statistics.router_statistics(iids, out.stages)
+            weights = statistics.weight_statistics(optimizer, 2, SimpleNamespace(size=1, device=device))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    found = dict(zip(statistics.names(2), torch.cat([router, weights]).tolist()))
+    assert found["stage0_chunk_mean"] >= 1 and found["stage2_update_ratio"] > 0

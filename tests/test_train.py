@@ -16,9 +16,9 @@ import torch
 
 import fineweb
 from hnet_runtime import statistics
-from hnet_runtime.weights import export
 from hnet_runtime.metrics import GROUPS, panel
 from hnet_runtime.run import code_revision
+from hnet_runtime.weights import export
 from hnet_trainable import HNetConfig, HNetLM, init_weights
 
 ROOT = Path(__file__).parent.parent
