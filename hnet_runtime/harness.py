@@ -73,6 +73,7 @@ class Answers:
 def harness_model(model: HNetLM, context: int, batch: int) -> Any:
     """An `lm_eval.api.model.LM` around `Answers`. Raises UserError where the harness isn't installed."""
     try:
+        import lm_eval  # noqa: F401
         from lm_eval.api.model import LM
     except ImportError as error:
         message = "--tasks: lm-evaluation-harness is not installed; pip install 'hnet-trainable[lm_eval]'"
@@ -99,8 +100,9 @@ def run_tasks(model: HNetLM, tasks: list[str], context: int, batch: int, limit: 
     """The harness's results by task: metric -> number. Raises UserError for a task it doesn't know."""
     adapter = harness_model(model, context, batch)
     import lm_eval
+    from lm_eval.tasks import TaskManager
 
-    known = lm_eval.tasks.TaskManager()
+    known = TaskManager()
     if unknown := [task for task in tasks if not known.match_tasks([task])]:
         raise UserError(f"--tasks {','.join(tasks)}: lm_eval knows no task {unknown[0]}; `lm_eval ls tasks` lists them")
     with torch.no_grad():

@@ -199,11 +199,35 @@ def test_no_answer_of_the_harness_depends_on_the_batch(model):
     assert all("e" not in text for text in results[0][2][::3])
 
 
-def test_the_harness_itself_where_it_is_installed(model):
-    pytest.importorskip("lm_eval")
-    adapter = harness.harness_model(model, 64, 4)
-    request = SimpleNamespace(args=("a", "b"))
-    assert adapter.loglikelihood([request]) == harness.Answers(model, 64, 1).loglikelihood([("a", "b")])
+def test_the_harness_itself_where_it_is_installed(model, tmp_path):
+    """Tasks of its three kinds on a file of ours, at two batch sizes; and a task that it doesn't know."""
+    lm_eval = pytest.importorskip("lm_eval")
+    rows = [{"q": f"one {i} ", "a": ["two", "three", "four"], "gold": i % 3} for i in range(6)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}}}
+    data |= {"test_split": "test", "doc_to_text": "{{q}}"}
+    choice = {"output_type": "multiple_choice", "doc_to_choice": "{{a}}", "doc_to_target": "{{gold}}"}
+    rolling = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{q}}"}
+    written = {"output_type": "generate_until", "doc_to_target": "x", "generation_kwargs": {"until": ["e"]}}
+    tasks = [
+        data | {"task": name, "metric_list": [{"metric": metric}], **kind}
+        for name, metric, kind in (
+            ("mc", "acc", choice),
+            ("r", "bits_per_byte", rolling),
+            ("g", "exact_match", written),
+        )
+    ]
+    results = []
+    for batch in (1, 4):
+        adapter = harness.harness_model(model, 64, batch)
+        out = lm_eval.simple_evaluate(model=adapter, tasks=tasks, bootstrap_iters=0)["results"]
+        results.append([out["mc"]["acc,none"], out["r"]["bits_per_byte,none"], out["g"]["exact_match,none"]])
+    assert results[0] == pytest.approx(results[1], abs=1e-9)
+    texts = [row["q"].encode() for row in rows]
+    nats = -sum(Likelihoods(model, 64).of_texts(texts))
+    assert results[0][1] == pytest.approx(nats / math.log(2) / sum(map(len, texts)))
+    with pytest.raises(UserError, match="lm_eval knows no task no_such_task"):
+        harness.run_tasks(model, ["no_such_task"], 64, 2, None)
 
 
 def test_without_the_harness_the_install_command_is_named(model, monkeypatch):
