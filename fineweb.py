@@ -722,6 +722,36 @@ def _read_documents(path: str, size: int, piece: int, pieces: int, column: str, 
             yield lambda: path, text
 
 
+def read_documents(source: str, text_column: str = "text", label_column: str = "") -> Iterator[tuple[str, bytes, str]]:
+    """The documents of any source that `prepare` takes, in order, as (where, UTF-8 text, label); empty ones left out.
+
+    label: the text under `label_column` of a .jsonl or .parquet row; "" where no column is asked for. Duplicates stay.
+    Raises DataError, naming file and row, for what can't be read, is not UTF-8 or lacks its label.
+    """
+
+    def bad(what: str) -> None:
+        raise DataError(what)
+
+    root, files = _list_source(source)
+    for name, size, _ in files:
+        path = os.path.join(root, name)
+        has_rows = name.lower().endswith((".jsonl", ".jsonl.gz", ".parquet"))
+        if label_column and not has_rows:
+            raise DataError(f"{path}: has no {label_column!r}; only rows of .jsonl and .parquet carry labels")
+        texts = _read_documents(path, size, 0, 1, text_column, bad)
+        labels = _read_documents(path, size, 0, 1, label_column, bad) if label_column else itertools.repeat((None, b""))
+        for (where, text), (_, label) in zip(texts, labels):
+            place, text = where(), text if isinstance(text, bytes) else b"".join(text)
+            try:
+                text.decode()
+            except UnicodeDecodeError as e:
+                raise DataError(f"{place}: not UTF-8 ({e.reason} at byte {e.start})") from None
+            if label_column and not label:
+                raise DataError(f"{place}: {label_column!r} is empty; expected a label for every document")
+            if text:
+                yield place, text, label.decode(errors="replace")
+
+
 def _read_jsonl(path: str, start: int, stop: int, column: str, bad: Callable) -> Iterator[tuple]:
     """The lines that begin in bytes [start, stop) of the file; all of them where it is gzipped."""
     packed, number, at = path.lower().endswith(".gz"), 0, start

@@ -1,7 +1,7 @@
 """Train an H-Net on bytes. `python train.py` alone trains a tiny one on the Python standard library's source text.
 
 One process and many run the same program: `torchrun --nproc-per-node 8 train.py ...`. `python train.py --help` lists
-the flags. A run's folder holds its configs, metrics.jsonl, checkpoints and loss.png.
+the flags. A run's folder holds its configs, metrics.jsonl, checkpoints and plots.
 
 Read top to bottom: config -> one step -> what is reported -> the run.
 """
@@ -26,12 +26,21 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 import fineweb
-from hnet_runtime import UserError, checkpoint, distributed, equivalence, graphs, weights
-from hnet_runtime.chunks import bars, render
+from hnet_runtime import UserError, checkpoint, distributed, equivalence, graphs, statistics, weights
+from hnet_runtime.chunks import bars, render, to_html
 from hnet_runtime.distributed import World
 from hnet_runtime.evaluation import chunks_of, validate
 from hnet_runtime.graphs import GraphedModel
-from hnet_runtime.metrics import JsonlSink, Metrics, TensorBoardSink, WandbSink, duration, plot_losses, read_metrics
+from hnet_runtime.metrics import (
+    JsonlSink,
+    Metrics,
+    RouterHealth,
+    TensorBoardSink,
+    WandbSink,
+    duration,
+    read_metrics,
+)
+from hnet_runtime.plots import plot
 from hnet_runtime.run import Interrupts, checkpoint_to_resume, code_revision, open_folder
 from hnet_simple import HNetInference, generate
 from hnet_trainable import ConfigError, HNetConfig, HNetLM, compile_blocks, count_flops, parameter_groups
@@ -69,20 +78,20 @@ class TrainConfig:
     """Slices in an optimizer step over all processes (G); the number of processes must divide it."""
     max_doc: int = 8192
     """Longest row in bytes; a longer document goes on in further rows."""
-    steps: int = 520
+    steps: int = 900
     """Optimizer steps of the whole run."""
     seed: int = 0
     """Seed of the initial weights and of the order of the data."""
 
     optim: Annotated[Literal["adamw"], flag("-o")] = "adamw"
     """Optimizer: AdamW with betas (0.9, 0.95)."""
-    lr: float = 5e-4
+    lr: float = 4e-4
     """Peak learning rate before the stages' multipliers (eq. 11 of the paper)."""
-    schedule: Literal["wsd", "wsd-linear", "cosine", "constant"] = "cosine"
+    schedule: Literal["wsd", "wsd-linear", "cosine", "constant"] = "wsd-linear"
     """After the warmup. wsd: constant, then down to zero over the last `decay` as 1 - sqrt (wsd-linear: linearly)."""
     warmup: float = 0.1
     """Share of the steps that warm up linearly."""
-    decay: float = 0.2
+    decay: float = 0.25
     """Share of the steps that decay, with wsd and wsd-linear."""
     weight_decay: float = 0.1
     """AdamW's weight decay, on matrices and embeddings only."""
@@ -113,6 +122,11 @@ class TrainConfig:
     """Held-out slices to score; 0: all."""
     log_every: int = 20
     """Steps between lines on the console; metrics.jsonl has every step."""
+    stats_every: int = 20
+    """Steps between statistics of routers and weights: chunk lengths, where boundaries lie, norms, updates. 0: none.
+    Not with --compile graph."""
+    on_collapse: Literal["warn", "stop"] = "warn"
+    """When a router has collapsed or is dead: say so, or save and stop with status 2. Oscillation is only named."""
     sample_every: int = 0
     """Steps between generated samples; the last step always gives one. 0: only the last."""
     sample_bytes: int = 160
@@ -133,6 +147,7 @@ class TrainConfig:
         for name in (
             "val_every",
             "val_slices",
+            "stats_every",
             "sample_every",
             "sample_bytes",
             "keep",
@@ -209,17 +224,23 @@ def lr_scale(step: int, config: TrainConfig) -> float:
 
 
 def forward_backward(
-    model: HNetLM | GraphedModel, slices: list[fineweb.Slice], config: TrainConfig, world: World
+    model: HNetLM | GraphedModel,
+    slices: list[fineweb.Slice],
+    config: TrainConfig,
+    world: World,
+    routers: list[Tensor] | None = None,
 ) -> Tensor:
     """Gradients of a step's loss, the mean over all G slices of CE + alpha * ratio losses, from this rank's slices.
 
     Every slice has T labels and every rank as many slices, so means of means are exact; FSDP averages over ranks.
-    Returns the means over all ranks of [ce, text bytes, ratio_0.., F_0.., G_0..], a float32 tensor on the device.
+    Returns the means over all ranks of [ce, text bytes, rows, ratio_0.., F_0.., G_0..], a float32 tensor on the device.
+    `routers`, where given, gets the `router_statistics` of this rank's last slice.
     """
     if isinstance(model, GraphedModel):
         losses = model.forward_backward([piece.nested(world.device) for piece in slices])
-        text_bytes = torch.full_like(losses.ce, sum(piece.text_bytes for piece in slices) / len(slices))
-        return torch.cat([losses.ce[None], text_bytes[None], losses.ratio, losses.F, losses.G]).float()
+        counted = (sum(n) / len(slices) for n in zip(*((p.text_bytes, len(p.row_lengths)) for p in slices)))
+        numbers = [losses.ce, *(torch.full_like(losses.ce, n) for n in counted)]
+        return torch.cat([torch.stack(numbers), losses.ratio, losses.F, losses.G]).float()
     stats = []
     for i, piece in enumerate(slices):
         if isinstance(model, FSDPModule):
@@ -228,22 +249,26 @@ def forward_backward(
         out = model(iids, labels)
         loss = out.ce + config.alpha * out.ratio_losses.sum()
         (loss / len(slices)).backward()
-        numbers = [out.ce, torch.full_like(out.ce, piece.text_bytes), *out.ratio_losses]
+        numbers = [out.ce, *(torch.full_like(out.ce, n) for n in (piece.text_bytes, len(piece.row_lengths)))]
+        numbers += out.ratio_losses
         numbers += [stage.F for stage in out.stages] + [stage.G for stage in out.stages]
         stats.append(torch.stack([n.detach().float() for n in numbers]))
+    if routers is not None:
+        routers.append(statistics.router_statistics(iids, out.stages))
     return distributed.mean_over_ranks(torch.stack(stats).mean(0), world)
 
 
 def describe(stats: list[float], hnet: HNetConfig, config: TrainConfig) -> dict[str, Any]:
     """`forward_backward`'s numbers by their names in metrics.jsonl."""
     S = hnet.num_stages
-    ce, text_bytes, *rest = stats
-    record = {"bpb": ce * config.mbs / (text_bytes * math.log(2)), "ce": ce}
+    ce, text_bytes, rows, *rest = stats
+    record = {"bpb": ce * config.mbs / (text_bytes * math.log(2)), "ce": ce, "rows": rows}
+    rest, more = rest[: 3 * S], rest[3 * S :]
     for s in range(S):
         ratio, F, G = rest[s::S]
         record |= {f"stage{s}_ratio_loss": ratio, f"stage{s}_F": F, f"stage{s}_G": G}
         record |= {f"stage{s}_compression": 1 / F, f"stage{s}_target": hnet.target_ratios[s]}
-    return record
+    return record | dict(zip(statistics.names(S), more))
 
 
 def speed(
@@ -378,7 +403,7 @@ def main(argv: Sequence[str]) -> None:
     )
 
     inference = HNetInference.from_training(evaluated)  # borrows the weights: nothing is copied
-    interrupts = Interrupts()
+    interrupts, health = Interrupts(), RouterHealth(hnet.target_ratios, config.mbs)
     began = settled = time.perf_counter()
     first_step, waiting = step, None  # waiting: the step whose numbers the device has yet to deliver
     model.train()
@@ -386,20 +411,24 @@ def main(argv: Sequence[str]) -> None:
     def settle(stats: Tensor, done: int) -> dict[str, Any]:
         """The record of a step, once the device has run it. Raises UserError where its numbers are not finite."""
         nonlocal settled
-        *stats, grad_norm = stats.tolist()
-        if not math.isfinite(grad_norm + stats[0]):
+        numbers = stats.tolist()
+        grad_norm = numbers.pop(3 + 3 * hnet.num_stages)  # after what forward_backward gave, before the statistics
+        if not math.isfinite(grad_norm + numbers[0]):
             saved = checkpoint.complete(run)
             raise UserError(
-                f"step {done}: cross entropy {stats[0]}, gradient norm {grad_norm}; stopped before they reached "
+                f"step {done}: cross entropy {numbers[0]}, gradient norm {grad_norm}; stopped before they reached "
                 f"the weights. The last good checkpoint: {saved[-1] if saved else 'none yet'}"
             )
-        record = describe(stats, hnet, config) | {"grad_norm": grad_norm, "lr": config.lr * lr_scale(done - 1, config)}
+        record = describe(numbers, hnet, config)
+        record |= {"grad_norm": grad_norm, "lr": config.lr * lr_scale(done - 1, config)}
         record |= {"bytes_seen": done * config.mbs * config.global_slices}
         now, before = time.perf_counter(), settled
         settled = now
         return record | speed(record, now - before, hnet, config, world)
 
     def report(done: int, record: dict[str, Any]) -> None:
+        for trouble in health.look(done, record):
+            logger.warning("step %d: %s", done, trouble)
         metrics.log(done, record)
         if done == config.steps or done % config.log_every == 0 or done == first_step + 1:
             seconds_left = (time.perf_counter() - began) / (done - first_step) * (config.steps - done)
@@ -410,11 +439,15 @@ def main(argv: Sequence[str]) -> None:
         for group in optimizer.param_groups:
             group["lr"] = config.lr * group["multiplier"] * scale
         slices = list(train_stream.step(step, config.global_slices, world.rank, world.size))
-        stats = forward_backward(runner, slices, config, world)
+        wants_statistics = config.stats_every and (step + 1) % config.stats_every == 0 and not graph
+        more: list[Tensor] | None = [] if wants_statistics else None
+        stats = forward_backward(runner, slices, config, world, more)
         distributed.reduce_plain_gradients(parameters, world)
         # nothing here waits for the device: a norm or a loss that is not finite leaves the weights as they are
         grad_norm = distributed.clip_in_optimizer(optimizer, parameters, config.clip, world, stats[0])
         optimizer.step()
+        if more is not None:
+            more.append(statistics.weight_statistics(optimizer, hnet.num_stages, world))
         if graph:
             runner.refresh()
         else:
@@ -423,9 +456,10 @@ def main(argv: Sequence[str]) -> None:
         # a step's numbers are read when the next one has been launched, or below
         if waiting:
             report(step - 1, settle(waiting.numbers(), step - 1))
-        waiting = distributed.Fetched(torch.cat([stats, grad_norm[None]]))
+        waiting = distributed.Fetched(torch.cat([stats, grad_norm[None], *(more or [])]))
 
-        is_last, interrupted = step == config.steps, interrupts.anywhere(world)
+        stuck = config.on_collapse == "stop" and health.stuck  # at the last step whose numbers were read
+        is_last, interrupted = step == config.steps, interrupts.anywhere(world) or stuck
         validates = is_last or (config.val_every and step % config.val_every == 0)
         samples = config.sample_bytes and (is_last or (config.sample_every and step % config.sample_every == 0))
         saves = is_last or interrupted or step % config.save_every == 0
@@ -434,11 +468,14 @@ def main(argv: Sequence[str]) -> None:
             if validates:
                 record |= validate(evaluated, val_stream, world, config.val_slices or None)
             if samples:
-                record |= {"sample": sample(inference, config, world)}
+                record |= sample(inference, config, world)
             report(step, record)
             if saves:
                 saved = checkpoint.save(run, step, model, optimizer, about, config.keep)
             settled = time.perf_counter()  # the next step's time begins here
+        if stuck:
+            metrics.close()
+            raise UserError(f"step {step}: a router is stuck, see above (--on-collapse stop); saved {saved}")
         if interrupted and not is_last:
             logger.info("%s: saved %s; go on with --save-dir %s --resume auto", interrupts.received, saved, run)
             break
@@ -462,17 +499,17 @@ def open_metrics(run: Path, step: int, about: dict, hnet: HNetConfig, config: Tr
     return Metrics(sinks)
 
 
-def sample(inference: HNetInference, config: TrainConfig, world: World) -> str:
-    """Let the model write, print that with its chunks, and return it with bars between them. Called by every rank."""
+def sample(inference: HNetInference, config: TrainConfig, world: World) -> dict[str, str]:
+    """Let the model write, print that, and return it with bars between chunks and in colours. Called by every rank."""
     with inference.unsharded():  # gathers the weights of all ranks; then rank 0 alone generates
         if not world.is_main:
-            return ""
+            return {}
         written = generate(
             inference, [config.prompt], max_bytes=config.sample_bytes, seed=config.seed, valid_utf8=True
         )[0]
     logger.info("the model writes, beginning with %r:", config.prompt)
     print_chunks(written.data, written.starts)
-    return bars(written.data, written.starts)
+    return {"sample": bars(written.data, written.starts), "sample_html": to_html(written.data, written.starts)}
 
 
 def print_chunks(data: bytes, starts: Sequence[Sequence[bool]]) -> None:
@@ -489,7 +526,7 @@ def show_results(model: HNetLM, val_stream: fineweb.ByteStream, run: Path, world
     if not world.is_main:
         return
     records = read_metrics(run / "metrics.jsonl")
-    plot_losses(records, run / "loss.png")
+    plot([run], run / "plots")
     last = records[-1]
     if opens:
         logger.info("held-out text in the chunks that the model cut:")
@@ -501,7 +538,7 @@ def show_results(model: HNetLM, val_stream: fineweb.ByteStream, run: Path, world
         )
     logger.info(
         f"{last['val_bpb']:.3f} bits per byte on {last['val_bytes']:,} bytes of held-out text; "
-        f"curves in {run / 'loss.png'}"
+        f"curves in {run / 'plots.html'}"
     )
 
 

@@ -143,7 +143,7 @@ def main(args: Benchmark) -> None:
         synchronize()
         times.append(time.perf_counter() - started)
         S = hnet.num_stages
-        rates.append(stats[2 + S : 2 + 2 * S].tolist())
+        rates.append(stats[3 + S : 3 + 2 * S].tolist())
     began = time.perf_counter()  # again without waiting for each step, as training runs
     for i in range(args.warmup, args.warmup + args.steps):
         step(i)

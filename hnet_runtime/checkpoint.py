@@ -135,6 +135,14 @@ def read_train(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "train.json").read_text())
 
 
+def train_config_of(source: str) -> dict[str, Any] | None:
+    """The flags of train.py that a run or one of its checkpoints was made with; None for weights from elsewhere."""
+    folder = Path(source)
+    if found := complete(folder):
+        folder = found[-1]
+    return read_train(folder)["config"] if (folder / "train.json").exists() else None
+
+
 def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
     """Fill model and optimizer in place, at whatever world size and sharding they have. Called by every rank.
 

@@ -35,13 +35,15 @@ def validate(model: HNetLM, stream: ByteStream, world: World, limit: int | None)
     """Scores the first `limit` slices of a held-out split (None: all), every byte once. Called by every rank.
 
     Returns `val_bpb` (bits per text byte; the ends of documents are predicted too, as in training),
-    `val_bpb_le_<n>` by the length of the document, `val_bytes`, each stage's compression, and for stage 0
+    `val_bpb_le_<n>` by the length of the document, `val_bpb_at_<n>` by the position in it (each up to n bytes),
+    `val_bytes`, each stage's compression, and for stage 0
     `val_edge_share` (share of boundaries that lie at a word edge) over `val_edge_base` (share of positions that do;
     first bytes of rows left out of both).
     """
     model.eval()
     buckets, S = len(LENGTH_BUCKETS) + 1, model.config.num_stages
-    sums = torch.zeros(2, buckets, dtype=torch.float64)  # nats and bytes by bucket
+    sums = torch.zeros(2, buckets, dtype=torch.float64)  # nats and bytes by length of the document
+    sums_at = torch.zeros(2, buckets, dtype=torch.float64)  # the same by position in it
     counts = torch.zeros(S + 1, dtype=torch.float64)  # tokens of each stage
     edges = torch.zeros(4, dtype=torch.float64)  # boundaries, those at edges, positions, those at edges
     slices = list(stream.slices_once(limit)) if world.size == 1 else _same_number_each(stream, world, limit)
@@ -51,10 +53,12 @@ def validate(model: HNetLM, stream: ByteStream, world: World, limit: int | None)
         logits_TV = out.logits.values().to(torch.promote_types(out.logits.dtype, torch.float32))
         nats_T = F.cross_entropy(logits_TV, labels.values(), reduction="none").double().cpu()
         bucket_T = np.repeat(np.searchsorted(LENGTH_BUCKETS, piece.document_bytes), piece.row_lengths)
-        index_T = torch.from_numpy(bucket_T)
+        starts = np.cumsum(piece.row_lengths) - piece.row_lengths
+        at_T = np.arange(len(nats_T)) + np.repeat(piece.offsets - starts, piece.row_lengths) + 1
         is_text_T = torch.from_numpy(piece.labels != EOS).double()
-        sums[0].index_add_(0, index_T, nats_T * weight)
-        sums[1].index_add_(0, index_T, is_text_T * weight)
+        for into, where_T in ((sums, bucket_T), (sums_at, np.searchsorted(LENGTH_BUCKETS, at_T))):
+            into[0].index_add_(0, torch.from_numpy(where_T), nats_T * weight)
+            into[1].index_add_(0, torch.from_numpy(where_T), is_text_T * weight)
         counts += weight * torch.tensor([len(nats_T), *(float(s.boundary_mask.values().sum()) for s in out.stages)])
         if S:
             edge_T, b_T = word_edges(iids).cpu(), out.stages[0].boundary_mask.values().cpu().clone()
@@ -64,12 +68,13 @@ def validate(model: HNetLM, stream: ByteStream, world: World, limit: int | None)
             edges += weight * torch.tensor([b_T.sum(), (b_T & edge_T).sum(), inner_T.sum(), edge_T.sum()])
     model.train()
     if world.size > 1:
-        for t in (sums, counts, edges):
+        for t in (sums, sums_at, counts, edges):
             dist.all_reduce(t)
     result = {"val_bpb": (sums[0].sum() / sums[1].sum() / math.log(2)).item(), "val_bytes": int(sums[1].sum())}
     for i, name in enumerate([f"le_{n}" for n in LENGTH_BUCKETS] + ["longer"]):
-        if sums[1, i]:
-            result[f"val_bpb_{name}"] = (sums[0, i] / sums[1, i] / math.log(2)).item()
+        for found, key in ((sums, f"val_bpb_{name}"), (sums_at, f"val_bpb_at_{name.removeprefix('le_')}")):
+            if found[1, i]:
+                result[key] = (found[0, i] / found[1, i] / math.log(2)).item()
     for s in range(S):
         result[f"val_stage{s}_compression"] = (counts[s] / counts[s + 1]).item()
     if S:

@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,8 @@ logger = logging.getLogger("hnet")
 
 
 class Sink(Protocol):
+    """Takes records: numbers, `sample` (text with bars between its chunks), `sample_html` (in colours, for wandb)."""
+
     def log(self, step: int, record: dict[str, Any]) -> None: ...
     def close(self) -> None: ...
 
@@ -31,6 +33,7 @@ class JsonlSink:
 
     def log(self, step: int, record: dict[str, Any]) -> None:
         safe = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        safe.pop("sample_html", None)
         self._file.write(json.dumps({"step": step, **safe}) + "\n")
 
     def close(self) -> None:
@@ -54,7 +57,7 @@ GROUPS = {  # panel -> prefixes of the keys in it, for wandb and TensorBoard
     "loss": ("bpb", "ce", "val_bpb", "val_bytes"),
     "stages": ("stage", "val_stage", "val_edge"),
     "optimizer": ("lr", "grad"),
-    "speed": ("step_ms", "bytes", "mfu"),
+    "speed": ("step_ms", "bytes", "rows", "mfu"),
 }
 
 
@@ -82,13 +85,13 @@ class WandbSink:
             wandb.teardown()  # its service still holds the id
             self._run = wandb.init(mode="offline", **keywords)
         self._samples: list[list[Any]] = []
-        self._table = wandb.Table
+        self._table, self._html = wandb.Table, wandb.Html
 
     def log(self, step: int, record: dict[str, Any]) -> None:
-        values = {panel(key): value for key, value in record.items() if key != "sample"}
-        if record.get("sample"):
-            self._samples.append([step, record["sample"]])
-            values["samples"] = self._table(columns=["step", "sample, chunks between bars"], data=list(self._samples))
+        values = {panel(key): value for key, value in record.items() if not key.startswith("sample")}
+        if record.get("sample_html"):
+            self._samples.append([step, self._html(record["sample_html"])])
+            values["samples"] = self._table(columns=["step", "sample, chunks in colours"], data=list(self._samples))
         self._run.log(values, step=step)
 
     def close(self) -> None:
@@ -108,6 +111,8 @@ class TensorBoardSink:
 
     def log(self, step: int, record: dict[str, Any]) -> None:
         for key, value in record.items():
+            if key == "sample_html":
+                continue
             if isinstance(value, str):
                 self._writer.add_text(panel(key), value, step)
             else:
@@ -140,6 +145,62 @@ class Metrics:
                 self._sinks.remove(sink)
 
 
+class RouterHealth:
+    """Names in one line what goes wrong with a router, when it starts; looks only at numbers that were read anyway.
+
+    - dead: for PATIENCE steps in a row no chunk began but where one must, at the beginning of a row;
+    - collapse: as long, nearly every token opened a chunk, or a tenth of the target share or fewer;
+    - oscillation: the smoothed share of boundaries went from 1.25 times the target to 0.8 times or back SWINGS times
+      in SPAN steps.
+    """
+
+    PATIENCE, SWINGS, SPAN = 50, 4, 200
+
+    def __init__(self, targets: Sequence[float], slice_bytes: int):
+        self.targets, self.slice_bytes = targets, slice_bytes
+        self.since = [{"dead": 0, "high": 0, "low": 0} for _ in targets]  # steps in a row
+        self.smooth, self.side = [None for _ in targets], [0 for _ in targets]
+        self.swings: list[list[int]] = [[] for _ in targets]
+        self.swinging = [False for _ in targets]
+
+    def look(self, step: int, record: dict[str, Any]) -> list[str]:
+        """What starts at this step. `record` as metrics.jsonl has it, with `rows`, the mean of rows in a slice."""
+        said, tokens = [], float(self.slice_bytes)
+        for s, N in enumerate(self.targets):
+            F = record[f"stage{s}_F"]
+            tokens *= F
+            signs = {"dead": tokens <= record["rows"] * 1.001, "high": F > 0.98, "low": F < 0.1 / N}
+            words = {
+                "dead": "is dead: no chunk begins but at the beginning of a row",
+                "high": f"collapsed: {F:.0%} of its tokens open a chunk, 1 in {N:g} should",
+                "low": f"collapsed: 1 in {1 / F:.0f} of its tokens opens a chunk, 1 in {N:g} should",
+            }
+            for name, there in signs.items():
+                self.since[s][name] = self.since[s][name] + 1 if there else 0
+                if self.since[s][name] == self.PATIENCE and not (name == "low" and self.since[s]["dead"]):
+                    said.append(f"stage {s} {words[name]} (for {self.PATIENCE} steps)")
+            said += self._swing(s, step, F * N)
+        return said
+
+    @property
+    def stuck(self) -> bool:
+        """Whether a stage is dead or has collapsed at the step that `look` saw last."""
+        return any(n >= self.PATIENCE for signs in self.since for n in signs.values())
+
+    def _swing(self, s: int, step: int, relative: float) -> list[str]:
+        before = self.smooth[s]
+        self.smooth[s] = now = relative if before is None else before + 0.3 * (relative - before)
+        side = 1 if now > 1.25 else -1 if now < 0.8 else self.side[s]
+        if self.side[s] and side != self.side[s]:
+            self.swings[s].append(step)
+        self.side[s] = side
+        self.swings[s] = [at for at in self.swings[s] if at > step - self.SPAN]
+        started = len(self.swings[s]) >= self.SWINGS and not self.swinging[s]
+        self.swinging[s] = len(self.swings[s]) >= self.SWINGS
+        swings = f"{len(self.swings[s])} swings about its target in {self.SPAN} steps"
+        return [f"stage {s} oscillates: the share of its tokens that open a chunk made {swings}"] if started else []
+
+
 def duration(seconds: float) -> str:
     """`93784` -> `26:03:04`; below an hour `3:04`."""
     if not math.isfinite(seconds):
@@ -147,41 +208,3 @@ def duration(seconds: float) -> str:
     minutes, s = divmod(int(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
-
-
-def plot_losses(records: list[dict[str, Any]], path: Path) -> None:
-    """`loss.png`: bits per byte, the ratio losses and each stage's compression against its target, over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4), constrained_layout=True)
-
-    def draw(axis, key: str, label: str, **style) -> None:
-        points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
-        if points:
-            axis.plot(*zip(*points), label=label, **style)
-
-    draw(axes[0], "bpb", "training", linewidth=0.7)
-    draw(axes[0], "val_bpb", "validation", marker="o", markersize=3)
-    axes[0].set_title("bits per byte")
-    stages = range(
-        sum(key.startswith("stage") and key.endswith("_compression") for key in records[-1]) if records else 0
-    )
-    for s in stages:
-        draw(axes[1], f"stage{s}_ratio_loss", f"stage {s}", linewidth=0.7)
-        draw(axes[2], f"stage{s}_compression", f"stage {s}", linewidth=0.7)
-        draw(axes[2], f"stage{s}_target", f"stage {s} target", linestyle=":", color="gray")
-    axes[1].set_title("ratio loss (1 at the target)")
-    axes[2].set_title("tokens per chunk")
-    axes[2].set_yscale("log")  # the first steps may find a chunk or two in a slice
-    for axis in axes:
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend(fontsize=8)
-    scratch = path.with_name(path.name + ".writing")
-    figure.savefig(scratch, format="png", dpi=120)
-    plt.close(figure)
-    os.replace(scratch, path)

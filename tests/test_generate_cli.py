@@ -119,6 +119,15 @@ def test_colours_follow_the_stages():
     assert all("chunk" in str(chunks.legend(S)) for S in range(4))
 
 
+def test_html_has_the_same_colours():
+    shown = chunks.to_html("<a>é".encode(), flags("10110"))
+    spans = re.findall(r'<span style="background: (#\w+); color: #\w+">(.*?)</span>', shown)
+    text = render("<a>é".encode(), flags("10110"))
+    assert [colour for colour, _ in spans[:2]] == [span.style.bgcolor.name for span in text.spans[:2]]
+    assert [piece for _, piece in spans] == ["&lt;a", "&gt;", "é"]
+    assert chunks.to_html(b"ab", [(), ()]).count("background") == 0
+
+
 # --------------------------------------------------------------------------------------------------------- equivalence
 
 

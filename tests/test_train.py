@@ -12,10 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import fineweb
+from hnet_runtime import statistics
 from hnet_runtime.metrics import GROUPS, panel
 from hnet_runtime.run import code_revision
+from hnet_runtime.weights import export
+from hnet_trainable import HNetConfig, HNetLM, init_weights
 
 ROOT = Path(__file__).parent.parent
 MODEL = {
@@ -60,7 +64,7 @@ def corpus(tmp_path_factory) -> Path:
 
 def command(corpus: Path, *more: str) -> list[str]:
     flags = f"-c {corpus}/model.json --data {corpus}/data --mbs 256 --lr 2e-3 --schedule wsd --device cpu"
-    flags += " --val-slices 4 --log-every 5"
+    flags += " --val-slices 4 --log-every 5 --stats-every 5"
     return [sys.executable, str(ROOT / "train.py"), *flags.split(), *more]
 
 
@@ -105,12 +109,38 @@ def test_a_run_learns_and_leaves_its_records(undisturbed):
     assert [row["step"] for row in rows if "val_bpb" in row] == [10, 20]
     assert {"val_edge_share", "val_edge_base", "val_stage0_compression"} <= set(rows[-1])
     assert {panel(key).split("/")[0] for row in rows for key in row if key not in ("step", "sample")} == set(GROUPS)
-    assert (undisturbed / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "</html>" in (undisturbed / "plots.html").read_text()
+    assert (undisturbed / "plots.png").read_bytes().startswith(b"\x89PNG")
     kept = sorted(p.name for p in (undisturbed / "checkpoints").iterdir())
     assert kept == ["step_00000016", "step_00000020"]
     assert json.loads((undisturbed / "config.json").read_text())["N_compress"] == [1, 6]
     saved = json.loads((undisturbed / "checkpoints" / "step_00000020" / "train.json").read_text())
     assert saved["step"] == 20 and saved["config"]["mbs"] == 256 and saved["code"] == code_revision()
+
+
+def test_statistics_come_every_so_many_steps(undisturbed):
+    rows = records(undisturbed)
+    for name in statistics.names(1):
+        assert [row["step"] for row in rows if name in row] == [5, 10, 15, 20], name
+    last = rows[-1]
+    assert last["stage0_chunk_mean"] <= last["stage0_chunk_max"] <= 256 and last["stage1_weight_norm"] > 0
+    assert sum(last[f"stage0_p_0.{i}"] for i in range(10)) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_dead_router_is_named_and_stops_the_run(corpus, tmp_path):
+    """W_q = 0 makes every cosine 0 and p = 0.5, which is no boundary; the rate is too small to change that."""
+    model = init_weights(HNetLM(HNetConfig.load(MODEL)), 0)
+    with torch.no_grad():
+        model.backbone.routing_module.q_proj_layer.weight.zero_()
+    export(model, tmp_path / "dead", "safetensors")
+    flags = ["-p", str(tmp_path / "dead"), "--steps", "80", "--lr", "1e-30", "--sample-bytes", "0"]
+    done = run(corpus, *flags, "--on-collapse", "stop", "--save-dir", str(tmp_path / "run"))
+    # it is named at step 50, whose numbers are read when step 51 is under way
+    assert done.returncode == 2 and "--on-collapse stop" in done.stderr and "step 51" in done.stderr, done.stderr[
+        -2000:
+    ]
+    assert len(records(tmp_path / "run")) == 50
+    assert (tmp_path / "run" / "checkpoints" / "step_00000050" / "manifest.json").exists()
 
 
 def test_the_learning_rate_warms_up_and_decays(undisturbed):
@@ -364,6 +394,22 @@ def test_fine_tuning_starts_from_a_checkpoint_of_any_kind(corpus, undisturbed, t
         folder = tmp_path / f"tuned{i}"
         succeed(corpus, "--steps", "1", "--lr", "1e-12", "-p", str(weights), "--save-dir", str(folder))
         assert records(folder)[-1]["val_bpb"] == pytest.approx(last, abs=1e-6)
+
+
+def test_evaluate_gives_the_validation_of_training(corpus, undisturbed, tmp_path):
+    """On two processes, the run's last val_bpb; the rows of a batch are others than in training."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch += [str(ROOT / "scripts" / "evaluate.py"), str(undisturbed), "--device", "cpu", "--batch", "3"]
+    launch += ["--out", str(tmp_path / "out")]
+    done = subprocess.run(launch, cwd=corpus, env=environment(), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result, last = json.loads((tmp_path / "out.json").read_text())["text"], records(undisturbed)[-1]
+    assert result["bpb"] == pytest.approx(last["val_bpb"], abs=1e-4) and result["bytes"] == last["val_bytes"]
+    positions = {name.replace("up to ", "").replace(",", ""): row["bpb"] for name, row in result["by_position"].items()}
+    assert positions == pytest.approx(
+        {key.removeprefix("val_bpb_at_"): value for key, value in last.items() if key.startswith("val_bpb_at_")},
+        abs=1e-4,
+    )
 
 
 def test_samples_are_printed_and_logged(corpus, tmp_path):

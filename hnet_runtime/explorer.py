@@ -1,0 +1,89 @@
+"""One HTML page, without network, that shows how one or two models cut a text into chunks and what each byte cost."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from hnet_runtime.scoring import pack, windows
+from hnet_trainable import HNetLM
+
+TEMPLATE = Path(__file__).with_name("explorer.html")
+
+
+class Analysis(NamedTuple):
+    """What a model makes of a text of T bytes."""
+
+    bits: np.ndarray  # float32 (T,): what it cost to predict each byte from those before it
+    starts: np.ndarray  # bool (S, T): does the byte open a chunk of stage s; the first byte always does
+    p: np.ndarray  # float32 (S, T): boundary probability, NaN where the byte does not reach the stage
+
+
+@torch.no_grad()
+def analyse(model: HNetLM, text: bytes, context: int, stride: int) -> Analysis:
+    """Runs `text` as one document: in rows of `context` bytes, `stride` of them new, where it is longer.
+
+    The model sees BOS first and always opens a chunk there; the first byte of the text is shown as its start. Bits have
+    the position of the byte that is predicted, p and starts that of the byte that opens a chunk.
+    """
+    T, S = len(text), model.config.num_stages
+    bits, starts, p = np.zeros(T, np.float32), np.zeros((S, T), bool), np.full((S, T), np.nan, np.float32)
+    model.eval()
+    for row in windows(text, context, stride):
+        iids, labels = pack([row], next(model.parameters()).device)
+        out = model(iids)
+        logits_TV = out.logits.values()
+        logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+        nats_T = F.cross_entropy(logits_TV, labels.values(), reduction="none").cpu().numpy()
+        first, stop = row.start + row.skip, min(row.start + len(nats_T), T)  # bytes; the last label is the text's end
+        bits[first:stop] = nats_T[row.skip :][: stop - first] / math.log(2)
+        at = np.arange(len(nats_T)) + row.start - 1  # the byte that each input is; -1 is BOS
+        for s, stage in enumerate(out.stages):
+            p_T = stage.boundary_prob.values().float().cpu().numpy()
+            b_T = stage.boundary_mask.values().cpu().numpy()
+            new = at >= max(first - 1, 0)  # the rows before had the inputs up to byte first - 2
+            p[s, at[new]] = p_T[new]
+            starts[s, at[new & b_T]] = True
+            at = at[b_T]
+    starts[:, :1] = True
+    return Analysis(bits, starts, p)
+
+
+def page(text: bytes, names: list[str], analyses: list[Analysis], targets: list[tuple[float, ...]], title: str) -> str:
+    """The page for one or two models. `names` and `targets` (compression, one a stage) go with `analyses`."""
+    models = []
+    for name, (bits, starts, p), target in zip(names, analyses, targets):
+        S = len(starts)
+        counts = [len(text), *starts.sum(1).tolist()]
+        mask = sum((starts[s].astype(np.uint8) << s for s in range(S)), np.zeros(len(text), np.uint8))
+        models.append(
+            {
+                "name": name,
+                "stages": S,
+                "bpb": float(bits.sum() / len(text)),
+                "compression": [counts[s] / counts[s + 1] for s in range(S)],
+                "target": list(target),
+                "starts": _packed(mask),
+                "bits": _packed(np.clip(np.round(bits * 1000), 0, 65535).astype("<u2")),
+                # 65535 stands for no probability: the byte does not reach the stage
+                "p": [_packed(np.where(np.isnan(q), 65535, np.round(q * 65534)).astype("<u2")) for q in p],
+            }
+        )
+    data = json.dumps({"title": title, "text": _packed(np.frombuffer(text, np.uint8)), "models": models})
+    parts = {"__TITLE__": html.escape(title), "__DATA__": data.replace("<", "\\u003c")}
+    content = TEMPLATE.read_text()
+    for mark, value in parts.items():
+        content = content.replace(mark, value)
+    return content
+
+
+def _packed(array: np.ndarray) -> str:
+    return base64.b64encode(array.tobytes()).decode()

@@ -1,0 +1,237 @@
+"""Exact bits per byte of any text: documents -> rows -> batches -> the nats of every document -> a summary.
+
+A row is what the model reads at once, by itself; packing rows into a batch changes nothing but speed. Every label of a
+document (each byte of its text, then its end) is scored once. Where a document is longer than the context, the rows
+overlap, and each scores only the labels that no row before it did.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nested import nested_tensor_from_jagged
+
+import fineweb
+from hnet_runtime import UserError
+from hnet_runtime.distributed import World
+from hnet_runtime.evaluation import LENGTH_BUCKETS
+from hnet_trainable import BOS, EOS, HNetLM
+
+CONTEXT = 8192  # bytes of a training document in the paper's recipe
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+class Row(NamedTuple):
+    """Byte pairs that the model reads by themselves, and which of them count."""
+
+    inputs: np.ndarray  # uint8 (n,)
+    labels: np.ndarray  # uint8 (n,), the byte after each input
+    skip: int  # so many labels at the front are context alone
+    start: int  # labels of the document before this row
+    document: int
+
+
+def windows(
+    text: bytes, context: int, stride: int, document: int = 0, scored_from: int = 0, eos: bool = True
+) -> Iterator[Row]:
+    """Rows of at most `context` labels that score, each once, the labels of `text` from number `scored_from` on.
+
+    The first row has all the context that fits; each row after it scores up to `stride` labels more, with at least
+    context - stride inputs before them. The document's end is the last label, unless `eos` is False.
+    """
+    pairs = np.frombuffer(bytes([BOS]) + text + bytes([EOS] * eos), np.uint8)
+    n, scored = len(pairs) - 1, scored_from
+    at = max(0, n - context if n - context <= scored_from else scored_from - (context - stride))
+    while scored < n:
+        stop = min(at + context, n)
+        yield Row(pairs[at:stop], pairs[at + 1 : stop + 1], scored - at, at, document)
+        scored, at = stop, at + stride
+
+
+def training_rows(stream: fineweb.ByteStream, limit: int | None) -> Iterator[Row]:
+    """The rows that training's validation reads: those of `stream.slices_once(limit)`."""
+    for piece in stream.slices_once(limit):
+        cuts = np.cumsum(piece.row_lengths)[:-1]
+        rows = zip(np.split(piece.inputs, cuts), np.split(piece.labels, cuts), piece.offsets, piece.documents)
+        yield from (Row(inputs, labels, 0, int(start), int(document)) for inputs, labels, start, document in rows)
+
+
+def pack(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(iids, labels): two NJTs (B, j), int64, one document a row."""
+    lengths = [len(row.inputs) for row in rows]
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)], device=device)
+    flat = [torch.from_numpy(np.concatenate(parts)).to(device).long() for parts in list(zip(*rows))[:2]]
+    return tuple(nested_tensor_from_jagged(x, offsets, min_seqlen=min(lengths), max_seqlen=max(lengths)) for x in flat)
+
+
+@torch.no_grad()
+def score(model: HNetLM, rows: list[Row]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each row the nats of its labels, float64 (n,), and whether each is the most likely byte, bool (n,)."""
+    iids, labels = pack(rows, next(model.parameters()).device)
+    logits_TV, labels_T = model(iids).logits.values(), labels.values()
+    logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+    nats_T = F.cross_entropy(logits_TV, labels_T, reduction="none").double().cpu().numpy()
+    best_T = (logits_TV.argmax(-1) == labels_T).cpu().numpy()
+    cuts = np.cumsum([len(row.inputs) for row in rows])[:-1]
+    return list(zip(np.split(nats_T, cuts), np.split(best_T, cuts)))
+
+
+def in_batches(items: Iterable, size: int) -> Iterator[list]:
+    items = iter(items)
+    while batch := list(itertools.islice(items, size)):
+        yield batch
+
+
+# ----------------------------------------------------------------------------------------------------------- documents
+
+
+class Document(NamedTuple):
+    text: bytes
+    label: str = ""
+
+
+def held_out(stream: fineweb.ByteStream) -> Iterator[Document]:
+    """The documents of a prepared split, whole, in file order."""
+    text = bytearray()
+    for piece in stream.slices_once():
+        for labels in np.split(piece.labels, np.cumsum(piece.row_lengths)[:-1]):
+            text += labels.tobytes()
+            if text[-1] == EOS:
+                yield Document(bytes(text[:-1]))
+                text.clear()
+
+
+def script_of(text: bytes) -> str:
+    """The script of most letters in the first 4,000 characters, as Unicode's names begin: Latin, Cyrillic, Cjk."""
+    letters = Counter(ch for ch in text[:16_000].decode(errors="ignore")[:4000] if ch.isalpha())
+    scripts: Counter[str] = Counter()
+    for letter, n in letters.items():
+        scripts[unicodedata.name(letter, "none").split()[0].capitalize()] += n
+    return scripts.most_common(1)[0][0] if scripts else "none"
+
+
+# ------------------------------------------------------------------------------------------------------------- scoring
+
+
+class Tally(NamedTuple):
+    """What a document's scored labels cost. `nats_at`, `bytes_at`: the same by position, in LENGTH_BUCKETS."""
+
+    nats: float
+    bytes: int
+    nats_at: np.ndarray
+    bytes_at: np.ndarray
+
+
+def tally(model: HNetLM, rows: Iterable[Row], batch: int, world: World) -> dict[int, Tally]:
+    """Scores all rows, `batch` at a time; every rank is given the same rows and gets every document's tally.
+
+    Ranks take the batches in turn. The batches and the order of every sum are the same for any number of ranks, and so
+    are the results, to the last bit on one kind of device.
+    """
+    parts = []  # (number of the batch, document, nats by position, text bytes by position)
+    model.eval()
+    for n, some in enumerate(in_batches(rows, batch)):
+        if n % world.size != world.rank:
+            continue
+        for row, (nats_T, _) in zip(some, score(model, some)):
+            at_T = np.searchsorted(LENGTH_BUCKETS, np.arange(row.start + row.skip, row.start + len(nats_T)) + 1)
+            is_text_T = (row.labels != EOS)[row.skip :]
+            sums = [np.bincount(at_T, w, len(LENGTH_BUCKETS) + 1) for w in (nats_T[row.skip :], is_text_T)]
+            parts.append((n, row.document, *sums))
+    if world.size > 1:
+        everyone: list[Any] = [None] * world.size
+        dist.all_gather_object(everyone, parts)
+        parts = sorted(itertools.chain(*everyone), key=lambda part: part[0])
+    nats: dict[int, Any] = defaultdict(float)
+    text: dict[int, Any] = defaultdict(float)
+    for _, document, nats_at, bytes_at in parts:
+        nats[document] = nats[document] + nats_at
+        text[document] = text[document] + bytes_at
+    return {d: Tally(float(nats[d].sum()), int(text[d].sum()), nats[d], text[d]) for d in sorted(nats)}
+
+
+def ratio(tallies: list[Tally]) -> dict[str, Any]:
+    """`bpb` with `ci95`, its 95% interval by document (None for fewer than 2), `documents` and `bytes`.
+
+    Documents are taken as drawn independently; bpb is a ratio of two sums over them, whose standard error is that of
+    the linearised ratio (the residuals nats_d - R bytes_d). How unsure the weights are is not in it.
+    """
+    nats, size = np.array([t.nats for t in tallies]), np.array([t.bytes for t in tallies], float)
+    n, R = len(tallies), nats.sum() / max(size.sum(), 1)
+    bpb, interval = R / math.log(2), None
+    if n > 1:
+        error = math.sqrt(n / (n - 1) * np.square(nats - R * size).sum()) / size.sum() / math.log(2)
+        interval = [bpb - 1.96 * error, bpb + 1.96 * error]
+    return {"bpb": bpb, "ci95": interval, "documents": n, "bytes": int(size.sum())}
+
+
+def summarise(tallies: dict[int, Tally], labels: dict[int, str]) -> dict[str, Any]:
+    """`ratio` of all documents, and by label, length of the document (bytes scored of it) and position in it.
+
+    Raises UserError where no text byte was scored.
+    """
+    if not sum(t.bytes for t in tallies.values()):
+        raise UserError("no text to score: every document is empty")
+    by_label, by_length = defaultdict(list), defaultdict(list)
+    names = [f"up to {n:,}" for n in LENGTH_BUCKETS] + [f"beyond {LENGTH_BUCKETS[-1]:,}"]
+    for d, t in tallies.items():
+        by_label[labels.get(d, "")].append(t)
+        by_length[int(np.searchsorted(LENGTH_BUCKETS, t.bytes))].append(t)
+    result = ratio(list(tallies.values()))
+    if any(by_label):
+        result["by_label"] = {label: ratio(by_label[label]) for label in sorted(by_label)}
+    result["by_length"] = {names[i]: ratio(by_length[i]) for i in sorted(by_length)}
+    nats, size = (sum(column) for column in list(zip(*tallies.values()))[2:])
+    result["by_position"] = {
+        name: {"bpb": a / b / math.log(2), "bytes": int(b)} for name, a, b in zip(names, nats, size) if b
+    }
+    return result
+
+
+# -------------------------------------------------------------------------------------------------------- likelihoods
+
+
+class Likelihoods:
+    """Log-likelihoods (nats) of continuations and of whole texts; documents begin with BOS, as in training."""
+
+    def __init__(self, model: HNetLM, context: int = CONTEXT, batch: int = 16):
+        self.model, self.context, self.batch = model.eval(), context, batch
+
+    def of_continuations(self, pairs: list[tuple[bytes, bytes]]) -> list[tuple[float, bool]]:
+        """For each (context, continuation): the log-likelihood, and whether each byte is the most likely one.
+
+        A context that is too long loses its beginning; a continuation that is too long is scored in windows.
+        """
+        requests = [windows(a + b, self.context, self.stride, 0, len(a), False) for a, b in pairs]
+        return [(-float(nats), bool(best)) for nats, best in self._sums(requests)]
+
+    def of_texts(self, texts: list[bytes]) -> list[float]:
+        """For each text the log-likelihood of all its bytes, without its end."""
+        return [
+            -float(nats) for nats, _ in self._sums([windows(t, self.context, self.stride, eos=False) for t in texts])
+        ]
+
+    @property
+    def stride(self) -> int:
+        return max(1, self.context // 2)
+
+    def _sums(self, requests: list[Iterator[Row]]) -> list[list]:
+        rows = [row._replace(document=i) for i, request in enumerate(requests) for row in request]
+        rows.sort(key=lambda row: len(row.inputs))  # rows of a batch alike
+        sums = [[0.0, True] for _ in requests]
+        for some in in_batches(rows, self.batch):
+            for row, (nats_T, best_T) in zip(some, score(self.model, some)):
+                sums[row.document][0] += nats_T[row.skip :].sum()
+                sums[row.document][1] &= best_T[row.skip :].all()
+        return sums

@@ -1,0 +1,100 @@
+"""What a router does and how fast weights move, as tensors on the device: nothing here waits for it.
+
+A training step computes these every `--stats-every` steps from what it has anyway (the boundary probabilities of its
+last slice, gradients and optimizer states after the update) and reads them together with its loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from hnet_runtime.distributed import World
+from hnet_trainable import StageOutput
+
+BINS = 10  # of the histogram of boundary probabilities
+
+# kinds of bytes: letters, digits and what begins a character beyond ASCII; whitespace; punctuation and other ASCII; the
+# inside of a UTF-8 character; BOS
+_KINDS = [1 if chr(b).isspace() else 0 if chr(b).isalnum() else 2 for b in range(128)]
+_KINDS += [3 if b < 0xC0 else 4 if b == 0xFE else 0 for b in range(128, 256)]
+_ROUTER = ("chunk_mean", "chunk_cv", "chunk_max", "at_whitespace", "at_punctuation", "at_inside", "cosine_std")
+_WEIGHTS = ("grad_norm", "weight_norm", "update_ratio")
+
+
+def names(stages: int) -> list[str]:
+    """The names of `router_statistics` and `weight_statistics`, one after the other, for S chunking stages."""
+    per_stage = [*_ROUTER, *(f"p_{i / BINS:.1f}" for i in range(BINS))]
+    found = [f"stage{s}_{name}" for s in range(stages) for name in per_stage]
+    return found + [f"stage{s}_{name}" for s in range(stages + 1) for name in _WEIGHTS]
+
+
+@torch.no_grad()
+def router_statistics(iids: Tensor, stages: Sequence[StageOutput]) -> Tensor:
+    """Of one slice: float32 (S * (7 + BINS),), for each stage
+
+    - mean, coefficient of variation and maximum of its chunks' lengths in bytes;
+    - the share of its boundaries at a whitespace byte, at punctuation, inside a UTF-8 character (rows' first bytes left
+      out, where a chunk must begin);
+    - the standard deviation of the cosine that the router takes (without those first ones);
+    - the share of its tokens in each of BINS equal ranges of boundary probability.
+    """
+    byte_T, offsets = iids.values(), iids.offsets()
+    T, device = len(byte_T), byte_T.device
+    kind_T = torch.tensor(_KINDS).to(device, non_blocking=True)[byte_T]
+    first_T = torch.zeros(T, dtype=torch.bool, device=device).index_fill_(0, offsets[:-1], True)
+    index_T = torch.arange(T, device=device)
+    at_C = index_T  # the byte at which each token of the stage begins
+    found: list[Tensor] = []
+    for s, stage in enumerate(stages):
+        p_C, b_C = stage.boundary_prob.values().float(), stage.boundary_mask.values()
+        starts_T = torch.zeros(T, dtype=torch.bool, device=device).index_copy_(0, at_C, b_C)
+        # a byte's distance to the start of its chunk; summed over a chunk of L bytes it is L (L - 1) / 2
+        away_T = index_T - torch.where(starts_T, index_T, 0).cummax(0).values
+        n = starts_T.sum()
+        mean, square = T / n, (2 * away_T.sum() + T) / n
+        free_T, free_C = starts_T & ~first_T, ~first_T[at_C]
+        kinds = torch.zeros(5, device=device).index_add_(0, kind_T, free_T.float()) / free_T.sum().clamp_min(1)
+        cos_C, count = 1 - 2 * p_C, free_C.sum().clamp_min(1)
+        middle = (cos_C * free_C).sum() / count
+        spread = ((cos_C - middle).square() * free_C).sum() / count
+        bin_C = (p_C * BINS).long().clamp(0, BINS - 1)
+        shares = torch.zeros(BINS, device=device).index_add_(0, bin_C, torch.ones_like(p_C)) / len(p_C)
+        lengths = [mean, (square / mean**2 - 1).clamp_min(0).sqrt(), away_T.max() + 1]
+        found += [torch.stack([x.float() for x in lengths]), kinds[1:4], spread.sqrt()[None], shares]
+        if s + 1 < len(stages):  # how many tokens the next stage has is known from its shape
+            at_C = torch.nonzero_static(starts_T, size=len(stages[s + 1].boundary_mask.values())).squeeze(1)
+    return torch.cat(found) if found else torch.zeros(0, device=device)
+
+
+@torch.no_grad()
+def weight_statistics(optimizer: torch.optim.AdamW, stages: int, world: World) -> Tensor:
+    """Of each stage, innermost network last: norm of its gradients, of its weights, and of the update over the latter.
+
+    float32 ((S + 1) * 3,). After `optimizer.step()` and before gradients are cleared; gradients are as the optimizer
+    left them, that is clipped. The update is worked out from AdamW's state, so no copy of the weights is needed.
+    """
+    sharded, whole = torch.zeros(2, stages + 1, 3, device=world.device).unbind(0)
+    for group in optimizer.param_groups:
+        beta1, beta2 = group["betas"]
+        for p in group["params"]:
+            if p.grad is None or not (state := optimizer.state.get(p)):
+                continue
+            into = sharded if isinstance(p, DTensor) else whole
+            tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
+            w, grad, m, v = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
+            step = state["step"].to(w.device)
+            update = (v / (1 - beta2**step)).sqrt_().add_(group["eps"]).reciprocal_().mul_(m).div_(1 - beta1**step)
+            update.add_(w, alpha=group["weight_decay"])
+            squares = [t.float().square().sum() for t in (grad, w, update)]
+            squares[2] = squares[2] * group["lr"] ** 2
+            into[group["stage"]] += torch.stack(squares)
+    if world.size > 1:
+        dist.all_reduce(sharded)
+    norms = (sharded + whole).sqrt()
+    norms[:, 2] /= norms[:, 1].clamp_min(1e-12)
+    return norms.flatten()

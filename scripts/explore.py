@@ -1,0 +1,93 @@
+"""See where a model cuts a text: one HTML file that needs no network.
+
+python scripts/explore.py RUN --text article.txt --out page.html
+python scripts/explore.py RUN_A RUN_B --text article.txt        two checkpoints side by side
+
+The page shows chunks of every stage, nested; boundary probabilities on hover; what each byte cost to predict, as heat.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from hnet_runtime import UserError, explorer
+from hnet_runtime.weights import load_training
+from hnet_trainable import ConfigError
+
+TEXT = "Grüße! The model reads bytes; where it begins a chunk is its own choice.\n" * 4
+
+
+@dataclass
+class Options:
+    """Write a page that shows how one or two checkpoints cut a text into chunks."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """A run or checkpoint of train.py, a .pt or .safetensors file or its folder, or hf:owner/name."""
+    other: tyro.conf.Positional[str] = ""
+    """A second one, to be shown beside it."""
+    text: str = ""
+    """File with the text, of any bytes. Empty: a few lines to try."""
+    out: str = "chunks.html"
+    """The page to write."""
+    config: Annotated[str, tyro.conf.arg(aliases=["-c"])] = ""
+    """Model config, for weights that come without one."""
+    config_other: str = ""
+    """The same for the second."""
+    context: int = 8192
+    """Most bytes that the model reads at once; a longer text is read in rows that overlap by half."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Precision."""
+
+
+def main(argv: Sequence[str]) -> None:
+    options = tyro.cli(Options, args=argv, description=__doc__)
+    if options.context < 2:
+        raise UserError(f"--context {options.context}: expected 2 or more")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU here")
+    device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
+    text, sources = read_text(options.text), [(options.checkpoint, options.config)]
+    if options.other:
+        sources.append((options.other, options.config_other))
+    analyses, targets = [], []
+    for source, config in sources:
+        model = load_training(source, config or None, device, getattr(torch, options.dtype))
+        analyses.append(explorer.analyse(model, text, options.context, options.context // 2))
+        targets.append(model.config.target_ratios)
+    names = [source for source, _ in sources]
+    page = explorer.page(text, names, analyses, targets, Path(options.text).name or "A few lines")
+    scratch = Path(f"{options.out}.writing")
+    try:
+        scratch.write_text(page, encoding="utf-8")
+        os.replace(scratch, options.out)
+    except OSError as error:
+        raise UserError(f"--out {options.out}: can't be written ({error.strerror})") from None
+    print(f"{options.out}: {len(text):,} bytes of text, {len(page) / 1e6:.1f} MB; open it in a browser")
+
+
+def read_text(name: str) -> bytes:
+    if not name:
+        return TEXT.encode()
+    try:
+        text = Path(name).read_bytes()
+    except OSError as error:
+        raise UserError(f"--text {name}: can't be read ({error.strerror})") from None
+    if not text:
+        raise UserError(f"--text {name}: empty; expected at least one byte")
+    return text
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (UserError, ConfigError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

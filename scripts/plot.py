@@ -1,0 +1,41 @@
+"""Plot one or several runs over each other: a PNG and one HTML file that needs no network.
+
+python scripts/plot.py runs/a                       writes runs/a/plots.png and runs/a/plots.html
+python scripts/plot.py runs/a runs/b --out compared writes compared.png and compared.html
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from hnet_runtime import UserError
+from hnet_runtime.plots import plot
+
+
+@dataclass
+class Options:
+    """Loss, compression, learning rates, speed and chunk lengths of runs, as PNG and HTML."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Folders of runs of train.py."""
+    out: str = ""
+    """Write OUT.png and OUT.html. Empty: plots in the folder of the first run."""
+
+
+def main(argv: Sequence[str]) -> None:
+    options = tyro.cli(Options, args=argv, description=__doc__)
+    if not options.runs:
+        raise UserError("expected the folder of at least one run")
+    for file in plot(list(options.runs), Path(options.out or Path(options.runs[0]) / "plots")):
+        print(file)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,405 @@
+"""Scoring text: windows, batches, processes, intervals, likelihoods, multiple choice, the evaluate command."""
+
+import importlib.util
+import itertools
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small_models import TWO_STAGES, build
+
+import fineweb
+import hnet_trainable
+from hnet_runtime import UserError, choices, harness, scoring, weights
+from hnet_runtime.reports import markdown
+from hnet_runtime.scoring import Likelihoods, Tally, windows
+
+ROOT = Path(__file__).parent.parent
+ALONE = SimpleNamespace(rank=0, size=1)
+
+
+def command(name: str):
+    spec = importlib.util.spec_from_file_location(f"scripts_{name}", ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build(hnet_trainable, TWO_STAGES).eval()
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    weights.export(model, folder, "safetensors", torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    """12 documents as files, prepared, and as rows with a language."""
+    folder, rng = tmp_path_factory.mktemp("texts"), random.Random(1)
+    words = {"en": ["one", "two", "three", "four"], "ru": ["один", "два", "три"], "ja": ["これ", "それ", "文字"]}
+    rows = [{"text": " ".join(rng.choices(words[w], k=rng.randint(1, 40))), "lang": w} for w in [*words] * 4]
+    (folder / "files").mkdir()
+    for n, row in enumerate(rows):
+        (folder / "files" / f"{n:02}.txt").write_text(row["text"])
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fineweb.prepare(str(folder / "files"), folder / "data", holdout=0.5)
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+@given(st.binary(max_size=60), st.integers(1, 20), st.data())
+def test_every_label_is_scored_once_with_its_context(text, context, data):
+    stride, start = data.draw(st.integers(1, context)), data.draw(st.integers(0, len(text)))
+    scored, whole = [], bytes([0xFE]) + text + b"\xff"
+    for n, row in enumerate(windows(text, context, stride, scored_from=start)):
+        assert len(row.inputs) == len(row.labels) <= context
+        assert row.inputs.tobytes() == whole[row.start :][: len(row.inputs)]
+        assert row.labels.tobytes() == whole[row.start + 1 :][: len(row.inputs)]
+        scored += range(row.start + row.skip, row.start + len(row.labels))
+        if n:
+            assert row.skip >= context - stride
+    assert scored == list(range(start, len(text) + 1))
+
+
+def test_windows_of_a_known_text():
+    rows = list(windows(b"abcdefg", 4, 2))
+    assert [(row.inputs.tobytes(), row.labels.tobytes(), row.skip) for row in rows] == [
+        (b"\xfeabc", b"abcd", 0),
+        (b"bcde", b"cdef", 2),
+        (b"defg", b"efg\xff", 2),
+    ]
+    (row,) = windows(b"long context|end", 6, 3, scored_from=13, eos=False)  # as much context as fits
+    assert row.inputs.tobytes() == b"ext|en" and row.skip == 3
+    assert row.labels.tobytes() == b"xt|end"
+
+
+def test_a_score_is_the_models_own_probability(model):
+    (row,) = windows(b"some text", 100, 100)
+    ((nats, best),) = scoring.score(model, [row])
+    ids = torch.tensor([0xFE, *b"some text"])
+    logits = model(torch.nested.nested_tensor([ids], layout=torch.jagged)).logits.values()
+    wanted = -logits.log_softmax(-1)[torch.arange(10), torch.tensor([*b"some text", 0xFF])]
+    assert nats == pytest.approx(wanted.detach().numpy(), abs=1e-12)
+    assert best.tolist() == (logits.argmax(-1) == torch.tensor([*b"some text", 0xFF])).tolist()
+
+
+# -------------------------------------------------------------------------------------------------------------- sums
+
+
+@pytest.mark.parametrize("stride", [16, 5])
+def test_batches_change_nothing(model, stride):
+    documents = [b"", b"a", b"some text, longer than a row of sixteen bytes" * 2, "日本語のテキスト".encode()]
+    rows = [row for n, text in enumerate(documents) for row in windows(text, 16, stride, n)]
+    one, all_at_once = (scoring.tally(model, rows, batch, ALONE) for batch in (1, 64))
+    for a, b in zip(one.values(), all_at_once.values()):
+        assert a.nats == pytest.approx(b.nats, abs=1e-9)
+    assert [t.bytes for t in one.values()] == [len(text) for text in documents]
+    single = scoring.tally(model, list(windows(documents[2], 16, stride, 2)), 7, ALONE)[2]
+    assert single.nats == pytest.approx(one[2].nats, abs=1e-9)
+
+
+def test_the_interval_is_that_of_a_bootstrap():
+    """Its width against 4,000 resamples of 300 documents, whose own error is 1% (1 / sqrt(2 * 4000)); 5 times that."""
+    rng = np.random.RandomState(0)
+    sizes = rng.lognormal(6, 1, 300).astype(int)
+    nats = sizes * rng.normal(0.7, 0.15, 300)
+    empty = np.zeros(5)
+    result = scoring.ratio([Tally(float(a), int(b), empty, empty) for a, b in zip(nats, sizes)])
+    draws = rng.randint(0, 300, (4000, 300))
+    bpb = nats[draws].sum(1) / sizes[draws].sum(1) / math.log(2)
+    low, high = result["ci95"]
+    assert result["bpb"] == pytest.approx(nats.sum() / sizes.sum() / math.log(2))
+    assert (high - low) / 2 == pytest.approx(1.96 * bpb.std(), rel=0.05)
+    assert scoring.ratio([Tally(1.0, 2, empty, empty)])["ci95"] is None
+
+
+def test_groups_sum_to_the_whole(model):
+    texts = {0: b"abc", 1: "слово".encode(), 2: b"x" * 300}
+    rows = [row for n, text in texts.items() for row in windows(text, 64, 64, n)]
+    tallies = scoring.tally(model, rows, 4, ALONE)
+    result = scoring.summarise(tallies, {n: scoring.script_of(text) for n, text in texts.items()})
+    assert result["by_label"].keys() == {"Latin", "Cyrillic"} and result["by_label"]["Latin"]["documents"] == 2
+    for groups in ("by_label", "by_length", "by_position"):
+        bits = sum(group["bpb"] * group["bytes"] for group in result[groups].values())
+        assert bits == pytest.approx(result["bpb"] * result["bytes"])
+    assert result["by_position"]["up to 1,024"]["bytes"] == 300 - 256
+    assert scoring.script_of(b"12 !") == "none" and scoring.script_of("漢字".encode()) == "Cjk"
+    with pytest.raises(UserError, match="every document is empty"):
+        scoring.summarise(scoring.tally(model, list(windows(b"", 8, 8)), 1, ALONE), {})
+
+
+# -------------------------------------------------------------------------------------------------------- likelihoods
+
+
+def test_likelihoods_add_up_in_any_batch(model):
+    """log p(ab) = log p(a) + log p(b | a); what does not fit loses the front of its context."""
+    a, b = b"ein Anfang, ", "日本".encode()
+    for batch in (1, 7):
+        scores = Likelihoods(model, 64, batch)
+        (whole, only_a, empty) = scores.of_texts([a + b, a, b""])
+        ((rest, _), (front, _), (nothing, greedy)) = scores.of_continuations([(a, b), (b"", a), (a, b"")])
+        assert whole == pytest.approx(only_a + rest, abs=1e-9) and front == pytest.approx(only_a, abs=1e-9)
+        assert (empty, nothing, greedy) == (0, 0, True)
+        long = scores.of_continuations([(b"z" * 500 + b"context", b"end")])[0][0]
+        (row,) = windows(b"z" * 500 + b"context" + b"end", 64, 32, scored_from=507, eos=False)
+        assert len(row.inputs) == 64 and long == pytest.approx(-scoring.score(model, [row])[0][0][-3:].sum(), abs=1e-9)
+        assert scores.of_texts([b"q" * 300])[0] < scores.of_texts([b"q" * 200])[0] < 0
+
+
+def test_greedy_means_what_generation_does(model):
+    """What greedy generation writes has the flag, and with its last byte changed it has not."""
+    answers = harness.Answers(model, 128, 3)
+    prompt = "once "
+    text = "".join(answers.generate_until([(prompt, {"max_gen_toks": 12})]))
+    ids = torch.tensor([0xFE, *(prompt + text).encode()])
+    logits = model(torch.nested.nested_tensor([ids], layout=torch.jagged)).logits.values()
+    greedy = bool((logits.argmax(-1)[len(prompt) : -1] == ids[len(prompt) + 1 :]).all())
+    assert [flag for _, flag in answers.loglikelihood([(prompt, text), (prompt, text[:-1] + "#")])] == [greedy, False]
+
+
+def test_no_answer_of_the_harness_depends_on_the_batch(model):
+    """Every kind of request, alone and with others of other lengths and settings."""
+    texts = ["a", "some text", "日本語", "x" * 150, ""]
+    pairs = [(a, b) for a in texts for b in ("next", "é")]
+    until = [{"until": ["e"], "max_gen_toks": 20}, {"until": "t", "max_gen_toks": 9}]
+    until += [{"do_sample": True, "temperature": 0.8, "max_gen_toks": 9}]
+    prompts = [(text, options) for text in texts for options in until]
+    results = []
+    for batch in (1, 4, 64):
+        answers = harness.Answers(model, 96, batch)
+        results.append(
+            (
+                answers.loglikelihood(pairs),
+                answers.loglikelihood_rolling([(text,) for text in texts]),
+                answers.generate_until(prompts),
+            )
+        )
+    for other in results[1:]:
+        for (x, greedy), (y, also) in zip(results[0][0], other[0]):
+            assert x == pytest.approx(y, abs=1e-9) and greedy == also
+        assert results[0][1] == pytest.approx(other[1], abs=1e-9)
+        assert results[0][2] == other[2]
+    assert all("e" not in text for text in results[0][2][::3])
+
+
+def test_the_harness_itself_where_it_is_installed(model, tmp_path):
+    """Tasks of its three kinds on a file of ours, at two batch sizes; and a task that it doesn't know."""
+    lm_eval = pytest.importorskip("lm_eval")
+    rows = [{"q": f"one {i} ", "a": ["two", "three", "four"], "gold": i % 3} for i in range(6)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}}}
+    data |= {"test_split": "test", "doc_to_text": "{{q}}"}
+    choice = {"output_type": "multiple_choice", "doc_to_choice": "{{a}}", "doc_to_target": "{{gold}}"}
+    rolling = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{q}}"}
+    written = {"output_type": "generate_until", "doc_to_target": "x", "generation_kwargs": {"until": ["e"]}}
+    tasks = [
+        data | {"task": name, "metric_list": [{"metric": metric}], **kind}
+        for name, metric, kind in (
+            ("mc", "acc", choice),
+            ("r", "bits_per_byte", rolling),
+            ("g", "exact_match", written),
+        )
+    ]
+    results = []
+    for batch in (1, 4):
+        adapter = harness.harness_model(model, 64, batch)
+        out = lm_eval.simple_evaluate(model=adapter, tasks=tasks, bootstrap_iters=0)["results"]
+        results.append([out["mc"]["acc,none"], out["r"]["bits_per_byte,none"], out["g"]["exact_match,none"]])
+    assert results[0] == pytest.approx(results[1], abs=1e-9)
+    texts = [row["q"].encode() for row in rows]
+    nats = -sum(Likelihoods(model, 64).of_texts(texts))
+    assert results[0][1] == pytest.approx(nats / math.log(2) / sum(map(len, texts)))
+    with pytest.raises(UserError, match="lm_eval knows no task no_such_task"):
+        harness.run_tasks(model, ["no_such_task"], 64, 2, None)
+
+
+def test_without_the_harness_the_install_command_is_named(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UserError, match=r"pip install 'hnet-trainable\[lm_eval\]'"):
+        harness.run_tasks(model, ["arc_easy"], 64, 1, None)
+
+
+# ----------------------------------------------------------------------------------------------------- multiple choice
+
+
+def test_perturbations_on_fixed_examples():
+    text = "The cat sat, Grüße!"
+    seeded = {name: change(text, random.Random(3)) for name, change in choices.PERTURBATIONS.items()}
+    assert seeded["AntSpeak"] == "T H E   C A T   S A T ,   G R Ü S S E !"
+    assert seeded["UpperCase"] == "THE CAT SAT, GRÜSSE!"
+    draw = random.Random(3)
+    assert seeded["Drop"] == "".join(ch for ch in text if draw.random() >= 0.1) and len(seeded["Drop"]) < len(text)
+    assert choices.perturbed(choices.Question("ab", ("c", "d"), 1), "UpperCase", "prompt", "k") == ("AB", ("c", "d"), 1)
+    assert choices.perturbed(choices.Question("ab", ("c", "d"), 1), "UpperCase", "endings", "k") == (
+        "ab",
+        ("C", "D"),
+        1,
+    )
+    assert choices.perturbed(choices.Question("ab", ("c", "d"), 1), "AntSpeak", "both", "k") == ("A B", ("C", "D"), 1)
+
+
+def test_perturbations_keep_to_their_rates():
+    """20,000 characters; the bounds are 5 standard deviations of the binomial counts."""
+    text, draw = "abcdefghij" * 2000, random.Random(0)
+    within = lambda count, p: abs(count - 20_000 * p) < 5 * math.sqrt(20_000 * p * (1 - p))  # noqa: E731
+    assert within(20_000 - len(choices.drop(text, draw)), 0.1)
+    cased = choices.random_case(text, draw)
+    assert cased.lower() == text and within(sum(ch.isupper() for ch in cased), 0.5)
+    runs = [len(list(run)) for _, run in itertools.groupby(choices.repeat(text, draw))]
+    assert len(runs) == 20_000 and within(sum(n > 1 for n in runs), 0.2)
+    assert set(runs) == {1, 2, 3, 4, 5} and all(within(runs.count(n), 0.05) for n in (2, 3, 4, 5))
+
+
+class ReadsLowerCase:
+    """Prefers the ending 'right' as it is written here; all else is the same to it, so that the first one wins."""
+
+    def of_continuations(self, pairs):
+        return [((-1.0 if b == b" right" else -2.0) * (len(b) - 1), False) for _, b in pairs]
+
+
+def test_robustness_of_a_model_that_is_known():
+    questions = []
+    for n in range(8):
+        endings = tuple("right" if i == n % 4 else f"wrong {i}" for i in range(4))
+        questions.append(choices.Question(f"p{n}", endings, n % 4))
+    result = choices.robustness(ReadsLowerCase(), questions)
+    assert result["accuracy_per_byte"] == 100 and result["chance"] == 25
+    assert result["perturbed"]["UpperCase"] == {
+        "prompt": 100,
+        "endings": 25,
+        "both": 25,
+        "mean": 50,
+        "score": pytest.approx(100 / 3),
+    }
+    assert result["robustness"] == pytest.approx(sum(r["score"] for r in result["perturbed"].values()) / 5)
+    wrong = [question._replace(answer=(question.answer + 1) % 4) for question in questions]
+    assert choices.robustness(ReadsLowerCase(), wrong)["robustness"] is None
+
+
+def questions_file(folder: Path) -> Path:
+    raw = {"activity_label": "Cooking", "ctx": "A man [header] cooks [title] He", "label": "1"}
+    raw["endings"] = ["runs.", "stirs [substeps] the pot.", "sleeps.", "flies."]
+    (folder / "questions.jsonl").write_text("\n".join(json.dumps(raw | {"label": n}) for n in ("1", 0, 3)) + "\n\n")
+    return folder / "questions.jsonl"
+
+
+def test_questions_in_the_hellaswag_format(tmp_path):
+    questions = choices.read_questions(questions_file(tmp_path))
+    assert [q.answer for q in questions] == [1, 0, 3]
+    assert questions[0].prompt == "Cooking: A man cooks. He" and questions[0].endings[1] == "stirs the pot."
+    for text, words in (
+        ("{}", "line 1: has no 'label'"),
+        ('{"label": 1, "endings": ["a", "b"]}', "has no 'ctx'"),
+        ('{"ctx": "a", "label": 2, "endings": ["a", "b"]}', "line 1: label 2 of 2 endings"),
+        ('{"ctx": "a", "label": "x", "endings": ["a", "b"]}', "expected a JSON object"),
+        ("[1]", "expected a JSON object"),
+        ("\n", "holds no questions"),
+    ):
+        (tmp_path / "bad.jsonl").write_text(text)
+        with pytest.raises(UserError, match=words):
+            choices.read_questions(tmp_path / "bad.jsonl")
+    with pytest.raises(UserError, match="can't be read"):
+        choices.read_questions(tmp_path / "none.jsonl")
+    (tmp_path / "bad.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="not UTF-8"):
+        choices.read_questions(tmp_path / "bad.jsonl")
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+def test_the_command_on_one_and_two_processes(saved, texts, tmp_path, capsys):
+    """The same numbers at any batch size; on two processes the same to the last digit."""
+    flags = ["--context", "32", "--stride", "24", "--device", "cpu"]
+    results = []
+    for batch in ("1", "64"):
+        out = tmp_path / f"batch{batch}"
+        command("evaluate")([str(saved), "--data", str(texts / "data"), "--batch", batch, "--out", str(out), *flags])
+        results.append(json.loads(out.with_suffix(".json").read_text())["text"])
+    assert results[0]["bpb"] == pytest.approx(results[1]["bpb"], abs=1e-5)  # float32 sums in another order
+    assert results[0]["ci95"][0] < results[0]["bpb"] < results[0]["ci95"][1]
+    assert "| all |" in (tmp_path / "batch1.md").read_text() and "stride 24 bytes" in capsys.readouterr().out
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch += [str(ROOT / "scripts" / "evaluate.py"), str(saved), "--data", str(texts / "data"), "--batch", "1", *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, "--out", str(tmp_path / "two")], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "two.json").read_text())["text"] == results[0]
+
+
+def test_groups_by_label_and_by_script(saved, texts, tmp_path, capsys):
+    for by, names in (("lang", {"en", "ja", "ru"}), ("script", {"Latin", "Cyrillic", "Hiragana"})):
+        flags = ["--data", str(texts / "rows.jsonl"), "--by", by, "--out", str(tmp_path / by), "--limit", "9"]
+        command("evaluate")([str(saved), *flags, "--device", "cpu"])
+        text = json.loads((tmp_path / f"{by}.json").read_text())["text"]
+        assert text["by_label"].keys() >= names and text["documents"] == 9
+        assert "| ru |" in capsys.readouterr().out or by == "script"
+    files = ["--data", str(texts / "files"), "--out", str(tmp_path / "files")]
+    command("evaluate")([str(saved), *files, "--device", "cpu"])
+    rows = ["--data", str(texts / "rows.jsonl"), "--out", str(tmp_path / "rows")]
+    command("evaluate")([str(saved), *rows, "--device", "cpu"])
+    ours, theirs = (json.loads((tmp_path / f"{name}.json").read_text())["text"] for name in ("files", "rows"))
+    assert ours["bpb"] == pytest.approx(theirs["bpb"], abs=1e-6)
+
+
+def test_multiple_choice_as_a_command(saved, tmp_path, capsys):
+    flags = ["--choices", str(questions_file(tmp_path)), "--limit", "2", "--out", str(tmp_path / "out")]
+    command("evaluate")([str(saved), *flags, "--device", "cpu"])
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert "text" not in result and result["choices"]["questions"] == 2
+    assert set(result["choices"]["perturbed"]) == {"AntSpeak", "Drop", "RandomCase", "Repeat", "UpperCase"}
+    assert "| AntSpeak |" in capsys.readouterr().out
+
+
+def test_mistakes_end_in_one_sentence(saved, texts, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary.txt").write_bytes(b"\x00\x01\xff")
+    (tmp_path / "half.jsonl").write_text('{"text": "a", "lang": "en"}\n{"text": "b"}\n')
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes())
+    for source, flags, words in (
+        (saved, [], "--data: name the text"),
+        (saved, ["--data", "nowhere"], "nowhere: no such file"),
+        (saved, ["--data", str(tmp_path / "empty.txt")], "every document is empty"),
+        (saved, ["--data", str(tmp_path / "binary.txt")], "binary.txt: not UTF-8"),
+        (saved, ["--data", str(tmp_path / "half.jsonl"), "--by", "lang"], "half.jsonl, line 2: .*'lang'"),
+        (saved, ["--data", str(texts / "files"), "--by", "lang"], "00.txt: has no 'lang'"),
+        (saved, ["--data", str(texts / "data"), "--by", "lang"], "prepared folders keep no labels"),
+        (saved, ["--context", "8", "--stride", "9"], "--stride 9: expected at most"),
+        (saved, ["--batch", "0"], "--batch 0: expected 1 or more"),
+        (bare, ["--data", "x"], "no config.json beside the weights"),
+    ):
+        with pytest.raises((UserError, fineweb.DataError), match=words) as error:
+            command("evaluate")([str(source), *flags, "--device", "cpu"])
+        assert "\n" not in str(error.value)
+
+
+def test_a_text_of_one_byte(saved, tmp_path):
+    (tmp_path / "one.txt").write_text("x")
+    command("evaluate")([str(saved), "--data", str(tmp_path / "one.txt"), "--out", str(tmp_path / "out")])
+    text = json.loads((tmp_path / "out.json").read_text())["text"]
+    assert (text["bytes"], text["documents"], text["ci95"]) == (1, 1, None) and text["bpb"] > 0
+
+
+def test_a_page_of_markdown_holds_every_part():
+    result = {"checkpoint": "C", "dtype": "float32", "device": "cpu", "seconds": 1}
+    page = markdown(result | {"tasks": {"arc|easy": {"acc": 0.25}}})
+    assert page.startswith("# C\n") and "| arc/easy | acc | 0.2500 |" in page
