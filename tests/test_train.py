@@ -139,8 +139,8 @@ def test_a_dead_router_is_named_and_stops_the_run(corpus, tmp_path):
     assert done.returncode == 2 and "--on-collapse stop" in done.stderr and "step 51" in done.stderr, done.stderr[
         -2000:
     ]
-    assert len(records(tmp_path / "run")) == 50
-    assert (tmp_path / "run" / "checkpoints" / "step_00000050" / "manifest.json").exists()
+    assert len(records(tmp_path / "run")) == 51
+    assert (tmp_path / "run" / "checkpoints" / "step_00000051" / "manifest.json").exists()
 
 
 def test_the_learning_rate_warms_up_and_decays(undisturbed):
