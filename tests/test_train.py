@@ -25,7 +25,7 @@ MODEL = {
     "ssm_cfg": {"d_state": 16},
     "attn_cfg": {"num_heads": [1, 2], "rotary_emb_dim": [8, 8], "window_size": [-1, -1]},
 }
-TIMES = ("step_ms", "bytes_per_s", "mfu")
+TIMES = ("step_ms", "bytes_per_s", "mfu", "save_ms")
 
 
 @pytest.fixture(scope="module")
