@@ -92,7 +92,8 @@ class Watchdog:
             except Exception as error:  # whatever the store raises: without it nobody can be watched
                 self.lost = str(error).splitlines()[0]
                 if not self._stop.is_set():
-                    self._end([0], f"the job's store, on rank 0's machine, does not answer ({self.lost})")
+                    gone = f"{self._names([0])} died, or its machine: the job's store there does not answer"
+                    self._end([0], f"{gone} ({self.lost})")
                 return
             now = time.monotonic()
             for rank, (new, old) in enumerate(zip(told, self._known)):
@@ -118,7 +119,9 @@ class Watchdog:
     def _explain(self, error: Exception) -> None:
         """Communication failed, or this rank did: wait for a rank to fall silent, then end."""
         until = time.monotonic() + 2 * SILENT
-        while time.monotonic() < until and not self.lost:
+        while time.monotonic() < until:
+            if self.lost:
+                self._thread.join()  # it says so and ends
             if silent := self._silent(SILENT):
                 self._end(silent, f"{self._names(silent)} died")
             time.sleep(0.1)

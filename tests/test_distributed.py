@@ -5,14 +5,17 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
 from golden.golden_weights import golden_weight
-from processes import Job, program
+from processes import ROOT, Job, program
 from small_models import TWO_STAGES
 from test_train import MODEL, records, timeless
 from torch import Tensor
@@ -264,9 +267,14 @@ FLAGS = f"--mbs 128 --global-slices {G} --lr 1e-3 --schedule wsd --device cpu --
 FLAGS += " --save-every 4 --keep 0 --val-every 10 --sample-bytes 0 --timeout 300"
 
 
+def train_flags(corpus: Path, folder: Path, *more: str) -> list[str]:
+    model, data = f"{corpus}/model.json", f"{corpus}/data"
+    return ["-c", model, "--data", data, *FLAGS.split(), "--save-dir", str(folder), *more]
+
+
 def train_job(corpus: Path, folder: Path, size: int, *more: str, of_rank: dict[int, list[str]] | None = None) -> Job:
     """train.py on `size` processes, its run in `folder`; `of_rank`: further flags of single ranks."""
-    flags = ["-c", f"{corpus}/model.json", "--data", f"{corpus}/data", *FLAGS.split(), "--save-dir", str(folder), *more]
+    flags = train_flags(corpus, folder, *more)
     return Job(folder.parent, size, program, lambda rank: [*flags, *(of_rank or {}).get(rank, [])])
 
 
@@ -319,8 +327,8 @@ def kill_one_and_resume(corpus: Path, folder: Path, seed: int) -> None:
     codes = job.wait()
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 1, (codes, job.printed())
     message = job.printed()
-    if victim == 1:  # where rank 0 dies without torchrun, the store through which ranks are heard of is gone too
-        assert "rank 1 (step " in message and "died" in message, message
+    # where rank 0 dies without torchrun, the store through which ranks are heard of is gone too
+    assert f"rank {victim} (step " in message and "died" in message, message
     assert "The last good checkpoint: " in message, message
     assert (folder / "failure" / f"rank{1 - victim}.stacks").stat().st_size
     train_job(corpus, folder, 2, "--resume", "auto").succeed()
@@ -330,6 +338,28 @@ def kill_one_and_resume(corpus: Path, folder: Path, seed: int) -> None:
 def test_one_process_killed_and_the_job_resumed_equals_undisturbed(corpus, undisturbed, tmp_path, seed):
     kill_one_and_resume(corpus, tmp_path / "run", seed)
     assert timeless(tmp_path / "run") == timeless(undisturbed)
+
+
+def test_torchrun_starts_again_by_itself(corpus, undisturbed, tmp_path):
+    """As a person starts it; one process is killed, and nobody does anything."""
+    folder = tmp_path / "run"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    with open(tmp_path / "log", "w") as log:
+        job = subprocess.Popen(
+            [*launch, str(ROOT / "train.py"), *train_flags(corpus, folder, "--resume", "auto")],
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+    while steps_done(folder) < 6:
+        assert job.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.01)
+    (victim,) = [p for p in psutil.Process(job.pid).children() if p.environ().get("RANK") == "1"]
+    victim.kill()
+    assert job.wait(600) == 0, (tmp_path / "log").read_text()
+    output = (tmp_path / "log").read_text()
+    assert "rank 1 (step " in output and "going on from" in output, output
+    assert timeless(folder) == timeless(undisturbed)
 
 
 @pytest.mark.soak
@@ -390,7 +420,10 @@ def test_processes_started_differently_say_so(corpus, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_mistakes_of_several_processes(corpus, tmp_path):
+def test_mistakes_of_several_processes(corpus, undisturbed, tmp_path):
+    """Every rank says so and ends, instead of waiting for the others."""
+    job = train_job(corpus, undisturbed, 2)
+    assert job.wait() == [2, 2] and job.printed().count("holds a run already") == 2
     job = train_job(corpus, tmp_path / "a" / "run", 2, "--replicate", "3")
     assert job.wait() == [2, 2] and "--replicate 3" in job.printed() and "Traceback" not in job.printed()
     job = train_job(corpus, tmp_path / "b" / "run", 2, "--global-slices", "3")
