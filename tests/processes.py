@@ -4,9 +4,11 @@ A rank is a process of its own with gloo between them; it can be killed or stopp
 """
 
 import contextlib
+import fcntl
 import multiprocessing
 import os
 import runpy
+import shutil
 import socket
 import sys
 import time
@@ -43,6 +45,20 @@ def _rank(function: Callable, args: Sequence[Any], environment: dict[str, str], 
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     function(*args)
+
+
+def made_once(tmp_path_factory, worker_id: str, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that `make` fills, once for all of pytest's processes."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / name
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "made").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            (folder / "made").touch()
+    return folder
 
 
 class Job:

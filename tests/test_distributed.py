@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from golden.golden_weights import golden_weight
-from processes import ROOT, Job, program
+from processes import ROOT, Job, made_once, program
 from small_models import TWO_STAGES
 from test_train import MODEL, records, timeless
 from torch import Tensor
@@ -32,8 +32,12 @@ G, STEPS = 4, 20
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("scale")
+def corpus(tmp_path_factory, worker_id) -> Path:
+    """40 short documents and a model's config beside their shards."""
+    return made_once(tmp_path_factory, worker_id, "scale_corpus", make_corpus)
+
+
+def make_corpus(folder: Path) -> None:
     rng = random.Random(0)
     words = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "bytes", "become", "chunks")
     (folder / "texts").mkdir()
@@ -41,7 +45,6 @@ def corpus(tmp_path_factory) -> Path:
         (folder / "texts" / f"{i}.txt").write_text(" ".join(rng.choices(words, k=rng.randint(60, 600))))
     fineweb.prepare(str(folder / "texts"), str(folder / "data"), holdout=0.2)
     (folder / "model.json").write_text(json.dumps(MODEL))
-    return folder
 
 
 # ------------------------------------------------------------------------------------------- the same at any world size
@@ -177,11 +180,13 @@ def dtypes_seen(run: Run) -> dict[str, set[str]]:
 
 
 @pytest.fixture(scope="module")
-def worlds(corpus, tmp_path_factory) -> dict[str, dict]:
-    folder = tmp_path_factory.mktemp("worlds")
-    jobs = [Job(folder / n, W, scenario, lambda _, n=n: (corpus, n, folder)) for n, (W, _) in WORLDS.items()]
-    for job in jobs:
-        job.succeed()
+def worlds(corpus, tmp_path_factory, worker_id) -> dict[str, dict]:
+    def make(folder: Path) -> None:
+        jobs = [Job(folder / n, W, scenario, lambda _, n=n: (corpus, n, folder)) for n, (W, _) in WORLDS.items()]
+        for job in jobs:
+            job.succeed()
+
+    folder = made_once(tmp_path_factory, worker_id, "scale_worlds", make)
     return {name: torch.load(folder / f"{name}.pt") for name in WORLDS}
 
 
@@ -292,9 +297,11 @@ def steps_done(folder: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(corpus, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    train_job(corpus, folder, 2).succeed()
+def undisturbed(corpus, tmp_path_factory, worker_id) -> Path:
+    def make(folder: Path) -> None:
+        train_job(corpus, folder / "run", 2).succeed()
+
+    folder = made_once(tmp_path_factory, worker_id, "scale_undisturbed", make) / "run"
     assert [row["step"] for row in records(folder)] == list(range(1, 21))
     return folder
 
