@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 import fineweb
-from hnet_runtime import UserError, checkpoint, distributed, equivalence, graphs, statistics, weights
+from hnet_runtime import UserError, activations, checkpoint, distributed, equivalence, graphs, statistics, weights
 from hnet_runtime.chunks import bars, render, to_html
 from hnet_runtime.distributed import World
 from hnet_runtime.evaluation import chunks_of, validate
@@ -42,6 +42,7 @@ from hnet_runtime.metrics import (
 )
 from hnet_runtime.plots import plot
 from hnet_runtime.run import Interrupts, checkpoint_to_resume, code_revision, open_folder
+from hnet_runtime.watchdog import Watchdog
 from hnet_simple import HNetInference, generate
 from hnet_trainable import ConfigError, HNetConfig, HNetLM, compile_blocks, count_flops, parameter_groups
 
@@ -108,6 +109,19 @@ class TrainConfig:
     """block: each kind of block compiled by torch. graph: steps as CUDA graphs of fused kernels, on one Hopper GPU in
     bfloat16; the fastest, and the newest: so far benchmarked, not yet used for a whole run."""
 
+    replicate: int = 1
+    """Copies of the weights (HSDP): with as many as there are nodes, weights are cut within nodes and copied across."""
+    reshard: bool = True
+    """With several processes: free gathered weights after the forward and gather them again for the backward."""
+    ac: Literal["none", "block", "selective"] = "none"
+    """Activation checkpointing. block: keep only what enters a block and compute the rest again in the backward;
+    selective: also keep the results of matrix products, attention and the scan."""
+    max_chunks_per_rank: int = 0
+    """Where a router on any process opens more chunks than this in a micro-batch, all run its inner stages as with
+    --ac block. 0: no limit."""
+    timeout: float = 300
+    """Seconds without a sign of life or progress after which a process is taken for dead or hung and the job ends."""
+
     save_dir: str = ""
     """The run's folder. Empty: runs/<config>-<time>."""
     resume: str = ""
@@ -116,6 +130,8 @@ class TrainConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
     """How many of the newest checkpoints stay; 0: all."""
+    keep_every: int = 0
+    """Checkpoints of every so many steps stay for good; 0: none."""
     val_every: int = 0
     """Steps between validations; the last step is always validated. 0: only the last."""
     val_slices: int = 64
@@ -142,7 +158,7 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises UserError naming the first flag that is out of range."""
-        for name in ("mbs", "global_slices", "max_doc", "steps", "save_every", "log_every"):
+        for name in ("mbs", "global_slices", "max_doc", "steps", "save_every", "log_every", "replicate"):
             self._expect(name, getattr(self, name) >= 1, "1 or more")
         for name in (
             "val_every",
@@ -151,15 +167,19 @@ class TrainConfig:
             "sample_every",
             "sample_bytes",
             "keep",
+            "keep_every",
+            "max_chunks_per_rank",
             "clip",
             "alpha",
             "weight_decay",
         ):
             self._expect(name, getattr(self, name) >= 0, "0 or more")
-        self._expect("lr", self.lr > 0, "more than 0")
+        for name in ("lr", "timeout"):
+            self._expect(name, getattr(self, name) > 0, "more than 0")
         for name in ("warmup", "decay"):
             self._expect(name, 0 <= getattr(self, name) <= 1, "a share from 0 to 1")
         self._expect("decay", self.warmup + self.decay <= 1, f"at most 1 together with --warmup {self.warmup}")
+        self._expect("ac", self.ac != "selective" or self.compile != "block", "none or block with --compile block")
         self._expect("logger", self.logger != "neptune", "wandb or tensorboard (neptune, which only printed, is gone)")
 
     def _expect(self, name: str, good: bool, expected: str) -> None:
@@ -233,18 +253,22 @@ def forward_backward(
     """Gradients of a step's loss, the mean over all G slices of CE + alpha * ratio losses, from this rank's slices.
 
     Every slice has T labels and every rank as many slices, so means of means are exact; FSDP averages over ranks.
-    Returns the means over all ranks of [ce, text bytes, rows, ratio_0.., F_0.., G_0..], a float32 tensor on the device.
+    Returns means over the step's G slices, a float32 tensor on the device:
+    [ce, text bytes, rows, ratio_0.., F_0.., G_0.., imbalance of chunks_0..].
     `routers`, where given, gets the `router_statistics` of this rank's last slice.
     """
     if isinstance(model, GraphedModel):
         losses = model.forward_backward([piece.nested(world.device) for piece in slices])
         counted = (sum(n) / len(slices) for n in zip(*((p.text_bytes, len(p.row_lengths)) for p in slices)))
         numbers = [losses.ce, *(torch.full_like(losses.ce, n) for n in counted)]
-        return torch.cat([torch.stack(numbers), losses.ratio, losses.F, losses.G]).float()
-    stats = []
+        stats = [torch.cat([torch.stack(numbers), losses.ratio, losses.F, losses.G]).float()]
+        slices = []
+    else:
+        stats = []
     for i, piece in enumerate(slices):
-        if isinstance(model, FSDPModule):
+        if isinstance(model, FSDPModule):  # gradients are reduced once a step, with those of the last slice
             model.set_requires_gradient_sync(i == len(slices) - 1)
+            model.set_is_last_backward(i == len(slices) - 1)
         iids, labels = piece.nested(world.device)
         out = model(iids, labels)
         loss = out.ce + config.alpha * out.ratio_losses.sum()
@@ -255,7 +279,11 @@ def forward_backward(
         stats.append(torch.stack([n.detach().float() for n in numbers]))
     if routers is not None:
         routers.append(statistics.router_statistics(iids, out.stages))
-    return distributed.mean_over_ranks(torch.stack(stats).mean(0), world)
+    stats_GK = distributed.gather_slices(torch.stack(stats), world)
+    S = (stats_GK.shape[1] - 3) // 3
+    chunks_GS = stats_GK[:, 3 + S : 3 + 2 * S].cumprod(1)  # a byte, at each stage: F is a share of the stage's tokens
+    imbalance = distributed.imbalance(chunks_GS, world)
+    return torch.cat([stats_GK.double().mean(0).float(), imbalance])
 
 
 def describe(stats: list[float], hnet: HNetConfig, config: TrainConfig) -> dict[str, Any]:
@@ -263,11 +291,12 @@ def describe(stats: list[float], hnet: HNetConfig, config: TrainConfig) -> dict[
     S = hnet.num_stages
     ce, text_bytes, rows, *rest = stats
     record = {"bpb": ce * config.mbs / (text_bytes * math.log(2)), "ce": ce, "rows": rows}
-    rest, more = rest[: 3 * S], rest[3 * S :]
+    rest, more = rest[: 4 * S], rest[4 * S :]
     for s in range(S):
-        ratio, F, G = rest[s::S]
+        ratio, F, G, imbalance = rest[s::S]
         record |= {f"stage{s}_ratio_loss": ratio, f"stage{s}_F": F, f"stage{s}_G": G}
         record |= {f"stage{s}_compression": 1 / F, f"stage{s}_target": hnet.target_ratios[s]}
+        record |= {f"stage{s}_imbalance": imbalance}
     return record | dict(zip(statistics.names(S), more))
 
 
@@ -280,7 +309,10 @@ def speed(
         tokens.append(tokens[-1] * record[f"stage{s}_F"])
     peak = distributed.peak_flops(world.device) * world.size
     flops = count_flops(hnet, [[n] for n in tokens]).matmul
-    return {"step_ms": 1000 * seconds, "bytes_per_s": tokens[0] / seconds, "mfu": flops / seconds / peak}
+    measured = {"step_ms": 1000 * seconds, "bytes_per_s": tokens[0] / seconds, "mfu": flops / seconds / peak}
+    if world.device.type == "cuda":
+        measured["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return measured
 
 
 def progress_line(step: int, record: dict[str, Any], seconds_left: float, hnet: HNetConfig, config: TrainConfig) -> str:
@@ -334,8 +366,10 @@ def takes_graphs(config: TrainConfig, hnet: HNetConfig, dtype: torch.dtype, worl
     if config.compile != "graph":
         return False
     obstacle = graphs.obstacle(hnet, world.device, dtype)
-    if world.size > 1:
-        obstacle = f"they run on one process, not on {world.size}"
+    if world.shards > 1:
+        obstacle = f"they need whole weights on each process: with {world.size}, --replicate {world.size}"
+    if config.ac != "none" or config.max_chunks_per_rank:
+        obstacle = "they do not know activation checkpointing (--ac, --max-chunks-per-rank)"
     if obstacle:
         raise UserError(f"--compile graph: {obstacle}; use eager or block")
     return True
@@ -360,7 +394,7 @@ def dump_parameters(model: HNetLM, groups: list[dict[str, Any]]) -> None:
 def main(argv: Sequence[str]) -> None:
     config = read_config(argv)
     hnet, start_weights = read_model(config)
-    world = distributed.start(config.device)
+    world = distributed.start(config.device, config.replicate, max(600, 2 * config.timeout))
     logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s", stream=sys.stdout)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU for what stays float32: residual_proj
 
@@ -373,7 +407,9 @@ def main(argv: Sequence[str]) -> None:
     dtype = torch.bfloat16 if half else torch.float32
     graph = takes_graphs(config, hnet, dtype, world)
     # graphs have bfloat16 copies of their own beside a whole float32 model
-    model = distributed.build_model(hnet, world, torch.float32 if graph else dtype, config.seed, start_weights)
+    model = distributed.build_model(
+        hnet, world, torch.float32 if graph else dtype, config.seed, start_weights, config.reshard
+    )
     parameters = list(model.parameters())
     groups = parameter_groups(model, config.lr, config.weight_decay)
     if config.early_exit == "dumpparams":
@@ -381,12 +417,19 @@ def main(argv: Sequence[str]) -> None:
         return distributed.stop()
     if config.compile == "block":
         compile_blocks(model)
+    if config.ac != "none" or config.max_chunks_per_rank:
+        activations.recompute(model, config.ac)
+    guard = activations.ChunkGuard(model, config.max_chunks_per_rank, world) if config.max_chunks_per_rank else None
     optimizer = torch.optim.AdamW(distributed.optimizer_groups(groups), betas=(0.9, 0.95), fused=True)
 
     train_stream, val_stream = open_data(config, world)
     name = Path(config.config or config.pt_ckpt or DEFAULT_CONFIG).stem
-    run = open_folder(config.save_dir, name, world)
     about = {"config": dataclasses.asdict(config), "data": train_stream.fingerprint, "code": code_revision()}
+    flags = {f"--{key.replace('_', '-')}": value for key, value in about["config"].items()}
+    same = {"code revision": about["code"], "model config": hnet.to_dict(), "text in --data": about["data"]}
+    distributed.check_same(flags | same, world)
+    run = open_folder(config.save_dir, name, world)
+    checkpoint.require_room(run, sum(p.numel() for p in parameters))
     step = 0  # optimizer steps done
     if source := checkpoint_to_resume(run, config.resume, world):
         step = check_continuation(source, about)
@@ -405,6 +448,7 @@ def main(argv: Sequence[str]) -> None:
     inference = HNetInference.from_training(evaluated)  # borrows the weights: nothing is copied
     interrupts, health = Interrupts(), RouterHealth(hnet.target_ratios, config.mbs)
     began = settled = time.perf_counter()
+    saver = checkpoint.Saver(run, model, optimizer, config.keep, config.keep_every)
     first_step, waiting = step, None  # waiting: the step whose numbers the device has yet to deliver
     model.train()
 
@@ -412,7 +456,7 @@ def main(argv: Sequence[str]) -> None:
         """The record of a step, once the device has run it. Raises UserError where its numbers are not finite."""
         nonlocal settled
         numbers = stats.tolist()
-        grad_norm = numbers.pop(3 + 3 * hnet.num_stages)  # after what forward_backward gave, before the statistics
+        grad_norm = numbers.pop(3 + 4 * hnet.num_stages)  # after what forward_backward gave, before the statistics
         if not math.isfinite(grad_norm + numbers[0]):
             saved = checkpoint.complete(run)
             raise UserError(
@@ -422,6 +466,10 @@ def main(argv: Sequence[str]) -> None:
         record = describe(numbers, hnet, config)
         record |= {"grad_norm": grad_norm, "lr": config.lr * lr_scale(done - 1, config)}
         record |= {"bytes_seen": done * config.mbs * config.global_slices}
+        if guard:
+            record["recomputed_micro_batches"] = guard.of_step.pop(done)
+        if waited := saver.stall():
+            record["save_ms"] = 1000 * waited  # of the save before this step
         now, before = time.perf_counter(), settled
         settled = now
         return record | speed(record, now - before, hnet, config, world)
@@ -434,55 +482,69 @@ def main(argv: Sequence[str]) -> None:
             seconds_left = (time.perf_counter() - began) / (done - first_step) * (config.steps - done)
             logger.info(progress_line(done, record, seconds_left, hnet, config))
 
-    while step < config.steps:
-        scale = lr_scale(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * group["multiplier"] * scale
-        slices = list(train_stream.step(step, config.global_slices, world.rank, world.size))
-        wants_statistics = config.stats_every and (step + 1) % config.stats_every == 0 and not graph
-        more: list[Tensor] | None = [] if wants_statistics else None
-        stats = forward_backward(runner, slices, config, world, more)
-        distributed.reduce_plain_gradients(parameters, world)
-        # nothing here waits for the device: a norm or a loss that is not finite leaves the weights as they are
-        grad_norm = distributed.clip_in_optimizer(optimizer, parameters, config.clip, world, stats[0])
-        optimizer.step()
-        if more is not None:
-            more.append(statistics.weight_statistics(optimizer, hnet.num_stages, world))
-        if graph:
-            runner.refresh()
-        else:
-            optimizer.zero_grad()
-        step += 1
-        # a step's numbers are read when the next one has been launched, or below
-        if waiting:
-            report(step - 1, settle(waiting.numbers(), step - 1))
-        waiting = distributed.Fetched(torch.cat([stats, grad_norm[None], *(more or [])]))
+    with Watchdog(run, world, config.timeout, model) as watch:
+        while step < config.steps:
+            scale = lr_scale(step, config)
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * group["multiplier"] * scale
+            watch.at(step + 1, "reading data")
+            slices = list(train_stream.step(step, config.global_slices, world.rank, world.size))
+            watch.at(step + 1, "forward and backward")
+            wants_statistics = config.stats_every and (step + 1) % config.stats_every == 0 and not graph
+            more: list[Tensor] | None = [] if wants_statistics else None
+            stats = forward_backward(runner, slices, config, world, more)
+            distributed.reduce_plain_gradients(parameters, world)
+            # nothing here waits for the device: a norm or a loss that is not finite leaves the weights as they are
+            grad_norm = distributed.clip_in_optimizer(optimizer, parameters, config.clip, world, stats[0])
+            saver.staged()
+            optimizer.step()
+            if more is not None:
+                more.append(statistics.weight_statistics(optimizer, hnet.num_stages, world))
+            if graph:
+                runner.refresh()
+            else:
+                optimizer.zero_grad()
+            step += 1
+            if guard:
+                guard.end_step(step)
+            # a step's numbers are read when the next one has been launched, or below
+            if waiting:
+                report(step - 1, settle(waiting.numbers(), step - 1))
+            waiting = distributed.Fetched(torch.cat([stats, grad_norm[None], *(more or [])]))
 
-        stuck = config.on_collapse == "stop" and health.stuck  # at the last step whose numbers were read
-        is_last, interrupted = step == config.steps, interrupts.anywhere(world) or stuck
-        validates = is_last or (config.val_every and step % config.val_every == 0)
-        samples = config.sample_bytes and (is_last or (config.sample_every and step % config.sample_every == 0))
-        saves = is_last or interrupted or step % config.save_every == 0
-        if validates or samples or saves or step == first_step + 1:
-            record, waiting = settle(waiting.numbers(), step), None
-            if validates:
-                record |= validate(evaluated, val_stream, world, config.val_slices or None)
-            if samples:
-                record |= sample(inference, config, world)
-            report(step, record)
-            if saves:
-                saved = checkpoint.save(run, step, model, optimizer, about, config.keep)
-            settled = time.perf_counter()  # the next step's time begins here
-        if stuck:
-            metrics.close()
-            raise UserError(f"step {step}: a router is stuck, see above (--on-collapse stop); saved {saved}")
-        if interrupted and not is_last:
-            logger.info("%s: saved %s; go on with --save-dir %s --resume auto", interrupts.received, saved, run)
-            break
-
-    metrics.close()
-    if step == config.steps:
-        show_results(evaluated, val_stream, run, world)
+            is_last, stuck = step == config.steps, config.on_collapse == "stop" and health.stuck
+            interrupted, save_failed = distributed.anywhere(world, interrupts.received is not None, saver.failed)
+            if save_failed:
+                saver.finish()
+            validates = is_last or (config.val_every and step % config.val_every == 0)
+            samples = config.sample_bytes and (is_last or (config.sample_every and step % config.sample_every == 0))
+            saves = is_last or interrupted or stuck or step % config.save_every == 0
+            if validates or samples or saves or step == first_step + 1:
+                record, waiting = settle(waiting.numbers(), step), None
+                if validates:
+                    watch.at(step, "validation")
+                    record |= validate(evaluated, val_stream, world, config.val_slices or None)
+                if samples:
+                    watch.at(step, "writing a sample")
+                    record |= sample(inference, config, world)
+                report(step, record)
+                if saves:
+                    watch.at(step, "saving")
+                    saver.start(step, about)
+                settled = time.perf_counter()  # the next step's time begins here
+            if stuck:
+                saved = saver.finish()
+                metrics.close()
+                raise UserError(f"step {step}: a router is stuck, see above (--on-collapse stop); saved {saved}")
+            if interrupted and not is_last:
+                saved = saver.finish()
+                logger.info("asked to stop: saved %s; go on with --save-dir %s --resume auto", saved, run)
+                break
+        saver.finish()
+        metrics.close()
+        if step == config.steps:
+            watch.at(step, "showing results")
+            show_results(evaluated, val_stream, run, world)
     distributed.stop()
 
 

@@ -12,6 +12,8 @@ import os
 import pickle
 import re
 import shutil
+import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +22,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -42,45 +45,136 @@ def step_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step_{step:08d}"
 
 
+class Saver:
+    """Writes a run's checkpoints while training goes on. Every rank makes one and calls its methods alike.
+
+    `start` copies the state to the host and returns; DCP writes the copy from another thread, talking to other
+    ranks through a process group of its own. When all ranks have written, rank 0 adds the manifest and renames the
+    folder. Until then the checkpoint doesn't exist under its name, so a crash leaves the one before as the newest.
+
+    keep: how many of the newest checkpoints stay (0: all). keep_every: those of every so many steps stay for good.
+    """
+
+    def __init__(
+        self, run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int = 0, keep_every: int = 0
+    ):
+        self.run, self.model, self.optimizer, self.keep, self.keep_every = run, model, optimizer, keep, keep_every
+        self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+        on_gpu = next(model.parameters()).device.type == "cuda"
+        # on a GPU the copy runs beside the next forward and backward, see `staged`
+        self._stager = DefaultStager(StagingOptions(on_gpu, False, on_gpu, on_gpu))
+        self._staging: Future | None = None
+        self._written: Future | None = None
+        self._step, self._stall = 0, 0.0
+
+    def start(self, step: int, train: dict[str, Any]) -> None:
+        """Begin to write the checkpoint of `step` steps done; a former one is finished first. Raises as `finish`."""
+        began = time.perf_counter()
+        self.finish()
+        self._step, error = step, None
+        final = step_folder(self.run, step)
+        scratch = final.with_name(final.name + ".writing")
+        if dist.get_rank() == 0:
+            try:
+                shutil.rmtree(scratch, ignore_errors=True)
+                scratch.mkdir(parents=True)
+            except OSError as failure:
+                error = failure
+        self._raise_together(error)
+        state = {
+            "model": get_model_state_dict(self.model),
+            "optimizer": _tensors(get_optimizer_state_dict(self.model, self.optimizer, options=_OPTIONS)),
+        }
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()  # the copy runs on another stream
+        started = dcp.async_save(state, checkpoint_id=scratch, process_group=self._group, async_stager=self._stager)
+        self._staging = None if isinstance(started, Future) else started.staging_completion
+        uploaded = started if isinstance(started, Future) else started.upload_completion
+        self._written, config = Future(), self.model.config.to_dict()
+
+        def publish(uploaded: Future, written: Future = self._written) -> None:  # in the thread that wrote
+            try:
+                uploaded.result()
+                if dist.get_rank() == 0:
+                    write_json(scratch / "config.json", config)
+                    write_json(scratch / "train.json", {**train, "step": step})
+                    write_json(scratch / "manifest.json", {f.name: f.stat().st_size for f in sorted(scratch.iterdir())})
+                    if final.exists():
+                        shutil.rmtree(final)
+                    os.replace(scratch, final)
+                    _sync(final.parent)
+                    self._remove_old()
+                written.set_result(final)
+            except BaseException as failure:  # told by `finish`
+                if dist.get_rank() == 0:
+                    shutil.rmtree(scratch, ignore_errors=True)
+                written.set_exception(failure)
+
+        uploaded.add_done_callback(publish)
+        self._stall += time.perf_counter() - began
+
+    def staged(self) -> None:
+        """Wait until the state has been copied: to be called before it changes."""
+        if self._staging is not None:
+            began = time.perf_counter()
+            self._staging.result()
+            self._staging = None
+            self._stall += time.perf_counter() - began
+
+    def stall(self) -> float:
+        """Seconds that training has waited in `start` and `staged` since this was last asked."""
+        seconds, self._stall = self._stall, 0.0
+        return seconds
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows that the last checkpoint could not be written; `finish` then tells why."""
+        return self._written is not None and self._written.done() and self._written.exception() is not None
+
+    def finish(self) -> Path | None:
+        """Wait until the checkpoint that was started last is complete. Returns its folder.
+
+        Raises UserError on every rank where the disk is full or the folder can't be written.
+        """
+        if self._written is None:
+            return None
+        self.staged()
+        error = self._written.exception()
+        self._written = None
+        if error is not None and not isinstance(error, OSError | dcp.CheckpointException):
+            raise error
+        self._raise_together(error)
+        return step_folder(self.run, self._step)
+
+    def _raise_together(self, error: BaseException | None) -> None:
+        reasons: list = [None] * dist.get_world_size()
+        dist.all_gather_object(reasons, error and _reason(error), group=self._group)
+        for reason in filter(None, reasons):
+            raise UserError(
+                f"{step_folder(self.run, self._step)}: the checkpoint could not be written ({reason}); "
+                "earlier ones are untouched"
+            )
+
+    def _remove_old(self) -> None:
+        for old in complete(self.run)[: -self.keep] if self.keep else []:
+            if not self.keep_every or int(old.name.removeprefix("step_")) % self.keep_every:
+                shutil.rmtree(old)
+
+
 def save(
     run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, train: dict[str, Any], keep: int
 ) -> Path:
-    """Write the checkpoint of `step` steps done, on every rank; keep the newest `keep` (0: all). Returns its folder.
+    """Write the checkpoint of `step` steps done and wait for it, on every rank; see `Saver`. Returns its folder."""
+    saver = Saver(run, model, optimizer, keep)
+    saver.start(step, train)
+    return saver.finish()
 
-    Until the last rename the checkpoint doesn't exist under its name, so a crash leaves the one before as the newest.
-    Raises UserError where the disk is full or the folder can't be written.
-    """
-    final = step_folder(run, step)
-    scratch = final.with_name(final.name + ".writing")
-    is_main = dist.get_rank() == 0
-    try:
-        if is_main:
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir(parents=True)
-        dist.barrier()
-        state = {
-            "model": get_model_state_dict(model),
-            "optimizer": _tensors(get_optimizer_state_dict(model, optimizer, options=_OPTIONS)),
-        }
-        dcp.save(state, checkpoint_id=scratch)
-        if is_main:
-            write_json(scratch / "config.json", model.config.to_dict())
-            write_json(scratch / "train.json", {**train, "step": step})
-            write_json(scratch / "manifest.json", {f.name: f.stat().st_size for f in sorted(scratch.iterdir())})
-            if final.exists():
-                shutil.rmtree(final)
-            os.replace(scratch, final)
-            _sync(final.parent)
-            for old in complete(run)[:-keep] if keep else []:
-                shutil.rmtree(old)
-    except (OSError, dcp.CheckpointException) as error:
-        if is_main:
-            shutil.rmtree(scratch, ignore_errors=True)
-        raise UserError(
-            f"{final}: the checkpoint could not be written ({_reason(error)}); earlier ones are untouched"
-        ) from None
-    dist.barrier()
-    return final
+
+def require_room(run: Path, parameters: int) -> None:
+    """Raises UserError unless the disk of `run` has room for a checkpoint: float32 weights and two moments of each."""
+    needed, free = 12 * parameters, shutil.disk_usage(run).free
+    if free < needed:
+        raise UserError(f"--save-dir {run}: {free / 1e9:.1f} GB are free and a checkpoint takes {needed / 1e9:.1f} GB")
 
 
 def _reason(error: BaseException) -> str:

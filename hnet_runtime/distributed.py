@@ -5,7 +5,8 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hnet_runtime import UserError
-from hnet_trainable import Block, HNet, HNetConfig, HNetLM, Isotropic, initial_weight
+from hnet_trainable import Block, HNet, HNetConfig, HNetLM, Isotropic, RoutingModule, initial_weight
 
 logger = logging.getLogger("hnet")
 # Its advice is against in-place operations on what a sharded module returns; there are none
@@ -26,7 +27,11 @@ PLAIN_FLOAT32 = ("A_log", "dt_bias", "D")  # a few numbers a layer, whose float3
 
 
 class World(NamedTuple):
-    """The processes of a run and this one's place among them."""
+    """The processes of a run and this one's place among them.
+
+    mesh: one dimension, "shard", or two, ("replicate", "shard"): weights are cut over the second and copied over the
+    first (HSDP). Ranks of one shard group are neighbours, so with as many as a node has GPUs, groups are nodes.
+    """
 
     rank: int
     size: int
@@ -37,13 +42,22 @@ class World(NamedTuple):
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def shards(self) -> int:
+        """The number of ranks that a weight is cut over."""
+        return self.mesh.size(self.mesh.ndim - 1)
 
-def start(device: str = "auto") -> World:
+
+def start(device: str = "auto", replicate: int = 1, timeout: float = 600) -> World:
     """Join the process group that torchrun describes, or make one of this process alone; pick the device.
 
-    device: `auto` (CUDA where torch has it), `cpu` or `cuda`. Raises UserError where that device isn't there.
+    device: `auto` (CUDA where torch has it), `cpu` or `cuda`. replicate: copies of the weights (HSDP).
+    timeout: seconds after which torch gives up a collective operation.
+    Raises UserError where that device isn't there, or `replicate` doesn't divide the number of processes.
     """
     rank, size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if size % replicate:
+        raise UserError(f"--replicate {replicate}: expected a divisor of the number of processes, which is {size}")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             f"--device cuda: {'this torch is built without CUDA' if not torch.version.cuda else 'torch finds no GPU'}"
@@ -62,9 +76,29 @@ def start(device: str = "auto") -> World:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(backend, **alone)
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # NCCL's flight recorder; watchdog.py writes it out
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **alone)
     place = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
-    return World(rank, size, place, init_device_mesh(kind, (size,)))
+    return World(rank, size, place, make_mesh(kind, size, replicate))
+
+
+def make_mesh(kind: str, size: int, replicate: int = 1) -> DeviceMesh:
+    """The mesh of `World` for `size` processes on devices of a kind, `cpu` or `cuda`."""
+    if replicate == 1:
+        return init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
+    return init_device_mesh(kind, (replicate, size // replicate), mesh_dim_names=("replicate", "shard"))
+
+
+def check_same(about: Mapping[str, object], world: World) -> None:
+    """Raises UserError on every rank, naming rank and entry, unless all ranks were started with the same `about`."""
+    everyone: list = [None] * world.size
+    dist.all_gather_object(everyone, dict(about))
+    for rank, theirs in enumerate(everyone):
+        for key in about:
+            if theirs.get(key) != everyone[0][key]:
+                raise UserError(
+                    f"rank {rank} was started with another {key} than rank 0: {theirs.get(key)}, not {everyone[0][key]}"
+                )
 
 
 def stop() -> None:
@@ -80,6 +114,7 @@ def build_model(
     compute_dtype: torch.dtype,
     seed: int,
     weights: Mapping[str, Tensor] | None = None,
+    reshard: bool = True,
 ) -> HNetLM:
     """An HNetLM with float32 masters that computes in `compute_dtype`, sharded (`shard_model`) where that is of use.
 
@@ -88,8 +123,8 @@ def build_model(
     """
     with torch.device("meta"):
         model = HNetLM(config)
-    if world.size > 1 or compute_dtype != torch.float32:  # else there is nothing to gather and nothing to cast
-        shard_model(model, world.mesh, compute_dtype)
+    if world.shards > 1 or compute_dtype != torch.float32:  # else there is nothing to gather and nothing to cast
+        shard_model(model, world.mesh, compute_dtype, reshard)
     model.to_empty(device=world.device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -112,12 +147,14 @@ def whole(parameter: Tensor) -> Tensor:
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
-def shard_model(model: HNetLM, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
-    """FSDP2: one group a block, one for each residual projection (kept in float32), one for the rest.
+def shard_model(model: HNetLM, mesh: DeviceMesh, compute_dtype: torch.dtype, reshard: bool = True) -> None:
+    """FSDP2: one group a block, a router and a residual projection (kept in float32), and one for the rest.
 
     Masters, gradients and their reduction are float32; weights are gathered in `compute_dtype`. Inputs are not cast:
     the residual stream stays float32 across blocks. A_log, dt_bias and D, a few numbers a layer, stay whole and float32
     on every rank; `reduce_plain_gradients` averages their gradients.
+
+    reshard: free a group's gathered weights after its forward and gather them again for its backward.
 
     A process alone has nothing to gather: there a group is a whole stack of blocks, which saves most of the hooks'
     time, and weights stay in `compute_dtype` until the backward has used them.
@@ -127,11 +164,11 @@ def shard_model(model: HNetLM, mesh: DeviceMesh, compute_dtype: torch.dtype) -> 
 
     def wrap(module: nn.Module, dtype: torch.dtype) -> None:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        keep = {"reshard_after_forward": False} if alone else {}
+        keep = {"reshard_after_forward": False} if alone or not reshard else {}
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=plain, **keep)
 
     for module in model.modules():
-        if isinstance(module, Isotropic if alone else Block):
+        if isinstance(module, Isotropic if alone else Block | RoutingModule):
             wrap(module, compute_dtype)
         elif isinstance(module, HNet) and not module.is_innermost:
             wrap(module.residual_proj, torch.float32)
@@ -145,6 +182,53 @@ def shard_model(model: HNetLM, mesh: DeviceMesh, compute_dtype: torch.dtype) -> 
                 stack.unshard()
 
         model.register_forward_pre_hook(unshard_all)
+        return
+    # Each group asks for the next one's weights before it computes. FSDP by itself does so in the backward alone, and
+    # in the forward relies on the CPU running ahead, which it cannot where a stage waits for its number of chunks.
+    order = list(groups_in_order(model.backbone))
+    for group, following in zip(order, order[1:]):
+        group.set_modules_to_forward_prefetch([following])
+
+
+def groups_in_order(hnet: HNet) -> Iterator[nn.Module]:
+    """The modules that `shard_model` makes groups of, without the root, as a forward reaches them."""
+    if hnet.is_innermost:
+        yield from hnet.main_network.layers
+        return
+    yield from hnet.encoder.layers
+    yield from (hnet.routing_module, hnet.residual_proj)
+    yield from groups_in_order(hnet.main_network)
+    yield from hnet.decoder.layers
+
+
+class Traffic(NamedTuple):
+    """Bytes that each rank sends in a step, by ring algorithms."""
+
+    gathers: float  # weights, within a shard group
+    scatters: float  # gradients, within a shard group
+    copies: float  # gradients of shards, between the copies of the weights
+
+
+def traffic(
+    config: HNetConfig, shards: int, replicate: int = 1, slices: int = 1, weight_bytes: int = 2, reshard: bool = True
+) -> Traffic:
+    """What `shard_model` sends for each rank's `slices` micro-batches, from the sizes of the weights alone.
+
+    A ring over n ranks sends (n - 1) / n of what is gathered or scattered, and twice that to reduce it to all. Weights
+    are gathered in `weight_bytes` (residual projections in 4) for the forward and, with `reshard`, for the backward of
+    every slice; the root group's stay. Gradients go once a step, in float32. A_log, dt_bias and D are left out.
+    """
+    with torch.device("meta"):
+        model = HNetLM(config)
+    groups = {id(p) for module in groups_in_order(model.backbone) for p in module.parameters()}
+    gathered, total = 0, 0
+    for name, p in model.named_parameters():
+        if name.rsplit(".", 1)[-1] not in PLAIN_FLOAT32:
+            total += p.numel()
+            times = slices * (2 if reshard and id(p) in groups else 1)
+            gathered += times * p.numel() * (4 if "residual_proj" in name else weight_bytes)
+    part, across = (shards - 1) / shards, 2 * (replicate - 1) / replicate
+    return Traffic(part * gathered, part * 4 * total, across * 4 * total / shards)
 
 
 def reduce_plain_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
@@ -174,8 +258,8 @@ def grad_norm(parameters: Iterable[nn.Parameter], world: World) -> Tensor:
     """The global norm of all gradients, on the device; nothing waits for it."""
     grads = [p.grad for p in parameters if p.grad is not None]
     shards = _squares([g.to_local() for g in grads if isinstance(g, DTensor)], world)
-    if world.size > 1:
-        dist.all_reduce(shards)
+    if world.shards > 1:  # over one copy of the weights: with HSDP, other ranks hold the same shards
+        dist.all_reduce(shards, group=world.mesh.get_group("shard"))
     return (shards + _squares([g for g in grads if not isinstance(g, DTensor)], world)).sqrt()
 
 
@@ -224,13 +308,35 @@ class Fetched:
         return self._values
 
 
-def mean_over_ranks(values: Tensor, world: World) -> Tensor:
-    """The mean of a small tensor over all ranks."""
-    if world.size > 1:
-        values = values.clone()
-        dist.all_reduce(values)
-        values /= world.size
-    return values
+def anywhere(world: World, *flags: bool) -> list[bool]:
+    """For each flag, whether any rank has it; every rank gets the same answer."""
+    if world.size == 1:
+        return list(flags)
+    asked = torch.tensor(flags, dtype=torch.float32)  # on the host, where nothing waits for a GPU
+    dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+    return asked.bool().tolist()
+
+
+def gather_slices(values: Tensor, world: World) -> Tensor:
+    """Numbers of this rank's n slices (n, K) -> those of all slices of the step (n * size, K), in their order.
+
+    Rank r of W holds slices r, r + W, ... What is then computed from them is the same at any number of processes.
+    """
+    if world.size == 1:
+        return values
+    everyone = [torch.empty_like(values) for _ in range(world.size)]
+    dist.all_gather(everyone, values)
+    return torch.stack(everyone, dim=1).flatten(0, 1)
+
+
+def imbalance(per_slice: Tensor, world: World) -> Tensor:
+    """How unevenly work falls to ranks that wait for each other: (G, S) counts from `gather_slices` -> (S,).
+
+    Slices W i to W i + W - 1 run side by side, one a rank: the largest of them over their mean, averaged over i.
+    1: even, 1.2: ranks wait for one that has a fifth more than the mean.
+    """
+    side_by_side = per_slice.unflatten(0, (-1, world.size))
+    return (side_by_side.amax(1) / side_by_side.mean(1)).mean(0)
 
 
 # Dense bf16 peak of the tensor cores in FLOP/s, from NVIDIA's data sheets

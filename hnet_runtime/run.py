@@ -9,7 +9,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from hnet_runtime import UserError, checkpoint
@@ -103,11 +102,3 @@ class Interrupts:
         if number == signal.SIGINT and self.received == "SIGINT":
             os._exit(130)
         self.received = signal.Signals(number).name
-
-    def anywhere(self, world: World) -> bool:
-        """Whether any rank was asked to stop; every rank gets the same answer."""
-        if world.size == 1:
-            return self.received is not None
-        asked = torch.tensor(float(self.received is not None))  # on the host, where nothing waits for a GPU
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked)

@@ -1,0 +1,49 @@
+"""Communication volume of a training step, computed from the configs: the tables of docs/SCALING.md.
+
+python scripts/communication.py [--bytes-per-gpu 32768]
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from hnet_runtime.distributed import traffic  # noqa: E402 (run from anywhere)
+from hnet_trainable import HNetConfig, HNetLM, count_flops  # noqa: E402
+
+NVLINK, NETWORK = 450e9, 50e9  # bytes/s each way and GPU: NVLink 4 and 400 Gb/s InfiniBand, data sheets
+MATMUL = 400e12  # FLOP/s assumed for a step's matrix products, about half of what was measured for them alone
+LAYOUTS = (("2 GPUs", 2, 1, False), ("8 GPUs, one node", 8, 1, False), ("64 GPUs, FSDP over all", 64, 1, True))
+LAYOUTS += (("64 GPUs, --replicate 8", 8, 8, False),)
+
+
+def row(config: HNetConfig, layout: str, shards: int, replicate: int, crosses: bool, tokens: int) -> str:
+    sent = traffic(config, shards, replicate)
+    within, across = sent.gathers + sent.scatters, sent.copies
+    ms = 1000 * (within / (NETWORK if crosses else NVLINK) + across / NETWORK)
+    lengths = [[tokens / n] for n in config.N_compress]
+    compute_ms = 1000 * count_flops(config, lengths).matmul / MATMUL
+    cells = (sent.gathers, sent.scatters, sent.copies)
+    return f"| {layout} | " + " | ".join(f"{x / 1e9:.2f}" for x in cells) + f" | {ms:.1f} | {compute_ms:.1f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bytes-per-gpu", type=int, default=32768)
+    tokens = parser.parse_args().bytes_per_gpu
+    import torch
+
+    for name in ("hnet_1stage_small", "hnet_1stage_L", "hnet_2stage_XL"):
+        config = HNetConfig.load(ROOT / "configs" / f"{name}.json")
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in HNetLM(config).parameters())
+        print(f"\n{name}, {parameters / 1e6:,.0f} million parameters, {tokens:,} bytes a GPU and step\n")
+        print("| | weights gathered, GB | gradients scattered, GB | between copies, GB | ms on links | ms to compute |")
+        print("|-|-|-|-|-|-|")
+        for layout in LAYOUTS:
+            print(row(config, *layout, tokens))
+
+
+if __name__ == "__main__":
+    main()

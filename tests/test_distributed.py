@@ -1,0 +1,477 @@
+"""The same training on 1, 2 and 4 processes, sharded or in copies; what happens when one of them dies."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+from golden.golden_weights import golden_weight
+from processes import ROOT, Job, made_once, program
+from small_models import TWO_STAGES
+from test_train import MODEL, records, timeless
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+import fineweb
+import train
+from hnet_runtime import activations, checkpoint, distributed
+from hnet_runtime.distributed import World
+from hnet_trainable import Block, HNetConfig, HNetLM, parameter_groups
+
+WORLDS = {"1": (1, 1), "2": (2, 1), "4": (4, 1), "2x2": (4, 2), "2 copies": (2, 2)}  # processes, copies of the weights
+G, STEPS = 4, 20
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, worker_id) -> Path:
+    """40 short documents and a model's config beside their shards."""
+    return made_once(tmp_path_factory, worker_id, "scale_corpus", make_corpus)
+
+
+def make_corpus(folder: Path) -> None:
+    rng = random.Random(0)
+    words = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "bytes", "become", "chunks")
+    (folder / "texts").mkdir()
+    for i in range(40):
+        (folder / "texts" / f"{i}.txt").write_text(" ".join(rng.choices(words, k=rng.randint(60, 600))))
+    fineweb.prepare(str(folder / "texts"), str(folder / "data"), holdout=0.2)
+    (folder / "model.json").write_text(json.dumps(MODEL))
+
+
+# ------------------------------------------------------------------------------------------- the same at any world size
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+class Run:
+    """What a rank of a scenario does again and again."""
+
+    def __init__(self, corpus: Path, size: int, replicate: int):
+        self.world: World = distributed.start("cpu", replicate)
+        self.config = train.TrainConfig(data=str(corpus / "data"), mbs=192, global_slices=G, alpha=0.1)
+        self.hnet = HNetConfig.load(TWO_STAGES)
+        self.stream = fineweb.ByteStream(self.config.data, "train", slice_bytes=self.config.mbs)
+        with torch.device("meta"):
+            shapes = {name: p.shape for name, p in HNetLM(self.hnet).named_parameters()}
+        self.weights = {n: torch.from_numpy(golden_weight(f"0.{n}", tuple(s))).float() for n, s in shapes.items()}
+
+    def model(self, dtype: torch.dtype = torch.float32, reshard: bool = True) -> HNetLM:
+        return distributed.build_model(self.hnet, self.world, dtype, 0, self.weights, reshard)
+
+    def gradients(self, model: HNetLM, step: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+        """Statistics of a step, and this rank's part of every gradient."""
+        slices = list(self.stream.step(step, G, self.world.rank, self.world.size))
+        stats = train.forward_backward(model, slices, self.config, self.world)
+        distributed.reduce_plain_gradients(model.parameters(), self.world)
+        return stats, {name: p.grad for name, p in model.named_parameters()}
+
+
+def scenario(corpus: Path, name: str, folder: Path) -> None:
+    """Everything that is compared between worlds, in one job. Rank 0 writes it down."""
+    run = Run(corpus, *WORLDS[name])
+    model = run.model()
+    with Collectives() as sent:
+        stats, gradients = run.gradients(model)
+    found = {"stats": stats, "gradients": {n: whole(g) for n, g in gradients.items()}}
+    found["norm"] = distributed.grad_norm(model.parameters(), run.world)
+    found["sent"] = sent.gathered, sent.scattered
+    found["reductions"], found["groups"] = sent.reductions, sum(isinstance(m, FSDPModule) for m in model.modules())
+
+    found["differing"] = {}
+    for how in ("block", "selective", "guard", "kept"):
+        other = run.model(reshard=how != "kept")
+        if how != "kept":
+            activations.recompute(other, "none" if how == "guard" else how)
+        guard = activations.ChunkGuard(other, 10, run.world) if how == "guard" else None
+        _, theirs = run.gradients(other)
+        found["differing"][how] = [n for n, g in gradients.items() if not torch.equal(whole(g), whole(theirs[n]))]
+        if guard:
+            found["guarded"] = guard.count
+
+    found["losses"] = []
+    groups = parameter_groups(model, 1e-4, 0.1)
+    optimizer = torch.optim.AdamW(distributed.optimizer_groups(groups), betas=(0.9, 0.95), fused=True)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        stats, _ = run.gradients(model, step)
+        norm = distributed.clip_in_optimizer(optimizer, model.parameters(), 1.0, run.world, stats[0])
+        optimizer.step()
+        found["losses"].append([*stats.tolist(), norm.item()])
+    found["dtypes"] = dtypes_seen(run)
+    if run.world.is_main:
+        torch.save(found, folder / f"{name}.pt")
+    distributed.stop()
+
+
+# torch 2.13 renamed reduce_scatter_tensor and all_gather_into_tensor
+SCATTER, GATHER = (
+    ("reduce_scatter_single", "all_gather_single")
+    if hasattr(dist, "all_gather_single")
+    else ("reduce_scatter_tensor", "all_gather_into_tensor")
+)
+
+
+class Collectives:
+    """Counts reduce-scatters, and the bytes that they and the all-gathers take by a ring."""
+
+    def __enter__(self):
+        self.reductions, self.gathered, self.scattered = 0, 0.0, 0.0
+        self._real = getattr(dist, SCATTER), getattr(dist, GATHER)
+
+        def scatter(output, input, *args, **kwargs):
+            self.reductions += 1
+            self.scattered += input.nbytes - output.nbytes
+            return self._real[0](output, input, *args, **kwargs)
+
+        def gather(output, input, *args, **kwargs):
+            self.gathered += output.nbytes - input.nbytes
+            return self._real[1](output, input, *args, **kwargs)
+
+        setattr(dist, SCATTER, scatter)
+        setattr(dist, GATHER, gather)
+        return self
+
+    def __exit__(self, *_):
+        setattr(dist, SCATTER, self._real[0])
+        setattr(dist, GATHER, self._real[1])
+
+
+def dtypes_seen(run: Run) -> dict[str, set[str]]:
+    """Under bfloat16: dtypes inside blocks while they compute, of what they pass on, and of gradients."""
+    model, seen = run.model(torch.bfloat16), {}
+
+    def note(what: str, tensor: Tensor) -> None:
+        seen.setdefault(what, set()).add(str(tensor.dtype).removeprefix("torch."))
+
+    def enter(module, args):
+        note("residual stream", args[0])
+        for name, p in module.named_parameters():
+            leaf = name.rsplit(".", 1)[-1]
+            note(leaf if leaf in distributed.PLAIN_FLOAT32 else "other weights", p)
+
+    for module in model.modules():
+        if isinstance(module, Block):
+            # registered after FSDP's own hook, so it sees the gathered weights; innermost stays outermost
+            module.register_forward_pre_hook(enter)
+            module.register_forward_hook(lambda module, args, out: note("residual stream", out))
+            module.mixer.register_forward_pre_hook(lambda module, args: note("mixer's input", args[0]))
+
+    def leave(module, args, out):
+        note("residual_proj", module.weight)
+        note("residual_proj", out)
+
+    for module in (model.backbone.residual_proj, model.backbone.main_network.residual_proj):
+        module.register_forward_hook(leave)
+    _, gradients = run.gradients(model)
+    for gradient in gradients.values():
+        note("gradients", gradient)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def worlds(corpus, tmp_path_factory, worker_id) -> dict[str, dict]:
+    def make(folder: Path) -> None:
+        jobs = [Job(folder / n, W, scenario, lambda _, n=n: (corpus, n, folder)) for n, (W, _) in WORLDS.items()]
+        for job in jobs:
+            job.succeed()
+
+    folder = made_once(tmp_path_factory, worker_id, "scale_worlds", make)
+    return {name: torch.load(folder / f"{name}.pt") for name in WORLDS}
+
+
+@pytest.mark.parametrize("name", ["2", "4", "2x2", "2 copies"])
+def test_gradients_are_those_of_one_process(worlds, name):
+    """In float32 sums of G slices in another order: some roundings of 6e-8, which the network's depth amplifies."""
+    one, many = worlds["1"]["gradients"], worlds[name]["gradients"]
+    assert one.keys() == many.keys() and all(g.any() for g in one.values())
+    for parameter, wanted in one.items():
+        gap = (many[parameter] - wanted).norm() / wanted.norm()
+        assert gap < 1e-5, (parameter, gap)
+    assert worlds[name]["norm"].item() == pytest.approx(worlds["1"]["norm"].item(), rel=1e-5)
+    exact = torch.cat([g.flatten() for g in one.values()]).double().norm().item()
+    assert worlds["1"]["norm"].item() == pytest.approx(exact, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["2", "4", "2x2", "2 copies"])
+def test_twenty_steps_are_those_of_one_process(worlds, name):
+    """Losses, ratio losses, F, G and the norm before clipping. Training amplifies rounding."""
+    columns = 2 + 3 * 2  # without the imbalance, which a world has for itself
+    for step, (one, many) in enumerate(zip(worlds["1"]["losses"], worlds[name]["losses"], strict=True)):
+        assert many[:columns] == pytest.approx(one[:columns], rel=1e-4), step
+        assert many[-1] == pytest.approx(one[-1], rel=1e-3), step
+    assert worlds["1"]["losses"][-1][0] < worlds["1"]["losses"][0][0]
+
+
+def test_slices_are_reduced_once_a_step(worlds):
+    """However many slices a rank accumulates: one reduce-scatter for each group of parameters."""
+    for name in ("2", "4", "2x2"):
+        assert worlds[name]["reductions"] == worlds[name]["groups"] > 10
+    for name in ("1", "2 copies"):
+        assert worlds[name]["groups"] == worlds[name]["reductions"] == 0
+
+
+@pytest.mark.parametrize("name", ["2", "4", "2x2"])
+def test_what_is_sent_is_what_traffic_says(worlds, name):
+    """Within a twentieth: FSDP fills rows up to a multiple of the shards."""
+    W, R = WORLDS[name]
+    told = distributed.traffic(HNetConfig.load(TWO_STAGES), W // R, R, G // W, weight_bytes=4)
+    assert worlds[name]["sent"] == pytest.approx(told[:2], rel=0.05)
+
+
+@pytest.mark.parametrize("how", ["block", "selective", "guard", "kept"])
+def test_gradients_do_not_depend_on_what_is_kept(worlds, how):
+    """Recomputation, with or without the guard's switch, and weights that stay gathered: the same bits."""
+    assert {name: world["differing"][how] for name, world in worlds.items()} == {name: [] for name in WORLDS}
+
+
+def test_the_guard_counts_micro_batches(worlds):
+    """A limit of 10 chunks is passed in every micro-batch, on all ranks together."""
+    assert {n: world["guarded"] for n, world in worlds.items()} == {n: G // W for n, (W, _) in WORLDS.items()}
+
+
+def test_dtypes_under_bfloat16(worlds):
+    wanted = {
+        "residual stream": {"float32"},
+        "mixer's input": {"bfloat16"},
+        "other weights": {"bfloat16"},
+        "residual_proj": {"float32"},
+        "gradients": {"float32"},
+        **{leaf: {"float32"} for leaf in distributed.PLAIN_FLOAT32},
+    }
+    assert {name: world["dtypes"] for name, world in worlds.items()} == {name: wanted for name in WORLDS}
+
+
+def test_imbalance_by_hand():
+    """Two ranks, four slices: (2, 4) and (3, 3) run side by side; largest over mean 4/3 and 1."""
+    world = World(0, 2, torch.device("cpu"), None)
+    counts = torch.tensor([[2.0], [4.0], [3.0], [3.0]])
+    assert distributed.imbalance(counts, world).tolist() == pytest.approx([(4 / 3 + 1) / 2])
+    assert distributed.imbalance(counts, world._replace(size=1)).tolist() == [1.0]
+
+
+def test_imbalance_is_reported_where_ranks_differ(worlds):
+    assert [x for row in worlds["1"]["losses"] for x in row[8:10]] == [1.0] * (2 * STEPS)
+    for row in worlds["4"]["losses"]:
+        assert all(1 < x < 4 for x in row[8:10])
+
+
+# ------------------------------------------------------------------------------------------------- what happens to runs
+
+FLAGS = f"--mbs 128 --global-slices {G} --lr 1e-3 --schedule wsd --device cpu --val-slices 4 --log-every 5 --steps 20"
+FLAGS += " --save-every 4 --keep 0 --val-every 10 --sample-bytes 0 --timeout 300"
+
+
+def train_flags(corpus: Path, folder: Path, *more: str) -> list[str]:
+    model, data = f"{corpus}/model.json", f"{corpus}/data"
+    return ["-c", model, "--data", data, *FLAGS.split(), "--save-dir", str(folder), *more]
+
+
+def train_job(corpus: Path, folder: Path, size: int, *more: str, of_rank: dict[int, list[str]] | None = None) -> Job:
+    """train.py on `size` processes, its run in `folder`; `of_rank`: further flags of single ranks."""
+    flags = train_flags(corpus, folder, *more)
+    return Job(folder.parent, size, program, lambda rank: [*flags, *(of_rank or {}).get(rank, [])])
+
+
+def wait_for(condition, job: Job, seconds: float = 600) -> None:
+    """Until the condition holds or the job has ended."""
+    until = time.monotonic() + seconds
+    while not condition() and all(rank.is_alive() for rank in job.ranks):
+        assert time.monotonic() < until, job.printed()
+        time.sleep(0.005)
+
+
+def steps_done(folder: Path) -> int:
+    metrics = folder / "metrics.jsonl"
+    return metrics.read_text().count("\n") if metrics.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus, tmp_path_factory, worker_id) -> Path:
+    def make(folder: Path) -> None:
+        train_job(corpus, folder / "run", 2).succeed()
+
+    folder = made_once(tmp_path_factory, worker_id, "scale_undisturbed", make) / "run"
+    assert [row["step"] for row in records(folder)] == list(range(1, 21))
+    return folder
+
+
+COPIES = ["--replicate", "2", "-C", "graph"]  # whole weights on each, as graphs; without capture on a CPU
+
+
+@pytest.mark.parametrize("size, more", [(1, []), (2, COPIES), (4, ["--replicate", "2", "--ac", "block"])])
+def test_a_run_goes_on_at_another_world_size(corpus, undisturbed, tmp_path, size, more):
+    """From step 8 of two processes on one, two with whole weights, four in two copies: the same losses."""
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    for later in checkpoint.complete(folder)[2:]:
+        shutil.rmtree(later)
+    assert "step_00000008" in train_job(corpus, folder, size, "--resume", "auto", *more).succeed()
+    for ours, theirs in zip(records(folder), records(undisturbed), strict=True):
+        assert ours["step"] == theirs["step"]
+        for key in ("ce", "grad_norm", "stage0_F", "stage0_ratio_loss"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3), (ours["step"], key)
+    assert records(folder)[-1]["val_bpb"] == pytest.approx(records(undisturbed)[-1]["val_bpb"], rel=1e-4)
+
+
+def kill_one_and_resume(corpus: Path, folder: Path, seed: int) -> None:
+    """Two processes; kill -9 of one at a random step. The other names it and ends; a second job goes on."""
+    rng = random.Random(seed)
+    job, target, victim = train_job(corpus, folder, 2), rng.randint(1, 18), rng.randrange(2)
+    wait_for(lambda: steps_done(folder) >= target, job)
+    time.sleep(rng.uniform(0, 0.05))
+    job.ranks[victim].kill()
+    codes = job.wait()
+    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 1, (codes, job.printed())
+    message = job.printed()
+    # where rank 0 dies without torchrun, the store through which ranks are heard of is gone too
+    assert f"rank {victim} (step " in message and "died" in message, message
+    assert "The last good checkpoint: " in message, message
+    assert (folder / "failure" / f"rank{1 - victim}.stacks").stat().st_size
+    train_job(corpus, folder, 2, "--resume", "auto").succeed()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_one_process_killed_and_the_job_resumed_equals_undisturbed(corpus, undisturbed, tmp_path, seed):
+    kill_one_and_resume(corpus, tmp_path / "run", seed)
+    assert timeless(tmp_path / "run") == timeless(undisturbed)
+
+
+def test_torchrun_starts_again_by_itself(corpus, undisturbed, tmp_path):
+    """As a person starts it; one process is killed, and nobody does anything."""
+    folder = tmp_path / "run"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    with open(tmp_path / "log", "w") as log:
+        job = subprocess.Popen(
+            [*launch, str(ROOT / "train.py"), *train_flags(corpus, folder, "--resume", "auto")],
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+    while steps_done(folder) < 6:
+        assert job.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.01)
+    (victim,) = [p for p in psutil.Process(job.pid).children() if p.environ().get("RANK") == "1"]
+    victim.kill()
+    assert job.wait(600) == 0, (tmp_path / "log").read_text()
+    output = (tmp_path / "log").read_text()
+    assert "rank 1 (step " in output and "going on from" in output, output
+    assert timeless(folder) == timeless(undisturbed)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(100, 110))
+def test_more_processes_killed(corpus, undisturbed, tmp_path, seed):
+    kill_one_and_resume(corpus, tmp_path / "run", seed)
+    assert timeless(tmp_path / "run") == timeless(undisturbed)
+
+
+def test_sigterm_to_one_process_saves_and_loses_no_step(corpus, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    job = train_job(corpus, folder, 2, "--save-every", "1000")
+    wait_for(lambda: steps_done(folder) >= 3, job)
+    os.kill(job.ranks[1].pid, signal.SIGTERM)
+    assert "--resume auto" in job.succeed()
+    (saved,) = checkpoint.complete(folder)
+    done = checkpoint.read_train(saved)["step"]
+    assert done == len(records(folder)) and 3 <= done < 20
+    train_job(corpus, folder, 2, "--resume", "auto").succeed()
+    assert timeless(folder) == timeless(undisturbed)
+
+
+def test_a_process_that_hangs_ends_the_job(corpus, tmp_path):
+    """Stopped by the system, it neither dies nor speaks."""
+    folder = tmp_path / "run"
+    job = train_job(corpus, folder, 2, "--timeout", "10", "--steps", "1000")
+    wait_for(lambda: steps_done(folder) >= 6, job)
+    os.kill(job.ranks[1].pid, signal.SIGSTOP)
+    job.ranks[0].join(300)
+    assert job.ranks[0].exitcode == 1
+    message = job.printed()
+    assert "rank 1 (step " in message and "not been heard of for 10 s" in message and "step_00000004" in message, (
+        message
+    )
+    job.wait(0)
+
+
+def test_a_kill_during_a_save_of_two_processes(corpus, undisturbed, tmp_path):
+    """As soon as files of step 8 appear: it is either complete or not taken, whatever was written."""
+    folder = tmp_path / "run"
+    job = train_job(corpus, folder, 2)
+    wait_for(lambda: list((folder / "checkpoints").glob("step_00000008*/*")), job)
+    for rank in job.ranks:
+        rank.kill()
+    job.wait()
+    torn = folder / "checkpoints" / "step_00000008.writing"
+    was_torn = torn.exists()
+    output = train_job(corpus, folder, 2, "--resume", "auto").succeed()
+    assert f"going on from {folder}/checkpoints/step_0000000{4 if was_torn else 8}" in output
+    assert not was_torn or f"passed over {torn}" in output
+    assert timeless(folder) == timeless(undisturbed)
+
+
+def test_processes_started_differently_say_so(corpus, tmp_path):
+    job = train_job(corpus, tmp_path / "run", 2, of_rank={1: ["--lr", "0.5"]})
+    assert job.wait() == [2, 2]
+    assert job.printed().count("rank 1 was started with another --lr than rank 0: 0.5, not 0.001") == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_of_several_processes(corpus, undisturbed, tmp_path):
+    """Every rank says so and ends, instead of waiting for the others."""
+    job = train_job(corpus, undisturbed, 2)
+    assert job.wait() == [2, 2] and job.printed().count("holds a run already") == 2
+    job = train_job(corpus, tmp_path / "a" / "run", 2, "--replicate", "3")
+    assert job.wait() == [2, 2] and "--replicate 3" in job.printed() and "Traceback" not in job.printed()
+    job = train_job(corpus, tmp_path / "b" / "run", 2, "--global-slices", "3")
+    assert job.wait() == [2, 2] and "--global-slices 3: 2 processes do not divide it" in job.printed()
+
+
+def test_a_disk_without_room_is_refused(tmp_path):
+    checkpoint.require_room(tmp_path, 1000)
+    with pytest.raises(checkpoint.UserError, match="GB are free and a checkpoint takes 12000000.0 GB"):
+        checkpoint.require_room(tmp_path, 10**15)
+
+
+def test_old_checkpoints_go_and_some_stay(tmp_path):
+    """The newest two, and every sixth step's."""
+    distributed.start("cpu")
+    model = torch.nn.Linear(2, 2)
+    model.config = HNetConfig.load(MODEL)
+    optimizer = torch.optim.AdamW(model.parameters())
+    saver = checkpoint.Saver(tmp_path, model, optimizer, keep=2, keep_every=6)
+    for step in range(3, 22, 3):
+        saver.start(step, {})
+    saver.finish()
+    assert [int(p.name[-2:]) for p in checkpoint.complete(tmp_path)] == [6, 12, 18, 21]
+    distributed.stop()
+
+
+def test_what_is_saved_is_the_state_when_the_save_began(tmp_path):
+    """Weights that change while the writing goes on are not torn: the copy was made before `staged` returned."""
+    distributed.start("cpu")
+    model = torch.nn.Linear(64, 64)
+    model.config = HNetConfig.load(MODEL)
+    optimizer = torch.optim.AdamW(model.parameters())
+    saver = checkpoint.Saver(tmp_path, model, optimizer)
+    for step in (1, 2):  # the second time the copy goes to the same place
+        with torch.no_grad():
+            model.weight.fill_(step)
+        saver.start(step, {})
+        saver.staged()
+        with torch.no_grad():
+            model.weight.fill_(-1)
+        folder = saver.finish()
+        checkpoint.load(folder, model, optimizer)
+        assert (model.weight == step).all()
+    distributed.stop()
