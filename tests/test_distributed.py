@@ -205,11 +205,11 @@ def test_gradients_are_those_of_one_process(worlds, name):
 
 @pytest.mark.parametrize("name", ["2", "4", "2x2", "2 copies"])
 def test_twenty_steps_are_those_of_one_process(worlds, name):
-    """Losses, ratio losses, F, G and the norm before clipping. Training amplifies rounding."""
+    """Losses, ratio losses, F, G and the norm before clipping. Rounding was seen to stay near 1e-7."""
     columns = 2 + 3 * 2  # without the imbalance, which a world has for itself
     for step, (one, many) in enumerate(zip(worlds["1"]["losses"], worlds[name]["losses"], strict=True)):
-        assert many[:columns] == pytest.approx(one[:columns], rel=1e-4), step
-        assert many[-1] == pytest.approx(one[-1], rel=1e-3), step
+        assert many[:columns] == pytest.approx(one[:columns], rel=1e-5), step
+        assert many[-1] == pytest.approx(one[-1], rel=1e-5), step
     assert worlds["1"]["losses"][-1][0] < worlds["1"]["losses"][0][0]
 
 
