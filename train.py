@@ -472,7 +472,7 @@ def main(argv: Sequence[str]) -> None:
             step += 1
             if guard:
                 guard.end_step(step)
-            # a step's numbers are read when the next one has been launched, or below
+            # a step's numbers are read when the next one has been launched, or below: on a CPU they are there at once
             if waiting:
                 report(step - 1, settle(waiting.numbers(), step - 1))
             waiting = distributed.Fetched(torch.cat([stats, grad_norm[None]]))
@@ -484,7 +484,7 @@ def main(argv: Sequence[str]) -> None:
             validates = is_last or (config.val_every and step % config.val_every == 0)
             samples = config.sample_bytes and (is_last or (config.sample_every and step % config.sample_every == 0))
             saves = is_last or interrupted or step % config.save_every == 0
-            if validates or samples or saves or step == first_step + 1:
+            if validates or samples or saves or step == first_step + 1 or world.device.type == "cpu":
                 record, waiting = settle(waiting.numbers(), step), None
                 if validates:
                     watch.at(step, "validation")
