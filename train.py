@@ -458,6 +458,7 @@ def main(argv: Sequence[str]) -> None:
         numbers = stats.tolist()
         grad_norm = numbers.pop(3 + 4 * hnet.num_stages)  # after what forward_backward gave, before the statistics
         if not math.isfinite(grad_norm + numbers[0]):
+            saver.finish()  # what is being written is good too
             saved = checkpoint.complete(run)
             raise UserError(
                 f"step {done}: cross entropy {numbers[0]}, gradient norm {grad_norm}; stopped before they reached "
@@ -507,7 +508,7 @@ def main(argv: Sequence[str]) -> None:
             step += 1
             if guard:
                 guard.end_step(step)
-            # a step's numbers are read when the next one has been launched, or below
+            # a step's numbers are read when the next one has been launched, or below: on a CPU they are there at once
             if waiting:
                 report(step - 1, settle(waiting.numbers(), step - 1))
             waiting = distributed.Fetched(torch.cat([stats, grad_norm[None], *(more or [])]))
@@ -519,7 +520,7 @@ def main(argv: Sequence[str]) -> None:
             validates = is_last or (config.val_every and step % config.val_every == 0)
             samples = config.sample_bytes and (is_last or (config.sample_every and step % config.sample_every == 0))
             saves = is_last or interrupted or stuck or step % config.save_every == 0
-            if validates or samples or saves or step == first_step + 1:
+            if validates or samples or saves or step == first_step + 1 or world.device.type == "cpu":
                 record, waiting = settle(waiting.numbers(), step), None
                 if validates:
                     watch.at(step, "validation")

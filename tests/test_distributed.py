@@ -205,11 +205,11 @@ def test_gradients_are_those_of_one_process(worlds, name):
 
 @pytest.mark.parametrize("name", ["2", "4", "2x2", "2 copies"])
 def test_twenty_steps_are_those_of_one_process(worlds, name):
-    """Losses, ratio losses, F, G and the norm before clipping. Training amplifies rounding."""
-    columns = 2 + 3 * 2  # without the imbalance, which a world has for itself
+    """Losses, ratio losses, F, G and the norm before clipping. Rounding was seen to stay near 1e-7."""
+    columns = 3 + 3 * 2  # without the imbalance, which a world has for itself
     for step, (one, many) in enumerate(zip(worlds["1"]["losses"], worlds[name]["losses"], strict=True)):
-        assert many[:columns] == pytest.approx(one[:columns], rel=1e-4), step
-        assert many[-1] == pytest.approx(one[-1], rel=1e-3), step
+        assert many[:columns] == pytest.approx(one[:columns], rel=1e-5), step
+        assert many[-1] == pytest.approx(one[-1], rel=1e-5), step
     assert worlds["1"]["losses"][-1][0] < worlds["1"]["losses"][0][0]
 
 
@@ -261,9 +261,9 @@ def test_imbalance_by_hand():
 
 
 def test_imbalance_is_reported_where_ranks_differ(worlds):
-    assert [x for row in worlds["1"]["losses"] for x in row[8:10]] == [1.0] * (2 * STEPS)
+    assert [x for row in worlds["1"]["losses"] for x in row[9:11]] == [1.0] * (2 * STEPS)
     for row in worlds["4"]["losses"]:
-        assert all(1 < x < 4 for x in row[8:10])
+        assert all(1 < x < 4 for x in row[9:11])
 
 
 # ------------------------------------------------------------------------------------------------- what happens to runs

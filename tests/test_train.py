@@ -135,7 +135,7 @@ def test_a_dead_router_is_named_and_stops_the_run(corpus, tmp_path):
     export(model, tmp_path / "dead", "safetensors")
     flags = ["-p", str(tmp_path / "dead"), "--steps", "80", "--lr", "1e-30", "--sample-bytes", "0"]
     done = run(corpus, *flags, "--on-collapse", "stop", "--save-dir", str(tmp_path / "run"))
-    # it is named at step 50, whose numbers are read when step 51 is under way
+    # it is named at step 50, and the run ends after the step that had begun
     assert done.returncode == 2 and "--on-collapse stop" in done.stderr and "step 51" in done.stderr, done.stderr[
         -2000:
     ]

@@ -231,7 +231,7 @@ def test_initial_weights_as_the_released_code_draws_them():
 
 
 def test_heads_draw_their_own_a_and_dt():
-    weights = initialised(H.HNetConfig.load(CONFIGS / "hnet_1stage_tiny.json", d_model=[1024, 1024]))
+    weights = initialised(H.HNetConfig.load(CONFIGS / "hnet_1stage_tiny.json", d_model=[2048, 2048]))
     A = torch.cat([v.exp() for n, v in weights.items() if n.endswith("A_log")])
     dt = torch.cat([nn.functional.softplus(v) for n, v in weights.items() if n.endswith("dt_bias")])
     assert len(A) == len(dt) == 128 and len(A.unique()) > 120 and len(dt.unique()) > 120
