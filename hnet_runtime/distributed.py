@@ -75,9 +75,16 @@ def start(device: str = "auto", replicate: int = 1, timeout: float = 600) -> Wor
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        where = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # When torchrun starts a job again the agent's store still holds the addresses of those who died, which gloo
+            # would try to reach (seen with torch 2.13): so each attempt has its own part of the store
+            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=timeout))
+            part = f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+            where = {"store": dist.PrefixStore(part, store), "rank": rank, "world_size": size}
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # NCCL's flight recorder; watchdog.py writes it out
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **alone)
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **where)
     place = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
     return World(rank, size, place, make_mesh(kind, size, replicate))
 
