@@ -83,7 +83,8 @@ def _choose_checkpoint(run: Path, resume: str) -> Path | None:
 def keep_freed_memory() -> None:
     """Let glibc keep what a step frees for the next one, rather than hand it back and have the kernel zero it anew.
 
-    For training on a CPU: 6,000 to 10,000 page faults a step of 1,024 bytes of the default model become a few. Elsewhere than on glibc: nothing.
+    For training on a CPU: 6,000 to 10,000 page faults in a step of 1,024 bytes of the default model become a few.
+    Elsewhere than on glibc: nothing.
     """
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
