@@ -139,8 +139,7 @@ class TrainConfig:
     log_every: int = 20
     """Steps between lines on the console; metrics.jsonl has every step."""
     stats_every: int = 20
-    """Steps between statistics of routers and weights: chunk lengths, where boundaries lie, norms, updates. 0: none.
-    Not with --compile graph."""
+    """Steps between statistics of routers and weights: chunk lengths, where boundaries lie, norms, updates. 0: none."""
     on_collapse: Literal["warn", "stop"] = "warn"
     """When a router has collapsed or is dead: say so, or save and stop with status 2. Oscillation is only named."""
     sample_every: int = 0
@@ -258,11 +257,12 @@ def forward_backward(
     `routers`, where given, gets the `router_statistics` of this rank's last slice.
     """
     if isinstance(model, GraphedModel):
-        losses = model.forward_backward([piece.nested(world.device) for piece in slices])
+        batches = [piece.nested(world.device) for piece in slices]
+        losses = model.forward_backward(batches)
         counted = (sum(n) / len(slices) for n in zip(*((p.text_bytes, len(p.row_lengths)) for p in slices)))
         numbers = [losses.ce, *(torch.full_like(losses.ce, n) for n in counted)]
         stats = [torch.cat([torch.stack(numbers), losses.ratio, losses.F, losses.G]).float()]
-        slices = []
+        (iids, _), slices = batches[-1], []
     else:
         stats = []
     for i, piece in enumerate(slices):
@@ -278,7 +278,8 @@ def forward_backward(
         numbers += [stage.F for stage in out.stages] + [stage.G for stage in out.stages]
         stats.append(torch.stack([n.detach().float() for n in numbers]))
     if routers is not None:
-        routers.append(statistics.router_statistics(iids, out.stages))
+        stages = model.stages() if isinstance(model, GraphedModel) else out.stages
+        routers.append(statistics.router_statistics(iids, stages))
     stats_GK = distributed.gather_slices(torch.stack(stats), world)
     S = (stats_GK.shape[1] - 3) // 3
     chunks_GS = stats_GK[:, 3 + S : 3 + 2 * S].cumprod(1)  # a byte, at each stage: F is a share of the stage's tokens
@@ -493,7 +494,7 @@ def main(argv: Sequence[str]) -> None:
             watch.at(step + 1, "reading data")
             slices = list(train_stream.step(step, config.global_slices, world.rank, world.size))
             watch.at(step + 1, "forward and backward")
-            wants_statistics = config.stats_every and (step + 1) % config.stats_every == 0 and not graph
+            wants_statistics = config.stats_every and (step + 1) % config.stats_every == 0
             more: list[Tensor] | None = [] if wants_statistics else None
             stats = forward_backward(runner, slices, config, world, more)
             distributed.reduce_plain_gradients(parameters, world)

@@ -619,7 +619,9 @@ class _Plan:
         self.dt_TH = dt_TH if dt_TH.stride(1) == 1 else dt_TH.contiguous()
         self.A_H, self.cu_seqlens = A_H.contiguous(), cu_seqlens.contiguous()
         self.vectors_5HT = dt_TH.new_empty(5, self.H, self.n_chunks * self.Q)
-        self.decay_CH = dt_TH.new_empty(self.n_chunks, self.H)
+        # Zeros, which a kernel writes: descriptors need the context that a thread's first launch binds, and the thread
+        # that autograd runs a backward on may have launched nothing yet ("invalid device context" with Triton 3.6)
+        self.decay_CH = dt_TH.new_zeros(self.n_chunks, self.H)
         self.document_T = cu_seqlens.new_empty(self.n_chunks * self.Q, dtype=torch.int32)
         self.scores = _described(B_TN.new_empty(self.n_chunks * self.Q, self.Q), self.Q, self.Q)
         self.shape = {"P": self.P, "N": self.N, "Q": self.Q}

@@ -151,6 +151,7 @@ class Place:
         self.offsets = torch.full((sizes.B + 1,), sizes.T, device=device)  # int64
         self.offsets[0] = 0
         self.count = torch.full((), sizes.T, device=device)  # int64: tokens without those that fill up
+        self.tokens = sizes.T  # the same, on the host
         if s == 0:
             self.x_T, self.labels_T = torch.zeros(2, sizes.T, dtype=torch.int64, device=device)
         else:
@@ -170,6 +171,7 @@ class Place:
         self.offsets[: len(offsets)].copy_(offsets)
         self.offsets[len(offsets) :].fill_(self.sizes.T)
         self.count.copy_(offsets[-1])
+        self.tokens = C
 
 
 class Losses(NamedTuple):
@@ -218,6 +220,8 @@ class GraphedModel:
         self.places: list[OrderedDict[Sizes, Place]] = [OrderedDict() for _ in self.levels]
         self.segments: dict[str, OrderedDict] = {}
         self.pools: dict[str, tuple[int, int] | None] = {}
+        self.routed: list[tuple[Place, Segment]] = []  # the last micro-batch's stages and their ways in
+        self.documents = 0  # of the last micro-batch
 
     def refresh(self) -> None:
         """Copies the masters' weights. To be called whenever they have changed."""
@@ -319,14 +323,25 @@ class GraphedModel:
         place.labels_T.copy_(labels.values())
         place.offsets[: len(offsets)].copy_(offsets)
         place.offsets[len(offsets) :].fill_(place.sizes.T)
-        stages: list[tuple[Tensor, ...]] = []
-        last, backward = self._run(place, share, stages)
+        self.routed, self.documents = [], len(offsets) - 1
+        last, backward = self._run(place, share)
         last.doutputs[0].fill_(share)
         backward()
         ce = last.outputs[0].clone()  # the stacks below copy too: the next micro-batch writes to the same places
-        return Losses(ce, *([torch.stack(column) for column in zip(*stages)] or [ce.new_zeros(0)] * 3))
+        columns = zip(*((ratio, F_, G) for *_, ratio, _, _, _, F_, G in (enter.outputs for _, enter in self.routed)))
+        return Losses(ce, *([torch.stack(column) for column in columns] or [ce.new_zeros(0)] * 3))
 
-    def _run(self, place: Place, share: float, stages: list) -> tuple[Segment, Callable[[], Tensor | None]]:
+    def stages(self) -> list[StageOutput]:
+        """What the routers decided in the last micro-batch; to be read before the next writes to the same places."""
+        found = []
+        for place, enter in self.routed:
+            _, _, p_T, _, b_T, _, _, F_, G = enter.outputs
+            offsets = place.offsets[: self.documents + 1]
+            p_Bj = nested_tensor_from_jagged(p_T[: place.tokens], offsets, min_seqlen=0, max_seqlen=place.sizes.M)
+            found.append(StageOutput(p_Bj, nested_like(b_T[: place.tokens], p_Bj), F_, G))
+        return found
+
+    def _run(self, place: Place, share: float) -> tuple[Segment, Callable[[], Tensor | None]]:
         """The forward of a stage. Returns its last segment and its backward, which returns the gradient of its x_TD."""
         s, hnet = place.s, self.levels[place.s]
         x = place.x_TD if s else place.x_T
@@ -344,13 +359,13 @@ class GraphedModel:
         modules = hnet.pad_dimension, hnet.encoder, hnet.routing_module, hnet.residual_proj
         enter = self._segment("enter", (place,), modules, lambda *at: self._enter(place, *at), [x])
         enter.forward()
-        x_TD, residual_TD, p_T, ratio, b_T, offsets, counts, F_, G = enter.outputs
-        stages.append((ratio, F_, G))
+        x_TD, residual_TD, p_T, _, b_T, offsets, counts, _, _ = enter.outputs
+        self.routed.append((place, enter))
         total, longest = counts.tolist()  # the one wait of a stage
         inside = self._place(s + 1, Sizes(total, place.sizes.B + 1, longest))
         kept_C = torch.nonzero_static(b_T, size=total).squeeze(1)
         inside.fill(x_TD, kept_C, offsets)
-        _, inside_back = self._run(inside, share, stages)
+        _, inside_back = self._run(inside, share)
         leaves = [x.detach().requires_grad_() for x in (residual_TD, p_T)]
         leave = self._segment(
             "leave", (place, inside), [hnet.decoder], lambda *at: self._leave(place, inside, b_T, *at),

@@ -6,6 +6,7 @@ from small_models import TWO_STAGES, draw_weights
 
 from hnet_runtime import graphs
 from hnet_runtime.graphs import TOKENS, GraphedModel, Sizes
+from hnet_runtime.statistics import router_statistics
 from hnet_trainable import HNetConfig, HNetLM, nested_like
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,6 +65,8 @@ def check_equal(raw: dict, dtype: torch.dtype, fused: bool, tolerance: float) ->
                                                    rel=tolerance), name  # fmt: skip
             wrong = {n: d for n in found if not (d := distance(found[n], gradients[n])) < tolerance}
             assert not wrong, (i, wrong)
+            found, wanted = (router_statistics(pair[0], s) for s in (graphed.stages(), model(*pair).stages))
+            assert torch.allclose(found, wanted, rtol=1e-5), "statistics of routers"
 
 
 @pytest.mark.parametrize("fused", [False, True])
