@@ -438,7 +438,7 @@ def main(argv: Sequence[str]) -> None:
         step = check_continuation(source, about)
         checkpoint.load(source, model, optimizer)
         logger.info("going on from %s", source)
-    runner = GraphedModel(model, dtype, config.alpha) if graph else model  # runs the steps
+    runner = GraphedModel(model, dtype, config.alpha, world=world) if graph else model  # runs the steps
     evaluated = runner.model if graph else model  # computes as training does; shares or copies the weights
     metrics = open_metrics(run, step, about, hnet, config, world)
     logger.info(
@@ -497,7 +497,8 @@ def main(argv: Sequence[str]) -> None:
             wants_statistics = config.stats_every and (step + 1) % config.stats_every == 0
             more: list[Tensor] | None = [] if wants_statistics else None
             stats = forward_backward(runner, slices, config, world, more)
-            distributed.reduce_plain_gradients(parameters, world)
+            if not graph:
+                distributed.reduce_plain_gradients(parameters, world)
             # nothing here waits for the device: a norm or a loss that is not finite leaves the weights as they are
             grad_norm = distributed.clip_in_optimizer(optimizer, parameters, config.clip, world, stats[0])
             saver.staged()

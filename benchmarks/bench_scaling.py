@@ -4,19 +4,24 @@
     python benchmarks/bench_scaling.py --data data/stdlib --configs configs/hnet_1stage_tiny.json --device cpu \
         --mbs 512 --steps 6 --warmup 2 --loss-steps 4 --memory-config ""       # the same, tried on a CPU
 
-For each config: one process as train.py runs it by itself, then --processes of them, sharded with compiled blocks, the
-same without freeing gathered weights, and with whole weights on each as graphs. Every process has --mbs bytes. Then the
-losses of one process that accumulates against those of several on the same slices, how long saving stalls training,
-and the peak memory of --ac block. Prints a line as each run ends and one JSON object; a run that fails is reported as
-such and the others go on.
+For each config: one process as fast as it goes (graphs on a GPU), then --processes of them in the --ways asked for:
+`copies` (whole weights on each, graphs, gradients averaged during the backward), `sharded` (FSDP2, compiled blocks) and
+`kept` (the same without freeing gathered weights). Every process has --mbs bytes. Then the losses of one process that
+accumulates against those of several on the same slices, how long saving stalls training, and the peak memory of
+--ac block. Runs of one process go side by side, each on a GPU of its own, before those of several. Prints a line as each
+run ends and one JSON object; a run that fails is reported as such and the others go on.
 """
 
 import json
+import os
+import queue
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +41,8 @@ class Benchmark:
     """Folder made by fineweb.py prepare."""
     configs: str = "configs/hnet_1stage_small.json,configs/hnet_2stage_XL.json"
     """Model configs, with commas between."""
+    ways: str = "copies,sharded"
+    """How several processes share the work, with commas between: copies, sharded, kept."""
     processes: int = 2
     """Processes beside one; on a GPU each has its own."""
     mbs: int = 32768
@@ -57,19 +64,30 @@ class Benchmark:
     out: str = ""
     """File for the result."""
 
+    def flags(self, way: str, processes: int) -> list[str]:
+        """What tells train.py to share the work that way."""
+        return [*WAYS[way], *(["--replicate", str(processes)] if way == "copies" else [])]
 
-def run(args: Benchmark, config: str, processes: int, steps: int, *flags: str) -> list[dict[str, Any]] | str:
-    """The records of a training run, or why it failed."""
+
+WAYS = {"copies": ["-C", "graph"], "sharded": ["-C", "block"], "kept": ["-C", "block", "--no-reshard"]}
+
+
+def run(args: Benchmark, config: str, processes: int, steps: int, *flags: str, gpu: int = 0) -> list[dict] | str:
+    """The records of a training run, or why it failed. gpu: the one that a process alone gets."""
     folder = Path(tempfile.mkdtemp(prefix="bench_scaling_"))
     alone = [sys.executable]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     common = f"-c {config} --data {args.data} --device {args.device} --steps {steps} --schedule constant --lr 3e-4"
-    common += f" --warmup 0.1 --decay 0 --sample-bytes 0 --val-slices {processes} --save-dir {folder}"
+    common += f" --warmup 0.1 --decay 0 --alpha 0.03 --sample-bytes 0 --val-slices {processes} --save-dir {folder}"
     command = [*(launch if processes > 1 else alone), str(ROOT / "train.py"), *common.split(), *flags]
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(gpu)} if processes == 1 else {})
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=args.limit)
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=args.limit, env=environment, check=False
+        )
         if done.returncode:
-            return f"exit status {done.returncode}: {done.stderr.strip().splitlines()[-1]}"
+            said = [line for line in done.stderr.strip().splitlines() if "train.py:" in line or "Error" in line]
+            return f"exit status {done.returncode}: {(said or done.stderr.strip().splitlines()[-1:])[-1]}"
         return read_metrics(folder / "metrics.jsonl")
     except subprocess.TimeoutExpired:
         return f"not done after {args.limit} s"
@@ -77,52 +95,82 @@ def run(args: Benchmark, config: str, processes: int, steps: int, *flags: str) -
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def speed(args: Benchmark, config: str, processes: int, *flags: str) -> dict[str, Any]:
-    """Median of the last `steps` steps, and the longest that a save kept training waiting."""
-    sizes = ["--mbs", str(args.mbs), "--global-slices", str(processes), "--keep", "1"]
-    rows = run(args, config, processes, args.warmup + args.steps, *sizes, "--save-every", str(args.warmup), *flags)
+def speed(args: Benchmark, config: str, processes: int, *flags: str, gpu: int = 0) -> dict[str, Any]:
+    """Median of the last `steps` steps; how long a save kept training waiting, and the slowest step while it wrote."""
+    sizes = ["--mbs", str(args.mbs), "--global-slices", str(processes), "--keep", "1", "--stats-every", "0"]
+    steps, save = args.warmup + args.steps, ["--save-every", str(args.warmup)]
+    rows = run(args, config, processes, steps, *sizes, *save, *flags, gpu=gpu)
     if isinstance(rows, str):
         return {"failed": rows}
-    counted = rows[args.warmup + 1 : -1]  # the first and the last also hold a save and a validation
-    step_ms = statistics.median(row["step_ms"] for row in counted)
+    counted = [row["step_ms"] for row in rows[args.warmup + 1 : -1]]  # the first and the last hold a save, a validation
+    step_ms = statistics.median(counted)
     found = {"step_ms": step_ms, "bytes_per_s": processes * args.mbs / step_ms * 1000}
     found |= {"save_ms": max((row["save_ms"] for row in rows if "save_ms" in row), default=None)}
+    found |= {"slowest_step_ms": max(counted)}
     return found | {key: rows[-1][key] for key in ("peak_gib", "stage0_imbalance") if key in rows[-1]}
 
 
-def losses(args: Benchmark, config: str) -> dict[str, Any]:
-    """One process that accumulates as many slices as several processes share."""
-    sizes = ["--mbs", str(args.mbs), "--global-slices", str(args.processes), "-C", "eager"]
-    one, many = (run(args, config, n, args.loss_steps, *sizes) for n in (1, args.processes))
+def losses(args: Benchmark, config: str, processes: int, gpu: int = 0) -> list[float] | str:
+    """Cross entropies of the steps. A process alone accumulates as many slices as several share."""
+    sizes = ["--mbs", str(args.mbs), "--global-slices", str(args.processes), "--stats-every", "0"]
+    rows = run(args, config, processes, args.loss_steps, *sizes, *args.flags("copies", processes), gpu=gpu)
+    return rows if isinstance(rows, str) else [row["ce"] for row in rows]
+
+
+def compared(one: list[float] | str, many: list[float] | str) -> dict[str, Any]:
     if isinstance(one, str) or isinstance(many, str):
         return {"failed": one if isinstance(one, str) else many}
-    gaps = [abs(a["ce"] - b["ce"]) for a, b in zip(one, many)]
-    return {"largest_gap_ce": max(gaps), "last_ce": [one[-1]["ce"], many[-1]["ce"]], "steps": len(gaps)}
+    gaps = [abs(a - b) for a, b in zip(one, many)]
+    late = gaps[len(gaps) // 2 :]
+    return {
+        "steps": len(gaps), "largest_gap_ce": max(gaps), "mean_gap_ce_second_half": statistics.mean(late),
+        "last_ce": [one[-1], many[-1]],
+    }  # fmt: skip
+
+
+def memory(args: Benchmark, gpu: int = 0) -> dict[str, Any]:
+    sizes = ["--mbs", str(args.memory_mbs), "--ac", "block", "--stats-every", "0"]
+    rows = run(args, args.memory_config, 1, 5, *sizes, gpu=gpu)
+    return {"failed": rows} if isinstance(rows, str) else {"peak_gib": rows[-1].get("peak_gib")}
 
 
 def main(args: Benchmark) -> None:
-    P, result = str(args.processes), {"arguments": vars(args), "gpu": gpu_name(args), "configs": {}}
-    ways = {"sharded": ["-C", "block"], "sharded, kept": ["-C", "block", "--no-reshard"]}
-    ways |= {"copies": ["--replicate", P, "-C", "graph"]}
-    for config in args.configs.split(","):
-        table = result["configs"][Path(config).stem] = {"1": speed(args, config, 1)}
-        print(config, "1 process:", table["1"], flush=True)
-        for way, flags in ways.items():
-            table[way] = speed(args, config, args.processes, *flags)
+    P, configs = args.processes, args.configs.split(",")
+    gpus: queue.Queue[int] = queue.Queue()
+    for gpu in range(P if args.device == "cuda" else 1):
+        gpus.put(gpu)
+
+    def alone(what: Callable[..., Any], *given: Any) -> Any:
+        gpu = gpus.get()
+        try:
+            found = what(*given, gpu=gpu)
+        finally:
+            gpus.put(gpu)
+        print("1 process:", *given[1:2], found if isinstance(found, dict) else "losses", flush=True)
+        return found
+
+    result: dict[str, Any] = {"arguments": vars(args), "gpu": gpu_name(args)}
+    with ThreadPoolExecutor(gpus.qsize()) as pool:
+        one = {c: pool.submit(alone, lambda *a, **k: speed(*a, 1, *args.flags("copies", 1), **k), args, c)
+               for c in reversed(configs)}  # fmt: skip
+        if args.memory_config:
+            ac = pool.submit(alone, memory, args)
+        accumulated = pool.submit(alone, losses, args, configs[0], 1)
+    result["configs"] = {Path(c).stem: {"1": one[c].result()} for c in configs}
+    if args.memory_config:
+        result["ac_block"] = ac.result()
+    result["losses"] = compared(accumulated.result(), losses(args, configs[0], P))
+    print("losses:", result["losses"], flush=True)
+    for config in configs:
+        table = result["configs"][Path(config).stem]
+        for way in args.ways.split(","):
+            table[way] = speed(args, config, P, *args.flags(way, P))
             if "bytes_per_s" in table["1"] and "bytes_per_s" in table[way]:
                 table[way]["times_one"] = table[way]["bytes_per_s"] / table["1"]["bytes_per_s"]
             print(config, f"{P} processes, {way}:", table[way], flush=True)
-        table["losses"] = losses(args, config)
-        print(config, "losses:", table["losses"], flush=True)
-    if args.memory_config:
-        sizes = ["--mbs", str(args.memory_mbs), "--ac", "block"]
-        rows = run(args, args.memory_config, 1, 5, *sizes)
-        result["ac_block"] = {"failed": rows} if isinstance(rows, str) else {"peak_gib": rows[-1].get("peak_gib")}
-        print(args.memory_config, "--ac block:", result["ac_block"], flush=True)
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.out:
-        Path(args.out).write_text(text + "\n")
+            if args.out:
+                Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
 
 
 def gpu_name(args: Benchmark) -> str | None:

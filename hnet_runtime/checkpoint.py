@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 from hnet_runtime import UserError
 
@@ -48,9 +49,11 @@ def step_folder(run: Path, step: int) -> Path:
 class Saver:
     """Writes a run's checkpoints while training goes on. Every rank makes one and calls its methods alike.
 
-    `start` copies the state to the host and returns; DCP writes the copy from another thread, talking to other
-    ranks through a process group of its own. When all ranks have written, rank 0 adds the manifest and renames the
-    folder. Until then the checkpoint doesn't exist under its name, so a crash leaves the one before as the newest.
+    `start` copies the state and returns; DCP writes the copy from another thread, talking to other ranks through a
+    process group of its own. On a GPU with room for it the copy is first made there, which takes milliseconds; else
+    training must wait, before it next changes the weights, until all has gone to the host (`staged`). When all ranks
+    have written, rank 0 adds the manifest and renames the folder. Until then the checkpoint doesn't exist under its
+    name, so a crash leaves the one before as the newest.
 
     keep: how many of the newest checkpoints stay (0: all). keep_every: those of every so many steps stay for good.
     """
@@ -60,8 +63,9 @@ class Saver:
     ):
         self.run, self.model, self.optimizer, self.keep, self.keep_every = run, model, optimizer, keep, keep_every
         self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
-        on_gpu = next(model.parameters()).device.type == "cuda"
-        # on a GPU the copy runs beside the next forward and backward, see `staged`
+        self.model_device = next(model.parameters()).device
+        on_gpu = self.model_device.type == "cuda"
+        # on a GPU the copy to the host runs beside training
         self._stager = DefaultStager(StagingOptions(on_gpu, False, on_gpu, on_gpu))
         self._staging: Future | None = None
         self._written: Future | None = None
@@ -81,14 +85,14 @@ class Saver:
             except OSError as failure:
                 error = failure
         self._raise_together(error)
-        state = {
-            "model": get_model_state_dict(self.model),
-            "optimizer": _tensors(get_optimizer_state_dict(self.model, self.optimizer, options=_OPTIONS)),
-        }
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()  # the copy runs on another stream
+        state = self._state()
+        copied = self.model_device.type == "cuda" and _room(self.model_device) > _size(state)
+        if copied:
+            state = {part: {key: value.clone() for key, value in tensors.items()} for part, tensors in state.items()}
+        if self.model_device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # the copy to the host runs on another stream
         started = dcp.async_save(state, checkpoint_id=scratch, process_group=self._group, async_stager=self._stager)
-        self._staging = None if isinstance(started, Future) else started.staging_completion
+        self._staging = None if copied or isinstance(started, Future) else started.staging_completion
         uploaded = started if isinstance(started, Future) else started.upload_completion
         self._written, config = Future(), self.model.config.to_dict()
 
@@ -112,6 +116,17 @@ class Saver:
 
         uploaded.add_done_callback(publish)
         self._stall += time.perf_counter() - began
+
+    def _state(self) -> dict[str, dict[str, Tensor]]:
+        """What torch's `get_model_state_dict` and `get_optimizer_state_dict` give, in less time."""
+        weights = self.model.state_dict()  # first: it puts back the shards of what FSDP has gathered
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        optimizer = {
+            f"state.{names[id(p)]}.{key}": value
+            for p, values in self.optimizer.state.items()
+            for key, value in values.items()
+        }
+        return {"model": weights, "optimizer": optimizer}
 
     def staged(self) -> None:
         """Wait until the state has been copied: to be called before it changes."""
@@ -159,6 +174,21 @@ class Saver:
         for old in complete(self.run)[: -self.keep] if self.keep else []:
             if not self.keep_every or int(old.name.removeprefix("step_")) % self.keep_every:
                 shutil.rmtree(old)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _size(state: dict[str, dict[str, Tensor]]) -> int:
+    return sum(_local(tensor).nbytes for tensors in state.values() for tensor in tensors.values())
+
+
+def _room(device: torch.device) -> int:
+    """Bytes that can be allocated on a GPU, less a tenth of it to be on the safe side."""
+    free, everything = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + unused - everything // 10
 
 
 def save(

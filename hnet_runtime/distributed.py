@@ -249,6 +249,23 @@ def reduce_plain_gradients(parameters: Iterable[nn.Parameter], world: World) -> 
         grad.copy_(piece.view_as(grad))
 
 
+class Averaging:
+    """Adds parts of gradients over all processes while more of them are computed; each holds 1 / size of its own."""
+
+    def __init__(self, size: int):
+        self.size, self.under_way = size, []
+
+    def start(self, part: Tensor) -> None:
+        if self.size > 1:
+            self.under_way.append(dist.all_reduce(part, async_op=True))
+
+    def finish(self) -> None:
+        """On a GPU what is launched from here on waits for the sums, the host does not."""
+        for work in self.under_way:
+            work.wait()
+        self.under_way.clear()
+
+
 def optimizer_groups(groups: list[dict]) -> list[dict]:
     """The groups of `parameter_groups`, with sharded and whole parameters apart: no fused kernel takes both at once."""
     apart = []

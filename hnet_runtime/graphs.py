@@ -26,6 +26,7 @@ from torch.nested import nested_tensor_from_jagged
 
 from hnet_kernels.conv import MAX_TAPS
 from hnet_kernels.dispatch import requested
+from hnet_runtime.distributed import Averaging, World
 from hnet_runtime.fused import fuse
 from hnet_trainable import HNet, HNetConfig, HNetLM, StageOutput, chunk_offsets, nested_like, ratio_loss
 
@@ -82,7 +83,8 @@ class Segment:
     inputs: tensors that stay where they are; those that require a gradient get one, in `dinputs`.
     run: the inputs -> outputs. `outputs` stay where they are too, and so do the gradients of those that have one,
     `doutputs`, which the caller fills before `backward` and may provide.
-    weights, gradients: what `run` reads beside its inputs, and where each one's gradient goes.
+    weights, gradients: what `run` reads beside its inputs, and where each one's gradient goes: neighbours in one flat
+    tensor, of which `span` is the part.
     """
 
     def __init__(
@@ -96,6 +98,9 @@ class Segment:
     ):
         self.run, self.inputs, self.gradients, self.doutputs = run, inputs, gradients, doutputs
         self.wanted = [x for x in inputs if x.requires_grad] + list(weights)
+        places = sorted((g.storage_offset(), g.storage_offset() + g.numel()) for g in gradients)
+        assert all(a[1] == b[0] for a, b in zip(places, places[1:])), "a segment's gradients are no neighbours"
+        self.span = places[0][0], places[-1][1]
         self.graphs: list[torch.cuda.CUDAGraph] = []
         if not inputs[0].is_cuda:
             self._forward()
@@ -111,7 +116,8 @@ class Segment:
         torch.cuda.current_stream().wait_stream(aside)
         for part in (self._forward, self._backward):
             self.graphs.append(torch.cuda.CUDAGraph())
-            with torch.cuda.graph(self.graphs[-1], pool=pool):
+            # other threads, one of which may be saving a checkpoint, do what they like meanwhile
+            with torch.cuda.graph(self.graphs[-1], pool=pool, capture_error_mode="thread_local"):
                 part()
             if part == self._forward:
                 self.outputs = [x.detach() for x in self.live]
@@ -189,11 +195,22 @@ class GraphedModel:
     `masters`: the HNetLM whose float32 parameters are trained. `model`: an HNetLM of copies in the compute dtype, for
     whoever evaluates or generates; `refresh` brings them up to date. Gradients go to the masters' `grad`, which lie in
     one flat tensor, `gradient`. `fused`: it computes as fused.py writes it.
+
+    world: where several processes have a copy of the weights each, gradients are averaged over them, those of a segment
+    while the backward of others goes on.
     """
 
-    def __init__(self, masters: HNetLM, compute_dtype: torch.dtype, alpha: float, fused: bool = True):
+    def __init__(
+        self,
+        masters: HNetLM,
+        compute_dtype: torch.dtype,
+        alpha: float,
+        fused: bool = True,
+        world: World | None = None,
+    ):
         config: HNetConfig = masters.config
         self.masters, self.alpha, self.S = masters, alpha, config.num_stages
+        self.size = world.size if world else 1
         self.dtype, self.device = compute_dtype, masters.lm_head.weight.device
         if reason := obstacle(config, self.device, compute_dtype):
             raise ValueError(f"steps as graphs: {reason}")
@@ -307,16 +324,25 @@ class GraphedModel:
 
         batches: NJTs (iids, labels), each (B, j) of int64.
         """
-        found, sum_ = [], None
+        found, sum_, averaging = [], None, Averaging(self.size)
         for i, (iids, labels) in enumerate(batches):
-            found.append(self._micro_batch(iids, labels, 1 / len(batches)))
-            if i + 1 < len(batches):  # the next one writes to the same place
+            is_last = i + 1 == len(batches)
+
+            def finished(segment: Segment, is_last: bool = is_last, before: Tensor | None = sum_) -> None:
+                if is_last:
+                    first, stop = segment.span
+                    if before is not None:
+                        self.gradient[first:stop] += before[first:stop]
+                    averaging.start(self.gradient[first:stop])
+
+            found.append(self._micro_batch(iids, labels, 1 / (len(batches) * self.size), finished))
+            if not is_last:  # the next one writes to the same place
                 sum_ = self.gradient.clone() if sum_ is None else sum_.add_(self.gradient)
-        if sum_ is not None:
-            self.gradient.add_(sum_)
+        averaging.finish()
         return Losses(*(torch.stack(values).mean(0) for values in zip(*found)))
 
-    def _micro_batch(self, iids: Tensor, labels: Tensor, share: float) -> Losses:
+    def _micro_batch(self, iids: Tensor, labels: Tensor, share: float, finished: Callable[[Segment], None]) -> Losses:
+        """share: of the loss in the step's. finished: told of each segment whose gradients have all been launched."""
         offsets = iids.offsets()
         place = self._place(0, Sizes(len(iids.values()), len(offsets) - 1, iids._get_max_seqlen()))
         place.x_T.copy_(iids.values())
@@ -324,7 +350,7 @@ class GraphedModel:
         place.offsets[: len(offsets)].copy_(offsets)
         place.offsets[len(offsets) :].fill_(place.sizes.T)
         self.routed, self.documents = [], len(offsets) - 1
-        last, backward = self._run(place, share)
+        last, backward = self._run(place, share, finished)
         last.doutputs[0].fill_(share)
         backward()
         ce = last.outputs[0].clone()  # the stacks below copy too: the next micro-batch writes to the same places
@@ -341,7 +367,9 @@ class GraphedModel:
             found.append(StageOutput(p_Bj, nested_like(b_T[: place.tokens], p_Bj), F_, G))
         return found
 
-    def _run(self, place: Place, share: float) -> tuple[Segment, Callable[[], Tensor | None]]:
+    def _run(
+        self, place: Place, share: float, finished: Callable[[Segment], None]
+    ) -> tuple[Segment, Callable[[], Tensor | None]]:
         """The forward of a stage. Returns its last segment and its backward, which returns the gradient of its x_TD."""
         s, hnet = place.s, self.levels[place.s]
         x = place.x_TD if s else place.x_T
@@ -352,6 +380,7 @@ class GraphedModel:
 
             def back() -> Tensor | None:
                 inner.backward()
+                finished(inner)
                 return inner.dinputs[0] if s else None
 
             return inner, back
@@ -365,7 +394,7 @@ class GraphedModel:
         inside = self._place(s + 1, Sizes(total, place.sizes.B + 1, longest))
         kept_C = torch.nonzero_static(b_T, size=total).squeeze(1)
         inside.fill(x_TD, kept_C, offsets)
-        _, inside_back = self._run(inside, share)
+        _, inside_back = self._run(inside, share, finished)
         leaves = [x.detach().requires_grad_() for x in (residual_TD, p_T)]
         leave = self._segment(
             "leave", (place, inside), [hnet.decoder], lambda *at: self._leave(place, inside, b_T, *at),
@@ -375,6 +404,7 @@ class GraphedModel:
 
         def back() -> Tensor | None:
             leave.backward()
+            finished(leave)
             dy_CD, dresidual_TD, dp_T = leave.dinputs
             inside.dy_TD.copy_(dy_CD)
             dinside_TD = inside_back()
@@ -383,6 +413,7 @@ class GraphedModel:
             enter.doutputs[2].copy_(dp_T)
             enter.doutputs[3].fill_(share * self.alpha)
             enter.backward()
+            finished(enter)
             return enter.dinputs[0] if s else None
 
         return leave, back

@@ -19,13 +19,19 @@ from processes import ROOT, Job, made_once, program
 from small_models import TWO_STAGES
 from test_train import MODEL, records, timeless
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+)
 from torch.distributed.fsdp import FSDPModule
 
 import fineweb
 import train
 from hnet_runtime import activations, checkpoint, distributed
 from hnet_runtime.distributed import World
-from hnet_trainable import Block, HNetConfig, HNetLM, parameter_groups
+from hnet_runtime.graphs import GraphedModel
+from hnet_trainable import Block, HNetConfig, HNetLM, init_weights, parameter_groups
 
 WORLDS = {"1": (1, 1), "2": (2, 1), "4": (4, 1), "2x2": (4, 2), "2 copies": (2, 2)}  # processes, copies of the weights
 G, STEPS = 4, 20
@@ -98,6 +104,13 @@ def scenario(corpus: Path, name: str, folder: Path) -> None:
         found["differing"][how] = [n for n, g in gradients.items() if not torch.equal(whole(g), whole(theirs[n]))]
         if guard:
             found["guarded"] = guard.count
+
+    if run.world.shards == 1:  # as train.py does with --compile graph: averaged while the backward goes on
+        graphed = GraphedModel(run.model(), torch.float32, run.config.alpha, world=run.world)
+        train.forward_backward(
+            graphed, list(run.stream.step(0, G, run.world.rank, run.world.size)), run.config, run.world
+        )
+        found["graphed"] = {n: p.grad for n, p in graphed.masters.named_parameters()}
 
     found["losses"] = []
     groups = parameter_groups(model, 1e-4, 0.1)
@@ -201,6 +214,14 @@ def test_gradients_are_those_of_one_process(worlds, name):
     assert worlds[name]["norm"].item() == pytest.approx(worlds["1"]["norm"].item(), rel=1e-5)
     exact = torch.cat([g.flatten() for g in one.values()]).double().norm().item()
     assert worlds["1"]["norm"].item() == pytest.approx(exact, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["1", "2 copies"])
+def test_graphs_average_gradients_over_copies(worlds, name):
+    """Like above; the fused backward sums in another order too."""
+    for parameter, wanted in worlds["1"]["gradients"].items():
+        gap = (worlds[name]["graphed"][parameter] - wanted).norm() / wanted.norm()
+        assert gap < 1e-5, (parameter, gap)
 
 
 @pytest.mark.parametrize("name", ["2", "4", "2x2", "2 copies"])
@@ -443,6 +464,26 @@ def test_a_disk_without_room_is_refused(tmp_path):
         checkpoint.require_room(tmp_path, 10**15)
 
 
+def test_what_is_saved_has_torchs_names(tmp_path):
+    """Loading goes through torch's own functions."""
+    distributed.start("cpu")
+    model = init_weights(HNetLM(HNetConfig.load(MODEL | {"tie_embeddings": True})), 0)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, 0.1))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    state = checkpoint.Saver(tmp_path, model, optimizer)._state()
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    wanted = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+    }
+    for part, tensors in state.items():
+        assert tensors.keys() == {key for key, value in wanted[part].items() if isinstance(value, torch.Tensor)}
+        assert all(torch.equal(value, wanted[part][key]) for key, value in tensors.items())
+    distributed.stop()
+
+
 def test_old_checkpoints_go_and_some_stay(tmp_path):
     """The newest two, and every sixth step's."""
     distributed.start("cpu")
@@ -463,6 +504,8 @@ def test_what_is_saved_is_the_state_when_the_save_began(tmp_path):
     model = torch.nn.Linear(64, 64)
     model.config = HNetConfig.load(MODEL)
     optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(1, 64)).sum().backward()
+    optimizer.step()
     saver = checkpoint.Saver(tmp_path, model, optimizer)
     for step in (1, 2):  # the second time the copy goes to the same place
         with torch.no_grad():
