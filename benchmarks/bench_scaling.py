@@ -8,8 +8,8 @@ For each config: one process as fast as it goes (graphs on a GPU), then --proces
 `copies` (whole weights on each, graphs, gradients averaged during the backward), `sharded` (FSDP2, compiled blocks) and
 `kept` (the same without freeing gathered weights). Every process has --mbs bytes. Then the losses of one process that
 accumulates against those of several on the same slices, how long saving stalls training, and the peak memory of
---ac block. Runs of one process go side by side, each on a GPU of its own, before those of several. Prints a line as each
-run ends and one JSON object; a run that fails is reported as such and the others go on.
+--ac block. Runs of one process go side by side, each on a GPU of its own, before those of several. Prints a line as
+each run ends and one JSON object; a run that fails is reported as such and the others go on.
 """
 
 import json
