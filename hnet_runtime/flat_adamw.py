@@ -48,8 +48,8 @@ class FlatAdamW(torch.optim.AdamW):
             raise ValueError("FlatAdamW: the parameters are not those of the groups, each once")
         if len({(p.dtype, p.device) for p in parameters}) > 1 or any(isinstance(p, DTensor) for p in parameters):
             raise ValueError("FlatAdamW: the parameters are sharded, or not of one dtype on one device")
-        if len({copy.dtype for copy, _ in copies}) > 1 or any(copy.shape != p.shape for copy, p in copies):
-            raise ValueError("FlatAdamW: the copies are not of one dtype, or not of their parameters' shapes")
+        if any(p not in group_of or (c.shape, c.dtype) != (p.shape, copies[0][0].dtype) for c, p in copies):
+            raise ValueError("FlatAdamW: the copies are not of these parameters, of their shapes and of one dtype")
         self._slices: dict[Tensor, slice] = {}
         end = 0
         for p in parameters:
@@ -85,9 +85,7 @@ class FlatAdamW(torch.optim.AdamW):
     def slice_of(self, parameters: Iterable[Tensor]) -> slice:
         """Where these parameters lie in `weights`, `gradient` and `copies`; they must be neighbours, in any order."""
         slices = sorted((self._slices[p] for p in parameters), key=lambda s: (s.start, s.stop))
-        assert slices and all(a.stop == b.start for a, b in zip(slices, slices[1:])), (
-            "others lie between the parameters"
-        )
+        assert slices and all(a.stop == b.start for a, b in zip(slices, slices[1:])), "others lie between these"
         return slice(slices[0].start, slices[-1].stop)
 
     @torch.no_grad()
