@@ -1,0 +1,66 @@
+"""AdamW over flat memory: weights, gradients, moments and the weights' copies, each in one pass.
+
+Legend: K blocks, B = BLOCK elements of one, G groups of parameters. A block belongs to one parameter, and so to one
+group. What fills up a parameter's last block is zero in every tensor, and stays so.
+
+This file has the definition and the choice; the Triton kernel that runs on a GPU is in adamw_triton.py.
+"""
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from hnet_kernels.dispatch import use_fast
+
+BLOCK = 1024
+
+
+def _fast(w_KB: Tensor) -> bool:
+    obstacle = None
+    if w_KB.device.type != "cuda":
+        obstacle = "no CUDA device"
+    elif w_KB.dtype != torch.float32:
+        obstacle = f"dtype {str(w_KB.dtype).removeprefix('torch.')}"
+    elif importlib.util.find_spec("triton") is None:
+        obstacle = "no triton"
+    return use_fast("adamw", w_KB.device.type, w_KB.dtype, obstacle)
+
+
+@torch.no_grad()
+def adamw_(
+    w_KB: Tensor,
+    g_KB: Tensor,
+    m_KB: Tensor,
+    v_KB: Tensor,
+    copy_KB: Tensor | None,
+    group_K: Tensor,
+    rates_G2: Tensor,
+    bias_2: Tensor,
+    scale: Tensor,
+    found_inf: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """One step of AdamW (Loshchilov and Hutter, 2019) in place; where found_inf isn't 0, nothing changes.
+
+    w_KB, g_KB, m_KB, v_KB: weights, gradients (divided by scale), first and second moments; contiguous, of one dtype.
+    copy_KB: gets the weights, in its own dtype; None: there is none.
+    group_K: int32, each block's group. rates_G2: float64, (lr, lr * weight decay) of each.
+    bias_2: float64, 1 - betas ** steps. scale, found_inf: one floating number each.
+    """
+    if _fast(w_KB):
+        from hnet_kernels import adamw_triton  # not above: triton is not everywhere
+
+        return adamw_triton.adamw_(
+            w_KB, g_KB, m_KB, v_KB, copy_KB, group_K, rates_G2, bias_2, scale, found_inf, betas, eps
+        )
+    (beta1, beta2), root = betas, bias_2[1].sqrt()
+    lr_K1, decay_K1 = rates_G2.to(w_KB.dtype)[group_K].split(1, dim=1)
+    g = g_KB / scale
+    m = m_KB + (1 - beta1) * (g - m_KB)
+    v = beta2 * v_KB + (1 - beta2) * g.square()
+    w = w_KB - decay_K1 * w_KB - lr_K1 / bias_2[0] * m / (v.sqrt() / root + eps)
+    for old, new in ((w_KB, w), (g_KB, g), (m_KB, m), (v_KB, v), (copy_KB, w)):
+        if old is not None:
+            old.copy_(torch.where(found_inf == 0, new, old))

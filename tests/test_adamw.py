@@ -1,0 +1,395 @@
+"""AdamW over flat memory (flat_adamw.py) against torch's, and its kernel against the definition.
+
+Without a GPU the kernel runs under Triton's interpreter, in a process of its own: this file, run as a script, prints
+what `gaps` finds. See test_ssd_triton.py.
+"""
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from hnet_kernels import adamw  # noqa: E402
+from hnet_kernels.adamw import BLOCK, adamw_  # noqa: E402
+from hnet_runtime import checkpoint, distributed  # noqa: E402
+from hnet_runtime.flat_adamw import FlatAdamW  # noqa: E402
+from hnet_runtime.graphs import GraphedModel  # noqa: E402
+from hnet_runtime.statistics import weight_statistics  # noqa: E402
+from hnet_trainable import HNetConfig, HNetLM, nested_like, parameter_groups  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BETAS, EPS, RATE, DECAY = (0.9, 0.95), 1e-8, 1e-2, 0.1
+CONFIG = {
+    "arch_layout": ["m1", ["T1"], "m1"],
+    "d_model": [64, 64],
+    "d_intermediate": [0, 64],
+    "ssm_cfg": {"d_state": 16},
+    "attn_cfg": {"num_heads": [2, 2], "rotary_emb_dim": [16, 16], "window_size": [-1, -1]},
+}
+# A weight near 1 is rounded to 6e-8 in each of some ten steps, whose sizes, 1e-2 at most, are good to 1e-6: 1e-6 of
+# weights together. Where v is tiny, m / sqrt(v) is as good as both are.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6}
+
+
+@pytest.fixture
+def world():
+    started = not dist.is_initialized()
+    yield distributed.start(DEVICE)
+    if started:
+        distributed.stop()
+
+
+def build(world, dtype: torch.dtype = torch.float32) -> HNetLM:
+    return distributed.build_model(HNetConfig.load(CONFIG), world, torch.float32, seed=0).to(dtype)
+
+
+def optimizer_of(model: HNetLM, flat: bool, copies=()) -> torch.optim.AdamW:
+    groups = distributed.optimizer_groups(parameter_groups(model, RATE, DECAY))
+    if flat:
+        return FlatAdamW(groups, list(model.parameters()), BETAS, EPS, copies)
+    return torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=True)
+
+
+def train(model: HNetLM, optimizer: torch.optim.AdamW, world, steps: range, bad: int | None = None) -> None:
+    """Steps on random gradients: clipped or not in turn, with changing rates; the one of `bad` is not finite."""
+    parameters = list(model.parameters())
+    for step in steps:
+        for i, group in enumerate(optimizer.param_groups):
+            group["lr"] = RATE * group["multiplier"] * (1 + math.sin(step + i)) / 2
+        generator, size = torch.Generator().manual_seed(step), (1e-4, 1.0, 30.0)[step % 3]
+        for p in parameters:
+            grad = size * torch.randn(p.shape, generator=generator)
+            if p.grad is None:
+                p.grad = torch.empty_like(p)
+            p.grad.copy_(grad)
+        loss = torch.tensor(math.nan if step == bad else 1.0, device=world.device)
+        distributed.clip_in_optimizer(optimizer, parameters, 1.0, world, loss)
+        optimizer.grad_scale = optimizer.grad_scale.float()  # torch takes no float64 one
+        optimizer.step()
+
+
+def gap(a: Tensor, b: Tensor) -> float:
+    """The largest difference, relative to the largest of b."""
+    a, b = a.detach().double(), b.detach().double()
+    return ((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item()
+
+
+def check_same(ours, optimizer, theirs, other, tolerance: float) -> None:
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
+        found, wanted = optimizer.state[p], other.state[q]
+        assert set(found) == set(wanted) and found["step"] == wanted["step"] and found["step"].dtype == torch.float32
+        pairs = {"weight": (p, q), "grad": (p.grad, q.grad)} | {k: (found[k], wanted[k]) for k in wanted if k != "step"}
+        far = {key: d for key, pair in pairs.items() if not (d := gap(*pair)) <= tolerance}
+        assert not far, (name, far)
+
+
+def check_flat(optimizer: FlatAdamW) -> None:
+    """Everything lies in the flat memory, and what fills up is zero."""
+    inside = torch.zeros_like(optimizer.weights, dtype=torch.bool)
+    for p in optimizer.state:
+        at, state = optimizer.slice_of([p]), optimizer.state[p]
+        inside[at.start : at.start + p.numel()] = True
+        for view, flat in (
+            (p, optimizer.weights), (p.grad, optimizer.gradient),
+            (state["exp_avg"], optimizer._m), (state["exp_avg_sq"], optimizer._v),
+        ):  # fmt: skip
+            assert view.data_ptr() == flat[at.start :].data_ptr() and view.is_contiguous()
+    assert len(optimizer.weights) % BLOCK == 0 and not inside.all()
+    for flat in (optimizer.weights, optimizer.gradient, optimizer._m, optimizer._v, optimizer.copies):
+        assert flat is None or not flat[~inside].any()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_steps_are_those_of_torch(world, dtype):
+    ours, theirs = build(world, dtype), build(world, dtype)
+    optimizer, other = optimizer_of(ours, flat=True), optimizer_of(theirs, flat=False)
+    for steps in (range(1), range(1, 20)):
+        train(ours, optimizer, world, steps, bad=7)
+        train(theirs, other, world, steps, bad=7)
+        check_same(ours, optimizer, theirs, other, TOLERANCE[dtype])
+    assert optimizer.state[ours.lm_head.weight]["step"] == 19
+    check_flat(optimizer)
+    statistics = [weight_statistics(o, 1, world) for o in (optimizer, other)]
+    torch.testing.assert_close(*statistics, rtol=1e-5, atol=0)
+
+
+def test_a_step_that_is_not_finite_changes_nothing(world):
+    model = build(world)
+    optimizer = optimizer_of(model, flat=True)
+    for first in (0, 1):  # as the first step, and after one
+        train(model, optimizer, world, range(first))
+        kept = [x.clone() for x in (optimizer.weights, optimizer._m, optimizer._v)]
+        train(model, optimizer, world, range(5, 6), bad=5)
+        for before, now in zip(kept, (optimizer.weights, optimizer._m, optimizer._v)):
+            assert torch.equal(before, now)
+        assert optimizer.state[model.lm_head.weight]["step"] == first
+
+
+def test_gradients_and_copies_keep_their_places(world):
+    model = build(world)
+    order = list(model.parameters())
+    masters = order[::2]
+    used = [nn.Parameter(p.detach().to(torch.bfloat16)) for p in masters]
+    order[0].grad = torch.full_like(order[0], 3.0)
+    optimizer = optimizer_of(model, flat=True, copies=list(zip(used, masters)))
+    assert (order[0].grad == 3).all() and (optimizer.gradient[optimizer.slice_of(order[1:])] == 0).all()
+    for steps in (range(0), range(3)):
+        train(model, optimizer, world, steps)
+        for x, p in zip(used, masters):
+            assert torch.equal(x, p.to(torch.bfloat16))
+            assert x.data_ptr() == optimizer.copies[optimizer.slice_of([p]).start :].data_ptr()
+    check_flat(optimizer)
+    with torch.no_grad():
+        order[2] += 1
+    optimizer.refresh()
+    assert torch.equal(used[1], order[2].to(torch.bfloat16))
+    optimizer.zero_grad()
+    assert not order[0].grad.any()
+    train(model, optimizer, world, range(3, 4))
+    order[3].grad = None
+    with pytest.raises(RuntimeError, match="no longer the view"):
+        optimizer.step()
+
+
+def test_slices_of_neighbours(world):
+    model = build(world)
+    optimizer, order = optimizer_of(model, flat=True), list(model.parameters())
+    parts = [optimizer.slice_of(part) for part in (order[:3], order[5:2:-1], order[6:])]
+    assert parts[0].start == 0 and parts[-1].stop == len(optimizer.gradient)
+    assert all(a.stop == b.start for a, b in zip(parts, parts[1:]))
+    with pytest.raises(AssertionError):
+        optimizer.slice_of([order[0], order[2]])
+
+
+def test_what_it_cannot_take_is_refused(world):
+    model = build(world)
+    order, groups = list(model.parameters()), parameter_groups(model, RATE, DECAY)
+    with pytest.raises(ValueError, match="not those of the groups"):
+        FlatAdamW(groups, order[1:])
+    with pytest.raises(ValueError, match="shapes"):
+        FlatAdamW(groups, order, copies=[(order[0].detach()[1:], order[0])])
+    order[0].data = order[0].data.double()
+    with pytest.raises(ValueError, match="not of one dtype"):
+        FlatAdamW(groups, order)
+
+
+@pytest.mark.parametrize("loads", ["torch", "flat"])
+@pytest.mark.parametrize("saves", ["torch", "flat"])
+def test_checkpoints_go_both_ways(world, tmp_path, saves, loads):
+    """A run of six steps, saved and loaded after three, is the run of six steps."""
+    whole, before, after = build(world), build(world), build(world)
+    reference = optimizer_of(whole, flat=False)
+    train(whole, reference, world, range(6))
+    optimizer = optimizer_of(before, flat=saves == "flat")
+    train(before, optimizer, world, range(3))
+    saver = checkpoint.Saver(tmp_path, before, optimizer)
+    saver.start(3, {})
+    saver.staged()
+    train(before, optimizer, world, range(3, 4))  # what is being written doesn't notice
+    folder = saver.finish()
+    elements = sum(p.numel() for p in before.parameters())
+    written = sum(f.stat().st_size for f in folder.glob("*.distcp"))
+    assert written < 12 * elements + 2000 * 4 * len(reference.state), "tensors with those beside them in memory"
+
+    optimizer = optimizer_of(after, flat=loads == "flat")
+    if loads == "flat":
+        train(after, optimizer, world, range(20, 22))  # what was there doesn't matter
+    checkpoint.load(folder, after, optimizer)
+    train(after, optimizer, world, range(3, 6))
+    check_same(after, optimizer, whole, reference, TOLERANCE[torch.float32])
+    if loads == "flat":
+        check_flat(optimizer)
+
+
+@pytest.mark.parametrize("loads", ["torch", "flat"])
+@pytest.mark.parametrize("saves", ["torch", "flat"])
+def test_state_dicts_go_both_ways(world, saves, loads):
+    whole, before = build(world), build(world)
+    reference = optimizer_of(whole, flat=False)
+    train(whole, reference, world, range(5))
+    optimizer = optimizer_of(before, flat=saves == "flat")
+    train(before, optimizer, world, range(3))
+    after = build(world)
+    after.load_state_dict(before.state_dict())
+    other = optimizer_of(after, flat=loads == "flat")
+    other.load_state_dict(optimizer.state_dict())
+    train(after, other, world, range(3, 5))
+    check_same(after, other, whole, reference, TOLERANCE[torch.float32])
+    if loads == "flat":
+        check_flat(other)
+
+
+def test_loading_before_the_first_step_and_unequal_steps(world):
+    model = build(world)
+    optimizer, other = optimizer_of(model, flat=True), optimizer_of(build(world), flat=False)
+    train(model, optimizer, world, range(2))
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(other.state_dict())
+    assert not optimizer._m.any() and not optimizer._v.any() and not optimizer._steps_P.any()
+    state["state"][0]["step"] += 1
+    with pytest.raises(ValueError, match="different numbers of steps"):
+        optimizer.load_state_dict(state)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU, graphs compute in 16 bits")
+def test_steps_as_graphs_train_by_it(world):
+    """Gradients arrive in the flat memory, and the copies that graphs read are those that a step writes."""
+    iids = torch.nested.nested_tensor([torch.arange(n) % 7 for n in (40, 1, 23)], layout=torch.jagged)
+    labels, losses = nested_like(iids.values().roll(-1), iids), {}
+    for flat in (False, True):
+        model = build(world, torch.float64)
+        runner = GraphedModel(model, torch.float32, 0.1)
+        copies = [(x, model.get_parameter(name)) for name, x in runner.model.named_parameters()]
+        copies = [(x, p) for x, p in copies if x is not p]
+        optimizer = optimizer_of(model, flat, copies)
+        if flat:
+            runner.gradient, runner.refresh = optimizer.gradient, lambda: None
+        found = losses.setdefault(flat, [])
+        for _ in range(4):
+            found.append(runner.forward_backward([(iids, labels)] * 2).ce.item())
+            optimizer.step()
+            runner.refresh()
+            assert copies and all(torch.equal(x, p.float()) for x, p in copies)
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)  # float32 copies of float64 weights
+    assert losses[True][-1] < losses[True][0] - 0.1
+    check_flat(optimizer)
+
+
+# --------------------------------------------------------------------------------------------------------- the kernel
+
+CASES = {  # scale, found_inf, steps, dtype of copies
+    "scaled": (2.5, 0.0, 3, torch.bfloat16),
+    "not scaled": (1.0, 0.0, 1, torch.float16),
+    "not finite": (math.nan, 1.0, 3, torch.bfloat16),
+    "not finite, at first": (2.0, 1.0, 0, torch.bfloat16),
+    "no copies": (2.5, 0.0, 1000, None),
+}
+
+
+def gaps(name: str, device: str, K: int = 5) -> dict[str, float]:
+    """Between a step in float32 and one in float64; of copies, how many are not the weights rounded."""
+    scale, found_inf, steps, copies = CASES[name]
+    generator = torch.Generator().manual_seed(0)
+    w, g, m, v = torch.randn(4, K, BLOCK, generator=generator).to(device)
+    v = 0.5 * v.square()
+    v[0, :10], g[0, :10], m[0, :10] = 1e-20, 1e-10, 0.0  # sizes of eps
+    for x in (w, g, m, v):
+        x[-1, 100:] = 0  # what fills up
+    used = None if copies is None else w.to(copies)
+    group_K = (torch.arange(K, dtype=torch.int32) % 3).to(device)
+    rates = torch.tensor([[1e-3, 1e-4], [1e-2, 0.0], [0.3, 0.03]], dtype=torch.float64, device=device)
+    bias = 1 - torch.tensor(BETAS, dtype=torch.float64, device=device) ** steps
+    scalars = [torch.tensor(x, device=device) for x in (scale, found_inf)]
+    before = [w.clone(), m.clone(), v.clone()]
+    exact = [x.double() for x in (w, g, m, v)]
+    adamw_(*exact, None, group_K, rates, bias, *scalars, BETAS, EPS)
+    adamw_(w, g, m, v, used, group_K, rates, bias, *scalars, BETAS, EPS)
+    found = {key: gap(a, b) for key, a, b in zip("wgmv", (w, g, m, v), exact)}
+    found["step"] = gap(w.double() - before[0], exact[0] - before[0])
+    if copies is not None:
+        units = used.view(torch.int16).int() - w.to(copies).view(torch.int16).int()
+        cut = copies == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1"  # the interpreter doesn't round
+        found["copy"] = float((units.abs() > cut).sum())
+    found["filling"] = float(sum(x[-1, 100:].count_nonzero() for x in (w, g, m, v)))
+    if found_inf:
+        found["changed"] = float(sum((a != b).sum() for a, b in zip(before, (w, m, v))))
+    return found
+
+
+# Each number comes from a few float32 operations: 6e-8 each, 1e-6 together. "step" is the change of a weight, relative
+# to the largest, 0.3 times a few: 1e-6 too. Counts must be zero.
+def check(found: dict[str, float]) -> None:
+    assert found and all(value <= 1e-6 for value in found.values()), found
+
+
+def test_interpreted_kernel_matches_the_definition():
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    for found in json.loads(run.stdout).values():
+        check(found)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_definition_in_float32(name):
+    check(gaps(name, "cpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_on_gpu(name):
+    check(gaps(name, "cuda"))
+    assert adamw._fast(torch.empty(1, BLOCK, device="cuda"))
+
+
+@pytest.mark.gpu
+def test_large_and_without_waiting():
+    """0.2 billion parameters, against torch's fused kernel; prints times. A step must not wait for the device."""
+    sizes, generator = [(1536, 4096)] * 32 + [(1536,)] * 100 + [(24,)] * 40, torch.Generator("cuda").manual_seed(0)
+    ours = [nn.Parameter(torch.randn(size, device="cuda", generator=generator)) for size in sizes]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    used = [nn.Parameter(p.detach().to(torch.bfloat16)) for p in ours]
+    grads = [torch.randn(p.shape, device="cuda", generator=generator) for p in ours]
+    groups = [
+        lambda ps: {"params": ps[0::2], "weight_decay": 0.1},
+        lambda ps: {"params": ps[1::2], "weight_decay": 0.0},
+    ]
+    optimizer = FlatAdamW([group(ours) for group in groups], ours, BETAS, EPS, list(zip(used, ours)))
+    other = torch.optim.AdamW([group(theirs) for group in groups], betas=BETAS, eps=EPS, fused=True)
+    for p, grad in zip(theirs, grads):
+        p.grad = torch.empty_like(grad)
+    times: dict[str, list[float]] = {"flat, scaled": [], "flat": [], "torch": []}
+    for step in range(12):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+        scale = 2.0 if step % 2 else 1.0
+        for o, ps in ((optimizer, ours), (other, theirs)):
+            torch._foreach_copy_([p.grad for p in ps], grads)
+            o.grad_scale = torch.full((), scale, device="cuda")
+            o.found_inf = torch.full((), float(step == 5), device="cuda")
+            for i, group in enumerate(o.param_groups):
+                group["lr"] = 1e-3 * (step + 1 + i)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first compiles
+        try:
+            events[0].record()
+            optimizer.step()
+            events[1].record()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        events[2].record()
+        other.step()
+        events[3].record()
+        torch.cuda.synchronize()
+        if step > 5:
+            times["flat, scaled" if step % 2 else "flat"].append(events[0].elapsed_time(events[1]))
+            times["torch"].append(events[2].elapsed_time(events[3]))
+    print({name: f"{min(ms):.3f} ms" for name, ms in times.items()}, f"{sum(p.numel() for p in ours):,} parameters")
+    for p, q, x in zip(ours, theirs, used):
+        assert optimizer.state[p]["step"] == other.state[q]["step"] == 11
+        for a, b in (
+            (p, q),
+            (p.grad, q.grad),
+            *((optimizer.state[p][k], other.state[q][k]) for k in ("exp_avg", "exp_avg_sq")),
+        ):
+            assert gap(a, b) <= TOLERANCE[torch.float32]
+        assert torch.equal(x, p.to(torch.bfloat16))
+    check_flat(optimizer)
+
+
+if __name__ == "__main__":
+    assert os.environ.get("TRITON_INTERPRET") == "1"
+    torch.set_num_threads(1)
+    adamw.use_fast = lambda operation, device, dtype, obstacle: dtype != torch.float64
+    print(json.dumps({name: gaps(name, "cpu") for name in CASES}))
