@@ -138,7 +138,8 @@ def run_stack(stack: Isotropic, x_TD: Tensor, packing: Packing) -> Tensor:
             conv, norm = mixer.conv1d, mixer.norm
             weights = mixer.in_proj.weight, conv.weight, conv.bias, mixer.dt_bias, mixer.A_log, mixer.D, norm.weight
             weights = block.norm1.weight, *weights, mixer.out_proj.weight
-            residual_TD, delta_TD = MambaBranch.apply(packing, residual_TD, delta_TD, *weights)
+            keep = torch.is_grad_enabled()
+            residual_TD, delta_TD = MambaBranch.apply(packing, keep, residual_TD, delta_TD, *weights)
         else:
             sizes = mixer.n_heads, mixer.window
             weights = block.norm1.weight, mixer.Wqkv.weight, mixer.out_proj.weight
@@ -211,12 +212,15 @@ class AttentionBranch(torch.autograd.Function):
 
 
 class MambaBranch(torch.autograd.Function):
-    """(residual, delta) -> (residual + delta, the Mamba-2 of its norm). Gradients: of both and of the weights."""
+    """(residual, delta) -> (residual + delta, the Mamba-2 of its norm). Gradients: of both and of the weights.
+
+    keep: whether a backward may follow, for which the scan then keeps its states.
+    """
 
     @staticmethod
     def forward(
-        ctx, packing, residual_TD, delta_TD, norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_log_H, D_H, gate_D,
-        out_proj,
+        ctx, packing, keep, residual_TD, delta_TD, norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_log_H, D_H,
+        gate_D, out_proj,
     ):  # fmt: skip
         residual_TD, x_TD, scale_T = add_norm_forward(residual_TD, delta_TD, norm_D, NORM_EPS)
         projected = x_TD @ in_proj.T
@@ -225,12 +229,13 @@ class MambaBranch(torch.autograd.Function):
         u_THP, B_TN, C_TN = _parts(after, len(D_H))
         wide = torch.promote_types(dt_bias_H.dtype, torch.float32)
         dt_TH, A_H = softplus_forward(raw_TH, dt_bias_H.to(wide)), -A_log_H.to(wide).exp()
-        y_TD = ssd_skip_forward(u_THP, dt_TH, A_H, B_TN, C_TN, D_H.to(wide), packing.cu_seqlens).flatten(1)
+        y_THP, kept = ssd_skip_forward(u_THP, dt_TH, A_H, B_TN, C_TN, D_H.to(wide), packing.cu_seqlens, keep)
+        y_TD = y_THP.flatten(1)
         gated_TD, gate_scale_T = gated_norm_forward(y_TD, z, gate_D, NORM_EPS)
         ctx.packing = packing
         ctx.save_for_backward(
             residual_TD, scale_T, x_TD, projected, after, dt_TH, A_H, y_TD, gated_TD, gate_scale_T,
-            norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, D_H, gate_D, out_proj,
+            norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, D_H, gate_D, out_proj, *kept,
         )  # fmt: skip
         return residual_TD, gated_TD @ out_proj.T
 
@@ -238,7 +243,7 @@ class MambaBranch(torch.autograd.Function):
     def backward(ctx, dresidual_TD: Tensor, dout_TD: Tensor):
         (
             residual_TD, scale_T, x_TD, projected, after, dt_TH, A_H, y_TD, gated_TD, gate_scale_T,
-            norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, D_H, gate_D, out_proj,
+            norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, D_H, gate_D, out_proj, *kept,
         ) = ctx.saved_tensors  # fmt: skip
         dprojected, dafter = torch.empty_like(projected), torch.empty_like(after)
         widths = [len(gate_D), len(conv_bias_D), len(D_H)]
@@ -247,13 +252,13 @@ class MambaBranch(torch.autograd.Function):
         u_THP, *BC = _parts(after, len(D_H))
         ddt_TH, dA_H, dD_H = ssd_skip_backward(
             dy_TD.view_as(u_THP), u_THP, dt_TH, A_H, *BC, D_H.to(dt_TH.dtype), ctx.packing.cu_seqlens,
-            _parts(dafter, len(D_H)),
+            _parts(dafter, len(D_H)), kept,
         )  # fmt: skip
         dconv = causal_conv_silu_backward_to(dbefore, dafter, before, conv_D1K, conv_bias_D, ctx.packing.position_T)
         ddt_bias_H = softplus_backward(ddt_TH, raw_TH, dt_bias_H.to(dt_TH.dtype), draw_TH)
         gradients = add_norm_backward(dprojected @ in_proj, dresidual_TD, residual_TD, scale_T, norm_D)
         small = (g.to(D_H.dtype) for g in (ddt_bias_H, dA_H * A_H, dD_H))
-        return _wanted(ctx, 1, *gradients, dprojected.T @ x_TD, *dconv, *small, dgate_D, dout_TD.T @ gated_TD)
+        return _wanted(ctx, 2, *gradients, dprojected.T @ x_TD, *dconv, *small, dgate_D, dout_TD.T @ gated_TD)
 
 
 def _wanted(ctx, others: int, *gradients: Tensor) -> tuple[Tensor | None, ...]:
