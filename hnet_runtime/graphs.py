@@ -26,7 +26,7 @@ from torch.nested import nested_tensor_from_jagged
 
 from hnet_kernels.conv import MAX_TAPS
 from hnet_kernels.dispatch import requested
-from hnet_runtime.fused import fuse
+from hnet_runtime.fused import HeadLoss, fuse, gradients_into
 from hnet_trainable import HNet, HNetConfig, HNetLM, StageOutput, chunk_offsets, nested_like, ratio_loss
 
 FLOAT32 = ("A_log", "dt_bias", "D")  # computed with in float32, as residual_proj is: no copies
@@ -82,7 +82,7 @@ class Segment:
     inputs: tensors that stay where they are; those that require a gradient get one, in `dinputs`.
     run: the inputs -> outputs. `outputs` stay where they are too, and so do the gradients of those that have one,
     `doutputs`, which the caller fills before `backward` and may provide.
-    weights, gradients: what `run` reads beside its inputs, and where each one's gradient goes.
+    weights, gradients: what `run` reads beside its inputs, each once, and where its gradient goes.
     """
 
     def __init__(
@@ -94,8 +94,8 @@ class Segment:
         pool: tuple[int, int] | None,
         doutputs: list[Tensor] | None = None,
     ):
-        self.run, self.inputs, self.gradients, self.doutputs = run, inputs, gradients, doutputs
-        self.wanted = [x for x in inputs if x.requires_grad] + list(weights)
+        self.run, self.inputs, self.doutputs = run, inputs, doutputs
+        self.targets = dict(zip(weights, gradients))
         self.graphs: list[torch.cuda.CUDAGraph] = []
         if not inputs[0].is_cuda:
             self._forward()
@@ -118,15 +118,19 @@ class Segment:
         del self.live  # and with it, what the forward saved: the pool's other segments use that memory too
 
     def _forward(self) -> None:
-        with torch.enable_grad():
+        self.copied = dict(self.targets)  # without those that the backward itself will write
+        with torch.enable_grad(), gradients_into(self.copied):
             self.live = self.run(*self.inputs)
 
     def _backward(self) -> None:
         ends = [x for x in self.live if x.requires_grad]
-        found = torch.autograd.grad(ends, self.wanted, self.doutputs)
-        split = len(found) - len(self.gradients)
-        self.dinputs = found[:split]
-        torch._foreach_copy_(self.gradients, found[split:])
+        inputs = [x for x in self.inputs if x.requires_grad]
+        wanted = [*inputs, *self.targets]
+        found = dict(zip(wanted, torch.autograd.grad(ends, wanted, self.doutputs, allow_unused=True)))
+        if {x for x in wanted if found[x] is not None} != {*inputs, *self.copied}:
+            raise RuntimeError("a weight is not used, or twice")
+        self.dinputs = [found[x] for x in inputs]
+        torch._foreach_copy_(list(self.copied.values()), [found[x] for x in self.copied])
 
     def forward(self) -> None:
         if self.graphs:
@@ -212,6 +216,7 @@ class GraphedModel:
             if not whole:
                 self.copied.append((used.detach(), p.detach()))
             self.model.get_submodule(path)._parameters[leaf] = used
+        self.fused = fused
         if fused:
             fuse(self.model)
         self.levels: list[HNet] = [self.model.backbone]
@@ -238,6 +243,8 @@ class GraphedModel:
         if place.s:
             place.y_TD.detach().copy_(x_BjD.values().detach())
             return (x_BjD.values(),)
+        if self.fused:
+            return (HeadLoss.apply(x_BjD.values(), self.model.lm_head.weight, place.labels_T),)
         logits_TV = self.model.lm_head(x_BjD).values()
         loss_dtype = torch.promote_types(logits_TV.dtype, torch.float32)
         return (F.cross_entropy(logits_TV.to(loss_dtype), place.labels_T),)
