@@ -511,7 +511,7 @@ def _finish(
     BLOCK_H: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """One program a chunk: ddt_TH, the chunk's part of dA (dA_HC), dB_TN and dC_TN.
+    """One program a chunk: ddt_TH, the chunk's part of dA (dA_CH), dB_TN and dC_TN.
 
     A token's log decay gets what flows across it: from all before it to itself and all after it.
     """
@@ -536,7 +536,7 @@ def _finish(
     dlog_HQ += (
         tl.cumsum(later_HQ, 1) - later_HQ + through_H[:, None]
     )  # only a chunk's last document goes on to later ones
-    tl.store(dA_ptr + h * n_chunks + c, tl.sum(dlog_HQ * gain_HQ, 1), mask=h < H)
+    tl.store(dA_ptr + c * H + h, tl.sum(dlog_HQ * gain_HQ, 1), mask=h < H)
     ddt_QH = tl.trans(dgain_HQ + dlog_HQ * A_H[:, None])
     tl.store(ddt_ptr + t[:, None] * H + h[None, :], ddt_QH, mask=(t < T)[:, None] & (h < H)[None, :])
 
@@ -703,7 +703,7 @@ class Gradients(NamedTuple):
     dA_H: Tensor
     dB_TN: Tensor
     dC_TN: Tensor
-    dD_H: Tensor | None
+    dD_H: Tensor | None = None
 
 
 def can_write(tensors: Sequence[Tensor]) -> bool:
@@ -741,8 +741,8 @@ def scan_backward(
     flows_4HT = dt_TH.new_empty(4, H, n_chunks * Q)
     # Zeros, which a kernel writes: descriptors need the context that a thread's first launch binds, and the thread
     # that autograd runs a backward on may have launched nothing yet ("invalid device context" with Triton 3.6)
-    through_CH, dA_HC = dt_TH.new_zeros(n_chunks, H), dt_TH.new_empty(H, n_chunks)
-    dD_CH = None if D_H is None else dt_TH.new_empty(n_chunks, H)
+    through_CH = dt_TH.new_zeros(n_chunks, H)
+    sums_2CH = dt_TH.new_empty(1 if D_H is None else 2, n_chunks, H)  # of dA and of dD
     dy = _described(dy_THP, Q, P)
     with torch.cuda.device_of(x_THP):
         if again:
@@ -751,16 +751,17 @@ def scan_backward(
         plan.states(dy, plan.C, kept, dstates, reverse=True)
         _gradients[(2 * n_chunks, groups)](
             plan.x, dy, plan.B, plan.C, kept.vectors_5HT, kept.decay_CH, kept.document_T, states, dstates,
-            _described(dx_THP, Q, P), dscores_GCQQ, parts_G2TN, flows_4HT, through_CH, D_H, dD_CH,
+            _described(dx_THP, Q, P), dscores_GCQQ, parts_G2TN, flows_4HT, through_CH, D_H, sums_2CH[-1],
             H, n_chunks, H // groups, **plan.shape, HAS_D=D_H is not None, **_launch("_gradients", x_THP.dtype),
         )  # fmt: skip
         _finish[(n_chunks,)](
             A_H.contiguous(), plan.B, plan.C, kept.vectors_5HT, kept.document_T, dscores_GCQQ, parts_G2TN,
-            flows_4HT, through_CH, ddt_TH, dA_HC, *(_described(t, Q, N) for t in (dB_TN, dC_TN)), plan.T, H, n_chunks,
-            Q=Q, BLOCK_H=triton.next_power_of_2(H), GROUPS=groups, **_launch("_finish", x_THP.dtype),
+            flows_4HT, through_CH, ddt_TH, sums_2CH[0], *(_described(t, Q, N) for t in (dB_TN, dC_TN)),
+            plan.T, H, n_chunks, Q=Q, BLOCK_H=triton.next_power_of_2(H), GROUPS=groups,
+            **_launch("_finish", x_THP.dtype),
         )  # fmt: skip
-        dD_H = None if D_H is None else dD_CH.sum(0)
-        return Gradients(dx_THP, ddt_TH, dA_HC.sum(1), dB_TN, dC_TN, dD_H)
+        dA_H, *dD_H = sums_2CH.sum(1)
+        return Gradients(dx_THP, ddt_TH, dA_H, dB_TN, dC_TN, *dD_H)
 
 
 def _groups(n_chunks: int, H: int, device: torch.device) -> int:
