@@ -288,6 +288,8 @@ def _outputs(
     vectors_ptr += h * padded + q
     state_PN = _arriving(totals_ptr, segment_decay_ptr, h, s, H, S, P, N, False)
     decay = tl.load(decay_ptr + first * H + h)
+    if HAS_D:
+        D = tl.load(D_ptr + h)
     start_Q = tl.load(vectors_ptr + START * H * padded + first * Q)
     for c in range(first, end):
         # what does not come through the pipeline is loaded one chunk ahead
@@ -306,14 +308,14 @@ def _outputs(
         weights_QQ = (scores_QQ * _exp2(sum_Q[:, None] + source_Q[None, :])).to(x_QP.dtype)
         y_QP = tl.dot(weights_QQ, x_QP, y_QP, input_precision="ieee")
         if HAS_D:
-            y_QP += tl.load(D_ptr + h) * x_QP
+            y_QP += D * x_QP
         y_desc.store([c * Q, h * P], y_QP.to(x_QP.dtype))
 
         if KEEP:
             # here, and not through a descriptor: the shared memory is that of products that are done, so that two
             # programs still fit on a multiprocessor
-            at = tl.cast(c * H + h, tl.int64) * (P * N) + _tile(P, N)
-            tl.store(states_ptr + at, state_PN.to(x_QP.dtype))
+            at = states_ptr + tl.cast(c * H + h, tl.int64) * (P * N)
+            tl.store(at + _tile(P, N), state_PN.to(x_QP.dtype))
         x_QP = (x_QP * (end_Q * gain_Q)[:, None]).to(B_QN.dtype)
         state_PN = tl.dot(tl.trans(x_QP), B_QN, state_PN * decay, input_precision="ieee")
         decay, start_Q = next_decay, next_start_Q
