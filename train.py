@@ -423,7 +423,10 @@ def main(argv: Sequence[str]) -> None:
     if config.ac != "none" or config.max_chunks_per_rank:
         activations.recompute(model, config.ac)
     guard = activations.ChunkGuard(model, config.max_chunks_per_rank, world) if config.max_chunks_per_rank else None
-    optimizer = torch.optim.AdamW(distributed.optimizer_groups(groups), betas=(0.9, 0.95), fused=True)
+    groups = distributed.optimizer_groups(groups)
+    runner = GraphedModel(model, dtype, config.alpha, world=world, groups=groups) if graph else model  # runs the steps
+    evaluated = runner.model if graph else model  # computes as training does; shares or copies the weights
+    optimizer = runner.optimizer if graph else torch.optim.AdamW(groups, betas=distributed.BETAS, fused=True)
 
     train_stream, val_stream = open_data(config, world)
     name = Path(config.config or config.pt_ckpt or DEFAULT_CONFIG).stem
@@ -437,9 +440,9 @@ def main(argv: Sequence[str]) -> None:
     if source := checkpoint_to_resume(run, config.resume, world):
         step = check_continuation(source, about)
         checkpoint.load(source, model, optimizer)
+        if graph:
+            optimizer.refresh()
         logger.info("going on from %s", source)
-    runner = GraphedModel(model, dtype, config.alpha, world=world) if graph else model  # runs the steps
-    evaluated = runner.model if graph else model  # computes as training does; shares or copies the weights
     metrics = open_metrics(run, step, about, hnet, config, world)
     logger.info(
         f"{name}: {sum(p.numel() for p in parameters) / 1e6:.1f}M parameters, "
@@ -505,9 +508,7 @@ def main(argv: Sequence[str]) -> None:
             optimizer.step()
             if more is not None:
                 more.append(statistics.weight_statistics(optimizer, hnet.num_stages, world))
-            if graph:
-                runner.refresh()
-            else:
+            if not graph:  # graphs write every gradient anew
                 optimizer.zero_grad()
             step += 1
             if guard:

@@ -99,7 +99,9 @@ def main(args: Benchmark) -> None:
     torch.set_float32_matmul_precision("high")
     half, graphs = torch.bfloat16 if on_gpu else torch.float32, args.compile in ("graph", "both")
     model = distributed.build_model(hnet, world, torch.float32 if graphs else half, seed=0)
-    runner = GraphedModel(model, half, config.alpha) if graphs else model
+    parameters = list(model.parameters())
+    groups = distributed.optimizer_groups(parameter_groups(model, 3e-4, config.weight_decay))
+    runner = GraphedModel(model, half, config.alpha, groups=groups) if graphs else model
     inner = runner.model if graphs else model
     if args.compile in ("block", "both"):
         compile_blocks(inner)
@@ -107,9 +109,7 @@ def main(args: Benchmark) -> None:
     if args.boundaries != "learned":
         rates = [float(r) for r in args.boundaries.removeprefix("forced:").split(",")]
         draw = force_boundaries(inner, rates, args.mbs)
-    parameters = list(model.parameters())
-    groups = parameter_groups(model, 3e-4, config.weight_decay)
-    optimizer = torch.optim.AdamW(distributed.optimizer_groups(groups), betas=(0.9, 0.95), fused=True)
+    optimizer = runner.optimizer if graphs else torch.optim.AdamW(groups, betas=distributed.BETAS, fused=True)
     stream = fineweb.ByteStream(args.data, slice_bytes=args.mbs, max_doc=args.max_doc)
 
     def step(i: int) -> torch.Tensor:
@@ -117,9 +117,7 @@ def main(args: Benchmark) -> None:
         stats = train.forward_backward(runner, [stream.slice(i)], config, world)
         distributed.clip_in_optimizer(optimizer, parameters, 1.0, world)
         optimizer.step()
-        if graphs:
-            runner.refresh()
-        else:
+        if not graphs:
             optimizer.zero_grad()
         return stats
 

@@ -6,6 +6,7 @@ This file has the definition and the operation; the Triton kernels that it runs 
 """
 
 import importlib.util
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -209,7 +210,7 @@ def ssd(x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TN: Tensor, C_TN: Tensor, c
     if use_fast("ssd", x_THP.device.type, x_THP.dtype, _obstacle(x_THP, B_TN)):
         from hnet_kernels import ssd_triton  # not above: triton is not everywhere
 
-        return ssd_triton.scan_forward(x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens)
+        return ssd_triton.scan_forward(x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens)[0]
     return scan_forward(x_THP, dt_TH, dt_TH * A_H, B_TN, C_TN, cu_seqlens).contiguous()
 
 
@@ -245,15 +246,27 @@ ssd.register_autograd(lambda ctx, dy: (*ssd_backward(dy, *ctx.saved_tensors), No
 
 
 def ssd_skip_forward(
-    x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TN: Tensor, C_TN: Tensor, D_H: Tensor, cu_seqlens: Tensor
-) -> Tensor:
-    """`ssd` with the skip, y + D x, for callers who write their own backward. D_H: the dtype of dt."""
+    x_THP: Tensor,
+    dt_TH: Tensor,
+    A_H: Tensor,
+    B_TN: Tensor,
+    C_TN: Tensor,
+    D_H: Tensor,
+    cu_seqlens: Tensor,
+    keep: bool = False,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`ssd` with the skip, y + D x, for callers who write their own backward. D_H: the dtype of dt.
+
+    Returns y_THP, and where `keep` is set what `ssd_skip_backward` can take to compute less again: H P N numbers for 64
+    tokens in x's dtype, and a little; nothing from the definition.
+    """
     if use_fast("ssd", x_THP.device.type, x_THP.dtype, _obstacle(x_THP, B_TN)):
         from hnet_kernels import ssd_triton
 
-        return ssd_triton.scan_forward(x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens, D_H)
+        y_THP, kept = ssd_triton.scan_forward(x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens, D_H, keep)
+        return y_THP, tuple(kept or ())
     y_THP = scan_forward(x_THP, dt_TH, dt_TH * A_H, B_TN, C_TN, cu_seqlens)
-    return (y_THP + D_H[:, None] * x_THP).to(x_THP.dtype)
+    return (y_THP + D_H[:, None] * x_THP).to(x_THP.dtype), ()
 
 
 def ssd_skip_backward(
@@ -266,13 +279,18 @@ def ssd_skip_backward(
     D_H: Tensor,
     cu_seqlens: Tensor,
     out: tuple[Tensor, Tensor, Tensor],
+    kept: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(ddt_TH, dA_H, dD_H) of `ssd_skip_forward`; writes dx, dB and dC to `out`, perhaps parts of longer rows."""
+    """(ddt_TH, dA_H, dD_H) of `ssd_skip_forward`; writes dx, dB and dC to `out`, perhaps parts of longer rows.
+
+    `kept`: what the forward kept, or nothing; the same bits either way.
+    """
     if use_fast("ssd", x_THP.device.type, x_THP.dtype, _obstacle(x_THP, B_TN)):
         from hnet_kernels import ssd_triton
 
         if ssd_triton.can_write(out):
-            found = ssd_triton.scan_backward(dy_THP, x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens, D_H, out)
+            kept = ssd_triton.Kept(*kept) if kept else None
+            found = ssd_triton.scan_backward(dy_THP, x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens, D_H, out, kept)
             return found.ddt_TH, found.dA_H, found.dD_H
     dx_THP, ddt_TH, dA_H, dB_TN, dC_TN = ssd_backward(dy_THP, x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens)
     for target, found in zip(out, (dx_THP + D_H[:, None] * dy_THP, dB_TN, dC_TN)):

@@ -15,7 +15,8 @@ segment with the state in registers, so that forward reads x twice and writes y,
     _totals     what every segment adds to the state at its end
     _outputs    y, each program starting from the states that reach its segment
 
-    _totals, _states    backward: the same, both ways, keeping h and its gradient at every chunk in the dtype of x
+    _totals, _states    backward: the same in reverse, keeping the gradient of h at every chunk in the dtype of x; and
+                for h itself, unless `_outputs` has kept it
     _gradients  dx, and what flows between tokens, per head; sums for dB and dC over the heads of a group in registers
     _finish     dB and dC; dt and A from the flows
 
@@ -150,7 +151,6 @@ def _walk(
     vectors_ptr,
     decay_ptr,
     states_desc,
-    states_row,
     state_PN,
     first,
     end,
@@ -182,7 +182,7 @@ def _walk(
         values_QP = values_desc.load([c * Q, h * P])
         keys_QN = keys_desc.load([c * Q, 0])
         if STORE:
-            states_desc.store([states_row + (c * H + h) * P, 0], state_PN.to(keys_QN.dtype))
+            states_desc.store([(c * H + h) * P, 0], state_PN.to(keys_QN.dtype))
         values_QP = (values_QP * weight_Q[:, None]).to(keys_QN.dtype)
         state_PN = tl.dot(tl.trans(values_QP), keys_QN, state_PN * decay, input_precision="ieee")
         through *= decay
@@ -193,10 +193,8 @@ def _walk(
 
 @triton.jit(do_not_specialize=["H", "n_chunks", "chunks_per_segment"])
 def _totals(
-    x_desc,
-    dy_desc,
-    B_desc,
-    C_desc,
+    values_desc,
+    keys_desc,
     vectors_ptr,
     decay_ptr,
     totals_ptr,
@@ -207,36 +205,28 @@ def _totals(
     P: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
+    REVERSE: tl.constexpr,
 ):
-    """One program a segment, head and way. totals_2SHPN: what a segment adds to the state at its end, and to the
-    gradient of the state at its start; segment_decay_SH: the decay through it."""
+    """One program a segment and head. totals_SHPN: what a segment adds to the state at its end (values x, keys B), and
+    segment_decay_SH: the decay through it. REVERSE: what it adds to the gradient of the state at its start (dy, C)."""
     pid = tl.program_id(0)
     h, s = pid % H, pid // H
-    S = tl.num_programs(0) // H
     first = s * chunks_per_segment
     end = tl.minimum(first + chunks_per_segment, n_chunks)
     state_PN = tl.zeros((P, N), tl.float32)
-    if tl.program_id(1) == 0:
-        state_PN, through = _walk(
-            x_desc, B_desc, vectors_ptr, decay_ptr, B_desc, 0, state_PN, first, end, h, H, n_chunks * Q,
-            P, Q, False, False,
-        )  # fmt: skip
-        tl.store(totals_ptr + pid * (P * N) + _tile(P, N), state_PN)
+    state_PN, through = _walk(
+        values_desc, keys_desc, vectors_ptr, decay_ptr, keys_desc, state_PN, first, end, h, H, n_chunks * Q,
+        P, Q, REVERSE, False,
+    )  # fmt: skip
+    tl.store(totals_ptr + pid * (P * N) + _tile(P, N), state_PN)
+    if not REVERSE:
         tl.store(segment_decay_ptr + pid, through)
-    else:
-        state_PN, _ = _walk(
-            dy_desc, C_desc, vectors_ptr, decay_ptr, B_desc, 0, state_PN, first, end, h, H, n_chunks * Q,
-            P, Q, True, False,
-        )  # fmt: skip
-        tl.store(totals_ptr + (S * H + pid) * (P * N) + _tile(P, N), state_PN)
 
 
 @triton.jit(do_not_specialize=["H", "n_chunks", "chunks_per_segment"])
 def _states(
-    x_desc,
-    dy_desc,
-    B_desc,
-    C_desc,
+    values_desc,
+    keys_desc,
     vectors_ptr,
     decay_ptr,
     totals_ptr,
@@ -248,26 +238,20 @@ def _states(
     P: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
+    REVERSE: tl.constexpr,
 ):
-    """One program a segment, head and way. states_2CHPN: the state before each chunk, and the gradient of the state
+    """One program a segment and head. states_CHPN: the state before each chunk. REVERSE: the gradient of the state
     after each chunk."""
     pid = tl.program_id(0)
     h, s = pid % H, pid // H
     S = tl.num_programs(0) // H
     first = s * chunks_per_segment
     end = tl.minimum(first + chunks_per_segment, n_chunks)
-    if tl.program_id(1) == 0:
-        state_PN = _arriving(totals_ptr, segment_decay_ptr, h, s, H, S, P, N, False)
-        _walk(
-            x_desc, B_desc, vectors_ptr, decay_ptr, states_desc, 0, state_PN, first, end, h, H, n_chunks * Q,
-            P, Q, False, True,
-        )  # fmt: skip
-    else:
-        state_PN = _arriving(totals_ptr + S * H * (P * N), segment_decay_ptr, h, s, H, S, P, N, True)
-        _walk(
-            dy_desc, C_desc, vectors_ptr, decay_ptr, states_desc, n_chunks * H * P, state_PN, first, end, h, H,
-            n_chunks * Q, P, Q, True, True,
-        )  # fmt: skip
+    state_PN = _arriving(totals_ptr, segment_decay_ptr, h, s, H, S, P, N, REVERSE)
+    _walk(
+        values_desc, keys_desc, vectors_ptr, decay_ptr, states_desc, state_PN, first, end, h, H, n_chunks * Q,
+        P, Q, REVERSE, True,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["H", "n_chunks", "chunks_per_segment"])
@@ -282,6 +266,7 @@ def _outputs(
     segment_decay_ptr,
     D_ptr,
     y_desc,
+    states_ptr,
     H,
     n_chunks,
     chunks_per_segment,
@@ -289,8 +274,10 @@ def _outputs(
     N: tl.constexpr,
     Q: tl.constexpr,
     HAS_D: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
-    """One program a segment and head: y_THP, the state in registers. HAS_D: with the skip D x."""
+    """One program a segment and head: y_THP, the state in registers. HAS_D: with the skip D x. KEEP: and states_CHPN,
+    as `_states` has it."""
     pid = tl.program_id(0)
     h, s = pid % H, pid // H
     S = tl.num_programs(0) // H
@@ -301,6 +288,8 @@ def _outputs(
     vectors_ptr += h * padded + q
     state_PN = _arriving(totals_ptr, segment_decay_ptr, h, s, H, S, P, N, False)
     decay = tl.load(decay_ptr + first * H + h)
+    if HAS_D:
+        D = tl.load(D_ptr + h)
     start_Q = tl.load(vectors_ptr + START * H * padded + first * Q)
     for c in range(first, end):
         # what does not come through the pipeline is loaded one chunk ahead
@@ -319,9 +308,14 @@ def _outputs(
         weights_QQ = (scores_QQ * _exp2(sum_Q[:, None] + source_Q[None, :])).to(x_QP.dtype)
         y_QP = tl.dot(weights_QQ, x_QP, y_QP, input_precision="ieee")
         if HAS_D:
-            y_QP += tl.load(D_ptr + h) * x_QP
+            y_QP += D * x_QP
         y_desc.store([c * Q, h * P], y_QP.to(x_QP.dtype))
 
+        if KEEP:
+            # here, and not through a descriptor: the shared memory is that of products that are done, so that two
+            # programs still fit on a multiprocessor
+            at = states_ptr + tl.cast(c * H + h, tl.int64) * (P * N)
+            tl.store(at + _tile(P, N), state_PN.to(x_QP.dtype))
         x_QP = (x_QP * (end_Q * gain_Q)[:, None]).to(B_QN.dtype)
         state_PN = tl.dot(tl.trans(x_QP), B_QN, state_PN * decay, input_precision="ieee")
         decay, start_Q = next_decay, next_start_Q
@@ -335,7 +329,7 @@ def _gradients_within(
     C_desc,
     vectors_ptr,
     document_ptr,
-    states_desc,
+    dstates_desc,
     dx_desc,
     dscores_desc,
     flows_ptr,
@@ -367,7 +361,7 @@ def _gradients_within(
         end_Q = tl.load(vectors_ptr + END * H * padded + at)
         x_QP = x_desc.load([c * Q, h * P])
         dy_QP = dy_desc.load([c * Q, h * P])
-        dstate_PN = states_desc.load([((n_chunks + c) * H + h) * P, 0])
+        dstate_PN = dstates_desc.load([(c * H + h) * P, 0])
 
         within_QQ = _exp2(sum_Q[None, :] - sum_Q[:, None])
         dscores_h_QQ = tl.dot(x_QP, tl.trans(dy_QP), input_precision="ieee") * within_QQ  # without the gain
@@ -401,6 +395,7 @@ def _gradients_across(
     vectors_ptr,
     decay_ptr,
     states_desc,
+    dstates_desc,
     parts_desc,
     flows_ptr,
     through_ptr,
@@ -429,7 +424,7 @@ def _gradients_across(
         x_QP = x_desc.load([c * Q, h * P])
         dy_QP = dy_desc.load([c * Q, h * P])
         state_PN = states_desc.load([(c * H + h) * P, 0])
-        dstate_PN = states_desc.load([((n_chunks + c) * H + h) * P, 0])
+        dstate_PN = dstates_desc.load([(c * H + h) * P, 0])
 
         x_end_QP = (x_QP * (end_Q * gain_Q)[:, None]).to(x_QP.dtype)
         dB_QN = tl.dot(x_end_QP, dstate_PN, dB_QN, input_precision="ieee")
@@ -457,6 +452,7 @@ def _gradients(
     decay_ptr,
     document_ptr,
     states_desc,
+    dstates_desc,
     dx_desc,
     dscores_desc,
     parts_desc,
@@ -485,13 +481,13 @@ def _gradients(
     end = first + heads_per_group
     if tl.program_id(0) % 2 == 0:
         _gradients_within(
-            x_desc, dy_desc, B_desc, C_desc, vectors_ptr, document_ptr, states_desc, dx_desc, dscores_desc, flows_ptr,
+            x_desc, dy_desc, B_desc, C_desc, vectors_ptr, document_ptr, dstates_desc, dx_desc, dscores_desc, flows_ptr,
             D_ptr, dD_ptr, c, group, first, end, H, n_chunks, P, Q, HAS_D,
         )  # fmt: skip
     else:
         _gradients_across(
-            x_desc, dy_desc, C_desc, vectors_ptr, decay_ptr, states_desc, parts_desc, flows_ptr, through_ptr,
-            c, group, first, end, H, n_chunks, P, N, Q,
+            x_desc, dy_desc, C_desc, vectors_ptr, decay_ptr, states_desc, dstates_desc, parts_desc, flows_ptr,
+            through_ptr, c, group, first, end, H, n_chunks, P, N, Q,
         )  # fmt: skip
 
 
@@ -517,7 +513,7 @@ def _finish(
     BLOCK_H: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """One program a chunk: ddt_TH, the chunk's part of dA (dA_HC), dB_TN and dC_TN.
+    """One program a chunk: ddt_TH, the chunk's part of dA (dA_CH), dB_TN and dC_TN.
 
     A token's log decay gets what flows across it: from all before it to itself and all after it.
     """
@@ -542,7 +538,7 @@ def _finish(
     dlog_HQ += (
         tl.cumsum(later_HQ, 1) - later_HQ + through_H[:, None]
     )  # only a chunk's last document goes on to later ones
-    tl.store(dA_ptr + h * n_chunks + c, tl.sum(dlog_HQ * gain_HQ, 1), mask=h < H)
+    tl.store(dA_ptr + c * H + h, tl.sum(dlog_HQ * gain_HQ, 1), mask=h < H)
     ddt_QH = tl.trans(dgain_HQ + dlog_HQ * A_H[:, None])
     tl.store(ddt_ptr + t[:, None] * H + h[None, :], ddt_QH, mask=(t < T)[:, None] & (h < H)[None, :])
 
@@ -605,34 +601,68 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-class _Plan:
-    """What both directions begin with: sizes, descriptors, and what `_prepare` computes."""
+class Kept(NamedTuple):
+    """What a forward keeps for the backward: C chunks of Q tokens, S segments; Tc = C Q. Float32 but for the states."""
 
-    def __init__(self, x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TN: Tensor, C_TN: Tensor, cu_seqlens: Tensor):
+    vectors_5HT: Tensor  # (5, H, Tc), as decay_CH, and document_T (Tc,) of int32: see `_prepare`
+    decay_CH: Tensor
+    document_T: Tensor
+    segment_decay_SH: Tensor  # see `_totals`
+    states_CHPN: Tensor  # (C * H * P, N), in x's dtype: the state before each chunk
+
+
+class _Plan:
+    """What both directions begin with: sizes and descriptors."""
+
+    def __init__(self, x_THP: Tensor, B_TN: Tensor, C_TN: Tensor):
         (self.T, self.H, self.P), self.N, self.Q = x_THP.shape, B_TN.shape[1], CHUNK[x_THP.dtype]
+        self.dtype = x_THP.dtype
         self.n_chunks = triton.cdiv(self.T, self.Q)
         # two programs, which walk through one segment each, fit on a multiprocessor
         self.chunks_per_segment = triton.cdiv(self.n_chunks * self.H, 2 * _multiprocessors(x_THP.device))
         self.segments = triton.cdiv(self.n_chunks, self.chunks_per_segment)
         self.x = _described(x_THP, self.Q, self.P)
         self.B, self.C = (_described(t, self.Q, self.N) for t in (B_TN, C_TN))
-        self.dt_TH = dt_TH if dt_TH.stride(1) == 1 else dt_TH.contiguous()
-        self.A_H, self.cu_seqlens = A_H.contiguous(), cu_seqlens.contiguous()
-        self.vectors_5HT = dt_TH.new_empty(5, self.H, self.n_chunks * self.Q)
-        # Zeros, which a kernel writes: descriptors need the context that a thread's first launch binds, and the thread
-        # that autograd runs a backward on may have launched nothing yet ("invalid device context" with Triton 3.6)
-        self.decay_CH = dt_TH.new_zeros(self.n_chunks, self.H)
-        self.document_T = cu_seqlens.new_empty(self.n_chunks * self.Q, dtype=torch.int32)
-        self.scores = _described(B_TN.new_empty(self.n_chunks * self.Q, self.Q), self.Q, self.Q)
+        self.sizes = self.H, self.n_chunks, self.chunks_per_segment
         self.shape = {"P": self.P, "N": self.N, "Q": self.Q}
 
-    def prepare(self, with_scores: bool) -> None:
+    def empty(self, dt_TH: Tensor, with_states: bool) -> Kept:
+        """Memory for all of it; `with_states` also for the states."""
+        rows = self.n_chunks * self.Q
+        return Kept(
+            dt_TH.new_empty(5, self.H, rows),
+            dt_TH.new_empty(self.n_chunks, self.H),
+            dt_TH.new_empty(rows, dtype=torch.int32),
+            dt_TH.new_empty(self.segments, self.H),
+            dt_TH.new_empty(self.n_chunks * self.H * self.P if with_states else 0, self.N, dtype=self.dtype),
+        )
+
+    def prepare(self, kept: Kept, dt_TH: Tensor, A_H: Tensor, cu_seqlens: Tensor, scores_CQQ: Tensor | None) -> None:
+        dt_TH = dt_TH if dt_TH.stride(1) == 1 else dt_TH.contiguous()
         _prepare[(self.n_chunks,)](
-            self.dt_TH, self.A_H, self.B, self.C, self.cu_seqlens,
-            self.vectors_5HT, self.decay_CH, self.document_T, self.scores.base,
-            self.T, self.H, len(self.cu_seqlens) - 1, self.dt_TH.stride(0),
-            Q=self.Q, BLOCK_H=triton.next_power_of_2(self.H), WITH_SCORES=with_scores,
-            **_launch("_prepare", self.x.base.dtype),
+            dt_TH, A_H.contiguous(), self.B, self.C, cu_seqlens.contiguous(),
+            kept.vectors_5HT, kept.decay_CH, kept.document_T, scores_CQQ,
+            self.T, self.H, len(cu_seqlens) - 1, dt_TH.stride(0),
+            Q=self.Q, BLOCK_H=triton.next_power_of_2(self.H), WITH_SCORES=scores_CQQ is not None,
+            **_launch("_prepare", self.dtype),
+        )  # fmt: skip
+
+    def totals(self, values: TensorDescriptor, keys: TensorDescriptor, kept: Kept, reverse: bool) -> Tensor:
+        """totals_SHPN; not `reverse`: and kept.segment_decay_SH."""
+        totals_SHPN = kept.decay_CH.new_empty(self.segments, self.H, self.P, self.N)
+        _totals[(self.segments * self.H,)](
+            values, keys, kept.vectors_5HT, kept.decay_CH, totals_SHPN, kept.segment_decay_SH, *self.sizes,
+            **self.shape, REVERSE=reverse, **_launch("_totals", self.dtype),
+        )  # fmt: skip
+        return totals_SHPN
+
+    def states(
+        self, values: TensorDescriptor, keys: TensorDescriptor, kept: Kept, states: TensorDescriptor, reverse: bool
+    ) -> None:
+        totals_SHPN = self.totals(values, keys, kept, reverse)
+        _states[(self.segments * self.H,)](
+            values, keys, kept.vectors_5HT, kept.decay_CH, totals_SHPN, kept.segment_decay_SH, states, *self.sizes,
+            **self.shape, REVERSE=reverse, **_launch("_states", self.dtype),
         )  # fmt: skip
 
 
@@ -644,28 +674,27 @@ def scan_forward(
     C_TN: Tensor,
     cu_seqlens: Tensor,
     D_H: Tensor | None = None,
-) -> Tensor:
-    """y_THP of `hnet::ssd`, plus D x where D_H is given. x, B, C: one of the dtypes of CHUNK; the others: float32."""
+    keep: bool = False,
+) -> tuple[Tensor, Kept | None]:
+    """y_THP of `hnet::ssd`, plus D x where D_H is given. x, B, C: one of the dtypes of CHUNK; the others: float32.
+
+    `keep`: and what `scan_backward` can take, among it the states. None for no tokens.
+    """
     y_THP = x_THP.new_empty(x_THP.shape)
     if not len(x_THP):
-        return y_THP
-    plan = _Plan(x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens)
-    totals_SHPN = dt_TH.new_empty(plan.segments, plan.H, plan.P, plan.N)
-    segment_decay_SH = dt_TH.new_empty(plan.segments, plan.H)
-    decays = plan.vectors_5HT, plan.decay_CH
-    sizes = plan.H, plan.n_chunks, plan.chunks_per_segment
+        return y_THP, None
+    plan = _Plan(x_THP, B_TN, C_TN)
+    kept = plan.empty(dt_TH, with_states=keep)
+    scores = _described(B_TN.new_empty(plan.n_chunks * plan.Q, plan.Q), plan.Q, plan.Q)
     with torch.cuda.device_of(x_THP):
-        plan.prepare(with_scores=True)
-        _totals[(plan.segments * plan.H, 1)](
-            plan.x, plan.x, plan.B, plan.C, *decays, totals_SHPN, segment_decay_SH, *sizes,
-            **plan.shape, **_launch("_totals", x_THP.dtype),
-        )  # fmt: skip
+        plan.prepare(kept, dt_TH, A_H, cu_seqlens, scores.base)
+        totals_SHPN = plan.totals(plan.x, plan.B, kept, reverse=False)
         _outputs[(plan.segments * plan.H,)](
-            plan.x, plan.B, plan.C, *decays, plan.scores, totals_SHPN, segment_decay_SH, D_H,
-            _described(y_THP, plan.Q, plan.P), *sizes, **plan.shape, HAS_D=D_H is not None,
-            **_launch("_outputs", x_THP.dtype),
+            plan.x, plan.B, plan.C, kept.vectors_5HT, kept.decay_CH, scores, totals_SHPN, kept.segment_decay_SH,
+            D_H, _described(y_THP, plan.Q, plan.P), kept.states_CHPN if keep else None, *plan.sizes,
+            **plan.shape, HAS_D=D_H is not None, KEEP=keep, **_launch("_outputs", x_THP.dtype),
         )  # fmt: skip
-    return y_THP
+    return y_THP, kept if keep else None
 
 
 class Gradients(NamedTuple):
@@ -676,7 +705,7 @@ class Gradients(NamedTuple):
     dA_H: Tensor
     dB_TN: Tensor
     dC_TN: Tensor
-    dD_H: Tensor | None
+    dD_H: Tensor | None = None
 
 
 def can_write(tensors: Sequence[Tensor]) -> bool:
@@ -694,47 +723,47 @@ def scan_backward(
     cu_seqlens: Tensor,
     D_H: Tensor | None = None,
     out: tuple[Tensor, Tensor, Tensor] | None = None,
+    kept: Kept | None = None,
 ) -> Gradients:
-    """Gradients of `scan_forward`; computes the states again. `out`: where dx, dB and dC go, see `can_write`."""
+    """Gradients of `scan_forward`. `out`: where dx, dB and dC go, see `can_write`. `kept`: from the forward of the same
+    inputs; without it decays and states are computed again, to the same bits."""
     dx_THP, dB_TN, dC_TN = out or tuple(t.new_empty(t.shape) for t in (x_THP, B_TN, C_TN))
     ddt_TH = dt_TH.new_empty(dt_TH.shape)
     if not len(x_THP):
         dD_H = None if D_H is None else torch.zeros_like(D_H)
         return Gradients(dx_THP, ddt_TH, torch.zeros_like(A_H), dB_TN, dC_TN, dD_H)
-    plan = _Plan(x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens)
-    T, H, P, N, Q, n_chunks = plan.T, plan.H, plan.P, plan.N, plan.Q, plan.n_chunks
+    plan, again = _Plan(x_THP, B_TN, C_TN), kept is None
+    H, P, N, Q, n_chunks = plan.H, plan.P, plan.N, plan.Q, plan.n_chunks
     groups = _groups(n_chunks, H, x_THP.device)
-    totals_2SHPN = dt_TH.new_empty(2, plan.segments, H, P, N)
-    segment_decay_SH = dt_TH.new_empty(plan.segments, H)
-    states_2CHPN = _described(x_THP.new_empty(2 * n_chunks * H * P, N), P, N)
+    kept = plan.empty(dt_TH, with_states=True) if again else kept
+    states = _described(kept.states_CHPN, P, N)
+    dstates = _described(x_THP.new_empty(kept.states_CHPN.shape), P, N)
     dscores_GCQQ = _described(x_THP.new_empty(groups * n_chunks * Q, Q), Q, Q)
     parts_G2TN = _described(x_THP.new_empty(groups * 2 * n_chunks * Q, N), Q, N)
     flows_4HT = dt_TH.new_empty(4, H, n_chunks * Q)
-    through_CH, dA_HC = dt_TH.new_empty(n_chunks, H), dt_TH.new_empty(H, n_chunks)
-    dD_CH = None if D_H is None else dt_TH.new_empty(n_chunks, H)
-    inputs = plan.x, _described(dy_THP, Q, P), plan.B, plan.C, plan.vectors_5HT, plan.decay_CH
-    sizes = H, n_chunks, plan.chunks_per_segment
+    # Zeros, which a kernel writes: descriptors need the context that a thread's first launch binds, and the thread
+    # that autograd runs a backward on may have launched nothing yet ("invalid device context" with Triton 3.6)
+    through_CH = dt_TH.new_zeros(n_chunks, H)
+    sums_2CH = dt_TH.new_empty(1 if D_H is None else 2, n_chunks, H)  # of dA and of dD
+    dy = _described(dy_THP, Q, P)
     with torch.cuda.device_of(x_THP):
-        plan.prepare(with_scores=False)
-        _totals[(plan.segments * H, 2)](
-            *inputs, totals_2SHPN, segment_decay_SH, *sizes, **plan.shape, **_launch("_totals", x_THP.dtype)
-        )
-        _states[(plan.segments * H, 2)](
-            *inputs, totals_2SHPN, segment_decay_SH, states_2CHPN, *sizes,
-            **plan.shape, **_launch("_states", x_THP.dtype),
-        )  # fmt: skip
+        if again:
+            plan.prepare(kept, dt_TH, A_H, cu_seqlens, scores_CQQ=None)
+            plan.states(plan.x, plan.B, kept, states, reverse=False)
+        plan.states(dy, plan.C, kept, dstates, reverse=True)
         _gradients[(2 * n_chunks, groups)](
-            *inputs, plan.document_T, states_2CHPN, _described(dx_THP, Q, P), dscores_GCQQ, parts_G2TN,
-            flows_4HT, through_CH, D_H, dD_CH, H, n_chunks, H // groups, **plan.shape, HAS_D=D_H is not None,
-            **_launch("_gradients", x_THP.dtype),
+            plan.x, dy, plan.B, plan.C, kept.vectors_5HT, kept.decay_CH, kept.document_T, states, dstates,
+            _described(dx_THP, Q, P), dscores_GCQQ, parts_G2TN, flows_4HT, through_CH, D_H, sums_2CH[-1],
+            H, n_chunks, H // groups, **plan.shape, HAS_D=D_H is not None, **_launch("_gradients", x_THP.dtype),
         )  # fmt: skip
         _finish[(n_chunks,)](
-            plan.A_H, plan.B, plan.C, plan.vectors_5HT, plan.document_T, dscores_GCQQ, parts_G2TN,
-            flows_4HT, through_CH, ddt_TH, dA_HC, *(_described(t, Q, N) for t in (dB_TN, dC_TN)), T, H, n_chunks,
-            Q=Q, BLOCK_H=triton.next_power_of_2(H), GROUPS=groups, **_launch("_finish", x_THP.dtype),
+            A_H.contiguous(), plan.B, plan.C, kept.vectors_5HT, kept.document_T, dscores_GCQQ, parts_G2TN,
+            flows_4HT, through_CH, ddt_TH, sums_2CH[0], *(_described(t, Q, N) for t in (dB_TN, dC_TN)),
+            plan.T, H, n_chunks, Q=Q, BLOCK_H=triton.next_power_of_2(H), GROUPS=groups,
+            **_launch("_finish", x_THP.dtype),
         )  # fmt: skip
-        dD_H = None if D_H is None else dD_CH.sum(0)
-        return Gradients(dx_THP, ddt_TH, dA_HC.sum(1), dB_TN, dC_TN, dD_H)
+        dA_H, *dD_H = sums_2CH.sum(1)
+        return Gradients(dx_THP, ddt_TH, dA_H, dB_TN, dC_TN, *dD_H)
 
 
 def _groups(n_chunks: int, H: int, device: torch.device) -> int:

@@ -13,7 +13,7 @@ import pickle
 import re
 import shutil
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +22,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import StorageMeta
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -30,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from hnet_runtime import UserError
@@ -49,11 +49,11 @@ def step_folder(run: Path, step: int) -> Path:
 class Saver:
     """Writes a run's checkpoints while training goes on. Every rank makes one and calls its methods alike.
 
-    `start` copies the state and returns; DCP writes the copy from another thread, talking to other ranks through a
-    process group of its own. On a GPU with room for it the copy is first made there, which takes milliseconds; else
-    training must wait, before it next changes the weights, until all has gone to the host (`staged`). When all ranks
-    have written, rank 0 adds the manifest and renames the folder. Until then the checkpoint doesn't exist under its
-    name, so a crash leaves the one before as the newest.
+    `start` copies the state and returns; a thread writes the copy by DCP, talking to other ranks through a process group
+    of its own. On a GPU with room for it the copy is first made there, which takes milliseconds; else training must
+    wait, before it next changes the weights, until all has gone to the host (`staged`). When all ranks have written,
+    rank 0 adds the manifest and renames the folder. Until then the checkpoint doesn't exist under its name, so a crash
+    leaves the one before as the newest.
 
     keep: how many of the newest checkpoints stay (0: all). keep_every: those of every so many steps stay for good.
     """
@@ -63,10 +63,14 @@ class Saver:
     ):
         self.run, self.model, self.optimizer, self.keep, self.keep_every = run, model, optimizer, keep, keep_every
         self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
-        self.model_device = next(model.parameters()).device
-        on_gpu = self.model_device.type == "cuda"
-        # on a GPU the copy to the host runs beside training
-        self._stager = DefaultStager(StagingOptions(on_gpu, False, on_gpu, on_gpu))
+        self._thread = ThreadPoolExecutor(1, "saver")
+        self._device = next(model.parameters()).device
+        self._host: dict[str, Tensor] = {}  # on a GPU: page-locked, so made once
+        self._meshes: dict[DeviceMesh, DeviceMesh] = {}
+        for p in model.parameters():  # of copies of shards; making one is for all ranks together
+            if isinstance(p, DTensor) and p.device_mesh not in self._meshes:
+                mesh = p.device_mesh
+                self._meshes[mesh] = DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
         self._staging: Future | None = None
         self._written: Future | None = None
         self._step, self._stall = 0, 0.0
@@ -85,48 +89,87 @@ class Saver:
             except OSError as failure:
                 error = failure
         self._raise_together(error)
-        state = self._state()
-        copied = self.model_device.type == "cuda" and _room(self.model_device) > _size(state)
-        if copied:
-            state = {part: {key: value.clone() for key, value in tensors.items()} for part, tensors in state.items()}
-        if self.model_device.type == "cuda":
-            torch.cuda.current_stream().synchronize()  # the copy to the host runs on another stream
-        started = dcp.async_save(state, checkpoint_id=scratch, process_group=self._group, async_stager=self._stager)
-        self._staging = None if copied or isinstance(started, Future) else started.staging_completion
-        uploaded = started if isinstance(started, Future) else started.upload_completion
-        self._written, config = Future(), self.model.config.to_dict()
-
-        def publish(uploaded: Future, written: Future = self._written) -> None:  # in the thread that wrote
-            try:
-                uploaded.result()
-                if dist.get_rank() == 0:
-                    write_json(scratch / "config.json", config)
-                    write_json(scratch / "train.json", {**train, "step": step})
-                    write_json(scratch / "manifest.json", {f.name: f.stat().st_size for f in sorted(scratch.iterdir())})
-                    if final.exists():
-                        shutil.rmtree(final)
-                    os.replace(scratch, final)
-                    _sync(final.parent)
-                    self._remove_old()
-                written.set_result(final)
-            except BaseException as failure:  # told by `finish`
-                if dist.get_rank() == 0:
-                    shutil.rmtree(scratch, ignore_errors=True)
-                written.set_exception(failure)
-
-        uploaded.add_done_callback(publish)
+        state, ready, self._staging = self._state(), None, Future()
+        room = self._device.type == "cpu" or _room(self._device) > sum(_local(t).nbytes for t in state.values())
+        if room:
+            state = {name: tensor.detach().clone() for name, tensor in state.items()}
+            self._staging.set_result(None)
+        if self._device.type == "cuda":
+            ready = torch.cuda.current_stream().record_event()
+        staging, self._written = self._staging, Future()
+        self._thread.submit(self._write, state, ready, staging, self._written, final, scratch, {**train, "step": step})
         self._stall += time.perf_counter() - began
 
-    def _state(self) -> dict[str, dict[str, Tensor]]:
-        """What torch's `get_model_state_dict` and `get_optimizer_state_dict` give, in less time."""
+    def _state(self) -> dict[str, Tensor]:
+        """What this rank writes: torch's `get_model_state_dict` and `get_optimizer_state_dict`, in less time.
+
+        Ranks that hold whole copies of all weights write a part each.
+        """
         weights = self.model.state_dict()  # first: it puts back the shards of what FSDP has gathered
         names = {id(p): name for name, p in self.model.named_parameters()}
-        optimizer = {
-            f"state.{names[id(p)]}.{key}": value
-            for p, values in self.optimizer.state.items()
-            for key, value in values.items()
-        }
-        return {"model": weights, "optimizer": optimizer}
+        state = {f"model.{name}": tensor for name, tensor in weights.items()}
+        for p, values in self.optimizer.state.items():
+            state |= {f"optimizer.state.{names[id(p)]}.{key}": value for key, value in values.items()}
+        if self._meshes:
+            return state
+        size, mine, end = dist.get_world_size(), {}, 0
+        share = max(1, -(-sum(tensor.nbytes for tensor in state.values()) // size))
+        for name, tensor in state.items():
+            if end // share == dist.get_rank():
+                mine[name] = tensor
+            end += tensor.nbytes
+        return mine
+
+    def _write(
+        self,
+        state: dict[str, Tensor],
+        ready: torch.cuda.Event | None,
+        staging: Future,
+        written: Future,
+        final: Path,
+        scratch: Path,
+        train: dict[str, Any],
+    ) -> None:
+        """The thread: copies to the host where the state is on a GPU, writes, publishes."""
+        try:
+            try:
+                state = self._to_host(state, ready) if ready else state
+            finally:
+                if not staging.done():
+                    staging.set_result(None)
+            dcp.save(state, checkpoint_id=scratch, process_group=self._group)
+            if dist.get_rank() == 0:
+                write_json(scratch / "config.json", self.model.config.to_dict())
+                write_json(scratch / "train.json", train)
+                write_json(scratch / "manifest.json", {f.name: f.stat().st_size for f in sorted(scratch.iterdir())})
+                if final.exists():
+                    shutil.rmtree(final)
+                os.replace(scratch, final)
+                _sync(final.parent)
+                self._remove_old()
+            written.set_result(final)
+        except BaseException as failure:  # told by `finish`
+            if dist.get_rank() == 0:
+                shutil.rmtree(scratch, ignore_errors=True)
+            written.set_exception(failure)
+
+    def _to_host(self, state: dict[str, Tensor], ready: torch.cuda.Event) -> dict[str, Tensor]:
+        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream()), torch.no_grad():
+            ready.wait()
+            for name, tensor in state.items():
+                local = _local(tensor)
+                if name not in self._host:
+                    self._host[name] = torch.empty(local.shape, dtype=local.dtype, pin_memory=True)
+                self._host[name].copy_(local, non_blocking=True)
+            torch.cuda.current_stream().synchronize()
+        return {name: self._like(tensor, self._host[name]) for name, tensor in state.items()}
+
+    def _like(self, tensor: Tensor, local: Tensor) -> Tensor:
+        """`local` as what `tensor` is: itself, or a shard of a tensor on the host."""
+        if not isinstance(tensor, DTensor):
+            return local
+        mesh, sizes = self._meshes[tensor.device_mesh], {"shape": tensor.shape, "stride": tensor.stride()}
+        return DTensor.from_local(local, mesh, tensor.placements, run_check=False, **sizes)
 
     def staged(self) -> None:
         """Wait until the state has been copied: to be called before it changes."""
@@ -180,15 +223,11 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _size(state: dict[str, dict[str, Tensor]]) -> int:
-    return sum(_local(tensor).nbytes for tensors in state.values() for tensor in tensors.values())
-
-
 def _room(device: torch.device) -> int:
-    """Bytes that can be allocated on a GPU, less a tenth of it to be on the safe side."""
+    """Bytes that can be allocated on a GPU, less a quarter of all: what a step needs varies with the chunks."""
     free, everything = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free + unused - everything // 10
+    return free + unused - everything // 4
 
 
 def save(

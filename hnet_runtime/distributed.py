@@ -249,6 +249,9 @@ def reduce_plain_gradients(parameters: Iterable[nn.Parameter], world: World) -> 
         grad.copy_(piece.view_as(grad))
 
 
+BETAS = (0.9, 0.95)  # of AdamW
+
+
 class Averaging:
     """Adds parts of gradients over all processes while more of them are computed; each holds 1 / size of its own."""
 

@@ -4,9 +4,14 @@ A block is one or two branches, a mixer and perhaps an MLP, each behind a norm. 
 and `delta`, what the branch before it adds to that; so the sum and the norm of it are one kernel, and backwards too.
 Gradients of parts of a matrix product's output are written into one tensor. The maths is that of hnet_trainable.py;
 tests compare the two in float64. Legend: as in hnet_trainable.py.
+
+Gradients of weights that are matrix products can go straight to where an optimizer reads them, see `gradients_into`.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +59,41 @@ def fuse(model: HNetLM) -> None:
     model.embeddings.forward = functools.partial(_embed, model.embeddings)
 
 
+_TARGETS: ContextVar[dict[Tensor, Tensor]] = ContextVar("targets")
+
+
+@contextlib.contextmanager
+def gradients_into(targets: dict[Tensor, Tensor]) -> Iterator[None]:
+    """Where forwards inside find a weight in `targets` (weight: contiguous tensor of its shape and dtype, or float32),
+    their backward writes its gradient there, over what was there, and returns None for it.
+
+    They take what they find out of `targets`, so a weight is written for its first use alone; those that are left have
+    gradients as ever.
+    """
+    token = _TARGETS.set(targets)
+    try:
+        yield
+    finally:
+        _TARGETS.reset(token)
+
+
+def _take_targets(*weights: Tensor) -> list[Tensor | None]:
+    return [_TARGETS.get({}).pop(weight, None) for weight in weights]
+
+
+def _product(dy_OT: Tensor, x_TI: Tensor, target_OI: Tensor | None) -> Tensor | None:
+    """A weight's gradient; None where it has been written to a target, in the target's dtype from the sums on."""
+    if target_OI is None:
+        return dy_OT @ x_TI
+    if target_OI.dtype == x_TI.dtype:
+        torch.mm(dy_OT, x_TI, out=target_OI)
+    elif x_TI.is_cuda:
+        torch.mm(dy_OT, x_TI, out_dtype=target_OI.dtype, out=target_OI)
+    else:
+        torch.mm(dy_OT.to(target_OI.dtype), x_TI.to(target_OI.dtype), out=target_OI)
+    return None
+
+
 def _embed(embeddings: nn.Embedding, iids: Tensor) -> Tensor:
     return nested_like(Embed.apply(iids.values(), embeddings.weight), iids)
 
@@ -77,14 +117,37 @@ class Embed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, iids_T: Tensor, weight_VD: Tensor) -> Tensor:
         ctx.save_for_backward(iids_T)
-        ctx.V = len(weight_VD)
+        ctx.V, ctx.targets = len(weight_VD), _take_targets(weight_VD)
         return weight_VD[iids_T]
 
     @staticmethod
     def backward(ctx, dx_TD: Tensor):
         (iids_T,) = ctx.saved_tensors
         hot_VT = torch.arange(ctx.V, device=iids_T.device)[:, None] == iids_T
-        return None, hot_VT.to(dx_TD.dtype) @ dx_TD
+        return None, _product(hot_VT.to(dx_TD.dtype), dx_TD, *ctx.targets)
+
+
+class HeadLoss(torch.autograd.Function):
+    """The mean cross entropy of x W^T, computed in float32 at least: x_TD, W_VD, labels_T (int64, 0 to V - 1) -> ().
+
+    Gradients: of x and W.
+    """
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
+        logits_TV = x_TD @ weight_VD.T
+        log_p_TV = logits_TV.log_softmax(-1, dtype=torch.promote_types(logits_TV.dtype, torch.float32))
+        ctx.save_for_backward(x_TD, weight_VD, labels_T, log_p_TV)
+        ctx.targets = _take_targets(weight_VD)
+        return -log_p_TV.gather(1, labels_T[:, None]).mean()
+
+    @staticmethod
+    def backward(ctx, dloss: Tensor):
+        x_TD, weight_VD, labels_T, log_p_TV = ctx.saved_tensors
+        p_TV, label_T1 = log_p_TV.exp(), labels_T[:, None]
+        p_TV.scatter_add_(1, label_T1, p_TV.new_full((), -1).expand_as(label_T1))  # one addend a row: no order to vary
+        dlogits_TV = torch.mul(p_TV, dloss / len(labels_T), out=x_TD.new_empty(p_TV.shape))  # rounds as it multiplies
+        return dlogits_TV @ weight_VD, _product(dlogits_TV.T, x_TD, *ctx.targets), None
 
 
 class Route(torch.autograd.Function):
@@ -94,13 +157,15 @@ class Route(torch.autograd.Function):
     def forward(ctx, x_TD: Tensor, position_T: Tensor, Wq: Tensor, Wk: Tensor) -> Tensor:
         q_TD, k_TD = x_TD @ Wq.T, x_TD @ Wk.T
         ctx.save_for_backward(x_TD, q_TD, k_TD, position_T, Wq, Wk)
+        ctx.targets = _take_targets(Wq, Wk)
         return boundary_forward(q_TD, k_TD, position_T)
 
     @staticmethod
     def backward(ctx, dp_T: Tensor):
         x_TD, q_TD, k_TD, position_T, Wq, Wk = ctx.saved_tensors
         dq_TD, dk_TD = boundary_backward(dp_T, q_TD, k_TD, position_T)
-        return torch.addmm(dq_TD @ Wq, dk_TD, Wk), None, dq_TD.T @ x_TD, dk_TD.T @ x_TD
+        products = (_product(d_TD.T, x_TD, target) for d_TD, target in zip((dq_TD, dk_TD), ctx.targets))
+        return torch.addmm(dq_TD @ Wq, dk_TD, Wk), None, *products
 
 
 class Upsample(torch.autograd.Function):
@@ -138,7 +203,8 @@ def run_stack(stack: Isotropic, x_TD: Tensor, packing: Packing) -> Tensor:
             conv, norm = mixer.conv1d, mixer.norm
             weights = mixer.in_proj.weight, conv.weight, conv.bias, mixer.dt_bias, mixer.A_log, mixer.D, norm.weight
             weights = block.norm1.weight, *weights, mixer.out_proj.weight
-            residual_TD, delta_TD = MambaBranch.apply(packing, residual_TD, delta_TD, *weights)
+            keep = torch.is_grad_enabled()
+            residual_TD, delta_TD = MambaBranch.apply(packing, keep, residual_TD, delta_TD, *weights)
         else:
             sizes = mixer.n_heads, mixer.window
             weights = block.norm1.weight, mixer.Wqkv.weight, mixer.out_proj.weight
@@ -173,6 +239,7 @@ class MlpBranch(torch.autograd.Function):
         both_T2I = x_TD @ fc1.T
         h_TI = swiglu_forward(both_T2I)
         ctx.save_for_backward(residual_TD, scale_T, x_TD, both_T2I, h_TI, norm_D, fc1, fc2)
+        ctx.targets = _take_targets(fc1, fc2)
         return residual_TD, h_TI @ fc2.T
 
     @staticmethod
@@ -180,7 +247,9 @@ class MlpBranch(torch.autograd.Function):
         residual_TD, scale_T, x_TD, both_T2I, h_TI, norm_D, fc1, fc2 = ctx.saved_tensors
         dboth_T2I = swiglu_backward(dout_TD @ fc2, both_T2I)
         gradients = add_norm_backward(dboth_T2I @ fc1, dresidual_TD, residual_TD, scale_T, norm_D)
-        return _wanted(ctx, 0, *gradients, dboth_T2I.T @ x_TD, dout_TD.T @ h_TI)
+        into1, into2 = ctx.targets
+        products = _product(dboth_T2I.T, x_TD, into1), _product(dout_TD.T, h_TI, into2)
+        return _wanted(ctx, 0, *gradients, *products)
 
 
 class AttentionBranch(torch.autograd.Function):
@@ -194,6 +263,7 @@ class AttentionBranch(torch.autograd.Function):
         rotate_(qkv_T3HP, packing.cos_MR, packing.sin_MR, packing.position_T)
         attended = packed_attention(qkv_T3HP, packing.cu_seqlens, len(packing.cos_MR), window)
         ctx.packing, ctx.window, ctx.attended = packing, window, attended
+        ctx.targets = _take_targets(Wqkv, out_proj)
         ctx.save_for_backward(residual_TD, scale_T, x_TD, qkv_T3HP, norm_D, Wqkv, out_proj)
         return residual_TD, attended.o_THP.flatten(1) @ out_proj.T
 
@@ -207,16 +277,21 @@ class AttentionBranch(torch.autograd.Function):
         dqkv_TD, o_TD = rotate_(dqkv_T3HP, *tables, position_T, back=True).flatten(1), o_THP.flatten(1)
         del ctx.attended
         gradients = add_norm_backward(dqkv_TD @ Wqkv, dresidual_TD, residual_TD, scale_T, norm_D)
-        return _wanted(ctx, 2, *gradients, dqkv_TD.T @ x_TD, dout_TD.T @ o_TD)
+        into_qkv, into_out = ctx.targets
+        products = _product(dqkv_TD.T, x_TD, into_qkv), _product(dout_TD.T, o_TD, into_out)
+        return _wanted(ctx, 2, *gradients, *products)
 
 
 class MambaBranch(torch.autograd.Function):
-    """(residual, delta) -> (residual + delta, the Mamba-2 of its norm). Gradients: of both and of the weights."""
+    """(residual, delta) -> (residual + delta, the Mamba-2 of its norm). Gradients: of both and of the weights.
+
+    keep: whether a backward may follow, for which the scan then keeps its states.
+    """
 
     @staticmethod
     def forward(
-        ctx, packing, residual_TD, delta_TD, norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_log_H, D_H, gate_D,
-        out_proj,
+        ctx, packing, keep, residual_TD, delta_TD, norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_log_H, D_H,
+        gate_D, out_proj,
     ):  # fmt: skip
         residual_TD, x_TD, scale_T = add_norm_forward(residual_TD, delta_TD, norm_D, NORM_EPS)
         projected = x_TD @ in_proj.T
@@ -225,12 +300,13 @@ class MambaBranch(torch.autograd.Function):
         u_THP, B_TN, C_TN = _parts(after, len(D_H))
         wide = torch.promote_types(dt_bias_H.dtype, torch.float32)
         dt_TH, A_H = softplus_forward(raw_TH, dt_bias_H.to(wide)), -A_log_H.to(wide).exp()
-        y_TD = ssd_skip_forward(u_THP, dt_TH, A_H, B_TN, C_TN, D_H.to(wide), packing.cu_seqlens).flatten(1)
+        y_THP, kept = ssd_skip_forward(u_THP, dt_TH, A_H, B_TN, C_TN, D_H.to(wide), packing.cu_seqlens, keep)
+        y_TD = y_THP.flatten(1)
         gated_TD, gate_scale_T = gated_norm_forward(y_TD, z, gate_D, NORM_EPS)
-        ctx.packing = packing
+        ctx.packing, ctx.targets = packing, _take_targets(in_proj, out_proj)
         ctx.save_for_backward(
             residual_TD, scale_T, x_TD, projected, after, dt_TH, A_H, y_TD, gated_TD, gate_scale_T,
-            norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, D_H, gate_D, out_proj,
+            norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, D_H, gate_D, out_proj, *kept,
         )  # fmt: skip
         return residual_TD, gated_TD @ out_proj.T
 
@@ -238,7 +314,7 @@ class MambaBranch(torch.autograd.Function):
     def backward(ctx, dresidual_TD: Tensor, dout_TD: Tensor):
         (
             residual_TD, scale_T, x_TD, projected, after, dt_TH, A_H, y_TD, gated_TD, gate_scale_T,
-            norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, D_H, gate_D, out_proj,
+            norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, D_H, gate_D, out_proj, *kept,
         ) = ctx.saved_tensors  # fmt: skip
         dprojected, dafter = torch.empty_like(projected), torch.empty_like(after)
         widths = [len(gate_D), len(conv_bias_D), len(D_H)]
@@ -247,16 +323,18 @@ class MambaBranch(torch.autograd.Function):
         u_THP, *BC = _parts(after, len(D_H))
         ddt_TH, dA_H, dD_H = ssd_skip_backward(
             dy_TD.view_as(u_THP), u_THP, dt_TH, A_H, *BC, D_H.to(dt_TH.dtype), ctx.packing.cu_seqlens,
-            _parts(dafter, len(D_H)),
+            _parts(dafter, len(D_H)), kept,
         )  # fmt: skip
         dconv = causal_conv_silu_backward_to(dbefore, dafter, before, conv_D1K, conv_bias_D, ctx.packing.position_T)
         ddt_bias_H = softplus_backward(ddt_TH, raw_TH, dt_bias_H.to(dt_TH.dtype), draw_TH)
         gradients = add_norm_backward(dprojected @ in_proj, dresidual_TD, residual_TD, scale_T, norm_D)
         small = (g.to(D_H.dtype) for g in (ddt_bias_H, dA_H * A_H, dD_H))
-        return _wanted(ctx, 1, *gradients, dprojected.T @ x_TD, *dconv, *small, dgate_D, dout_TD.T @ gated_TD)
+        into_in, into_out = ctx.targets
+        din_proj, dout_proj = _product(dprojected.T, x_TD, into_in), _product(dout_TD.T, gated_TD, into_out)
+        return _wanted(ctx, 2, *gradients, din_proj, *dconv, *small, dgate_D, dout_proj)
 
 
-def _wanted(ctx, others: int, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+def _wanted(ctx, others: int, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     """What a backward returns: None for `others` first inputs, and for a residual that was None."""
     found = [None] * others + list(gradients)
     return tuple(g if wanted else None for g, wanted in zip(found, ctx.needs_input_grad))

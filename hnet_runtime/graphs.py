@@ -8,16 +8,17 @@ once a stage:
 Each part is a `Segment` for fixed sizes: one graph for its forward, one for its backward. A graph holds fixed sizes and
 addresses. So the documents of an inner stage are filled up to one of a few sizes with a document of zeros that reaches
 no output, statistic or gradient; rows without documents are empty documents. The weights that it reads are copies of
-the float32 masters in the compute dtype, made once a step; it writes each weight's gradient to where the optimizer
+the float32 masters in the compute dtype, which the optimizer writes; it writes each weight's gradient to where the optimizer
 reads it, in float32.
 
 Legend: T tokens, B documents, M the longest document's tokens; all three with what fills them up. s: a stage.
 """
 
+import functools
 import importlib.util
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,9 @@ from torch.nested import nested_tensor_from_jagged
 
 from hnet_kernels.conv import MAX_TAPS
 from hnet_kernels.dispatch import requested
-from hnet_runtime.distributed import Averaging, World
-from hnet_runtime.fused import fuse
+from hnet_runtime.distributed import BETAS, Averaging, World
+from hnet_runtime.flat_adamw import FlatAdamW
+from hnet_runtime.fused import HeadLoss, fuse, gradients_into
 from hnet_trainable import HNet, HNetConfig, HNetLM, StageOutput, chunk_offsets, nested_like, ratio_loss
 
 FLOAT32 = ("A_log", "dt_bias", "D")  # computed with in float32, as residual_proj is: no copies
@@ -77,14 +79,20 @@ class Sizes(NamedTuple):
         return self.B >= needed.B and self.M >= needed.M and 0 <= self.T - needed.T <= spare
 
 
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all: what is freed on a stream is only used again there."""
+    return torch.cuda.Stream(device)
+
+
 class Segment:
     """A part of the model for fixed sizes: its forward and its backward, each a graph, or on a CPU plain calls.
 
     inputs: tensors that stay where they are; those that require a gradient get one, in `dinputs`.
     run: the inputs -> outputs. `outputs` stay where they are too, and so do the gradients of those that have one,
     `doutputs`, which the caller fills before `backward` and may provide.
-    weights, gradients: what `run` reads beside its inputs, and where each one's gradient goes: neighbours in one flat
-    tensor, of which `span` is the part.
+    weights, gradients: what `run` reads beside its inputs, each once, and where its gradient goes; `span` is their part
+    of the flat gradient.
     """
 
     def __init__(
@@ -93,21 +101,19 @@ class Segment:
         inputs: Sequence[Tensor],
         weights: Sequence[Tensor],
         gradients: Sequence[Tensor],
+        span: slice,
         pool: tuple[int, int] | None,
         doutputs: list[Tensor] | None = None,
     ):
-        self.run, self.inputs, self.gradients, self.doutputs = run, inputs, gradients, doutputs
-        self.wanted = [x for x in inputs if x.requires_grad] + list(weights)
-        places = sorted((g.storage_offset(), g.storage_offset() + g.numel()) for g in gradients)
-        assert all(a[1] == b[0] for a, b in zip(places, places[1:])), "a segment's gradients are no neighbours"
-        self.span = places[0][0], places[-1][1]
+        self.run, self.inputs, self.doutputs = run, inputs, doutputs
+        self.targets, self.span = dict(zip(weights, gradients)), span
         self.graphs: list[torch.cuda.CUDAGraph] = []
         if not inputs[0].is_cuda:
             self._forward()
             self.outputs = [x.detach().clone() for x in self.live]
             self.doutputs = self.doutputs or [torch.zeros_like(x) for x in self.live if x.requires_grad]
             return
-        aside = torch.cuda.Stream()
+        aside = _side_stream(inputs[0].device)
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):  # compiles and loads whatever has not run yet
             self._forward()
@@ -124,15 +130,19 @@ class Segment:
         del self.live  # and with it, what the forward saved: the pool's other segments use that memory too
 
     def _forward(self) -> None:
-        with torch.enable_grad():
+        self.copied = dict(self.targets)  # without those that the backward itself will write
+        with torch.enable_grad(), gradients_into(self.copied):
             self.live = self.run(*self.inputs)
 
     def _backward(self) -> None:
         ends = [x for x in self.live if x.requires_grad]
-        found = torch.autograd.grad(ends, self.wanted, self.doutputs)
-        split = len(found) - len(self.gradients)
-        self.dinputs = found[:split]
-        torch._foreach_copy_(self.gradients, found[split:])
+        inputs = [x for x in self.inputs if x.requires_grad]
+        wanted = [*inputs, *self.targets]
+        found = dict(zip(wanted, torch.autograd.grad(ends, wanted, self.doutputs, allow_unused=True)))
+        if {x for x in wanted if found[x] is not None} != {*inputs, *self.copied}:
+            raise RuntimeError("a weight is not used, or twice")
+        self.dinputs = [found[x] for x in inputs]
+        torch._foreach_copy_(list(self.copied.values()), [found[x] for x in self.copied])
 
     def forward(self) -> None:
         if self.graphs:
@@ -193,8 +203,11 @@ class GraphedModel:
     """Runs the training steps of an HNetLM on one process as graphs.
 
     `masters`: the HNetLM whose float32 parameters are trained. `model`: an HNetLM of copies in the compute dtype, for
-    whoever evaluates or generates; `refresh` brings them up to date. Gradients go to the masters' `grad`, which lie in
-    one flat tensor, `gradient`. `fused`: it computes as fused.py writes it.
+    whoever evaluates or generates. Gradients go to the masters' `grad`, which lie in one flat tensor, `gradient`.
+    `fused`: it computes as fused.py writes it.
+
+    `optimizer` is what changes the masters, and the copies with them; groups: its parameter groups, by default one.
+    Whatever else changes the masters calls `optimizer.refresh` afterwards.
 
     world: where several processes have a copy of the weights each, gradients are averaged over them, those of a segment
     while the backward of others goes on.
@@ -207,6 +220,7 @@ class GraphedModel:
         alpha: float,
         fused: bool = True,
         world: World | None = None,
+        groups: Sequence[dict[str, Any]] | None = None,
     ):
         config: HNetConfig = masters.config
         self.masters, self.alpha, self.S = masters, alpha, config.num_stages
@@ -217,18 +231,18 @@ class GraphedModel:
         with torch.device("meta"):
             self.model = HNetLM(config)
         parameters = dict(masters.named_parameters())
-        self.gradient = torch.zeros(sum(p.numel() for p in parameters.values()), device=self.device)
-        self.gradient = self.gradient.to(masters.lm_head.weight.dtype)
-        for p, grad in zip(parameters.values(), self.gradient.split([p.numel() for p in parameters.values()])):
-            p.grad = grad.view_as(p)
-        self.copied: list[tuple[Tensor, Tensor]] = []  # (copy, master)
+        copies: list[tuple[Tensor, Tensor]] = []  # (copy, master)
         for name, p in parameters.items():
             path, _, leaf = name.rpartition(".")
             whole = leaf in FLOAT32 or "residual_proj" in name or p.dtype == compute_dtype
             used = p if whole else nn.Parameter(p.detach().to(compute_dtype))
             if not whole:
-                self.copied.append((used.detach(), p.detach()))
+                copies.append((used, p))
             self.model.get_submodule(path)._parameters[leaf] = used
+        in_order = list(parameters.values())
+        self.optimizer = FlatAdamW(groups or [{"params": in_order}], in_order, BETAS, copies=copies)
+        self.gradient = self.optimizer.gradient
+        self.fused = fused
         if fused:
             fuse(self.model)
         self.levels: list[HNet] = [self.model.backbone]
@@ -240,11 +254,6 @@ class GraphedModel:
         self.routed: list[tuple[Place, Segment]] = []  # the last micro-batch's stages and their ways in
         self.documents = 0  # of the last micro-batch
 
-    def refresh(self) -> None:
-        """Copies the masters' weights. To be called whenever they have changed."""
-        if self.copied:
-            torch._foreach_copy_(*map(list, zip(*self.copied)))
-
     # ------------------------------------------------------------------------------------------- what segments compute
 
     def _begin(self, place: Place, x: Tensor) -> Tensor:
@@ -255,6 +264,8 @@ class GraphedModel:
         if place.s:
             place.y_TD.detach().copy_(x_BjD.values().detach())
             return (x_BjD.values(),)
+        if self.fused:
+            return (HeadLoss.apply(x_BjD.values(), self.model.lm_head.weight, place.labels_T),)
         logits_TV = self.model.lm_head(x_BjD).values()
         loss_dtype = torch.promote_types(logits_TV.dtype, torch.float32)
         return (F.cross_entropy(logits_TV.to(loss_dtype), place.labels_T),)
@@ -311,9 +322,10 @@ class GraphedModel:
             names = {id(p): name for name, p in self.model.named_parameters()}
             weights = [m for m in modules if isinstance(m, Tensor)]
             weights += [p for m in modules if isinstance(m, nn.Module) for p in m.parameters()]
-            gradients = [self.masters.get_parameter(names[id(p)]).grad for p in weights]
+            masters = [self.masters.get_parameter(names[id(p)]) for p in weights]
+            gradients, span = [p.grad for p in masters], self.optimizer.slice_of(masters)
             doutputs = [key[0].dy_TD] if part != "enter" and not outermost else None
-            segments[key] = Segment(run, inputs, weights, gradients, pool, doutputs)
+            segments[key] = Segment(run, inputs, weights, gradients, span, pool, doutputs)
         segments.move_to_end(key)
         return segments[key]
 
@@ -330,10 +342,9 @@ class GraphedModel:
 
             def finished(segment: Segment, is_last: bool = is_last, before: Tensor | None = sum_) -> None:
                 if is_last:
-                    first, stop = segment.span
                     if before is not None:
-                        self.gradient[first:stop] += before[first:stop]
-                    averaging.start(self.gradient[first:stop])
+                        self.gradient[segment.span] += before[segment.span]
+                    averaging.start(self.gradient[segment.span])
 
             found.append(self._micro_batch(iids, labels, 1 / (len(batches) * self.size), finished))
             if not is_last:  # the next one writes to the same place

@@ -474,13 +474,11 @@ def test_what_is_saved_has_torchs_names(tmp_path):
     optimizer.step()
     state = checkpoint.Saver(tmp_path, model, optimizer)._state()
     options = StateDictOptions(flatten_optimizer_state_dict=True)
-    wanted = {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
-    }
-    for part, tensors in state.items():
-        assert tensors.keys() == {key for key, value in wanted[part].items() if isinstance(value, torch.Tensor)}
-        assert all(torch.equal(value, wanted[part][key]) for key, value in tensors.items())
+    theirs = {"model": get_model_state_dict(model)}
+    theirs["optimizer"] = get_optimizer_state_dict(model, optimizer, options=options)
+    wanted = {f"{part}.{key}": value for part, values in theirs.items() for key, value in values.items()}
+    assert state.keys() == {name for name, value in wanted.items() if isinstance(value, torch.Tensor)}
+    assert all(torch.equal(value, wanted[name]) for name, value in state.items())
     distributed.stop()
 
 

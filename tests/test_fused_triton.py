@@ -181,8 +181,8 @@ def scan_case(new: Inputs, lengths: list[int], H: int, N: int, K: int = 4):
     x = x.unflatten(-1, (H, P))
     out, dconv = nan_like(rows), nan_like(rows, longer=8)
     dx, dB, dC = out.split(split, -1)
-    y = ssd_skip_forward(x, dt, A, B, C, D, cu)
-    ddt, dA, dD = ssd_skip_backward(dy, x, dt, A, B, C, D, cu, (dx.unflatten(-1, (H, P)), dB, dC))
+    y, kept = ssd_skip_forward(x, dt, A, B, C, D, cu, keep=True)
+    ddt, dA, dD = ssd_skip_backward(dy, x, dt, A, B, C, D, cu, (dx.unflatten(-1, (H, P)), dB, dC), kept)
     weight, bias, dafter = new(rows.shape[1], 1, K), new(rows.shape[1]), new(T, rows.shape[1])
     dweight, dbias = causal_conv_silu_backward_to(dconv, dafter, rows, weight, bias, position)
     found = {"y": y, "dx": dx, "ddt": ddt, "dA": dA, "dB": dB, "dC": dC, "dD": dD}

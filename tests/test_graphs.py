@@ -3,9 +3,11 @@
 import pytest
 import torch
 from small_models import TWO_STAGES, draw_weights
+from torch import nn
 
 from hnet_runtime import graphs
-from hnet_runtime.graphs import TOKENS, GraphedModel, Sizes
+from hnet_runtime.fused import HeadLoss
+from hnet_runtime.graphs import TOKENS, GraphedModel, Segment, Sizes
 from hnet_runtime.statistics import router_statistics
 from hnet_trainable import HNetConfig, HNetLM, nested_like
 
@@ -76,6 +78,36 @@ def test_losses_and_gradients_are_those_of_the_model(stages, fused):
     check_equal(LAYOUTS[stages], torch.float64, fused, 1e-9)
 
 
+def test_matrices_have_gradients_of_float32_and_whoever_runs_the_copies_gets_his_own():
+    """A segment's backward writes them to the masters' `grad`, unrounded; a plain backward returns them in bfloat16."""
+    graphed = GraphedModel(build(ONE_STAGE, torch.float32), torch.bfloat16, ALPHA)
+    pair = batch(BATCHES[0], 0)
+    graphed.forward_backward([pair])
+    masters, written = dict(graphed.masters.named_parameters()), graphed.gradient.clone()
+    _, returned = eager(graphed.model, *pair)
+    assert torch.equal(graphed.gradient, written)
+    for name, gradient in returned.items():
+        grad, dtype = masters[name].grad, graphed.model.get_parameter(name).dtype
+        rounded = torch.equal(grad, grad.bfloat16().float())
+        product = grad.ndim == 2 or dtype == torch.float32
+        assert rounded != product, name
+        assert gradient.dtype == dtype and distance(gradient.float(), grad) < 0.1, name
+
+
+@pytest.mark.parametrize("uses", [0, 2])
+def test_a_segment_refuses_weights_that_are_not_used_once(uses):
+    x_TD, weight = torch.randn(8, 4, requires_grad=True), nn.Parameter(torch.randn(6, 4))
+    labels_T, target = torch.arange(8) % 6, torch.zeros(6, 4)
+
+    def run(x_TD):
+        return (x_TD.sum() + sum(HeadLoss.apply(x_TD, weight, labels_T) for _ in range(uses)),)
+
+    segment = Segment(run, [x_TD], [weight], [target], None)
+    segment.forward()
+    with pytest.raises(RuntimeError, match="not used, or twice"):
+        segment.backward()
+
+
 def test_micro_batches_add_up():
     model = build(ONE_STAGE, torch.float64)
     graphed = GraphedModel(model, torch.float64, ALPHA)
@@ -94,7 +126,7 @@ def test_weights_that_changed_are_used_after_a_refresh():
     with torch.no_grad():
         for p in model.parameters():
             p *= 1.5
-    graphed.refresh()
+    graphed.optimizer.refresh()
     after = graphed.forward_backward([pair]).ce.item()
     copies = GraphedModel(model, torch.bfloat16, ALPHA)
     assert after == copies.forward_backward([pair]).ce.item() != before
@@ -171,7 +203,7 @@ def test_a_step_waits_for_the_device_once_a_stage(monkeypatch):
     try:
         for pair in batches:
             graphed.forward_backward([pair])
-            graphed.refresh()
+            graphed.optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert allowed == [torch.Size([2])] * 2 * len(batches)

@@ -2,7 +2,7 @@
 
 Without a GPU they run under Triton's interpreter, in float32 alone (its bfloat16 products are wrong) and in processes
 of their own, because `TRITON_INTERPRET` counts only before triton is first imported: this file, run as a script,
-prints what `distances` or `leaks` find.
+prints what `distances`, `leaks` or `changed_by_keeping` find.
 """
 
 import importlib
@@ -107,7 +107,7 @@ def fast(dy, x, dt, A, B, C, cu_seqlens) -> tuple[torch.Tensor, ...]:
 
     torch.Tensor.new_empty = poisoned
     try:
-        y = ssd_triton.scan_forward(x, dt, A, B, C, cu_seqlens)
+        y, _ = ssd_triton.scan_forward(x, dt, A, B, C, cu_seqlens)
         return y, *ssd_triton.scan_backward(dy, x, dt, A, B, C, cu_seqlens)
     finally:
         torch.Tensor.new_empty = new_empty
@@ -136,6 +136,27 @@ def leaks(device: str, dtype: torch.dtype) -> list[str]:
     return [n for n, a, b in zip(NAMES, before, after) if n != "dA" and not torch.equal(a[others], b[others])]
 
 
+def changed_by_keeping(case: Case, dtype: torch.dtype, device: str) -> list[str]:
+    """What differs, be it in the last bit, when the backward takes what the forward kept: with the skip and without."""
+    from hnet_kernels import ssd_triton
+
+    inputs, cu_seqlens = inputs_of(case, dtype, device)
+    dy = inputs.pop("dy")
+    inputs = *inputs.values(), cu_seqlens
+    changed = []
+    for skip in (None, torch.linspace(-1, 1, case.heads, device=device)):
+        y, kept = ssd_triton.scan_forward(*inputs, skip, keep=True)
+        plain, nothing = ssd_triton.scan_forward(*inputs, skip)
+        assert nothing is None and (kept.states_CHPN != 0).any() == (len(kept.document_T) > ssd_triton.CHUNK[dtype])
+        pairs = zip(
+            ("y", *ssd_triton.Gradients._fields),
+            (y, *ssd_triton.scan_backward(dy, *inputs, skip, kept=kept)),
+            (plain, *ssd_triton.scan_backward(dy, *inputs, skip)),
+        )
+        changed += [name for name, a, b in pairs if a is not b and not torch.equal(a, b)]
+    return changed
+
+
 def check(name: str, found: dict[str, float], tolerance: float) -> None:
     assert list(found) == list(NAMES) and all(d <= tolerance for d in found.values()), (name, found)  # NaN fails too
 
@@ -159,6 +180,10 @@ def test_interpreted_kernels_match_the_definition():
 
 def test_interpreted_kernels_pass_nothing_between_documents():
     assert interpreted("leaks") == []
+
+
+def test_interpreted_kernels_find_the_same_with_what_the_forward_kept():
+    assert interpreted("changed_by_keeping") == {name: [] for name in SMALL}
 
 
 def test_obstacles():
@@ -187,6 +212,13 @@ def test_bfloat16_on_gpu(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gpu_passes_nothing_between_documents(dtype):
     assert leaks("cuda", dtype) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [*SMALL, *LARGE])
+def test_gpu_finds_the_same_with_what_the_forward_kept(name, dtype):
+    assert changed_by_keeping((SMALL | LARGE)[name], dtype, "cuda") == []
 
 
 @pytest.mark.gpu
@@ -220,5 +252,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] == "leaks":
         print(json.dumps(leaks("cpu", torch.float32)))
+    elif sys.argv[1] == "changed_by_keeping":
+        print(json.dumps({name: changed_by_keeping(case, torch.float32, "cpu") for name, case in SMALL.items()}))
     else:
         print(json.dumps({name: distances(case, torch.float32, "cpu") for name, case in SMALL.items()}))
