@@ -49,11 +49,11 @@ def step_folder(run: Path, step: int) -> Path:
 class Saver:
     """Writes a run's checkpoints while training goes on. Every rank makes one and calls its methods alike.
 
-    `start` copies the state and returns; a thread writes the copy by DCP, talking to other ranks through a process group
-    of its own. On a GPU with room for it the copy is first made there, which takes milliseconds; else training must
-    wait, before it next changes the weights, until all has gone to the host (`staged`). When all ranks have written,
-    rank 0 adds the manifest and renames the folder. Until then the checkpoint doesn't exist under its name, so a crash
-    leaves the one before as the newest.
+    `start` copies the state and returns; a thread writes the copy by DCP, talking to other ranks through a process
+    group of its own. On a GPU with room for it the copy is first made there, which takes milliseconds; else training
+    must wait, before it next changes the weights, until all has gone to the host (`staged`). When all ranks have
+    written, rank 0 adds the manifest and renames the folder. Until then the checkpoint doesn't exist under its name, so
+    a crash leaves the one before as the newest.
 
     keep: how many of the newest checkpoints stay (0: all). keep_every: those of every so many steps stay for good.
     """

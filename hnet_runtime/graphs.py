@@ -8,8 +8,8 @@ once a stage:
 Each part is a `Segment` for fixed sizes: one graph for its forward, one for its backward. A graph holds fixed sizes and
 addresses. So the documents of an inner stage are filled up to one of a few sizes with a document of zeros that reaches
 no output, statistic or gradient; rows without documents are empty documents. The weights that it reads are copies of
-the float32 masters in the compute dtype, which the optimizer writes; it writes each weight's gradient to where the optimizer
-reads it, in float32.
+the float32 masters in the compute dtype, which the optimizer writes; it writes each weight's gradient, in float32, to
+where the optimizer reads it.
 
 Legend: T tokens, B documents, M the longest document's tokens; all three with what fills them up. s: a stage.
 """

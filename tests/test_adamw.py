@@ -249,17 +249,17 @@ def test_steps_as_graphs_train_by_it(world):
     labels, losses = nested_like(iids.values().roll(-1), iids), {}
     for flat in (False, True):
         model = build(world, torch.float64)
-        runner = GraphedModel(model, torch.float32, 0.1)
+        groups = distributed.optimizer_groups(parameter_groups(model, RATE, DECAY))
+        runner = GraphedModel(model, torch.float32, 0.1, groups=groups)
+        optimizer = runner.optimizer if flat else torch.optim.AdamW(groups, betas=distributed.BETAS, fused=True)
         copies = [(x, model.get_parameter(name)) for name, x in runner.model.named_parameters()]
         copies = [(x, p) for x, p in copies if x is not p]
-        optimizer = optimizer_of(model, flat, copies)
-        if flat:
-            runner.gradient, runner.refresh = optimizer.gradient, lambda: None
         found = losses.setdefault(flat, [])
         for _ in range(4):
             found.append(runner.forward_backward([(iids, labels)] * 2).ce.item())
             optimizer.step()
-            runner.refresh()
+            if not flat:
+                runner.optimizer.refresh()
             assert copies and all(torch.equal(x, p.float()) for x, p in copies)
     assert losses[True] == pytest.approx(losses[False], rel=1e-5)  # float32 copies of float64 weights
     assert losses[True][-1] < losses[True][0] - 0.1

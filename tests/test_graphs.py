@@ -102,7 +102,7 @@ def test_a_segment_refuses_weights_that_are_not_used_once(uses):
     def run(x_TD):
         return (x_TD.sum() + sum(HeadLoss.apply(x_TD, weight, labels_T) for _ in range(uses)),)
 
-    segment = Segment(run, [x_TD], [weight], [target], None)
+    segment = Segment(run, [x_TD], [weight], [target], slice(0, 24), None)
     segment.forward()
     with pytest.raises(RuntimeError, match="not used, or twice"):
         segment.backward()
