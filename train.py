@@ -105,9 +105,10 @@ class TrainConfig:
     """Where to train; auto takes CUDA where torch has it."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype beside float32 masters. auto: bfloat16 on CUDA, float32 on the CPU."""
-    compile: Annotated[Literal["graph", "block", "eager"], flag("-C")] = "eager"
-    """block: each kind of block compiled by torch. graph: steps as CUDA graphs of fused kernels, on one Hopper GPU in
-    bfloat16; the fastest, and the newest: so far benchmarked, not yet used for a whole run."""
+    compile: Annotated[Literal["auto", "graph", "block", "eager"], flag("-C")] = "auto"
+    """graph: steps as CUDA graphs of fused kernels, on Hopper GPUs in bfloat16 with whole weights on each (one process,
+    or --replicate as many as there are); by far the fastest. block: each kind of block compiled by torch. auto: graph
+    where it is possible on a GPU, else eager."""
 
     replicate: int = 1
     """Copies of the weights (HSDP): with as many as there are nodes, weights are cut within nodes and copied across."""
@@ -364,13 +365,15 @@ def check_continuation(source: Path, about: dict[str, Any]) -> int:
 
 def takes_graphs(config: TrainConfig, hnet: HNetConfig, dtype: torch.dtype, world: World) -> bool:
     """Whether steps run as graphs. Raises UserError where --compile graph asks for what they cannot do."""
-    if config.compile != "graph":
+    if config.compile not in ("auto", "graph"):
         return False
     obstacle = graphs.obstacle(hnet, world.device, dtype)
     if world.shards > 1:
         obstacle = f"they need whole weights on each process: with {world.size}, --replicate {world.size}"
     if config.ac != "none" or config.max_chunks_per_rank:
         obstacle = "they do not know activation checkpointing (--ac, --max-chunks-per-rank)"
+    if config.compile == "auto":
+        return obstacle is None and world.device.type == "cuda"
     if obstacle:
         raise UserError(f"--compile graph: {obstacle}; use eager or block")
     return True

@@ -216,11 +216,12 @@ def test_gradients_are_those_of_one_process(worlds, name):
     assert worlds["1"]["norm"].item() == pytest.approx(exact, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["1", "2 copies"])
-def test_graphs_average_gradients_over_copies(worlds, name):
-    """Like above; the fused backward sums in another order too."""
-    for parameter, wanted in worlds["1"]["gradients"].items():
-        gap = (worlds[name]["graphed"][parameter] - wanted).norm() / wanted.norm()
+def test_graphs_average_gradients_over_copies(worlds):
+    """Like above, against graphs on one process; that these are right is shown in float64 in test_graphs.py."""
+    one, many = worlds["1"]["graphed"], worlds["2 copies"]["graphed"]
+    assert one.keys() == worlds["1"]["gradients"].keys()
+    for parameter, wanted in one.items():
+        gap = (many[parameter] - wanted).norm() / wanted.norm()
         assert gap < 1e-5, (parameter, gap)
 
 
