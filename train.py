@@ -41,7 +41,14 @@ from hnet_runtime.metrics import (
     read_metrics,
 )
 from hnet_runtime.plots import plot
-from hnet_runtime.run import Interrupts, checkpoint_to_resume, code_revision, keep_freed_memory, open_folder
+from hnet_runtime.run import (
+    Interrupts,
+    checkpoint_to_resume,
+    code_revision,
+    in_words,
+    keep_freed_memory,
+    open_folder,
+)
 from hnet_runtime.watchdog import Watchdog
 from hnet_simple import HNetInference, generate
 from hnet_trainable import ConfigError, HNetConfig, HNetLM, compile_blocks, count_flops, parameter_groups
@@ -139,7 +146,7 @@ class TrainConfig:
     """Held-out slices to score; 0: all."""
     log_every: int = 20
     """Steps between lines on the console; metrics.jsonl has every step."""
-    stats_every: int = 20
+    stats_every: int = 100
     """Steps between statistics of routers and weights: chunk lengths, where boundaries lie, norms, updates. 0: none."""
     on_collapse: Literal["warn", "stop"] = "warn"
     """When a router has collapsed or is dead: say so, or save and stop with status 2. Oscillation is only named."""
@@ -363,6 +370,11 @@ def check_continuation(source: Path, about: dict[str, Any]) -> int:
     return saved["step"]
 
 
+# a parameter: 18 for weights, gradient, AdamW's state and a copy, and as much again, twice, for what graphs of many sizes
+# keep while a run is young. hnet_2stage_XL with 32,768 bytes a slice did not fit into 80 GB.
+GRAPHS_BYTES = 54
+
+
 def takes_graphs(config: TrainConfig, hnet: HNetConfig, dtype: torch.dtype, world: World) -> bool:
     """Whether steps run as graphs. Raises UserError where --compile graph asks for what they cannot do."""
     if config.compile not in ("auto", "graph"):
@@ -373,7 +385,11 @@ def takes_graphs(config: TrainConfig, hnet: HNetConfig, dtype: torch.dtype, worl
     if config.ac != "none" or config.max_chunks_per_rank:
         obstacle = "they do not know activation checkpointing (--ac, --max-chunks-per-rank)"
     if config.compile == "auto":
-        return obstacle is None and world.device.type == "cuda"
+        if world.device.type != "cuda" or obstacle:
+            return False
+        with torch.device("meta"):
+            needed = GRAPHS_BYTES * sum(p.numel() for p in HNetLM(hnet).parameters())
+        return needed < torch.cuda.get_device_properties(world.device).total_memory
     if obstacle:
         raise UserError(f"--compile graph: {obstacle}; use eager or block")
     return True
@@ -621,3 +637,6 @@ if __name__ == "__main__":
         if dist.is_initialized() and dist.get_world_size() == 1:  # else NCCL adds a warning to the sentence
             dist.destroy_process_group()
         sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(f"train.py: {in_words(error)} ({str(error).splitlines()[0]})", file=sys.stderr)
+        sys.exit(1)

@@ -3,8 +3,9 @@
     python benchmarks/bench_train.py --config configs/hnet_1stage_small.json --data DIR --boundaries forced:0.18
 
 Prints one JSON object (and writes it with --out): median step time after a warm-up, bytes per second, MFU (6 x matmul
-parameters x tokens really seen, over the data sheet's dense bf16 peak), peak memory, time to the first step, kernel
-launches per step and share of the time that the GPU was busy. With --profile FOLDER also a trace, the top kernels and
+parameters x tokens really seen, over the data sheet's dense bf16 peak), peak memory allocated and memory reserved (with
+graphs only the latter holds what they use while they are replayed), time to the first step, kernel launches per step and
+share of the time that the GPU was busy. With --profile FOLDER also a trace, the top kernels and
 where the CPU's time goes.
 """
 
@@ -165,6 +166,7 @@ def main(args: Benchmark) -> None:
         "compilations": len(compilations()),
         "compile_s": sum(compilations()),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+        "reserved_gib": torch.cuda.memory_reserved() / 2**30 if on_gpu else None,
     }
     if args.profile:
         result |= profile(lambda: step(0), Path(args.profile), on_gpu)

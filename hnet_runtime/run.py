@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from hnet_runtime import UserError, checkpoint
@@ -116,3 +117,13 @@ class Interrupts:
         if number == signal.SIGINT and self.received == "SIGINT":
             os._exit(130)
         self.received = signal.Signals(number).name
+
+
+def in_words(error: BaseException) -> str:
+    """What went wrong, for the sentence that ends a run."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            "the GPU's memory is full: take a smaller --mbs with more --global-slices, --compile eager with --ac block, "
+            "or more processes"
+        )
+    return type(error).__name__

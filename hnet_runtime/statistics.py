@@ -6,7 +6,8 @@ last slice, gradients and optimizer states after the update) and reads them toge
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from hnet_runtime.distributed import World
 from hnet_trainable import StageOutput
 
 BINS = 10  # of the histogram of boundary probabilities
+PIECE = 1 << 26  # elements of weights looked at together
 
 # kinds of bytes: letters, digits and what begins a character beyond ASCII; whitespace; punctuation and other ASCII; the
 # inside of a UTF-8 character; BOS
@@ -80,17 +82,14 @@ def weight_statistics(optimizer: torch.optim.AdamW, stages: int, world: World) -
     """
     sharded, whole = torch.zeros(2, stages + 1, 3, device=world.device).unbind(0)
     for group in optimizer.param_groups:
-        beta1, beta2 = group["betas"]
-        for p in group["params"]:
-            if p.grad is None or not (state := optimizer.state.get(p)):
-                continue
-            into = sharded if isinstance(p, DTensor) else whole
-            tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
-            w, grad, m, v = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
-            step = state["step"].to(w.device)
-            update = (v / (1 - beta2**step)).sqrt_().add_(group["eps"]).reciprocal_().mul_(m).div_(1 - beta1**step)
-            update.add_(w, alpha=group["weight_decay"])
-            squares = [t.float().square().sum() for t in (grad, w, update)]
+        states = [optimizer.state.get(p) for p in group["params"]]
+        found = [(p, state) for p, state in zip(group["params"], states) if p.grad is not None and state]
+        for piece in _pieces(found):
+            into = sharded if isinstance(piece[0][0], DTensor) else whole
+            tensors = ((p, p.grad, state["exp_avg"], state["exp_avg_sq"]) for p, state in piece)
+            ws, grads, ms, vs = ([t.to_local() if isinstance(t, DTensor) else t for t in ts] for ts in zip(*tensors))
+            updates = _updates(ws, ms, vs, piece[0][1]["step"].to(world.device), group)
+            squares = [torch.stack(torch._foreach_norm(ts)).float().square().sum() for ts in (grads, ws, updates)]
             squares[2] = squares[2] * group["lr"] ** 2
             into[group["stage"]] += torch.stack(squares)
     if world.size > 1:
@@ -98,3 +97,29 @@ def weight_statistics(optimizer: torch.optim.AdamW, stages: int, world: World) -
     norms = (sharded + whole).sqrt()
     norms[:, 2] /= norms[:, 1].clamp_min(1e-12)
     return norms.flatten()
+
+
+def _pieces(found: list[tuple[Tensor, dict[str, Tensor]]]) -> Iterator[list[tuple[Tensor, dict[str, Tensor]]]]:
+    """Parameters, all sharded or none, of about PIECE elements: as many launches as there are pieces, and no more
+    memory for updates than one takes."""
+    piece, size = [], 0
+    for p, state in found:
+        if piece and (size + p.numel() > PIECE or isinstance(p, DTensor) != isinstance(piece[0][0], DTensor)):
+            yield piece
+            piece, size = [], 0
+        piece.append((p, state))
+        size += p.numel()
+    if piece:
+        yield piece
+
+
+def _updates(ws: list[Tensor], ms: list[Tensor], vs: list[Tensor], step: Tensor, group: dict[str, Any]) -> list[Tensor]:
+    """What AdamW subtracts from the weights, over the learning rate."""
+    beta1, beta2 = group["betas"]
+    updates = torch._foreach_sqrt(vs)
+    torch._foreach_div_(updates, (1 - beta2**step).sqrt())
+    torch._foreach_add_(updates, group["eps"])
+    updates = torch._foreach_div(ms, updates)
+    torch._foreach_div_(updates, 1 - beta1**step)
+    torch._foreach_add_(updates, ws, alpha=group["weight_decay"])
+    return updates

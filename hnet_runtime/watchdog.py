@@ -26,6 +26,7 @@ from torch import nn
 from fineweb import DataError
 from hnet_runtime import UserError, checkpoint
 from hnet_runtime.distributed import World
+from hnet_runtime.run import in_words
 from hnet_trainable import ConfigError
 
 logger = logging.getLogger("hnet")
@@ -126,7 +127,7 @@ class Watchdog:
                 self._end(silent, f"{self._names(silent)} died")
             time.sleep(0.1)
         traceback.print_exception(error)
-        self._end([], f"rank {self.world.rank} failed in step {self.step} ({self.doing}): {type(error).__name__}")
+        self._end([], f"rank {self.world.rank} failed in step {self.step} ({self.doing}): {in_words(error)}")
 
     def _end(self, culprits: list[int], reason: str) -> None:
         """Write where this rank stands; the first rank that is no culprit says why; exit."""

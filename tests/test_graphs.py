@@ -179,7 +179,8 @@ def test_bfloat16_gradients_are_close_to_eager_ones(stages):
         assert losses.ce.item() == pytest.approx(wanted[0].item(), rel=2e-3)
         assert losses.F.tolist() == pytest.approx(wanted[2].tolist() if stages else [])
         whole = torch.cat([g.float().flatten() for g in gradients.values()])
-        assert distance(graphed.gradient, whole) < 3e-2
+        found = torch.cat([p.grad.flatten() for p in model.parameters()])  # the flat gradient has gaps
+        assert distance(found, whole) < 3e-2
 
 
 @pytest.mark.gpu
