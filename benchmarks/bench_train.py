@@ -4,8 +4,8 @@
 
 Prints one JSON object (and writes it with --out): median step time after a warm-up, bytes per second, MFU (6 x matmul
 parameters x tokens really seen, over the data sheet's dense bf16 peak), peak memory allocated and memory reserved (with
-graphs only the latter holds what they use while replayed), time to the first step, kernel launches per step and share of
-the time that the GPU was busy. With --profile FOLDER also a trace, the top kernels and where the CPU's time goes.
+graphs only the latter holds what they use while replayed), time to the first step, kernel launches per step and share
+of the time that the GPU was busy. With --profile FOLDER also a trace, the top kernels and where the CPU's time goes.
 """
 
 import cProfile
