@@ -665,7 +665,7 @@ class HNet(nn.Module):
 
     def forward(self, x_BjD: Tensor) -> tuple[Tensor, list[StageOutput]]:
         if self.is_innermost:
-            return on_values(self.main_network, self.widen(x_BjD))[..., : self.outer_width], []
+            return self.narrow(on_values(self.main_network, self.widen(x_BjD))), []
         x_BjD, stage, residual_BjD = self.enter(x_BjD)
         y_BkD, inner = self.main_network(SelectChunks.apply(x_BjD, stage.boundary_mask))
         return self.leave(y_BkD, stage, residual_BjD), [stage, *inner]
@@ -677,6 +677,9 @@ class HNet(nn.Module):
         pad_TD = self.pad_dimension.to(x_TD.dtype).expand(x_TD.shape[0], -1)
         return nested_like(torch.cat([x_TD, pad_TD], dim=-1), x_BjD)
 
+    def narrow(self, x_BjD: Tensor) -> Tensor:
+        return x_BjD if self.pad_dimension is None else x_BjD[..., : self.outer_width]
+
     def enter(self, x_BjD: Tensor) -> tuple[Tensor, StageOutput, Tensor]:
         """The way in: x_BjD after the encoder, where the router cuts it, and the residual that `leave` adds."""
         x_BjD = on_values(self.encoder, self.widen(x_BjD))
@@ -686,8 +689,7 @@ class HNet(nn.Module):
 
     def leave(self, y_BkD: Tensor, stage: StageOutput, residual_BjD: Tensor) -> Tensor:
         """The way out: the inner network's outputs, one a chunk, to x_BjD of the outer stage's width."""
-        x_BjD = on_values(self.decoder, dechunk(y_BkD, stage, residual_BjD).to(y_BkD.dtype))
-        return x_BjD[..., : self.outer_width]
+        return self.narrow(on_values(self.decoder, dechunk(y_BkD, stage, residual_BjD).to(y_BkD.dtype)))
 
 
 class HNetOutput(NamedTuple):

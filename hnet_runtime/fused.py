@@ -108,7 +108,7 @@ def _route(router: RoutingModule, x_BjD: Tensor) -> StageOutput:
 def _leave(hnet: HNet, y_BkD: Tensor, stage: StageOutput, residual_BjD: Tensor) -> Tensor:
     p_Bj, b_Bj = stage.boundary_prob, stage.boundary_mask
     x_TD = Upsample.apply(y_BkD.values(), p_Bj.values(), b_Bj.values(), cu_seqlens(y_BkD), residual_BjD.values())
-    return on_values(hnet.decoder, nested_like(x_TD, p_Bj))[..., : hnet.outer_width]
+    return hnet.narrow(on_values(hnet.decoder, nested_like(x_TD, p_Bj)))
 
 
 class Embed(torch.autograd.Function):
