@@ -10,14 +10,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fineweb
+import train
 from hnet_runtime import statistics
 from hnet_runtime.metrics import GROUPS, panel
-from hnet_runtime.run import code_revision
+from hnet_runtime.run import code_revision, in_words
 from hnet_runtime.weights import export
 from hnet_trainable import HNetConfig, HNetLM, init_weights
 
@@ -452,3 +454,34 @@ def test_tensorboard(corpus, tmp_path):
 
 def test_a_gone_logger_says_so(corpus):
     assert "gone" in refused(corpus, "-l", "neptune")
+
+
+@pytest.mark.parametrize(
+    "changed, taken",
+    [
+        ({}, True),
+        ({"shards": 2}, False),
+        ({"ac": "block"}, False),
+        ({"device": "cpu"}, False),
+        ({"memory": 10**9}, False),
+    ],
+    ids=["alone", "sharded", "recomputing", "on a CPU", "too small"],
+)
+def test_auto_takes_graphs_where_they_are_possible(monkeypatch, changed, taken):
+    """hnet_1stage_small, 214 million parameters, as if on a Hopper GPU of 80 GB."""
+    monkeypatch.setattr(train.graphs, "obstacle", lambda *_: None)
+    memory = SimpleNamespace(total_memory=changed.get("memory", 80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: memory)
+    device = torch.device(changed.get("device", "cuda"))
+    world = SimpleNamespace(size=changed.get("shards", 1), shards=changed.get("shards", 1), device=device)
+    hnet = train.HNetConfig.load(ROOT / "configs" / "hnet_1stage_small.json")
+    config = train.TrainConfig(ac=changed.get("ac", "none"))
+    assert train.takes_graphs(config, hnet, torch.bfloat16, world) == taken
+
+
+def test_a_full_gpu_is_told_with_flags_that_there_are():
+    said = in_words(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 76.00 MiB."))
+    assert "memory is full" in said and "\n" not in said
+    flags = {word.removeprefix("--").replace("-", "_") for word in said.replace(",", "").split() if word[:2] == "--"}
+    assert flags == {"mbs", "global_slices", "compile", "ac"}
+    assert flags <= set(vars(train.TrainConfig()))
