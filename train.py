@@ -370,8 +370,8 @@ def check_continuation(source: Path, about: dict[str, Any]) -> int:
     return saved["step"]
 
 
-# a parameter: 18 for weights, gradient, AdamW's state and a copy; and twice as much for what graphs of many sizes keep
-# while a run is young. hnet_2stage_XL with 32,768 bytes a slice did not fit into 80 GB.
+# Of GPU memory, a parameter: 18 for weights, gradient, AdamW's state and a copy, and twice as much for what graphs of
+# many sizes keep while a run is young. hnet_2stage_XL with 32,768 bytes a slice did not fit into 80 GB.
 GRAPHS_BYTES = 54
 
 
