@@ -377,7 +377,7 @@ GRAPHS_BYTES = 54
 
 def takes_graphs(config: TrainConfig, hnet: HNetConfig, dtype: torch.dtype, world: World) -> bool:
     """Whether steps run as graphs. Raises UserError where --compile graph asks for what they cannot do."""
-    if config.compile not in ("auto", "graph"):
+    if config.compile not in ("auto", "graph") or (config.compile == "auto" and world.device.type != "cuda"):
         return False
     obstacle = graphs.obstacle(hnet, world.device, dtype)
     if world.shards > 1:
@@ -385,14 +385,15 @@ def takes_graphs(config: TrainConfig, hnet: HNetConfig, dtype: torch.dtype, worl
     if config.ac != "none" or config.max_chunks_per_rank:
         obstacle = "they do not know activation checkpointing (--ac, --max-chunks-per-rank)"
     if config.compile == "auto":
-        if world.device.type != "cuda" or obstacle:
-            return False
         with torch.device("meta"):
             needed = GRAPHS_BYTES * sum(p.numel() for p in HNetLM(hnet).parameters())
-        return needed < torch.cuda.get_device_properties(world.device).total_memory
-    if obstacle:
+        if needed > torch.cuda.get_device_properties(world.device).total_memory:
+            obstacle = obstacle or f"they may need {needed / 1e9:.0f} GB, more than the GPU has"
+        if obstacle:
+            logger.info("steps do not run as graphs: %s", obstacle)
+    elif obstacle:
         raise UserError(f"--compile graph: {obstacle}; use eager or block")
-    return True
+    return not obstacle
 
 
 def dump_parameters(model: HNetLM, groups: list[dict[str, Any]]) -> None:

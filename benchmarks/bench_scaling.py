@@ -72,7 +72,7 @@ class Benchmark:
 WAYS = {"copies": ["-C", "graph"], "sharded": ["-C", "block"], "kept": ["-C", "block", "--no-reshard"]}
 
 
-def run(args: Benchmark, config: str, processes: int, steps: int, *flags: str, gpu: int = 0) -> list[dict] | str:
+def run(args: Benchmark, config: str, processes: int, steps: int, *flags: str, gpu: str = "0") -> list[dict] | str:
     """The records of a training run, or why it failed. gpu: the one that a process alone gets."""
     folder = Path(tempfile.mkdtemp(prefix="bench_scaling_"))
     alone = [sys.executable]
@@ -80,7 +80,7 @@ def run(args: Benchmark, config: str, processes: int, steps: int, *flags: str, g
     common = f"-c {config} --data {args.data} --device {args.device} --steps {steps} --schedule constant --lr 3e-4"
     common += f" --warmup 0.1 --decay 0 --alpha 0.03 --sample-bytes 0 --val-slices {processes} --save-dir {folder}"
     command = [*(launch if processes > 1 else alone), str(ROOT / "train.py"), *common.split(), *flags]
-    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(gpu)} if processes == 1 else {})
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if processes == 1 else {})
     try:
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, timeout=args.limit, env=environment, check=False
@@ -95,8 +95,8 @@ def run(args: Benchmark, config: str, processes: int, steps: int, *flags: str, g
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def speed(args: Benchmark, config: str, processes: int, *flags: str, gpu: int = 0) -> dict[str, Any]:
-    """Median of the last `steps` steps; how long a save kept training waiting, and the slowest step while it wrote."""
+def speed(args: Benchmark, config: str, processes: int, *flags: str, gpu: str = "0") -> dict[str, Any]:
+    """Median of the last `steps` steps; how long a save kept training waiting, and the slowest step."""
     sizes = ["--mbs", str(args.mbs), "--global-slices", str(processes), "--keep", "1", "--stats-every", "0"]
     steps, save = args.warmup + args.steps, ["--save-every", str(args.warmup)]
     rows = run(args, config, processes, steps, *sizes, *save, *flags, gpu=gpu)
@@ -110,7 +110,7 @@ def speed(args: Benchmark, config: str, processes: int, *flags: str, gpu: int = 
     return found | {key: rows[-1][key] for key in ("peak_gib", "stage0_imbalance") if key in rows[-1]}
 
 
-def losses(args: Benchmark, config: str, processes: int, gpu: int = 0) -> list[float] | str:
+def losses(args: Benchmark, config: str, processes: int, gpu: str = "0") -> list[float] | str:
     """Cross entropies of the steps. A process alone accumulates as many slices as several share."""
     sizes = ["--mbs", str(args.mbs), "--global-slices", str(args.processes), "--stats-every", "0"]
     rows = run(args, config, processes, args.loss_steps, *sizes, *args.flags("copies", processes), gpu=gpu)
@@ -128,7 +128,7 @@ def compared(one: list[float] | str, many: list[float] | str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def memory(args: Benchmark, gpu: int = 0) -> dict[str, Any]:
+def memory(args: Benchmark, gpu: str = "0") -> dict[str, Any]:
     sizes = ["--mbs", str(args.memory_mbs), "--ac", "block", "--stats-every", "0"]
     rows = run(args, args.memory_config, 1, 5, *sizes, gpu=gpu)
     return {"failed": rows} if isinstance(rows, str) else {"peak_gib": rows[-1].get("peak_gib")}
@@ -136,8 +136,9 @@ def memory(args: Benchmark, gpu: int = 0) -> dict[str, Any]:
 
 def main(args: Benchmark) -> None:
     P, configs = args.processes, args.configs.split(",")
-    gpus: queue.Queue[int] = queue.Queue()
-    for gpu in range(P if args.device == "cuda" else 1):
+    there = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(P)))).split(",")
+    gpus: queue.Queue[str] = queue.Queue()
+    for gpu in there[:P] if args.device == "cuda" else there[:1]:
         gpus.put(gpu)
 
     def alone(what: Callable[..., Any], *given: Any) -> Any:
@@ -151,8 +152,8 @@ def main(args: Benchmark) -> None:
 
     result: dict[str, Any] = {"arguments": vars(args), "gpu": gpu_name(args)}
     with ThreadPoolExecutor(gpus.qsize()) as pool:
-        one = {c: pool.submit(alone, lambda *a, **k: speed(*a, 1, *args.flags("copies", 1), **k), args, c)
-               for c in reversed(configs)}  # fmt: skip
+        fastest = 1, *args.flags("copies", 1)
+        one = {c: pool.submit(alone, speed, args, c, *fastest) for c in reversed(configs)}  # the longest first
         if args.memory_config:
             ac = pool.submit(alone, memory, args)
         accumulated = pool.submit(alone, losses, args, configs[0], 1)

@@ -742,7 +742,8 @@ def scan_backward(
     parts_G2TN = _described(x_THP.new_empty(groups * 2 * n_chunks * Q, N), Q, N)
     flows_4HT = dt_TH.new_empty(4, H, n_chunks * Q)
     # Zeros, which a kernel writes: descriptors need the context that a thread's first launch binds, and the thread
-    # that autograd runs a backward on may have launched nothing yet ("invalid device context" with Triton 3.6)
+    # that autograd runs a backward on may have launched nothing yet ("invalid device context" with Triton 3.6; with
+    # other kernels: github.com/pytorch/pytorch/issues/124565). It goes when Triton binds one itself.
     through_CH = dt_TH.new_zeros(n_chunks, H)
     sums_2CH = dt_TH.new_empty(1 if D_H is None else 2, n_chunks, H)  # of dA and of dD
     dy = _described(dy_THP, Q, P)

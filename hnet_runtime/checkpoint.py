@@ -55,6 +55,9 @@ class Saver:
     written, rank 0 adds the manifest and renames the folder. Until then the checkpoint doesn't exist under its name, so
     a crash leaves the one before as the newest.
 
+    torch's own `dcp.async_save` can take over again when torch 2.11 need not be served: its stager fails at its second
+    use (github.com/pytorch/pytorch/issues/183413).
+
     keep: how many of the newest checkpoints stay (0: all). keep_every: those of every so many steps stay for good.
     """
 
@@ -66,11 +69,10 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "saver")
         self._device = next(model.parameters()).device
         self._host: dict[str, Tensor] = {}  # on a GPU: page-locked, so made once
-        self._meshes: dict[DeviceMesh, DeviceMesh] = {}
-        for p in model.parameters():  # of copies of shards; making one is for all ranks together
-            if isinstance(p, DTensor) and p.device_mesh not in self._meshes:
-                mesh = p.device_mesh
-                self._meshes[mesh] = DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
+        self._meshes: dict[DeviceMesh, DeviceMesh] = {}  # for copies of shards on the host
+        for mesh in dict.fromkeys(p.device_mesh for p in model.parameters() if isinstance(p, DTensor)):
+            on_cpu = mesh.device_type == "cpu"
+            self._meshes[mesh] = mesh if on_cpu else DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
         self._staging: Future | None = None
         self._written: Future | None = None
         self._step, self._stall = 0, 0.0

@@ -336,23 +336,26 @@ class GraphedModel:
 
         batches: NJTs (iids, labels), each (B, j) of int64.
         """
-        found, sum_, averaging = [], None, Averaging(self.size)
-        for i, (iids, labels) in enumerate(batches):
-            is_last = i + 1 == len(batches)
+        *earlier, last = batches
+        share, averaging, sum_ = 1 / (len(batches) * self.size), Averaging(self.size), None
+        found = []
+        for pair in earlier:  # the next one writes to the same place
+            found.append(self._micro_batch(*pair, share))
+            sum_ = self.gradient.clone() if sum_ is None else sum_.add_(self.gradient)
 
-            def finished(segment: Segment, is_last: bool = is_last, before: Tensor | None = sum_) -> None:
-                if is_last:
-                    if before is not None:
-                        self.gradient[segment.span] += before[segment.span]
-                    averaging.start(self.gradient[segment.span])
+        def finished(segment: Segment) -> None:
+            part = self.gradient[segment.span]
+            if sum_ is not None:
+                part += sum_[segment.span]
+            averaging.start(part)
 
-            found.append(self._micro_batch(iids, labels, 1 / (len(batches) * self.size), finished))
-            if not is_last:  # the next one writes to the same place
-                sum_ = self.gradient.clone() if sum_ is None else sum_.add_(self.gradient)
+        found.append(self._micro_batch(*last, share, finished))
         averaging.finish()
         return Losses(*(torch.stack(values).mean(0) for values in zip(*found)))
 
-    def _micro_batch(self, iids: Tensor, labels: Tensor, share: float, finished: Callable[[Segment], None]) -> Losses:
+    def _micro_batch(
+        self, iids: Tensor, labels: Tensor, share: float, finished: Callable[[Segment], None] = lambda segment: None
+    ) -> Losses:
         """share: of the loss in the step's. finished: told of each segment whose gradients have all been launched."""
         offsets = iids.offsets()
         place = self._place(0, Sizes(len(iids.values()), len(offsets) - 1, iids._get_max_seqlen()))

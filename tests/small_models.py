@@ -16,6 +16,14 @@ TWO_STAGES = {
     "attn_cfg": {"num_heads": [2, 2, 4], "rotary_emb_dim": [8, 16, 0], "window_size": [7, 3, -1]},
 }
 
+ONE_STAGE = {
+    "arch_layout": ["m1", ["T1"], "m1"],
+    "d_model": [64, 64],
+    "d_intermediate": [0, 64],
+    "ssm_cfg": {"d_state": 16},
+    "attn_cfg": {"num_heads": [2, 2], "rotary_emb_dim": [16, 16], "window_size": [-1, -1]},
+}
+
 
 def draw_weights(model: nn.Module, seed: int = 0) -> None:
     """Weights as the goldens draw them: nothing is zero or one, chunks have random lengths."""

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from small_models import ONE_STAGE  # noqa: E402
+
 from hnet_kernels import adamw  # noqa: E402
 from hnet_kernels.adamw import BLOCK, adamw_  # noqa: E402
 from hnet_runtime import checkpoint, distributed  # noqa: E402
@@ -30,13 +32,6 @@ from hnet_trainable import HNetConfig, HNetLM, nested_like, parameter_groups  # 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BETAS, EPS, RATE, DECAY = (0.9, 0.95), 1e-8, 1e-2, 0.1
-CONFIG = {
-    "arch_layout": ["m1", ["T1"], "m1"],
-    "d_model": [64, 64],
-    "d_intermediate": [0, 64],
-    "ssm_cfg": {"d_state": 16},
-    "attn_cfg": {"num_heads": [2, 2], "rotary_emb_dim": [16, 16], "window_size": [-1, -1]},
-}
 # A weight near 1 is rounded to 6e-8 in each of some ten steps, whose sizes, 1e-2 at most, are good to 1e-6: 1e-6 of
 # weights together. Where v is tiny, m / sqrt(v) is as good as both are.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6}
@@ -51,7 +46,7 @@ def world():
 
 
 def build(world, dtype: torch.dtype = torch.float32) -> HNetLM:
-    return distributed.build_model(HNetConfig.load(CONFIG), world, torch.float32, seed=0).to(dtype)
+    return distributed.build_model(HNetConfig.load(ONE_STAGE), world, torch.float32, seed=0).to(dtype)
 
 
 def optimizer_of(model: HNetLM, flat: bool, copies=()) -> torch.optim.AdamW:

@@ -3,17 +3,10 @@
 import pytest
 import torch
 import torch.distributed as dist
+from small_models import ONE_STAGE
 
 from hnet_runtime import distributed
 from hnet_trainable import HNetConfig, parameter_groups
-
-CONFIG = {
-    "arch_layout": ["m1", ["T1"], "m1"],
-    "d_model": [64, 64],
-    "d_intermediate": [0, 64],
-    "ssm_cfg": {"d_state": 16},
-    "attn_cfg": {"num_heads": [2, 2], "rotary_emb_dim": [16, 16], "window_size": [-1, -1]},
-}
 
 
 @pytest.fixture
@@ -26,7 +19,7 @@ def world():
 
 def train(world, clip, scales: list[float]) -> tuple[torch.Tensor, list[float]]:
     """All weights after steps on random gradients of these sizes, clipped to 1 by `clip(optimizer, parameters)`."""
-    model = distributed.build_model(HNetConfig.load(CONFIG), world, torch.float32, seed=0)
+    model = distributed.build_model(HNetConfig.load(ONE_STAGE), world, torch.float32, seed=0)
     parameters = list(model.parameters())
     groups = distributed.optimizer_groups(parameter_groups(model, 1e-2, 0.1))
     optimizer, norms = torch.optim.AdamW(groups, fused=True), []
