@@ -123,7 +123,7 @@ class TrainConfig:
     """With several processes: free gathered weights after the forward and gather them again for the backward."""
     ac: Literal["none", "block", "selective"] = "none"
     """Activation checkpointing. block: keep only what enters a block and compute the rest again in the backward;
-    selective: also keep the results of matrix products, attention and the scan."""
+    selective: also keep the results of matrix products, attention and, but for graphs, the scan."""
     max_chunks_per_rank: int = 0
     """Where a router on any process opens more chunks than this in a micro-batch, all run its inner stages as with
     --ac block. 0: no limit."""
@@ -382,8 +382,8 @@ def takes_graphs(config: TrainConfig, hnet: HNetConfig, dtype: torch.dtype, worl
     obstacle = graphs.obstacle(hnet, world.device, dtype)
     if world.shards > 1:
         obstacle = f"they need whole weights on each process: with {world.size}, --replicate {world.size}"
-    if config.ac != "none" or config.max_chunks_per_rank:
-        obstacle = "they do not know activation checkpointing (--ac, --max-chunks-per-rank)"
+    if config.max_chunks_per_rank:
+        obstacle = "they do not know --max-chunks-per-rank"
     if config.compile == "auto":
         with torch.device("meta"):
             needed = GRAPHS_BYTES * sum(p.numel() for p in HNetLM(hnet).parameters())
@@ -440,11 +440,11 @@ def main(argv: Sequence[str]) -> None:
         return distributed.stop()
     if config.compile == "block":
         compile_blocks(model)
-    if config.ac != "none" or config.max_chunks_per_rank:
+    if not graph and (config.ac != "none" or config.max_chunks_per_rank):
         activations.recompute(model, config.ac)
     guard = activations.ChunkGuard(model, config.max_chunks_per_rank, world) if config.max_chunks_per_rank else None
     groups = distributed.optimizer_groups(groups)
-    runner = GraphedModel(model, dtype, config.alpha, world=world, groups=groups) if graph else model  # runs the steps
+    runner = GraphedModel(model, dtype, config.alpha, world=world, groups=groups, ac=config.ac) if graph else model
     evaluated = runner.model if graph else model  # computes as training does; shares or copies the weights
     optimizer = runner.optimizer if graph else torch.optim.AdamW(groups, betas=distributed.BETAS, fused=True)
 

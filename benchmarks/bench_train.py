@@ -26,7 +26,7 @@ import tyro
 import fineweb
 import train
 from hnet_kernels import kernel_report
-from hnet_runtime import distributed
+from hnet_runtime import activations, distributed
 from hnet_runtime.graphs import GraphedModel
 from hnet_trainable import (
     HNetConfig,
@@ -58,7 +58,9 @@ class Benchmark:
     steps: int = 20
     """Steps timed, and then as many again without waiting for each, as training runs (step_ms_overlapped)."""
     compile: str = "eager"
-    """eager, block (each kind of block compiled), graph (CUDA graphs) or both (CUDA graphs of compiled blocks)."""
+    """eager, block (each kind of block compiled) or graph (whole steps as CUDA graphs)."""
+    ac: str = "none"
+    """Activation checkpointing as train.py has it: none, block or selective."""
     device: str = "auto"
     """auto, cpu or cuda."""
     profile: str = ""
@@ -97,14 +99,16 @@ def main(args: Benchmark) -> None:
     world = distributed.start(args.device)
     on_gpu = world.device.type == "cuda"
     torch.set_float32_matmul_precision("high")
-    half, graphs = torch.bfloat16 if on_gpu else torch.float32, args.compile in ("graph", "both")
+    half, graphs = torch.bfloat16 if on_gpu else torch.float32, args.compile == "graph"
     model = distributed.build_model(hnet, world, torch.float32 if graphs else half, seed=0)
     parameters = list(model.parameters())
     groups = distributed.optimizer_groups(parameter_groups(model, 3e-4, config.weight_decay))
-    runner = GraphedModel(model, half, config.alpha, groups=groups) if graphs else model
+    runner = GraphedModel(model, half, config.alpha, groups=groups, ac=args.ac) if graphs else model
     inner = runner.model if graphs else model
-    if args.compile in ("block", "both"):
+    if args.compile == "block":
         compile_blocks(inner)
+    if args.ac != "none" and not graphs:
+        activations.recompute(inner, args.ac)
     draw = lambda: None  # noqa: E731
     if args.boundaries != "learned":
         rates = [float(r) for r in args.boundaries.removeprefix("forced:").split(",")]

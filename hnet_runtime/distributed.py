@@ -58,6 +58,8 @@ def start(device: str = "auto", replicate: int = 1, timeout: float = 600) -> Wor
     rank, size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if size % replicate:
         raise UserError(f"--replicate {replicate}: expected a divisor of the number of processes, which is {size}")
+    if "PYTORCH_ALLOC_CONF" not in os.environ:  # sizes vary from step to step, which would leave gaps in fixed segments
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             f"--device cuda: {'this torch is built without CUDA' if not torch.version.cuda else 'torch finds no GPU'}"

@@ -6,6 +6,10 @@ Gradients of parts of a matrix product's output are written into one tensor. The
 tests compare the two in float64. Legend: as in hnet_trainable.py.
 
 Gradients of weights that are matrix products can go straight to where an optimizer reads them, see `gradients_into`.
+
+Activation checkpointing is part of a branch's backward, which computes again what its forward did not keep. Of the
+stream behind its sum a branch keeps everything (`none`), the results of matrix products and attention (`selective`), or
+nothing (`block`). The results are the same bits.
 """
 
 import contextlib
@@ -18,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hnet_kernels import causal_conv_silu, ema_backward, ema_forward
-from hnet_kernels.attention import packed_attention, packed_attention_backward
+from hnet_kernels.attention import Attended, packed_attention, packed_attention_backward
 from hnet_kernels.conv import causal_conv_silu_backward_to
 from hnet_kernels.norm import add_norm_backward, add_norm_forward, gated_norm_backward, gated_norm_forward
 from hnet_kernels.pointwise import (
@@ -47,11 +51,17 @@ from hnet_trainable import (
 )
 
 
-def fuse(model: HNetLM) -> None:
-    """Let the model compute as is written here: its stacks of blocks, routers, ways out of a stage, and embeddings."""
+CHECKPOINTING = ("none", "selective", "block")
+
+
+def fuse(model: HNetLM, ac: str = "none") -> None:
+    """Let the model compute as is written here: its stacks of blocks, routers, ways out of a stage, and embeddings.
+
+    ac: activation checkpointing of the blocks, one of CHECKPOINTING.
+    """
     for module in model.modules():
         if isinstance(module, Isotropic):
-            module.forward = functools.partial(run_stack, module)
+            module.forward = functools.partial(run_stack, module, ac)
         elif isinstance(module, RoutingModule):
             module.forward = functools.partial(_route, module)
         elif isinstance(module, HNet):
@@ -194,8 +204,8 @@ class Upsample(torch.autograd.Function):
         return dy_CD, dp_T[:-1], None, None, dresidual_TD
 
 
-def run_stack(stack: Isotropic, x_TD: Tensor, packing: Packing) -> Tensor:
-    """`Isotropic.forward`."""
+def run_stack(stack: Isotropic, ac: str, x_TD: Tensor, packing: Packing) -> Tensor:
+    """`Isotropic.forward`, with activation checkpointing."""
     residual_TD, delta_TD = None, x_TD
     for block in stack.layers:
         mixer = block.mixer
@@ -203,15 +213,15 @@ def run_stack(stack: Isotropic, x_TD: Tensor, packing: Packing) -> Tensor:
             conv, norm = mixer.conv1d, mixer.norm
             weights = mixer.in_proj.weight, conv.weight, conv.bias, mixer.dt_bias, mixer.A_log, mixer.D, norm.weight
             weights = block.norm1.weight, *weights, mixer.out_proj.weight
-            keep = torch.is_grad_enabled()
-            residual_TD, delta_TD = MambaBranch.apply(packing, keep, residual_TD, delta_TD, *weights)
+            how = ac if torch.is_grad_enabled() else "block"
+            residual_TD, delta_TD = MambaBranch.apply(packing, how, residual_TD, delta_TD, *weights)
         else:
-            sizes = mixer.n_heads, mixer.window
+            how = ac, mixer.n_heads, mixer.window
             weights = block.norm1.weight, mixer.Wqkv.weight, mixer.out_proj.weight
-            residual_TD, delta_TD = AttentionBranch.apply(packing, sizes, residual_TD, delta_TD, *weights)
+            residual_TD, delta_TD = AttentionBranch.apply(packing, how, residual_TD, delta_TD, *weights)
         if block.has_mlp:
             weights = block.norm2.weight, block.mlp.fc1.weight, block.mlp.fc2.weight
-            residual_TD, delta_TD = MlpBranch.apply(residual_TD, delta_TD, *weights)
+            residual_TD, delta_TD = MlpBranch.apply(ac, residual_TD, delta_TD, *weights)
     return FinalNorm.apply(residual_TD, delta_TD, stack.rmsnorm.weight)
 
 
@@ -230,52 +240,76 @@ class FinalNorm(torch.autograd.Function):
         return _wanted(ctx, 0, *add_norm_backward(dx_TD, None, sum_TD, scale_T, weight_D))
 
 
+def _norm_again(residual_TD: Tensor, norm_D: Tensor) -> tuple[Tensor, Tensor]:
+    """(x_TD, scale_T) as the forward had them, of a sum it kept."""
+    return add_norm_forward(None, residual_TD, norm_D, NORM_EPS)[1:]
+
+
 class MlpBranch(torch.autograd.Function):
     """(residual, delta) -> (residual + delta, the SwiGLU of its norm). Gradients: of both and of the weights."""
 
     @staticmethod
-    def forward(ctx, residual_TD: Tensor, delta_TD: Tensor, norm_D: Tensor, fc1: Tensor, fc2: Tensor):
+    def forward(ctx, ac: str, residual_TD: Tensor, delta_TD: Tensor, norm_D: Tensor, fc1: Tensor, fc2: Tensor):
         residual_TD, x_TD, scale_T = add_norm_forward(residual_TD, delta_TD, norm_D, NORM_EPS)
         both_T2I = x_TD @ fc1.T
         h_TI = swiglu_forward(both_T2I)
-        ctx.save_for_backward(residual_TD, scale_T, x_TD, both_T2I, h_TI, norm_D, fc1, fc2)
+        kept = (both_T2I if ac != "block" else None, *((x_TD, scale_T, h_TI) if ac == "none" else [None] * 3))
+        ctx.save_for_backward(residual_TD, norm_D, fc1, fc2, *kept)
         ctx.targets = _take_targets(fc1, fc2)
         return residual_TD, h_TI @ fc2.T
 
     @staticmethod
     def backward(ctx, dresidual_TD: Tensor, dout_TD: Tensor):
-        residual_TD, scale_T, x_TD, both_T2I, h_TI, norm_D, fc1, fc2 = ctx.saved_tensors
+        residual_TD, norm_D, fc1, fc2, both_T2I, x_TD, scale_T, h_TI = ctx.saved_tensors
+        if x_TD is None:
+            x_TD, scale_T = _norm_again(residual_TD, norm_D)
+            both_T2I = x_TD @ fc1.T if both_T2I is None else both_T2I
+            h_TI = swiglu_forward(both_T2I)
         dboth_T2I = swiglu_backward(dout_TD @ fc2, both_T2I)
         gradients = add_norm_backward(dboth_T2I @ fc1, dresidual_TD, residual_TD, scale_T, norm_D)
         into1, into2 = ctx.targets
         products = _product(dboth_T2I.T, x_TD, into1), _product(dout_TD.T, h_TI, into2)
-        return _wanted(ctx, 0, *gradients, *products)
+        return _wanted(ctx, 1, *gradients, *products)
 
 
 class AttentionBranch(torch.autograd.Function):
-    """(residual, delta) -> (residual + delta, the attention of its norm). Gradients: of both and of the weights."""
+    """(residual, delta) -> (residual + delta, the attention of its norm). Gradients: of both and of the weights.
+
+    how: (activation checkpointing, heads, window).
+    """
 
     @staticmethod
-    def forward(ctx, packing, sizes, residual_TD, delta_TD, norm_D: Tensor, Wqkv: Tensor, out_proj: Tensor):
-        n_heads, window = sizes
+    def forward(ctx, packing, how, residual_TD, delta_TD, norm_D: Tensor, Wqkv: Tensor, out_proj: Tensor):
+        ac, ctx.n_heads, ctx.window = how
         residual_TD, x_TD, scale_T = add_norm_forward(residual_TD, delta_TD, norm_D, NORM_EPS)
-        qkv_T3HP = (x_TD @ Wqkv.T).unflatten(-1, (3, n_heads, -1))
-        rotate_(qkv_T3HP, packing.cos_MR, packing.sin_MR, packing.position_T)
-        attended = packed_attention(qkv_T3HP, packing.cu_seqlens, len(packing.cos_MR), window)
-        ctx.packing, ctx.window, ctx.attended = packing, window, attended
-        ctx.targets = _take_targets(Wqkv, out_proj)
-        ctx.save_for_backward(residual_TD, scale_T, x_TD, qkv_T3HP, norm_D, Wqkv, out_proj)
+        qkv_T3HP, attended = AttentionBranch.attend(ctx, packing, x_TD, Wqkv)
+        ctx.packing, ctx.targets = packing, _take_targets(Wqkv, out_proj)
+        ctx.attended = attended if ac != "block" else None
+        kept = (qkv_T3HP if ac != "block" else None, *((x_TD, scale_T) if ac == "none" else [None] * 2))
+        ctx.save_for_backward(residual_TD, norm_D, Wqkv, out_proj, *kept)
         return residual_TD, attended.o_THP.flatten(1) @ out_proj.T
 
     @staticmethod
+    def attend(ctx, packing: Packing, x_TD: Tensor, Wqkv: Tensor) -> tuple[Tensor, Attended]:
+        qkv_T3HP = (x_TD @ Wqkv.T).unflatten(-1, (3, ctx.n_heads, -1))
+        rotate_(qkv_T3HP, packing.cos_MR, packing.sin_MR, packing.position_T)
+        return qkv_T3HP, packed_attention(qkv_T3HP, packing.cu_seqlens, len(packing.cos_MR), ctx.window)
+
+    @staticmethod
     def backward(ctx, dresidual_TD: Tensor, dout_TD: Tensor):
-        residual_TD, scale_T, x_TD, qkv_T3HP, norm_D, Wqkv, out_proj = ctx.saved_tensors
+        residual_TD, norm_D, Wqkv, out_proj, qkv_T3HP, x_TD, scale_T = ctx.saved_tensors
         cu_seqlens, position_T, *tables = ctx.packing
-        o_THP, window = ctx.attended.o_THP, ctx.window
+        attended = ctx.attended
+        ctx.attended = None  # what is used up can go
+        if x_TD is None:
+            x_TD, scale_T = _norm_again(residual_TD, norm_D)
+        if attended is None:
+            qkv_T3HP, attended = AttentionBranch.attend(ctx, ctx.packing, x_TD, Wqkv)
+        o_THP = attended.o_THP
         do_THP = (dout_TD @ out_proj).view_as(o_THP)
-        dqkv_T3HP = packed_attention_backward(do_THP, qkv_T3HP, ctx.attended, cu_seqlens, window)
+        dqkv_T3HP = packed_attention_backward(do_THP, qkv_T3HP, attended, cu_seqlens, ctx.window)
         dqkv_TD, o_TD = rotate_(dqkv_T3HP, *tables, position_T, back=True).flatten(1), o_THP.flatten(1)
-        del ctx.attended
+        del attended
         gradients = add_norm_backward(dqkv_TD @ Wqkv, dresidual_TD, residual_TD, scale_T, norm_D)
         into_qkv, into_out = ctx.targets
         products = _product(dqkv_TD.T, x_TD, into_qkv), _product(dout_TD.T, o_TD, into_out)
@@ -283,39 +317,44 @@ class AttentionBranch(torch.autograd.Function):
 
 
 class MambaBranch(torch.autograd.Function):
-    """(residual, delta) -> (residual + delta, the Mamba-2 of its norm). Gradients: of both and of the weights.
-
-    keep: whether a backward may follow, for which the scan then keeps its states.
-    """
+    """(residual, delta) -> (residual + delta, the Mamba-2 of its norm). Gradients: of both and of the weights."""
 
     @staticmethod
     def forward(
-        ctx, packing, keep, residual_TD, delta_TD, norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_log_H, D_H,
+        ctx, packing, ac, residual_TD, delta_TD, norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_log_H, D_H,
         gate_D, out_proj,
     ):  # fmt: skip
         residual_TD, x_TD, scale_T = add_norm_forward(residual_TD, delta_TD, norm_D, NORM_EPS)
         projected = x_TD @ in_proj.T
+        A_H = -A_log_H.to(torch.promote_types(A_log_H.dtype, torch.float32)).exp()
+        weights = norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_H, D_H, gate_D, out_proj
+        parts = MambaBranch.mix(packing, projected, ac == "none", *weights[2:-1])
+        kept = (projected if ac != "block" else None, *((x_TD, scale_T, *parts) if ac == "none" else [None] * 2))
+        ctx.packing, ctx.targets = packing, _take_targets(in_proj, out_proj)
+        ctx.save_for_backward(residual_TD, *weights, *kept)
+        return residual_TD, parts[0] @ out_proj.T
+
+    @staticmethod
+    def mix(packing, projected, keep, conv_D1K, conv_bias_D, dt_bias_H, A_H, D_H, gate_D) -> tuple[Tensor, ...]:
+        """From in_proj to out_proj, whose input comes first. keep: whether the scan keeps states for its backward."""
         z, before, raw_TH = projected.split([len(gate_D), len(conv_bias_D), len(D_H)], dim=-1)
         after = causal_conv_silu(before, conv_D1K, conv_bias_D, packing.position_T)
         u_THP, B_TN, C_TN = _parts(after, len(D_H))
-        wide = torch.promote_types(dt_bias_H.dtype, torch.float32)
-        dt_TH, A_H = softplus_forward(raw_TH, dt_bias_H.to(wide)), -A_log_H.to(wide).exp()
-        y_THP, kept = ssd_skip_forward(u_THP, dt_TH, A_H, B_TN, C_TN, D_H.to(wide), packing.cu_seqlens, keep)
+        dt_TH = softplus_forward(raw_TH, dt_bias_H.to(A_H.dtype))
+        y_THP, states = ssd_skip_forward(u_THP, dt_TH, A_H, B_TN, C_TN, D_H.to(A_H.dtype), packing.cu_seqlens, keep)
         y_TD = y_THP.flatten(1)
-        gated_TD, gate_scale_T = gated_norm_forward(y_TD, z, gate_D, NORM_EPS)
-        ctx.packing, ctx.targets = packing, _take_targets(in_proj, out_proj)
-        ctx.save_for_backward(
-            residual_TD, scale_T, x_TD, projected, after, dt_TH, A_H, y_TD, gated_TD, gate_scale_T,
-            norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, D_H, gate_D, out_proj, *kept,
-        )  # fmt: skip
-        return residual_TD, gated_TD @ out_proj.T
+        return *gated_norm_forward(y_TD, z, gate_D, NORM_EPS), after, dt_TH, y_TD, *states
 
     @staticmethod
     def backward(ctx, dresidual_TD: Tensor, dout_TD: Tensor):
-        (
-            residual_TD, scale_T, x_TD, projected, after, dt_TH, A_H, y_TD, gated_TD, gate_scale_T,
-            norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, D_H, gate_D, out_proj, *kept,
-        ) = ctx.saved_tensors  # fmt: skip
+        residual_TD, *saved = ctx.saved_tensors
+        weights, (projected, x_TD, scale_T, *parts) = saved[:9], saved[9:]
+        norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_H, D_H, gate_D, out_proj = weights
+        if x_TD is None:
+            x_TD, scale_T = _norm_again(residual_TD, norm_D)
+            projected = x_TD @ in_proj.T if projected is None else projected
+            parts = MambaBranch.mix(ctx.packing, projected, True, *weights[2:-1])
+        gated_TD, gate_scale_T, after, dt_TH, y_TD, *states = parts
         dprojected, dafter = torch.empty_like(projected), torch.empty_like(after)
         widths = [len(gate_D), len(conv_bias_D), len(D_H)]
         (z, before, raw_TH), (dz, dbefore, draw_TH) = (x.split(widths, dim=-1) for x in (projected, dprojected))
@@ -323,7 +362,7 @@ class MambaBranch(torch.autograd.Function):
         u_THP, *BC = _parts(after, len(D_H))
         ddt_TH, dA_H, dD_H = ssd_skip_backward(
             dy_TD.view_as(u_THP), u_THP, dt_TH, A_H, *BC, D_H.to(dt_TH.dtype), ctx.packing.cu_seqlens,
-            _parts(dafter, len(D_H)), kept,
+            _parts(dafter, len(D_H)), states,
         )  # fmt: skip
         dconv = causal_conv_silu_backward_to(dbefore, dafter, before, conv_D1K, conv_bias_D, ctx.packing.position_T)
         ddt_bias_H = softplus_backward(ddt_TH, raw_TH, dt_bias_H.to(dt_TH.dtype), draw_TH)

@@ -15,6 +15,7 @@ Legend: T tokens, B documents, M the longest document's tokens; all three with w
 """
 
 import functools
+import gc
 import importlib.util
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -93,6 +94,8 @@ class Segment:
     `doutputs`, which the caller fills before `backward` and may provide.
     weights, gradients: what `run` reads beside its inputs, each once, and where its gradient goes; `span` is their part
     of the flat gradient.
+    warm: all that `run` calls has run in this process. Where it has not, it runs once before the capture, in memory
+    beside the graphs'.
     """
 
     def __init__(
@@ -104,6 +107,7 @@ class Segment:
         span: slice,
         pool: tuple[int, int] | None,
         doutputs: list[Tensor] | None = None,
+        warm: bool = False,
     ):
         self.run, self.inputs, self.doutputs = run, inputs, doutputs
         self.targets, self.span = dict(zip(weights, gradients)), span
@@ -113,21 +117,33 @@ class Segment:
             self.outputs = [x.detach().clone() for x in self.live]
             self.doutputs = self.doutputs or [torch.zeros_like(x) for x in self.live if x.requires_grad]
             return
-        aside = _side_stream(inputs[0].device)
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # compiles and loads whatever has not run yet
-            self._forward()
-            self.doutputs = self.doutputs or [torch.zeros_like(x) for x in self.live if x.requires_grad]
-            self._backward()
-        torch.cuda.current_stream().wait_stream(aside)
-        for part in (self._forward, self._backward):
-            self.graphs.append(torch.cuda.CUDAGraph())
-            # other threads, one of which may be saving a checkpoint, do what they like meanwhile
-            with torch.cuda.graph(self.graphs[-1], pool=pool, capture_error_mode="thread_local"):
-                part()
-            if part == self._forward:
-                self.outputs = [x.detach() for x in self.live]
+        if not warm:
+            self._warm_up()
+        self._capture(self._forward, pool)
+        self.outputs = [x.detach() for x in self.live]
+        self.doutputs = self.doutputs or [torch.zeros_like(x) for x in self.live if x.requires_grad]
+        self._capture(self._backward, pool)
         del self.live  # and with it, what the forward saved: the pool's other segments use that memory too
+
+    def _warm_up(self) -> None:
+        """Compiles and loads what the segment calls, on another stream as captures want it."""
+        aside = _side_stream(self.inputs[0].device)
+        aside.wait_stream(torch.cuda.current_stream())
+        given = self.doutputs
+        with torch.cuda.stream(aside):
+            self._forward()
+            self.doutputs = given or [torch.zeros_like(x) for x in self.live if x.requires_grad]
+            self._backward()
+            del self.live
+            self.doutputs = given
+        torch.cuda.current_stream().wait_stream(aside)
+
+    def _capture(self, part: Callable[[], None], pool: tuple[int, int] | None) -> None:
+        self.graphs.append(torch.cuda.CUDAGraph())
+        # "relaxed": a kernel that sizes like these are the first to call may be loaded meanwhile, and other threads, one
+        # of which may be saving a checkpoint, do what they like
+        with torch.cuda.graph(self.graphs[-1], pool=pool, capture_error_mode="relaxed"):
+            part()
 
     def _forward(self) -> None:
         self.copied = dict(self.targets)  # without those that the backward itself will write
@@ -204,7 +220,7 @@ class GraphedModel:
 
     `masters`: the HNetLM whose float32 parameters are trained. `model`: an HNetLM of copies in the compute dtype, for
     whoever evaluates or generates. Gradients go to the masters' `grad`, which lie in one flat tensor, `gradient`.
-    `fused`: it computes as fused.py writes it.
+    `fused`: it computes as fused.py writes it, with activation checkpointing as `ac` says there.
 
     `optimizer` is what changes the masters, and the copies with them; groups: its parameter groups, by default one.
     Whatever else changes the masters calls `optimizer.refresh` afterwards.
@@ -221,6 +237,7 @@ class GraphedModel:
         fused: bool = True,
         world: World | None = None,
         groups: Sequence[dict[str, Any]] | None = None,
+        ac: str = "none",
     ):
         config: HNetConfig = masters.config
         self.masters, self.alpha, self.S = masters, alpha, config.num_stages
@@ -244,15 +261,23 @@ class GraphedModel:
         self.gradient = self.optimizer.gradient
         self.fused = fused
         if fused:
-            fuse(self.model)
+            fuse(self.model, ac)
         self.levels: list[HNet] = [self.model.backbone]
         for _ in range(self.S):
             self.levels.append(self.levels[-1].main_network)
+        self.warm: set[str] = set()  # parts that have run
+        self.forget()
+        self.documents = 0  # of the last micro-batch
+
+    def forget(self) -> None:
+        """Drops all graphs and their memory; the next steps make new ones."""
         self.places: list[OrderedDict[Sizes, Place]] = [OrderedDict() for _ in self.levels]
         self.segments: dict[str, OrderedDict] = {}
-        self.pools: dict[str, tuple[int, int] | None] = {}
+        self.pools: dict[str, tuple[int, int]] = {}  # new ones: torch takes none that all graphs have left
         self.routed: list[tuple[Place, Segment]] = []  # the last micro-batch's stages and their ways in
-        self.documents = 0  # of the last micro-batch
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     # ------------------------------------------------------------------------------------------- what segments compute
 
@@ -310,22 +335,24 @@ class GraphedModel:
 
     def _segment(self, part: str, key: tuple[Place, ...], modules: Sequence, run, inputs: Sequence[Tensor]) -> Segment:
         """The segment of a part for these places, made on first use; `modules` hold its weights."""
-        segments, outermost = self.segments.setdefault(f"{part} {key[0].s}", OrderedDict()), key[0].s == 0
+        name, outermost = f"{part} {key[0].s}", key[0].s == 0
+        segments = self.segments.setdefault(name, OrderedDict())
         if key not in segments:
-            pool = self.pools.get(f"{part} {key[0].s}")
-            if pool is None and self.device.type == "cuda":
-                pool = self.pools[f"{part} {key[0].s}"] = torch.cuda.graph_pool_handle()
+            if self.device.type == "cuda" and name not in self.pools:
+                self.pools[name] = torch.cuda.graph_pool_handle()
             if len(segments) == KEPT:
                 segments.popitem(last=False)
             modules = [*modules, self.model.embeddings if outermost and part != "leave" else None]
             modules += [self.model.lm_head if outermost and part != "enter" else None]
-            names = {id(p): name for name, p in self.model.named_parameters()}
+            names = {id(p): full for full, p in self.model.named_parameters()}
             weights = [m for m in modules if isinstance(m, Tensor)]
             weights += [p for m in modules if isinstance(m, nn.Module) for p in m.parameters()]
             masters = [self.masters.get_parameter(names[id(p)]) for p in weights]
             gradients, span = [p.grad for p in masters], self.optimizer.slice_of(masters)
             doutputs = [key[0].dy_TD] if part != "enter" and not outermost else None
-            segments[key] = Segment(run, inputs, weights, gradients, span, pool, doutputs)
+            pool, warm = self.pools.get(name), name in self.warm
+            segments[key] = Segment(run, inputs, weights, gradients, span, pool, doutputs, warm)
+            self.warm.add(name)
         segments.move_to_end(key)
         return segments[key]
 
@@ -357,6 +384,23 @@ class GraphedModel:
         self, iids: Tensor, labels: Tensor, share: float, finished: Callable[[Segment], None] = lambda segment: None
     ) -> Losses:
         """share: of the loss in the step's. finished: told of each segment whose gradients have all been launched."""
+        try:
+            last, backward = self._forward(iids, labels, share, finished)
+        except torch.OutOfMemoryError:
+            last = None  # what the exception holds must go first
+        if last is None:  # graphs of other sizes may be in the way
+            self.forget()
+            last, backward = self._forward(iids, labels, share, finished)
+        last.doutputs[0].fill_(share)
+        backward()
+        ce = last.outputs[0].clone()  # the stacks below copy too: the next micro-batch writes to the same places
+        columns = zip(*((ratio, F_, G) for *_, ratio, _, _, _, F_, G in (enter.outputs for _, enter in self.routed)))
+        return Losses(ce, *([torch.stack(column) for column in columns] or [ce.new_zeros(0)] * 3))
+
+    def _forward(
+        self, iids: Tensor, labels: Tensor, share: float, finished: Callable[[Segment], None]
+    ) -> tuple[Segment, Callable[[], Tensor | None]]:
+        """A micro-batch's forward. Returns what `_run` does."""
         offsets = iids.offsets()
         place = self._place(0, Sizes(len(iids.values()), len(offsets) - 1, iids._get_max_seqlen()))
         place.x_T.copy_(iids.values())
@@ -364,12 +408,7 @@ class GraphedModel:
         place.offsets[: len(offsets)].copy_(offsets)
         place.offsets[len(offsets) :].fill_(place.sizes.T)
         self.routed, self.documents = [], len(offsets) - 1
-        last, backward = self._run(place, share, finished)
-        last.doutputs[0].fill_(share)
-        backward()
-        ce = last.outputs[0].clone()  # the stacks below copy too: the next micro-batch writes to the same places
-        columns = zip(*((ratio, F_, G) for *_, ratio, _, _, _, F_, G in (enter.outputs for _, enter in self.routed)))
-        return Losses(ce, *([torch.stack(column) for column in columns] or [ce.new_zeros(0)] * 3))
+        return self._run(place, share, finished)
 
     def stages(self) -> list[StageOutput]:
         """What the routers decided in the last micro-batch; to be read before the next writes to the same places."""

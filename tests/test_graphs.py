@@ -6,7 +6,7 @@ from small_models import TWO_STAGES, draw_weights
 from torch import nn
 
 from hnet_runtime import graphs
-from hnet_runtime.fused import HeadLoss
+from hnet_runtime.fused import CHECKPOINTING, HeadLoss
 from hnet_runtime.graphs import TOKENS, GraphedModel, Segment, Sizes
 from hnet_runtime.statistics import router_statistics
 from hnet_trainable import HNetConfig, HNetLM, nested_like
@@ -92,6 +92,59 @@ def test_matrices_have_gradients_of_float32_and_whoever_runs_the_copies_gets_his
         product = grad.ndim == 2 or dtype == torch.float32
         assert rounded != product, name
         assert gradient.dtype == dtype and distance(gradient.float(), grad) < 0.1, name
+
+
+def saved_bytes(run) -> int:
+    """What autograd keeps of `run` in plain tensors, each storage once."""
+    storages = {}
+
+    def pack(x):
+        if not x.is_nested:
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        run()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("stages", LAYOUTS)
+def test_activation_checkpointing_keeps_less_and_gives_the_same_bits(stages):
+    pair, dtype = batch(BATCHES[0], 0), torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    gradients, kept = {}, {}
+    for ac in CHECKPOINTING:
+        graphed = GraphedModel(build(LAYOUTS[stages], torch.float32), dtype, ALPHA, ac=ac)
+        for _ in range(2):  # on a GPU captured, then replayed
+            graphed.gradient.fill_(torch.nan)
+            graphed.forward_backward([pair])
+        gradients[ac] = torch.cat([p.grad.flatten() for p in graphed.masters.parameters()])
+        kept[ac] = saved_bytes(lambda graphed=graphed: graphed.model(*pair))
+    assert torch.equal(gradients["none"], gradients["selective"]) and torch.equal(gradients["none"], gradients["block"])
+    assert kept["none"] > kept["selective"] > kept["block"]
+
+
+def test_graphs_of_other_sizes_go_where_memory_runs_out(monkeypatch):
+    """Once: the step is run again without them. A second time in a row ends it."""
+    graphed = GraphedModel(build(ONE_STAGE, torch.float64), torch.float64, ALPHA)
+    graphed.forward_backward([batch([1024], 0)])
+    wanted = graphed.forward_backward([batch([3000], 1)]).ce.item()
+    made, full = [], [True, False]
+
+    class Full(Segment):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+            if len(made) > 1 and full and full.pop(0):
+                raise torch.OutOfMemoryError("as if")
+
+    graphed.forget()
+    graphed.forward_backward([batch([1024], 0)])
+    monkeypatch.setattr(graphs, "Segment", Full)
+    assert graphed.forward_backward([batch([3000], 1)]).ce.item() == wanted
+    assert {part: len(found) for part, found in graphed.segments.items()} == {"enter 0": 1, "inner 1": 1, "leave 0": 1}
+    full += [True] * 9
+    with pytest.raises(torch.OutOfMemoryError):
+        graphed.forward_backward([batch([5000], 1)])
 
 
 @pytest.mark.parametrize("uses", [0, 2])

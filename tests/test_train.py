@@ -461,11 +461,12 @@ def test_a_gone_logger_says_so(corpus):
     [
         ({}, True),
         ({"shards": 2}, False),
-        ({"ac": "block"}, False),
+        ({"ac": "block"}, True),
+        ({"max_chunks_per_rank": 5000}, False),
         ({"device": "cpu"}, False),
         ({"memory": 10**9}, False),
     ],
-    ids=["alone", "sharded", "recomputing", "on a CPU", "too small"],
+    ids=["alone", "sharded", "recomputing", "guarded", "on a CPU", "too small"],
 )
 def test_auto_takes_graphs_where_they_are_possible(monkeypatch, changed, taken):
     """hnet_1stage_small, 214 million parameters, as if on a Hopper GPU of 80 GB."""
@@ -475,7 +476,7 @@ def test_auto_takes_graphs_where_they_are_possible(monkeypatch, changed, taken):
     device = torch.device(changed.get("device", "cuda"))
     world = SimpleNamespace(size=changed.get("shards", 1), shards=changed.get("shards", 1), device=device)
     hnet = train.HNetConfig.load(ROOT / "configs" / "hnet_1stage_small.json")
-    config = train.TrainConfig(ac=changed.get("ac", "none"))
+    config = train.TrainConfig(**{k: v for k, v in changed.items() if k in ("ac", "max_chunks_per_rank")})
     assert train.takes_graphs(config, hnet, torch.bfloat16, world) == taken
 
 
