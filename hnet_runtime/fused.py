@@ -50,7 +50,6 @@ from hnet_trainable import (
     positions,
 )
 
-
 CHECKPOINTING = ("none", "selective", "block")
 
 

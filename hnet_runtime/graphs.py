@@ -140,7 +140,7 @@ class Segment:
 
     def _capture(self, part: Callable[[], None], pool: tuple[int, int] | None) -> None:
         self.graphs.append(torch.cuda.CUDAGraph())
-        # "relaxed": a kernel that sizes like these are the first to call may be loaded meanwhile, and other threads, one
+        # "relaxed": a kernel that sizes like these are the first to call may be loaded meanwhile; and other threads, one
         # of which may be saving a checkpoint, do what they like
         with torch.cuda.graph(self.graphs[-1], pool=pool, capture_error_mode="relaxed"):
             part()
