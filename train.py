@@ -370,11 +370,6 @@ def check_continuation(source: Path, about: dict[str, Any]) -> int:
     return saved["step"]
 
 
-# Of GPU memory, a parameter: 18 for weights, gradient, AdamW's state and a copy, and twice as much for what graphs of
-# many sizes keep while a run is young. hnet_2stage_XL with 32,768 bytes a slice did not fit into 80 GB.
-GRAPHS_BYTES = 54
-
-
 def takes_graphs(config: TrainConfig, hnet: HNetConfig, dtype: torch.dtype, world: World) -> bool:
     """Whether steps run as graphs. Raises UserError where --compile graph asks for what they cannot do."""
     if config.compile not in ("auto", "graph") or (config.compile == "auto" and world.device.type != "cuda"):
@@ -384,15 +379,10 @@ def takes_graphs(config: TrainConfig, hnet: HNetConfig, dtype: torch.dtype, worl
         obstacle = f"they need whole weights on each process: with {world.size}, --replicate {world.size}"
     if config.max_chunks_per_rank:
         obstacle = "they do not know --max-chunks-per-rank"
-    if config.compile == "auto":
-        with torch.device("meta"):
-            needed = GRAPHS_BYTES * sum(p.numel() for p in HNetLM(hnet).parameters())
-        if needed > torch.cuda.get_device_properties(world.device).total_memory:
-            obstacle = obstacle or f"they may need {needed / 1e9:.0f} GB, more than the GPU has"
-        if obstacle:
-            logger.info("steps do not run as graphs: %s", obstacle)
-    elif obstacle:
+    if obstacle and config.compile == "graph":
         raise UserError(f"--compile graph: {obstacle}; use eager or block")
+    if obstacle:
+        logger.info("steps do not run as graphs: %s", obstacle)
     return not obstacle
 
 
@@ -547,6 +537,8 @@ def main(argv: Sequence[str]) -> None:
             saves = is_last or interrupted or stuck or step % config.save_every == 0
             if validates or samples or saves or step == first_step + 1 or world.device.type == "cpu":
                 record, waiting = settle(waiting.numbers(), step), None
+                if graph and (validates or samples or saves):
+                    runner.make_room()
                 if validates:
                     watch.at(step, "validation")
                     record |= validate(evaluated, val_stream, world, config.val_slices or None)

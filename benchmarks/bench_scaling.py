@@ -86,8 +86,9 @@ def run(args: Benchmark, config: str, processes: int, steps: int, *flags: str, g
             command, cwd=ROOT, capture_output=True, text=True, timeout=args.limit, env=environment, check=False
         )
         if done.returncode:
-            said = [line for line in done.stderr.strip().splitlines() if "train.py:" in line or "Error" in line]
-            return f"exit status {done.returncode}: {(said or done.stderr.strip().splitlines()[-1:])[-1]}"
+            lines = [line for line in done.stderr.strip().splitlines() if "ChildFailedError" not in line]
+            said = [line for line in lines if "train.py:" in line] or [line for line in lines if "Error" in line]
+            return f"exit status {done.returncode}: {(said or lines[-1:])[-1]}"
         return read_metrics(folder / "metrics.jsonl")
     except subprocess.TimeoutExpired:
         return f"not done after {args.limit} s"

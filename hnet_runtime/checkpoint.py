@@ -226,10 +226,12 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _room(device: torch.device) -> int:
-    """Bytes that can be allocated on a GPU, less a quarter of all: what a step needs varies with the chunks."""
+    """Bytes that nobody has reserved on a GPU, less half of all: what a step needs varies with the chunks.
+
+    What torch has reserved without using it may belong to graphs, which alone can use it.
+    """
     free, everything = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free + unused - everything // 4
+    return free - everything // 2
 
 
 def save(

@@ -17,6 +17,7 @@ Legend: T tokens, B documents, M the longest document's tokens; all three with w
 import functools
 import gc
 import importlib.util
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -33,11 +34,13 @@ from hnet_runtime.flat_adamw import FlatAdamW
 from hnet_runtime.fused import HeadLoss, fuse, gradients_into
 from hnet_trainable import HNet, HNetConfig, HNetLM, StageOutput, chunk_offsets, nested_like, ratio_loss
 
+logger = logging.getLogger("hnet")
+
 FLOAT32 = ("A_log", "dt_bias", "D")  # computed with in float32, as residual_proj is: no copies
-TOKENS = 512  # an inner T is rounded up to a multiple of this
-SPARE = 16  # a segment also serves down to 1 - 1 / SPARE of its tokens (or TOKENS fewer): a capture takes a second
+TOKENS, STEPS = 512, 8  # an inner T is rounded up to a multiple of TOKENS, and to one of STEPS sizes an octave
 DOCUMENTS, LONGEST = 16, 1024  # the least room for documents and for a document; more is a power of two
-KEPT = 8  # segments of a part: the sizes last used
+KEPT = 16  # segments of a part: the sizes last used, two octaves of them; a capture takes 0.1 to 0.3 s
+ROOM = 8  # of a GPU's memory, one part in so many is kept free for validation, samples and saving
 
 
 def obstacle(config: HNetConfig, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -60,6 +63,11 @@ def obstacle(config: HNetConfig, device: torch.device, dtype: torch.dtype) -> st
     return None if importlib.util.find_spec("triton") else "triton is not installed"
 
 
+def _power(n: int) -> int:
+    """The least power of two that is n or more."""
+    return 1 << (n - 1).bit_length()
+
+
 class Sizes(NamedTuple):
     """What a segment is captured for."""
 
@@ -69,15 +77,15 @@ class Sizes(NamedTuple):
 
     def rounded(self, exact: bool) -> "Sizes":
         """With room to spare. `exact`: for the outermost stage, whose T never varies; inner ones take B from there."""
-        M = 1 << (max(self.M, LONGEST) - 1).bit_length()
         if exact:
-            return Sizes(self.T, 1 << (max(self.B, DOCUMENTS) - 1).bit_length(), M)
-        return Sizes(-(-self.T // TOKENS) * TOKENS, self.B, M)
+            return Sizes(self.T, _power(max(self.B, DOCUMENTS)), _power(max(self.M, LONGEST)))
+        step = max(TOKENS, _power(self.T) // (2 * STEPS))  # the most tokens that the document of zeros can have
+        return Sizes(-(-self.T // step) * step, self.B, _power(max(self.M, LONGEST, step)))
 
     def hold(self, needed: "Sizes", exact: bool) -> bool:
-        """Whether these sizes serve a batch, without wasting much and with M enough for the document of zeros."""
-        spare = 0 if exact else min(max(TOKENS, self.T // SPARE), self.M)
-        return self.B >= needed.B and self.M >= needed.M and 0 <= self.T - needed.T <= spare
+        """Whether these sizes serve a batch without wasting much."""
+        T, _, M = needed.rounded(exact)
+        return self.T == T and self.B >= needed.B and self.M >= M
 
 
 @functools.cache
@@ -134,14 +142,15 @@ class Segment:
             self._forward()
             self.doutputs = given or [torch.zeros_like(x) for x in self.live if x.requires_grad]
             self._backward()
-            del self.live
+            del self.live, self.dinputs
             self.doutputs = given
         torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.empty_cache()  # what lies beside the pools is of no use to them
 
     def _capture(self, part: Callable[[], None], pool: tuple[int, int] | None) -> None:
         self.graphs.append(torch.cuda.CUDAGraph())
-        # "relaxed": a kernel that sizes like these are the first to call may be loaded meanwhile; and other threads, one
-        # of which may be saving a checkpoint, do what they like
+        # "relaxed": a kernel that sizes like these are the first to call may be loaded meanwhile, and another thread
+        # may be saving a checkpoint
         with torch.cuda.graph(self.graphs[-1], pool=pool, capture_error_mode="relaxed"):
             part()
 
@@ -279,6 +288,16 @@ class GraphedModel:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def make_room(self) -> None:
+        """Drops all graphs where they leave too little of the GPU's memory to what runs between steps.
+
+        A young router may have needed far larger ones than are needed now.
+        """
+        if self.device.type == "cuda":
+            free, everything = torch.cuda.mem_get_info(self.device)
+            if free < everything // ROOM:
+                self.forget()
+
     # ------------------------------------------------------------------------------------------- what segments compute
 
     def _begin(self, place: Place, x: Tensor) -> Tensor:
@@ -388,7 +407,8 @@ class GraphedModel:
             last, backward = self._forward(iids, labels, share, finished)
         except torch.OutOfMemoryError:
             last = None  # what the exception holds must go first
-        if last is None:  # graphs of other sizes may be in the way
+        if last is None:
+            logger.info("the GPU's memory is full: graphs for other numbers of chunks are dropped")
             self.forget()
             last, backward = self._forward(iids, labels, share, finished)
         last.doutputs[0].fill_(share)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from small_models import TWO_STAGES, draw_weights
 from torch import nn
 
@@ -196,11 +198,22 @@ def test_sizes():
     assert outer == (TOKENS + 1, 16, 1024) and inner == (2 * TOKENS, 3, 1024)
     assert outer.hold(needed, exact=True) and inner.hold(needed, exact=False)
     assert not outer.hold(needed._replace(T=TOKENS), exact=True)
-    assert Sizes(16384, 64, 2048).hold(Sizes(15400, 64, 2048), False)
-    assert not Sizes(16384, 64, 2048).hold(Sizes(15300, 2, 2), False)
+    assert Sizes(16384, 64, 2048).hold(Sizes(15361, 64, 2048), False)
+    assert not Sizes(16384, 64, 2048).hold(Sizes(15360, 2, 2), False)
     assert not Sizes(512, 64, 1024).hold(Sizes(513, 2, 2), False)
     assert not Sizes(512, 64, 1024).hold(Sizes(512, 65, 2), False)
-    assert not Sizes(65536, 64, 1024).hold(Sizes(64000, 64, 2), False), "the document of zeros would be too long"
+    assert not Sizes(65536, 64, 1024).hold(Sizes(64000, 64, 2), False), "the document of zeros could be too long"
+
+
+@given(st.integers(1, 200_000), st.integers(1, 300), st.integers(1, 9000))
+def test_sizes_hold_what_they_were_made_for_and_waste_an_eighth_at_most(T, B, M):
+    needed = Sizes(T, B, M)
+    for exact in (True, False):
+        sizes = needed.rounded(exact)
+        assert sizes.hold(needed, exact) and all(a >= b for a, b in zip(sizes, needed))
+        assert sizes.rounded(exact) == sizes
+    filled = sizes.T - T
+    assert filled < max(TOKENS, T / 8 + 1) and filled <= sizes.M, "the document of zeros is no longer than M"
 
 
 def test_batches_of_about_one_size_share_segments_and_old_ones_go(monkeypatch):
