@@ -76,6 +76,8 @@ class Saver:
         self._staging: Future | None = None
         self._written: Future | None = None
         self._step, self._stall = 0, 0.0
+        if self._device.type == "cuda":  # page-locking holds up whatever else calls CUDA: best while kernels compile
+            self._thread.submit(self._lock_pages, self._state())
 
     def start(self, step: int, train: dict[str, Any]) -> None:
         """Begin to write the checkpoint of `step` steps done; a former one is finished first. Raises as `finish`."""
@@ -158,13 +160,16 @@ class Saver:
     def _to_host(self, state: dict[str, Tensor], ready: torch.cuda.Event) -> dict[str, Tensor]:
         with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream()), torch.no_grad():
             ready.wait()
+            self._lock_pages(state)
             for name, tensor in state.items():
-                local = _local(tensor)
-                if name not in self._host:
-                    self._host[name] = torch.empty(local.shape, dtype=local.dtype, pin_memory=True)
-                self._host[name].copy_(local, non_blocking=True)
+                self._host[name].copy_(_local(tensor), non_blocking=True)
             torch.cuda.current_stream().synchronize()
         return {name: self._like(tensor, self._host[name]) for name, tensor in state.items()}
+
+    def _lock_pages(self, state: dict[str, Tensor]) -> None:
+        for name, tensor in state.items():
+            if name not in self._host:
+                self._host[name] = torch.empty(_local(tensor).shape, dtype=tensor.dtype, pin_memory=True)
 
     def _like(self, tensor: Tensor, local: Tensor) -> Tensor:
         """`local` as what `tensor` is: itself, or a shard of a tensor on the host."""

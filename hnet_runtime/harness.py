@@ -1,4 +1,4 @@
-"""An H-Net for lm-evaluation-harness (the extra `lm_eval`): log-likelihoods, rolling ones, and generation."""
+"""An H-Net for lm-evaluation-harness (the extra `lm-eval`): log-likelihoods, rolling ones, and generation."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def harness_model(model: HNetLM, context: int, batch: int) -> Any:
         import lm_eval  # noqa: F401
         from lm_eval.api.model import LM
     except ImportError as error:
-        message = "--tasks: lm-evaluation-harness is not installed; pip install 'hnet-trainable[lm_eval]'"
+        message = "--tasks: lm-evaluation-harness is not installed; pip install 'hnet-trainable[lm-eval]'"
         raise UserError(f"{message} ({error})") from None
 
     class HarnessModel(LM):
