@@ -123,7 +123,7 @@ def in_words(error: BaseException) -> str:
     """What went wrong, for the sentence that ends a run."""
     if isinstance(error, torch.OutOfMemoryError):
         return (
-            "the GPU's memory is full: take a smaller --mbs with more --global-slices, --compile eager with "
-            "--ac block, or more processes"
+            "the GPU's memory is full: take --ac selective or block, a smaller --mbs with more --global-slices, "
+            "or more processes"
         )
     return type(error).__name__
