@@ -97,7 +97,8 @@ def run(args: Benchmark, config: str, processes: int, steps: int, *flags: str, g
 
 
 def speed(args: Benchmark, config: str, processes: int, *flags: str, gpu: str = "0") -> dict[str, Any]:
-    """Median of the last `steps` steps; how long a save kept training waiting, and the slowest step."""
+    """Median of the last `steps` steps; how long a save kept training waiting, and slowest steps: a save, and memory that
+    it makes, can hold up others than those that wait for it."""
     sizes = ["--mbs", str(args.mbs), "--global-slices", str(processes), "--keep", "1", "--stats-every", "0"]
     steps, save = args.warmup + args.steps, ["--save-every", str(args.warmup)]
     rows = run(args, config, processes, steps, *sizes, *save, *flags, gpu=gpu)
@@ -108,6 +109,7 @@ def speed(args: Benchmark, config: str, processes: int, *flags: str, gpu: str = 
     found = {"step_ms": step_ms, "bytes_per_s": processes * args.mbs / step_ms * 1000}
     found |= {"save_ms": max((row["save_ms"] for row in rows if "save_ms" in row), default=None)}
     found |= {"slowest_step_ms": max(counted)}
+    found |= {"slowest_of_five_after_save_ms": max(row["step_ms"] for row in rows[args.warmup :][:5])}
     return found | {key: rows[-1][key] for key in ("peak_gib", "stage0_imbalance") if key in rows[-1]}
 
 

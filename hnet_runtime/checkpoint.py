@@ -169,9 +169,11 @@ class Saver:
         return {name: self._like(tensor, self._host[name]) for name, tensor in state.items()}
 
     def _lock_pages(self, state: dict[str, Tensor]) -> None:
-        for name, tensor in state.items():
-            if name not in self._host:
-                self._host[name] = torch.empty(_local(tensor).shape, dtype=tensor.dtype, pin_memory=True)
+        """Makes the copies' places on the host that are not there yet."""
+        with torch.cuda.device(self._device):
+            for name, tensor in state.items():
+                if name not in self._host:
+                    self._host[name] = torch.empty(_local(tensor).shape, dtype=tensor.dtype, pin_memory=True)
 
     def _like(self, tensor: Tensor, local: Tensor) -> Tensor:
         """`local` as what `tensor` is: itself, or a shard of a tensor on the host."""

@@ -212,7 +212,7 @@ def run_stack(stack: Isotropic, ac: str, x_TD: Tensor, packing: Packing) -> Tens
             conv, norm = mixer.conv1d, mixer.norm
             weights = mixer.in_proj.weight, conv.weight, conv.bias, mixer.dt_bias, mixer.A_log, mixer.D, norm.weight
             weights = block.norm1.weight, *weights, mixer.out_proj.weight
-            how = ac if torch.is_grad_enabled() else "block"
+            how = ac if torch.is_grad_enabled() else "block"  # without a backward the scan need not keep its states
             residual_TD, delta_TD = MambaBranch.apply(packing, how, residual_TD, delta_TD, *weights)
         else:
             how = ac, mixer.n_heads, mixer.window
