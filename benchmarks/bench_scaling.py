@@ -97,8 +97,10 @@ def run(args: Benchmark, config: str, processes: int, steps: int, *flags: str, g
 
 
 def speed(args: Benchmark, config: str, processes: int, *flags: str, gpu: str = "0") -> dict[str, Any]:
-    """Median of the last `steps` steps; how long a save kept training waiting, and slowest steps: a save, and memory that
-    it makes, can hold up others than those that wait for it."""
+    """Median of the last `steps` steps, how long a save kept training waiting, and slowest steps.
+
+    A save, and the memory that it makes, can also slow down steps that do not wait for it.
+    """
     sizes = ["--mbs", str(args.mbs), "--global-slices", str(processes), "--keep", "1", "--stats-every", "0"]
     steps, save = args.warmup + args.steps, ["--save-every", str(args.warmup)]
     rows = run(args, config, processes, steps, *sizes, *save, *flags, gpu=gpu)
