@@ -17,11 +17,11 @@ import torch
 
 import fineweb
 import train
-from hnet_runtime import statistics
+from hnet_runtime import UserError, statistics
 from hnet_runtime.metrics import GROUPS, panel
 from hnet_runtime.run import code_revision, in_words
 from hnet_runtime.weights import export
-from hnet_trainable import HNetConfig, HNetLM, init_weights
+from hnet_trainable import ConfigError, HNetConfig, HNetLM, init_weights
 
 ROOT = Path(__file__).parent.parent
 MODEL = {
@@ -280,23 +280,38 @@ def refused(corpus: Path, *flags: str) -> str:
     return done.stderr
 
 
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["-c", "key.json"], "d_hidden"),
+        (["-c", "nowhere.json"], "no such config file"),
+        (["--config-file", "run.yaml"], "'step'"),
+        (["--config-file", "type.yaml"], "expected int"),
+        (["-N", "1-x"], "1-3-9"),
+        (["-N", "1-3-9"], "N_compress"),
+        (["--lr", "0.0"], "--lr"),
+    ],
+)
+def test_mistakes_in_flags_are_named(tmp_path, monkeypatch, flags, said):
+    """What the program's last lines turn into a sentence and status 2, see below."""
+    monkeypatch.chdir(tmp_path)
+    Path("key.json").write_text(json.dumps({**MODEL, "d_hidden": 3}))
+    Path("run.yaml").write_text("step: 3\n")
+    Path("type.yaml").write_text("steps: many\n")
+    Path("configs").mkdir()
+    shutil.copy(ROOT / train.DEFAULT_CONFIG, "configs")
+    with pytest.raises((UserError, ConfigError)) as mistake:
+        train.main(flags)
+    assert said in str(mistake.value) and "\n" not in str(mistake.value)
+
+
 def test_mistakes_end_in_one_sentence(corpus, undisturbed, tmp_path):
     (tmp_path / "not.json").write_text("arch_layout: T12")
-    (tmp_path / "key.json").write_text(json.dumps({**MODEL, "d_hidden": 3}))
-    (tmp_path / "run.yaml").write_text("step: 3\n")
-    (tmp_path / "type.yaml").write_text("steps: many\n")
     (tmp_path / "empty").mkdir()
     assert "--stepz" in refused(corpus, "--stepz", "3")
     assert "not JSON" in refused(corpus, "-c", str(tmp_path / "not.json"))
-    assert "d_hidden" in refused(corpus, "-c", str(tmp_path / "key.json"))
-    assert "no such config file" in refused(corpus, "-c", "nowhere.json")
-    assert "'step'" in refused(corpus, "--config-file", str(tmp_path / "run.yaml"))
-    assert "expected int" in refused(corpus, "--config-file", str(tmp_path / "type.yaml"))
-    assert "1-3-9" in refused(corpus, "-N", "1-x")
-    assert "N_compress" in refused(corpus, "-N", "1-3-9")
     assert "empty" in refused(corpus, "--data", str(tmp_path / "empty"))
     assert "one batch" in refused(corpus, "--mbs", "1000000")
-    assert "--lr" in refused(corpus, "--lr", "0.0")
     assert "--resume auto" in refused(corpus, "--steps", "20", "--save-dir", str(undisturbed))
     (tmp_path / "other.json").write_text(json.dumps({**MODEL, "d_intermediate": [0, 128]}))
     other = ["-c", str(tmp_path / "other.json"), "--save-dir", str(tmp_path / "other")]
