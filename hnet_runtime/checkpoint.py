@@ -67,7 +67,8 @@ class Saver:
         self.run, self.model, self.optimizer, self.keep, self.keep_every = run, model, optimizer, keep, keep_every
         self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
         # One thread of OpenMP's in the saver's: a team of its own would be more threads than cores for as long as it
-        # lives, and libgomp then stops spinning at barriers, which makes a step on a CPU a third slower ever after
+        # lives, and libgomp then hardly spins at barriers, which makes a step on a CPU a third slower ever after
+        # (gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html)
         self._thread = ThreadPoolExecutor(1, "saver", initializer=torch.set_num_threads, initargs=(1,))
         self._device = next(model.parameters()).device
         self._host: dict[str, Tensor] = {}  # on a GPU: page-locked, so made once

@@ -137,13 +137,11 @@ class Segment:
         """Compiles and loads what the segment calls, on another stream as captures want it."""
         aside = _side_stream(self.inputs[0].device)
         aside.wait_stream(torch.cuda.current_stream())
-        given = self.doutputs
         with torch.cuda.stream(aside):
             self._forward()
-            self.doutputs = given or [torch.zeros_like(x) for x in self.live if x.requires_grad]
+            self.doutputs = self.doutputs or [torch.zeros_like(x) for x in self.live if x.requires_grad]
             self._backward()
             del self.live, self.dinputs
-            self.doutputs = given
         torch.cuda.current_stream().wait_stream(aside)
         torch.cuda.empty_cache()  # what lies beside the pools is of no use to them
 
@@ -280,6 +278,8 @@ class GraphedModel:
 
     def forget(self) -> None:
         """Drops all graphs and their memory; the next steps make new ones."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # none is being replayed
         self.places: list[OrderedDict[Sizes, Place]] = [OrderedDict() for _ in self.levels]
         self.segments: dict[str, OrderedDict] = {}
         self.pools: dict[str, tuple[int, int]] = {}  # new ones: torch takes none that all graphs have left
