@@ -376,8 +376,7 @@ class EmaUpsample(torch.autograd.Function):
     """Smoothing and upsampling (eq. 5 and 8): token t gets z of its chunk, z_k = P_k y_k + (1 - P_k) z_{k-1}.
 
     y_BkD (one row a chunk), p_Bj, b_Bj -> up_BjD in p's dtype; P is p at the boundaries, clamped to [1e-4, 1 - 1e-4].
-    Gradients: of y and p. Left out: p where the clamp acts (so every document's first token), b. Rows of y past the
-    last chunk, a document of their own that fills up a fixed size, reach nothing.
+    Gradients: of y and p. Left out: p where the clamp acts (so every document's first token), b.
     """
 
     @staticmethod
@@ -385,8 +384,8 @@ class EmaUpsample(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # autograd can't make zeros of an NJT's shape
         p_T, b_T = p_Bj.values(), b_Bj.values()
         chunk_T = b_T.cumsum(0) - 1
-        kept_C = torch.nonzero_static(b_T, size=y_BkD.values().shape[0], fill_value=len(p_T)).squeeze(1)
-        raw_C = F.pad(p_T, (0, 1))[kept_C]
+        kept_C = torch.nonzero_static(b_T, size=y_BkD.values().shape[0]).squeeze(1)
+        raw_C = p_T[kept_C]
         P_C = raw_C.clamp(EMA_CLAMP, 1 - EMA_CLAMP)
         cu = cu_seqlens(y_BkD)
         z_CD = ema_forward(y_BkD.values(), P_C, cu)
@@ -401,9 +400,9 @@ class EmaUpsample(torch.autograd.Function):
         kept_C, inside_C, P_C, z_CD, cu = ctx.saved_tensors
         grad_z_CD = sum_chunks(grad_up_BjD.values().to(z_CD.dtype), kept_C)
         grad_y_CD, grad_P_C = ema_backward(grad_z_CD, ctx.y.values(), P_C, z_CD, cu)
-        grad_p_T = F.pad(torch.zeros_like(ctx.p.values()), (0, 1))
+        grad_p_T = torch.zeros_like(ctx.p.values())
         grad_p_T[kept_C] = grad_P_C * inside_C
-        return nested_like(grad_y_CD, ctx.y), nested_like(grad_p_T[:-1], ctx.p), None
+        return nested_like(grad_y_CD, ctx.y), nested_like(grad_p_T, ctx.p), None
 
 
 class StraightThrough(torch.autograd.Function):

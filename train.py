@@ -468,10 +468,17 @@ def main(argv: Sequence[str]) -> None:
     first_step, waiting = step, None  # waiting: the step whose numbers the device has yet to deliver
     model.train()
 
-    def settle(stats: Tensor, done: int) -> dict[str, Any]:
+    def counted() -> dict[str, int]:
+        """What the host has done so far, beside the steps."""
+        return {
+            **({"recomputed_micro_batches": guard.count} if guard else {}),
+            **({"graphs_captured": runner.captured} if graph else {}),
+        }
+
+    def settle(arriving: distributed.Fetched, of_host: dict[str, int], done: int) -> dict[str, Any]:
         """The record of a step, once the device has run it. Raises UserError where its numbers are not finite."""
         nonlocal settled
-        numbers = stats.tolist()
+        numbers = arriving.numbers().tolist()
         grad_norm = numbers.pop(3 + 4 * hnet.num_stages)  # after what forward_backward gave, before the statistics
         if not math.isfinite(grad_norm + numbers[0]):
             saver.finish()  # what is being written is good too
@@ -482,9 +489,7 @@ def main(argv: Sequence[str]) -> None:
             )
         record = describe(numbers, hnet, config)
         record |= {"grad_norm": grad_norm, "lr": config.lr * lr_scale(done - 1, config)}
-        record |= {"bytes_seen": done * config.mbs * config.global_slices}
-        if guard:
-            record["recomputed_micro_batches"] = guard.of_step.pop(done)
+        record |= {"bytes_seen": done * config.mbs * config.global_slices} | of_host
         if waited := saver.stall():
             record["save_ms"] = 1000 * waited  # of the save before this step
         now, before = time.perf_counter(), settled
@@ -507,6 +512,7 @@ def main(argv: Sequence[str]) -> None:
             watch.at(step + 1, "reading data")
             slices = list(train_stream.step(step, config.global_slices, world.rank, world.size))
             watch.at(step + 1, "forward and backward")
+            before = counted()
             wants_statistics = config.stats_every and (step + 1) % config.stats_every == 0
             more: list[Tensor] | None = [] if wants_statistics else None
             stats = forward_backward(runner, slices, config, world, more)
@@ -521,12 +527,11 @@ def main(argv: Sequence[str]) -> None:
             if not graph:  # graphs write every gradient anew
                 optimizer.zero_grad()
             step += 1
-            if guard:
-                guard.end_step(step)
             # a step's numbers are read when the next one has been launched, or below: on a CPU they are there at once
             if waiting:
-                report(step - 1, settle(waiting.numbers(), step - 1))
-            waiting = distributed.Fetched(torch.cat([stats, grad_norm[None], *(more or [])]))
+                report(step - 1, settle(*waiting, step - 1))
+            done_by_host = {name: n - before[name] for name, n in counted().items()}
+            waiting = distributed.Fetched(torch.cat([stats, grad_norm[None], *(more or [])])), done_by_host
 
             is_last, stuck = step == config.steps, config.on_collapse == "stop" and health.stuck
             interrupted, save_failed = distributed.anywhere(world, interrupts.received is not None, saver.failed)
@@ -536,7 +541,7 @@ def main(argv: Sequence[str]) -> None:
             samples = config.sample_bytes and (is_last or (config.sample_every and step % config.sample_every == 0))
             saves = is_last or interrupted or stuck or step % config.save_every == 0
             if validates or samples or saves or step == first_step + 1 or world.device.type == "cpu":
-                record, waiting = settle(waiting.numbers(), step), None
+                record, waiting = settle(*waiting, step), None
                 if graph and (validates or samples or saves):
                     runner.make_room()
                 if validates:

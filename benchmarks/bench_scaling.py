@@ -112,6 +112,8 @@ def speed(args: Benchmark, config: str, processes: int, *flags: str, gpu: str = 
     found |= {"save_ms": max((row["save_ms"] for row in rows if "save_ms" in row), default=None)}
     found |= {"slowest_step_ms": max(counted)}
     found |= {"slowest_of_five_after_save_ms": max(row["step_ms"] for row in rows[args.warmup :][:5])}
+    if "graphs_captured" in rows[-1]:
+        found |= {"graphs_captured": sum(row["graphs_captured"] for row in rows[args.warmup + 1 : -1])}
     return found | {key: rows[-1][key] for key in ("peak_gib", "stage0_imbalance") if key in rows[-1]}
 
 

@@ -195,10 +195,10 @@ def ema_backward(dz_CD: Tensor, y_CD: Tensor, p_C: Tensor, z_CD: Tensor, cu_seql
     return dy_CD, dp_PC.sum(0)
 
 
-def sum_chunks(x_TD: Tensor, start_C: Tensor) -> Tensor:
+def sum_chunks(x_TD: Tensor, start_C: Tensor, out_CD: Tensor | None = None) -> Tensor:
     """(C, D), float32, of `sum_chunks` in ema.py. x_TD: float32 or of 16 bits."""
     (T, D), C = x_TD.shape, len(start_C)
-    x_TD, sum_CD = x_TD.contiguous(), x_TD.new_empty(C, D, dtype=torch.float32)
+    x_TD, sum_CD = x_TD.contiguous(), x_TD.new_empty(C, D, dtype=torch.float32) if out_CD is None else out_CD
     with torch.cuda.device_of(x_TD):
         _sum_chunks[(triton.cdiv(D, SUM_CHANNELS), C)](
             x_TD, start_C, sum_CD, T, C, D, ROWS=SUM_ROWS, BLOCK_D=SUM_CHANNELS, num_warps=SUM_WARPS

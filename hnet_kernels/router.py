@@ -73,14 +73,18 @@ def upsample_forward(z_CD: Tensor, chunk_T: Tensor, residual_TD: Tensor, dtype: 
     return (z_CD[chunk_T] + residual_TD).to(dtype)
 
 
-def upsample_backward(dout_TD: Tensor, z_CD: Tensor, chunk_T: Tensor, start_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def upsample_backward(
+    dout_TD: Tensor, z_CD: Tensor, chunk_T: Tensor, start_C: Tensor, dz_CD: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dresidual_TD, dscale_T, dz_CD), the middle one of a factor that each token's z had, which was 1; in z's dtype.
 
     start_C: int64, the first token of each chunk, growing from 0, T for a chunk without tokens.
+    dz_CD: where to write that, contiguous; may be z_CD itself.
     """
     if _fast("upsample", z_CD):
         from hnet_kernels import router_triton
 
-        return router_triton.upsample_backward(dout_TD, z_CD, chunk_T, start_C)
+        return router_triton.upsample_backward(dout_TD, z_CD, chunk_T, start_C, dz_CD)
     dresidual_TD = dout_TD.to(z_CD.dtype)
-    return dresidual_TD, (z_CD[chunk_T] * dresidual_TD).sum(-1), sum_chunks(dresidual_TD, start_C)
+    dscale_T = (z_CD[chunk_T] * dresidual_TD).sum(-1)
+    return dresidual_TD, dscale_T, sum_chunks(dresidual_TD, start_C, dz_CD)

@@ -120,11 +120,13 @@ def upsample_forward(z_CD: Tensor, chunk_T: Tensor, residual_TD: Tensor, dtype: 
     return out_TD
 
 
-def upsample_backward(dout_TD: Tensor, z_CD: Tensor, chunk_T: Tensor, start_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def upsample_backward(
+    dout_TD: Tensor, z_CD: Tensor, chunk_T: Tensor, start_C: Tensor, dz_CD: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """`upsample_backward` of router.py."""
     dout_TD = dout_TD.contiguous()
     dresidual_TD, dscale_T = z_CD.new_empty(dout_TD.shape), z_CD.new_empty(len(dout_TD))
     grid, blocks = _blocks(dout_TD)
     with torch.cuda.device_of(z_CD):
         _upsample_backward[grid](dout_TD, z_CD.contiguous(), chunk_T, dresidual_TD, dscale_T, len(chunk_T), **blocks)
-    return dresidual_TD, dscale_T, sum_chunks(dout_TD, start_C)
+    return dresidual_TD, dscale_T, sum_chunks(dout_TD, start_C, dz_CD)

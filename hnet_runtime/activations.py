@@ -70,18 +70,14 @@ class ChunkGuard:
 
     A router that suddenly opens many chunks makes the inner stages of its rank larger than memory. The largest count is
     found by a MAX all-reduce that runs while the residual projection does; every rank takes the same decision, for this
-    micro-batch. Call it after `recompute`. `count`: micro-batches so run since the last `end_step`, which files it.
+    micro-batch. Call it after `recompute`. `count`: micro-batches so run.
     """
 
     def __init__(self, model: HNetLM, limit: int, world: World):
         self.limit, self.world, self.count = limit, world, 0
-        self.of_step: dict[int, int] = {}
         for module in model.modules():
             if isinstance(module, HNet) and not module.is_innermost:
                 self._watch(module)
-
-    def end_step(self, step: int) -> None:
-        self.of_step[step], self.count = self.count, 0
 
     def _watch(self, stage: HNet) -> None:
         inside = [m.forward for m in stage.main_network.modules() if isinstance(m, Block)]

@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hnet_kernels import causal_conv_silu, ema_backward, ema_forward
@@ -115,8 +114,11 @@ def _route(router: RoutingModule, x_BjD: Tensor) -> StageOutput:
 
 
 def _leave(hnet: HNet, y_BkD: Tensor, stage: StageOutput, residual_BjD: Tensor) -> Tensor:
-    p_Bj, b_Bj = stage.boundary_prob, stage.boundary_mask
-    x_TD = Upsample.apply(y_BkD.values(), p_Bj.values(), b_Bj.values(), cu_seqlens(y_BkD), residual_BjD.values())
+    p_Bj, y_CD = stage.boundary_prob, y_BkD.values()
+    p_T, b_T = p_Bj.values(), stage.boundary_mask.values()
+    start_C = torch.nonzero_static(b_T, size=len(y_CD)).squeeze(1)
+    z_CD = Smooth.apply(y_CD, Take.apply(p_T, start_C).clamp(EMA_CLAMP, 1 - EMA_CLAMP), cu_seqlens(y_BkD))
+    x_TD = Upsample.apply(z_CD, p_T, b_T, b_T.cumsum(0) - 1, start_C, residual_BjD.values(), y_CD.dtype)
     return hnet.narrow(on_values(hnet.decoder, nested_like(x_TD, p_Bj)))
 
 
@@ -177,30 +179,71 @@ class Route(torch.autograd.Function):
         return torch.addmm(dq_TD @ Wq, dk_TD, Wk), None, *products
 
 
-class Upsample(torch.autograd.Function):
-    """Smoothing, upsampling and residual (eq. 5 to 9): y_CD, p_T, b_T, residual_TD -> x_TD in y's dtype.
+class Take(torch.autograd.Function):
+    """Rows of x at some places, (T, ...) -> (C, ...). Gradient: of x.
 
-    Gradients: of y, p and the residual; what has none: see `EmaUpsample` and `StraightThrough`.
+    A target's rows get the gradient added to what lies there; each place is asked for once, or its gradient is zero.
     """
 
     @staticmethod
-    def forward(ctx, y_CD: Tensor, p_T: Tensor, b_T: Tensor, cu: Tensor, residual_TD: Tensor) -> Tensor:
-        chunk_T = b_T.cumsum(0) - 1
-        kept_C = torch.nonzero_static(b_T, size=len(y_CD), fill_value=len(p_T)).squeeze(1)
-        raw_C = F.pad(p_T, (0, 1))[kept_C]
-        P_C = raw_C.clamp(EMA_CLAMP, 1 - EMA_CLAMP)
-        z_CD = ema_forward(y_CD, P_C, cu)
-        ctx.save_for_backward(y_CD, b_T, chunk_T, kept_C, raw_C == P_C, P_C, z_CD, cu)
-        return upsample_forward(z_CD, chunk_T, residual_TD, y_CD.dtype)
+    def forward(ctx, x: Tensor, place_C: Tensor) -> Tensor:
+        ctx.save_for_backward(place_C)
+        ctx.like, ctx.targets = x.detach(), _take_targets(x)
+        return x[place_C]
+
+    @staticmethod
+    def backward(ctx, dout: Tensor):
+        (place_C,), (target,) = ctx.saved_tensors, ctx.targets
+        dx = (torch.zeros_like(ctx.like) if target is None else target).index_add_(0, place_C, dout)
+        return dx if target is None else None, None
+
+
+class Put(torch.autograd.Function):
+    """Moves x to where others find it, and goes on with it there."""
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, place_TD: Tensor) -> Tensor:
+        return place_TD.copy_(x_TD)
 
     @staticmethod
     def backward(ctx, dx_TD: Tensor):
-        y_CD, b_T, chunk_T, kept_C, inside_C, P_C, z_CD, cu = ctx.saved_tensors
-        dresidual_TD, dconfidence_T, dz_CD = upsample_backward(dx_TD, z_CD, chunk_T, kept_C)
-        dy_CD, dP_C = ema_backward(dz_CD, y_CD, P_C, z_CD, cu)
-        dp_T = F.pad(torch.where(b_T, dconfidence_T, -dconfidence_T), (0, 1))  # eq. 6
-        dp_T.index_add_(0, kept_C, dP_C * inside_C)
-        return dy_CD, dp_T[:-1], None, None, dresidual_TD
+        return dx_TD, None
+
+
+class Smooth(torch.autograd.Function):
+    """Smoothing (eq. 5): y_CD, P_C strictly between 0 and 1 -> z_CD in P's dtype. Gradients: of y and P."""
+
+    @staticmethod
+    def forward(ctx, y_CD: Tensor, P_C: Tensor, cu: Tensor) -> Tensor:
+        z_CD = ema_forward(y_CD, P_C, cu)
+        ctx.save_for_backward(y_CD, P_C, z_CD, cu)
+        return z_CD
+
+    @staticmethod
+    def backward(ctx, dz_CD: Tensor):
+        return *ema_backward(dz_CD, *ctx.saved_tensors), None
+
+
+class Upsample(torch.autograd.Function):
+    """Upsampling and residual (eq. 6 to 9): z_CD, p_T, b_T, residual_TD -> x_TD in `dtype`.
+
+    chunk_T: each token's chunk. start_C: each chunk's first token, T where there is none.
+    Gradients: of z, p and the residual; what has none: see `EmaUpsample` and `StraightThrough`.
+    """
+
+    @staticmethod
+    def forward(ctx, z_CD, p_T, b_T, chunk_T, start_C, residual_TD: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(z_CD, b_T, chunk_T, start_C)
+        ctx.targets = _take_targets(z_CD)
+        return upsample_forward(z_CD, chunk_T, residual_TD, dtype)
+
+    @staticmethod
+    def backward(ctx, dx_TD: Tensor):
+        z_CD, b_T, chunk_T, start_C = ctx.saved_tensors
+        (target,) = ctx.targets
+        dresidual_TD, dconfidence_T, dz_CD = upsample_backward(dx_TD, z_CD, chunk_T, start_C, target)
+        dp_T = torch.where(b_T, dconfidence_T, -dconfidence_T)  # eq. 6
+        return dz_CD if target is None else None, dp_T, None, None, None, dresidual_TD, None
 
 
 def run_stack(stack: Isotropic, ac: str, x_TD: Tensor, packing: Packing) -> Tensor:

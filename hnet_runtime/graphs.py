@@ -7,11 +7,13 @@ once a stage:
 
 Each part is a `Segment` for fixed sizes: one graph for its forward, one for its backward. A graph holds fixed sizes and
 addresses. So the documents of an inner stage are filled up to one of a few sizes with a document of zeros that reaches
-no output, statistic or gradient; rows without documents are empty documents. The weights that it reads are copies of
-the float32 masters in the compute dtype, which the optimizer writes; it writes each weight's gradient, in float32, to
-where the optimizer reads it.
+no output, statistic or gradient; rows without documents are empty documents. What goes from one part to another lies
+in a `Crossing`, whatever the sizes, and so do the gradients on their way back. The weights that a segment reads are
+copies of the float32 masters in the compute dtype, which the optimizer writes; it writes each weight's gradient, in
+float32, to where the optimizer reads it.
 
-Legend: T tokens, B documents, M the longest document's tokens; all three with what fills them up. s: a stage.
+Legend: T tokens, C chunks (the T of the stage inside), B documents, M the longest document's tokens; all with what
+fills them up. D width, s a stage.
 """
 
 import functools
@@ -31,15 +33,26 @@ from hnet_kernels.conv import MAX_TAPS
 from hnet_kernels.dispatch import requested
 from hnet_runtime.distributed import BETAS, Averaging, World
 from hnet_runtime.flat_adamw import FlatAdamW
-from hnet_runtime.fused import HeadLoss, fuse, gradients_into
-from hnet_trainable import HNet, HNetConfig, HNetLM, StageOutput, chunk_offsets, nested_like, ratio_loss
+from hnet_runtime.fused import HeadLoss, Put, Smooth, Take, Upsample, fuse, gradients_into
+from hnet_trainable import (
+    EMA_CLAMP,
+    HNet,
+    HNetConfig,
+    HNetLM,
+    StageOutput,
+    chunk_offsets,
+    cu_seqlens,
+    nested_like,
+    on_values,
+    ratio_loss,
+)
 
 logger = logging.getLogger("hnet")
 
 FLOAT32 = ("A_log", "dt_bias", "D")  # computed with in float32, as residual_proj is: no copies
 TOKENS, STEPS = 512, 8  # an inner T is rounded up to a multiple of TOKENS, and to one of STEPS sizes an octave
 DOCUMENTS, LONGEST = 16, 1024  # the least room for documents and for a document; more is a power of two
-KEPT = 16  # segments of a part: the sizes last used, two octaves of them; a capture takes 0.1 to 0.3 s
+KEPT = 16  # segments of a part: the sizes last used, two octaves of them
 ROOM = 8  # of a GPU's memory, one part in so many is kept free for validation, samples and saving
 
 
@@ -68,24 +81,22 @@ def _power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def _step(T: int) -> int:
+    """Inner sizes of about T are multiples of this, so the document of zeros has fewer tokens."""
+    return max(TOKENS, _power(T) // (2 * STEPS))
+
+
+def _filled_up(T: int) -> int:
+    """The size of an inner stage with T tokens."""
+    return -(-T // _step(T)) * _step(T)
+
+
 class Sizes(NamedTuple):
     """What a segment is captured for."""
 
     T: int
     B: int
     M: int
-
-    def rounded(self, exact: bool) -> "Sizes":
-        """With room to spare. `exact`: for the outermost stage, whose T never varies; inner ones take B from there."""
-        if exact:
-            return Sizes(self.T, _power(max(self.B, DOCUMENTS)), _power(max(self.M, LONGEST)))
-        step = max(TOKENS, _power(self.T) // (2 * STEPS))  # the most tokens that the document of zeros can have
-        return Sizes(-(-self.T // step) * step, self.B, _power(max(self.M, LONGEST, step)))
-
-    def hold(self, needed: "Sizes", exact: bool) -> bool:
-        """Whether these sizes serve a batch without wasting much."""
-        T, _, M = needed.rounded(exact)
-        return self.T == T and self.B >= needed.B and self.M >= M
 
 
 @functools.cache
@@ -94,123 +105,102 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+Ends = Sequence[tuple[Tensor, Tensor]]  # outputs that have a gradient, each with where it will lie
+Leaf = Callable[[Tensor, Tensor], Tensor]
+
+
 class Segment:
     """A part of the model for fixed sizes: its forward and its backward, each a graph, or on a CPU plain calls.
 
-    inputs: tensors that stay where they are; those that require a gradient get one, in `dinputs`.
-    run: the inputs -> outputs. `outputs` stay where they are too, and so do the gradients of those that have one,
-    `doutputs`, which the caller fills before `backward` and may provide.
-    weights, gradients: what `run` reads beside its inputs, each once, and where its gradient goes; `span` is their part
-    of the flat gradient.
+    run: reads and writes tensors that stay where they are. Of those whose gradient is wanted it takes `leaf(tensor,
+    gradient)`, which names the place for that; it returns its `Ends`.
+    targets: what else `run` reads, each once, and where its gradient goes; `span` is their part of the flat gradient.
+    pools: for what the forward keeps, and for what the backward uses meanwhile.
     warm: all that `run` calls has run in this process. Where it has not, it runs once before the capture, in memory
     beside the graphs'.
     """
 
     def __init__(
         self,
-        run: Callable[..., Sequence[Tensor]],
-        inputs: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        gradients: Sequence[Tensor],
+        run: Callable[[Leaf], Ends],
+        targets: dict[Tensor, Tensor],
         span: slice,
-        pool: tuple[int, int] | None,
-        doutputs: list[Tensor] | None = None,
+        device: torch.device,
+        pools: tuple[Any, Any],
         warm: bool = False,
     ):
-        self.run, self.inputs, self.doutputs = run, inputs, doutputs
-        self.targets, self.span = dict(zip(weights, gradients)), span
+        self.run, self.targets, self.span = run, targets, span
         self.graphs: list[torch.cuda.CUDAGraph] = []
-        if not inputs[0].is_cuda:
-            self._forward()
-            self.outputs = [x.detach().clone() for x in self.live]
-            self.doutputs = self.doutputs or [torch.zeros_like(x) for x in self.live if x.requires_grad]
+        if device.type != "cuda":
             return
         if not warm:
-            self._warm_up()
-        self._capture(self._forward, pool)
-        self.outputs = [x.detach() for x in self.live]
-        self.doutputs = self.doutputs or [torch.zeros_like(x) for x in self.live if x.requires_grad]
-        self._capture(self._backward, pool)
-        del self.live  # and with it, what the forward saved: the pool's other segments use that memory too
+            self._warm_up(device)
+        for part, pool in zip((self._forward, self._backward), pools):
+            self.graphs.append(torch.cuda.CUDAGraph())
+            # "relaxed": a kernel that sizes like these are the first to call may be loaded meanwhile, and another
+            # thread may be saving a checkpoint
+            with torch.cuda.graph(self.graphs[-1], pool=pool, capture_error_mode="relaxed"):
+                part()
+        self._let_go()  # of what the forward saved: the pool's other segments use that memory too
 
-    def _warm_up(self) -> None:
+    def _let_go(self) -> None:
+        del self.ends, self.wanted, self.copied
+
+    def _warm_up(self, device: torch.device) -> None:
         """Compiles and loads what the segment calls, on another stream as captures want it."""
-        aside = _side_stream(self.inputs[0].device)
+        aside = _side_stream(device)
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             self._forward()
-            self.doutputs = self.doutputs or [torch.zeros_like(x) for x in self.live if x.requires_grad]
             self._backward()
-            del self.live, self.dinputs
+            self._let_go()
         torch.cuda.current_stream().wait_stream(aside)
         torch.cuda.empty_cache()  # what lies beside the pools is of no use to them
 
-    def _capture(self, part: Callable[[], None], pool: tuple[int, int] | None) -> None:
-        self.graphs.append(torch.cuda.CUDAGraph())
-        # "relaxed": a kernel that sizes like these are the first to call may be loaded meanwhile, and another thread
-        # may be saving a checkpoint
-        with torch.cuda.graph(self.graphs[-1], pool=pool, capture_error_mode="relaxed"):
-            part()
-
     def _forward(self) -> None:
+        self.wanted = dict(self.targets)
         self.copied = dict(self.targets)  # without those that the backward itself will write
+
+        def leaf(x: Tensor, gradient: Tensor) -> Tensor:
+            x = x.detach().requires_grad_()
+            self.wanted[x] = self.copied[x] = gradient
+            return x
+
         with torch.enable_grad(), gradients_into(self.copied):
-            self.live = self.run(*self.inputs)
+            self.ends = self.run(leaf)
 
     def _backward(self) -> None:
-        ends = [x for x in self.live if x.requires_grad]
-        inputs = [x for x in self.inputs if x.requires_grad]
-        wanted = [*inputs, *self.targets]
-        found = dict(zip(wanted, torch.autograd.grad(ends, wanted, self.doutputs, allow_unused=True)))
-        if {x for x in wanted if found[x] is not None} != {*inputs, *self.copied}:
+        outputs, doutputs = zip(*self.ends)
+        wanted = list(self.wanted)
+        found = dict(zip(wanted, torch.autograd.grad(outputs, wanted, doutputs, allow_unused=True)))
+        if {x for x in wanted if found[x] is not None} != set(self.copied):
             raise RuntimeError("a weight is not used, or twice")
-        self.dinputs = [found[x] for x in inputs]
         torch._foreach_copy_(list(self.copied.values()), [found[x] for x in self.copied])
 
     def forward(self) -> None:
-        if self.graphs:
-            self.graphs[0].replay()
-        else:
-            self._forward()
-            for kept, new in zip(self.outputs, self.live):
-                kept.copy_(new.detach())
+        self.graphs[0].replay() if self.graphs else self._forward()
 
     def backward(self) -> None:
-        if self.graphs:
-            self.graphs[1].replay()
-        else:
-            self._backward()
+        self.graphs[1].replay() if self.graphs else self._backward()
 
 
-class Place:
-    """What stands between the segments of a stage, for fixed sizes: its documents, what enters and what leaves."""
+class Crossing:
+    """Where stage s, of at most T tokens, meets the one inside, whose tokens are its chunks, at most C.
 
-    def __init__(self, s: int, sizes: Sizes, width: int, dtype: torch.dtype, device: torch.device):
-        self.s, self.sizes = s, sizes
-        self.offsets = torch.full((sizes.B + 1,), sizes.T, device=device)  # int64
-        self.offsets[0] = 0
-        self.count = torch.full((), sizes.T, device=device)  # int64: tokens without those that fill up
-        self.tokens = sizes.T  # the same, on the host
-        if s == 0:
-            self.x_T, self.labels_T = torch.zeros(2, sizes.T, dtype=torch.int64, device=device)
-        else:
-            self.x_TD, self.y_TD = (torch.zeros(sizes.T, width, dtype=dtype, device=device) for _ in "xy")
-            self.dy_TD = torch.zeros_like(self.x_TD)
-            self.x_TD.requires_grad_()
-            self.y_TD.requires_grad_()
+    Rows of `x_TD` and `p_T` at `start_C` are what the stage inside takes. Where it has no chunk, start_C is the size
+    that stage s has, one row past its tokens, and that row is zero.
+    """
 
-    def nested(self, values: Tensor) -> Tensor:
-        return nested_tensor_from_jagged(values, self.offsets, min_seqlen=0, max_seqlen=self.sizes.M)
-
-    def fill(self, x_TD: Tensor, kept_C: Tensor, offsets: Tensor) -> None:
-        """Takes those rows of the stage outside, in documents of these offsets; fills up with a document of zeros."""
-        rows_TD, C = self.x_TD.detach(), len(kept_C)
-        torch.index_select(x_TD, 0, kept_C, out=rows_TD[:C])
-        rows_TD[C:].zero_()
-        self.offsets[: len(offsets)].copy_(offsets)
-        self.offsets[len(offsets) :].fill_(self.sizes.T)
-        self.count.copy_(offsets[-1])
-        self.tokens = C
+    def __init__(self, T: int, C: int, D: int, documents: int, dtype: torch.dtype, device: torch.device):
+        at = {"device": device}
+        wide = at | {"dtype": torch.promote_types(dtype, torch.float32)}
+        self.x_TD, self.dx_TD = (torch.zeros(T + 1, D, dtype=dtype, **at) for _ in "xd")  # after the encoder
+        self.p_T, self.dp_T = (torch.zeros(T + 1, **wide) for _ in "pd")
+        self.b_T = torch.zeros(T, dtype=torch.bool, **at)
+        self.chunk_T, self.start_C = (torch.zeros(n, dtype=torch.int64, **at) for n in (T, C))
+        self.z_CD = torch.zeros(C, D, **wide)  # what comes from inside, smoothed; then the gradient of that
+        self.offsets = torch.zeros(documents + 1, dtype=torch.int64, **at)  # in chunks
+        self.counts = torch.zeros(2, dtype=torch.int64, **at)  # of all chunks, and of the longest document's
 
 
 class Losses(NamedTuple):
@@ -226,14 +216,16 @@ class GraphedModel:
     """Runs the training steps of an HNetLM on one process as graphs.
 
     `masters`: the HNetLM whose float32 parameters are trained. `model`: an HNetLM of copies in the compute dtype, for
-    whoever evaluates or generates. Gradients go to the masters' `grad`, which lie in one flat tensor, `gradient`.
-    `fused`: it computes as fused.py writes it, with activation checkpointing as `ac` says there.
+    whoever evaluates or generates; it computes as fused.py writes it, with activation checkpointing as `ac` says there.
+    Gradients go to the masters' `grad`, which lie in one flat tensor, `gradient`.
 
     `optimizer` is what changes the masters, and the copies with them; groups: its parameter groups, by default one.
     Whatever else changes the masters calls `optimizer.refresh` afterwards.
 
     world: where several processes have a copy of the weights each, gradients are averaged over them, those of a segment
     while the backward of others goes on.
+
+    `captured`: how many segments have been made so far; each took a tenth of a second or some.
     """
 
     def __init__(
@@ -241,7 +233,6 @@ class GraphedModel:
         masters: HNetLM,
         compute_dtype: torch.dtype,
         alpha: float,
-        fused: bool = True,
         world: World | None = None,
         groups: Sequence[dict[str, Any]] | None = None,
         ac: str = "none",
@@ -254,6 +245,11 @@ class GraphedModel:
             raise ValueError(f"steps as graphs: {reason}")
         with torch.device("meta"):
             self.model = HNetLM(config)
+        self.levels: list[HNet] = [self.model.backbone]
+        for _ in range(self.S):
+            self.levels.append(self.levels[-1].main_network)
+        names = {p: name for name, p in self.model.named_parameters()}
+        self.weights = {part: [names[p] for p in found] for part, found in self._weights().items()}
         parameters = dict(masters.named_parameters())
         copies: list[tuple[Tensor, Tensor]] = []  # (copy, master)
         for name, p in parameters.items():
@@ -263,27 +259,43 @@ class GraphedModel:
             if not whole:
                 copies.append((used, p))
             self.model.get_submodule(path)._parameters[leaf] = used
-        in_order = list(parameters.values())
+        in_order = [parameters[name] for part in self.weights.values() for name in part]
         self.optimizer = FlatAdamW(groups or [{"params": in_order}], in_order, BETAS, copies=copies)
         self.gradient = self.optimizer.gradient
-        self.fused = fused
-        if fused:
-            fuse(self.model, ac)
-        self.levels: list[HNet] = [self.model.backbone]
-        for _ in range(self.S):
-            self.levels.append(self.levels[-1].main_network)
+        fuse(self.model, ac)
+        wide = {"dtype": torch.promote_types(compute_dtype, torch.float32), "device": self.device}
+        self.losses = torch.zeros(1 + 3 * self.S, **wide)  # ce, ratio losses, F, G
+        self.share, (self.dce, self.dratio) = 0.0, torch.zeros(2, **wide)
         self.warm: set[str] = set()  # parts that have run
+        self.captured, self.room = 0, 0  # room: of how many bytes the steps may be
         self.forget()
-        self.documents = 0  # of the last micro-batch
+
+    def _weights(self) -> dict[str, list[Tensor]]:
+        """The model's weights by the part that uses them, in the order of the parts' first use."""
+        found: dict[str, list[Any]] = {}
+        for s, hnet in enumerate(self.levels):
+            parts = [hnet.encoder, hnet.routing_module] if s < self.S else [hnet.main_network]
+            found[f"enter {s}" if s < self.S else f"inner {s}"] = [hnet.pad_dimension, *parts]
+        for s in reversed(range(self.S)):
+            found[f"leave {s}"] = [self.levels[s].residual_proj, self.levels[s].decoder]
+        first, last = next(iter(found)), list(found)[-1]
+        found[first].append(self.model.embeddings)
+        found[last].append(self.model.lm_head)
+        return {
+            part: [p for m in modules if m is not None for p in (m.parameters() if isinstance(m, nn.Module) else [m])]
+            for part, modules in found.items()
+        }
 
     def forget(self) -> None:
         """Drops all graphs and their memory; the next steps make new ones."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # none is being replayed
-        self.places: list[OrderedDict[Sizes, Place]] = [OrderedDict() for _ in self.levels]
-        self.segments: dict[str, OrderedDict] = {}
-        self.pools: dict[str, tuple[int, int]] = {}  # new ones: torch takes none that all graphs have left
-        self.routed: list[tuple[Place, Segment]] = []  # the last micro-batch's stages and their ways in
+        self.segments: dict[str, OrderedDict[Sizes, Segment]] = {part: OrderedDict() for part in self.weights}
+        # What a part's forward keeps is no longer needed when another segment of that part runs: they share a pool.
+        # The last part's backward follows its forward at once. So all others' backwards may use its pool.
+        handle = torch.cuda.graph_pool_handle if self.device.type == "cuda" else lambda: None
+        self.pools = {part: handle() for part in self.weights}  # new ones: torch takes none that all graphs have left
+        self.most_B, self.most_M = DOCUMENTS, [LONGEST] * (self.S + 1)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -298,82 +310,116 @@ class GraphedModel:
             if free < everything // ROOM:
                 self.forget()
 
+    def _allocate(self, T: int) -> None:
+        """What segments read and write, for steps of at most T bytes."""
+        self.room = T
+        self.forget()
+        documents = _power(max(T, DOCUMENTS)) + self.S
+        self.iids_T, self.labels_T = torch.zeros(2, T, dtype=torch.int64, device=self.device)
+        self.offsets = torch.zeros(documents + 1, dtype=torch.int64, device=self.device)
+        self.crossings: list[Crossing] = []
+        for D in self.masters.config.d_model[:-1]:
+            self.crossings.append(Crossing(T, _filled_up(T), D, documents, self.dtype, self.device))
+            T = _filled_up(T)
+
     # ------------------------------------------------------------------------------------------- what segments compute
 
-    def _begin(self, place: Place, x: Tensor) -> Tensor:
-        x_BjD = place.nested(x)
-        return self.model.embeddings(x_BjD) if place.s == 0 else x_BjD
+    def _nested(self, s: int, sizes: Sizes, values: Tensor) -> Tensor:
+        """An NJT of stage s's documents."""
+        T, B, M = sizes
+        offsets = F.pad(self.crossings[s - 1].offsets[:B], (0, 1), value=T) if s else self.offsets[: B + 1]
+        return nested_tensor_from_jagged(values, offsets, min_seqlen=0, max_seqlen=M)
 
-    def _end(self, place: Place, x_BjD: Tensor) -> tuple[Tensor]:
-        if place.s:
-            place.y_TD.detach().copy_(x_BjD.values().detach())
-            return (x_BjD.values(),)
-        if self.fused:
-            return (HeadLoss.apply(x_BjD.values(), self.model.lm_head.weight, place.labels_T),)
-        logits_TV = self.model.lm_head(x_BjD).values()
-        loss_dtype = torch.promote_types(logits_TV.dtype, torch.float32)
-        return (F.cross_entropy(logits_TV.to(loss_dtype), place.labels_T),)
+    def _begin(self, s: int, sizes: Sizes, leaf: Leaf) -> tuple[Tensor, Tensor]:
+        """What enters stage s, as an NJT of its documents, and the number of its tokens without those of zeros."""
+        if s == 0:
+            iids = self._nested(s, sizes, self.iids_T[: sizes.T])
+            return self.model.embeddings(iids), iids.offsets()[-1]
+        outer = self.crossings[s - 1]
+        x_TD = Take.apply(leaf(outer.x_TD, outer.dx_TD), outer.start_C[: sizes.T])
+        x_BjD = self._nested(s, sizes, x_TD)
+        return x_BjD, x_BjD.offsets()[-2]
 
-    def _enter(self, place: Place, x: Tensor) -> tuple[Tensor, ...]:
-        x_BjD, stage, residual_BjD = self.levels[place.s].enter(self._begin(place, x))
+    def _end(self, s: int, x_BjD: Tensor, leaf: Leaf) -> Ends:
+        """What leaves stage s: smoothed, to the stage outside; or to the loss."""
+        if s == 0:
+            ce = HeadLoss.apply(x_BjD.values(), self.model.lm_head.weight, self.labels_T[: len(x_BjD.values())])
+            self.losses[0].copy_(ce.detach())
+            return [(ce, self.dce)]
+        y_CD, outer = x_BjD.values(), self.crossings[s - 1]
+        C = len(y_CD)
+        P_C = Take.apply(leaf(outer.p_T, outer.dp_T), outer.start_C[:C]).clamp(EMA_CLAMP, 1 - EMA_CLAMP)
+        z_CD = Smooth.apply(y_CD, P_C, cu_seqlens(x_BjD))
+        outer.z_CD[:C].copy_(z_CD.detach())
+        return [(z_CD, outer.z_CD[:C])]
+
+    def _enter(self, s: int, sizes: Sizes, leaf: Leaf) -> Ends:
+        hnet, to, T = self.levels[s], self.crossings[s], sizes.T
+        x_BjD, count = self._begin(s, sizes, leaf)
+        x_BjD = on_values(hnet.encoder, hnet.widen(x_BjD))
+        to.x_TD[T].zero_()
+        x_TD = Put.apply(x_BjD.values(), to.x_TD[:T])
+        stage = hnet.routing_module(nested_like(x_TD, x_BjD))
         p_T = stage.boundary_prob.values()
-        real_T = torch.arange(place.sizes.T, device=p_T.device) < place.count
+        real_T = torch.arange(T, device=p_T.device) < count
         b_T = stage.boundary_mask.values() & real_T
-        share, mean = b_T.to(p_T.dtype).sum() / place.count, (p_T * real_T).sum() / place.count
-        ratio = ratio_loss(stage._replace(F=share, G=mean), self.masters.config.target_ratios[place.s])
-        inner = chunk_offsets(b_T, place.offsets)
-        counts = torch.stack([inner[-1], inner.diff().max()])
-        return x_BjD.values(), residual_BjD.values(), p_T, ratio, b_T, inner, counts, share, mean.detach()
+        share, mean = b_T.to(p_T.dtype).sum() / count, (p_T * real_T).sum() / count
+        ratio = ratio_loss(stage._replace(F=share, G=mean), self.masters.config.target_ratios[s])
+        for value, place in zip((ratio, share, mean), self.losses[1:].view(3, -1)[:, s]):
+            place.copy_(value.detach())
+        to.p_T[: T + 1].copy_(F.pad(p_T.detach(), (0, 1)))
+        to.b_T[:T].copy_(b_T)
+        torch.sub(b_T.cumsum(0), 1, out=to.chunk_T[:T])
+        C = _filled_up(T)
+        to.start_C[:C].copy_(torch.nonzero_static(b_T, size=C, fill_value=T).squeeze(1))
+        inside = chunk_offsets(b_T, x_BjD.offsets())
+        to.counts.copy_(torch.stack([inside[-1], inside.diff().max()]))
+        to.offsets[: len(inside)].copy_(inside)
+        to.offsets[len(inside) :].copy_(inside[-1:].expand(len(to.offsets) - len(inside)))
+        return [(x_TD, to.dx_TD[:T]), (p_T, to.dp_T[:T]), (ratio, self.dratio)]
 
-    def _leave(self, place: Place, inside: Place, b_T: Tensor, y_CD: Tensor, residual_TD: Tensor, p_T: Tensor):
-        p_Bj = place.nested(p_T)
-        stage = StageOutput(p_Bj, nested_like(b_T, p_Bj), None, None)
-        x_BjD = self.levels[place.s].leave(inside.nested(y_CD), stage, nested_like(residual_TD, p_Bj))
-        return self._end(place, x_BjD)
+    def _inner(self, s: int, sizes: Sizes, leaf: Leaf) -> Ends:
+        return self._end(s, self.levels[s](self._begin(s, sizes, leaf)[0])[0], leaf)
 
-    def _inner(self, place: Place, x: Tensor) -> tuple[Tensor]:
-        return self._end(place, self.levels[place.s](self._begin(place, x))[0])
+    def _leave(self, s: int, sizes: Sizes, leaf: Leaf) -> Ends:
+        hnet, at, T, C = self.levels[s], self.crossings[s], sizes.T, _filled_up(sizes.T)
+        x_TD, p_T, z_CD = leaf(at.x_TD[:T], at.dx_TD[:T]), leaf(at.p_T[:T], at.dp_T[:T]), leaf(at.z_CD[:C], at.z_CD[:C])
+        residual_TD = hnet.residual_proj(x_TD.to(hnet.residual_proj.weight.dtype))
+        x_TD = Upsample.apply(z_CD, p_T, at.b_T[:T], at.chunk_T[:T], at.start_C[:C], residual_TD, self.dtype)
+        return self._end(s, hnet.narrow(on_values(hnet.decoder, self._nested(s, sizes, x_TD))), leaf)
 
     # ----------------------------------------------------------------------------------------- finding and making them
 
-    def _place(self, s: int, needed: Sizes) -> Place:
-        places, exact = self.places[s], s == 0
-        sizes = min((z for z in places if z.hold(needed, exact)), default=None)
-        if sizes is None:
-            if len(places) == KEPT:
-                self._drop(places.popitem(last=False)[1])
-            sizes = needed.rounded(exact)
-            places[sizes] = Place(s, sizes, self.masters.config.d_model[max(s - 1, 0)], self.dtype, self.device)
-        places.move_to_end(sizes)
-        return places[sizes]
+    def _sizes(self, s: int, T: int, M: int) -> Sizes:
+        """With room to spare. Room for documents is not given back, so that most steps find what was captured."""
+        if s:
+            T, M = _filled_up(T), max(M, _step(T))
+        self.most_M[s] = max(self.most_M[s], _power(M))
+        return Sizes(T, self.most_B + s, self.most_M[s])
 
-    def _drop(self, place: Place) -> None:
-        for segments in self.segments.values():
-            for key in [key for key in segments if place in key]:
-                del segments[key]
-
-    def _segment(self, part: str, key: tuple[Place, ...], modules: Sequence, run, inputs: Sequence[Tensor]) -> Segment:
-        """The segment of a part for these places, made on first use; `modules` hold its weights."""
-        name, outermost = f"{part} {key[0].s}", key[0].s == 0
-        segments = self.segments.setdefault(name, OrderedDict())
-        if key not in segments:
-            if self.device.type == "cuda" and name not in self.pools:
-                self.pools[name] = torch.cuda.graph_pool_handle()
+    def _segment(self, part: str, sizes: Sizes) -> Segment:
+        """The segment of a part for these sizes, made on first use."""
+        segments = self.segments[part]
+        if sizes not in segments:
             if len(segments) == KEPT:
                 segments.popitem(last=False)
-            modules = [*modules, self.model.embeddings if outermost and part != "leave" else None]
-            modules += [self.model.lm_head if outermost and part != "enter" else None]
-            names = {id(p): full for full, p in self.model.named_parameters()}
-            weights = [m for m in modules if isinstance(m, Tensor)]
-            weights += [p for m in modules if isinstance(m, nn.Module) for p in m.parameters()]
-            masters = [self.masters.get_parameter(names[id(p)]) for p in weights]
-            gradients, span = [p.grad for p in masters], self.optimizer.slice_of(masters)
-            doutputs = [key[0].dy_TD] if part != "enter" and not outermost else None
-            pool, warm = self.pools.get(name), name in self.warm
-            segments[key] = Segment(run, inputs, weights, gradients, span, pool, doutputs, warm)
-            self.warm.add(name)
-        segments.move_to_end(key)
-        return segments[key]
+            kind, s = part.split()
+            run = {"enter": self._enter, "inner": self._inner, "leave": self._leave}[kind]
+            masters = [self.masters.get_parameter(name) for name in self.weights[part]]
+            targets = {self.model.get_parameter(name): p.grad for name, p in zip(self.weights[part], masters)}
+            pools, warm = (self.pools[part], list(self.pools.values())[-1]), part in self.warm
+            segments[sizes] = Segment(
+                functools.partial(run, int(s), sizes),
+                targets,
+                self.optimizer.slice_of(masters),
+                self.device,
+                pools,
+                warm,
+            )
+            self.warm.add(part)
+            self.captured += 1
+        segments.move_to_end(sizes)
+        return segments[sizes]
 
     # ---------------------------------------------------------------------------------------------------------- a step
 
@@ -383,10 +429,14 @@ class GraphedModel:
         batches: NJTs (iids, labels), each (B, j) of int64.
         """
         *earlier, last = batches
-        share, averaging, sum_ = 1 / (len(batches) * self.size), Averaging(self.size), None
-        found = []
+        share = 1 / (len(batches) * self.size)
+        if share != self.share:
+            self.share = share
+            self.dce.fill_(share)
+            self.dratio.fill_(share * self.alpha)
+        averaging, sum_, losses = Averaging(self.size), None, []
         for pair in earlier:  # the next one writes to the same place
-            found.append(self._micro_batch(*pair, share))
+            losses.append(self._micro_batch(*pair))
             sum_ = self.gradient.clone() if sum_ is None else sum_.add_(self.gradient)
 
         def finished(segment: Segment) -> None:
@@ -395,98 +445,64 @@ class GraphedModel:
                 part += sum_[segment.span]
             averaging.start(part)
 
-        found.append(self._micro_batch(*last, share, finished))
+        losses.append(self._micro_batch(*last, finished))
         averaging.finish()
-        return Losses(*(torch.stack(values).mean(0) for values in zip(*found)))
+        ce, *of_stages = torch.stack(losses).mean(0).split([1, self.S, self.S, self.S])
+        return Losses(ce.squeeze(0), *of_stages)
 
     def _micro_batch(
-        self, iids: Tensor, labels: Tensor, share: float, finished: Callable[[Segment], None] = lambda segment: None
-    ) -> Losses:
-        """share: of the loss in the step's. finished: told of each segment whose gradients have all been launched."""
+        self, iids: Tensor, labels: Tensor, finished: Callable[[Segment], None] = lambda segment: None
+    ) -> Tensor:
+        """Its losses, as they lie in `losses`. finished: told of each segment whose gradients have been launched."""
         try:
-            last, backward = self._forward(iids, labels, share, finished)
+            segments = self._forward(iids, labels)
         except torch.OutOfMemoryError:
-            last = None  # what the exception holds must go first
-        if last is None:
+            segments = None  # what the exception holds must go first
+        if segments is None:
             logger.info("the GPU's memory is full: graphs for other numbers of chunks are dropped")
             self.forget()
-            last, backward = self._forward(iids, labels, share, finished)
-        last.doutputs[0].fill_(share)
-        backward()
-        ce = last.outputs[0].clone()  # the stacks below copy too: the next micro-batch writes to the same places
-        columns = zip(*((ratio, F_, G) for *_, ratio, _, _, _, F_, G in (enter.outputs for _, enter in self.routed)))
-        return Losses(ce, *([torch.stack(column) for column in columns] or [ce.new_zeros(0)] * 3))
+            segments = self._forward(iids, labels)
+        for segment in reversed(segments):
+            segment.backward()
+            finished(segment)
+        return self.losses.clone()  # the next micro-batch writes to the same place
 
-    def _forward(
-        self, iids: Tensor, labels: Tensor, share: float, finished: Callable[[Segment], None]
-    ) -> tuple[Segment, Callable[[], Tensor | None]]:
-        """A micro-batch's forward. Returns what `_run` does."""
-        offsets = iids.offsets()
-        place = self._place(0, Sizes(len(iids.values()), len(offsets) - 1, iids._get_max_seqlen()))
-        place.x_T.copy_(iids.values())
-        place.labels_T.copy_(labels.values())
-        place.offsets[: len(offsets)].copy_(offsets)
-        place.offsets[len(offsets) :].fill_(place.sizes.T)
-        self.routed, self.documents = [], len(offsets) - 1
-        return self._run(place, share, finished)
+    def _forward(self, iids: Tensor, labels: Tensor) -> list[Segment]:
+        """A micro-batch's forward. Returns the segments that have run, in order."""
+        T, offsets = len(iids.values()), iids.offsets()
+        if self.room < T:
+            self._allocate(T)
+        self.iids_T[:T].copy_(iids.values())
+        self.labels_T[:T].copy_(labels.values())
+        self.offsets[: len(offsets)].copy_(offsets)
+        self.offsets[len(offsets) :].fill_(T)
+        self.documents = len(offsets) - 1
+        self.most_B = max(self.most_B, _power(self.documents))
+        sizes, self.tokens = self._sizes(0, T, iids._get_max_seqlen()), [T]
+        found = []
+
+        def run(part: str, sizes: Sizes) -> None:
+            found.append(self._segment(part, sizes))
+            found[-1].forward()
+
+        way_in = []
+        for s in range(self.S):
+            run(f"enter {s}", sizes)
+            way_in.append(sizes)
+            C, longest = self.crossings[s].counts.tolist()  # the one wait of a stage
+            self.tokens.append(C)
+            sizes = self._sizes(s + 1, C, longest)
+        run(f"inner {self.S}", sizes)
+        for s in reversed(range(self.S)):
+            run(f"leave {s}", way_in[s])
+        return found
 
     def stages(self) -> list[StageOutput]:
         """What the routers decided in the last micro-batch; to be read before the next writes to the same places."""
         found = []
-        for place, enter in self.routed:
-            _, _, p_T, _, b_T, _, _, F_, G = enter.outputs
-            offsets = place.offsets[: self.documents + 1]
-            p_Bj = nested_tensor_from_jagged(p_T[: place.tokens], offsets, min_seqlen=0, max_seqlen=place.sizes.M)
-            found.append(StageOutput(p_Bj, nested_like(b_T[: place.tokens], p_Bj), F_, G))
+        for s, (at, T) in enumerate(zip(self.crossings, self.tokens)):
+            offsets = (self.crossings[s - 1].offsets if s else self.offsets)[: self.documents + 1]
+            p_Bj = nested_tensor_from_jagged(at.p_T[:T], offsets, min_seqlen=0, max_seqlen=self.most_M[s])
+            _, F_, G = self.losses[1:].view(3, -1)[:, s]
+            found.append(StageOutput(p_Bj, nested_like(at.b_T[:T], p_Bj), F_, G))
         return found
-
-    def _run(
-        self, place: Place, share: float, finished: Callable[[Segment], None]
-    ) -> tuple[Segment, Callable[[], Tensor | None]]:
-        """The forward of a stage. Returns its last segment and its backward, which returns the gradient of its x_TD."""
-        s, hnet = place.s, self.levels[place.s]
-        x = place.x_TD if s else place.x_T
-        if s == self.S:
-            modules = hnet.pad_dimension, hnet.main_network
-            inner = self._segment("inner", (place,), modules, lambda *at: self._inner(place, *at), [x])
-            inner.forward()
-
-            def back() -> Tensor | None:
-                inner.backward()
-                finished(inner)
-                return inner.dinputs[0] if s else None
-
-            return inner, back
-
-        modules = hnet.pad_dimension, hnet.encoder, hnet.routing_module, hnet.residual_proj
-        enter = self._segment("enter", (place,), modules, lambda *at: self._enter(place, *at), [x])
-        enter.forward()
-        x_TD, residual_TD, p_T, _, b_T, offsets, counts, _, _ = enter.outputs
-        self.routed.append((place, enter))
-        total, longest = counts.tolist()  # the one wait of a stage
-        inside = self._place(s + 1, Sizes(total, place.sizes.B + 1, longest))
-        kept_C = torch.nonzero_static(b_T, size=total).squeeze(1)
-        inside.fill(x_TD, kept_C, offsets)
-        _, inside_back = self._run(inside, share, finished)
-        leaves = [x.detach().requires_grad_() for x in (residual_TD, p_T)]
-        leave = self._segment(
-            "leave", (place, inside), [hnet.decoder], lambda *at: self._leave(place, inside, b_T, *at),
-            [inside.y_TD, *leaves],
-        )  # fmt: skip
-        leave.forward()
-
-        def back() -> Tensor | None:
-            leave.backward()
-            finished(leave)
-            dy_CD, dresidual_TD, dp_T = leave.dinputs
-            inside.dy_TD.copy_(dy_CD)
-            dinside_TD = inside_back()
-            enter.doutputs[0].zero_().index_copy_(0, kept_C, dinside_TD[:total])
-            enter.doutputs[1].copy_(dresidual_TD)
-            enter.doutputs[2].copy_(dp_T)
-            enter.doutputs[3].fill_(share * self.alpha)
-            enter.backward()
-            finished(enter)
-            return enter.dinputs[0] if s else None
-
-        return leave, back
