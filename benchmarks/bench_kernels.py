@@ -93,7 +93,7 @@ def cases(T: int, C: int) -> dict[str, tuple[Callable, float, float]]:
         found[f"add_norm {stage}"] = lambda a=(residual, delta, weight, 1e-5): norm.add_norm_forward(*a), moved, 0
         found[f"add_norm {stage} backward"] = (
             lambda a=(delta, residual, residual, scale, weight): norm.add_norm_backward(*a),
-            3 * size(residual) + 2 * size(delta),
+            3 * size(residual) + 3 * size(delta),
             0,
         )
     projected, y, gate = rand(T, 4 * D + 2 * N + 16), rand(T, 2 * D), rand(2 * D)
@@ -101,7 +101,7 @@ def cases(T: int, C: int) -> dict[str, tuple[Callable, float, float]]:
     _, scale = norm.gated_norm_forward(y, z, gate, 1e-5)
     dz = torch.empty_like(projected)[:, : 2 * D]
     found["gated_norm"] = lambda: norm.gated_norm_forward(y, z, gate, 1e-5), 3 * size(y), 0
-    found["gated_norm backward"] = lambda: norm.gated_norm_backward(y, y, z, scale, gate, dz), 5 * size(y), 0
+    found["gated_norm backward"] = lambda: norm.gated_norm_backward(y, y, z, scale, gate, dz), 6 * size(y), 0
     cu, position = documents(T, 8192)
     weight, bias = rand(2 * D + 2 * N, 1, 4), rand(2 * D + 2 * N)
     found["conv"] = lambda: conv_triton.conv_silu_forward(xBC, weight, bias, position), 2 * size(xBC), 0
@@ -120,7 +120,7 @@ def cases(T: int, C: int) -> dict[str, tuple[Callable, float, float]]:
     both = rand(C, 2 * 2688)
     h = rand(C, 2688)
     found["swiglu"] = lambda: pointwise.swiglu_forward(both), size(both, h), 0
-    found["swiglu backward"] = lambda: pointwise.swiglu_backward(h, both), 2 * size(both) + size(h), 0
+    found["swiglu backward"] = lambda: pointwise.swiglu_backward(h, both), 2 * size(both, h), 0
     inner_cu, inner_position = documents(C, 1475)
     qkv, do = rand(C, 3, 16, 64), rand(C, 16, 64)
     cos, sin = rand(2048, 16, dtype=WIDE), rand(2048, 16, dtype=WIDE)

@@ -87,8 +87,9 @@ def run(args: Benchmark, config: str, processes: int, steps: int, *flags: str, g
         )
         if done.returncode:
             lines = [line for line in done.stderr.strip().splitlines() if "ChildFailedError" not in line]
-            said = [line for line in lines if "train.py:" in line] or [line for line in lines if "Error" in line]
-            return f"exit status {done.returncode}: {(said or lines[-1:])[-1]}"
+            errors = [line for line in lines if "Error" in line and "train.py:" not in line][:1]
+            said = errors + [line for line in lines if "train.py:" in line][-1:]
+            return f"exit status {done.returncode}: {'; '.join(said or lines[-1:])}"
         return read_metrics(folder / "metrics.jsonl")
     except subprocess.TimeoutExpired:
         return f"not done after {args.limit} s"

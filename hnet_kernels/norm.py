@@ -38,12 +38,12 @@ def _norm(u_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return (u_TD * scale_T[:, None] * weight_D).to(weight_D.dtype), scale_T
 
 
-def _norm_backward(dx_TD: Tensor, u_TD: Tensor, scale_T: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor]:
-    """(du_TD, dweight_D) of x = u * scale * weight, scale being 1 / rms(u)."""
+def _norm_backward(dx_TD: Tensor, u_TD: Tensor, scale_T: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(du_TD, dweight_D, x_TD) of x = u * scale * weight, scale being 1 / rms(u)."""
     dx_TD, unit_TD = _wide(dx_TD), u_TD * scale_T[:, None]
     g_TD = dx_TD * weight_D
     du_TD = scale_T[:, None] * (g_TD - unit_TD * (g_TD * unit_TD).mean(-1, keepdim=True))
-    return du_TD, (dx_TD * unit_TD).sum(0).to(weight_D.dtype)
+    return du_TD, (dx_TD * unit_TD).sum(0).to(weight_D.dtype), (unit_TD * weight_D).to(weight_D.dtype)
 
 
 def add_norm_forward(
@@ -63,19 +63,20 @@ def add_norm_forward(
 
 def add_norm_backward(
     dx_TD: Tensor, dsum_TD: Tensor | None, sum_TD: Tensor, scale_T: Tensor, weight_D: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dresidual_TD, ddelta_TD, dweight_D) of `add_norm_forward`. dsum_TD: the gradient of sum_TD, None for zeros.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dresidual_TD, ddelta_TD, dweight_D, x_TD) of `add_norm_forward`, the last the same bits as there.
 
-    dresidual_TD and ddelta_TD are the same numbers, in the dtypes of sum_TD and of dx_TD.
+    dsum_TD: the gradient of sum_TD, None for zeros. dresidual_TD and ddelta_TD are the same numbers, in the dtypes of
+    sum_TD and of dx_TD.
     """
     if _fast("add_norm", dx_TD):
         from hnet_kernels import norm_triton
 
         return norm_triton.add_norm_backward(dx_TD, dsum_TD, sum_TD, scale_T, weight_D)
-    d_TD, dweight_D = _norm_backward(dx_TD, sum_TD, scale_T, weight_D)
+    d_TD, dweight_D, x_TD = _norm_backward(dx_TD, sum_TD, scale_T, weight_D)
     if dsum_TD is not None:
         d_TD = d_TD + dsum_TD
-    return d_TD, d_TD.to(dx_TD.dtype), dweight_D
+    return d_TD, d_TD.to(dx_TD.dtype), dweight_D, x_TD
 
 
 def gated_norm_forward(y_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -92,14 +93,17 @@ def gated_norm_forward(y_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float)
 
 def gated_norm_backward(
     dx_TD: Tensor, y_TD: Tensor, z_TD: Tensor, scale_T: Tensor, weight_D: Tensor, dz_TD: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(dy_TD, dweight_D) of `gated_norm_forward`; writes z's gradient to dz_TD, perhaps parts of longer rows."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dy_TD, dweight_D, x_TD) of `gated_norm_forward`, the last the same bits as there.
+
+    Writes z's gradient to dz_TD, perhaps parts of longer rows.
+    """
     if _fast("gated_norm", y_TD):
         from hnet_kernels import norm_triton
 
         return norm_triton.gated_norm_backward(dx_TD, y_TD, z_TD, scale_T, weight_D, dz_TD)
     y, z = _wide(y_TD), _wide(z_TD)
     gate_TD = F.silu(z)
-    du_TD, dweight_D = _norm_backward(dx_TD, y * gate_TD, scale_T, weight_D)
+    du_TD, dweight_D, x_TD = _norm_backward(dx_TD, y * gate_TD, scale_T, weight_D)
     dz_TD.copy_(torch.ops.aten.silu_backward(du_TD * y, z))
-    return (du_TD * gate_TD).to(y_TD.dtype), dweight_D
+    return (du_TD * gate_TD).to(y_TD.dtype), dweight_D, x_TD

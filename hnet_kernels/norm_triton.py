@@ -45,7 +45,7 @@ def _add_norm(
 
 @triton.jit(do_not_specialize=["T", "per_program"])
 def _add_norm_backward(
-    dx_ptr, dsum_ptr, sum_ptr, scale_ptr, weight_ptr, dresidual_ptr, ddelta_ptr, dweight_ptr, T, per_program,
+    dx_ptr, dsum_ptr, sum_ptr, scale_ptr, weight_ptr, dresidual_ptr, ddelta_ptr, dweight_ptr, x_ptr, T, per_program,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_DSUM: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
@@ -60,6 +60,7 @@ def _add_norm_backward(
         dx = tl.load(dx_ptr + at, mask=inside, other=0.0).to(tl.float32)
         scale = tl.load(scale_ptr + t, mask=t < end, other=0.0)
         unit = tl.load(sum_ptr + at, mask=inside, other=0.0) * scale[:, None]
+        tl.store(x_ptr + at, (unit * weight[None, :]).to(x_ptr.dtype.element_ty), mask=inside)
         dweight += tl.sum(dx * unit, 0)
         g = dx * weight[None, :]
         du = scale[:, None] * (g - unit * (tl.sum(g * unit, 1) / D)[:, None])
@@ -92,7 +93,7 @@ def _gated_norm(
 
 @triton.jit(do_not_specialize=["T", "per_program"])
 def _gated_norm_backward(
-    dx_ptr, y_ptr, z_ptr, scale_ptr, weight_ptr, dy_ptr, dz_ptr, dweight_ptr, T, per_program,
+    dx_ptr, y_ptr, z_ptr, scale_ptr, weight_ptr, dy_ptr, dz_ptr, dweight_ptr, x_ptr, T, per_program,
     y_stride, z_stride, dz_stride,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -111,6 +112,7 @@ def _gated_norm_backward(
         scale = tl.load(scale_ptr + t, mask=t < end, other=0.0)
         gate, dgate = _silu_parts(z)
         unit = y * gate * scale[:, None]
+        tl.store(x_ptr + row * D + d[None, :], (unit * weight[None, :]).to(x_ptr.dtype.element_ty), mask=inside)
         dweight += tl.sum(dx * unit, 0)
         g = dx * weight[None, :]
         du = scale[:, None] * (g - unit * (tl.sum(g * unit, 1) / D)[:, None])
@@ -175,19 +177,19 @@ def add_norm_forward(
 
 def add_norm_backward(
     dx_TD: Tensor, dsum_TD: Tensor | None, sum_TD: Tensor, scale_T: Tensor, weight_D: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dresidual_TD, ddelta_TD, dweight_D) of `add_norm_backward` in norm.py."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dresidual_TD, ddelta_TD, dweight_D, x_TD) of `add_norm_backward` in norm.py."""
     (T, D), dx_TD = dx_TD.shape, dx_TD.contiguous()
     dresidual_TD, ddelta_TD, blocks = sum_TD.new_empty(T, D), dx_TD.new_empty(T, D), _blocks(D, BACKWARD_TILE)
     programs, rows = _shares(T, blocks, dx_TD.device)
-    dweight_ND = sum_TD.new_empty(programs, D)
+    dweight_ND, x_TD = sum_TD.new_empty(programs, D), weight_D.new_empty(T, D)
     dsum_TD = None if dsum_TD is None else dsum_TD.contiguous()
     with torch.cuda.device_of(dx_TD):
         _add_norm_backward[(programs,)](
-            dx_TD, dsum_TD, sum_TD, scale_T, weight_D.contiguous(), dresidual_TD, ddelta_TD, dweight_ND, T, rows,
+            dx_TD, dsum_TD, sum_TD, scale_T, weight_D.contiguous(), dresidual_TD, ddelta_TD, dweight_ND, x_TD, T, rows,
             HAS_DSUM=dsum_TD is not None, **blocks,
         )  # fmt: skip
-        return dresidual_TD, ddelta_TD, sum_rows(dweight_ND, weight_D.dtype)
+        return dresidual_TD, ddelta_TD, sum_rows(dweight_ND, weight_D.dtype), x_TD
 
 
 def gated_norm_forward(y_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -204,16 +206,16 @@ def gated_norm_forward(y_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float)
 
 def gated_norm_backward(
     dx_TD: Tensor, y_TD: Tensor, z_TD: Tensor, scale_T: Tensor, weight_D: Tensor, dz_TD: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(dy_TD, dweight_D) of `gated_norm_backward` in norm.py; fills dz_TD, whose rows are dense."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dy_TD, dweight_D, x_TD) of `gated_norm_backward` in norm.py; fills dz_TD, whose rows are dense."""
     T, D = y_TD.shape
     dx_TD, y_TD, z_TD = dx_TD.contiguous(), _dense_rows(y_TD), _dense_rows(z_TD)
     dy_TD, blocks = y_TD.new_empty(T, D), _blocks(D, BACKWARD_TILE)
     programs, rows = _shares(T, blocks, dx_TD.device)
-    dweight_ND = scale_T.new_empty(programs, D)
+    dweight_ND, x_TD = scale_T.new_empty(programs, D), weight_D.new_empty(T, D)
     with torch.cuda.device_of(dx_TD):
         _gated_norm_backward[(programs,)](
-            dx_TD, y_TD, z_TD, scale_T, weight_D.contiguous(), dy_TD, dz_TD, dweight_ND, T, rows,
+            dx_TD, y_TD, z_TD, scale_T, weight_D.contiguous(), dy_TD, dz_TD, dweight_ND, x_TD, T, rows,
             y_TD.stride(0), z_TD.stride(0), dz_TD.stride(0), **blocks,
         )  # fmt: skip
-        return dy_TD, sum_rows(dweight_ND, weight_D.dtype)
+        return dy_TD, sum_rows(dweight_ND, weight_D.dtype), x_TD

@@ -39,16 +39,18 @@ def swiglu_forward(both_T2I: Tensor) -> Tensor:
     return (F.silu(gate_TI) * value_TI).to(both_T2I.dtype)
 
 
-def swiglu_backward(dh_TI: Tensor, both_T2I: Tensor) -> Tensor:
-    """The gradient of `swiglu_forward`'s input, given that of its output."""
+def swiglu_backward(dh_TI: Tensor, both_T2I: Tensor) -> tuple[Tensor, Tensor]:
+    """(dboth_T2I, h_TI) of `swiglu_forward`, the latter the same bits as there."""
     if _fast("swiglu", both_T2I):
         from hnet_kernels import pointwise_triton
 
         return pointwise_triton.swiglu_backward(dh_TI, both_T2I)
     value_TI, gate_TI = _wide(both_T2I).chunk(2, dim=-1)
-    dvalue_TI = _wide(dh_TI) * F.silu(gate_TI)
+    silu_TI = F.silu(gate_TI)
+    dvalue_TI = _wide(dh_TI) * silu_TI
     dgate_TI = torch.ops.aten.silu_backward(_wide(dh_TI) * value_TI, gate_TI)
-    return torch.cat([dvalue_TI, dgate_TI], dim=-1).to(both_T2I.dtype)
+    dboth_T2I = torch.cat([dvalue_TI, dgate_TI], dim=-1)
+    return dboth_T2I.to(both_T2I.dtype), (silu_TI * value_TI).to(both_T2I.dtype)
 
 
 def _turned(x_THP: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:

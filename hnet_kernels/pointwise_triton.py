@@ -25,13 +25,15 @@ def _swiglu(both_ptr, h_ptr, inner, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _swiglu_backward(dh_ptr, both_ptr, dboth_ptr, inner, BLOCK: tl.constexpr):
+def _swiglu_backward(dh_ptr, both_ptr, dboth_ptr, h_ptr, inner, BLOCK: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < inner
     dh = tl.load(dh_ptr + t * inner + i, mask=inside, other=0.0).to(tl.float32)
     value = tl.load(both_ptr + t * 2 * inner + i, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(both_ptr + t * 2 * inner + inner + i, mask=inside, other=0.0).to(tl.float32)
+    h = gate / (1 + tl.exp(-gate)) * value
+    tl.store(h_ptr + t * inner + i, h.to(h_ptr.dtype.element_ty), mask=inside)
     s = 1 / (1 + tl.exp(-gate))
     dvalue = dh * gate * s
     dgate = dh * value * s * (1 + gate * (1 - s))
@@ -97,14 +99,14 @@ def swiglu_forward(both_T2I: Tensor) -> Tensor:
     return h_TI
 
 
-def swiglu_backward(dh_TI: Tensor, both_T2I: Tensor) -> Tensor:
-    """dboth_T2I of `swiglu_backward` in pointwise.py."""
+def swiglu_backward(dh_TI: Tensor, both_T2I: Tensor) -> tuple[Tensor, Tensor]:
+    """(dboth_T2I, h_TI) of `swiglu_backward` in pointwise.py."""
     T, inner = dh_TI.shape
     both_T2I, dh_TI = both_T2I.contiguous(), dh_TI.contiguous()
-    dboth_T2I = both_T2I.new_empty(T, 2 * inner)
+    dboth_T2I, h_TI = both_T2I.new_empty(T, 2 * inner), both_T2I.new_empty(T, inner)
     with torch.cuda.device_of(dh_TI):
-        _swiglu_backward[(T, triton.cdiv(inner, ELEMENTS))](dh_TI, both_T2I, dboth_T2I, inner, BLOCK=ELEMENTS)
-    return dboth_T2I
+        _swiglu_backward[(T, triton.cdiv(inner, ELEMENTS))](dh_TI, both_T2I, dboth_T2I, h_TI, inner, BLOCK=ELEMENTS)
+    return dboth_T2I, h_TI
 
 
 def rotate_(qkv_T3HP: Tensor, cos_MR: Tensor, sin_MR: Tensor, position_T: Tensor, back: bool) -> Tensor:

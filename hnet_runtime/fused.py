@@ -7,9 +7,10 @@ tests compare the two in float64. Legend: as in hnet_trainable.py.
 
 Gradients of weights that are matrix products can go straight to where an optimizer reads them, see `gradients_into`.
 
-Activation checkpointing is part of a branch's backward, which computes again what its forward did not keep. Of the
-stream behind its sum a branch keeps everything (`none`), the results of matrix products and attention (`selective`), or
-nothing (`block`). The results are the same bits.
+Activation checkpointing is part of a branch's backward, which computes again what its forward did not keep. Behind the
+sum a branch keeps the results of matrix products and attention and, of a Mamba-2, what lies between them (`none`); the
+former alone (`selective`); or nothing (`block`). What enters a weight's product, such as the norm, is written by the
+kernel that has read its inputs for their gradients anyway. The results are the same bits.
 """
 
 import contextlib
@@ -279,12 +280,12 @@ class FinalNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dx_TD: Tensor):
         sum_TD, scale_T, weight_D = ctx.saved_tensors
-        return _wanted(ctx, 0, *add_norm_backward(dx_TD, None, sum_TD, scale_T, weight_D))
+        return _wanted(ctx, 0, *add_norm_backward(dx_TD, None, sum_TD, scale_T, weight_D)[:3])
 
 
-def _norm_again(residual_TD: Tensor, norm_D: Tensor) -> tuple[Tensor, Tensor]:
-    """(x_TD, scale_T) as the forward had them, of a sum it kept."""
-    return add_norm_forward(None, residual_TD, norm_D, NORM_EPS)[1:]
+def _norm_again(residual_TD: Tensor, norm_D: Tensor) -> Tensor:
+    """x_TD as the forward had it, of a sum it kept."""
+    return add_norm_forward(None, residual_TD, norm_D, NORM_EPS)[1]
 
 
 class MlpBranch(torch.autograd.Function):
@@ -294,21 +295,17 @@ class MlpBranch(torch.autograd.Function):
     def forward(ctx, ac: str, residual_TD: Tensor, delta_TD: Tensor, norm_D: Tensor, fc1: Tensor, fc2: Tensor):
         residual_TD, x_TD, scale_T = add_norm_forward(residual_TD, delta_TD, norm_D, NORM_EPS)
         both_T2I = x_TD @ fc1.T
-        h_TI = swiglu_forward(both_T2I)
-        kept = (both_T2I if ac != "block" else None, *((x_TD, scale_T, h_TI) if ac == "none" else [None] * 3))
-        ctx.save_for_backward(residual_TD, norm_D, fc1, fc2, *kept)
+        ctx.save_for_backward(residual_TD, scale_T, norm_D, fc1, fc2, both_T2I if ac != "block" else None)
         ctx.targets = _take_targets(fc1, fc2)
-        return residual_TD, h_TI @ fc2.T
+        return residual_TD, swiglu_forward(both_T2I) @ fc2.T
 
     @staticmethod
     def backward(ctx, dresidual_TD: Tensor, dout_TD: Tensor):
-        residual_TD, norm_D, fc1, fc2, both_T2I, x_TD, scale_T, h_TI = ctx.saved_tensors
-        if x_TD is None:
-            x_TD, scale_T = _norm_again(residual_TD, norm_D)
-            both_T2I = x_TD @ fc1.T if both_T2I is None else both_T2I
-            h_TI = swiglu_forward(both_T2I)
-        dboth_T2I = swiglu_backward(dout_TD @ fc2, both_T2I)
-        gradients = add_norm_backward(dboth_T2I @ fc1, dresidual_TD, residual_TD, scale_T, norm_D)
+        residual_TD, scale_T, norm_D, fc1, fc2, both_T2I = ctx.saved_tensors
+        if both_T2I is None:
+            both_T2I = _norm_again(residual_TD, norm_D) @ fc1.T
+        dboth_T2I, h_TI = swiglu_backward(dout_TD @ fc2, both_T2I)
+        *gradients, x_TD = add_norm_backward(dboth_T2I @ fc1, dresidual_TD, residual_TD, scale_T, norm_D)
         into1, into2 = ctx.targets
         products = _product(dboth_T2I.T, x_TD, into1), _product(dout_TD.T, h_TI, into2)
         return _wanted(ctx, 1, *gradients, *products)
@@ -327,8 +324,7 @@ class AttentionBranch(torch.autograd.Function):
         qkv_T3HP, attended = AttentionBranch.attend(ctx, packing, x_TD, Wqkv)
         ctx.packing, ctx.targets = packing, _take_targets(Wqkv, out_proj)
         ctx.attended = attended if ac != "block" else None
-        kept = (qkv_T3HP if ac != "block" else None, *((x_TD, scale_T) if ac == "none" else [None] * 2))
-        ctx.save_for_backward(residual_TD, norm_D, Wqkv, out_proj, *kept)
+        ctx.save_for_backward(residual_TD, scale_T, norm_D, Wqkv, out_proj, qkv_T3HP if ac != "block" else None)
         return residual_TD, attended.o_THP.flatten(1) @ out_proj.T
 
     @staticmethod
@@ -339,20 +335,18 @@ class AttentionBranch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dresidual_TD: Tensor, dout_TD: Tensor):
-        residual_TD, norm_D, Wqkv, out_proj, qkv_T3HP, x_TD, scale_T = ctx.saved_tensors
+        residual_TD, scale_T, norm_D, Wqkv, out_proj, qkv_T3HP = ctx.saved_tensors
         cu_seqlens, position_T, *tables = ctx.packing
         attended = ctx.attended
         ctx.attended = None  # what is used up can go
-        if x_TD is None:
-            x_TD, scale_T = _norm_again(residual_TD, norm_D)
         if attended is None:
-            qkv_T3HP, attended = AttentionBranch.attend(ctx, ctx.packing, x_TD, Wqkv)
+            qkv_T3HP, attended = AttentionBranch.attend(ctx, ctx.packing, _norm_again(residual_TD, norm_D), Wqkv)
         o_THP = attended.o_THP
         do_THP = (dout_TD @ out_proj).view_as(o_THP)
         dqkv_T3HP = packed_attention_backward(do_THP, qkv_T3HP, attended, cu_seqlens, ctx.window)
         dqkv_TD, o_TD = rotate_(dqkv_T3HP, *tables, position_T, back=True).flatten(1), o_THP.flatten(1)
         del attended
-        gradients = add_norm_backward(dqkv_TD @ Wqkv, dresidual_TD, residual_TD, scale_T, norm_D)
+        *gradients, x_TD = add_norm_backward(dqkv_TD @ Wqkv, dresidual_TD, residual_TD, scale_T, norm_D)
         into_qkv, into_out = ctx.targets
         products = _product(dqkv_TD.T, x_TD, into_qkv), _product(dout_TD.T, o_TD, into_out)
         return _wanted(ctx, 2, *gradients, *products)
@@ -370,11 +364,11 @@ class MambaBranch(torch.autograd.Function):
         projected = x_TD @ in_proj.T
         A_H = -A_log_H.to(torch.promote_types(A_log_H.dtype, torch.float32)).exp()
         weights = norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_H, D_H, gate_D, out_proj
-        parts = MambaBranch.mix(packing, projected, ac == "none", *weights[2:-1])
-        kept = (projected if ac != "block" else None, *((x_TD, scale_T, *parts) if ac == "none" else [None] * 2))
+        gated_TD, *parts = MambaBranch.mix(packing, projected, ac == "none", *weights[2:-1])
         ctx.packing, ctx.targets = packing, _take_targets(in_proj, out_proj)
-        ctx.save_for_backward(residual_TD, *weights, *kept)
-        return residual_TD, parts[0] @ out_proj.T
+        kept = (projected if ac != "block" else None, *(parts if ac == "none" else []))
+        ctx.save_for_backward(residual_TD, scale_T, *weights, *kept)
+        return residual_TD, gated_TD @ out_proj.T
 
     @staticmethod
     def mix(packing, projected, keep, conv_D1K, conv_bias_D, dt_bias_H, A_H, D_H, gate_D) -> tuple[Tensor, ...]:
@@ -389,18 +383,18 @@ class MambaBranch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dresidual_TD: Tensor, dout_TD: Tensor):
-        residual_TD, *saved = ctx.saved_tensors
-        weights, (projected, x_TD, scale_T, *parts) = saved[:9], saved[9:]
+        residual_TD, scale_T, *saved = ctx.saved_tensors
+        weights, (projected, *parts) = saved[:9], saved[9:]
         norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_H, D_H, gate_D, out_proj = weights
-        if x_TD is None:
-            x_TD, scale_T = _norm_again(residual_TD, norm_D)
-            projected = x_TD @ in_proj.T if projected is None else projected
-            parts = MambaBranch.mix(ctx.packing, projected, True, *weights[2:-1])
-        gated_TD, gate_scale_T, after, dt_TH, y_TD, *states = parts
+        if projected is None:
+            projected = _norm_again(residual_TD, norm_D) @ in_proj.T
+        if not parts:
+            parts = MambaBranch.mix(ctx.packing, projected, True, *weights[2:-1])[1:]
+        gate_scale_T, after, dt_TH, y_TD, *states = parts
         dprojected, dafter = torch.empty_like(projected), torch.empty_like(after)
         widths = [len(gate_D), len(conv_bias_D), len(D_H)]
         (z, before, raw_TH), (dz, dbefore, draw_TH) = (x.split(widths, dim=-1) for x in (projected, dprojected))
-        dy_TD, dgate_D = gated_norm_backward(dout_TD @ out_proj, y_TD, z, gate_scale_T, gate_D, dz)
+        dy_TD, dgate_D, gated_TD = gated_norm_backward(dout_TD @ out_proj, y_TD, z, gate_scale_T, gate_D, dz)
         u_THP, *BC = _parts(after, len(D_H))
         ddt_TH, dA_H, dD_H = ssd_skip_backward(
             dy_TD.view_as(u_THP), u_THP, dt_TH, A_H, *BC, D_H.to(dt_TH.dtype), ctx.packing.cu_seqlens,
@@ -408,7 +402,7 @@ class MambaBranch(torch.autograd.Function):
         )  # fmt: skip
         dconv = causal_conv_silu_backward_to(dbefore, dafter, before, conv_D1K, conv_bias_D, ctx.packing.position_T)
         ddt_bias_H = softplus_backward(ddt_TH, raw_TH, dt_bias_H.to(dt_TH.dtype), draw_TH)
-        gradients = add_norm_backward(dprojected @ in_proj, dresidual_TD, residual_TD, scale_T, norm_D)
+        *gradients, x_TD = add_norm_backward(dprojected @ in_proj, dresidual_TD, residual_TD, scale_T, norm_D)
         small = (g.to(D_H.dtype) for g in (ddt_bias_H, dA_H * A_H, dD_H))
         into_in, into_out = ctx.targets
         din_proj, dout_proj = _product(dprojected.T, x_TD, into_in), _product(dout_TD.T, gated_TD, into_out)

@@ -151,19 +151,20 @@ class Segment:
         aside = _side_stream(device)
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
-            self._forward()
+            self._forward(trial=True)
             self._backward()
             self._let_go()
         torch.cuda.current_stream().wait_stream(aside)
         torch.cuda.empty_cache()  # what lies beside the pools is of no use to them
 
-    def _forward(self) -> None:
+    def _forward(self, trial: bool = False) -> None:
+        """trial: the gradients of what comes from other segments go nowhere, for one may lie where its tensor does."""
         self.wanted = dict(self.targets)
         self.copied = dict(self.targets)  # without those that the backward itself will write
 
         def leaf(x: Tensor, gradient: Tensor) -> Tensor:
             x = x.detach().requires_grad_()
-            self.wanted[x] = self.copied[x] = gradient
+            self.wanted[x] = self.copied[x] = gradient.clone() if trial else gradient
             return x
 
         with torch.enable_grad(), gradients_into(self.copied):

@@ -60,7 +60,9 @@ def add_norm_case(new: Inputs, T: int, D: int, first: bool) -> dict[str, tuple[T
     dx, dsum = new(T, D), None if first else new(T, D, wide=True)
     sum_, x, scale = norm.add_norm_forward(residual, delta, weight, EPS)
     found = {"sum": sum_, "x": x, "scale": scale}
-    found |= dict(zip(("dresidual", "ddelta", "dweight"), norm.add_norm_backward(dx, dsum, sum_, scale, weight)))
+    *gradients, again = norm.add_norm_backward(dx, dsum, sum_, scale, weight)
+    assert torch.equal(again, x)
+    found |= dict(zip(("dresidual", "ddelta", "dweight"), gradients))
     leaves = [exact(t).requires_grad_() for t in (delta if first else residual, delta, weight)]
     wide = leaves[1] if first else leaves[0] + leaves[1]
     scales = (wide.square().mean(-1) + EPS).rsqrt()
@@ -76,7 +78,8 @@ def gated_norm_case(new: Inputs, T: int, D: int):
     z = rows[:, 8 : 8 + D]
     x, scale = norm.gated_norm_forward(y, z, weight, EPS)
     dz = nan_like(z, longer=8)
-    dy, dweight = norm.gated_norm_backward(dx, y, z, scale, weight, dz)
+    dy, dweight, again = norm.gated_norm_backward(dx, y, z, scale, weight, dz)
+    assert torch.equal(again, x)
     leaves = [exact(t).requires_grad_() for t in (y, z, weight)]
     u = leaves[0] * torch.nn.functional.silu(leaves[1])
     scales = (u.square().mean(-1) + EPS).rsqrt()
@@ -90,7 +93,9 @@ def swiglu_case(new: Inputs, T: int, inner: int):
     both, dh = new(T, 2 * inner, scale=3), new(T, inner)
     leaf = exact(both).requires_grad_()
     h = torch.nn.functional.silu(leaf[:, inner:]) * leaf[:, :inner]
-    found = {"h": pointwise.swiglu_forward(both), "dboth": pointwise.swiglu_backward(dh, both)}
+    h_, (dboth, again) = pointwise.swiglu_forward(both), pointwise.swiglu_backward(dh, both)
+    assert torch.equal(again, h_)
+    found = {"h": h_, "dboth": dboth}
     return found, {"h": h, "dboth": torch.autograd.grad(h, leaf, exact(dh))[0]}
 
 
