@@ -8,10 +8,12 @@ RUN/checkpoints/step_00000450/
 """
 
 import json
+import math
 import os
 import pickle
 import re
 import shutil
+import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -50,10 +52,10 @@ class Saver:
     """Writes a run's checkpoints while training goes on. Every rank makes one and calls its methods alike.
 
     `start` copies the state and returns; a thread writes the copy by DCP, talking to other ranks through a process
-    group of its own. On a GPU with room for it the copy is first made there, which takes milliseconds; else training
-    must wait, before it next changes the weights, until all has gone to the host (`staged`). When all ranks have
-    written, rank 0 adds the manifest and renames the folder. Until then the checkpoint doesn't exist under its name, so
-    a crash leaves the one before as the newest.
+    group of its own. On a GPU the copy is first made there, which takes milliseconds, of as much as there is room for;
+    before training next changes the weights, it must wait until the rest has gone to the host (`staged`), which happens
+    while the step before computes. When all ranks have written, rank 0 adds the manifest and renames the folder. Until
+    then the checkpoint doesn't exist under its name, so a crash leaves the one before as the newest.
 
     torch's own `dcp.async_save` can take over again when torch 2.11 need not be served: its stager fails at its second
     use (github.com/pytorch/pytorch/issues/183413).
@@ -70,6 +72,9 @@ class Saver:
         # lives, and libgomp then hardly spins at barriers, which makes a step on a CPU a third slower ever after
         # (gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html)
         self._thread = ThreadPoolExecutor(1, "saver", initializer=torch.set_num_threads, initargs=(1,))
+        # Training launches kernels while the saver plans its files in Python. It gets the interpreter back after this
+        # long, by default after 5 ms, and asks for it some hundred times a step
+        sys.setswitchinterval(1e-4)
         self._device = next(model.parameters()).device
         self._host: dict[str, Tensor] = {}  # on a GPU: page-locked, so made once
         self._meshes: dict[DeviceMesh, DeviceMesh] = {}  # for copies of shards on the host
@@ -96,15 +101,17 @@ class Saver:
             except OSError as failure:
                 error = failure
         self._raise_together(error)
-        state, ready, self._staging = self._state(), None, Future()
-        room = self._device.type == "cpu" or _room(self._device) > sum(_local(t).nbytes for t in state.values())
-        if room:
-            state = {name: tensor.detach().clone() for name, tensor in state.items()}
-            self._staging.set_result(None)
+        state, copies, ready, room = self._state(), {}, None, _room(self._device)
+        for name, tensor in state.items():
+            size = _local(tensor).nbytes
+            if size <= room:
+                room -= size
+                copies[name] = tensor.detach().clone()
         if self._device.type == "cuda":
             ready = torch.cuda.current_stream().record_event()
-        staging, self._written = self._staging, Future()
-        self._thread.submit(self._write, state, ready, staging, self._written, final, scratch, {**train, "step": step})
+        rest = {name: tensor for name, tensor in state.items() if name not in copies}
+        self._staging, self._written, train = Future(), Future(), {**train, "step": step}
+        self._thread.submit(self._write, rest, copies, ready, self._staging, self._written, final, scratch, train)
         self._stall += time.perf_counter() - began
 
     def _state(self) -> dict[str, Tensor]:
@@ -129,7 +136,8 @@ class Saver:
 
     def _write(
         self,
-        state: dict[str, Tensor],
+        rest: dict[str, Tensor],
+        copies: dict[str, Tensor],
         ready: torch.cuda.Event | None,
         staging: Future,
         written: Future,
@@ -140,10 +148,11 @@ class Saver:
         """The thread: copies to the host where the state is on a GPU, writes, publishes."""
         try:
             try:
-                state = self._to_host(state, ready) if ready else state
+                state = self._to_host(rest, ready)
             finally:
-                if not staging.done():
-                    staging.set_result(None)
+                staging.set_result(None)
+            state |= self._to_host(copies, ready)
+            copies.clear()
             dcp.save(state, checkpoint_id=scratch, process_group=self._group)
             if dist.get_rank() == 0:
                 write_json(scratch / "config.json", self.model.config.to_dict())
@@ -160,7 +169,9 @@ class Saver:
                 shutil.rmtree(scratch, ignore_errors=True)
             written.set_exception(failure)
 
-    def _to_host(self, state: dict[str, Tensor], ready: torch.cuda.Event) -> dict[str, Tensor]:
+    def _to_host(self, state: dict[str, Tensor], ready: torch.cuda.Event | None) -> dict[str, Tensor]:
+        if ready is None:
+            return state
         with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream()), torch.no_grad():
             ready.wait()
             self._lock_pages(state)
@@ -235,13 +246,15 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _room(device: torch.device) -> int:
-    """Bytes that nobody has reserved on a GPU, less half of all: what a step needs varies with the chunks.
+def _room(device: torch.device) -> float:
+    """Bytes that nobody has reserved on a GPU, less an eighth of all: what a step needs varies with the chunks.
 
     What torch has reserved without using it may belong to graphs, which alone can use it.
     """
+    if device.type == "cpu":
+        return math.inf
     free, everything = torch.cuda.mem_get_info(device)
-    return free - everything // 2
+    return free - everything // 8
 
 
 def save(
