@@ -321,6 +321,7 @@ def speed(
     measured = {"step_ms": 1000 * seconds, "bytes_per_s": tokens[0] / seconds, "mfu": flops / seconds / peak}
     if world.device.type == "cuda":
         measured["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        measured["reserved_gib"] = torch.cuda.memory_reserved() / 2**30  # with what graphs use when replayed
     return measured
 
 

@@ -1,15 +1,16 @@
-"""How training scales from one GPU to several: train.py itself, run on each number of processes.
+"""How training scales from one GPU to several: bench_train.py and train.py itself, on each number of processes.
 
     python benchmarks/bench_scaling.py --data DIR --out results.json           # on a machine with two GPUs
     python benchmarks/bench_scaling.py --data data/stdlib --configs configs/hnet_1stage_tiny.json --device cpu \
-        --mbs 512 --steps 6 --warmup 2 --loss-steps 4 --memory-config ""       # the same, tried on a CPU
+        --boundaries forced:0.2 --mbs 512 --steps 6 --warmup 2 --loss-steps 4 --memory-config ""    # tried on a CPU
 
 For each config: one process as fast as it goes (graphs on a GPU), then --processes of them in the --ways asked for:
 `copies` (whole weights on each, graphs, gradients averaged during the backward), `sharded` (FSDP2, compiled blocks) and
-`kept` (the same without freeing gathered weights). Every process has --mbs bytes. Then the losses of one process that
-accumulates against those of several on the same slices, how long saving stalls training, and the peak memory of
---ac block. Runs of one process go side by side, each on a GPU of its own, before those of several. Prints a line as
-each run ends and one JSON object; a run that fails is reported as such and the others go on.
+`kept` (the same without freeing gathered weights). Every process has --mbs bytes. Each is timed twice: by bench_train
+with --boundaries, so that all have the same work, and by train.py, whose boundaries are learned, with what saving costs
+there. Then the losses of one process that accumulates against those of several on the same slices, and the memory that
+--ac block takes. Runs of one process go side by side, each on a GPU of its own, before those of several. Prints a line
+as each run ends and one JSON object; a run that fails is reported as such and the others go on.
 """
 
 import json
@@ -41,6 +42,8 @@ class Benchmark:
     """Folder made by fineweb.py prepare."""
     configs: str = "configs/hnet_1stage_small.json,configs/hnet_2stage_XL.json"
     """Model configs, with commas between."""
+    boundaries: str = "forced:0.18 forced:0.36,0.31"
+    """For each config, with spaces between: what bench_train.py takes."""
     ways: str = "copies,sharded"
     """How several processes share the work, with commas between: copies, sharded, kept."""
     processes: int = 2
@@ -65,34 +68,63 @@ class Benchmark:
     """File for the result."""
 
     def flags(self, way: str, processes: int) -> list[str]:
-        """What tells train.py to share the work that way."""
+        """What tells train.py and bench_train.py to share the work that way."""
         return [*WAYS[way], *(["--replicate", str(processes)] if way == "copies" else [])]
 
 
-WAYS = {"copies": ["-C", "graph"], "sharded": ["-C", "block"], "kept": ["-C", "block", "--no-reshard"]}
+MEMORY = ("peak_gib", "reserved_gib")
+WAYS = {
+    "copies": ["--compile", "graph"],
+    "sharded": ["--compile", "block"],
+    "kept": ["--compile", "block", "--no-reshard"],
+}
+
+
+def launch(args: Benchmark, processes: int, script: str, *flags: str, gpu: str) -> str:
+    """Runs a script on a number of processes. Returns why it failed, or nothing. gpu: for a process alone."""
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if processes == 1 else {})
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, *start, str(ROOT / script), "--data", args.data, "--device", args.device, *flags]
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=args.limit, env=environment, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"not done after {args.limit} s"
+    if not done.returncode:
+        return ""
+    lines = [line for line in done.stderr.strip().splitlines() if "ChildFailedError" not in line]
+    errors = [line for line in lines if "Error" in line and "train.py:" not in line][:1]
+    said = errors + [line for line in lines if "train.py:" in line][-1:]
+    return f"exit status {done.returncode}: {'; '.join(said or lines[-1:])}"
+
+
+def same_work(args: Benchmark, config: str, processes: int, way: str, gpu: str = "0") -> dict[str, Any]:
+    """bench_train.py's time of a step, with as many chunks whatever the number of processes."""
+    boundaries = args.boundaries.split()[args.configs.split(",").index(config)]
+    with tempfile.TemporaryDirectory(prefix="bench_scaling_") as folder:
+        out = Path(folder) / "out.json"
+        sizes = ["--mbs", str(args.mbs), "--warmup", str(min(args.warmup, 12)), "--steps", str(min(args.steps, 20))]
+        flags = ["--config", config, "--boundaries", boundaries, *sizes, *args.flags(way, processes), "--out", str(out)]
+        if failed := launch(args, processes, "benchmarks/bench_train.py", *flags, gpu=gpu):
+            return {"failed": failed}
+        found = json.loads(out.read_text())
+    step_ms = found["step_ms_overlapped"]
+    return {
+        "step_ms": step_ms, "bytes_per_s": processes * args.mbs / step_ms * 1000, "reserved_gib": found["reserved_gib"],
+        "boundary_rates": found["boundary_rates"],
+    }  # fmt: skip
 
 
 def run(args: Benchmark, config: str, processes: int, steps: int, *flags: str, gpu: str = "0") -> list[dict] | str:
     """The records of a training run, or why it failed. gpu: the one that a process alone gets."""
     folder = Path(tempfile.mkdtemp(prefix="bench_scaling_"))
-    alone = [sys.executable]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    common = f"-c {config} --data {args.data} --device {args.device} --steps {steps} --schedule constant --lr 3e-4"
+    common = f"-c {config} --steps {steps} --schedule constant --lr 3e-4"
     common += f" --warmup 0.1 --decay 0 --alpha 0.03 --sample-bytes 0 --val-slices {processes} --save-dir {folder}"
-    command = [*(launch if processes > 1 else alone), str(ROOT / "train.py"), *common.split(), *flags]
-    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if processes == 1 else {})
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=args.limit, env=environment, check=False
-        )
-        if done.returncode:
-            lines = [line for line in done.stderr.strip().splitlines() if "ChildFailedError" not in line]
-            errors = [line for line in lines if "Error" in line and "train.py:" not in line][:1]
-            said = errors + [line for line in lines if "train.py:" in line][-1:]
-            return f"exit status {done.returncode}: {'; '.join(said or lines[-1:])}"
-        return read_metrics(folder / "metrics.jsonl")
-    except subprocess.TimeoutExpired:
-        return f"not done after {args.limit} s"
+        failed = launch(args, processes, "train.py", *common.split(), *flags, gpu=gpu)
+        return failed or read_metrics(folder / "metrics.jsonl")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -115,7 +147,7 @@ def speed(args: Benchmark, config: str, processes: int, *flags: str, gpu: str = 
     found |= {"slowest_of_five_after_save_ms": max(row["step_ms"] for row in rows[args.warmup :][:5])}
     if "graphs_captured" in rows[-1]:
         found |= {"graphs_captured": sum(row["graphs_captured"] for row in rows[args.warmup + 1 : -1])}
-    return found | {key: rows[-1][key] for key in ("peak_gib", "stage0_imbalance") if key in rows[-1]}
+    return found | {key: rows[-1][key] for key in (*MEMORY, "stage0_imbalance") if key in rows[-1]}
 
 
 def losses(args: Benchmark, config: str, processes: int, gpu: str = "0") -> list[float] | str:
@@ -139,7 +171,7 @@ def compared(one: list[float] | str, many: list[float] | str) -> dict[str, Any]:
 def memory(args: Benchmark, gpu: str = "0") -> dict[str, Any]:
     sizes = ["--mbs", str(args.memory_mbs), "--ac", "block", "--stats-every", "0"]
     rows = run(args, args.memory_config, 1, 5, *sizes, gpu=gpu)
-    return {"failed": rows} if isinstance(rows, str) else {"peak_gib": rows[-1].get("peak_gib")}
+    return {"failed": rows} if isinstance(rows, str) else {key: rows[-1].get(key) for key in MEMORY}
 
 
 def main(args: Benchmark) -> None:
@@ -162,10 +194,11 @@ def main(args: Benchmark) -> None:
     with ThreadPoolExecutor(gpus.qsize()) as pool:
         fastest = 1, *args.flags("copies", 1)
         one = {c: pool.submit(alone, speed, args, c, *fastest) for c in reversed(configs)}  # the longest first
+        same = {c: pool.submit(alone, same_work, args, c, 1, "copies") for c in reversed(configs)}
         if args.memory_config:
             ac = pool.submit(alone, memory, args)
         accumulated = pool.submit(alone, losses, args, configs[0], 1)
-    result["configs"] = {Path(c).stem: {"1": one[c].result()} for c in configs}
+    result["configs"] = {Path(c).stem: {"1": one[c].result() | {"same_work": same[c].result()}} for c in configs}
     if args.memory_config:
         result["ac_block"] = ac.result()
     result["losses"] = compared(accumulated.result(), losses(args, configs[0], P))
@@ -174,8 +207,10 @@ def main(args: Benchmark) -> None:
         table = result["configs"][Path(config).stem]
         for way in args.ways.split(","):
             table[way] = speed(args, config, P, *args.flags(way, P))
-            if "bytes_per_s" in table["1"] and "bytes_per_s" in table[way]:
-                table[way]["times_one"] = table[way]["bytes_per_s"] / table["1"]["bytes_per_s"]
+            table[way]["same_work"] = same_work(args, config, P, way)
+            for a, b in ((table["1"], table[way]), (table["1"]["same_work"], table[way]["same_work"])):
+                if "bytes_per_s" in a and "bytes_per_s" in b:
+                    b["times_one"] = b["bytes_per_s"] / a["bytes_per_s"]
             print(config, f"{P} processes, {way}:", table[way], flush=True)
             if args.out:
                 Path(args.out).write_text(json.dumps(result, indent=1) + "\n")

@@ -1,6 +1,7 @@
 """Time of a training step as train.py runs it: forward, backward, clipping and AdamW, on real packed text.
 
     python benchmarks/bench_train.py --config configs/hnet_1stage_small.json --data DIR --boundaries forced:0.18
+    torchrun --nproc-per-node 2 benchmarks/bench_train.py --replicate 2 ...        # --mbs bytes for each process
 
 Prints one JSON object (and writes it with --out): median step time after a warm-up, bytes per second, MFU (6 x matmul
 parameters x tokens really seen, over the data sheet's dense bf16 peak), peak memory allocated and memory reserved (with
@@ -63,13 +64,17 @@ class Benchmark:
     """Activation checkpointing as train.py has it: none, block or selective."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    replicate: int = 1
+    """Copies of the weights, as train.py has it."""
+    reshard: bool = True
+    """Sharded weights are freed after the forward, as train.py has it."""
     profile: str = ""
     """Folder for a trace and a table of kernels."""
     out: str = ""
     """File for the result."""
 
 
-def force_boundaries(model: torch.nn.Module, rates: list[float], T: int) -> Callable[[], None]:
+def force_boundaries(model: torch.nn.Module, rates: list[float], T: int, seed: int = 0) -> Callable[[], None]:
     """Replace every router's decisions, not its probabilities, by random ones; documents still open with a chunk.
 
     Returns what draws new ones: they lie in one place, where a CUDA graph finds them.
@@ -78,7 +83,7 @@ def force_boundaries(model: torch.nn.Module, rates: list[float], T: int) -> Call
     if len(rates) != len(routers):
         sys.exit(f"--boundaries: {len(rates)} rates for {len(routers)} stages")
     device = next(model.parameters()).device
-    generator, drawn = torch.Generator(device).manual_seed(0), torch.rand(len(rates), T, device=device)
+    generator, drawn = torch.Generator(device).manual_seed(seed), torch.rand(len(rates), T, device=device)
     for rate, drawn_T, router in zip(rates, drawn, routers):
 
         def hook(module, inputs, stage: StageOutput, rate=rate, drawn_T=drawn_T) -> StageOutput:
@@ -92,18 +97,21 @@ def force_boundaries(model: torch.nn.Module, rates: list[float], T: int) -> Call
 
 def main(args: Benchmark) -> None:
     program_start = time.perf_counter()
-    config = train.TrainConfig(
-        config=args.config, data=args.data, mbs=args.mbs, max_doc=args.max_doc, device=args.device
-    )
     hnet = HNetConfig.load(args.config)
-    world = distributed.start(args.device)
+    world = distributed.start(args.device, args.replicate)
+    config = train.TrainConfig(
+        config=args.config, data=args.data, mbs=args.mbs, global_slices=world.size, max_doc=args.max_doc,
+        device=args.device,
+    )  # fmt: skip
+    if args.profile and world.size > 1:
+        sys.exit("--profile: expected one process")
     on_gpu = world.device.type == "cuda"
     torch.set_float32_matmul_precision("high")
     half, graphs = torch.bfloat16 if on_gpu else torch.float32, args.compile == "graph"
-    model = distributed.build_model(hnet, world, torch.float32 if graphs else half, seed=0)
+    model = distributed.build_model(hnet, world, torch.float32 if graphs else half, 0, None, args.reshard)
     parameters = list(model.parameters())
     groups = distributed.optimizer_groups(parameter_groups(model, 3e-4, config.weight_decay))
-    runner = GraphedModel(model, half, config.alpha, groups=groups, ac=args.ac) if graphs else model
+    runner = GraphedModel(model, half, config.alpha, world, groups, args.ac) if graphs else model
     inner = runner.model if graphs else model
     if args.compile == "block":
         compile_blocks(inner)
@@ -112,13 +120,16 @@ def main(args: Benchmark) -> None:
     draw = lambda: None  # noqa: E731
     if args.boundaries != "learned":
         rates = [float(r) for r in args.boundaries.removeprefix("forced:").split(",")]
-        draw = force_boundaries(inner, rates, args.mbs)
+        draw = force_boundaries(inner, rates, args.mbs, world.rank)
     optimizer = runner.optimizer if graphs else torch.optim.AdamW(groups, betas=distributed.BETAS, fused=True)
     stream = fineweb.ByteStream(args.data, slice_bytes=args.mbs, max_doc=args.max_doc)
 
     def step(i: int) -> torch.Tensor:
         draw()
-        stats = train.forward_backward(runner, [stream.slice(i)], config, world)
+        slices = list(stream.step(i, world.size, world.rank, world.size))
+        stats = train.forward_backward(runner, slices, config, world)
+        if not graphs:
+            distributed.reduce_plain_gradients(parameters, world)
         distributed.clip_in_optimizer(optimizer, parameters, 1.0, world)
         optimizer.step()
         if not graphs:
@@ -155,6 +166,7 @@ def main(args: Benchmark) -> None:
     record = {f"stage{s}_F": F for s, F in enumerate(mean_rates)}
     result = {
         **{k: v for k, v in vars(args).items() if k not in ("out", "profile")},
+        "processes": world.size,
         "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or "CPU",
         "torch": torch.__version__,
         "kernels": kernel_report(),
@@ -162,7 +174,11 @@ def main(args: Benchmark) -> None:
         "step_ms_median": 1000 * statistics.median(times),
         "step_ms_min": 1000 * min(times),
         "step_ms_overlapped": 1000 * overlapped,
-        **{k: v for k, v in train.speed(record, overlapped, hnet, config, world).items() if k != "step_ms"},
+        **{
+            k: v
+            for k, v in train.speed(record, overlapped, hnet, config, world).items()
+            if k not in ("step_ms", "peak_gib", "reserved_gib")
+        },
         "built_s": built_s,
         "first_step_s": first_step_s,
         "ce_last": stats[0].item(),
@@ -173,8 +189,9 @@ def main(args: Benchmark) -> None:
     }
     if args.profile:
         result |= profile(lambda: step(0), Path(args.profile), on_gpu)
-    print(json.dumps(result))
-    if args.out:
+    if world.is_main:
+        print(json.dumps(result))
+    if args.out and world.is_main:
         Path(args.out).write_text(json.dumps(result) + "\n")
     distributed.stop()
 

@@ -136,8 +136,8 @@ def _smooth_gradient(
 
 @triton.jit(do_not_specialize=["T", "C"])
 def _sum_chunks(x_ptr, start_ptr, sum_ptr, T, C, D, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    k = tl.program_id(1)
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    k = tl.program_id(0)  # CUDA allows 65,535 programs on the second axis
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     first = tl.load(start_ptr + k)
     end = tl.load(start_ptr + k + 1, mask=k + 1 < C, other=0)
     end = tl.where(k + 1 < C, end, T)
@@ -200,7 +200,7 @@ def sum_chunks(x_TD: Tensor, start_C: Tensor, out_CD: Tensor | None = None) -> T
     (T, D), C = x_TD.shape, len(start_C)
     x_TD, sum_CD = x_TD.contiguous(), x_TD.new_empty(C, D, dtype=torch.float32) if out_CD is None else out_CD
     with torch.cuda.device_of(x_TD):
-        _sum_chunks[(triton.cdiv(D, SUM_CHANNELS), C)](
+        _sum_chunks[(C, triton.cdiv(D, SUM_CHANNELS))](
             x_TD, start_C, sum_CD, T, C, D, ROWS=SUM_ROWS, BLOCK_D=SUM_CHANNELS, num_warps=SUM_WARPS
         )
     return sum_CD

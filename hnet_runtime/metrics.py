@@ -57,7 +57,7 @@ GROUPS = {  # panel -> prefixes of the keys in it, for wandb and TensorBoard
     "loss": ("bpb", "ce", "val_bpb", "val_bytes"),
     "stages": ("stage", "val_stage", "val_edge"),
     "optimizer": ("lr", "grad"),
-    "speed": ("step_ms", "bytes", "rows", "mfu", "save_ms", "peak_gib", "recomputed", "graphs"),
+    "speed": ("step_ms", "bytes", "rows", "mfu", "save_ms", "peak_gib", "reserved_gib", "recomputed", "graphs"),
 }
 
 

@@ -236,6 +236,7 @@ LARGE = {
     "attention, heads of 128": lambda new: attention_case(new, [700, 300], H=4, P=128),
     "router, large": lambda new: router_case(new, [*AWKWARD, 3000], D=512),
     "upsample, large": lambda new: upsample_case(new, 4000, 700, D=768, spare=68),
+    "upsample, more chunks than a grid's second axis": lambda new: upsample_case(new, 70_000, 66_000, D=64, spare=0),
     "scan, large": lambda new: scan_case(new, [*AWKWARD, 3000], H=16, N=128),
 }
 
