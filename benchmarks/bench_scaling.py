@@ -176,6 +176,9 @@ def memory(args: Benchmark, gpu: str = "0") -> dict[str, Any]:
 
 def main(args: Benchmark) -> None:
     P, configs = args.processes, args.configs.split(",")
+    if len(args.boundaries.split()) != len(configs):
+        print(f"--boundaries {args.boundaries}: expected one for each of {len(configs)} configs", file=sys.stderr)
+        sys.exit(2)
     there = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(P)))).split(",")
     gpus: queue.Queue[str] = queue.Queue()
     for gpu in there[:P] if args.device == "cuda" else there[:1]:

@@ -27,7 +27,7 @@ import tyro
 import fineweb
 import train
 from hnet_kernels import kernel_report
-from hnet_runtime import activations, distributed
+from hnet_runtime import UserError, activations, distributed
 from hnet_runtime.graphs import GraphedModel
 from hnet_trainable import (
     HNetConfig,
@@ -81,7 +81,7 @@ def force_boundaries(model: torch.nn.Module, rates: list[float], T: int, seed: i
     """
     routers = [m for m in model.modules() if isinstance(m, RoutingModule)]
     if len(rates) != len(routers):
-        sys.exit(f"--boundaries: {len(rates)} rates for {len(routers)} stages")
+        raise UserError(f"--boundaries: {len(rates)} rates for {len(routers)} stages; expected one for each")
     device = next(model.parameters()).device
     generator, drawn = torch.Generator(device).manual_seed(seed), torch.rand(len(rates), T, device=device)
     for rate, drawn_T, router in zip(rates, drawn, routers):
@@ -104,7 +104,7 @@ def main(args: Benchmark) -> None:
         device=args.device,
     )  # fmt: skip
     if args.profile and world.size > 1:
-        sys.exit("--profile: expected one process")
+        raise UserError(f"--profile: expected one process, not {world.size}")
     on_gpu = world.device.type == "cuda"
     torch.set_float32_matmul_precision("high")
     half, graphs = torch.bfloat16 if on_gpu else torch.float32, args.compile == "graph"
@@ -234,4 +234,8 @@ def profile(step, folder: Path, on_gpu: bool, steps: int = 3) -> dict[str, float
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Benchmark))
+    try:
+        main(tyro.cli(Benchmark))
+    except UserError as error:
+        print(f"bench_train.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -53,9 +53,9 @@ class Saver:
 
     `start` copies the state and returns; a thread writes the copy by DCP, talking to other ranks through a process
     group of its own. On a GPU the copy is first made there, which takes milliseconds, of as much as there is room for;
-    before training next changes the weights, it must wait until the rest has gone to the host (`staged`), which happens
-    while the step before computes. When all ranks have written, rank 0 adds the manifest and renames the folder. Until
-    then the checkpoint doesn't exist under its name, so a crash leaves the one before as the newest.
+    the rest goes to the host beside the next forward and backward, and training waits for it before that step changes
+    the weights (`staged`). When all ranks have written, rank 0 adds the manifest and renames the folder. Until then the
+    checkpoint doesn't exist under its name, so a crash leaves the one before as the newest.
 
     torch's own `dcp.async_save` can take over again when torch 2.11 need not be served: its stager fails at its second
     use (github.com/pytorch/pytorch/issues/183413).

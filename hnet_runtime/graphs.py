@@ -31,7 +31,7 @@ from torch.nested import nested_tensor_from_jagged
 
 from hnet_kernels.conv import MAX_TAPS
 from hnet_kernels.dispatch import requested
-from hnet_runtime.distributed import BETAS, Averaging, World
+from hnet_runtime.distributed import BETAS, PLAIN_FLOAT32, Averaging, World
 from hnet_runtime.flat_adamw import FlatAdamW
 from hnet_runtime.fused import HeadLoss, Put, Smooth, Take, Upsample, fuse, gradients_into
 from hnet_trainable import (
@@ -49,7 +49,6 @@ from hnet_trainable import (
 
 logger = logging.getLogger("hnet")
 
-FLOAT32 = ("A_log", "dt_bias", "D")  # computed with in float32, as residual_proj is: no copies
 TOKENS, STEPS = 512, 8  # an inner T is rounded up to a multiple of TOKENS, and to one of STEPS sizes an octave
 DOCUMENTS, LONGEST = 16, 1024  # the least room for documents and for a document; more is a power of two
 KEPT = 16  # segments of a part: the sizes last used, two octaves of them
@@ -255,7 +254,7 @@ class GraphedModel:
         copies: list[tuple[Tensor, Tensor]] = []  # (copy, master)
         for name, p in parameters.items():
             path, _, leaf = name.rpartition(".")
-            whole = leaf in FLOAT32 or "residual_proj" in name or p.dtype == compute_dtype
+            whole = leaf in PLAIN_FLOAT32 or "residual_proj" in name or p.dtype == compute_dtype
             used = p if whole else nn.Parameter(p.detach().to(compute_dtype))
             if not whole:
                 copies.append((used, p))

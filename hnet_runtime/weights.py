@@ -30,10 +30,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from hnet_runtime import checkpoint as own
 from hnet_runtime.checkpoint import CheckpointError, SafeReader
+from hnet_runtime.distributed import PLAIN_FLOAT32
 from hnet_simple import HNetInference
 from hnet_trainable import ConfigError, HNetConfig, HNetLM, parse_layout
 
-KEEP_FLOAT32 = ("A_log", "dt_bias", "D")  # with residual_proj: at least float32 in any compute dtype, as in training
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"  # official checkpoints come without their config
 
 
@@ -106,7 +106,7 @@ def cast(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
     """Weights in a compute dtype; A_log, dt_bias, D and residual_proj in at least float32, as training keeps them."""
 
     def wanted(name: str) -> torch.dtype:
-        precise = name.rsplit(".", 1)[-1] in KEEP_FLOAT32 or "residual_proj" in name
+        precise = name.rsplit(".", 1)[-1] in PLAIN_FLOAT32 or "residual_proj" in name
         return torch.promote_types(dtype, torch.float32) if precise else dtype
 
     return {name: tensor.to(wanted(name)) for name, tensor in weights.items()}
