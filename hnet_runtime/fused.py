@@ -86,6 +86,22 @@ def gradients_into(targets: dict[Tensor, Tensor]) -> Iterator[None]:
         _TARGETS.reset(token)
 
 
+_SEAMS: ContextVar[dict[nn.Module, list[Tensor] | None]] = ContextVar("seams")
+
+
+@contextlib.contextmanager
+def noting_seams(seams: dict[nn.Module, list[Tensor] | None]) -> Iterator[None]:
+    """Where forwards inside come to a block in `seams`, they note there the tensors that enter it.
+
+    So a backward can stop at these tensors and go on from them later.
+    """
+    token = _SEAMS.set(seams)
+    try:
+        yield
+    finally:
+        _SEAMS.reset(token)
+
+
 def _take_targets(*weights: Tensor) -> list[Tensor | None]:
     return [_TARGETS.get({}).pop(weight, None) for weight in weights]
 
@@ -250,7 +266,10 @@ class Upsample(torch.autograd.Function):
 def run_stack(stack: Isotropic, ac: str, x_TD: Tensor, packing: Packing) -> Tensor:
     """`Isotropic.forward`, with activation checkpointing."""
     residual_TD, delta_TD = None, x_TD
+    seams = _SEAMS.get({})
     for block in stack.layers:
+        if block in seams:
+            seams[block] = [x for x in (residual_TD, delta_TD) if x is not None]
         mixer = block.mixer
         if hasattr(mixer, "A_log"):
             conv, norm = mixer.conv1d, mixer.norm

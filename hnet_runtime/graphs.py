@@ -12,6 +12,9 @@ in a `Crossing`, whatever the sizes, and so do the gradients on their way back. 
 copies of the float32 masters in the compute dtype, which the optimizer writes; it writes each weight's gradient, in
 float32, to where the optimizer reads it.
 
+Where several processes add up their gradients, the backward of a part with many weights is several graphs, so that the
+sums of what the first has computed are under way while the next compute.
+
 Legend: T tokens, C chunks (the T of the stage inside), B documents, M the longest document's tokens; all with what
 fills them up. D width, s a stage.
 """
@@ -33,12 +36,14 @@ from hnet_kernels.conv import MAX_TAPS
 from hnet_kernels.dispatch import requested
 from hnet_runtime.distributed import BETAS, PLAIN_FLOAT32, Averaging, World
 from hnet_runtime.flat_adamw import FlatAdamW
-from hnet_runtime.fused import HeadLoss, Put, Smooth, Take, Upsample, fuse, gradients_into
+from hnet_runtime.fused import HeadLoss, Put, Smooth, Take, Upsample, fuse, gradients_into, noting_seams
 from hnet_trainable import (
     EMA_CLAMP,
+    Block,
     HNet,
     HNetConfig,
     HNetLM,
+    Isotropic,
     StageOutput,
     chunk_offsets,
     cu_seqlens,
@@ -52,6 +57,7 @@ logger = logging.getLogger("hnet")
 TOKENS, STEPS = 512, 8  # an inner T is rounded up to a multiple of TOKENS, and to one of STEPS sizes an octave
 DOCUMENTS, LONGEST = 16, 1024  # the least room for documents and for a document; more is a power of two
 KEPT = 16  # segments of a part: the sizes last used, two octaves of them
+PIECE = 1 << 28  # with several processes, a backward is cut before a block once so many weights have been used: 1 GiB
 ROOM = 8  # of a GPU's memory, one part in so many is kept free for validation, samples and saving
 
 
@@ -108,12 +114,20 @@ Ends = Sequence[tuple[Tensor, Tensor]]  # outputs that have a gradient, each wit
 Leaf = Callable[[Tensor, Tensor], Tensor]
 
 
+class Piece(NamedTuple):
+    """Of a segment: what it reads from a block on (None: from the start) to where the next piece begins."""
+
+    block: Block | None
+    targets: dict[Tensor, Tensor]  # weights, each read once, and where their gradients go
+    span: slice  # of these in the flat gradient
+
+
 class Segment:
-    """A part of the model for fixed sizes: its forward and its backward, each a graph, or on a CPU plain calls.
+    """A part of the model for fixed sizes: its forward, and a backward for each piece; graphs, on a CPU plain calls.
 
     run: reads and writes tensors that stay where they are. Of those whose gradient is wanted it takes `leaf(tensor,
     gradient)`, which names the place for that; it returns its `Ends`.
-    targets: what else `run` reads, each once, and where its gradient goes; `span` is their part of the flat gradient.
+    pieces: what else `run` reads, in that order.
     pools: for what the forward keeps, and for what the backward uses meanwhile.
     warm: all that `run` calls has run in this process. Where it has not, it runs once before the capture, in memory
     beside the graphs'.
@@ -122,28 +136,28 @@ class Segment:
     def __init__(
         self,
         run: Callable[[Leaf], Ends],
-        targets: dict[Tensor, Tensor],
-        span: slice,
+        pieces: Sequence[Piece],
         device: torch.device,
         pools: tuple[Any, Any],
         warm: bool = False,
     ):
-        self.run, self.targets, self.span = run, targets, span
-        self.graphs: list[torch.cuda.CUDAGraph] = []
+        self.run, self.pieces = run, pieces
+        self.steps: list[Callable[[], None]] = [self._forward, *(self._backward for _ in pieces)]
         if device.type != "cuda":
             return
         if not warm:
             self._warm_up(device)
-        for part, pool in zip((self._forward, self._backward), pools):
-            self.graphs.append(torch.cuda.CUDAGraph())
+        for i, step in enumerate(self.steps):
+            graph = torch.cuda.CUDAGraph()
             # "relaxed": a kernel that sizes like these are the first to call may be loaded meanwhile, and another
             # thread may be saving a checkpoint
-            with torch.cuda.graph(self.graphs[-1], pool=pool, capture_error_mode="relaxed"):
-                part()
+            with torch.cuda.graph(graph, pool=pools[i > 0], capture_error_mode="relaxed"):
+                step()
+            self.steps[i] = graph.replay
         self._let_go()  # of what the forward saved: the pool's other segments use that memory too
 
     def _let_go(self) -> None:
-        del self.ends, self.wanted, self.copied
+        del self.ends, self.seams, self.wanted, self.copied
 
     def _warm_up(self, device: torch.device) -> None:
         """Compiles and loads what the segment calls, on another stream as captures want it."""
@@ -151,37 +165,51 @@ class Segment:
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             self._forward(trial=True)
-            self._backward()
+            for backward in self.steps[1:]:
+                backward()
             self._let_go()
         torch.cuda.current_stream().wait_stream(aside)
         torch.cuda.empty_cache()  # what lies beside the pools is of no use to them
 
     def _forward(self, trial: bool = False) -> None:
         """trial: the gradients of what comes from other segments go nowhere, for one may lie where its tensor does."""
-        self.wanted = dict(self.targets)
-        self.copied = dict(self.targets)  # without those that the backward itself will write
+        self.seams: dict[nn.Module, list[Tensor] | None] = {piece.block: None for piece in self.pieces[1:]}
+        self.wanted = [list(piece.targets) for piece in self.pieces]
+        # where gradients go, without those that the backward itself will write
+        self.copied = {x: place for piece in self.pieces for x, place in piece.targets.items()}
 
         def leaf(x: Tensor, gradient: Tensor) -> Tensor:
             x = x.detach().requires_grad_()
-            self.wanted[x] = self.copied[x] = gradient.clone() if trial else gradient
+            passed = sum(seam is not None for seam in self.seams.values())
+            self.wanted[passed].append(x)
+            self.copied[x] = gradient.clone() if trial else gradient
             return x
 
-        with torch.enable_grad(), gradients_into(self.copied):
+        with torch.enable_grad(), gradients_into(self.copied), noting_seams(self.seams):
             self.ends = self.run(leaf)
 
     def _backward(self) -> None:
+        """Of the last piece that is left."""
         outputs, doutputs = zip(*self.ends)
-        wanted = list(self.wanted)
-        found = dict(zip(wanted, torch.autograd.grad(outputs, wanted, doutputs, allow_unused=True)))
-        if {x for x in wanted if found[x] is not None} != set(self.copied):
+        wanted = self.wanted.pop()
+        seam = self.seams.popitem()[1] if self.seams else ()
+        gradients = torch.autograd.grad(outputs, [*wanted, *seam], doutputs, allow_unused=True)
+        self.ends = list(zip(seam, gradients[len(wanted) :]))
+        found = dict(zip(wanted, gradients))
+        copied = [x for x in wanted if x in self.copied]
+        if {x for x in wanted if found[x] is not None} != set(copied):
             raise RuntimeError("a weight is not used, or twice")
-        torch._foreach_copy_(list(self.copied.values()), [found[x] for x in self.copied])
+        if copied:
+            torch._foreach_copy_([self.copied[x] for x in copied], [found[x] for x in copied])
 
     def forward(self) -> None:
-        self.graphs[0].replay() if self.graphs else self._forward()
+        self.steps[0]()
 
-    def backward(self) -> None:
-        self.graphs[1].replay() if self.graphs else self._backward()
+    def backward(self, finished: Callable[[slice], None] = lambda span: None) -> None:
+        """finished: told where in the flat gradient each piece's lies, once that has been launched."""
+        for backward, piece in zip(self.steps[1:], reversed(self.pieces)):
+            backward()
+            finished(piece.span)
 
 
 class Crossing:
@@ -222,7 +250,7 @@ class GraphedModel:
     `optimizer` is what changes the masters, and the copies with them; groups: its parameter groups, by default one.
     Whatever else changes the masters calls `optimizer.refresh` afterwards.
 
-    world: where several processes have a copy of the weights each, gradients are averaged over them, those of a segment
+    world: where several processes have a copy of the weights each, gradients are averaged over them, those of a piece
     while the backward of others goes on.
 
     `captured`: how many segments have been made so far; each took a tenth of a second or some.
@@ -249,7 +277,10 @@ class GraphedModel:
         for _ in range(self.S):
             self.levels.append(self.levels[-1].main_network)
         names = {p: name for name, p in self.model.named_parameters()}
-        self.weights = {part: [names[p] for p in found] for part, found in self._weights().items()}
+        self.weights = {
+            part: [(block, [names[p] for p in weights]) for block, weights in pieces]
+            for part, pieces in self._pieces().items()
+        }
         parameters = dict(masters.named_parameters())
         copies: list[tuple[Tensor, Tensor]] = []  # (copy, master)
         for name, p in parameters.items():
@@ -259,7 +290,7 @@ class GraphedModel:
             if not whole:
                 copies.append((used, p))
             self.model.get_submodule(path)._parameters[leaf] = used
-        in_order = [parameters[name] for part in self.weights.values() for name in part]
+        in_order = [parameters[name] for pieces in self.weights.values() for _, names in pieces for name in names]
         self.optimizer = FlatAdamW(groups or [{"params": in_order}], in_order, BETAS, copies=copies)
         self.gradient = self.optimizer.gradient
         fuse(self.model, ac)
@@ -270,8 +301,8 @@ class GraphedModel:
         self.captured, self.room = 0, 0  # room: of how many bytes the steps may be
         self.forget()
 
-    def _weights(self) -> dict[str, list[Tensor]]:
-        """The model's weights by the part that uses them, in the order of the parts' first use."""
+    def _pieces(self) -> dict[str, list[tuple[Block | None, list[Tensor]]]]:
+        """The model's weights by the part and piece that use them, in the order of their use."""
         found: dict[str, list[Any]] = {}
         for s, hnet in enumerate(self.levels):
             parts = [hnet.encoder, hnet.routing_module] if s < self.S else [hnet.main_network]
@@ -279,12 +310,20 @@ class GraphedModel:
         for s in reversed(range(self.S)):
             found[f"leave {s}"] = [self.levels[s].residual_proj, self.levels[s].decoder]
         first, last = next(iter(found)), list(found)[-1]
-        found[first].append(self.model.embeddings)
+        found[first].insert(0, self.model.embeddings)
         found[last].append(self.model.lm_head)
-        return {
-            part: [p for m in modules if m is not None for p in (m.parameters() if isinstance(m, nn.Module) else [m])]
-            for part, modules in found.items()
-        }
+        return {part: self._cut(modules) for part, modules in found.items()}
+
+    def _cut(self, modules: Sequence[nn.Module | nn.Parameter | None]) -> list[tuple[Block | None, list[Tensor]]]:
+        pieces: list[tuple[Block | None, list[Tensor]]] = [(None, [])]
+        for module in modules:
+            for one in [*module.layers, module.rmsnorm] if isinstance(module, Isotropic) else [module]:
+                many = sum(p.numel() for p in pieces[-1][1]) >= PIECE
+                if self.size > 1 and many and isinstance(one, Block):
+                    pieces.append((one, []))
+                if one is not None:
+                    pieces[-1][1].extend(one.parameters() if isinstance(one, nn.Module) else [one])
+        return pieces
 
     def forget(self) -> None:
         """Drops all graphs and their memory; the next steps make new ones."""
@@ -405,17 +444,13 @@ class GraphedModel:
                 segments.popitem(last=False)
             kind, s = part.split()
             run = {"enter": self._enter, "inner": self._inner, "leave": self._leave}[kind]
-            masters = [self.masters.get_parameter(name) for name in self.weights[part]]
-            targets = {self.model.get_parameter(name): p.grad for name, p in zip(self.weights[part], masters)}
+            pieces = []
+            for block, names in self.weights[part]:
+                masters = [self.masters.get_parameter(name) for name in names]
+                targets = {self.model.get_parameter(name): p.grad for name, p in zip(names, masters)}
+                pieces.append(Piece(block, targets, self.optimizer.slice_of(masters)))
             pools, warm = (self.pools[part], list(self.pools.values())[-1]), part in self.warm
-            segments[sizes] = Segment(
-                functools.partial(run, int(s), sizes),
-                targets,
-                self.optimizer.slice_of(masters),
-                self.device,
-                pools,
-                warm,
-            )
+            segments[sizes] = Segment(functools.partial(run, int(s), sizes), pieces, self.device, pools, warm)
             self.warm.add(part)
             self.captured += 1
         segments.move_to_end(sizes)
@@ -439,10 +474,10 @@ class GraphedModel:
             losses.append(self._micro_batch(*pair))
             sum_ = self.gradient.clone() if sum_ is None else sum_.add_(self.gradient)
 
-        def finished(segment: Segment) -> None:
-            part = self.gradient[segment.span]
+        def finished(span: slice) -> None:
+            part = self.gradient[span]
             if sum_ is not None:
-                part += sum_[segment.span]
+                part += sum_[span]
             averaging.start(part)
 
         losses.append(self._micro_batch(*last, finished))
@@ -451,9 +486,9 @@ class GraphedModel:
         return Losses(ce.squeeze(0), *of_stages)
 
     def _micro_batch(
-        self, iids: Tensor, labels: Tensor, finished: Callable[[Segment], None] = lambda segment: None
+        self, iids: Tensor, labels: Tensor, finished: Callable[[slice], None] = lambda span: None
     ) -> Tensor:
-        """Its losses, as they lie in `losses`. finished: told of each segment whose gradients have been launched."""
+        """Its losses, as they lie in `losses`. finished: as `Segment.backward` says."""
         try:
             segments = self._forward(iids, labels)
         except torch.OutOfMemoryError:
@@ -463,8 +498,7 @@ class GraphedModel:
             self.forget()
             segments = self._forward(iids, labels)
         for segment in reversed(segments):
-            segment.backward()
-            finished(segment)
+            segment.backward(finished)
         return self.losses.clone()  # the next micro-batch writes to the same place
 
     def _forward(self, iids: Tensor, labels: Tensor) -> list[Segment]:

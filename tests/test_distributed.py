@@ -28,7 +28,7 @@ from torch.distributed.fsdp import FSDPModule
 
 import fineweb
 import train
-from hnet_runtime import activations, checkpoint, distributed
+from hnet_runtime import activations, checkpoint, distributed, graphs
 from hnet_runtime.distributed import World
 from hnet_runtime.graphs import GraphedModel
 from hnet_trainable import Block, HNetConfig, HNetLM, init_weights, parameter_groups
@@ -106,6 +106,7 @@ def scenario(corpus: Path, name: str, folder: Path) -> None:
             found["guarded"] = guard.count
 
     if run.world.shards == 1:  # as train.py does with --compile graph: averaged while the backward goes on
+        graphs.PIECE = 10_000  # of weights: so that some backwards are cut
         graphed = GraphedModel(run.model(), torch.float32, run.config.alpha, world=run.world)
         train.forward_backward(
             graphed, list(run.stream.step(0, G, run.world.rank, run.world.size)), run.config, run.world

@@ -8,8 +8,9 @@ from small_models import TWO_STAGES, draw_weights
 from torch import nn
 
 from hnet_runtime import graphs
+from hnet_runtime.distributed import Averaging, World
 from hnet_runtime.fused import CHECKPOINTING, HeadLoss
-from hnet_runtime.graphs import TOKENS, GraphedModel, Segment, _filled_up, _step
+from hnet_runtime.graphs import TOKENS, GraphedModel, Piece, Segment, _filled_up, _step
 from hnet_runtime.statistics import router_statistics
 from hnet_trainable import HNetConfig, HNetLM, nested_like
 
@@ -157,7 +158,7 @@ def test_a_segment_refuses_weights_that_are_not_used_once(uses):
         x = leaf(x_TD, torch.zeros(8, 4))
         return [(x.sum() + sum(HeadLoss.apply(x, weight, labels_T) for _ in range(uses)), torch.ones(()))]
 
-    segment = Segment(run, {weight: target}, slice(0, 24), torch.device("cpu"), (None, None))
+    segment = Segment(run, [Piece(None, {weight: target}, slice(0, 24))], torch.device("cpu"), (None, None))
     segment.forward()
     with pytest.raises(RuntimeError, match="not used, or twice"):
         segment.backward()
@@ -171,6 +172,34 @@ def test_micro_batches_add_up():
     each = [(graphed.forward_backward([pair]), graphed.gradient.clone()) for pair in pairs]
     assert distance(whole, sum(gradient for _, gradient in each) / 3) < 1e-12
     assert losses.ce.item() == pytest.approx(sum(found.ce.item() for found, _ in each) / 3)
+
+
+def test_a_backward_in_pieces_gives_the_same_bits(monkeypatch):
+    """Two processes cut it where weights are many, add up each piece's gradients as it ends, and each weigh half."""
+    pairs = [batch(lengths, i) for i, lengths in enumerate(BATCHES[:3])]
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    summed = {}
+
+    def start(averaging, part):
+        assert part.storage_offset() not in summed
+        summed[part.storage_offset()] = part.clone()
+
+    whole = GraphedModel(build(TWO_STAGES, torch.float32), dtype, ALPHA)
+    monkeypatch.setattr(graphs, "PIECE", 1)
+    monkeypatch.setattr(Averaging, "start", start)
+    world = World(0, 2, torch.device(DEVICE), None)
+    cut = GraphedModel(build(TWO_STAGES, torch.float32), dtype, ALPHA, world=world)
+    assert {part: len(pieces) for part, pieces in cut.weights.items()} == {
+        "enter 0": 2, "enter 1": 3, "inner 2": 2, "leave 1": 3, "leave 0": 2,
+    }  # fmt: skip
+    for step in (pairs[:1], pairs[1:], pairs[:1]):  # captured, several micro-batches, replayed
+        for model in (whole, cut):
+            summed.clear()
+            model.forward_backward(step)
+        begins = sorted(summed)
+        assert begins == [0, *(begin + len(summed[begin]) for begin in begins)][:-1], "each part of the gradient once"
+        found = torch.cat([summed[begin] for begin in begins])
+        assert torch.equal(2 * found, whole.gradient)
 
 
 def test_weights_that_changed_are_used_after_a_refresh():
