@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hnet_kernels.dispatch import use_fast
+from hnet_kernels.kept import keep
 
 QUERY_BLOCK = 128  # queries at a time in the definition: bounds the memory of one block of scores
 
@@ -160,7 +161,7 @@ def packed_attention(qkv_T3HP: Tensor, cu_seqlens: Tensor, max_seqlen: int, wind
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in qkv_T3HP.unbind(1)]
         o_THP = attention(*leaves, cu_seqlens, max_seqlen, window)
-    return Attended(o_THP.detach(), None, (*leaves, o_THP))
+    return Attended(keep(o_THP.detach()), None, (*leaves, o_THP))
 
 
 def packed_attention_backward(

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hnet_kernels.kept import kept_empty
+
 LOG2_E = 1.4426950408889634
 
 
@@ -268,7 +270,7 @@ def attention_forward(qkv_T3HP: Tensor, cu_seqlens: Tensor, window: int) -> tupl
     """(o_THP, lse_HT). qkv_T3HP: dense; cu_seqlens: int32, documents that hold all T rows."""
     T, _, H, P = qkv_T3HP.shape
     q, k, v = qkv_T3HP.unbind(1)
-    o_THP, lse_HT = q.new_empty(T, H, P), q.new_empty(H, T, dtype=torch.float32)
+    o_THP, lse_HT = kept_empty(q, T, H, P), kept_empty(q, H, T, dtype=torch.float32)
     with torch.cuda.device_of(q):
         _forward[_grid(T, H, FORWARD.M, cu_seqlens)](
             q, k, v, o_THP, lse_HT, cu_seqlens, len(cu_seqlens) - 1, T, q.stride(0), o_THP.stride(0),

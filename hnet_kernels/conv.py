@@ -66,6 +66,11 @@ def causal_conv_silu(x_TD: Tensor, weight_D1K: Tensor, bias_D: Tensor, position_
     x, weight and bias: one floating dtype. position_T: int32 or int64, each token's place in its document, from 0.
     Keeps only its inputs for the backward, which convolves again.
     """
+    return causal_conv_silu_forward(x_TD, weight_D1K, bias_D, position_T)
+
+
+def causal_conv_silu_forward(x_TD: Tensor, weight_D1K: Tensor, bias_D: Tensor, position_T: Tensor) -> Tensor:
+    """`causal_conv_silu`, for callers who write their own backward."""
     if use_fast("causal_conv_silu", x_TD.device.type, x_TD.dtype, _obstacle(x_TD, weight_D1K.shape[-1])):
         from hnet_kernels import conv_triton  # not above: triton is not everywhere
 

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hnet_kernels.kept import kept_empty
 from hnet_kernels.norm_triton import sum_rows
 
 RUN, CHANNELS, WARPS = 32, 128, 1  # tokens and channels of a program
@@ -155,7 +156,7 @@ def _dense_rows(x_TD: Tensor) -> Tensor:
 def conv_silu_forward(x_TD: Tensor, weight_D1K: Tensor, bias_D: Tensor, position_T: Tensor) -> Tensor:
     """y_TD of `hnet::causal_conv_silu`."""
     (T, D), K = x_TD.shape, weight_D1K.shape[-1]
-    y_TD = x_TD.new_empty(T, D)
+    y_TD = kept_empty(x_TD, T, D)
     if not T:
         return y_TD
     x_TD = _dense_rows(x_TD)

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hnet_kernels.kept import kept_empty
+
 TILE = 4096  # elements of a program's rows; no more than registers hold
 BACKWARD_TILE, PER_MULTIPROCESSOR = 4096, 2  # the same, and programs, backwards: measured on an H100
 
@@ -164,8 +166,8 @@ def add_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(sum_TD, x_TD, scale_T) of `add_norm_forward` in norm.py."""
     (T, D), delta_TD = delta_TD.shape, _dense_rows(delta_TD)
-    sum_TD, x_TD = delta_TD.new_empty(T, D, dtype=torch.float32), weight_D.new_empty(T, D)
-    scale_T, blocks = sum_TD.new_empty(T), _blocks(D, TILE)
+    sum_TD, x_TD = kept_empty(delta_TD, T, D, dtype=torch.float32), weight_D.new_empty(T, D)
+    scale_T, blocks = kept_empty(sum_TD, T), _blocks(D, TILE)
     residual_TD = None if residual_TD is None else residual_TD.contiguous()
     with torch.cuda.device_of(delta_TD):
         _add_norm[(triton.cdiv(T, blocks["ROWS"]),)](
@@ -196,7 +198,7 @@ def gated_norm_forward(y_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float)
     """(x_TD, scale_T) of `gated_norm_forward` in norm.py."""
     T, D = y_TD.shape
     y_TD, z_TD = _dense_rows(y_TD), _dense_rows(z_TD)
-    x_TD, scale_T, blocks = weight_D.new_empty(T, D), y_TD.new_empty(T, dtype=torch.float32), _blocks(D, TILE)
+    x_TD, scale_T, blocks = weight_D.new_empty(T, D), kept_empty(y_TD, T, dtype=torch.float32), _blocks(D, TILE)
     with torch.cuda.device_of(y_TD):
         _gated_norm[(triton.cdiv(T, blocks["ROWS"]),)](
             y_TD, z_TD, weight_D.contiguous(), x_TD, scale_T, T, y_TD.stride(0), z_TD.stride(0), eps, **blocks

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hnet_kernels.kept import kept_empty
+
 ELEMENTS = 1024  # a program of SwiGLU
 TOKENS = 32  # a program of the others
 
@@ -125,7 +127,7 @@ def rotate_(qkv_T3HP: Tensor, cos_MR: Tensor, sin_MR: Tensor, position_T: Tensor
 def softplus_forward(raw_TH: Tensor, bias_H: Tensor) -> Tensor:
     """softplus(raw + bias) of pointwise.py, float32."""
     (T, H), raw_TH = raw_TH.shape, raw_TH if raw_TH.stride(1) == 1 else raw_TH.contiguous()
-    out_TH = bias_H.new_empty(T, H)
+    out_TH = kept_empty(bias_H, T, H)
     with torch.cuda.device_of(raw_TH):
         _softplus[(triton.cdiv(T, TOKENS),)](
             raw_TH, bias_H, out_TH, T, raw_TH.stride(0), H, BLOCK_T=TOKENS, BLOCK_H=triton.next_power_of_2(H)

@@ -35,6 +35,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from hnet_kernels.kept import kept_empty
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 SUM, SOURCE, GAIN, START, END = (tl.constexpr(i) for i in range(5))  # of vectors_5HT, see _prepare
 INSIDE, BEFORE, LATER, DGAIN = (tl.constexpr(i) for i in range(4))  # of flows_4HT, see _gradients
@@ -630,11 +632,11 @@ class _Plan:
         """Memory for all of it; `with_states` also for the states."""
         rows = self.n_chunks * self.Q
         return Kept(
-            dt_TH.new_empty(5, self.H, rows),
-            dt_TH.new_empty(self.n_chunks, self.H),
-            dt_TH.new_empty(rows, dtype=torch.int32),
-            dt_TH.new_empty(self.segments, self.H),
-            dt_TH.new_empty(self.n_chunks * self.H * self.P if with_states else 0, self.N, dtype=self.dtype),
+            kept_empty(dt_TH, 5, self.H, rows),
+            kept_empty(dt_TH, self.n_chunks, self.H),
+            kept_empty(dt_TH, rows, dtype=torch.int32),
+            kept_empty(dt_TH, self.segments, self.H),
+            kept_empty(dt_TH, self.n_chunks * self.H * self.P if with_states else 0, self.N, dtype=self.dtype),
         )
 
     def prepare(self, kept: Kept, dt_TH: Tensor, A_H: Tensor, cu_seqlens: Tensor, scores_CQQ: Tensor | None) -> None:
@@ -680,7 +682,7 @@ def scan_forward(
 
     `keep`: and what `scan_backward` can take, among it the states. None for no tokens.
     """
-    y_THP = x_THP.new_empty(x_THP.shape)
+    y_THP = kept_empty(x_THP, *x_THP.shape)
     if not len(x_THP):
         return y_THP, None
     plan = _Plan(x_THP, B_TN, C_TN)

@@ -21,9 +21,10 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 
-from hnet_kernels import causal_conv_silu, ema_backward, ema_forward
+from hnet_kernels import ema_backward, ema_forward
 from hnet_kernels.attention import Attended, packed_attention, packed_attention_backward
-from hnet_kernels.conv import causal_conv_silu_backward_to
+from hnet_kernels.conv import causal_conv_silu_backward_to, causal_conv_silu_forward
+from hnet_kernels.kept import keep, keeping_if, kept_empty
 from hnet_kernels.norm import add_norm_backward, add_norm_forward, gated_norm_backward, gated_norm_forward
 from hnet_kernels.pointwise import (
     rotate_,
@@ -119,6 +120,11 @@ def _product(dy_OT: Tensor, x_TI: Tensor, target_OI: Tensor | None) -> Tensor | 
     return None
 
 
+def _kept_product(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+    """x W^T, in memory for what a forward keeps."""
+    return torch.mm(x_TI, weight_OI.T, out=kept_empty(x_TI, len(x_TI), len(weight_OI)))
+
+
 def _embed(embeddings: nn.Embedding, iids: Tensor) -> Tensor:
     return nested_like(Embed.apply(iids.values(), embeddings.weight), iids)
 
@@ -183,7 +189,7 @@ class Route(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_TD: Tensor, position_T: Tensor, Wq: Tensor, Wk: Tensor) -> Tensor:
-        q_TD, k_TD = x_TD @ Wq.T, x_TD @ Wk.T
+        q_TD, k_TD = _kept_product(x_TD, Wq), _kept_product(x_TD, Wk)
         ctx.save_for_backward(x_TD, q_TD, k_TD, position_T, Wq, Wk)
         ctx.targets = _take_targets(Wq, Wk)
         return boundary_forward(q_TD, k_TD, position_T)
@@ -227,6 +233,22 @@ class Put(torch.autograd.Function):
         return dx_TD, None
 
 
+class ResidualProjection(torch.autograd.Function):
+    """x W^T + bias in W's dtype, float32 whatever x has. Gradients: of x, W and bias. Keeps x as it comes."""
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, weight_DD: Tensor, bias_D: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_DD)
+        ctx.targets = _take_targets(weight_DD)
+        return torch.addmm(bias_D, x_TD.to(weight_DD.dtype), weight_DD.T)
+
+    @staticmethod
+    def backward(ctx, dout_TD: Tensor):
+        x_TD, weight_DD = ctx.saved_tensors
+        dweight_DD = _product(dout_TD.T, x_TD.to(weight_DD.dtype), *ctx.targets)
+        return (dout_TD @ weight_DD).to(x_TD.dtype), dweight_DD, dout_TD.sum(0)
+
+
 class Smooth(torch.autograd.Function):
     """Smoothing (eq. 5): y_CD, P_C strictly between 0 and 1 -> z_CD in P's dtype. Gradients: of y and P."""
 
@@ -266,6 +288,7 @@ class Upsample(torch.autograd.Function):
 def run_stack(stack: Isotropic, ac: str, x_TD: Tensor, packing: Packing) -> Tensor:
     """`Isotropic.forward`, with activation checkpointing."""
     residual_TD, delta_TD = None, x_TD
+    packing = Packing(*map(keep, packing))
     seams = _SEAMS.get({})
     for block in stack.layers:
         if block in seams:
@@ -313,7 +336,8 @@ class MlpBranch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, ac: str, residual_TD: Tensor, delta_TD: Tensor, norm_D: Tensor, fc1: Tensor, fc2: Tensor):
         residual_TD, x_TD, scale_T = add_norm_forward(residual_TD, delta_TD, norm_D, NORM_EPS)
-        both_T2I = x_TD @ fc1.T
+        with keeping_if(ac != "block"):
+            both_T2I = _kept_product(x_TD, fc1)
         ctx.save_for_backward(residual_TD, scale_T, norm_D, fc1, fc2, both_T2I if ac != "block" else None)
         ctx.targets = _take_targets(fc1, fc2)
         return residual_TD, swiglu_forward(both_T2I) @ fc2.T
@@ -340,7 +364,8 @@ class AttentionBranch(torch.autograd.Function):
     def forward(ctx, packing, how, residual_TD, delta_TD, norm_D: Tensor, Wqkv: Tensor, out_proj: Tensor):
         ac, ctx.n_heads, ctx.window = how
         residual_TD, x_TD, scale_T = add_norm_forward(residual_TD, delta_TD, norm_D, NORM_EPS)
-        qkv_T3HP, attended = AttentionBranch.attend(ctx, packing, x_TD, Wqkv)
+        with keeping_if(ac != "block"):
+            qkv_T3HP, attended = AttentionBranch.attend(ctx, packing, x_TD, Wqkv)
         ctx.packing, ctx.targets = packing, _take_targets(Wqkv, out_proj)
         ctx.attended = attended if ac != "block" else None
         ctx.save_for_backward(residual_TD, scale_T, norm_D, Wqkv, out_proj, qkv_T3HP if ac != "block" else None)
@@ -348,7 +373,7 @@ class AttentionBranch(torch.autograd.Function):
 
     @staticmethod
     def attend(ctx, packing: Packing, x_TD: Tensor, Wqkv: Tensor) -> tuple[Tensor, Attended]:
-        qkv_T3HP = (x_TD @ Wqkv.T).unflatten(-1, (3, ctx.n_heads, -1))
+        qkv_T3HP = _kept_product(x_TD, Wqkv).unflatten(-1, (3, ctx.n_heads, -1))
         rotate_(qkv_T3HP, packing.cos_MR, packing.sin_MR, packing.position_T)
         return qkv_T3HP, packed_attention(qkv_T3HP, packing.cu_seqlens, len(packing.cos_MR), ctx.window)
 
@@ -380,23 +405,27 @@ class MambaBranch(torch.autograd.Function):
         gate_D, out_proj,
     ):  # fmt: skip
         residual_TD, x_TD, scale_T = add_norm_forward(residual_TD, delta_TD, norm_D, NORM_EPS)
-        projected = x_TD @ in_proj.T
+        with keeping_if(ac != "block"):
+            projected = _kept_product(x_TD, in_proj)
         A_H = -A_log_H.to(torch.promote_types(A_log_H.dtype, torch.float32)).exp()
         weights = norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_H, D_H, gate_D, out_proj
-        gated_TD, *parts = MambaBranch.mix(packing, projected, ac == "none", *weights[2:-1])
+        with keeping_if(ac == "none"):
+            gated_TD, *parts = MambaBranch.mix(packing, projected, ac == "none", *weights[2:-1])
         ctx.packing, ctx.targets = packing, _take_targets(in_proj, out_proj)
         kept = (projected if ac != "block" else None, *(parts if ac == "none" else []))
         ctx.save_for_backward(residual_TD, scale_T, *weights, *kept)
         return residual_TD, gated_TD @ out_proj.T
 
     @staticmethod
-    def mix(packing, projected, keep, conv_D1K, conv_bias_D, dt_bias_H, A_H, D_H, gate_D) -> tuple[Tensor, ...]:
-        """From in_proj to out_proj, whose input comes first. keep: whether the scan keeps states for its backward."""
+    def mix(packing, projected, with_states, conv_D1K, conv_bias_D, dt_bias_H, A_H, D_H, gate_D) -> tuple[Tensor, ...]:
+        """From in_proj to out_proj, whose input comes first. with_states: the scan's, for its backward."""
         z, before, raw_TH = projected.split([len(gate_D), len(conv_bias_D), len(D_H)], dim=-1)
-        after = causal_conv_silu(before, conv_D1K, conv_bias_D, packing.position_T)
+        after = causal_conv_silu_forward(before, conv_D1K, conv_bias_D, packing.position_T)
         u_THP, B_TN, C_TN = _parts(after, len(D_H))
         dt_TH = softplus_forward(raw_TH, dt_bias_H.to(A_H.dtype))
-        y_THP, states = ssd_skip_forward(u_THP, dt_TH, A_H, B_TN, C_TN, D_H.to(A_H.dtype), packing.cu_seqlens, keep)
+        y_THP, states = ssd_skip_forward(
+            u_THP, dt_TH, A_H, B_TN, C_TN, D_H.to(A_H.dtype), packing.cu_seqlens, with_states
+        )
         y_TD = y_THP.flatten(1)
         return *gated_norm_forward(y_TD, z, gate_D, NORM_EPS), after, dt_TH, y_TD, *states
 

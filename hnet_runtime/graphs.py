@@ -12,6 +12,9 @@ in a `Crossing`, whatever the sizes, and so do the gradients on their way back. 
 copies of the float32 masters in the compute dtype, which the optimizer writes; it writes each weight's gradient, in
 float32, to where the optimizer reads it.
 
+All graphs share their memory, as one runs after the other, but for what a forward keeps for its backward: each part has
+an `Arena` for that.
+
 Where several processes add up their gradients, the backward of a part with many weights is several graphs, so that the
 sums of what the first has computed are under way while the next compute.
 
@@ -19,12 +22,14 @@ Legend: T tokens, C chunks (the T of the stage inside), B documents, M the longe
 fills them up. D width, s a stage.
 """
 
+import contextlib
 import functools
 import gc
 import importlib.util
 import logging
+import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,9 +39,20 @@ from torch.nested import nested_tensor_from_jagged
 
 from hnet_kernels.conv import MAX_TAPS
 from hnet_kernels.dispatch import requested
+from hnet_kernels.kept import keeping
 from hnet_runtime.distributed import BETAS, PLAIN_FLOAT32, Averaging, World
 from hnet_runtime.flat_adamw import FlatAdamW
-from hnet_runtime.fused import HeadLoss, Put, Smooth, Take, Upsample, fuse, gradients_into, noting_seams
+from hnet_runtime.fused import (
+    HeadLoss,
+    Put,
+    ResidualProjection,
+    Smooth,
+    Take,
+    Upsample,
+    fuse,
+    gradients_into,
+    noting_seams,
+)
 from hnet_trainable import (
     EMA_CLAMP,
     Block,
@@ -114,6 +130,56 @@ Ends = Sequence[tuple[Tensor, Tensor]]  # outputs that have a gradient, each wit
 Leaf = Callable[[Tensor, Tensor], Tensor]
 
 
+class Arena:
+    """What forwards of a part keep for their backwards, from the start of a buffer on: that of the one that ran last.
+
+    So all else that they and the backwards need meanwhile can be shared with those of other parts.
+    static: where (`data_ptr` of storages) tensors lie that need not be kept, as nothing writes to them meanwhile.
+    """
+
+    ALIGNED = 512  # bytes, as torch's allocator has it
+
+    def __init__(self, static: Collection[int], device: torch.device):
+        self.static, self.buffer = static, torch.empty(0, dtype=torch.uint8, device=device)
+        self.begin()
+
+    def begin(self) -> None:
+        self.used, self.copied = 0, 0  # bytes
+        self.beside: list[Tensor] = []  # what finds no room
+        self.known = {*self.static, self.buffer.untyped_storage().data_ptr()}
+
+    def grow(self, need: float) -> bool:
+        """Makes room for so many bytes, in whole MiB. Returns whether the buffer is another one now."""
+        need = math.ceil(need / 2**20) * 2**20
+        if need <= len(self.buffer):
+            return False
+        self.buffer = self.buffer[:0].clone()  # this one's memory goes first
+        self.buffer = self.buffer.new_empty(need)
+        return True
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """New memory."""
+        begin = self.used
+        self.used += -(-math.prod(shape) * dtype.itemsize // self.ALIGNED) * self.ALIGNED
+        if self.used > len(self.buffer):
+            self.beside.append(torch.empty(shape, dtype=dtype, device=device))
+            self.known.add(self.beside[-1].untyped_storage().data_ptr())
+            return self.beside[-1]
+        # not as a view: autograd takes what writes to one for a change of all of them
+        x = torch.empty(0, dtype=dtype, device=device)
+        return x.set_(self.buffer.untyped_storage(), begin // dtype.itemsize, torch.Size(shape))
+
+    def keep(self, x: Tensor) -> Tensor:
+        """x, or a copy of it where it would be overwritten; without its gradient, which would keep it alive."""
+        x = x.detach()
+        if x.is_nested:  # autograd keeps an NJT for its shape alone
+            return x
+        if x.untyped_storage().data_ptr() in self.known or x.device != self.buffer.device:
+            return x
+        self.copied += x.nbytes
+        return self.empty(x.shape, x.dtype, x.device).copy_(x)
+
+
 class Piece(NamedTuple):
     """Of a segment: what it reads from a block on (None: from the start) to where the next piece begins."""
 
@@ -128,39 +194,31 @@ class Segment:
     run: reads and writes tensors that stay where they are. Of those whose gradient is wanted it takes `leaf(tensor,
     gradient)`, which names the place for that; it returns its `Ends`.
     pieces: what else `run` reads, in that order.
-    pools: for what the forward keeps, and for what the backward uses meanwhile.
-    warm: all that `run` calls has run in this process. Where it has not, it runs once before the capture, in memory
-    beside the graphs'.
+    arena: for what the forward keeps; None where nothing else runs before the backward.
     """
 
-    def __init__(
-        self,
-        run: Callable[[Leaf], Ends],
-        pieces: Sequence[Piece],
-        device: torch.device,
-        pools: tuple[Any, Any],
-        warm: bool = False,
-    ):
-        self.run, self.pieces = run, pieces
+    def __init__(self, run: Callable[[Leaf], Ends], pieces: Sequence[Piece], arena: Arena | None):
+        self.run, self.pieces, self.arena = run, pieces, arena
         self.steps: list[Callable[[], None]] = [self._forward, *(self._backward for _ in pieces)]
-        if device.type != "cuda":
-            return
-        if not warm:
-            self._warm_up(device)
+
+    def capture(self, pool: Any) -> None:
+        """Makes graphs of it, whose memory is the pool's. All that `run` calls has run in this process before."""
         for i, step in enumerate(self.steps):
             graph = torch.cuda.CUDAGraph()
             # "relaxed": a kernel that sizes like these are the first to call may be loaded meanwhile, and another
             # thread may be saving a checkpoint
-            with torch.cuda.graph(graph, pool=pools[i > 0], capture_error_mode="relaxed"):
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="relaxed"):
                 step()
             self.steps[i] = graph.replay
-        self._let_go()  # of what the forward saved: the pool's other segments use that memory too
+        self.beside = self.arena.beside if self.arena else []
+        self._let_go()
 
     def _let_go(self) -> None:
+        """Of what the forward saved: others use that memory too."""
         del self.ends, self.seams, self.wanted, self.copied
 
-    def _warm_up(self, device: torch.device) -> None:
-        """Compiles and loads what the segment calls, on another stream as captures want it."""
+    def try_out(self, device: torch.device) -> None:
+        """Compiles and loads what the segment calls, on another stream as captures want it, and finds what it keeps."""
         aside = _side_stream(device)
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
@@ -168,8 +226,18 @@ class Segment:
             for backward in self.steps[1:]:
                 backward()
             self._let_go()
+            if self.arena:
+                self.arena.beside.clear()
         torch.cuda.current_stream().wait_stream(aside)
-        torch.cuda.empty_cache()  # what lies beside the pools is of no use to them
+        torch.cuda.empty_cache()  # what lies beside the pool is of no use to it
+
+    def _kept(self) -> contextlib.ExitStack:
+        stack = contextlib.ExitStack()
+        if self.arena:
+            self.arena.begin()
+            stack.enter_context(keeping(self.arena))
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self.arena.keep, lambda x: x))
+        return stack
 
     def _forward(self, trial: bool = False) -> None:
         """trial: the gradients of what comes from other segments go nowhere, for one may lie where its tensor does."""
@@ -185,7 +253,7 @@ class Segment:
             self.copied[x] = gradient.clone() if trial else gradient
             return x
 
-        with torch.enable_grad(), gradients_into(self.copied), noting_seams(self.seams):
+        with torch.enable_grad(), gradients_into(self.copied), noting_seams(self.seams), self._kept():
             self.ends = self.run(leaf)
 
     def _backward(self) -> None:
@@ -297,7 +365,7 @@ class GraphedModel:
         wide = {"dtype": torch.promote_types(compute_dtype, torch.float32), "device": self.device}
         self.losses = torch.zeros(1 + 3 * self.S, **wide)  # ce, ratio losses, F, G
         self.share, (self.dce, self.dratio) = 0.0, torch.zeros(2, **wide)
-        self.warm: set[str] = set()  # parts that have run
+        self.kept: dict[str, float] = {}  # bytes a token that a part's forward keeps; of parts that have run
         self.captured, self.room = 0, 0  # room: of how many bytes the steps may be
         self.forget()
 
@@ -330,10 +398,11 @@ class GraphedModel:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # none is being replayed
         self.segments: dict[str, OrderedDict[Sizes, Segment]] = {part: OrderedDict() for part in self.weights}
-        # What a part's forward keeps is no longer needed when another segment of that part runs: they share a pool.
-        # The last part's backward follows its forward at once. So all others' backwards may use its pool.
-        handle = torch.cuda.graph_pool_handle if self.device.type == "cuda" else lambda: None
-        self.pools = {part: handle() for part in self.weights}  # new ones: torch takes none that all graphs have left
+        self.arenas: dict[str, Arena] = {}
+        # What a part's forward keeps is no longer needed when another segment of that part runs, so they share an
+        # arena; all else is only needed while one graph runs, so they all share a pool. The last part's backward
+        # follows its forward at once. A new pool: torch takes none that all graphs have left.
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self.most_B, self.most_M = DOCUMENTS, [LONGEST] * (self.S + 1)
         gc.collect()
         if self.device.type == "cuda":
@@ -360,6 +429,9 @@ class GraphedModel:
         for D in self.masters.config.d_model[:-1]:
             self.crossings.append(Crossing(T, _filled_up(T), D, documents, self.dtype, self.device))
             T = _filled_up(T)
+        flat = self.optimizer.weights, self.optimizer.copies, self.iids_T, self.labels_T, self.offsets, self.losses
+        static = [*flat, *(x for crossing in self.crossings for x in vars(crossing).values())]
+        self.static = frozenset(x.untyped_storage().data_ptr() for x in static if x is not None)
 
     # ------------------------------------------------------------------------------------------- what segments compute
 
@@ -423,7 +495,7 @@ class GraphedModel:
     def _leave(self, s: int, sizes: Sizes, leaf: Leaf) -> Ends:
         hnet, at, T, C = self.levels[s], self.crossings[s], sizes.T, _filled_up(sizes.T)
         x_TD, p_T, z_CD = leaf(at.x_TD[:T], at.dx_TD[:T]), leaf(at.p_T[:T], at.dp_T[:T]), leaf(at.z_CD[:C], at.z_CD[:C])
-        residual_TD = hnet.residual_proj(x_TD.to(hnet.residual_proj.weight.dtype))
+        residual_TD = ResidualProjection.apply(x_TD, hnet.residual_proj.weight, hnet.residual_proj.bias)
         x_TD = Upsample.apply(z_CD, p_T, at.b_T[:T], at.chunk_T[:T], at.start_C[:C], residual_TD, self.dtype)
         return self._end(s, hnet.narrow(on_values(hnet.decoder, self._nested(s, sizes, x_TD))), leaf)
 
@@ -449,12 +521,27 @@ class GraphedModel:
                 masters = [self.masters.get_parameter(name) for name in names]
                 targets = {self.model.get_parameter(name): p.grad for name, p in zip(names, masters)}
                 pieces.append(Piece(block, targets, self.optimizer.slice_of(masters)))
-            pools, warm = (self.pools[part], list(self.pools.values())[-1]), part in self.warm
-            segments[sizes] = Segment(functools.partial(run, int(s), sizes), pieces, self.device, pools, warm)
-            self.warm.add(part)
+            last = part == list(self.weights)[-1]
+            arena = None if last else self.arenas.setdefault(part, Arena(self.static, self.device))
+            segment = Segment(functools.partial(run, int(s), sizes), pieces, arena)
+            if self.device.type == "cuda":
+                self._capture(part, sizes, segment)
+            segments[sizes] = segment
             self.captured += 1
         segments.move_to_end(sizes)
         return segments[sizes]
+
+    def _capture(self, part: str, sizes: Sizes, segment: Segment) -> None:
+        arena = segment.arena
+        if part not in self.kept:
+            segment.try_out(self.device)
+            self.kept[part] = arena.used / sizes.T if arena else 0
+        if arena and arena.grow(self.kept[part] * sizes.T):
+            torch.cuda.synchronize(self.device)  # none of those that know the former buffer is being replayed
+            self.segments[part].clear()
+        segment.capture(self.pool)
+        if arena:
+            self.kept[part] = arena.used / sizes.T
 
     # ---------------------------------------------------------------------------------------------------------- a step
 

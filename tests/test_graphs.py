@@ -6,11 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_models import TWO_STAGES, draw_weights
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hnet_runtime import graphs
 from hnet_runtime.distributed import Averaging, World
 from hnet_runtime.fused import CHECKPOINTING, HeadLoss
-from hnet_runtime.graphs import TOKENS, GraphedModel, Piece, Segment, _filled_up, _step
+from hnet_runtime.graphs import TOKENS, Arena, GraphedModel, Piece, Segment, _filled_up, _step
 from hnet_runtime.statistics import router_statistics
 from hnet_trainable import HNetConfig, HNetLM, nested_like
 
@@ -125,6 +127,65 @@ def test_activation_checkpointing_keeps_less_and_gives_the_same_bits(stages):
     assert kept["none"] > kept["selective"] > kept["block"]
 
 
+class Made(TorchDispatchMode):
+    """Collects what operations make."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        self.tensors += [x for x in tree_leaves(found) if isinstance(x, torch.Tensor) and not x.is_nested]
+        return found
+
+
+@pytest.mark.parametrize("ac", CHECKPOINTING)
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_backward_reads_nothing_that_its_forward_left_outside_the_arena(stages, ac, monkeypatch):
+    """Other graphs write there meanwhile. Here the test does, as soon as a forward is over."""
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    graphed, pair = GraphedModel(build(LAYOUTS[stages], torch.float32), dtype, ALPHA, ac=ac), batch(BATCHES[0], 0)
+    graphed.forward_backward([pair])
+    wanted = graphed.gradient.clone()
+    forward, spoiled = Segment._forward, []
+
+    def spoil_after(segment, *args):
+        with Made() as made:
+            forward(segment, *args)
+        for x in made.tensors if segment.arena else []:
+            if x.untyped_storage().data_ptr() not in segment.arena.known:
+                x.data.fill_(torch.nan if x.is_floating_point() else 1)
+                spoiled.append(x)
+
+    used = {part: arena.used for part, arena in graphed.arenas.items()}
+    graphed.forget()
+    for part, size in used.items():
+        graphed.arenas[part] = Arena(graphed.static, torch.device(DEVICE))
+        graphed.arenas[part].grow(size)
+    monkeypatch.setattr(Segment, "_forward", spoil_after)
+    graphed.forward_backward([pair])
+    assert torch.equal(graphed.gradient, wanted) and wanted.isfinite().all()
+    assert len(spoiled) > 50 * stages and not any(arena.beside for arena in graphed.arenas.values())
+
+
+def test_an_arena_gives_out_its_buffer_and_then_other_memory():
+    arena, stays = Arena([], torch.device(DEVICE)), torch.zeros(3, device=DEVICE)
+    arena.static = {stays.untyped_storage().data_ptr()}
+    assert arena.grow(3000) and not arena.grow(2**20), "whole MiB"
+    arena.begin()
+    a, b = arena.empty((100, 2), torch.float32, stays.device), arena.empty((3,), torch.int64, stays.device)
+    assert (a.shape, a.dtype, b.shape, b.dtype) == ((100, 2), torch.float32, (3,), torch.int64)
+    begin = arena.buffer.data_ptr()
+    assert (a.data_ptr(), b.data_ptr(), arena.used) == (begin, begin + 1024, 1536) and not arena.beside
+    assert arena.keep(a[1:]).data_ptr() == a[1:].data_ptr() and arena.keep(stays).data_ptr() == stays.data_ptr()
+    other = torch.arange(5.0, device=DEVICE, requires_grad=True)
+    kept = arena.keep(other)
+    assert kept.tolist() == other.tolist() and not kept.requires_grad and kept.data_ptr() == begin + 1536
+    large = arena.empty((2**20,), torch.uint8, stays.device)
+    assert len(large) == 2**20 and arena.beside == [large] and arena.keep(large).data_ptr() == large.data_ptr()
+
+
 def test_graphs_of_other_sizes_go_where_memory_runs_out(monkeypatch):
     """Once: the step is run again without them. A second time in a row ends it."""
     graphed = GraphedModel(build(ONE_STAGE, torch.float64), torch.float64, ALPHA)
@@ -158,7 +219,7 @@ def test_a_segment_refuses_weights_that_are_not_used_once(uses):
         x = leaf(x_TD, torch.zeros(8, 4))
         return [(x.sum() + sum(HeadLoss.apply(x, weight, labels_T) for _ in range(uses)), torch.ones(()))]
 
-    segment = Segment(run, [Piece(None, {weight: target}, slice(0, 24))], torch.device("cpu"), (None, None))
+    segment = Segment(run, [Piece(None, {weight: target}, slice(0, 24))], None)
     segment.forward()
     with pytest.raises(RuntimeError, match="not used, or twice"):
         segment.backward()
