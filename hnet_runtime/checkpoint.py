@@ -117,14 +117,20 @@ class Saver:
     def _state(self) -> dict[str, Tensor]:
         """What this rank writes: torch's `get_model_state_dict` and `get_optimizer_state_dict`, in less time.
 
-        Ranks that hold whole copies of all weights write a part each.
+        Ranks that hold whole copies of all weights write a part each; where a rank alone updates some, these.
         """
         weights = self.model.state_dict()  # first: it puts back the shards of what FSDP has gathered
         names = {id(p): name for name, p in self.model.named_parameters()}
+        values = {names[id(p)]: found for p, found in self.optimizer.state.items() if found}
+        cut = getattr(self.optimizer, "cut", False)  # between the ranks: FlatAdamW
+        if cut:
+            owned = {names[id(p)] for p in self.optimizer.owned}
+            values = {name: found for name, found in values.items() if name in owned or dist.get_rank() == 0}
+            weights = {name: weights[name] for name in values}
         state = {f"model.{name}": tensor for name, tensor in weights.items()}
-        for p, values in self.optimizer.state.items():
-            state |= {f"optimizer.state.{names[id(p)]}.{key}": value for key, value in values.items()}
-        if self._meshes:
+        for name, found in values.items():
+            state |= {f"optimizer.state.{name}.{key}": value for key, value in found.items()}
+        if self._meshes or cut:
             return state
         size, mine, end = dist.get_world_size(), {}, 0
         share = max(1, -(-sum(tensor.nbytes for tensor in state.values()) // size))

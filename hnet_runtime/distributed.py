@@ -17,6 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hnet_runtime import UserError
+from hnet_runtime.flat_adamw import FlatAdamW
 from hnet_trainable import Block, HNet, HNetConfig, HNetLM, Isotropic, RoutingModule, initial_weight
 
 logger = logging.getLogger("hnet")
@@ -254,23 +255,6 @@ def reduce_plain_gradients(parameters: Iterable[nn.Parameter], world: World) -> 
 BETAS = (0.9, 0.95)  # of AdamW
 
 
-class Averaging:
-    """Adds parts of gradients over all processes while more of them are computed; each holds 1 / size of its own."""
-
-    def __init__(self, size: int):
-        self.size, self.under_way = size, []
-
-    def start(self, part: Tensor) -> None:
-        if self.size > 1:
-            self.under_way.append(dist.all_reduce(part, async_op=True))
-
-    def finish(self) -> None:
-        """On a GPU what is launched from here on waits for the sums, the host does not."""
-        for work in self.under_way:
-            work.wait()
-        self.under_way.clear()
-
-
 def optimizer_groups(groups: list[dict]) -> list[dict]:
     """The groups of `parameter_groups`, with sharded and whole parameters apart: no fused kernel takes both at once."""
     apart = []
@@ -311,7 +295,7 @@ def clip_in_optimizer(
     Returns the norm before, on the device. A step whose norm or loss isn't finite changes no weight and no state, so
     that nobody has to wait for them before.
     """
-    norm = grad_norm(parameters, world)
+    norm = optimizer.grad_norm() if isinstance(optimizer, FlatAdamW) else grad_norm(parameters, world)
     optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0) if max_norm > 0 else torch.ones_like(norm)
     optimizer.found_inf = (~(norm + loss).isfinite()).float()
     return norm

@@ -1,29 +1,42 @@
-"""AdamW over flat memory, in one kernel: for whole parameters on one device, as steps as CUDA graphs have them.
+"""AdamW over flat memory, in one kernel: for whole parameters, as steps as CUDA graphs have them.
+
+Several processes with the same parameters update a part each (ZeRO, arXiv 1910.02054, stage 1): a process gets the sums
+of its own parts' gradients alone, has moments of these alone, and hands out what it has updated.
 
 Legend: N elements, P parameters, G groups; K blocks of B elements.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hnet_kernels.adamw import BLOCK, adamw_
+
+Span = Sequence[Sequence[nn.Parameter]]
 
 
 class FlatAdamW(torch.optim.AdamW):
     """torch.optim.AdamW(fused=True) with the same results, state and checkpoints; parameters move into flat memory.
 
     groups: as torch's optimizers take them, each with its lr and weight_decay, which may change from step to step.
-    parameters: all of the groups', in their order in memory; plain tensors of one floating dtype on one device.
+    spans: all of the groups' parameters, as they are to lie in memory; plain tensors of one floating dtype on one
+    device. A span is either one sequence of parameters, which every process updates, or a sequence for each process of
+    the default group, which that process alone updates. They get equal room, so they should be about as large.
+    rank: this process.
     copies: pairs (copy, parameter) of one shape, all copies of one dtype, such as bfloat16. A step keeps them equal.
 
     `weights`, `gradient` and `copies` (None without any) are (N,), the parameters one after the other, each filled up
-    with zeros to whole blocks. What was handed over becomes views of them: `p.data`, `p.grad` (with the gradient that
-    was there, or zeros) and `copy.data`. So this must come before whatever keeps addresses, such as a CUDA graph, or
-    shares the former memory, such as `p.detach()`.
+    with zeros to whole blocks; `spans` says where each span lies. What was handed over becomes views of them: `p.data`,
+    `p.grad` (with the gradient that was there, or zeros) and `copy.data`. So this must come before whatever keeps
+    addresses, such as a CUDA graph, or shares the former memory, such as `p.detach()`.
+
+    With several processes, what others update stays as it was in `weights`; in `copies`, or in `weights` where there
+    are none, a step renews it. `cut` says that it is so. `owned` has the parameters that this process alone updates;
+    `state` has no others but those that all do. Before a step, `add_up` each span and wait for `added_up`.
 
     `grad_scale` and `found_inf`, where set, are those of torch's fused optimizers: gradients are divided by the one, in
     place; where the other isn't 0, a step changes nothing. `step` doesn't wait for the device.
@@ -37,13 +50,15 @@ class FlatAdamW(torch.optim.AdamW):
     def __init__(
         self,
         groups: Sequence[dict[str, Any]],
-        parameters: Sequence[nn.Parameter],
+        spans: Sequence[Span],
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         copies: Sequence[tuple[Tensor, Tensor]] = (),
+        rank: int = 0,
     ):
         super().__init__(groups, betas=betas, eps=eps, fused=True)
         group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        parameters = [p for span in spans for part in span for p in part]
         if len(parameters) != len(group_of) or set(parameters) != set(group_of):
             raise ValueError("FlatAdamW: the parameters are not those of the groups, each once")
         if len({(p.dtype, p.device) for p in parameters}) > 1 or any(isinstance(p, DTensor) for p in parameters):
@@ -51,48 +66,105 @@ class FlatAdamW(torch.optim.AdamW):
         if any(p not in group_of or (c.shape, c.dtype) != (p.shape, copies[0][0].dtype) for c, p in copies):
             raise ValueError("FlatAdamW: the copies are not of these parameters, of their shapes and of one dtype")
         self._slices: dict[Tensor, slice] = {}
+        self.spans: list[slice] = []
+        self._own: list[slice] = []  # of each span, what this process updates
+        self.owned = frozenset(p for span in spans if len(span) > 1 for p in span[rank])
+        self.cut = any(len(span) > 1 for span in spans)
         end = 0
-        for p in parameters:
-            self._slices[p] = slice(end, end := end + -(-p.numel() // BLOCK) * BLOCK)
+        for span in spans:
+            begin, room = end, max(sum(map(_filled_up, part)) for part in span)
+            for i, part in enumerate(span):
+                at = begin + i * room
+                for p in part:
+                    self._slices[p] = slice(at, at := at + _filled_up(p))
+            end = begin + len(span) * room
+            own = begin + (rank * room if len(span) > 1 else 0)
+            self.spans.append(slice(begin, end))
+            self._own.append(slice(own, own + room))
         like = {"dtype": parameters[0].dtype, "device": parameters[0].device}
-        blocks = [(s.stop - s.start) // BLOCK for s in self._slices.values()]
-        group_P = torch.tensor([group_of[p] for p in parameters], dtype=torch.int32)
-        self._group_K = group_P.repeat_interleave(torch.tensor(blocks)).to(like["device"])
+        group_K = torch.zeros(end // BLOCK, dtype=torch.int32)
+        for p, at in self._slices.items():
+            group_K[at.start // BLOCK : at.stop // BLOCK] = group_of[p]
+        self._group_K = group_K.to(like["device"])
         self._no, self._one = torch.zeros((), **like), torch.ones((), **like)
+        self._under_way: list[dist.Work] = []
 
-        self.weights, self.gradient, self._m, self._v = (torch.zeros(end, **like) for _ in "wgmv")
-        self._steps_P = torch.zeros(len(parameters), device=like["device"])  # float32, and equal: torch has one each
+        self.weights, self.gradient = (torch.zeros(end, **like) for _ in "wg")
         self._grads: dict[Tensor, Tensor] = {}
-        self._places: dict[Tensor, dict[str, Tensor]] = {}  # where each parameter's state lies
-        for p, step in zip(parameters, self._steps_P.unbind()):
-            weight, grad, m, v = (self._part(flat, p) for flat in (self.weights, self.gradient, self._m, self._v))
+        for p in parameters:
+            weight, grad = (self._part(flat, p) for flat in (self.weights, self.gradient))
             weight.copy_(p.detach())
             if p.grad is not None:
                 grad.copy_(p.grad)
             p.data = weight
             p.grad = self._grads[p] = grad
-            self._places[p] = {"step": step, "exp_avg": m, "exp_avg_sq": v}
-            self.state[p] = dict(self._places[p])
-        self.copies = torch.empty(end, dtype=copies[0][0].dtype, device=like["device"]) if copies else None
+        self._moments = [[torch.zeros(own.stop - own.start, **like) for _ in "mv"] for own in self._own]
+        updated = [[p for part in (span if len(span) == 1 else [span[rank]]) for p in part] for span in spans]
+        self._steps_P = torch.zeros(sum(map(len, updated)), device=like["device"])  # float32, and equal
+        self._places: dict[Tensor, dict[str, Tensor]] = {}  # where each parameter's state lies
+        steps = iter(self._steps_P.unbind())  # torch has one each
+        for parts, own, moments in zip(updated, self._own, self._moments):
+            for p in parts:
+                m, v = (self._part(flat, p, own.start) for flat in moments)
+                self._places[p] = {"step": next(steps), "exp_avg": m, "exp_avg_sq": v}
+                self.state[p] = dict(self._places[p])
+        # of each parameter of the groups that is updated here, its place among all; and whether its norm counts
+        places = [i for i, p in enumerate(group_of) if p in self._places]
+        counts = [p in self.owned or rank == 0 for p in group_of if p in self._places]
+        self._places_P, self._counts_P = torch.tensor(places), torch.tensor(counts)
+        self._places_P, self._counts_P = (x.to(like["device"]) for x in (self._places_P, self._counts_P))
+        self.copies = torch.zeros(end, dtype=copies[0][0].dtype, device=like["device"]) if copies else None
         self.refresh()
         for copy, p in copies:
             copy.data = self._part(self.copies, p)
 
-    def _part(self, flat_N: Tensor, p: Tensor) -> Tensor:
-        begin = self._slices[p].start
-        return flat_N[begin : begin + p.numel()].view(p.shape)
-
-    def slice_of(self, parameters: Iterable[Tensor]) -> slice:
-        """Where these parameters lie in `weights`, `gradient` and `copies`; they must be neighbours, in any order."""
-        slices = sorted((self._slices[p] for p in parameters), key=lambda s: (s.start, s.stop))
-        assert slices and all(a.stop == b.start for a, b in zip(slices, slices[1:])), "others lie between these"
-        return slice(slices[0].start, slices[-1].stop)
+    def _part(self, flat: Tensor, p: Tensor, start: int = 0) -> Tensor:
+        """The parameter's part of flat memory that begins where flat memory as a whole has `start`."""
+        begin = self._slices[p].start - start
+        return flat[begin : begin + p.numel()].view(p.shape)
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copies the weights to the copies. To be called when something else than a step has changed them."""
+        """Copies the weights to the copies. For when something else than a step has changed them, on all processes."""
         if self.copies is not None:
             self.copies.copy_(self.weights)
+
+    def add_up(self, span: int) -> None:
+        """Begins to add up the gradients of a span over all processes, each of which gets the sums of what it updates.
+
+        Others' gradients are not what they were then.
+        """
+        whole, own = self.spans[span], self._own[span]
+        if own != whole:
+            work = dist.reduce_scatter_tensor(self.gradient[own], self.gradient[whole], async_op=True)
+        elif not self.cut:
+            return
+        else:
+            work = dist.all_reduce(self.gradient[whole], async_op=True)
+        self._under_way.append(work)
+
+    def added_up(self) -> None:
+        """Waits until all that was begun is done: on a GPU what is launched from here on does, the host does not."""
+        for work in self._under_way:
+            work.wait()
+        self._under_way.clear()
+
+    def share(self, flat: Tensor) -> None:
+        """Gives the parts of `weights`, `copies` or `gradient` that this process updates to all, and gets theirs."""
+        for whole, own in zip(self.spans, self._own):
+            if own != whole:
+                self._under_way.append(dist.all_gather_into_tensor(flat[whole], flat[own], async_op=True))
+        self.added_up()
+
+    @torch.no_grad()
+    def grad_norm(self) -> Tensor:
+        """The global norm of all gradients, on the device: the same bits whoever updates what."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        norms_P = torch.stack(torch._foreach_norm([self._grads[p] for p in parameters if p in self._places]))
+        if self.cut:
+            norms_P = norms_P.new_zeros(len(parameters)).index_copy_(0, self._places_P, norms_P * self._counts_P)
+            dist.all_reduce(norms_P)
+        return norms_P.square().sum().sqrt()
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -107,11 +179,14 @@ class FlatAdamW(torch.optim.AdamW):
         scale = self._one if self.grad_scale is None else self.grad_scale
         found_inf = self._no if self.found_inf is None else self.found_inf
         self._steps_P += 1 - found_inf
-        flat = self.weights, self.gradient, self._m, self._v, self.copies
-        adamw_(
-            *(x if x is None else x.view(-1, BLOCK) for x in flat), self._group_K, table[1:],
-            1 - table[0] ** self._steps_P[0], scale, found_inf, betas, eps,
-        )  # fmt: skip
+        bias_2 = 1 - table[0] ** self._steps_P[0]
+        for own, moments in zip(self._own, self._moments):
+            w, g, copy = (x if x is None else x[own] for x in (self.weights, self.gradient, self.copies))
+            flat = (x if x is None else x.view(-1, BLOCK) for x in (w, g, *moments, copy))
+            group_K = self._group_K[own.start // BLOCK : own.stop // BLOCK]
+            adamw_(*flat, group_K, table[1:], bias_2, scale, found_inf, betas, eps)
+        if self.cut:
+            self.share(self.weights if self.copies is None else self.copies)
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Gradients stay where they are: they become zero whatever `set_to_none` says."""
@@ -128,3 +203,8 @@ class FlatAdamW(torch.optim.AdamW):
             self.state[p] = dict(place)
         if len(set(self._steps_P.tolist())) > 1:
             raise ValueError("FlatAdamW: the parameters of this state have made different numbers of steps")
+
+
+def _filled_up(p: Tensor) -> int:
+    """Elements of the blocks that a parameter takes."""
+    return -(-p.numel() // BLOCK) * BLOCK

@@ -26,6 +26,7 @@ import contextlib
 import functools
 import gc
 import importlib.util
+import itertools
 import logging
 import math
 from collections import OrderedDict
@@ -40,8 +41,8 @@ from torch.nested import nested_tensor_from_jagged
 from hnet_kernels.conv import MAX_TAPS
 from hnet_kernels.dispatch import requested
 from hnet_kernels.kept import keeping
-from hnet_runtime.distributed import BETAS, PLAIN_FLOAT32, Averaging, World
-from hnet_runtime.flat_adamw import FlatAdamW
+from hnet_runtime.distributed import BETAS, PLAIN_FLOAT32, World
+from hnet_runtime.flat_adamw import FlatAdamW, Span
 from hnet_runtime.fused import (
     HeadLoss,
     Put,
@@ -95,6 +96,11 @@ def obstacle(config: HNetConfig, device: torch.device, dtype: torch.dtype) -> st
     if config.ssm_cfg.d_state not in (16, 32, 64, 128) or config.ssm_cfg.d_conv > MAX_TAPS:
         return "ssm_cfg has sizes for which there is no kernel"
     return None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+def _stays_float32(name: str) -> bool:
+    """Whether the model computes with the float32 weight of that name."""
+    return name.rpartition(".")[2] in PLAIN_FLOAT32 or "residual_proj" in name
 
 
 def _power(n: int) -> int:
@@ -185,7 +191,7 @@ class Piece(NamedTuple):
 
     block: Block | None
     targets: dict[Tensor, Tensor]  # weights, each read once, and where their gradients go
-    span: slice  # of these in the flat gradient
+    span: int  # of the optimizer's
 
 
 class Segment:
@@ -273,9 +279,9 @@ class Segment:
     def forward(self) -> None:
         self.steps[0]()
 
-    def backward(self, finished: Callable[[slice], None] = lambda span: None) -> None:
-        """finished: told where in the flat gradient each piece's lies, once that has been launched."""
-        for backward, piece in zip(self.steps[1:], reversed(self.pieces)):
+    def backward(self, finished: Callable[[int], None] = lambda span: None) -> None:
+        """finished: told the span of each piece whose gradients have been launched."""
+        for piece, backward in zip(reversed(self.pieces), self.steps[1:]):
             backward()
             finished(piece.span)
 
@@ -319,7 +325,7 @@ class GraphedModel:
     Whatever else changes the masters calls `optimizer.refresh` afterwards.
 
     world: where several processes have a copy of the weights each, gradients are averaged over them, those of a piece
-    while the backward of others goes on.
+    while the backward of others goes on, and each process updates a part of the weights: see FlatAdamW.
 
     `captured`: how many segments have been made so far; each took a tenth of a second or some.
     """
@@ -345,21 +351,23 @@ class GraphedModel:
         for _ in range(self.S):
             self.levels.append(self.levels[-1].main_network)
         names = {p: name for name, p in self.model.named_parameters()}
+        spans = itertools.count() if self.size > 1 else itertools.repeat(0)
         self.weights = {
-            part: [(block, [names[p] for p in weights]) for block, weights in pieces]
+            part: [(block, [names[p] for p in weights], next(spans)) for block, weights in pieces]
             for part, pieces in self._pieces().items()
         }
         parameters = dict(masters.named_parameters())
         copies: list[tuple[Tensor, Tensor]] = []  # (copy, master)
         for name, p in parameters.items():
             path, _, leaf = name.rpartition(".")
-            whole = leaf in PLAIN_FLOAT32 or "residual_proj" in name or p.dtype == compute_dtype
+            whole = _stays_float32(name) or p.dtype == compute_dtype
             used = p if whole else nn.Parameter(p.detach().to(compute_dtype))
             if not whole:
                 copies.append((used, p))
             self.model.get_submodule(path)._parameters[leaf] = used
-        in_order = [parameters[name] for pieces in self.weights.values() for _, names in pieces for name in names]
-        self.optimizer = FlatAdamW(groups or [{"params": in_order}], in_order, BETAS, copies=copies)
+        everything = {"params": list(parameters.values())}
+        spans, rank = self._spans(parameters), world.rank if world else 0
+        self.optimizer = FlatAdamW(groups or [everything], spans, BETAS, copies=copies, rank=rank)
         self.gradient = self.optimizer.gradient
         fuse(self.model, ac)
         wide = {"dtype": torch.promote_types(compute_dtype, torch.float32), "device": self.device}
@@ -381,6 +389,21 @@ class GraphedModel:
         found[first].insert(0, self.model.embeddings)
         found[last].append(self.model.lm_head)
         return {part: self._cut(modules) for part, modules in found.items()}
+
+    def _spans(self, parameters: dict[str, nn.Parameter]) -> list[Span]:
+        """How parameters lie in the optimizer's memory: with several processes a span for each piece, cut into a part
+        for each of them; and then what stays float32, which is little and which a forward reads as it is."""
+        if self.size == 1:
+            return [[list(parameters.values())]]
+        spans, small = [], []
+        for _, names, _ in [piece for pieces in self.weights.values() for piece in pieces]:
+            parts: list[list[nn.Parameter]] = [[] for _ in range(self.size)]
+            small += [parameters[name] for name in names if _stays_float32(name)]
+            large = [parameters[name] for name in names if not _stays_float32(name)]
+            for p in sorted(large, key=torch.numel, reverse=True):
+                min(parts, key=lambda part: sum(map(torch.numel, part))).append(p)
+            spans.append(parts)
+        return [*spans, [small]]
 
     def _cut(self, modules: Sequence[nn.Module | nn.Parameter | None]) -> list[tuple[Block | None, list[Tensor]]]:
         pieces: list[tuple[Block | None, list[Tensor]]] = [(None, [])]
@@ -517,10 +540,10 @@ class GraphedModel:
             kind, s = part.split()
             run = {"enter": self._enter, "inner": self._inner, "leave": self._leave}[kind]
             pieces = []
-            for block, names in self.weights[part]:
+            for block, names, span in self.weights[part]:
                 masters = [self.masters.get_parameter(name) for name in names]
                 targets = {self.model.get_parameter(name): p.grad for name, p in zip(names, masters)}
-                pieces.append(Piece(block, targets, self.optimizer.slice_of(masters)))
+                pieces.append(Piece(block, targets, span))
             last = part == list(self.weights)[-1]
             arena = None if last else self.arenas.setdefault(part, Arena(self.static, self.device))
             segment = Segment(functools.partial(run, int(s), sizes), pieces, arena)
@@ -556,25 +579,23 @@ class GraphedModel:
             self.share = share
             self.dce.fill_(share)
             self.dratio.fill_(share * self.alpha)
-        averaging, sum_, losses = Averaging(self.size), None, []
+        sum_, losses = None, []
         for pair in earlier:  # the next one writes to the same place
             losses.append(self._micro_batch(*pair))
             sum_ = self.gradient.clone() if sum_ is None else sum_.add_(self.gradient)
 
-        def finished(span: slice) -> None:
-            part = self.gradient[span]
+        def finished(span: int) -> None:
             if sum_ is not None:
-                part += sum_[span]
-            averaging.start(part)
+                self.gradient[self.optimizer.spans[span]] += sum_[self.optimizer.spans[span]]
+            self.optimizer.add_up(span)
 
-        losses.append(self._micro_batch(*last, finished))
-        averaging.finish()
+        losses.append(self._micro_batch(*last, finished if self.size > 1 else lambda span: None))
+        finished(len(self.optimizer.spans) - 1)
+        self.optimizer.added_up()
         ce, *of_stages = torch.stack(losses).mean(0).split([1, self.S, self.S, self.S])
         return Losses(ce.squeeze(0), *of_stages)
 
-    def _micro_batch(
-        self, iids: Tensor, labels: Tensor, finished: Callable[[slice], None] = lambda span: None
-    ) -> Tensor:
+    def _micro_batch(self, iids: Tensor, labels: Tensor, finished: Callable[[int], None] = lambda span: None) -> Tensor:
         """Its losses, as they lie in `losses`. finished: as `Segment.backward` says."""
         try:
             segments = self._forward(iids, labels)

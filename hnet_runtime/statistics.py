@@ -6,7 +6,8 @@ last slice, gradients and optimizer states after the update) and reads them toge
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -81,11 +82,12 @@ def weight_statistics(optimizer: torch.optim.AdamW, stages: int, world: World) -
     left them, that is clipped. The update is worked out from AdamW's state, so no copy of the weights is needed.
     """
     sharded, whole = torch.zeros(2, stages + 1, 3, device=world.device).unbind(0)
+    owned: frozenset[Tensor] = getattr(optimizer, "owned", frozenset())  # by this process alone: FlatAdamW
     for group in optimizer.param_groups:
         states = [optimizer.state.get(p) for p in group["params"]]
         found = [(p, state) for p, state in zip(group["params"], states) if p.grad is not None and state]
-        for piece in _pieces(found):
-            into = sharded if isinstance(piece[0][0], DTensor) else whole
+        for apart, piece in _pieces(found, lambda p: isinstance(p, DTensor) or p in owned):
+            into = sharded if apart else whole
             tensors = ((p, p.grad, state["exp_avg"], state["exp_avg_sq"]) for p, state in piece)
             ws, grads, ms, vs = ([t.to_local() if isinstance(t, DTensor) else t for t in ts] for ts in zip(*tensors))
             updates = _updates(ws, ms, vs, piece[0][1]["step"].to(world.device), group)
@@ -99,18 +101,20 @@ def weight_statistics(optimizer: torch.optim.AdamW, stages: int, world: World) -
     return norms.flatten()
 
 
-def _pieces(found: list[tuple[Tensor, dict[str, Tensor]]]) -> Iterator[list[tuple[Tensor, dict[str, Tensor]]]]:
-    """Parameters, all sharded or none, of about PIECE elements: as many launches as there are pieces, and no more
-    memory for updates than one takes."""
-    piece, size = [], 0
-    for p, state in found:
-        if piece and (size + p.numel() > PIECE or isinstance(p, DTensor) != isinstance(piece[0][0], DTensor)):
-            yield piece
-            piece, size = [], 0
-        piece.append((p, state))
-        size += p.numel()
-    if piece:
-        yield piece
+def _pieces(
+    found: list[tuple[Tensor, dict[str, Tensor]]], apart: Callable[[Tensor], bool]
+) -> Iterator[tuple[bool, list[tuple[Tensor, dict[str, Tensor]]]]]:
+    """Parameters of about PIECE elements, for all of which `apart` is true, or for none: as many launches as there are
+    pieces, and no more memory for updates than one takes."""
+    for key, group in itertools.groupby(found, lambda pair: apart(pair[0])):
+        piece, size = [], 0
+        for p, state in group:
+            if piece and size + p.numel() > PIECE:
+                yield key, piece
+                piece, size = [], 0
+            piece.append((p, state))
+            size += p.numel()
+        yield key, piece
 
 
 def _updates(ws: list[Tensor], ms: list[Tensor], vs: list[Tensor], step: Tensor, group: dict[str, Any]) -> list[Tensor]:

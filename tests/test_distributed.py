@@ -111,7 +111,10 @@ def scenario(corpus: Path, name: str, folder: Path) -> None:
         train.forward_backward(
             graphed, list(run.stream.step(0, G, run.world.rank, run.world.size)), run.config, run.world
         )
+        found["graphed norm"] = graphed.optimizer.grad_norm().item()
+        graphed.optimizer.share(graphed.gradient)  # each has the sums of its own part
         found["graphed"] = {n: p.grad for n, p in graphed.masters.named_parameters()}
+        found["spans"], found["owned"] = len(graphed.optimizer.spans), len(graphed.optimizer.owned)
 
     found["losses"] = []
     groups = parameter_groups(model, 1e-4, 0.1)
@@ -224,6 +227,8 @@ def test_graphs_average_gradients_over_copies(worlds):
     for parameter, wanted in one.items():
         gap = (many[parameter] - wanted).norm() / wanted.norm()
         assert gap < 1e-5, (parameter, gap)
+    assert worlds["2 copies"]["graphed norm"] == pytest.approx(worlds["1"]["graphed norm"], rel=1e-5)
+    assert worlds["2 copies"]["spans"] > 6 and 0 < worlds["2 copies"]["owned"] < len(one)
 
 
 @pytest.mark.parametrize("name", ["2", "4", "2x2", "2 copies"])
@@ -292,7 +297,7 @@ def test_imbalance_is_reported_where_ranks_differ(worlds):
 # ------------------------------------------------------------------------------------------------- what happens to runs
 
 FLAGS = f"--mbs 128 --global-slices {G} --lr 1e-3 --schedule wsd --device cpu --val-slices 4 --log-every 5 --steps 20"
-FLAGS += " --save-every 4 --keep 0 --val-every 10 --sample-bytes 0 --timeout 300"
+FLAGS += " --save-every 4 --keep 0 --val-every 10 --stats-every 10 --sample-bytes 0 --timeout 300"
 
 
 def train_flags(corpus: Path, folder: Path, *more: str) -> list[str]:
@@ -335,16 +340,33 @@ COPIES = ["--replicate", "2", "-C", "graph"]  # whole weights on each, as graphs
 @pytest.mark.parametrize("size, more", [(1, []), (2, COPIES), (4, ["--replicate", "2", "--ac", "block"])])
 def test_a_run_goes_on_at_another_world_size(corpus, undisturbed, tmp_path, size, more):
     """From step 8 of two processes on one, two with whole weights, four in two copies: the same losses."""
+    check_close(go_on_from_step_8(undisturbed, tmp_path / "run", corpus, size, *more), undisturbed)
+
+
+def test_a_run_in_which_each_process_updates_a_part_of_whole_weights_goes_on(corpus, undisturbed, tmp_path):
+    """Each has saved its part. Two such processes go on with the same bits, one alone with the same losses."""
     folder = tmp_path / "run"
-    shutil.copytree(undisturbed, folder)
+    train_job(corpus, folder, 2, *COPIES).succeed()
+    check_close(folder, undisturbed)
+    assert timeless(go_on_from_step_8(folder, tmp_path / "two", corpus, 2, *COPIES)) == timeless(folder)
+    check_close(go_on_from_step_8(folder, tmp_path / "one", corpus, 1), undisturbed)
+
+
+def go_on_from_step_8(source: Path, folder: Path, corpus: Path, size: int, *more: str) -> Path:
+    shutil.copytree(source, folder)
     for later in checkpoint.complete(folder)[2:]:
         shutil.rmtree(later)
     assert "step_00000008" in train_job(corpus, folder, size, "--resume", "auto", *more).succeed()
-    for ours, theirs in zip(records(folder), records(undisturbed), strict=True):
+    return folder
+
+
+def check_close(one: Path, other: Path) -> None:
+    for ours, theirs in zip(records(one), records(other), strict=True):
         assert ours["step"] == theirs["step"]
-        for key in ("ce", "grad_norm", "stage0_F", "stage0_ratio_loss"):
+        statistics = ("stage0_grad_norm", "stage0_weight_norm", "stage1_update_ratio") if ours["step"] % 10 == 0 else ()
+        for key in ("ce", "grad_norm", "stage0_F", "stage0_ratio_loss", *statistics):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-3), (ours["step"], key)
-    assert records(folder)[-1]["val_bpb"] == pytest.approx(records(undisturbed)[-1]["val_bpb"], rel=1e-4)
+    assert records(one)[-1]["val_bpb"] == pytest.approx(records(other)[-1]["val_bpb"], rel=1e-4)
 
 
 def kill_one_and_resume(corpus: Path, folder: Path, seed: int) -> None:
