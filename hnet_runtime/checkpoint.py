@@ -35,6 +35,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from hnet_runtime import UserError
+from hnet_runtime.flat_adamw import FlatAdamW
 
 
 class CheckpointError(UserError):
@@ -122,7 +123,7 @@ class Saver:
         weights = self.model.state_dict()  # first: it puts back the shards of what FSDP has gathered
         names = {id(p): name for name, p in self.model.named_parameters()}
         values = {names[id(p)]: found for p, found in self.optimizer.state.items() if found}
-        cut = getattr(self.optimizer, "cut", False)  # between the ranks: FlatAdamW
+        cut = isinstance(self.optimizer, FlatAdamW) and self.optimizer.cut
         if cut:
             owned = {names[id(p)] for p in self.optimizer.owned}
             values = {name: found for name, found in values.items() if name in owned or dist.get_rank() == 0}

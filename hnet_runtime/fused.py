@@ -347,11 +347,12 @@ class MlpBranch(torch.autograd.Function):
         residual_TD, scale_T, norm_D, fc1, fc2, both_T2I = ctx.saved_tensors
         if both_T2I is None:
             both_T2I = _norm_again(residual_TD, norm_D) @ fc1.T
-        dboth_T2I, h_TI = swiglu_backward(dout_TD @ fc2, both_T2I)
-        *gradients, x_TD = add_norm_backward(dboth_T2I @ fc1, dresidual_TD, residual_TD, scale_T, norm_D)
         into1, into2 = ctx.targets
-        products = _product(dboth_T2I.T, x_TD, into1), _product(dout_TD.T, h_TI, into2)
-        return _wanted(ctx, 1, *gradients, *products)
+        dboth_T2I, h_TI = swiglu_backward(dout_TD @ fc2, both_T2I)
+        dfc2 = _product(dout_TD.T, h_TI, into2)
+        del both_T2I, h_TI
+        *gradients, x_TD = add_norm_backward(dboth_T2I @ fc1, dresidual_TD, residual_TD, scale_T, norm_D)
+        return _wanted(ctx, 1, *gradients, _product(dboth_T2I.T, x_TD, into1), dfc2)
 
 
 class AttentionBranch(torch.autograd.Function):
@@ -440,9 +441,12 @@ class MambaBranch(torch.autograd.Function):
             parts = MambaBranch.mix(ctx.packing, projected, True, *weights[2:-1])[1:]
         gate_scale_T, after, dt_TH, y_TD, *states = parts
         dprojected, dafter = torch.empty_like(projected), torch.empty_like(after)
+        into_in, into_out = ctx.targets
         widths = [len(gate_D), len(conv_bias_D), len(D_H)]
         (z, before, raw_TH), (dz, dbefore, draw_TH) = (x.split(widths, dim=-1) for x in (projected, dprojected))
         dy_TD, dgate_D, gated_TD = gated_norm_backward(dout_TD @ out_proj, y_TD, z, gate_scale_T, gate_D, dz)
+        dout_proj = _product(dout_TD.T, gated_TD, into_out)
+        del saved, parts, y_TD, gated_TD  # what is used up can go before the scan needs most
         u_THP, *BC = _parts(after, len(D_H))
         ddt_TH, dA_H, dD_H = ssd_skip_backward(
             dy_TD.view_as(u_THP), u_THP, dt_TH, A_H, *BC, D_H.to(dt_TH.dtype), ctx.packing.cu_seqlens,
@@ -452,8 +456,7 @@ class MambaBranch(torch.autograd.Function):
         ddt_bias_H = softplus_backward(ddt_TH, raw_TH, dt_bias_H.to(dt_TH.dtype), draw_TH)
         *gradients, x_TD = add_norm_backward(dprojected @ in_proj, dresidual_TD, residual_TD, scale_T, norm_D)
         small = (g.to(D_H.dtype) for g in (ddt_bias_H, dA_H * A_H, dD_H))
-        into_in, into_out = ctx.targets
-        din_proj, dout_proj = _product(dprojected.T, x_TD, into_in), _product(dout_TD.T, gated_TD, into_out)
+        din_proj = _product(dprojected.T, x_TD, into_in)
         return _wanted(ctx, 2, *gradients, din_proj, *dconv, *small, dgate_D, dout_proj)
 
 

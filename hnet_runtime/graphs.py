@@ -154,14 +154,12 @@ class Arena:
         self.beside: list[Tensor] = []  # what finds no room
         self.known = {*self.static, self.buffer.untyped_storage().data_ptr()}
 
-    def grow(self, need: float) -> bool:
-        """Makes room for so many bytes, in whole MiB. Returns whether the buffer is another one now."""
-        need = math.ceil(need / 2**20) * 2**20
-        if need <= len(self.buffer):
-            return False
+    def grow(self, need: float) -> None:
+        """Another buffer, with room for so many bytes, in whole MiB."""
         self.buffer = self.buffer[:0].clone()  # this one's memory goes first
-        self.buffer = self.buffer.new_empty(need)
-        return True
+        if self.buffer.is_cuda:
+            torch.cuda.empty_cache()  # else a hole is left, in which the new one has no room
+        self.buffer = self.buffer.new_empty(math.ceil(need / 2**20) * 2**20)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """New memory."""
@@ -559,9 +557,10 @@ class GraphedModel:
         if part not in self.kept:
             segment.try_out(self.device)
             self.kept[part] = arena.used / sizes.T if arena else 0
-        if arena and arena.grow(self.kept[part] * sizes.T):
+        if arena and (need := self.kept[part] * sizes.T) > len(arena.buffer):
             torch.cuda.synchronize(self.device)  # none of those that know the former buffer is being replayed
             self.segments[part].clear()
+            arena.grow(need)
         segment.capture(self.pool)
         if arena:
             self.kept[part] = arena.used / sizes.T

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hnet_runtime.distributed import World
+from hnet_runtime.flat_adamw import FlatAdamW
 from hnet_trainable import StageOutput
 
 BINS = 10  # of the histogram of boundary probabilities
@@ -82,7 +83,8 @@ def weight_statistics(optimizer: torch.optim.AdamW, stages: int, world: World) -
     left them, that is clipped. The update is worked out from AdamW's state, so no copy of the weights is needed.
     """
     sharded, whole = torch.zeros(2, stages + 1, 3, device=world.device).unbind(0)
-    owned: frozenset[Tensor] = getattr(optimizer, "owned", frozenset())  # by this process alone: FlatAdamW
+    cut = isinstance(optimizer, FlatAdamW) and optimizer.cut
+    owned = optimizer.owned if cut else frozenset()
     for group in optimizer.param_groups:
         states = [optimizer.state.get(p) for p in group["params"]]
         found = [(p, state) for p, state in zip(group["params"], states) if p.grad is not None and state]
@@ -94,8 +96,10 @@ def weight_statistics(optimizer: torch.optim.AdamW, stages: int, world: World) -
             squares = [torch.stack(torch._foreach_norm(ts)).float().square().sum() for ts in (grads, ws, updates)]
             squares[2] = squares[2] * group["lr"] ** 2
             into[group["stage"]] += torch.stack(squares)
-    if world.size > 1:
+    if cut:
         dist.all_reduce(sharded)
+    elif world.shards > 1:  # over one copy of the weights: with HSDP, other ranks hold the same shards
+        dist.all_reduce(sharded, group=world.mesh.get_group("shard"))
     norms = (sharded + whole).sqrt()
     norms[:, 2] /= norms[:, 1].clamp_min(1e-12)
     return norms.flatten()

@@ -14,7 +14,7 @@ from hnet_runtime import statistics
 from hnet_runtime.metrics import RouterHealth
 from hnet_trainable import parameter_groups
 
-WORLD = SimpleNamespace(size=1, device=torch.device("cpu"))
+WORLD = SimpleNamespace(size=1, shards=1, device=torch.device("cpu"))
 TEXTS = ["Grüße, Welt! 日本語\n" * 9, "x", "a b\tc. d-e\u00a0f" * 12]
 
 
@@ -148,7 +148,7 @@ def test_nothing_waits_for_the_device():
         torch.cuda.set_sync_debug_mode(mode)
         try:
             router = statistics.router_statistics(iids, out.stages)
-            weights = statistics.weight_statistics(optimizer, 2, SimpleNamespace(size=1, device=device))
+            weights = statistics.weight_statistics(optimizer, 2, SimpleNamespace(size=1, shards=1, device=device))
         finally:
             torch.cuda.set_sync_debug_mode("default")
     found = dict(zip(statistics.names(2), torch.cat([router, weights]).tolist()))
