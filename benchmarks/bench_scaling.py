@@ -100,16 +100,22 @@ def launch(args: Benchmark, processes: int, script: str, *flags: str, gpu: str) 
     return f"exit status {done.returncode}: {'; '.join(said or lines[-1:])}"
 
 
-def same_work(args: Benchmark, config: str, processes: int, way: str, gpu: str = "0") -> dict[str, Any]:
-    """bench_train.py's time of a step, with as many chunks whatever the number of processes."""
-    boundaries = args.boundaries.split()[args.configs.split(",").index(config)]
+def bench(args: Benchmark, config: str, processes: int, way: str, *flags: str, gpu: str = "0") -> dict[str, Any]:
+    """What bench_train.py finds, with as many chunks whatever the number of processes."""
+    boundaries = dict(zip(args.configs.split(","), args.boundaries.split())).get(config, "learned")
     with tempfile.TemporaryDirectory(prefix="bench_scaling_") as folder:
         out = Path(folder) / "out.json"
-        sizes = ["--mbs", str(args.mbs), "--warmup", str(min(args.warmup, 12)), "--steps", str(min(args.steps, 20))]
-        flags = ["--config", config, "--boundaries", boundaries, *sizes, *args.flags(way, processes), "--out", str(out)]
-        if failed := launch(args, processes, "benchmarks/bench_train.py", *flags, gpu=gpu):
-            return {"failed": failed}
-        found = json.loads(out.read_text())
+        common = ["--config", config, "--boundaries", boundaries, *args.flags(way, processes), "--out", str(out)]
+        failed = launch(args, processes, "benchmarks/bench_train.py", *common, *flags, gpu=gpu)
+        return {"failed": failed} if failed else json.loads(out.read_text())
+
+
+def same_work(args: Benchmark, config: str, processes: int, way: str, gpu: str = "0") -> dict[str, Any]:
+    """A step's time, as training runs, and memory."""
+    sizes = ["--mbs", str(args.mbs), "--warmup", str(min(args.warmup, 12)), "--steps", str(min(args.steps, 20))]
+    found = bench(args, config, processes, way, *sizes, gpu=gpu)
+    if "failed" in found:
+        return found
     step_ms = found["step_ms_overlapped"]
     return {
         "step_ms": step_ms, "bytes_per_s": processes * args.mbs / step_ms * 1000, "reserved_gib": found["reserved_gib"],
@@ -169,9 +175,9 @@ def compared(one: list[float] | str, many: list[float] | str) -> dict[str, Any]:
 
 
 def memory(args: Benchmark, gpu: str = "0") -> dict[str, Any]:
-    sizes = ["--mbs", str(args.memory_mbs), "--ac", "block", "--stats-every", "0"]
-    rows = run(args, args.memory_config, 1, 5, *sizes, gpu=gpu)
-    return {"failed": rows} if isinstance(rows, str) else {key: rows[-1].get(key) for key in MEMORY}
+    sizes = ["--mbs", str(args.memory_mbs), "--ac", "block", "--warmup", "4", "--steps", "4"]
+    found = bench(args, args.memory_config, 1, "copies", *sizes, gpu=gpu)
+    return {key: found[key] for key in ("failed", *MEMORY, "step_ms_overlapped", "boundary_rates") if key in found}
 
 
 def main(args: Benchmark) -> None:

@@ -185,7 +185,7 @@ def main(args: Benchmark) -> None:
         "compilations": len(compilations()),
         "compile_s": sum(compilations()),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
-        "reserved_gib": torch.cuda.memory_reserved() / 2**30 if on_gpu else None,
+        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if on_gpu else None,
     }
     if args.profile:
         result |= profile(lambda: step(0), Path(args.profile), on_gpu)

@@ -132,8 +132,8 @@ def _packed_obstacle(device_type: str, dtype: torch.dtype, head_dim: int) -> str
     obstacle = _flash_obstacle(device_type, dtype, head_dim)
     if obstacle:
         return obstacle
-    if head_dim not in (16, 32, 64, 128):
-        return f"head size {head_dim}, not 16, 32, 64 or 128"
+    if head_dim % 16 or head_dim > 128:
+        return f"head size {head_dim}, not a multiple of 16 up to 128"
     capability = torch.cuda.get_device_capability()
     if capability[0] != 9:  # elsewhere nobody has tried the sizes of their tiles
         return f"compute capability {capability[0]}.{capability[1]}, not 9.x"

@@ -1,6 +1,7 @@
 """Triton kernels for attention over packed documents and its gradient. The definition is in attention.py.
 
 Legend: T tokens, B documents, H heads, P channels a head, M queries and N keys of a tile. Scores are in powers of two.
+In tiles a head has W channels, the power of two from P on; those that are too many are zeros.
 
 As flash attention does, no scores go to memory: forward keeps each query's log-sum of exponentials, backward computes
 the weights again, once for the keys' gradients and once for the queries'. What differs is the grid: chunks make short
@@ -51,19 +52,35 @@ def _find(cu_seqlens_ptr, B, tile, SIZE: tl.constexpr, BLOCK_B: tl.constexpr):
 
 
 @triton.jit
+def _rows(ptr, row, stride, inside, P: tl.constexpr, W: tl.constexpr, MASK: tl.constexpr):
+    """A tile's rows of a head; MASK: zeros but where a row is inside."""
+    p = tl.arange(0, W)
+    at = row.to(tl.int64)[:, None] * stride + p[None, :]
+    if MASK:
+        x = tl.load(ptr + at, mask=inside[:, None] & (p < P)[None, :], other=0.0)
+    elif W > P:
+        x = tl.load(ptr + at, mask=(p < P)[None, :], other=0.0)
+    else:
+        x = tl.load(ptr + at)
+    return x
+
+
+@triton.jit
+def _store_rows(ptr, row, stride, inside, x, P: tl.constexpr, W: tl.constexpr):
+    p = tl.arange(0, W)
+    at = row.to(tl.int64)[:, None] * stride + p[None, :]
+    tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=inside[:, None] & (p < P)[None, :])
+
+
+@triton.jit
 def _attend(
     q_MP, o_MP, sum_M, most_M, k_ptr, v_ptr, stride, m, first, end, scale, window,
-    P: tl.constexpr, N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr,
+    P: tl.constexpr, W: tl.constexpr, N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Adds keys first ... end - 1 to the running softmax of some queries; MASK where not all of them may be seen."""
-    p = tl.arange(0, P)
     for n_first in range(first, end, N):
         n = n_first + tl.arange(0, N)
-        at = n.to(tl.int64)[:, None] * stride + p[None, :]
-        if MASK:
-            k_NP = tl.load(k_ptr + at, mask=(n < end)[:, None], other=0.0)
-        else:
-            k_NP = tl.load(k_ptr + at)
+        k_NP = _rows(k_ptr, n, stride, n < end, P, W, MASK)
         scores_MN = tl.dot(q_MP, tl.trans(k_NP)) * scale
         if MASK:
             seen_MN = n[None, :] <= m[:, None]
@@ -76,10 +93,7 @@ def _attend(
             weights_MN = tl.where(seen_MN, weights_MN, 0.0)  # also where a query has seen none yet
         shrink_M = tl.exp2(most_M - now_M)
         sum_M = sum_M * shrink_M + tl.sum(weights_MN, 1)
-        if MASK:
-            v_NP = tl.load(v_ptr + at, mask=(n < end)[:, None], other=0.0)
-        else:
-            v_NP = tl.load(v_ptr + at)
+        v_NP = _rows(v_ptr, n, stride, n < end, P, W, MASK)
         o_MP = tl.dot(weights_MN.to(v_NP.dtype), v_NP, o_MP * shrink_M[:, None])
         most_M = now_M
     return o_MP, sum_M, most_M
@@ -88,16 +102,16 @@ def _attend(
 @triton.jit(do_not_specialize=["B", "T"])
 def _forward(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, cu_seqlens_ptr, B, T, stride, o_stride, scale, window,
-    P: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_B: tl.constexpr, WINDOW: tl.constexpr,
+    P: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_B: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of queries and head: o_THP and lse_HT."""
     h = tl.program_id(0)
     start, end, first = _find(cu_seqlens_ptr, B, tl.program_id(1), M, BLOCK_B)
     if start == end:
         return
-    m, p = first + tl.arange(0, M), tl.arange(0, P)
-    q_MP = tl.load(q_ptr + h * P + m.to(tl.int64)[:, None] * stride + p[None, :], mask=(m < end)[:, None], other=0.0)
-    o_MP, sum_M, most_M = tl.zeros((M, P), tl.float32), tl.zeros((M,), tl.float32), tl.full((M,), -1e30, tl.float32)
+    m = first + tl.arange(0, M)
+    q_MP = _rows(q_ptr + h * P, m, stride, m < end, P, W, True)
+    o_MP, sum_M, most_M = tl.zeros((M, W), tl.float32), tl.zeros((M,), tl.float32), tl.full((M,), -1e30, tl.float32)
     k_ptr, v_ptr = k_ptr + h * P, v_ptr + h * P
     if WINDOW:
         whole = start + tl.maximum(first - window - start, 0) // N * N
@@ -105,47 +119,40 @@ def _forward(
         whole = first
         o_MP, sum_M, most_M = _attend(
             q_MP, o_MP, sum_M, most_M, k_ptr, v_ptr, stride, m, start, whole, scale, window,
-            P, N, False, WINDOW,
+            P, W, N, False, WINDOW,
         )  # fmt: skip
     o_MP, sum_M, most_M = _attend(
         q_MP, o_MP, sum_M, most_M, k_ptr, v_ptr, stride, m, whole, tl.minimum(first + M, end), scale, window,
-        P, N, True, WINDOW,
+        P, W, N, True, WINDOW,
     )  # fmt: skip
-    o_MP = o_MP / sum_M[:, None]
-    inside = (m < end)[:, None]
-    at = h * P + m.to(tl.int64)[:, None] * o_stride + p[None, :]
-    tl.store(o_ptr + at, o_MP.to(o_ptr.dtype.element_ty), mask=inside)
+    _store_rows(o_ptr + h * P, m, o_stride, m < end, o_MP / sum_M[:, None], P, W)
     tl.store(lse_ptr + h * T + m, most_M + tl.log2(sum_M), mask=m < end)
 
 
 @triton.jit(do_not_specialize=["T"])
-def _delta(o_ptr, do_ptr, delta_ptr, T, o_stride, do_stride, P: tl.constexpr, M: tl.constexpr):
+def _delta(o_ptr, do_ptr, delta_ptr, T, o_stride, do_stride, P: tl.constexpr, W: tl.constexpr, M: tl.constexpr):
     """delta_HT: o . do, what the softmax's gradient subtracts."""
-    h, m, p = tl.program_id(0), tl.program_id(1) * M + tl.arange(0, M), tl.arange(0, P)
-    inside, row = (m < T)[:, None], m.to(tl.int64)[:, None]
-    o_MP = tl.load(o_ptr + h * P + row * o_stride + p[None, :], mask=inside, other=0.0).to(tl.float32)
-    do_MP = tl.load(do_ptr + h * P + row * do_stride + p[None, :], mask=inside, other=0.0).to(tl.float32)
+    h, m = tl.program_id(0), tl.program_id(1) * M + tl.arange(0, M)
+    o_MP = _rows(o_ptr + h * P, m, o_stride, m < T, P, W, True).to(tl.float32)
+    do_MP = _rows(do_ptr + h * P, m, do_stride, m < T, P, W, True).to(tl.float32)
     tl.store(delta_ptr + h * T + m, tl.sum(o_MP * do_MP, 1), mask=m < T)
 
 
 @triton.jit
 def _for_keys(
     k_NP, v_NP, dk_NP, dv_NP, q_ptr, do_ptr, lse_ptr, delta_ptr, stride, do_stride, n, first, end, scale, window,
-    P: tl.constexpr, M: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr,
+    P: tl.constexpr, W: tl.constexpr, M: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Adds what queries first ... end - 1 give to the gradients of some keys and values."""
-    p = tl.arange(0, P)
     for m_first in range(first, end, M):
         m = m_first + tl.arange(0, M)
-        row = m.to(tl.int64)[:, None]
+        inside = m < end
+        q_MP = _rows(q_ptr, m, stride, inside, P, W, MASK)
+        do_MP = _rows(do_ptr, m, do_stride, inside, P, W, MASK)
         if MASK:
-            inside = m < end
-            q_MP = tl.load(q_ptr + row * stride + p[None, :], mask=inside[:, None], other=0.0)
-            do_MP = tl.load(do_ptr + row * do_stride + p[None, :], mask=inside[:, None], other=0.0)
             lse_M = tl.load(lse_ptr + m, mask=inside, other=0.0)
             delta_M = tl.load(delta_ptr + m, mask=inside, other=0.0)
         else:
-            q_MP, do_MP = tl.load(q_ptr + row * stride + p[None, :]), tl.load(do_ptr + row * do_stride + p[None, :])
             lse_M, delta_M = tl.load(lse_ptr + m), tl.load(delta_ptr + m)
         weights_NM = tl.exp2(tl.dot(k_NP, tl.trans(q_MP)) * scale - lse_M[None, :])
         if MASK:
@@ -163,56 +170,49 @@ def _for_keys(
 def _backward_keys(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_seqlens_ptr, B, T, stride, do_stride, d_stride,
     scale, dscale, window,
-    P: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_B: tl.constexpr, WINDOW: tl.constexpr,
+    P: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_B: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of keys and head: dk_THP and dv_THP."""
     h = tl.program_id(0)
     start, end, first = _find(cu_seqlens_ptr, B, tl.program_id(1), N, BLOCK_B)
     if start == end:
         return
-    n, p = first + tl.arange(0, N), tl.arange(0, P)
-    at = h * P + n.to(tl.int64)[:, None] * stride + p[None, :]
-    inside = (n < end)[:, None]
-    k_NP, v_NP = tl.load(k_ptr + at, mask=inside, other=0.0), tl.load(v_ptr + at, mask=inside, other=0.0)
-    dk_NP, dv_NP = tl.zeros((N, P), tl.float32), tl.zeros((N, P), tl.float32)
+    n = first + tl.arange(0, N)
+    k_NP = _rows(k_ptr + h * P, n, stride, n < end, P, W, True)
+    v_NP = _rows(v_ptr + h * P, n, stride, n < end, P, W, True)
+    dk_NP, dv_NP = tl.zeros((N, W), tl.float32), tl.zeros((N, W), tl.float32)
     q_ptr, do_ptr, lse_ptr, delta_ptr = q_ptr + h * P, do_ptr + h * P, lse_ptr + h * T, delta_ptr + h * T
     masked = tl.minimum(first + N, end)  # up to here some keys come after some queries
     if WINDOW:
         masked = tl.minimum(first + N + window, end)
     dk_NP, dv_NP = _for_keys(
         k_NP, v_NP, dk_NP, dv_NP, q_ptr, do_ptr, lse_ptr, delta_ptr, stride, do_stride, n, first, masked, scale, window,
-        P, M, True, WINDOW,
+        P, W, M, True, WINDOW,
     )  # fmt: skip
     if not WINDOW:
         whole = masked + (end - masked) // M * M
         dk_NP, dv_NP = _for_keys(
             k_NP, v_NP, dk_NP, dv_NP, q_ptr, do_ptr, lse_ptr, delta_ptr, stride, do_stride, n, masked, whole, scale,
-            window, P, M, False, WINDOW,
+            window, P, W, M, False, WINDOW,
         )  # fmt: skip
         dk_NP, dv_NP = _for_keys(
             k_NP, v_NP, dk_NP, dv_NP, q_ptr, do_ptr, lse_ptr, delta_ptr, stride, do_stride, n, whole, end, scale,
-            window, P, M, True, WINDOW,
+            window, P, W, M, True, WINDOW,
         )  # fmt: skip
-    at = h * P + n.to(tl.int64)[:, None] * d_stride + p[None, :]
-    tl.store(dk_ptr + at, (dk_NP * dscale).to(dk_ptr.dtype.element_ty), mask=inside)
-    tl.store(dv_ptr + at, dv_NP.to(dv_ptr.dtype.element_ty), mask=inside)
+    _store_rows(dk_ptr + h * P, n, d_stride, n < end, dk_NP * dscale, P, W)
+    _store_rows(dv_ptr + h * P, n, d_stride, n < end, dv_NP, P, W)
 
 
 @triton.jit
 def _for_queries(
     q_MP, do_MP, lse_M, delta_M, dq_MP, k_ptr, v_ptr, stride, m, first, end, scale, window,
-    P: tl.constexpr, N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr,
+    P: tl.constexpr, W: tl.constexpr, N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Adds what keys first ... end - 1 give to the gradients of some queries."""
-    p = tl.arange(0, P)
     for n_first in range(first, end, N):
         n = n_first + tl.arange(0, N)
-        at = n.to(tl.int64)[:, None] * stride + p[None, :]
-        if MASK:
-            inside = (n < end)[:, None]
-            k_NP, v_NP = tl.load(k_ptr + at, mask=inside, other=0.0), tl.load(v_ptr + at, mask=inside, other=0.0)
-        else:
-            k_NP, v_NP = tl.load(k_ptr + at), tl.load(v_ptr + at)
+        k_NP = _rows(k_ptr, n, stride, n < end, P, W, MASK)
+        v_NP = _rows(v_ptr, n, stride, n < end, P, W, MASK)
         weights_MN = tl.exp2(tl.dot(q_MP, tl.trans(k_NP)) * scale - lse_M[:, None])
         if MASK:
             seen_MN = n[None, :] <= m[:, None]
@@ -228,37 +228,37 @@ def _for_queries(
 def _backward_queries(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_seqlens_ptr, B, T, stride, do_stride, d_stride,
     scale, dscale, window,
-    P: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_B: tl.constexpr, WINDOW: tl.constexpr,
+    P: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_B: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of queries and head: dq_THP."""
     h = tl.program_id(0)
     start, end, first = _find(cu_seqlens_ptr, B, tl.program_id(1), M, BLOCK_B)
     if start == end:
         return
-    m, p = first + tl.arange(0, M), tl.arange(0, P)
-    row, inside = m.to(tl.int64)[:, None], (m < end)[:, None]
-    q_MP = tl.load(q_ptr + h * P + row * stride + p[None, :], mask=inside, other=0.0)
-    do_MP = tl.load(do_ptr + h * P + row * do_stride + p[None, :], mask=inside, other=0.0)
+    m = first + tl.arange(0, M)
+    q_MP = _rows(q_ptr + h * P, m, stride, m < end, P, W, True)
+    do_MP = _rows(do_ptr + h * P, m, do_stride, m < end, P, W, True)
     lse_M = tl.load(lse_ptr + h * T + m, mask=m < end, other=0.0)
     delta_M = tl.load(delta_ptr + h * T + m, mask=m < end, other=0.0)
-    dq_MP = tl.zeros((M, P), tl.float32)
+    dq_MP = tl.zeros((M, W), tl.float32)
     if WINDOW:
         whole = start + tl.maximum(first - window - start, 0) // N * N
     else:
         whole = first
         dq_MP = _for_queries(
             q_MP, do_MP, lse_M, delta_M, dq_MP, k_ptr + h * P, v_ptr + h * P, stride, m, start, whole, scale, window,
-            P, N, False, WINDOW,
+            P, W, N, False, WINDOW,
         )  # fmt: skip
     dq_MP = _for_queries(
         q_MP, do_MP, lse_M, delta_M, dq_MP, k_ptr + h * P, v_ptr + h * P, stride, m, whole,
-        tl.minimum(first + M, end), scale, window, P, N, True, WINDOW,
+        tl.minimum(first + M, end), scale, window, P, W, N, True, WINDOW,
     )  # fmt: skip
-    tl.store(dq_ptr + h * P + row * d_stride + p[None, :], (dq_MP * dscale).to(dq_ptr.dtype.element_ty), mask=inside)
+    _store_rows(dq_ptr + h * P, m, d_stride, m < end, dq_MP * dscale, P, W)
 
 
 def _options(tiles: Tiles, P: int, cu_seqlens: Tensor, window: int) -> dict:
-    sizes = {"P": P, "M": tiles.M, "N": tiles.N, "BLOCK_B": triton.next_power_of_2(len(cu_seqlens) - 1)}
+    sizes = {"P": P, "W": triton.next_power_of_2(P), "M": tiles.M, "N": tiles.N}
+    sizes |= {"BLOCK_B": triton.next_power_of_2(len(cu_seqlens) - 1)}
     return sizes | {"WINDOW": window >= 0, "num_warps": tiles.warps, "num_stages": tiles.stages}
 
 
@@ -291,7 +291,9 @@ def attention_backward(
     B, strides = len(cu_seqlens) - 1, (q.stride(0), do_THP.stride(0), dq.stride(0))
     scales = P**-0.5 * LOG2_E, P**-0.5, window
     with torch.cuda.device_of(q):
-        _delta[(H, triton.cdiv(T, 64))](o_THP, do_THP, delta_HT, T, o_THP.stride(0), do_THP.stride(0), P=P, M=64)
+        _delta[(H, triton.cdiv(T, 64))](
+            o_THP, do_THP, delta_HT, T, o_THP.stride(0), do_THP.stride(0), P=P, W=triton.next_power_of_2(P), M=64
+        )
         _backward_keys[_grid(T, H, KEYS.N, cu_seqlens)](
             *inputs, dk, dv, cu_seqlens, B, T, *strides, *scales, **_options(KEYS, P, cu_seqlens, window)
         )
