@@ -113,12 +113,13 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype beside float32 masters. auto: bfloat16 on CUDA, float32 on the CPU."""
     compile: Annotated[Literal["auto", "graph", "block", "eager"], flag("-C")] = "auto"
-    """graph: steps as CUDA graphs of fused kernels, on Hopper GPUs in bfloat16 with whole weights on each (one process,
-    or --replicate as many as there are); by far the fastest. block: each kind of block compiled by torch. auto: graph
-    where it is possible on a GPU, else eager."""
+    """graph: steps as CUDA graphs of fused kernels, on Hopper GPUs in bfloat16 with whole weights on each; by far the
+    fastest. block: each kind of block compiled by torch. auto: graph where it is possible on a GPU, else eager."""
 
-    replicate: int = 1
-    """Copies of the weights (HSDP): with as many as there are nodes, weights are cut within nodes and copied across."""
+    replicate: int = 0
+    """Copies of the weights: as many as processes, 1 (FSDP2), or between (HSDP: with one for each node, weights are cut
+    within nodes and copied across). 0: as many as processes where steps then run as graphs and what each holds takes no
+    more than half of its GPU's memory, else 1."""
     reshard: bool = True
     """With several processes: free gathered weights after the forward and gather them again for the backward."""
     ac: Literal["none", "block", "selective"] = "none"
@@ -165,9 +166,10 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises UserError naming the first flag that is out of range."""
-        for name in ("mbs", "global_slices", "max_doc", "steps", "save_every", "log_every", "replicate"):
+        for name in ("mbs", "global_slices", "max_doc", "steps", "save_every", "log_every"):
             self._expect(name, getattr(self, name) >= 1, "1 or more")
         for name in (
+            "replicate",
             "val_every",
             "val_slices",
             "stats_every",
@@ -371,20 +373,28 @@ def check_continuation(source: Path, about: dict[str, Any]) -> int:
     return saved["step"]
 
 
-def takes_graphs(config: TrainConfig, hnet: HNetConfig, dtype: torch.dtype, world: World) -> bool:
-    """Whether steps run as graphs. Raises UserError where --compile graph asks for what they cannot do."""
+def takes_graphs(config: TrainConfig, hnet: HNetConfig, dtype: torch.dtype, world: World) -> tuple[bool, World]:
+    """Whether steps run as graphs, and the world with as many copies of the weights as it is to have.
+
+    Raises UserError where --compile graph asks for what they cannot do.
+    """
     if config.compile not in ("auto", "graph") or (config.compile == "auto" and world.device.type != "cuda"):
-        return False
+        return False, world
     obstacle = graphs.obstacle(hnet, world.device, dtype)
-    if world.shards > 1:
-        obstacle = f"they need whole weights on each process: with {world.size}, --replicate {world.size}"
     if config.max_chunks_per_rank:
         obstacle = "they do not know --max-chunks-per-rank"
+    if world.shards > 1 and not obstacle:
+        if config.replicate:
+            obstacle = f"they need whole weights on each process: with {world.size}, --replicate {world.size}"
+        elif too_large := distributed.too_large_for_copies(hnet, world):
+            obstacle = too_large
+        else:
+            world = world._replace(mesh=distributed.make_mesh(world.device.type, world.size, world.size))
     if obstacle and config.compile == "graph":
         raise UserError(f"--compile graph: {obstacle}; use eager or block")
     if obstacle:
         logger.info("steps do not run as graphs: %s", obstacle)
-    return not obstacle
+    return not obstacle, world
 
 
 def dump_parameters(model: HNetLM, groups: list[dict[str, Any]]) -> None:
@@ -406,7 +416,7 @@ def dump_parameters(model: HNetLM, groups: list[dict[str, Any]]) -> None:
 def main(argv: Sequence[str]) -> None:
     config = read_config(argv)
     hnet, start_weights = read_model(config)
-    world = distributed.start(config.device, config.replicate, max(600, 2 * config.timeout))
+    world = distributed.start(config.device, config.replicate or 1, max(600, 2 * config.timeout))
     logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s", stream=sys.stdout)
     if world.device.type == "cpu":
         keep_freed_memory()
@@ -419,7 +429,7 @@ def main(argv: Sequence[str]) -> None:
         distributed.stop()
         sys.exit(not equal)
     dtype = torch.bfloat16 if half else torch.float32
-    graph = takes_graphs(config, hnet, dtype, world)
+    graph, world = takes_graphs(config, hnet, dtype, world)
     # graphs have bfloat16 copies of their own beside a whole float32 model
     model = distributed.build_model(
         hnet, world, torch.float32 if graph else dtype, config.seed, start_weights, config.reshard

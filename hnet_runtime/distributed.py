@@ -99,6 +99,22 @@ def make_mesh(kind: str, size: int, replicate: int = 1) -> DeviceMesh:
     return init_device_mesh(kind, (replicate, size // replicate), mesh_dim_names=("replicate", "shard"))
 
 
+def too_large_for_copies(config: HNetConfig, world: World) -> str | None:
+    """Why a model should rather be cut than copied to each process, or None; on every rank the same.
+
+    A copy takes 10 bytes a parameter: weights and gradients in float32, weights in bfloat16; and its part of 8 for the
+    moments. Half of a GPU's memory is left to activations.
+    """
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in HNetLM(config).parameters())
+    takes = (10 + 8 / world.size) * parameters
+    has = torch.cuda.mem_get_info(world.device)[1] if world.device.type == "cuda" else math.inf
+    (large,) = anywhere(world, takes > has / 2)
+    return (
+        f"whole weights on each process take {takes / 1e9:.0f} GB, more than half of a GPU's memory" if large else None
+    )
+
+
 def check_same(about: Mapping[str, object], world: World) -> None:
     """Raises UserError on every rank, naming rank and entry, unless all ranks were started with the same `about`."""
     everyone: list = [None] * world.size

@@ -334,7 +334,7 @@ def undisturbed(corpus, tmp_path_factory, worker_id) -> Path:
     return folder
 
 
-COPIES = ["--replicate", "2", "-C", "graph"]  # whole weights on each, as graphs; without capture on a CPU
+COPIES = ["-C", "graph"]  # whole weights on each, as graphs; without capture on a CPU
 
 
 @pytest.mark.parametrize("size, more", [(1, []), (2, COPIES), (4, ["--replicate", "2", "--ac", "block"])])

@@ -17,7 +17,7 @@ import torch
 
 import fineweb
 import train
-from hnet_runtime import UserError, statistics
+from hnet_runtime import UserError, distributed, statistics
 from hnet_runtime.metrics import GROUPS, panel
 from hnet_runtime.run import code_revision, in_words
 from hnet_runtime.weights import export
@@ -471,25 +471,51 @@ def test_a_gone_logger_says_so(corpus):
     assert "gone" in refused(corpus, "-l", "neptune")
 
 
+GB = 10**9
+
+
 @pytest.mark.parametrize(
-    "changed, taken",
+    "changed, taken, copies",
     [
-        ({}, True),
-        ({"shards": 2}, False),
-        ({"ac": "block"}, True),
-        ({"max_chunks_per_rank": 5000}, False),
-        ({"device": "cpu"}, False),
+        ({}, True, 1),
+        ({"size": 2}, True, 2),
+        ({"size": 2, "replicate": 1}, False, 1),
+        ({"size": 2, "memory": 5 * GB}, False, 1),  # 214 million parameters, 14 bytes each: 3.0 GB
+        ({"size": 8, "memory": 5 * GB}, True, 8),  # 11 bytes: 2.4 GB
+        ({"ac": "block"}, True, 1),
+        ({"size": 2, "max_chunks_per_rank": 5000}, False, 1),
+        ({"size": 2, "device": "cpu"}, False, 1),
+        ({"size": 2, "device": "cpu", "compile": "graph"}, True, 2),
     ],
-    ids=["alone", "sharded", "recomputing", "guarded", "on a CPU"],
+    ids=[
+        "alone",
+        "two",
+        "told to cut",
+        "too large",
+        "shared by more",
+        "recomputing",
+        "guarded",
+        "on a CPU",
+        "asked for",
+    ],
 )
-def test_auto_takes_graphs_where_they_are_possible(monkeypatch, changed, taken):
+def test_graphs_and_with_them_copies_of_the_weights_where_they_are_possible(monkeypatch, changed, taken, copies):
     """As if on a Hopper GPU."""
+    changed = dict(changed)
+    memory = changed.pop("memory", 80 * GB)
+    device, size = torch.device(changed.pop("device", "cuda")), changed.pop("size", 1)
     monkeypatch.setattr(train.graphs, "obstacle", lambda *_: None)
-    device = torch.device(changed.get("device", "cuda"))
-    world = SimpleNamespace(size=changed.get("shards", 1), shards=changed.get("shards", 1), device=device)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, memory))
+    monkeypatch.setattr(distributed, "make_mesh", lambda kind, size, replicate: SimpleNamespace(copies=replicate))
+    monkeypatch.setattr(distributed, "anywhere", lambda world, *flags: list(flags))  # there is one process
+
+    class One(distributed.World):
+        shards = property(lambda self: self.size // self.mesh.copies)
+
     hnet = train.HNetConfig.load(ROOT / "configs" / "hnet_1stage_small.json")
-    config = train.TrainConfig(**{k: v for k, v in changed.items() if k in ("ac", "max_chunks_per_rank")})
-    assert train.takes_graphs(config, hnet, torch.bfloat16, world) == taken
+    world = One(0, size, device, SimpleNamespace(copies=1))
+    found, world = train.takes_graphs(train.TrainConfig(**changed), hnet, torch.bfloat16, world)
+    assert (found, world.mesh.copies) == (taken, copies)
 
 
 def test_a_full_gpu_is_told_with_flags_that_there_are():
