@@ -10,7 +10,9 @@ import os
 import runpy
 import shutil
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
@@ -101,3 +103,30 @@ def program(*argv: str) -> None:
     """train.py as a command of this process."""
     sys.argv = [str(ROOT / "train.py"), *argv]
     runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def _alone(argv: Sequence[str], folder: Path, environment: dict[str, str], logs: tuple[str, str]) -> None:
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
+    os.chdir(folder)
+    for stream, log in enumerate(logs, 1):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    program(*argv)
+
+
+def run_train(
+    argv: Sequence[str], folder: Path, environment: dict[str, str], timeout: float = 240
+) -> subprocess.CompletedProcess:
+    """As subprocess.run of train.py, in `folder`, captured, in a process of its own but without its start-up time."""
+    start_server()
+    with tempfile.TemporaryDirectory() as scratch:
+        logs = f"{scratch}/stdout", f"{scratch}/stderr"
+        process = context.Process(target=_alone, args=(argv, folder, environment, logs), daemon=True)
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(["train.py", *argv], timeout)
+        return subprocess.CompletedProcess(argv, process.exitcode, *(Path(log).read_text() for log in logs))

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import run_train
 
 import fineweb
 import train
@@ -75,9 +76,7 @@ def environment() -> dict[str, str]:
 
 
 def run(corpus: Path, *more: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(corpus, *more), cwd=corpus, env=environment(), capture_output=True, text=True, timeout=240
-    )
+    return run_train(command(corpus, *more)[2:], corpus, environment())
 
 
 def succeed(corpus: Path, *more: str) -> str:
