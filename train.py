@@ -3,7 +3,7 @@
 One process and many run the same program: `torchrun --nproc-per-node 8 train.py ...`. `python train.py --help` lists
 the flags. A run's folder holds its configs, metrics.jsonl, checkpoints and plots.
 
-Read top to bottom: config -> one step -> what is reported -> the run.
+Read top to bottom: config -> one step -> what is reported -> the run -> `main`.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -297,6 +297,88 @@ def forward_backward(
     return torch.cat([stats_GK.double().mean(0).float(), imbalance])
 
 
+class Trainee:
+    """What is trained, and all that a step of it takes.
+
+    model: its weights in float32, whole or sharded. evaluated: an HNetLM that computes as training does and has these
+    weights, or copies of them.
+    """
+
+    def __init__(
+        self,
+        model: HNetLM,
+        groups: list[dict[str, Any]],
+        graph: bool,
+        dtype: torch.dtype,
+        hnet: HNetConfig,
+        config: TrainConfig,
+        world: World,
+    ):
+        """groups: as `parameter_groups` gives them. graph: steps run as graphs. dtype: of what is computed."""
+        self.model, self.graph, self.dtype = model, graph, dtype
+        self.parameters = list(model.parameters())  # now: after a forward FSDP shows gathered ones in their place
+        self.hnet, self.config, self.world = hnet, config, world
+        if config.compile == "block":
+            compile_blocks(model)
+        limit = config.max_chunks_per_rank
+        if not graph and (config.ac != "none" or limit):
+            activations.recompute(model, config.ac)
+        self.guard = activations.ChunkGuard(model, limit, world) if limit else None
+        groups = distributed.optimizer_groups(groups)
+        if graph:
+            self.runner = GraphedModel(model, dtype, config.alpha, world=world, groups=groups, ac=config.ac)
+            self.evaluated, self.optimizer = self.runner.model, self.runner.optimizer
+        else:
+            self.runner = self.evaluated = model
+            self.optimizer = torch.optim.AdamW(groups, betas=distributed.BETAS, fused=True)
+        model.train()
+
+    def load(self, source: Path) -> None:
+        """Weights and optimizer of a checkpoint."""
+        checkpoint.load(source, self.model, self.optimizer)
+        if self.graph:
+            self.optimizer.refresh()
+
+    def make_room(self) -> None:
+        """For what runs between steps."""
+        if self.graph:
+            self.runner.make_room()
+
+    def step(
+        self, slices: list[fineweb.Slice], scale: float, wants_statistics: bool, before_update: Callable[[], None]
+    ) -> Tensor:
+        """One optimizer step; it waits for the device at the stages' numbers of chunks alone.
+
+        scale: of the learning rates. before_update: called before the weights change.
+        Returns what `forward_backward` does, the norm of the gradient before clipping, and statistics where they are
+        wanted (see `statistics.names`). Where loss or norm are not finite, the weights stay as they are.
+        """
+        more: list[Tensor] | None = [] if wants_statistics else None
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * group["multiplier"] * scale
+        stats = forward_backward(self.runner, slices, self.config, self.world, more)
+        if not self.graph:
+            distributed.reduce_plain_gradients(self.parameters, self.world)
+        norm = distributed.clip_in_optimizer(self.optimizer, self.parameters, self.config.clip, self.world, stats[0])
+        before_update()
+        self.optimizer.step()
+        if more is not None:
+            more.append(statistics.weight_statistics(self.optimizer, self.hnet.num_stages, self.world))
+        if not self.graph:  # graphs write every gradient anew
+            self.optimizer.zero_grad()
+        return torch.cat([stats, norm[None], *(more or [])])
+
+    def counted(self) -> dict[str, int]:
+        """What the host has done so far, beside the steps."""
+        return {
+            **({"recomputed_micro_batches": self.guard.count} if self.guard else {}),
+            **({"graphs_captured": self.runner.captured} if self.graph else {}),
+        }
+
+
+# ------------------------------------------------------------------------------------------------- what is reported
+
+
 def describe(stats: list[float], hnet: HNetConfig, config: TrainConfig) -> dict[str, Any]:
     """`forward_backward`'s numbers by their names in metrics.jsonl."""
     S = hnet.num_stages
@@ -413,173 +495,141 @@ def dump_parameters(model: HNetLM, groups: list[dict[str, Any]]) -> None:
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
 
 
-def main(argv: Sequence[str]) -> None:
-    config = read_config(argv)
-    hnet, start_weights = read_model(config)
-    world = distributed.start(config.device, config.replicate or 1, max(600, 2 * config.timeout))
-    logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s", stream=sys.stdout)
-    if world.device.type == "cpu":
-        keep_freed_memory()
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU for what stays float32: residual_proj
+class Run:
+    """A run from its first step, or where it goes on, to its last. Every rank has one and calls the same."""
 
-    half = config.dtype == "bfloat16" or (config.dtype == "auto" and world.device.type == "cuda")
-    if config.early_exit == "generate":
-        dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-        equal = equivalence.run(hnet, config.pt_ckpt or None, world.device, dtype, config.seed)
-        distributed.stop()
-        sys.exit(not equal)
-    dtype = torch.bfloat16 if half else torch.float32
-    graph, world = takes_graphs(config, hnet, dtype, world)
-    # graphs have bfloat16 copies of their own beside a whole float32 model
-    model = distributed.build_model(
-        hnet, world, torch.float32 if graph else dtype, config.seed, start_weights, config.reshard
-    )
-    parameters = list(model.parameters())
-    groups = parameter_groups(model, config.lr, config.weight_decay)
-    if config.early_exit == "dumpparams":
-        dump_parameters(model, groups)
-        return distributed.stop()
-    if config.compile == "block":
-        compile_blocks(model)
-    if not graph and (config.ac != "none" or config.max_chunks_per_rank):
-        activations.recompute(model, config.ac)
-    guard = activations.ChunkGuard(model, config.max_chunks_per_rank, world) if config.max_chunks_per_rank else None
-    groups = distributed.optimizer_groups(groups)
-    runner = GraphedModel(model, dtype, config.alpha, world=world, groups=groups, ac=config.ac) if graph else model
-    evaluated = runner.model if graph else model  # computes as training does; shares or copies the weights
-    optimizer = runner.optimizer if graph else torch.optim.AdamW(groups, betas=distributed.BETAS, fused=True)
+    def __init__(self, trainee: Trainee):
+        """Opens data and the run's folder; loads a checkpoint where the run goes on from one.
 
-    train_stream, val_stream = open_data(config, world)
-    name = Path(config.config or config.pt_ckpt or DEFAULT_CONFIG).stem
-    about = {"config": dataclasses.asdict(config), "data": train_stream.fingerprint, "code": code_revision()}
-    flags = {f"--{key.replace('_', '-')}": value for key, value in about["config"].items()}
-    same = {"code revision": about["code"], "model config": hnet.to_dict(), "text in --data": about["data"]}
-    distributed.check_same(flags | same, world)
-    run = open_folder(config.save_dir, name, world)
-    checkpoint.require_room(run, sum(p.numel() for p in parameters))
-    step = 0  # optimizer steps done
-    if source := checkpoint_to_resume(run, config.resume, world):
-        step = check_continuation(source, about)
-        checkpoint.load(source, model, optimizer)
-        if graph:
-            optimizer.refresh()
-        logger.info("going on from %s", source)
-    metrics = open_metrics(run, step, about, hnet, config, world)
-    logger.info(
-        f"{name}: {sum(p.numel() for p in parameters) / 1e6:.1f}M parameters, "
-        f"{world.size} x {world.device.type} in {'bfloat16' if half else 'float32'}; {config.data}: "
-        f"{train_stream.text_bytes / 1e6:.1f} MB of text; {config.steps} steps of "
-        f"{config.mbs * config.global_slices:,} bytes; run folder {run}"
-    )
+        Raises UserError where data, folder or checkpoint do not fit the flags, or ranks have different ones.
+        """
+        config, hnet, world = trainee.config, trainee.hnet, trainee.world
+        self.trainee, self.config, self.hnet, self.world = trainee, config, hnet, world
+        self.train_stream, self.val_stream = open_data(config, world)
+        name = Path(config.config or config.pt_ckpt or DEFAULT_CONFIG).stem
+        about = {"config": dataclasses.asdict(config), "data": self.train_stream.fingerprint, "code": code_revision()}
+        flags = {f"--{key.replace('_', '-')}": value for key, value in about["config"].items()}
+        same = {"code revision": about["code"], "model config": hnet.to_dict(), "text in --data": about["data"]}
+        distributed.check_same(flags | same, world)
+        self.about, self.folder = about, open_folder(config.save_dir, name, world)
+        parameters = sum(p.numel() for p in trainee.parameters)
+        checkpoint.require_room(self.folder, parameters)
+        self.step = 0  # optimizer steps done
+        if source := checkpoint_to_resume(self.folder, config.resume, world):
+            self.step = check_continuation(source, about)
+            trainee.load(source)
+            logger.info("going on from %s", source)
+        self.first_step = self.step
+        self.metrics = open_metrics(self.folder, self.step, about, hnet, config, world)
+        logger.info(
+            f"{name}: {parameters / 1e6:.1f}M parameters, {world.size} x {world.device.type} in "
+            f"{str(trainee.dtype).removeprefix('torch.')}; {config.data}: "
+            f"{self.train_stream.text_bytes / 1e6:.1f} MB of text; {config.steps} steps of "
+            f"{config.mbs * config.global_slices:,} bytes; run folder {self.folder}"
+        )
+        self.inference = HNetInference.from_training(trainee.evaluated)  # borrows the weights: nothing is copied
+        self.interrupts, self.health = Interrupts(), RouterHealth(hnet.target_ratios, config.mbs)
+        self.began = self.settled = time.perf_counter()
+        self.saver = checkpoint.Saver(self.folder, trainee.model, trainee.optimizer, config.keep, config.keep_every)
+        # of the last step: its numbers, which the device has yet to deliver, and what the host has done for it
+        self.waiting: tuple[distributed.Fetched, dict[str, int]] | None = None
 
-    inference = HNetInference.from_training(evaluated)  # borrows the weights: nothing is copied
-    interrupts, health = Interrupts(), RouterHealth(hnet.target_ratios, config.mbs)
-    began = settled = time.perf_counter()
-    saver = checkpoint.Saver(run, model, optimizer, config.keep, config.keep_every)
-    first_step, waiting = step, None  # waiting: the step whose numbers the device has yet to deliver
-    model.train()
+    def train(self) -> None:
+        """Raises UserError where a number isn't finite, a checkpoint can't be written, or a router is stuck."""
+        config = self.config
+        with Watchdog(self.folder, self.world, config.timeout, self.trainee.model) as watch:
+            while self.step < config.steps:
+                self._step(watch)
+                stuck, asked = config.on_collapse == "stop" and self.health.stuck, self.interrupts.received is not None
+                interrupted, save_failed = distributed.anywhere(self.world, asked, self.saver.failed)
+                if save_failed:
+                    self.saver.finish()
+                self._between_steps(watch, saves=interrupted or stuck)
+                if stuck:
+                    saved = self.saver.finish()
+                    self.metrics.close()
+                    raise UserError(
+                        f"step {self.step}: a router is stuck, see above (--on-collapse stop); saved {saved}"
+                    )
+                if interrupted and self.step < config.steps:
+                    saved = self.saver.finish()
+                    logger.info("asked to stop: saved %s; go on with --save-dir %s --resume auto", saved, self.folder)
+                    break
+            self.saver.finish()
+            self.metrics.close()
+            if self.step == config.steps:
+                watch.at(self.step, "showing results")
+                show_results(self.trainee.evaluated, self.val_stream, self.folder, self.world)
 
-    def counted() -> dict[str, int]:
-        """What the host has done so far, beside the steps."""
-        return {
-            **({"recomputed_micro_batches": guard.count} if guard else {}),
-            **({"graphs_captured": runner.captured} if graph else {}),
-        }
+    def _step(self, watch: Watchdog) -> None:
+        """One step; the host goes on before the device has done it, and meanwhile reports the step before."""
+        config, trainee, done = self.config, self.trainee, self.step
+        watch.at(done + 1, "reading data")
+        slices = list(self.train_stream.step(done, config.global_slices, self.world.rank, self.world.size))
+        watch.at(done + 1, "forward and backward")
+        before = trainee.counted()
+        wants_statistics = config.stats_every > 0 and (done + 1) % config.stats_every == 0
+        numbers = trainee.step(slices, lr_scale(done, config), wants_statistics, self.saver.staged)
+        if self.waiting:
+            self._report(done, self._settle(done, *self.waiting))
+        done_by_host = {name: n - before[name] for name, n in trainee.counted().items()}
+        self.waiting, self.step = (distributed.Fetched(numbers), done_by_host), done + 1
 
-    def settle(arriving: distributed.Fetched, of_host: dict[str, int], done: int) -> dict[str, Any]:
+    def _between_steps(self, watch: Watchdog, saves: bool) -> None:
+        """Validates, samples and saves where it is time to; on a CPU, where numbers are there at once, reports them."""
+        config, step = self.config, self.step
+        is_last = step == config.steps
+        validates = is_last or (config.val_every and step % config.val_every == 0)
+        samples = config.sample_bytes and (is_last or (config.sample_every and step % config.sample_every == 0))
+        saves = saves or is_last or step % config.save_every == 0
+        at_once = step == self.first_step + 1 or self.world.device.type == "cpu"
+        if not (validates or samples or saves or at_once):
+            return
+        assert self.waiting
+        record, self.waiting = self._settle(step, *self.waiting), None
+        if validates or samples or saves:
+            self.trainee.make_room()
+        if validates:
+            watch.at(step, "validation")
+            record |= validate(self.trainee.evaluated, self.val_stream, self.world, config.val_slices or None)
+        if samples:
+            watch.at(step, "writing a sample")
+            record |= sample(self.inference, config, self.world)
+        self._report(step, record)
+        if saves:
+            watch.at(step, "saving")
+            self.saver.start(step, self.about)
+        self.settled = time.perf_counter()  # the next step's time begins here
+
+    def _settle(self, done: int, arriving: distributed.Fetched, of_host: dict[str, int]) -> dict[str, Any]:
         """The record of a step, once the device has run it. Raises UserError where its numbers are not finite."""
-        nonlocal settled
+        config = self.config
         numbers = arriving.numbers().tolist()
-        grad_norm = numbers.pop(3 + 4 * hnet.num_stages)  # after what forward_backward gave, before the statistics
+        grad_norm = numbers.pop(3 + 4 * self.hnet.num_stages)  # after forward_backward's, before the statistics
         if not math.isfinite(grad_norm + numbers[0]):
-            saver.finish()  # what is being written is good too
-            saved = checkpoint.complete(run)
+            self.saver.finish()  # what is being written is good too
+            saved = checkpoint.complete(self.folder)
             raise UserError(
                 f"step {done}: cross entropy {numbers[0]}, gradient norm {grad_norm}; stopped before they reached "
                 f"the weights. The last good checkpoint: {saved[-1] if saved else 'none yet'}"
             )
-        record = describe(numbers, hnet, config)
+        record = describe(numbers, self.hnet, config)
         record |= {"grad_norm": grad_norm, "lr": config.lr * lr_scale(done - 1, config)}
         record |= {"bytes_seen": done * config.mbs * config.global_slices} | of_host
-        if waited := saver.stall():
+        if waited := self.saver.stall():
             record["save_ms"] = 1000 * waited  # of the save before this step
-        now, before = time.perf_counter(), settled
-        settled = now
-        return record | speed(record, now - before, hnet, config, world)
+        now, before = time.perf_counter(), self.settled
+        self.settled = now
+        return record | speed(record, now - before, self.hnet, config, self.world)
 
-    def report(done: int, record: dict[str, Any]) -> None:
-        for trouble in health.look(done, record):
+    def _report(self, done: int, record: dict[str, Any]) -> None:
+        config = self.config
+        for trouble in self.health.look(done, record):
             logger.warning("step %d: %s", done, trouble)
-        metrics.log(done, record)
-        if done == config.steps or done % config.log_every == 0 or done == first_step + 1:
-            seconds_left = (time.perf_counter() - began) / (done - first_step) * (config.steps - done)
-            logger.info(progress_line(done, record, seconds_left, hnet, config))
-
-    with Watchdog(run, world, config.timeout, model) as watch:
-        while step < config.steps:
-            scale = lr_scale(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * group["multiplier"] * scale
-            watch.at(step + 1, "reading data")
-            slices = list(train_stream.step(step, config.global_slices, world.rank, world.size))
-            watch.at(step + 1, "forward and backward")
-            before = counted()
-            wants_statistics = config.stats_every and (step + 1) % config.stats_every == 0
-            more: list[Tensor] | None = [] if wants_statistics else None
-            stats = forward_backward(runner, slices, config, world, more)
-            if not graph:
-                distributed.reduce_plain_gradients(parameters, world)
-            # nothing here waits for the device: a norm or a loss that is not finite leaves the weights as they are
-            grad_norm = distributed.clip_in_optimizer(optimizer, parameters, config.clip, world, stats[0])
-            saver.staged()
-            optimizer.step()
-            if more is not None:
-                more.append(statistics.weight_statistics(optimizer, hnet.num_stages, world))
-            if not graph:  # graphs write every gradient anew
-                optimizer.zero_grad()
-            step += 1
-            # a step's numbers are read when the next one has been launched, or below: on a CPU they are there at once
-            if waiting:
-                report(step - 1, settle(*waiting, step - 1))
-            done_by_host = {name: n - before[name] for name, n in counted().items()}
-            waiting = distributed.Fetched(torch.cat([stats, grad_norm[None], *(more or [])])), done_by_host
-
-            is_last, stuck = step == config.steps, config.on_collapse == "stop" and health.stuck
-            interrupted, save_failed = distributed.anywhere(world, interrupts.received is not None, saver.failed)
-            if save_failed:
-                saver.finish()
-            validates = is_last or (config.val_every and step % config.val_every == 0)
-            samples = config.sample_bytes and (is_last or (config.sample_every and step % config.sample_every == 0))
-            saves = is_last or interrupted or stuck or step % config.save_every == 0
-            if validates or samples or saves or step == first_step + 1 or world.device.type == "cpu":
-                record, waiting = settle(*waiting, step), None
-                if graph and (validates or samples or saves):
-                    runner.make_room()
-                if validates:
-                    watch.at(step, "validation")
-                    record |= validate(evaluated, val_stream, world, config.val_slices or None)
-                if samples:
-                    watch.at(step, "writing a sample")
-                    record |= sample(inference, config, world)
-                report(step, record)
-                if saves:
-                    watch.at(step, "saving")
-                    saver.start(step, about)
-                settled = time.perf_counter()  # the next step's time begins here
-            if stuck:
-                saved = saver.finish()
-                metrics.close()
-                raise UserError(f"step {step}: a router is stuck, see above (--on-collapse stop); saved {saved}")
-            if interrupted and not is_last:
-                saved = saver.finish()
-                logger.info("asked to stop: saved %s; go on with --save-dir %s --resume auto", saved, run)
-                break
-        saver.finish()
-        metrics.close()
-        if step == config.steps:
-            watch.at(step, "showing results")
-            show_results(evaluated, val_stream, run, world)
-    distributed.stop()
+        self.metrics.log(done, record)
+        if done == config.steps or done % config.log_every == 0 or done == self.first_step + 1:
+            a_step = (time.perf_counter() - self.began) / (done - self.first_step)
+            logger.info(progress_line(done, record, a_step * (config.steps - done), self.hnet, config))
 
 
 def open_metrics(run: Path, step: int, about: dict, hnet: HNetConfig, config: TrainConfig, world: World) -> Metrics:
@@ -636,6 +686,35 @@ def show_results(model: HNetLM, val_stream: fineweb.ByteStream, run: Path, world
         f"{last['val_bpb']:.3f} bits per byte on {last['val_bytes']:,} bytes of held-out text; "
         f"curves in {run / 'plots.html'}"
     )
+
+
+def main(argv: Sequence[str]) -> None:
+    config = read_config(argv)
+    hnet, start_weights = read_model(config)
+    world = distributed.start(config.device, config.replicate or 1, max(600, 2 * config.timeout))
+    logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s", stream=sys.stdout)
+    if world.device.type == "cpu":
+        keep_freed_memory()
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU for what stays float32: residual_proj
+
+    if config.early_exit == "generate":
+        dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+        equal = equivalence.run(hnet, config.pt_ckpt or None, world.device, dtype, config.seed)
+        distributed.stop()
+        sys.exit(not equal)
+    half = config.dtype == "bfloat16" or (config.dtype == "auto" and world.device.type == "cuda")
+    dtype = torch.bfloat16 if half else torch.float32
+    graph, world = takes_graphs(config, hnet, dtype, world)
+    # graphs have bfloat16 copies of their own beside a whole float32 model
+    model = distributed.build_model(
+        hnet, world, torch.float32 if graph else dtype, config.seed, start_weights, config.reshard
+    )
+    groups = parameter_groups(model, config.lr, config.weight_decay)
+    if config.early_exit == "dumpparams":
+        dump_parameters(model, groups)
+    else:
+        Run(Trainee(model, groups, graph, dtype, hnet, config, world)).train()
+    distributed.stop()
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def _alone(argv: Sequence[str], folder: Path, environment: dict[str, str], logs:
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
     os.environ.clear()
     os.environ.update(environment)
-    sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     os.chdir(folder)
     for stream, log in enumerate(logs, 1):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
