@@ -1030,7 +1030,8 @@ def prepare(
     if not 0 <= holdout < 1:
         raise DataError(f"--holdout {holdout}: expected a share from 0 to below 1")
     if shard_bytes < 1 or (processes is not None and processes < 1):
-        raise DataError(f"--shard-bytes {shard_bytes} and --processes {processes} must be at least 1")
+        name, value = ("--shard-bytes", shard_bytes) if shard_bytes < 1 else ("--processes", processes)
+        raise DataError(f"{name} {value}: expected 1 or more")
     processes = processes or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     run_bytes = min(RUN_BYTES, max(1, shard_bytes // 2))
     plan = dict(source=source, options=dict(text_column=text_column, holdout=holdout, shard_bytes=shard_bytes))

@@ -6,7 +6,10 @@ the flags. A run's folder holds its configs, metrics.jsonl, checkpoints and plot
 Read top to bottom: config -> one step -> what is reported -> the run -> `main`.
 """
 
+import argparse
+import contextlib
 import dataclasses
+import importlib.util
 import logging
 import math
 import os
@@ -15,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -47,6 +50,7 @@ from hnet_runtime.run import (
     code_revision,
     in_words,
     keep_freed_memory,
+    leave_unused,
     open_folder,
 )
 from hnet_runtime.watchdog import Watchdog
@@ -66,9 +70,14 @@ def flag(*short: str):
     return tyro.conf.arg(aliases=short)
 
 
+ABOUT = """Train an H-Net. Without flags: a tiny one, on the Python standard library, on this machine's best device.
+
+--config-file FILE.yaml gives flags by their names with underscores, as a run's train.yaml does; flags win over it."""
+
+
 @dataclass
 class TrainConfig:
-    """Train an H-Net. Without flags: a tiny one, on the Python standard library, on this machine's best device."""
+    """The flags of a run."""
 
     config: Annotated[str, flag("-c")] = ""
     """Model config, a JSON file. Empty: the checkpoint's own with -p, else configs/hnet_1stage_tiny.json."""
@@ -134,7 +143,8 @@ class TrainConfig:
     save_dir: str = ""
     """The run's folder. Empty: runs/<config>-<time>."""
     resume: str = ""
-    """auto: go on from the newest complete checkpoint in save_dir, if there is one. Or a checkpoint's folder."""
+    """auto: go on from the newest complete checkpoint in save_dir, if there is one. Or a run's or checkpoint's folder.
+    Flags that are not given are those of that run."""
     save_every: int = 250
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
@@ -190,6 +200,10 @@ class TrainConfig:
         self._expect("decay", self.warmup + self.decay <= 1, f"at most 1 together with --warmup {self.warmup}")
         self._expect("ac", self.ac != "selective" or self.compile != "block", "none or block with --compile block")
         self._expect("logger", self.logger != "neptune", "wandb or tensorboard (neptune, which only printed, is gone)")
+        self._expect("seed", 0 <= self.seed < 2**63, "0 or more, below 2**63")
+        for name in ("wandb", "tensorboard"):
+            if self.logger == name and importlib.util.find_spec(name) is None:
+                raise UserError(f"--logger {name}: {name} is not installed; pip install -e '.[{name}]'")
 
     def _expect(self, name: str, good: bool, expected: str) -> None:
         if not good:
@@ -197,27 +211,58 @@ class TrainConfig:
 
 
 def read_config(argv: Sequence[str]) -> TrainConfig:
-    """Flags over the YAML file of --config-file over the defaults. An unknown flag ends the program with status 2."""
-    argv, default = list(argv), TrainConfig()
-    if "--config-file" in argv:
-        at = argv.index("--config-file")
-        if at + 1 == len(argv):
-            raise UserError("--config-file: expected a YAML file after it")
-        _, path = argv.pop(at), argv.pop(at)
-        try:
-            given = yaml.safe_load(Path(path).read_text()) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"--config-file {path}: not a readable YAML file ({str(error).splitlines()[0]})") from None
-        known = {f.name: type(getattr(default, f.name)) for f in dataclasses.fields(TrainConfig)}
-        for key, value in given.items() if isinstance(given, dict) else [(given, None)]:
-            if key not in known:
-                raise UserError(f"--config-file {path}: unknown key {key!r}; known are {', '.join(known)}")
-            if not isinstance(value, (int, float) if known[key] is float else known[key]):
-                raise UserError(f"--config-file {path}: {key}: {value!r}; expected {known[key].__name__}")
-        default = TrainConfig(**given)
-    config = tyro.cli(TrainConfig, args=argv, default=default)
+    """Flags over the YAML file of --config-file, over those of the run that --resume goes on with, over the defaults.
+
+    An unknown flag ends the program with status 2.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-file", default="")
+    file, rest = parser.parse_known_args(argv)
+    given = _read_yaml(file.config_file) if file.config_file else {}
+    config = tyro.cli(TrainConfig, args=rest, default=TrainConfig(**given), description=ABOUT)
+    if earlier := _flags_of_the_run(config):
+        config = tyro.cli(TrainConfig, args=rest, default=TrainConfig(**earlier | given))
     config.check()
     return config
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        given = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config-file {path}: not a readable YAML file ({str(error).splitlines()[0]})") from None
+    kinds = get_type_hints(TrainConfig)
+    if not isinstance(given, dict):
+        raise UserError(f"--config-file {path}: expected flags and their values, like steps: 900")
+    for key, value in given.items():
+        if key not in kinds:
+            raise UserError(f"--config-file {path}: unknown key {key!r}; known are {', '.join(kinds)}")
+        kind, choices = kinds[key], get_args(kinds[key])
+        if kind is float and not isinstance(value, bool):  # 1e-3 is text to YAML, which wants 1.0e-3
+            with contextlib.suppress(TypeError, ValueError):
+                value = given[key] = float(value)
+        if choices and value not in choices:
+            raise UserError(f"--config-file {path}: {key}: {value!r}; expected one of {', '.join(choices)}")
+        if not choices and type(value) is not kind:
+            raise UserError(f"--config-file {path}: {key}: {value!r}; expected {kind.__name__}")
+    return given
+
+
+def _flags_of_the_run(config: TrainConfig) -> dict[str, Any]:
+    """The flags of the run that is resumed, if there is one; what they mean by now is for `TrainConfig.check`."""
+    folder = config.save_dir if config.resume == "auto" else config.resume
+    if not folder:
+        return {}
+    earlier = checkpoint.train_config_of(folder)
+    if earlier is None and (Path(folder) / "train.yaml").exists():  # it ended before its first checkpoint
+        earlier = yaml.safe_load((Path(folder) / "train.yaml").read_text())
+    if not isinstance(earlier, dict):
+        return {}
+    known = {field.name for field in dataclasses.fields(TrainConfig)} - set(OF_ONE_START)
+    return {name: value for name, value in earlier.items() if name in known}
+
+
+OF_ONE_START = ("save_dir", "resume", "early_exit")  # flags that are not the run's
 
 
 def read_model(config: TrainConfig) -> tuple[HNetConfig, dict[str, Tensor] | None]:
@@ -230,9 +275,18 @@ def read_model(config: TrainConfig) -> tuple[HNetConfig, dict[str, Tensor] | Non
             raise UserError(f"-N {config.n_compression}: expected numbers joined by dashes, like 1-3-9") from None
         overrides["N_compress"] = [int(n) if n.is_integer() else n for n in numbers]
     if not config.pt_ckpt:
-        return HNetConfig.load(config.config or DEFAULT_CONFIG, **overrides), None
-    start = weights.load(config.pt_ckpt, HNetConfig.load(config.config, **overrides) if config.config else None)
-    return HNetConfig.load(start.config.to_dict(), **overrides), start.weights
+        return _load_config(config.config or DEFAULT_CONFIG, overrides, config), None
+    start = weights.load(config.pt_ckpt, _load_config(config.config, overrides, config) if config.config else None)
+    return _load_config(start.config.to_dict(), overrides, config), start.weights
+
+
+def _load_config(source: str | dict[str, Any], overrides: dict[str, Any], config: TrainConfig) -> HNetConfig:
+    try:
+        return HNetConfig.load(source, **overrides)
+    except ConfigError as error:
+        if not overrides or "N_compress" not in str(error):
+            raise
+        raise UserError(f"-N {config.n_compression}: {error}") from None
 
 
 def lr_scale(step: int, config: TrainConfig) -> float:
@@ -452,6 +506,8 @@ def check_continuation(source: Path, about: dict[str, Any]) -> int:
                 f"{source}: {what} differs ({theirs[name]} there, {ours[name]} here), so the data would not go on "
                 "where it stopped; to start a new run from these weights use -p"
             )
+    if saved["step"] > ours["steps"]:
+        raise UserError(f"--steps {ours['steps']}: {source} has done {saved['step']} steps already")
     return saved["step"]
 
 
@@ -464,10 +520,10 @@ def takes_graphs(config: TrainConfig, hnet: HNetConfig, dtype: torch.dtype, worl
         return False, world
     obstacle = graphs.obstacle(hnet, world.device, dtype)
     if config.max_chunks_per_rank:
-        obstacle = "they do not know --max-chunks-per-rank"
+        obstacle = "graphs do not know --max-chunks-per-rank"
     if world.shards > 1 and not obstacle:
         if config.replicate:
-            obstacle = f"they need whole weights on each process: with {world.size}, --replicate {world.size}"
+            obstacle = f"graphs need whole weights on each process: with {world.size}, --replicate {world.size}"
         elif too_large := distributed.too_large_for_copies(hnet, world):
             obstacle = too_large
         else:
@@ -483,7 +539,7 @@ def dump_parameters(model: HNetLM, groups: list[dict[str, Any]]) -> None:
     """Prints modules and parameters; with LOVELY_TENSORS=1 also lovely-tensors' summary of each."""
     lovely = None
     if os.environ.get("LOVELY_TENSORS") == "1" and not (lovely := equivalence.lovely_summary()):
-        logger.warning("LOVELY_TENSORS=1: lovely-tensors is not installed; pip install 'hnet-trainable[debug]'")
+        logger.warning("LOVELY_TENSORS=1: lovely-tensors is not installed; pip install -e '.[debug]'")
     print(model)
     group_of = {name: group for group in groups for name in group["names"]}
     for name, p in model.named_parameters():
@@ -513,12 +569,12 @@ class Run:
         distributed.check_same(flags | same, world)
         self.about, self.folder = about, open_folder(config.save_dir, name, world)
         parameters = sum(p.numel() for p in trainee.parameters)
-        checkpoint.require_room(self.folder, parameters)
-        self.step = 0  # optimizer steps done
-        if source := checkpoint_to_resume(self.folder, config.resume, world):
-            self.step = check_continuation(source, about)
-            trainee.load(source)
-            logger.info("going on from %s", source)
+        try:
+            checkpoint.require_room(self.folder, parameters)
+            self.step = self._go_on()
+        except UserError:
+            leave_unused(self.folder, world)
+            raise
         self.first_step = self.step
         self.metrics = open_metrics(self.folder, self.step, about, hnet, config, world)
         logger.info(
@@ -533,6 +589,22 @@ class Run:
         self.saver = checkpoint.Saver(self.folder, trainee.model, trainee.optimizer, config.keep, config.keep_every)
         # of the last step: its numbers, which the device has yet to deliver, and what the host has done for it
         self.waiting: tuple[distributed.Fetched, dict[str, int]] | None = None
+
+    def _go_on(self) -> int:
+        """Loads the checkpoint that the run goes on from, if there is one. Returns the optimizer steps done."""
+        source = checkpoint_to_resume(self.folder, self.config.resume, self.world)
+        if source is None:
+            return 0
+        done = check_continuation(source, self.about)
+        self.trainee.load(source)
+        logger.info("going on from %s", source)
+        theirs, ours = checkpoint.read_train(source)["config"], self.about["config"]
+        for name in ours.keys() - set(OF_ONE_START):
+            if name in theirs and theirs[name] != ours[name]:
+                logger.info(f"with --{name.replace('_', '-')} {ours[name]}, which was {theirs[name]}")
+        if done == self.config.steps:
+            logger.info("all %d steps are done", done)
+        return done
 
     def train(self) -> None:
         """Raises UserError where a number isn't finite, a checkpoint can't be written, or a router is stuck."""
@@ -678,9 +750,9 @@ def show_results(model: HNetLM, val_stream: fineweb.ByteStream, run: Path, world
         logger.info("held-out text in the chunks that the model cut:")
         print_chunks(text, list(zip(*opens)))
         share, base = last["val_edge_share"], last["val_edge_base"]
+        compared = f": {share / base:.1f} times as often as by chance" if base else ""
         logger.info(
-            f"{share:.0%} of the chunks begin at the edge of a word, where {base:.0%} of all bytes do: "
-            f"{share / base:.1f} times as often as by chance"
+            f"{share:.0%} of the chunks begin at the edge of a word, where {base:.0%} of all bytes do{compared}"
         )
     logger.info(
         f"{last['val_bpb']:.3f} bits per byte on {last['val_bytes']:,} bytes of held-out text; "
@@ -721,7 +793,7 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (UserError, ConfigError, fineweb.DataError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        sys.stderr.write(f"train.py: {error}\n")  # at once: other ranks may say it too
         if dist.is_initialized() and dist.get_world_size() == 1:  # else NCCL adds a warning to the sentence
             dist.destroy_process_group()
         sys.exit(2)

@@ -277,13 +277,14 @@ def require_room(run: Path, parameters: int) -> None:
     """Raises UserError unless the disk of `run` has room for a checkpoint: float32 weights and two moments of each."""
     needed, free = 12 * parameters, shutil.disk_usage(run).free
     if free < needed:
-        raise UserError(f"--save-dir {run}: {free / 1e9:.1f} GB are free and a checkpoint takes {needed / 1e9:.1f} GB")
+        raise UserError(f"--save-dir {run}: {free / 1e6:,.1f} MB are free and a checkpoint takes {needed / 1e6:,.1f}")
 
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, dcp.CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+    said = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return f"writing ended early, as on a full disk: {said}" if "inline_container" in said else said
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -76,7 +76,7 @@ def harness_model(model: HNetLM, context: int, batch: int) -> Any:
         import lm_eval  # noqa: F401
         from lm_eval.api.model import LM
     except ImportError as error:
-        message = "--tasks: lm-evaluation-harness is not installed; pip install 'hnet-trainable[lm-eval]'"
+        message = "--tasks: lm-evaluation-harness is not installed; pip install -e '.[lm-eval]'"
         raise UserError(f"{message} ({error})") from None
 
     class HarnessModel(LM):

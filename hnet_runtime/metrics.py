@@ -25,7 +25,7 @@ class JsonlSink:
     """`metrics.jsonl`: one line a step, each step once. A resumed run drops the lines past the step it starts from."""
 
     def __init__(self, path: Path, first_step: int):
-        kept = [line for line in read_lines(path) if json.loads(line)["step"] <= first_step]
+        kept = [line for line, row in zip(read_lines(path), read_metrics(path)) if row["step"] <= first_step]
         scratch = path.with_suffix(".writing")
         scratch.write_text("".join(line + "\n" for line in kept))
         os.replace(scratch, path)
@@ -34,7 +34,12 @@ class JsonlSink:
     def log(self, step: int, record: dict[str, Any]) -> None:
         safe = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         safe.pop("sample_html", None)
-        self._file.write(json.dumps({"step": step, **safe}) + "\n")
+        try:
+            self._file.write(json.dumps({"step": step, **safe}) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{self._file.name}: can't be written ({error.strerror}); checkpoints are untouched"
+            ) from None
 
     def close(self) -> None:
         self._file.close()
@@ -49,8 +54,15 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a run's `metrics.jsonl`, in step order."""
-    return [json.loads(line) for line in read_lines(path)]
+    """The records of a run's `metrics.jsonl`, in step order. Raises UserError for a line that is none."""
+    records = []
+    for number, line in enumerate(read_lines(path), 1):
+        try:
+            records.append(json.loads(line))
+            assert isinstance(records[-1]["step"], int)
+        except (ValueError, KeyError, TypeError, AssertionError):
+            raise UserError(f"{path}, line {number}: expected a JSON object with a step") from None
+    return records
 
 
 GROUPS = {  # panel -> prefixes of the keys in it, for wandb and TensorBoard
@@ -70,10 +82,8 @@ class WandbSink:
     """wandb, online or offline; the run's id is kept in its folder, so a resumed run goes on in the same curves."""
 
     def __init__(self, run: Path, config: dict[str, Any]):
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("--logger wandb: wandb is not installed; pip install 'hnet-trainable[wandb]'") from None
+        import wandb
+
         id_file = run / "wandb_id"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
@@ -102,11 +112,8 @@ class TensorBoardSink:
     """TensorBoard's event files, in the run's folder; what a resumed run repeats is purged."""
 
     def __init__(self, run: Path, first_step: int):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            message = "--logger tensorboard: tensorboard is not installed; pip install 'hnet-trainable[tensorboard]'"
-            raise UserError(message) from None
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
 
     def log(self, step: int, record: dict[str, Any]) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hnet_runtime import UserError
-from hnet_runtime.metrics import read_lines
+from hnet_runtime.metrics import read_metrics
+from hnet_runtime.reports import write_whole
 from hnet_trainable import ConfigError, HNetConfig, lr_modulation
 
 TEMPLATE = Path(__file__).with_name("plots.html")
@@ -55,14 +55,8 @@ def read_run(run: str | Path) -> list[dict[str, Any]]:
 
     A last line that a crash tore is left out. Raises UserError naming the folder or the line.
     """
-    path, records = Path(run) / "metrics.jsonl", []
-    for number, line in enumerate(read_lines(path), 1):
-        try:
-            record = json.loads(line)
-            assert isinstance(record["step"], int)
-        except (ValueError, KeyError, TypeError, AssertionError):
-            raise UserError(f"{path}, line {number}: expected a JSON object with a step") from None
-        records.append(record)
+    path = Path(run) / "metrics.jsonl"
+    records = read_metrics(path)
     if not records:
         what = "holds no whole record yet" if path.exists() else "no such file"
         raise UserError(f"{path}: {what}; expected the metrics of a run of train.py")
@@ -136,7 +130,7 @@ def write_png(panels: list[Panel], path: Path) -> None:
         axis.set_xlabel("step", fontsize=8)
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
-    _write(path, lambda scratch: figure.savefig(scratch, format="png", dpi=100))
+    write_whole(path, lambda scratch: figure.savefig(scratch, format="png", dpi=100))
     plt.close(figure)
 
 
@@ -145,16 +139,7 @@ def write_html(panels: list[Panel], title: str, path: Path) -> None:
     content = (
         TEMPLATE.read_text().replace("__TITLE__", html.escape(title)).replace("__DATA__", data.replace("<", "\\u003c"))
     )
-    _write(path, lambda scratch: scratch.write_text(content, encoding="utf-8"))
-
-
-def _write(path: Path, write: Any) -> None:
-    scratch = path.with_name(path.name + ".writing")
-    try:
-        write(scratch)
-        os.replace(scratch, path)
-    except OSError as error:
-        raise UserError(f"{path}: can't be written ({error.strerror})") from None
+    write_whole(path, lambda scratch: scratch.write_text(content, encoding="utf-8"))
 
 
 def plot(runs: list[str | Path], out: Path) -> list[Path]:

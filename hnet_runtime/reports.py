@@ -1,7 +1,31 @@
-"""The results of an evaluation as a page of Markdown tables."""
+"""Results as files that appear whole, and an evaluation's as a page of Markdown tables."""
 
-from collections.abc import Iterable
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
+
+from hnet_runtime import UserError
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Has `write` write a file that becomes `path` once it is complete; until then, what was there stays.
+
+    Raises UserError where that can't be done.
+    """
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        os.close(handle)
+        scratch = Path(name)
+        try:
+            write(scratch)
+            scratch.chmod(0o644)
+            scratch.replace(path)
+        finally:
+            scratch.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror})") from None
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -27,22 +27,28 @@ def open_folder(save_dir: str, name: str, world: World) -> Path:
     chosen = [save_dir or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}"]
     dist.broadcast_object_list(chosen)
     run = Path(chosen[0])
-    busy = [False]
+    mistake: list[str | None] = [None]
     if world.is_main:
         try:
             run.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--save-dir {run}: can't be made ({error.strerror})") from None
-        lock = open(run / ".lock", "w")  # noqa: SIM115 (held until the process ends)
-        try:
+            lock = open(run / ".lock", "w")  # noqa: SIM115 (held until the process ends)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _locks.append(lock)
         except BlockingIOError:
-            busy = [True]
-        _locks.append(lock)
-    dist.broadcast_object_list(busy)
-    if busy[0]:
-        raise UserError(f"--save-dir {run}: another run is writing there; name another folder")
+            mistake = [f"--save-dir {run}: another run is writing there; name another folder"]
+        except OSError as error:
+            mistake = [f"--save-dir {run}: can't be made or written to ({error.strerror})"]
+    dist.broadcast_object_list(mistake)
+    if mistake[0]:
+        raise UserError(mistake[0])
     return run
+
+
+def leave_unused(run: Path, world: World) -> None:
+    """Removes a folder that `open_folder` has made for a run that was refused then."""
+    if world.is_main and [path.name for path in run.iterdir()] == [".lock"]:
+        (run / ".lock").unlink()
+        run.rmdir()
 
 
 _locks: list = []
@@ -68,6 +74,12 @@ def checkpoint_to_resume(run: Path, resume: str, world: World) -> Path | None:
     return chosen
 
 
+def newest(path: Path) -> Path:
+    """A run's newest complete checkpoint; anything else as it is."""
+    found = checkpoint.complete(path)
+    return found[-1] if found else path
+
+
 def _choose_checkpoint(run: Path, resume: str) -> Path | None:
     found = checkpoint.complete(run)
     if resume == "auto":
@@ -75,7 +87,7 @@ def _choose_checkpoint(run: Path, resume: str) -> Path | None:
             logger.warning("passed over %s: not a complete checkpoint", folder)
         return found[-1] if found else None
     if resume:
-        return Path(resume)
+        return newest(Path(resume))
     if found or (run / "metrics.jsonl").exists():
         raise UserError(f"--save-dir {run}: holds a run already; go on with --resume auto, or name another folder")
     return None

@@ -14,10 +14,8 @@ checkpoints, which torch would open with the full pickle module. Whatever is wro
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,9 +26,11 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from hnet_runtime import UserError
 from hnet_runtime import checkpoint as own
 from hnet_runtime.checkpoint import CheckpointError, SafeReader
 from hnet_runtime.distributed import PLAIN_FLOAT32
+from hnet_runtime.reports import write_whole
 from hnet_simple import HNetInference
 from hnet_trainable import ConfigError, HNetConfig, HNetLM, parse_layout
 
@@ -357,24 +357,14 @@ def export(
         folder.mkdir(parents=True, exist_ok=True)
         if form == "pt":
             keys.pop("N_compress")
-            _write(file, lambda temporary: torch.save(weights, temporary))
+            write_whole(file, lambda temporary: torch.save(weights, temporary))
         else:
             from safetensors.torch import save_file
 
             separate = {name: tensor.clone() for name, tensor in weights.items()}  # tied weights would share memory
-            _write(file, lambda temporary: save_file(separate, temporary, metadata={"format": "pt"}))
-        _write(folder / "config.json", lambda temporary: Path(temporary).write_text(json.dumps(keys, indent=2) + "\n"))
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: can't be written ({getattr(error, 'strerror', None) or error})") from None
+            write_whole(file, lambda temporary: save_file(separate, temporary, metadata={"format": "pt"}))
+        write_whole(folder / "config.json", lambda temporary: temporary.write_text(json.dumps(keys, indent=2) + "\n"))
+    except (UserError, OSError, RuntimeError) as error:
+        said = str(error).splitlines()[0] if isinstance(error, RuntimeError) else str(error)
+        raise CheckpointError(f"{folder}: can't be written ({getattr(error, 'strerror', None) or said})") from None
     return [file, folder / "config.json"]
-
-
-def _write(path: Path, write: Any) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)

@@ -32,6 +32,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bytes-per-gpu", type=int, default=32768)
     tokens = parser.parse_args().bytes_per_gpu
+    if tokens < 1:
+        parser.error(f"--bytes-per-gpu {tokens}: expected 1 or more")
     import torch
 
     for name in ("hnet_1stage_small", "hnet_1stage_L", "hnet_2stage_XL"):

@@ -8,6 +8,8 @@ python scripts/evaluate.py RUN --tasks arc_easy,lambada_openai
 torchrun --nproc-per-node 8 scripts/evaluate.py ...            the same numbers, sooner
 """
 
+import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +22,7 @@ import tyro
 
 import fineweb
 from hnet_runtime import UserError, checkpoint, choices, distributed, harness, scoring
-from hnet_runtime.reports import markdown
+from hnet_runtime.reports import markdown, write_whole
 from hnet_runtime.weights import load_training
 from hnet_trainable import ConfigError
 
@@ -71,6 +73,8 @@ def main(argv: Sequence[str]) -> None:
             raise UserError(f"--{name} {getattr(options, name)}: expected {least} or more")
     if options.stride > (options.context or scoring.CONTEXT):
         raise UserError(f"--stride {options.stride}: expected at most --context {options.context or scoring.CONTEXT}")
+    if options.out and not os.access(folder := Path(options.out).absolute().parent, os.W_OK):
+        raise UserError(f"--out {options.out}: {folder} is no folder that can be written to")
     began = time.perf_counter()
     questions = choices.read_questions(options.choices) if options.choices else []
     world = distributed.start(options.device)
@@ -97,8 +101,9 @@ def main(argv: Sequence[str]) -> None:
     if world.is_main:
         print(markdown(result))
         if options.out:
-            checkpoint.write_json(Path(f"{options.out}.json"), result)
-            Path(f"{options.out}.md").write_text(markdown(result) + "\n")
+            pages = {"json": json.dumps(result, indent=1), "md": markdown(result)}
+            for form, text in pages.items():
+                write_whole(Path(f"{options.out}.{form}"), lambda scratch, text=text: scratch.write_text(text + "\n"))
     distributed.stop()
 
 

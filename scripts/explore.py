@@ -6,7 +6,6 @@ python scripts/explore.py RUN_A RUN_B --text article.txt        two checkpoints 
 The page shows chunks of every stage, nested; boundary probabilities on hover; what each byte cost to predict, as heat.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 import tyro
 
 from hnet_runtime import UserError, explorer
+from hnet_runtime.reports import write_whole
 from hnet_runtime.weights import load_training
 from hnet_trainable import ConfigError
 
@@ -64,12 +64,7 @@ def main(argv: Sequence[str]) -> None:
         targets.append(model.config.target_ratios)
     names = [source for source, _ in sources]
     page = explorer.page(text, names, analyses, targets, Path(options.text).name or "A few lines")
-    scratch = Path(f"{options.out}.writing")
-    try:
-        scratch.write_text(page, encoding="utf-8")
-        os.replace(scratch, options.out)
-    except OSError as error:
-        raise UserError(f"--out {options.out}: can't be written ({error.strerror})") from None
+    write_whole(Path(options.out), lambda scratch: scratch.write_text(page, encoding="utf-8"))
     print(f"{options.out}: {len(text):,} bytes of text, {len(page) / 1e6:.1f} MB; open it in a browser")
 
 

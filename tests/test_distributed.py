@@ -484,7 +484,7 @@ def test_mistakes_of_several_processes(corpus, undisturbed, tmp_path):
 
 def test_a_disk_without_room_is_refused(tmp_path):
     checkpoint.require_room(tmp_path, 1000)
-    with pytest.raises(checkpoint.UserError, match="GB are free and a checkpoint takes 12000000.0 GB"):
+    with pytest.raises(checkpoint.UserError, match="MB are free and a checkpoint takes 12,000,000,000.0"):
         checkpoint.require_room(tmp_path, 10**15)
 
 

@@ -232,7 +232,7 @@ def test_the_harness_itself_where_it_is_installed(model, tmp_path):
 
 def test_without_the_harness_the_install_command_is_named(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(UserError, match=r"pip install 'hnet-trainable\[lm-eval\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[lm-eval\]'"):
         harness.run_tasks(model, ["arc_easy"], 64, 1, None)
 
 

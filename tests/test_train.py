@@ -1,8 +1,10 @@
 """train.py as a person runs it: real processes, a tiny model, real text."""
 
+import importlib.util
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -19,7 +21,7 @@ from processes import run_train
 import fineweb
 import train
 from hnet_runtime import UserError, distributed, statistics
-from hnet_runtime.metrics import GROUPS, panel
+from hnet_runtime.metrics import GROUPS, JsonlSink, panel
 from hnet_runtime.run import code_revision, in_words
 from hnet_runtime.weights import export
 from hnet_trainable import ConfigError, HNetConfig, HNetLM, init_weights
@@ -372,6 +374,87 @@ def test_graphs_in_bfloat16(corpus, tmp_path):
 def test_graphs_say_what_they_cannot_do(corpus, tmp_path):
     (tmp_path / "tied.json").write_text(json.dumps({**MODEL, "tie_embeddings": True}))
     assert "tied embeddings" in refused(corpus, "-c", str(tmp_path / "tied.json"), "-C", "graph")
+
+
+def test_a_run_goes_on_with_its_own_flags(corpus, tmp_path):
+    """Only what is given changes, and is named."""
+    folder = tmp_path / "run"
+    flags = ["--alpha", "0.05", "--save-every", "2", "--steps", "4", "--save-dir", str(folder)]
+    whole = tmp_path / "whole"
+    succeed(corpus, *flags[:-1], str(whole))
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "checkpoints" / "step_00000004")
+    bare = ["--device", "cpu", "--save-dir", str(folder), "--resume", "auto"]
+    done = run_train(bare, corpus, environment())
+    assert done.returncode == 0 and "which was" not in done.stdout, done
+    assert timeless(folder) == timeless(whole)
+    assert "all 4 steps are done" in run_train(bare, corpus, environment()).stdout
+    done = run_train([*bare, "--steps", "5", "--lr", "1e-3"], corpus, environment())
+    assert "with --lr 0.001, which was 0.002" in done.stdout and "with --steps 5, which was 4" in done.stdout
+    assert len(records(folder)) == 5
+    done = run_train([*bare, "--steps", "3"], corpus, environment())
+    assert done.returncode == 2 and "--steps 3" in done.stderr and "has done 5 steps" in done.stderr
+    shutil.rmtree(folder / "checkpoints")  # as if it had died before its first save
+    done = run_train(["--device", "cpu", "--save-dir", str(folder), "--resume", "auto"], corpus, environment())
+    assert done.returncode == 0 and len(records(folder)) == 5
+    assert "alpha: 0.05" in (folder / "train.yaml").read_text()
+    other = ["--resume", str(folder), "--save-dir", str(tmp_path / "other"), "--steps", "6", "--device", "cpu"]
+    assert "going on from" in run_train(other, corpus, environment()).stdout
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("device: gpu", "device: 'gpu'; expected one of auto, cpu, cuda"),
+        ("steps: true", "steps: True; expected int"),
+        ("lr: fast", "lr: 'fast'; expected float"),
+        ("stepz: 3", "unknown key 'stepz'"),
+        ("- 3", "expected flags"),
+        ("a: [", "not a readable YAML file"),
+    ],
+)
+def test_what_a_yaml_file_gives_wrong_is_named(tmp_path, text, said):
+    (tmp_path / "flags.yaml").write_text(text)
+    for argv in (["--config-file", str(tmp_path / "flags.yaml")], [f"--config-file={tmp_path}/flags.yaml"]):
+        with pytest.raises(UserError, match=re.escape(said)) as error:
+            train.read_config(argv)
+        assert "flags.yaml" in str(error.value)
+
+
+def test_a_yaml_file_may_write_numbers_in_any_way(tmp_path):
+    (tmp_path / "flags.yaml").write_text("lr: 1e-3\nalpha: 1\nseed: 7")
+    config = train.read_config(["--config-file", str(tmp_path / "flags.yaml"), "--seed", "8"])
+    assert (config.lr, config.alpha, config.seed) == (1e-3, 1.0, 8)
+
+
+@pytest.mark.parametrize("what", ["a file", "a logger that is not there", "a checkpoint that is not there"])
+def test_a_refused_start_leaves_nothing(corpus, tmp_path, monkeypatch, what):
+    folder = tmp_path / "run"
+    if what == "a file":
+        folder.write_text("mine")
+        assert f"--save-dir {folder}" in refused(corpus, "--save-dir", str(folder))
+        assert folder.read_text() == "mine"
+        return
+    if what == "a logger that is not there":
+        if importlib.util.find_spec("wandb"):
+            pytest.skip("wandb is installed")
+        assert "wandb is not installed" in refused(corpus, "-l", "wandb", "--save-dir", str(folder))
+    else:
+        refused(corpus, "--resume", str(tmp_path / "nowhere"), "--save-dir", str(folder))
+    assert not folder.exists()
+
+
+def test_metrics_that_are_damaged_or_cannot_be_written_are_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": \n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2"):
+        JsonlSink(path, 1)
+    path.unlink()
+    sink = JsonlSink(path, 0)
+    sink._file.close()
+    sink._file = open("/dev/full", "a", buffering=1)  # noqa: SIM115
+    with pytest.raises(UserError, match="/dev/full: can't be written"):
+        sink.log(1, {})
 
 
 def test_a_yaml_file_gives_flags_and_flags_win(corpus, tmp_path):
