@@ -111,7 +111,7 @@ class FlatAdamW(torch.optim.AdamW):
         # of each parameter of the groups that is updated here, its place among all; and whether its norm counts
         places = [i for i, p in enumerate(group_of) if p in self._places]
         counts = [p in self.owned or rank == 0 for p in group_of if p in self._places]
-        self._places_P, self._counts_P = torch.tensor(places), torch.tensor(counts)
+        self._places_P, self._counts_P = torch.tensor(places, dtype=torch.int64), torch.tensor(counts)
         self._places_P, self._counts_P = (x.to(like["device"]) for x in (self._places_P, self._counts_P))
         self.copies = torch.zeros(end, dtype=copies[0][0].dtype, device=like["device"]) if copies else None
         self.refresh()
@@ -137,7 +137,7 @@ class FlatAdamW(torch.optim.AdamW):
         whole, own = self.spans[span], self._own[span]
         if own != whole:
             work = dist.reduce_scatter_tensor(self.gradient[own], self.gradient[whole], async_op=True)
-        elif not self.cut:
+        elif not self.cut or whole.start == whole.stop:
             return
         else:
             work = dist.all_reduce(self.gradient[whole], async_op=True)
@@ -160,7 +160,8 @@ class FlatAdamW(torch.optim.AdamW):
     def grad_norm(self) -> Tensor:
         """The global norm of all gradients, on the device: the same bits whoever updates what."""
         parameters = [p for group in self.param_groups for p in group["params"]]
-        norms_P = torch.stack(torch._foreach_norm([self._grads[p] for p in parameters if p in self._places]))
+        grads = [self._grads[p] for p in parameters if p in self._places]
+        norms_P = torch.stack(torch._foreach_norm(grads)) if grads else self.gradient.new_zeros(0)
         if self.cut:
             norms_P = norms_P.new_zeros(len(parameters)).index_copy_(0, self._places_P, norms_P * self._counts_P)
             dist.all_reduce(norms_P)
@@ -179,8 +180,10 @@ class FlatAdamW(torch.optim.AdamW):
         scale = self._one if self.grad_scale is None else self.grad_scale
         found_inf = self._no if self.found_inf is None else self.found_inf
         self._steps_P += 1 - found_inf
-        bias_2 = 1 - table[0] ** self._steps_P[0]
+        bias_2 = 1 - table[0] ** self._steps_P[0] if self._places else None
         for own, moments in zip(self._own, self._moments):
+            if not self._places or own.start == own.stop:  # a process may update nothing
+                continue
             w, g, copy = (x if x is None else x[own] for x in (self.weights, self.gradient, self.copies))
             flat = (x if x is None else x.view(-1, BLOCK) for x in (w, g, *moments, copy))
             group_K = self._group_K[own.start // BLOCK : own.stop // BLOCK]

@@ -401,7 +401,7 @@ class GraphedModel:
             for p in sorted(large, key=torch.numel, reverse=True):
                 min(parts, key=lambda part: sum(map(torch.numel, part))).append(p)
             spans.append(parts)
-        return [*spans, [small]]
+        return [*spans, [small]] if small else spans
 
     def _cut(self, modules: Sequence[nn.Module | nn.Parameter | None]) -> list[tuple[Block | None, list[Tensor]]]:
         pieces: list[tuple[Block | None, list[Tensor]]] = [(None, [])]
@@ -589,7 +589,9 @@ class GraphedModel:
             self.optimizer.add_up(span)
 
         losses.append(self._micro_batch(*last, finished if self.size > 1 else lambda span: None))
-        finished(len(self.optimizer.spans) - 1)
+        pieces = sum(map(len, self.weights.values())) if self.size > 1 else 0
+        for span in range(pieces, len(self.optimizer.spans)):  # all of it, or what stays float32
+            finished(span)
         self.optimizer.added_up()
         ce, *of_stages = torch.stack(losses).mean(0).split([1, self.S, self.S, self.S])
         return Losses(ce.squeeze(0), *of_stages)

@@ -11,10 +11,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +27,7 @@ from small_models import ONE_STAGE  # noqa: E402
 
 from hnet_kernels import adamw  # noqa: E402
 from hnet_kernels.adamw import BLOCK, adamw_  # noqa: E402
-from hnet_runtime import checkpoint, distributed  # noqa: E402
+from hnet_runtime import checkpoint, distributed, flat_adamw  # noqa: E402
 from hnet_runtime.flat_adamw import FlatAdamW  # noqa: E402
 from hnet_runtime.graphs import GraphedModel  # noqa: E402
 from hnet_runtime.statistics import weight_statistics  # noqa: E402
@@ -156,6 +159,56 @@ def test_gradients_and_copies_keep_their_places(world):
     order[3].grad = None
     with pytest.raises(RuntimeError, match="no longer the view"):
         optimizer.step()
+
+
+@given(st.data())
+@settings(max_examples=30, deadline=None)
+def test_processes_that_update_a_part_each_do_what_one_does(data):
+    """To the bit, however parameters fall to processes; here one after the other, with what would be sent."""
+    size = data.draw(st.integers(2, 4), "processes")
+    lengths = data.draw(st.lists(st.integers(1, 3 * BLOCK), min_size=1, max_size=8), "parameters")
+    places = [(data.draw(st.integers(0, 2)), data.draw(st.integers(0, size - 1))) for _ in lengths]  # span, process
+    everyones = [data.draw(st.booleans()) for _ in lengths]
+
+    def build_one(rank: int | None) -> tuple[FlatAdamW, list[nn.Parameter]]:
+        generator = torch.Generator().manual_seed(0)
+        ps = [nn.Parameter(torch.randn(n, generator=generator)) for n in lengths]
+        groups = [{"params": ps[0::2], "weight_decay": DECAY}, {"params": ps[1::2], "weight_decay": 0.0}]
+        groups = [group for group in groups if group["params"]]
+        cut = [[[] for _ in range(size)] for _ in range(3)]
+        for p, (span, process), every in zip(ps, places, everyones):
+            if not every:
+                cut[span][process].append(p)
+        spans = [*(span for span in cut if any(span)), [[p for p, every in zip(ps, everyones) if every]]]
+        spans = [span for span in spans if any(span)]
+        optimizer = FlatAdamW(groups, [[ps]] if rank is None else spans, BETAS, EPS, rank=rank or 0)
+        for p in ps:
+            p.grad.copy_(torch.randn(p.shape, generator=generator))
+        return optimizer, ps
+
+    one, wanted = build_one(None)
+    norm = one.grad_norm()
+    one.step()
+    everything, sent = [build_one(rank) for rank in range(size)], []
+    cut = everything[0][0].cut
+    with mock.patch.object(flat_adamw.dist, "all_reduce", sent.append), mock.patch.object(FlatAdamW, "share"):
+        norms = [optimizer.grad_norm() for optimizer, _ in everything]
+        for optimizer, _ in everything:
+            optimizer.step()
+    assert torch.equal(sum(sent).square().sum().sqrt() if cut else norms[0], norm)
+    assert len({tuple(optimizer._slices[p].start for p in ps) for optimizer, ps in everything}) == 1
+    for i, p in enumerate(wanted):
+        for rank, (optimizer, ps) in enumerate(everything):
+            mine = everyones[i] or places[i][1] == rank
+            assert (ps[i] in optimizer.state, ps[i] in optimizer.owned) == (mine, mine and not everyones[i])
+            if mine:
+                assert torch.equal(ps[i], p)
+                assert all(torch.equal(optimizer.state[ps[i]][key], one.state[p][key]) for key in one.state[p])
+    for span, *own in zip(everything[0][0].spans, *(optimizer._own for optimizer, _ in everything)):
+        parts = [(part.start, part.stop) for part in own]
+        if len(set(parts)) > 1:
+            assert parts == list(zip([span.start, *(stop for _, stop in parts)], (stop for _, stop in parts)))
+            assert parts[-1][1] == span.stop and len({stop - start for start, stop in parts}) == 1
 
 
 def test_what_it_cannot_take_is_refused(world):

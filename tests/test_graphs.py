@@ -187,6 +187,24 @@ def test_an_arena_gives_out_its_buffer_and_then_other_memory():
     assert len(large) == 2**20 and arena.beside == [large] and arena.keep(large).data_ptr() == large.data_ptr()
 
 
+@given(st.lists(st.tuples(st.integers(0, 3000), st.sampled_from([torch.uint8, torch.bfloat16, torch.float64]))))
+def test_what_an_arena_gives_out_does_not_overlap_and_lies_there_again_next_time(wanted):
+    arena = Arena([], torch.device("cpu"))
+    arena.grow(16_384)
+    seen = []
+    for _ in range(2):
+        arena.begin()
+        parts = [arena.empty((n,), dtype, torch.device("cpu")) for n, dtype in wanted]
+        for i, part in enumerate(parts):
+            part.fill_(i + 1)
+        assert all((part == i + 1).all() for i, part in enumerate(parts))
+        inside = [x for x in parts if x.untyped_storage().data_ptr() == arena.buffer.untyped_storage().data_ptr()]
+        assert all(x.data_ptr() % arena.ALIGNED == arena.buffer.data_ptr() % arena.ALIGNED for x in inside if len(x))
+        assert len(inside) + len(arena.beside) == len(parts)
+        seen.append([x.data_ptr() for x in inside])
+    assert seen[0] == seen[1]
+
+
 def test_graphs_of_other_sizes_go_where_memory_runs_out(monkeypatch):
     """Once: the step is run again without them. A second time in a row ends it."""
     graphed = GraphedModel(build(ONE_STAGE, torch.float64), torch.float64, ALPHA)
