@@ -344,12 +344,15 @@ def test_a_run_goes_on_at_another_world_size(corpus, undisturbed, tmp_path, size
 
 
 def test_a_run_in_which_each_process_updates_a_part_of_whole_weights_goes_on(corpus, undisturbed, tmp_path):
-    """Each has saved its part. Two such processes go on with the same bits, one alone with the same losses."""
+    """Each has saved its part. Two such processes go on with the same bits, one alone with the same losses; also where
+    one of them was killed."""
     folder = tmp_path / "run"
     train_job(corpus, folder, 2, *COPIES).succeed()
     check_close(folder, undisturbed)
     assert timeless(go_on_from_step_8(folder, tmp_path / "two", corpus, 2, *COPIES)) == timeless(folder)
     check_close(go_on_from_step_8(folder, tmp_path / "one", corpus, 1), undisturbed)
+    kill_one_and_resume(corpus, tmp_path / "killed", 2, *COPIES)
+    assert timeless(tmp_path / "killed") == timeless(folder)
 
 
 def go_on_from_step_8(source: Path, folder: Path, corpus: Path, size: int, *more: str) -> Path:
@@ -369,10 +372,10 @@ def check_close(one: Path, other: Path) -> None:
     assert records(one)[-1]["val_bpb"] == pytest.approx(records(other)[-1]["val_bpb"], rel=1e-4)
 
 
-def kill_one_and_resume(corpus: Path, folder: Path, seed: int) -> None:
+def kill_one_and_resume(corpus: Path, folder: Path, seed: int, *more: str) -> None:
     """Two processes; kill -9 of one at a random step. The other names it and ends; a second job goes on."""
     rng = random.Random(seed)
-    job, target, victim = train_job(corpus, folder, 2), rng.randint(1, 18), rng.randrange(2)
+    job, target, victim = train_job(corpus, folder, 2, *more), rng.randint(1, 18), rng.randrange(2)
     wait_for(lambda: steps_done(folder) >= target, job)
     time.sleep(rng.uniform(0, 0.05))
     job.ranks[victim].kill()
@@ -383,7 +386,7 @@ def kill_one_and_resume(corpus: Path, folder: Path, seed: int) -> None:
     assert f"rank {victim} (step " in message and "died" in message, message
     assert "The last good checkpoint: " in message, message
     assert (folder / "failure" / f"rank{1 - victim}.stacks").stat().st_size
-    train_job(corpus, folder, 2, "--resume", "auto").succeed()
+    train_job(corpus, folder, 2, "--resume", "auto", *more).succeed()
 
 
 @pytest.mark.parametrize("seed", range(2))
