@@ -45,6 +45,7 @@ from hnet_runtime.metrics import (
 )
 from hnet_runtime.plots import plot
 from hnet_runtime.run import (
+    Compilations,
     Interrupts,
     checkpoint_to_resume,
     code_revision,
@@ -422,6 +423,13 @@ class Trainee:
             self.optimizer.zero_grad()
         return torch.cat([stats, norm[None], *(more or [])])
 
+    def preparing(self, compilations: Compilations) -> str:
+        """What a first step has had to do before others, in words."""
+        captures = (
+            f", {self.runner.capture_seconds:.1f} s for {self.runner.captured} parts captured" if self.graph else ""
+        )
+        return f"{compilations}{captures}"
+
     def counted(self) -> dict[str, int]:
         """What the host has done so far, beside the steps."""
         return {
@@ -583,9 +591,13 @@ class Run:
             f"{self.train_stream.text_bytes / 1e6:.1f} MB of text; {config.steps} steps of "
             f"{config.mbs * config.global_slices:,} bytes; run folder {self.folder}"
         )
+        self.compilations = Compilations()
+        if world.device.type == "cuda":
+            logger.info("the first step compiles kernels, for up to a minute where Triton's cache has none of them")
         self.inference = HNetInference.from_training(trainee.evaluated)  # borrows the weights: nothing is copied
         self.interrupts, self.health = Interrupts(), RouterHealth(hnet.target_ratios, config.mbs)
-        self.began = self.settled = time.perf_counter()
+        self.settled = time.perf_counter()
+        self.last_line = self.settled, self.step
         self.saver = checkpoint.Saver(self.folder, trainee.model, trainee.optimizer, config.keep, config.keep_every)
         # of the last step: its numbers, which the device has yet to deliver, and what the host has done for it
         self.waiting: tuple[distributed.Fetched, dict[str, int]] | None = None
@@ -699,9 +711,15 @@ class Run:
         for trouble in self.health.look(done, record):
             logger.warning("step %d: %s", done, trouble)
         self.metrics.log(done, record)
+        if done == self.first_step + 1 and self.world.device.type == "cuda":
+            logger.info(
+                f"the first step took {record['step_ms'] / 1000:.1f} s: {self.trainee.preparing(self.compilations)}"
+            )
         if done == config.steps or done % config.log_every == 0 or done == self.first_step + 1:
-            a_step = (time.perf_counter() - self.began) / (done - self.first_step)
-            logger.info(progress_line(done, record, a_step * (config.steps - done), self.hnet, config))
+            now, (before, step) = time.perf_counter(), self.last_line
+            self.last_line = now, done
+            seconds_left = (now - before) / (done - step) * (config.steps - done)  # at the pace since the last line
+            logger.info(progress_line(done, record, seconds_left, self.hnet, config))
 
 
 def open_metrics(run: Path, step: int, about: dict, hnet: HNetConfig, config: TrainConfig, world: World) -> Metrics:

@@ -29,6 +29,7 @@ import importlib.util
 import itertools
 import logging
 import math
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
@@ -325,7 +326,7 @@ class GraphedModel:
     world: where several processes have a copy of the weights each, gradients are averaged over them, those of a piece
     while the backward of others goes on, and each process updates a part of the weights: see FlatAdamW.
 
-    `captured`: how many segments have been made so far; each took a tenth of a second or some.
+    `captured`: how many segments have been made so far, in `capture_seconds`; each took a tenth of a second or some.
     """
 
     def __init__(
@@ -372,7 +373,8 @@ class GraphedModel:
         self.losses = torch.zeros(1 + 3 * self.S, **wide)  # ce, ratio losses, F, G
         self.share, (self.dce, self.dratio) = 0.0, torch.zeros(2, **wide)
         self.kept: dict[str, float] = {}  # bytes a token that a part's forward keeps; of parts that have run
-        self.captured, self.room = 0, 0  # room: of how many bytes the steps may be
+        self.captured, self.capture_seconds = 0, 0.0
+        self.room = 0  # of how many bytes the steps may be
         self.forget()
 
     def _pieces(self) -> dict[str, list[tuple[Block | None, list[Tensor]]]]:
@@ -561,7 +563,9 @@ class GraphedModel:
             torch.cuda.synchronize(self.device)  # none of those that know the former buffer is being replayed
             self.segments[part].clear()
             arena.grow(need)
+        began = time.perf_counter()
         segment.capture(self.pool)
+        self.capture_seconds += time.perf_counter() - began
         if arena:
             self.kept[part] = arena.used / sizes.T
 

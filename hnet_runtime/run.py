@@ -1,5 +1,6 @@
 """A run's folder and what can happen to it: opening, locking, resuming, interrupting."""
 
+import contextlib
 import ctypes
 import fcntl
 import logging
@@ -91,6 +92,24 @@ def _choose_checkpoint(run: Path, resume: str) -> Path | None:
     if found or (run / "metrics.jsonl").exists():
         raise UserError(f"--save-dir {run}: holds a run already; go on with --resume auto, or name another folder")
     return None
+
+
+class Compilations:
+    """Counts the kernels that Triton compiles from now on in this process, with how long that takes."""
+
+    def __init__(self):
+        self.new, self.cached, self.seconds = 0, 0, 0.0
+        with contextlib.suppress(ImportError):  # no Triton, or one that tells nobody (before 3.4)
+            from triton import knobs
+
+            knobs.compilation.listener = self._count
+
+    def _count(self, *, times: Any, cache_hit: bool, **_: Any) -> None:
+        self.new, self.cached = self.new + (not cache_hit), self.cached + cache_hit
+        self.seconds += times.total / 1e6  # from microseconds
+
+    def __str__(self) -> str:
+        return f"{self.seconds:.1f} s for {self.new} kernels compiled and {self.cached} from Triton's cache"
 
 
 def keep_freed_memory() -> None:

@@ -22,7 +22,7 @@ import fineweb
 import train
 from hnet_runtime import UserError, distributed, statistics
 from hnet_runtime.metrics import GROUPS, JsonlSink, panel
-from hnet_runtime.run import code_revision, in_words
+from hnet_runtime.run import Compilations, code_revision, in_words
 from hnet_runtime.weights import export
 from hnet_trainable import ConfigError, HNetConfig, HNetLM, init_weights
 
@@ -598,6 +598,33 @@ def test_graphs_and_with_them_copies_of_the_weights_where_they_are_possible(monk
     world = One(0, size, device, SimpleNamespace(copies=1))
     found, world = train.takes_graphs(train.TrainConfig(**changed), hnet, torch.bfloat16, world)
     assert (found, world.mesh.copies) == (taken, copies)
+
+
+def test_compilations_are_counted_and_cached(tmp_path, monkeypatch):
+    """Triton can compile for a GPU that isn't there."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from hnet_kernels.norm_triton import _sum_rows
+
+    if not hasattr(_sum_rows, "arg_names"):
+        pytest.skip("under Triton's interpreter nothing is compiled")
+    counted = Compilations()
+    types = {
+        "parts_ptr": "*fp32",
+        "sum_ptr": "*fp32",
+        "N": "i32",
+        "D": "i32",
+        "ROWS": "constexpr",
+        "BLOCK_D": "constexpr",
+    }
+    for _ in range(2):
+        source = ASTSource(fn=_sum_rows, signature=types, constexprs={"ROWS": 64, "BLOCK_D": 32})
+        triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    assert (counted.new, counted.cached) == (1, 1) and 0 < counted.seconds < 100
+    assert str(counted).endswith("s for 1 kernels compiled and 1 from Triton's cache")
 
 
 def test_a_full_gpu_is_told_with_flags_that_there_are():
