@@ -1034,6 +1034,8 @@ def prepare(
         raise DataError(f"{name} {value}: expected 1 or more")
     processes = processes or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     run_bytes = min(RUN_BYTES, max(1, shard_bytes // 2))
+    if out.exists() and not out.is_dir():
+        raise DataError(f"--out {out}: a file; expected a folder, or a name for a new one")
     plan = dict(source=source, options=dict(text_column=text_column, holdout=holdout, shard_bytes=shard_bytes))
     root, files = _list_source(source)
     try:

@@ -55,7 +55,10 @@ def read_questions(path: str | Path) -> list[Question]:
                 "a number label"
             ) from None
         if len(endings) < 2 or not 0 <= label < len(endings) or not all(endings):
-            raise UserError(f"--choices {path}, line {number}: label {label} of {len(endings)} endings, none empty")
+            raise UserError(
+                f"--choices {path}, line {number}: {len(endings)} endings and label {label}; expected two endings or "
+                "more, none of them empty, and a label from 0 that is one of them"
+            )
     if not questions:
         raise UserError(f"--choices {path}: holds no questions")
     return questions

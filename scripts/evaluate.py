@@ -137,8 +137,13 @@ def documents(data: str, options: Options) -> Iterator[scoring.Document]:
     column = "" if options.by == "script" else options.by
     mixture = [data] if Path(data).exists() else [part.rsplit(":", 1)[0] for part in data.split(",")]
     if not all((Path(folder) / "manifest.json").exists() for folder in mixture):
-        for _, text, label in fineweb.read_documents(data, options.text_column, column):
-            yield scoring.Document(text, label)
+        try:
+            for _, text, label in fineweb.read_documents(data, options.text_column, column):
+                yield scoring.Document(text, label)
+        except fineweb.DataError as error:
+            if column and repr(column) in str(error):  # there it is a column like any other
+                raise UserError(str(error).replace("--text-column", "--by")) from None
+            raise
         return
     if column:
         raise UserError(

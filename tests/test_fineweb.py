@@ -331,6 +331,10 @@ def test_sources_that_are_none(tmp_path):
     refuses("empty: no text in it", tmp_path / "empty", tmp_path / "out")
     (tmp_path / "empty" / "a.txt").touch()
     refuses("empty: no text in it .1 empty, 0 bad", tmp_path / "empty", tmp_path / "out")
+    (tmp_path / "taken").write_text("mine")
+    refuses("--out .*taken: a file; expected a folder", tmp_path / "empty", tmp_path / "taken")
+    assert (tmp_path / "taken").read_text() == "mine"
+    refuses("--processes -1: expected 1 or more", tmp_path / "empty", tmp_path / "out", processes=-1)
     refuses("hf:a/b/c: not a dataset's name", "hf:a/b/c", tmp_path / "out")
     (tmp_path / "image.png").touch()
     refuses("image.png: expected one of .txt", tmp_path / "image.png", tmp_path / "out")

@@ -307,7 +307,10 @@ def test_questions_in_the_hellaswag_format(tmp_path):
     for text, words in (
         ("{}", "line 1: has no 'label'"),
         ('{"label": 1, "endings": ["a", "b"]}', "has no 'ctx'"),
-        ('{"ctx": "a", "label": 2, "endings": ["a", "b"]}', "line 1: label 2 of 2 endings"),
+        (
+            '{"ctx": "a", "label": 2, "endings": ["a", "b"]}',
+            "line 1: 2 endings and label 2; expected two endings or more",
+        ),
         ('{"ctx": "a", "label": "x", "endings": ["a", "b"]}', "expected a JSON object"),
         ("[1]", "expected a JSON object"),
         ("\n", "holds no questions"),
@@ -342,6 +345,15 @@ def test_the_command_on_one_and_two_processes(saved, texts, tmp_path, capsys):
     done = subprocess.run([*launch, "--out", str(tmp_path / "two")], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "two.json").read_text())["text"] == results[0]
+
+
+def test_groups_and_places_that_are_not_there_are_named(saved, texts, tmp_path):
+    for flags, said in (
+        (["--by", "nolabel"], r"line 1: .*'nolabel' \(--by\)"),
+        (["--out", str(tmp_path / "none" / "x")], "--out .*none is no folder that can be written to"),
+    ):
+        with pytest.raises(UserError, match=said):
+            command("evaluate")([str(saved), "--data", str(texts / "rows.jsonl"), *flags, "--device", "cpu"])
 
 
 def test_groups_by_label_and_by_script(saved, texts, tmp_path, capsys):
