@@ -44,6 +44,7 @@ from hnet_runtime.metrics import (
     read_metrics,
 )
 from hnet_runtime.plots import plot
+from hnet_runtime.reports import write_whole
 from hnet_runtime.run import (
     Compilations,
     Interrupts,
@@ -231,21 +232,21 @@ def _read_yaml(path: str) -> dict[str, Any]:
     try:
         given = yaml.safe_load(Path(path).read_text()) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config-file {path}: not a readable YAML file ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: not a readable YAML file ({str(error).splitlines()[0]})") from None
     kinds = get_type_hints(TrainConfig)
     if not isinstance(given, dict):
-        raise UserError(f"--config-file {path}: expected flags and their values, like steps: 900")
+        raise UserError(f"{path}: expected flags and their values, like steps: 900")
     for key, value in given.items():
         if key not in kinds:
-            raise UserError(f"--config-file {path}: unknown key {key!r}; known are {', '.join(kinds)}")
+            raise UserError(f"{path}: unknown key {key!r}; known are {', '.join(kinds)}")
         kind, choices = kinds[key], get_args(kinds[key])
         if kind is float and not isinstance(value, bool):  # 1e-3 is text to YAML, which wants 1.0e-3
             with contextlib.suppress(TypeError, ValueError):
                 value = given[key] = float(value)
         if choices and value not in choices:
-            raise UserError(f"--config-file {path}: {key}: {value!r}; expected one of {', '.join(choices)}")
+            raise UserError(f"{path}: {key}: {value!r}; expected one of {', '.join(choices)}")
         if not choices and type(value) is not kind:
-            raise UserError(f"--config-file {path}: {key}: {value!r}; expected {kind.__name__}")
+            raise UserError(f"{path}: {key}: {value!r}; expected {kind.__name__}")
     return given
 
 
@@ -256,11 +257,9 @@ def _flags_of_the_run(config: TrainConfig) -> dict[str, Any]:
         return {}
     earlier = checkpoint.train_config_of(folder)
     if earlier is None and (Path(folder) / "train.yaml").exists():  # it ended before its first checkpoint
-        earlier = yaml.safe_load((Path(folder) / "train.yaml").read_text())
-    if not isinstance(earlier, dict):
-        return {}
+        earlier = _read_yaml(f"{folder}/train.yaml")
     known = {field.name for field in dataclasses.fields(TrainConfig)} - set(OF_ONE_START)
-    return {name: value for name, value in earlier.items() if name in known}
+    return {name: value for name, value in (earlier or {}).items() if name in known}
 
 
 OF_ONE_START = ("save_dir", "resume", "early_exit")  # flags that are not the run's
@@ -611,8 +610,8 @@ class Run:
         self.trainee.load(source)
         logger.info("going on from %s", source)
         theirs, ours = checkpoint.read_train(source)["config"], self.about["config"]
-        for name in ours.keys() - set(OF_ONE_START):
-            if name in theirs and theirs[name] != ours[name]:
+        for name in ours:
+            if name not in OF_ONE_START and name in theirs and theirs[name] != ours[name]:
                 logger.info(f"with --{name.replace('_', '-')} {ours[name]}, which was {theirs[name]}")
         if done == self.config.steps:
             logger.info("all %d steps are done", done)
@@ -725,7 +724,8 @@ class Run:
 def open_metrics(run: Path, step: int, about: dict, hnet: HNetConfig, config: TrainConfig, world: World) -> Metrics:
     if not world.is_main:
         return Metrics([])
-    (run / "train.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    flags = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    write_whole(run / "train.yaml", lambda scratch: scratch.write_text(flags))
     checkpoint.write_json(run / "config.json", hnet.to_dict())
     sinks = [JsonlSink(run / "metrics.jsonl", step)]
     if config.logger == "wandb":

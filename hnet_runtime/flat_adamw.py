@@ -111,8 +111,8 @@ class FlatAdamW(torch.optim.AdamW):
         # of each parameter of the groups that is updated here, its place among all; and whether its norm counts
         places = [i for i, p in enumerate(group_of) if p in self._places]
         counts = [p in self.owned or rank == 0 for p in group_of if p in self._places]
-        self._places_P, self._counts_P = torch.tensor(places, dtype=torch.int64), torch.tensor(counts)
-        self._places_P, self._counts_P = (x.to(like["device"]) for x in (self._places_P, self._counts_P))
+        self._index_P, self._counts_P = torch.tensor(places, dtype=torch.int64), torch.tensor(counts)
+        self._index_P, self._counts_P = (x.to(like["device"]) for x in (self._index_P, self._counts_P))
         self.copies = torch.zeros(end, dtype=copies[0][0].dtype, device=like["device"]) if copies else None
         self.refresh()
         for copy, p in copies:
@@ -163,7 +163,7 @@ class FlatAdamW(torch.optim.AdamW):
         grads = [self._grads[p] for p in parameters if p in self._places]
         norms_P = torch.stack(torch._foreach_norm(grads)) if grads else self.gradient.new_zeros(0)
         if self.cut:
-            norms_P = norms_P.new_zeros(len(parameters)).index_copy_(0, self._places_P, norms_P * self._counts_P)
+            norms_P = norms_P.new_zeros(len(parameters)).index_copy_(0, self._index_P, norms_P * self._counts_P)
             dist.all_reduce(norms_P)
         return norms_P.square().sum().sqrt()
 

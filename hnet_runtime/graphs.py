@@ -219,6 +219,17 @@ class GraphedModel:
         found[last].append(self.model.lm_head)
         return {part: self._cut(modules) for part, modules in found.items()}
 
+    def _cut(self, modules: Sequence[nn.Module | nn.Parameter | None]) -> list[tuple[Block | None, list[Tensor]]]:
+        pieces: list[tuple[Block | None, list[Tensor]]] = [(None, [])]
+        for module in modules:
+            for one in [*module.layers, module.rmsnorm] if isinstance(module, Isotropic) else [module]:
+                many = sum(p.numel() for p in pieces[-1][1]) >= PIECE
+                if self.size > 1 and many and isinstance(one, Block):
+                    pieces.append((one, []))
+                if one is not None:
+                    pieces[-1][1].extend(one.parameters() if isinstance(one, nn.Module) else [one])
+        return pieces
+
     def _spans(self, parameters: dict[str, nn.Parameter]) -> list[Span]:
         """How parameters lie in the optimizer's memory: with several processes a span for each piece, cut into a part
         for each of them; and then what stays float32, which is little and which a forward reads as it is."""
@@ -233,17 +244,6 @@ class GraphedModel:
                 min(parts, key=lambda part: sum(map(torch.numel, part))).append(p)
             spans.append(parts)
         return [*spans, [small]] if small else spans
-
-    def _cut(self, modules: Sequence[nn.Module | nn.Parameter | None]) -> list[tuple[Block | None, list[Tensor]]]:
-        pieces: list[tuple[Block | None, list[Tensor]]] = [(None, [])]
-        for module in modules:
-            for one in [*module.layers, module.rmsnorm] if isinstance(module, Isotropic) else [module]:
-                many = sum(p.numel() for p in pieces[-1][1]) >= PIECE
-                if self.size > 1 and many and isinstance(one, Block):
-                    pieces.append((one, []))
-                if one is not None:
-                    pieces[-1][1].extend(one.parameters() if isinstance(one, nn.Module) else [one])
-        return pieces
 
     def forget(self) -> None:
         """Drops all graphs and their memory; the next steps make new ones."""

@@ -3,13 +3,13 @@
 import json
 import logging
 import math
-import os
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from hnet_runtime import UserError
+from hnet_runtime.reports import write_whole
 
 logger = logging.getLogger("hnet")
 
@@ -25,10 +25,8 @@ class JsonlSink:
     """`metrics.jsonl`: one line a step, each step once. A resumed run drops the lines past the step it starts from."""
 
     def __init__(self, path: Path, first_step: int):
-        kept = [line for line, row in zip(read_lines(path), read_metrics(path)) if row["step"] <= first_step]
-        scratch = path.with_suffix(".writing")
-        scratch.write_text("".join(line + "\n" for line in kept))
-        os.replace(scratch, path)
+        kept = "".join(json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= first_step)
+        write_whole(path, lambda scratch: scratch.write_text(kept))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 (lives as long as the run)
 
     def log(self, step: int, record: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from hnet_runtime import UserError, checkpoint
 from hnet_runtime.distributed import World
+from hnet_runtime.metrics import read_metrics
 
 logger = logging.getLogger("hnet")
 
@@ -30,8 +31,11 @@ def open_folder(save_dir: str, name: str, world: World) -> Path:
     run = Path(chosen[0])
     mistake: list[str | None] = [None]
     if world.is_main:
+        is_new = not run.exists()
         try:
             run.mkdir(parents=True, exist_ok=True)
+            if is_new:
+                _made.add(run)
             lock = open(run / ".lock", "w")  # noqa: SIM115 (held until the process ends)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _locks.append(lock)
@@ -46,13 +50,14 @@ def open_folder(save_dir: str, name: str, world: World) -> Path:
 
 
 def leave_unused(run: Path, world: World) -> None:
-    """Removes a folder that `open_folder` has made for a run that was refused then."""
-    if world.is_main and [path.name for path in run.iterdir()] == [".lock"]:
+    """Removes the folder, if `open_folder` has made it, of a run that was refused then."""
+    if world.is_main and run in _made and [path.name for path in run.iterdir()] == [".lock"]:
         (run / ".lock").unlink()
         run.rmdir()
 
 
 _locks: list = []
+_made: set[Path] = set()
 
 
 def checkpoint_to_resume(run: Path, resume: str, world: World) -> Path | None:
@@ -83,6 +88,8 @@ def newest(path: Path) -> Path:
 
 def _choose_checkpoint(run: Path, resume: str) -> Path | None:
     found = checkpoint.complete(run)
+    if resume:
+        read_metrics(run / "metrics.jsonl")  # a damaged line is told now, to all ranks
     if resume == "auto":
         for folder in checkpoint.incomplete(run):
             logger.warning("passed over %s: not a complete checkpoint", folder)

@@ -31,7 +31,8 @@ Leaf = Callable[[Tensor, Tensor], Tensor]
 class Arena:
     """What forwards of a part keep for their backwards, from the start of a buffer on: that of the one that ran last.
 
-    So all else that they and the backwards need meanwhile can be shared with those of other parts.
+    So all else that they and the backwards need meanwhile can be shared with those of other parts. It can go when torch
+    lets one capture allocate from two pools (proposed in github.com/pytorch/pytorch/pull/187929).
     static: where (`data_ptr` of storages) tensors lie that need not be kept, as nothing writes to them meanwhile.
     """
 
@@ -42,7 +43,7 @@ class Arena:
         self.begin()
 
     def begin(self) -> None:
-        self.used, self.copied = 0, 0  # bytes
+        self.used = 0  # bytes
         self.beside: list[Tensor] = []  # what finds no room
         self.known = {*self.static, self.buffer.untyped_storage().data_ptr()}
 
@@ -72,7 +73,6 @@ class Arena:
             return x
         if x.untyped_storage().data_ptr() in self.known or x.device != self.buffer.device:
             return x
-        self.copied += x.nbytes
         return self.empty(x.shape, x.dtype, x.device).copy_(x)
 
 

@@ -110,7 +110,8 @@ def _pieces(
 ) -> Iterator[tuple[bool, list[tuple[Tensor, dict[str, Tensor]]]]]:
     """Parameters of about PIECE elements, for all of which `apart` is true, or for none: as many launches as there are
     pieces, and no more memory for updates than one takes."""
-    for key, group in itertools.groupby(found, lambda pair: apart(pair[0])):
+    kind = lambda pair: apart(pair[0])  # noqa: E731
+    for key, group in itertools.groupby(sorted(found, key=kind), kind):
         piece, size = [], 0
         for p, state in group:
             if piece and size + p.numel() > PIECE:

@@ -398,6 +398,11 @@ def test_a_run_goes_on_with_its_own_flags(corpus, tmp_path):
     done = run_train(["--device", "cpu", "--save-dir", str(folder), "--resume", "auto"], corpus, environment())
     assert done.returncode == 0 and len(records(folder)) == 5
     assert "alpha: 0.05" in (folder / "train.yaml").read_text()
+    shutil.copytree(folder, tmp_path / "damaged")
+    with open(tmp_path / "damaged" / "metrics.jsonl", "a") as file:
+        file.write("{\n")
+    done = run_train([*bare[:2], "--save-dir", str(tmp_path / "damaged"), "--resume", "auto"], corpus, environment())
+    assert done.returncode == 2 and "metrics.jsonl, line 6" in done.stderr and "Traceback" not in done.stderr
     other = ["--resume", str(folder), "--save-dir", str(tmp_path / "other"), "--steps", "6", "--device", "cpu"]
     assert "going on from" in run_train(other, corpus, environment()).stdout
 
@@ -440,7 +445,11 @@ def test_a_refused_start_leaves_nothing(corpus, tmp_path, monkeypatch, what):
             pytest.skip("wandb is installed")
         assert "wandb is not installed" in refused(corpus, "-l", "wandb", "--save-dir", str(folder))
     else:
-        refused(corpus, "--resume", str(tmp_path / "nowhere"), "--save-dir", str(folder))
+        nowhere = ["--resume", str(tmp_path / "nowhere"), "--save-dir"]
+        refused(corpus, *nowhere, str(folder))
+        (tmp_path / "mine").mkdir()
+        refused(corpus, *nowhere, str(tmp_path / "mine"))
+        assert (tmp_path / "mine").is_dir(), "it was there before"
     assert not folder.exists()
 
 
