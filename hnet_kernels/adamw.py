@@ -44,7 +44,8 @@ def adamw_(
 ) -> None:
     """One step of AdamW (Loshchilov and Hutter, 2019) in place; where found_inf isn't 0, nothing changes.
 
-    w_KB, g_KB, m_KB, v_KB: weights, gradients (divided by scale), first and second moments; contiguous, of one dtype.
+    w_KB, m_KB, v_KB: weights, first and second moments, of one dtype. g_KB: gradients, which are divided by scale, of
+    that dtype or another, such as bfloat16. All contiguous.
     copy_KB: gets the weights, in its own dtype; None: there is none.
     group_K: int32, each block's group. rates_G2: float64, (lr, lr * weight decay) of each.
     bias_2: float64, 1 - betas ** steps. scale, found_inf: one floating number each.
@@ -57,7 +58,7 @@ def adamw_(
         )
     (beta1, beta2), root = betas, bias_2[1].sqrt()
     lr_K1, decay_K1 = rates_G2.to(w_KB.dtype)[group_K].split(1, dim=1)
-    g = g_KB / scale
+    g = g_KB.to(w_KB.dtype) / scale
     m = m_KB + (1 - beta1) * (g - m_KB)
     v = beta2 * v_KB + (1 - beta2) * g.square()
     w = w_KB - decay_K1 * w_KB - lr_K1 / bias_2[0] * m / (v.sqrt() / root + eps)

@@ -6,7 +6,8 @@ of its own parts' gradients alone, has moments of these alone, and hands out wha
 Legend: N elements, P parameters, G groups; K blocks of B elements.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -28,11 +29,12 @@ class FlatAdamW(torch.optim.AdamW):
     the default group, which that process alone updates. They get equal room, so they should be about as large.
     rank: this process.
     copies: pairs (copy, parameter) of one shape, all copies of one dtype, such as bfloat16. A step keeps them equal.
+    narrow: which spans have gradients of the copies' dtype; the others have them of the weights'.
 
-    `weights`, `gradient` and `copies` (None without any) are (N,), the parameters one after the other, each filled up
-    with zeros to whole blocks; `spans` says where each span lies. What was handed over becomes views of them: `p.data`,
-    `p.grad` (with the gradient that was there, or zeros) and `copy.data`. So this must come before whatever keeps
-    addresses, such as a CUDA graph, or shares the former memory, such as `p.detach()`.
+    `weights` and `copies` (None without any) are (N,), the parameters one after the other, each filled up with zeros to
+    whole blocks; `spans` says where each span lies, and `gradients` has one tensor for each span. What was handed over
+    becomes views of them: `p.data`, `p.grad` (with the gradient that was there, or zeros) and `copy.data`. So this must
+    come before whatever keeps addresses, such as a CUDA graph, or shares the former memory, such as `p.detach()`.
 
     With several processes, what others update stays as it was in `weights`; in `copies`, or in `weights` where there
     are none, a step renews it. `cut` says that it is so. `owned` has the parameters that this process alone updates;
@@ -55,6 +57,7 @@ class FlatAdamW(torch.optim.AdamW):
         eps: float = 1e-8,
         copies: Sequence[tuple[Tensor, Tensor]] = (),
         rank: int = 0,
+        narrow: Collection[int] = (),
     ):
         super().__init__(groups, betas=betas, eps=eps, fused=True)
         group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
@@ -89,15 +92,18 @@ class FlatAdamW(torch.optim.AdamW):
         self._no, self._one = torch.zeros((), **like), torch.ones((), **like)
         self._under_way: list[dist.Work] = []
 
-        self.weights, self.gradient = (torch.zeros(end, **like) for _ in "wg")
+        self.weights, self.gradients = torch.zeros(end, **like), []
         self._grads: dict[Tensor, Tensor] = {}
-        for p in parameters:
-            weight, grad = (self._part(flat, p) for flat in (self.weights, self.gradient))
-            weight.copy_(p.detach())
-            if p.grad is not None:
-                grad.copy_(p.grad)
-            p.data = weight
-            p.grad = self._grads[p] = grad
+        for i, (span, at) in enumerate(zip(spans, self.spans)):
+            dtype = copies[0][0].dtype if i in narrow else like["dtype"]
+            self.gradients.append(self.weights.new_zeros(at.stop - at.start, dtype=dtype))
+            for p in (p for part in span for p in part):
+                weight, grad = self._part(self.weights, p), self._part(self.gradients[-1], p, at.start)
+                weight.copy_(p.detach())
+                if p.grad is not None:
+                    grad.copy_(p.grad)
+                p.data, p.grad, p.grad_dtype = weight, None, dtype
+                p.grad = self._grads[p] = grad
         self._moments = [[torch.zeros(own.stop - own.start, **like) for _ in "mv"] for own in self._own]
         updated = [[p for part in (span if len(span) == 1 else [span[rank]]) for p in part] for span in spans]
         self._steps_P = torch.zeros(sum(map(len, updated)), device=like["device"])  # float32, and equal
@@ -108,9 +114,10 @@ class FlatAdamW(torch.optim.AdamW):
                 m, v = (self._part(flat, p, own.start) for flat in moments)
                 self._places[p] = {"step": next(steps), "exp_avg": m, "exp_avg_sq": v}
                 self.state[p] = dict(self._places[p])
-        # of each parameter of the groups that is updated here, its place among all; and whether its norm counts
-        places = [i for i, p in enumerate(group_of) if p in self._places]
-        counts = [p in self.owned or rank == 0 for p in group_of if p in self._places]
+        # of each parameter that is updated here, its place among those of the groups; and whether its norm counts
+        place_of = {p: i for i, p in enumerate(group_of)}
+        places = [place_of[p] for p in self._places]
+        counts = [p in self.owned or rank == 0 for p in self._places]
         self._index_P, self._counts_P = torch.tensor(places, dtype=torch.int64), torch.tensor(counts)
         self._index_P, self._counts_P = (x.to(like["device"]) for x in (self._index_P, self._counts_P))
         self.copies = torch.zeros(end, dtype=copies[0][0].dtype, device=like["device"]) if copies else None
@@ -123,6 +130,11 @@ class FlatAdamW(torch.optim.AdamW):
         begin = self._slices[p].start - start
         return flat[begin : begin + p.numel()].view(p.shape)
 
+    def _own_part(self, whole: Tensor, span: int) -> Tensor:
+        """Of what belongs to a span, the part that this process updates."""
+        begin, own = self.spans[span].start, self._own[span]
+        return whole[own.start - begin : own.stop - begin]
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Copies the weights to the copies. For when something else than a step has changed them, on all processes."""
@@ -134,13 +146,13 @@ class FlatAdamW(torch.optim.AdamW):
 
         Others' gradients are not what they were then.
         """
-        whole, own = self.spans[span], self._own[span]
-        if own != whole:
-            work = dist.reduce_scatter_tensor(self.gradient[own], self.gradient[whole], async_op=True)
-        elif not self.cut or whole.start == whole.stop:
+        whole, own = self.gradients[span], self._own_part(self.gradients[span], span)
+        if len(own) < len(whole):
+            work = dist.reduce_scatter_tensor(own, whole, async_op=True)
+        elif not self.cut or not len(whole):
             return
         else:
-            work = dist.all_reduce(self.gradient[whole], async_op=True)
+            work = dist.all_reduce(whole, async_op=True)
         self._under_way.append(work)
 
     def added_up(self) -> None:
@@ -149,29 +161,32 @@ class FlatAdamW(torch.optim.AdamW):
             work.wait()
         self._under_way.clear()
 
-    def share(self, flat: Tensor) -> None:
-        """Gives the parts of `weights`, `copies` or `gradient` that this process updates to all, and gets theirs."""
-        for whole, own in zip(self.spans, self._own):
-            if own != whole:
-                self._under_way.append(dist.all_gather_into_tensor(flat[whole], flat[own], async_op=True))
+    def share(self, parts: Sequence[Tensor]) -> None:
+        """Gives what this process updates of each span, such as of `gradients`, to all, and gets theirs."""
+        for span, whole in enumerate(parts):
+            own = self._own_part(whole, span)
+            if len(own) < len(whole):
+                self._under_way.append(dist.all_gather_into_tensor(whole, own, async_op=True))
         self.added_up()
 
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
         """The global norm of all gradients, on the device: the same bits whoever updates what."""
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        grads = [self._grads[p] for p in parameters if p in self._places]
-        norms_P = torch.stack(torch._foreach_norm(grads)) if grads else self.gradient.new_zeros(0)
+        norms_P = self.weights.new_zeros(len(self._grads))
+        found = []
+        for _, same in itertools.groupby((self._grads[p] for p in self._places), lambda grad: grad.dtype):
+            found += torch._foreach_norm(list(same), dtype=self.weights.dtype)
+        if found:
+            norms_P.index_copy_(0, self._index_P, torch.stack(found) * self._counts_P)
         if self.cut:
-            norms_P = norms_P.new_zeros(len(parameters)).index_copy_(0, self._index_P, norms_P * self._counts_P)
             dist.all_reduce(norms_P)
         return norms_P.square().sum().sqrt()
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """A step by `gradient`, with the first group's betas and eps. RuntimeError where a `p.grad` lies elsewhere."""
+        """A step by `gradients`, with the first group's betas and eps. RuntimeError where a `p.grad` lies elsewhere."""
         if any(p.grad is not grad for p, grad in self._grads.items()):
-            raise RuntimeError("FlatAdamW: a parameter's grad is no longer the view of the flat gradient that it was")
+            raise RuntimeError("FlatAdamW: a parameter's grad is no longer the view of the flat gradients that it was")
         betas, eps = self.param_groups[0]["betas"], self.param_groups[0]["eps"]
         rates = [(group["lr"], group["lr"] * group["weight_decay"]) for group in self.param_groups]
         # Fresh pinned memory each time, which torch's allocator gives to others once the copy has been made
@@ -181,19 +196,22 @@ class FlatAdamW(torch.optim.AdamW):
         found_inf = self._no if self.found_inf is None else self.found_inf
         self._steps_P += 1 - found_inf
         bias_2 = 1 - table[0] ** self._steps_P[0] if self._places else None
-        for own, moments in zip(self._own, self._moments):
+        for span, (own, moments) in enumerate(zip(self._own, self._moments)):
             if not self._places or own.start == own.stop:  # a process may update nothing
                 continue
-            w, g, copy = (x if x is None else x[own] for x in (self.weights, self.gradient, self.copies))
+            w, copy = (x if x is None else x[own] for x in (self.weights, self.copies))
+            g = self._own_part(self.gradients[span], span)
             flat = (x if x is None else x.view(-1, BLOCK) for x in (w, g, *moments, copy))
             group_K = self._group_K[own.start // BLOCK : own.stop // BLOCK]
             adamw_(*flat, group_K, table[1:], bias_2, scale, found_inf, betas, eps)
         if self.cut:
-            self.share(self.weights if self.copies is None else self.copies)
+            flat = self.weights if self.copies is None else self.copies
+            self.share([flat[span] for span in self.spans])
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Gradients stay where they are: they become zero whatever `set_to_none` says."""
-        self.gradient.zero_()
+        for gradient in self.gradients:
+            gradient.zero_()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -8,9 +8,10 @@ tests compare the two in float64. Legend: as in hnet_trainable.py.
 Gradients of weights that are matrix products can go straight to where an optimizer reads them, see `gradients_into`.
 
 Activation checkpointing is part of a branch's backward, which computes again what its forward did not keep. Behind the
-sum a branch keeps the results of matrix products and attention and, of a Mamba-2, what lies between them (`none`); the
-former alone (`selective`); or nothing (`block`). What enters a weight's product, such as the norm, is written by the
-kernel that has read its inputs for their gradients anyway. The results are the same bits.
+sum every branch keeps its products' results and what follows from them up to the last product's input (`none`); or all
+but Mamba-2, which takes most memory for what it costs to compute (`selective`); or none (`block`). What enters a
+weight's product, such as the norm, is written by the kernel that has read its inputs for their gradients anyway. The
+results are the same bits.
 """
 
 import contextlib
@@ -74,7 +75,7 @@ _TARGETS: ContextVar[dict[Tensor, Tensor]] = ContextVar("targets")
 
 @contextlib.contextmanager
 def gradients_into(targets: dict[Tensor, Tensor]) -> Iterator[None]:
-    """Where forwards inside find a weight in `targets` (weight: contiguous tensor of its shape and dtype, or float32),
+    """Where forwards inside find a weight in `targets` (weight: contiguous tensor of its shape; its dtype or float32),
     their backward writes its gradient there, over what was there, and returns None for it.
 
     They take what they find out of `targets`, so a weight is written for its first use alone; those that are left have
@@ -298,7 +299,7 @@ def run_stack(stack: Isotropic, ac: str, x_TD: Tensor, packing: Packing) -> Tens
             conv, norm = mixer.conv1d, mixer.norm
             weights = mixer.in_proj.weight, conv.weight, conv.bias, mixer.dt_bias, mixer.A_log, mixer.D, norm.weight
             weights = block.norm1.weight, *weights, mixer.out_proj.weight
-            how = ac if torch.is_grad_enabled() else "block"  # without a backward the scan need not keep its states
+            how = ac if torch.is_grad_enabled() else "block"  # without a backward nothing need be kept
             residual_TD, delta_TD = MambaBranch.apply(packing, how, residual_TD, delta_TD, *weights)
         else:
             how = ac, mixer.n_heads, mixer.window
@@ -406,20 +407,20 @@ class MambaBranch(torch.autograd.Function):
         gate_D, out_proj,
     ):  # fmt: skip
         residual_TD, x_TD, scale_T = add_norm_forward(residual_TD, delta_TD, norm_D, NORM_EPS)
-        with keeping_if(ac != "block"):
-            projected = _kept_product(x_TD, in_proj)
         A_H = -A_log_H.to(torch.promote_types(A_log_H.dtype, torch.float32)).exp()
         weights = norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_H, D_H, gate_D, out_proj
         with keeping_if(ac == "none"):
-            gated_TD, *parts = MambaBranch.mix(packing, projected, ac == "none", *weights[2:-1])
+            gated_TD, *kept = MambaBranch.mix(packing, x_TD, ac == "none", *weights[1:-1])
         ctx.packing, ctx.targets = packing, _take_targets(in_proj, out_proj)
-        kept = (projected if ac != "block" else None, *(parts if ac == "none" else []))
-        ctx.save_for_backward(residual_TD, scale_T, *weights, *kept)
+        ctx.save_for_backward(residual_TD, scale_T, *weights, *(kept if ac == "none" else ()))
         return residual_TD, gated_TD @ out_proj.T
 
     @staticmethod
-    def mix(packing, projected, with_states, conv_D1K, conv_bias_D, dt_bias_H, A_H, D_H, gate_D) -> tuple[Tensor, ...]:
-        """From in_proj to out_proj, whose input comes first. with_states: the scan's, for its backward."""
+    def mix(
+        packing, x_TD, with_states, in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_H, D_H, gate_D
+    ) -> tuple[Tensor, ...]:
+        """The input of out_proj, and what the backward needs. with_states: the scan's, for its backward."""
+        projected = _kept_product(x_TD, in_proj)
         z, before, raw_TH = projected.split([len(gate_D), len(conv_bias_D), len(D_H)], dim=-1)
         after = causal_conv_silu_forward(before, conv_D1K, conv_bias_D, packing.position_T)
         u_THP, B_TN, C_TN = _parts(after, len(D_H))
@@ -428,25 +429,24 @@ class MambaBranch(torch.autograd.Function):
             u_THP, dt_TH, A_H, B_TN, C_TN, D_H.to(A_H.dtype), packing.cu_seqlens, with_states
         )
         y_TD = y_THP.flatten(1)
-        return *gated_norm_forward(y_TD, z, gate_D, NORM_EPS), after, dt_TH, y_TD, *states
+        gated_TD, gate_scale_T = gated_norm_forward(y_TD, z, gate_D, NORM_EPS)
+        return gated_TD, projected, gate_scale_T, after, dt_TH, y_TD, *states
 
     @staticmethod
     def backward(ctx, dresidual_TD: Tensor, dout_TD: Tensor):
         residual_TD, scale_T, *saved = ctx.saved_tensors
-        weights, (projected, *parts) = saved[:9], saved[9:]
+        weights, kept = saved[:9], saved[9:]
         norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_H, D_H, gate_D, out_proj = weights
-        if projected is None:
-            projected = _norm_again(residual_TD, norm_D) @ in_proj.T
-        if not parts:
-            parts = MambaBranch.mix(ctx.packing, projected, True, *weights[2:-1])[1:]
-        gate_scale_T, after, dt_TH, y_TD, *states = parts
+        if not kept:
+            kept = MambaBranch.mix(ctx.packing, _norm_again(residual_TD, norm_D), True, *weights[1:-1])[1:]
+        projected, gate_scale_T, after, dt_TH, y_TD, *states = kept
         dprojected, dafter = torch.empty_like(projected), torch.empty_like(after)
         into_in, into_out = ctx.targets
         widths = [len(gate_D), len(conv_bias_D), len(D_H)]
         (z, before, raw_TH), (dz, dbefore, draw_TH) = (x.split(widths, dim=-1) for x in (projected, dprojected))
         dy_TD, dgate_D, gated_TD = gated_norm_backward(dout_TD @ out_proj, y_TD, z, gate_scale_T, gate_D, dz)
         dout_proj = _product(dout_TD.T, gated_TD, into_out)
-        del saved, parts, y_TD, gated_TD  # what is used up can go before the scan needs most
+        del saved, kept, y_TD, gated_TD  # what is used up can go before the scan needs most
         u_THP, *BC = _parts(after, len(D_H))
         ddt_TH, dA_H, dD_H = ssd_skip_backward(
             dy_TD.view_as(u_THP), u_THP, dt_TH, A_H, *BC, D_H.to(dt_TH.dtype), ctx.packing.cu_seqlens,

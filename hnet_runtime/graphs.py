@@ -9,8 +9,8 @@ Each part is a `Segment` for fixed sizes: one graph for its forward, one for its
 addresses. So the documents of an inner stage are filled up to one of a few sizes with a document of zeros that reaches
 no output, statistic or gradient; rows without documents are empty documents. What goes from one part to another lies
 in a `Crossing`, whatever the sizes, and so do the gradients on their way back. The weights that a segment reads are
-copies of the float32 masters in the compute dtype, which the optimizer writes; it writes each weight's gradient, in
-float32, to where the optimizer reads it.
+copies of the float32 masters in the compute dtype, which the optimizer writes; it writes each weight's gradient to
+where the optimizer reads it.
 
 All graphs share their memory but for what forwards keep for their backwards, see segments.py.
 
@@ -147,7 +147,8 @@ class GraphedModel:
 
     `masters`: the HNetLM whose float32 parameters are trained. `model`: an HNetLM of copies in the compute dtype, for
     whoever evaluates or generates; it computes as fused.py writes it, with activation checkpointing as `ac` says there.
-    Gradients go to the masters' `grad`, which lie in one flat tensor, `gradient`.
+    Gradients go to the masters' `grad`. On one process, those of bfloat16 copies are bfloat16: rounded once, as the
+    result of their product or, with several micro-batches, as a sum in float32. Where processes add them up, float32.
 
     `optimizer` is what changes the masters, and the copies with them; groups: its parameter groups, by default one.
     Whatever else changes the masters calls `optimizer.refresh` afterwards.
@@ -195,8 +196,8 @@ class GraphedModel:
             self.model.get_submodule(path)._parameters[leaf] = used
         everything = {"params": list(parameters.values())}
         spans, rank = self._spans(parameters), world.rank if world else 0
-        self.optimizer = FlatAdamW(groups or [everything], spans, BETAS, copies=copies, rank=rank)
-        self.gradient = self.optimizer.gradient
+        narrow = [0] if self.size == 1 and compute_dtype == torch.bfloat16 else []
+        self.optimizer = FlatAdamW(groups or [everything], spans, BETAS, copies=copies, rank=rank, narrow=narrow)
         fuse(self.model, ac)
         wide = {"dtype": torch.promote_types(compute_dtype, torch.float32), "device": self.device}
         self.losses = torch.zeros(1 + 3 * self.S, **wide)  # ce, ratio losses, F, G
@@ -233,16 +234,17 @@ class GraphedModel:
     def _spans(self, parameters: dict[str, nn.Parameter]) -> list[Span]:
         """How parameters lie in the optimizer's memory: with several processes a span for each piece, cut into a part
         for each of them; and then what stays float32, which is little and which a forward reads as it is."""
+        small = [p for name, p in parameters.items() if _stays_float32(name)]
         if self.size == 1:
-            return [[list(parameters.values())]]
-        spans, small = [], []
-        for _, names, _ in [piece for pieces in self.weights.values() for piece in pieces]:
-            parts: list[list[nn.Parameter]] = [[] for _ in range(self.size)]
-            small += [parameters[name] for name in names if _stays_float32(name)]
-            large = [parameters[name] for name in names if not _stays_float32(name)]
-            for p in sorted(large, key=torch.numel, reverse=True):
-                min(parts, key=lambda part: sum(map(torch.numel, part))).append(p)
-            spans.append(parts)
+            spans: list[Span] = [[[p for name, p in parameters.items() if not _stays_float32(name)]]]
+        else:
+            spans = []
+            for _, names, _ in [piece for pieces in self.weights.values() for piece in pieces]:
+                parts: list[list[nn.Parameter]] = [[] for _ in range(self.size)]
+                large = [parameters[name] for name in names if not _stays_float32(name)]
+                for p in sorted(large, key=torch.numel, reverse=True):
+                    min(parts, key=lambda part: sum(map(torch.numel, part))).append(p)
+                spans.append(parts)
         return [*spans, [small]] if small else spans
 
     def forget(self) -> None:
@@ -411,14 +413,16 @@ class GraphedModel:
             self.share = share
             self.dce.fill_(share)
             self.dratio.fill_(share * self.alpha)
-        sum_, losses = None, []
+        gradients, losses = self.optimizer.gradients, []
+        sums = [torch.zeros_like(g, dtype=self.optimizer.weights.dtype) for g in gradients] if earlier else []
         for pair in earlier:  # the next one writes to the same place
             losses.append(self._micro_batch(*pair))
-            sum_ = self.gradient.clone() if sum_ is None else sum_.add_(self.gradient)
+            for sum_, gradient in zip(sums, gradients):
+                sum_ += gradient
 
         def finished(span: int) -> None:
-            if sum_ is not None:
-                self.gradient[self.optimizer.spans[span]] += sum_[self.optimizer.spans[span]]
+            if sums:
+                gradients[span].copy_(sums[span].add_(gradients[span]))
             self.optimizer.add_up(span)
 
         losses.append(self._micro_batch(*last, finished if self.size > 1 else lambda span: None))

@@ -88,12 +88,13 @@ def weight_statistics(optimizer: torch.optim.AdamW, stages: int, world: World) -
     for group in optimizer.param_groups:
         states = [optimizer.state.get(p) for p in group["params"]]
         found = [(p, state) for p, state in zip(group["params"], states) if p.grad is not None and state]
-        for apart, piece in _pieces(found, lambda p: isinstance(p, DTensor) or p in owned):
+        for (apart, _), piece in _pieces(found, lambda p: (isinstance(p, DTensor) or p in owned, str(p.grad.dtype))):
             into = sharded if apart else whole
             tensors = ((p, p.grad, state["exp_avg"], state["exp_avg_sq"]) for p, state in piece)
             ws, grads, ms, vs = ([t.to_local() if isinstance(t, DTensor) else t for t in ts] for ts in zip(*tensors))
             updates = _updates(ws, ms, vs, piece[0][1]["step"].to(world.device), group)
-            squares = [torch.stack(torch._foreach_norm(ts)).float().square().sum() for ts in (grads, ws, updates)]
+            wide = [torch._foreach_norm(ts, dtype=ws[0].dtype) for ts in (grads, ws, updates)]
+            squares = [torch.stack(norms).float().square().sum() for norms in wide]
             squares[2] = squares[2] * group["lr"] ** 2
             into[group["stage"]] += torch.stack(squares)
     if cut:
@@ -106,12 +107,12 @@ def weight_statistics(optimizer: torch.optim.AdamW, stages: int, world: World) -
 
 
 def _pieces(
-    found: list[tuple[Tensor, dict[str, Tensor]]], apart: Callable[[Tensor], bool]
-) -> Iterator[tuple[bool, list[tuple[Tensor, dict[str, Tensor]]]]]:
-    """Parameters of about PIECE elements, for all of which `apart` is true, or for none: as many launches as there are
-    pieces, and no more memory for updates than one takes."""
-    kind = lambda pair: apart(pair[0])  # noqa: E731
-    for key, group in itertools.groupby(sorted(found, key=kind), kind):
+    found: list[tuple[Tensor, dict[str, Tensor]]], kind: Callable[[Tensor], Any]
+) -> Iterator[tuple[Any, list[tuple[Tensor, dict[str, Tensor]]]]]:
+    """Parameters of about PIECE elements and of one kind, with it: as many launches as there are pieces, and no more
+    memory for updates than one takes."""
+    key_of = lambda pair: kind(pair[0])  # noqa: E731
+    for key, group in itertools.groupby(sorted(found, key=key_of), key_of):
         piece, size = [], 0
         for p, state in group:
             if piece and size + p.numel() > PIECE:

@@ -52,15 +52,23 @@ def build(world, dtype: torch.dtype = torch.float32) -> HNetLM:
     return distributed.build_model(HNetConfig.load(ONE_STAGE), world, torch.float32, seed=0).to(dtype)
 
 
-def optimizer_of(model: HNetLM, flat: bool, copies=()) -> torch.optim.AdamW:
+def optimizer_of(model: HNetLM, flat: bool, copies=(), narrow: bool = False) -> torch.optim.AdamW:
+    """narrow: gradients of parameters with copies are of the copies' dtype."""
     groups = distributed.optimizer_groups(parameter_groups(model, RATE, DECAY))
     if flat:
-        return FlatAdamW(groups, [[list(model.parameters())]], BETAS, EPS, copies)
+        copied = {p for _, p in copies} if narrow else set()
+        spans = [[[p for p in model.parameters() if (p in copied) == wanted]] for wanted in (True, False)]
+        return FlatAdamW(groups, spans if narrow else spans[1:], BETAS, EPS, copies, narrow=[0] if narrow else [])
     return torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=True)
 
 
-def train(model: HNetLM, optimizer: torch.optim.AdamW, world, steps: range, bad: int | None = None) -> None:
-    """Steps on random gradients: clipped or not in turn, with changing rates; the one of `bad` is not finite."""
+def train(
+    model: HNetLM, optimizer: torch.optim.AdamW, world, steps: range, bad: int | None = None, rounded: bool = False
+) -> None:
+    """Steps on random gradients: clipped or not in turn, with changing rates; the one of `bad` is not finite.
+
+    rounded: to bfloat16.
+    """
     parameters = list(model.parameters())
     for step in steps:
         for i, group in enumerate(optimizer.param_groups):
@@ -68,6 +76,7 @@ def train(model: HNetLM, optimizer: torch.optim.AdamW, world, steps: range, bad:
         generator, size = torch.Generator().manual_seed(step), (1e-4, 1.0, 30.0)[step % 3]
         for p in parameters:
             grad = size * torch.randn(p.shape, generator=generator)
+            grad = grad.bfloat16().float() if rounded else grad
             if p.grad is None:
                 p.grad = torch.empty_like(p)
             p.grad.copy_(grad)
@@ -95,17 +104,19 @@ def check_same(ours, optimizer, theirs, other, tolerance: float) -> None:
 def check_flat(optimizer: FlatAdamW) -> None:
     """Everything lies in the flat memory, and what fills up is zero."""
     inside = torch.zeros_like(optimizer.weights, dtype=torch.bool)
-    (moments,) = optimizer._moments
+    moments = [torch.cat(both) for both in zip(*optimizer._moments)]
     for p in optimizer.state:
         at, state = optimizer._slices[p], optimizer.state[p]
         inside[at.start : at.start + p.numel()] = True
+        (span,) = [i for i, span in enumerate(optimizer.spans) if span.start <= at.start < span.stop]
+        begin, (m, v) = at.start - optimizer.spans[span].start, optimizer._moments[span]
         for view, flat in (
-            (p, optimizer.weights), (p.grad, optimizer.gradient),
-            (state["exp_avg"], moments[0]), (state["exp_avg_sq"], moments[1]),
+            (p, optimizer.weights[at.start :]), (p.grad, optimizer.gradients[span][begin:]),
+            (state["exp_avg"], m[begin:]), (state["exp_avg_sq"], v[begin:]),
         ):  # fmt: skip
-            assert view.data_ptr() == flat[at.start :].data_ptr() and view.is_contiguous()
+            assert view.data_ptr() == flat.data_ptr() and view.is_contiguous()
     assert len(optimizer.weights) % BLOCK == 0 and not inside.all()
-    for flat in (optimizer.weights, optimizer.gradient, *moments, optimizer.copies):
+    for flat in (optimizer.weights, torch.cat(optimizer.gradients), *moments, optimizer.copies):
         assert flat is None or not flat[~inside].any()
 
 
@@ -121,6 +132,27 @@ def test_steps_are_those_of_torch(world, dtype):
     check_flat(optimizer)
     statistics = [weight_statistics(o, 1, world) for o in (optimizer, other)]
     torch.testing.assert_close(*statistics, rtol=1e-5, atol=0)
+
+
+def test_gradients_may_be_of_the_copies_dtype(world):
+    """Steps are those of the same numbers in float32; what clipping writes back is rounded."""
+    ours, theirs = build(world), build(world)
+    order = list(ours.parameters())
+    copies = [(nn.Parameter(p.detach().to(torch.bfloat16)), p) for p in order[::2]]
+    optimizer, other = optimizer_of(ours, True, copies, narrow=True), optimizer_of(theirs, flat=False)
+    for i, p in enumerate(order):
+        assert p.grad.dtype == (torch.float32 if i % 2 else torch.bfloat16)
+    for steps in (range(1), range(1, 20)):
+        train(ours, optimizer, world, steps, bad=7, rounded=True)
+        train(theirs, other, world, steps, bad=7, rounded=True)
+        for p, q in zip(order, theirs.parameters()):
+            assert gap(p.grad, q.grad) <= (2**-8 if p.grad.dtype == torch.bfloat16 else 2e-6)
+            q.grad.copy_(p.grad)
+        check_same(ours, optimizer, theirs, other, TOLERANCE[torch.float32])
+        norms = [distributed.clip_in_optimizer(o, o.state, 0.0, world) for o in (optimizer, other)]
+        torch.testing.assert_close(*norms, rtol=1e-5, atol=0)
+    check_flat(optimizer)
+    torch.testing.assert_close(*(weight_statistics(o, 1, world) for o in (optimizer, other)), rtol=1e-5, atol=0)
 
 
 def test_a_step_that_is_not_finite_changes_nothing(world):
@@ -307,24 +339,26 @@ def test_steps_as_graphs_train_by_it(world):
 
 # --------------------------------------------------------------------------------------------------------- the kernel
 
-CASES = {  # scale, found_inf, steps, dtype of copies
-    "scaled": (2.5, 0.0, 3, torch.bfloat16),
-    "not scaled": (1.0, 0.0, 1, torch.float16),
-    "not finite": (math.nan, 1.0, 3, torch.bfloat16),
-    "not finite, at first": (2.0, 1.0, 0, torch.bfloat16),
-    "no copies": (2.5, 0.0, 1000, None),
+CASES = {  # scale, found_inf, steps, dtypes of copies and of gradients
+    "scaled": (2.5, 0.0, 3, torch.bfloat16, torch.float32),
+    "not scaled": (1.0, 0.0, 1, torch.float16, torch.float32),
+    "not finite": (math.nan, 1.0, 3, torch.bfloat16, torch.float32),
+    "not finite, at first": (2.0, 1.0, 0, torch.bfloat16, torch.float32),
+    "no copies": (2.5, 0.0, 1000, None, torch.float32),
+    "narrow gradients": (4.0, 0.0, 3, torch.bfloat16, torch.bfloat16),  # scaled, and still not rounded
 }
 
 
 def gaps(name: str, device: str, K: int = 5) -> dict[str, float]:
     """Between a step in float32 and one in float64; of copies, how many are not the weights rounded."""
-    scale, found_inf, steps, copies = CASES[name]
+    scale, found_inf, steps, copies, gradients = CASES[name]
     generator = torch.Generator().manual_seed(0)
     w, g, m, v = torch.randn(4, K, BLOCK, generator=generator).to(device)
     v = 0.5 * v.square()
     v[0, :10], g[0, :10], m[0, :10] = 1e-20, 1e-10, 0.0  # sizes of eps
     for x in (w, g, m, v):
         x[-1, 100:] = 0  # what fills up
+    g = g.to(gradients)
     used = None if copies is None else w.to(copies)
     group_K = (torch.arange(K, dtype=torch.int32) % 3).to(device)
     rates = torch.tensor([[1e-3, 1e-4], [1e-2, 0.0], [0.3, 0.03]], dtype=torch.float64, device=device)
