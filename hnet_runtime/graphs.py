@@ -59,9 +59,9 @@ from hnet_trainable import (
 
 logger = logging.getLogger("hnet")
 
-TOKENS, STEPS = 512, 8  # an inner T is rounded up to a multiple of TOKENS, and to one of STEPS sizes an octave
+TOKENS, STEPS = 128, 32  # an inner T is rounded up to a multiple of TOKENS, and to one of STEPS sizes an octave
 DOCUMENTS, LONGEST = 16, 1024  # the least room for documents and for a document; more is a power of two
-KEPT = 16  # segments of a part: the sizes last used, two octaves of them
+KEPT = 32  # segments of a part: the sizes last used, an octave of them
 PIECE = 1 << 28  # with several processes, a backward is cut before a block once so many weights have been used: 1 GiB
 ROOM = 8  # of a GPU's memory, one part in so many is kept free for validation, samples and saving
 

@@ -13,7 +13,7 @@ from hnet_runtime import graphs
 from hnet_runtime.distributed import World
 from hnet_runtime.flat_adamw import FlatAdamW
 from hnet_runtime.fused import CHECKPOINTING, HeadLoss
-from hnet_runtime.graphs import TOKENS, Arena, GraphedModel, Piece, Segment, _filled_up, _step
+from hnet_runtime.graphs import STEPS, TOKENS, Arena, GraphedModel, Piece, Segment, _filled_up, _step
 from hnet_runtime.statistics import router_statistics
 from hnet_trainable import HNetConfig, HNetLM, nested_like
 
@@ -345,10 +345,10 @@ def test_sizes():
 
 
 @given(st.integers(1, 200_000))
-def test_sizes_waste_an_eighth_at_most(T):
+def test_sizes_waste_little(T):
     sizes = _filled_up(T)
     assert sizes >= T and _filled_up(sizes) == sizes
-    assert sizes - T < max(TOKENS, T / 8 + 1) and sizes - T < _step(T) <= max(TOKENS, sizes)
+    assert sizes - T < max(TOKENS, T / STEPS + 1) and sizes - T < _step(T) <= max(TOKENS, sizes)
 
 
 def test_a_new_number_of_chunks_makes_segments_of_its_stage_alone():
