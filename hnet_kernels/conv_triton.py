@@ -10,8 +10,7 @@ u = bias + the convolution and du = dy silu'(u),
 
 so backward walks three tokens further, and hands each dx on when its last term has come. Sums for the weights and the
 bias stay in registers and are added up over the runs at the end: no atomics, the same bits every time. Rows are loaded
-two tokens before they are used: with few warps on a multiprocessor that keeps enough bytes under way. Where a document
-begins is decided by branches that a whole program takes: instructions count, there are some forty an element.
+two tokens before they are used: with few warps on a multiprocessor that keeps enough bytes under way.
 """
 
 import torch
@@ -35,12 +34,6 @@ def _tap(weight_ptr, k: tl.constexpr, d, in_D, K: tl.constexpr):
 @triton.jit
 def _row(x_ptr, t, d, in_D, T, stride):
     return tl.load(x_ptr + t * stride + d, mask=in_D & (t >= 0) & (t < T), other=0.0)
-
-
-@triton.jit
-def _before(x_ptr, t, k: tl.constexpr, position, d, in_D, T, stride):
-    """What is k tokens before t; zero where that is another document."""
-    return _row(x_ptr, t - k, d, in_D & (position >= k), T, stride).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -67,22 +60,18 @@ def _forward(
         _tap(weight_ptr, 2, d, in_D, K),
         _tap(weight_ptr, 3, d, in_D, K),
     )
-    zero = tl.zeros((BLOCK_D,), tl.float32)
-    position = tl.load(position_ptr + first)
-    x1, x2, x3 = (
-        _before(x_ptr, first, 1, position, d, in_D, T, x_stride),
-        _before(x_ptr, first, 2, position, d, in_D, T, x_stride),
-        _before(x_ptr, first, 3, position, d, in_D, T, x_stride),
-    )
+    x1 = _row(x_ptr, first - 1, d, in_D, T, x_stride).to(tl.float32)
+    x2 = _row(x_ptr, first - 2, d, in_D, T, x_stride).to(tl.float32)
+    x3 = _row(x_ptr, first - 3, d, in_D, T, x_stride).to(tl.float32)
     x_next, x_after = _row(x_ptr, first, d, in_D, T, x_stride), _row(x_ptr, first + 1, d, in_D, T, x_stride)
+    position = tl.load(position_ptr + first)
     for i in range(RUN):
         t = first + i
         x = x_next.to(tl.float32)
         x_next, x_after = x_after, _row(x_ptr, t + 2, d, in_D, T, x_stride)
         next_position = tl.load(position_ptr + t + 1, mask=t + 1 < T, other=0)
-        if position == 0:
-            x1, x2, x3 = zero, zero, zero
-        u = bias + w0 * x + w1 * x1 + w2 * x2 + w3 * x3
+        u = bias + w0 * x + tl.where(position >= 1, w1 * x1, 0.0)
+        u += tl.where(position >= 2, w2 * x2, 0.0) + tl.where(position >= 3, w3 * x3, 0.0)
         y = u / (1 + tl.exp(-u))
         tl.store(y_ptr + t * D + d, y.to(y_ptr.dtype.element_ty), mask=in_D & (t < T))
         x1, x2, x3, position = x, x1, x2, next_position
@@ -117,47 +106,41 @@ def _backward(
         _tap(weight_ptr, 2, d, in_D, K),
         _tap(weight_ptr, 3, d, in_D, K),
     )
+    before1 = _row(x_ptr, first - 1, d, in_D, T, x_stride).to(tl.float32)
+    before2 = _row(x_ptr, first - 2, d, in_D, T, x_stride).to(tl.float32)
+    before3 = _row(x_ptr, first - 3, d, in_D, T, x_stride).to(tl.float32)
     zero = tl.zeros((BLOCK_D,), tl.float32)
-    position = tl.load(position_ptr + first)
-    x1, x2, x3 = (
-        _before(x_ptr, first, 1, position, d, in_D, T, x_stride),
-        _before(x_ptr, first, 2, position, d, in_D, T, x_stride),
-        _before(x_ptr, first, 3, position, d, in_D, T, x_stride),
-    )
     sum_bias, sum0, sum1, sum2, sum3 = zero, zero, zero, zero, zero
     dx1, dx2, dx3 = zero, zero, zero  # of the last three tokens, as far as they are known
     x_next, x_after = _row(x_ptr, first, d, in_D, T, x_stride), _row(x_ptr, first + 1, d, in_D, T, x_stride)
     dy_next, dy_after = _row(dy_ptr, first, d, in_D, T, dy_stride), _row(dy_ptr, first + 1, d, in_D, T, dy_stride)
+    position = tl.load(position_ptr + first)
     for i in range(RUN + 3):
         t = first + i
         x, dy = x_next.to(tl.float32), dy_next.to(tl.float32)
         x_next, x_after = x_after, _row(x_ptr, t + 2, d, in_D, T, x_stride)
         dy_next, dy_after = dy_after, _row(dy_ptr, t + 2, d, in_D, T, dy_stride)
         next_position = tl.load(position_ptr + t + 1, mask=t + 1 < T, other=0)
-        if position == 0:
-            x1, x2, x3 = zero, zero, zero
+        x1 = tl.where(position >= 1, before1, 0.0)
+        x2 = tl.where(position >= 2, before2, 0.0)
+        x3 = tl.where(position >= 3, before3, 0.0)
         u = bias + w0 * x + w1 * x1 + w2 * x2 + w3 * x3
         s = 1 / (1 + tl.exp(-u))
         du = dy * s * (1 + u * (1 - s))
 
-        done = dx3
-        if position >= 3:
-            done += w3 * du
-            dx3 = dx2 + w2 * du
-            dx2 = dx1 + w1 * du
-        else:  # what is before the document has got all
-            dx3 = dx2 + tl.where(position == 2, w2 * du, 0.0)
-            dx2 = dx1 + tl.where(position >= 1, w1 * du, 0.0)
+        dx3 += tl.where(position >= 3, w3 * du, 0.0)
+        tl.store(dx_ptr + (t - 3) * dx_stride + d, dx3.to(dx_ptr.dtype.element_ty), mask=in_D & (i >= 3) & (t - 3 < T))
+        dx3 = dx2 + tl.where(position >= 2, w2 * du, 0.0)
+        dx2 = dx1 + tl.where(position >= 1, w1 * du, 0.0)
         dx1 = w0 * du
-        at = dx_ptr + (t - 3) * dx_stride + d
-        tl.store(at, done.to(dx_ptr.dtype.element_ty), mask=in_D & (i >= 3) & (t - 3 < T))
-        if i < RUN:  # the next run counts its own
-            sum_bias += du
-            sum0 += du * x
-            sum1 += du * x1
-            sum2 += du * x2
-            sum3 += du * x3
-        x1, x2, x3, position = x, x1, x2, next_position
+
+        du = tl.where(i < RUN, du, 0.0)  # the next run counts its own
+        sum_bias += du
+        sum0 += du * x
+        sum1 += du * x1
+        sum2 += du * x2
+        sum3 += du * x3
+        before1, before2, before3, position = x, before1, before2, next_position
     row = sums_ptr + tl.program_id(1).to(tl.int64) * (K + 1) * D + d
     tl.store(row + K * D, sum_bias, mask=in_D)
     tl.store(row + (K - 1) * D, sum0, mask=in_D)
