@@ -31,7 +31,7 @@ _ATTENTION = {  # (queries, keys, warps, stages)
     "KEYS": [(64, 128, 4, 2), (64, 128, 8, 2), (64, 64, 4, 3), (32, 128, 4, 3), (64, 128, 8, 3), (128, 64, 4, 2)],
     "QUERIES": [(128, 64, 4, 2), (64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (64, 128, 4, 2)],
 }
-_ROWS = [{"BACKWARD_TILE": tile, "PER_MULTIPROCESSOR": n} for tile, n in ((2048, 2), (2048, 4), (1024, 8), (8192, 2))]
+_ROWS = [(4096, 2, None), (2048, 3, 4), (2048, 4, 4), (2048, 6, 4), (4096, 3, 4), (8192, 2, 8)]  # as norm_triton has them
 _WALKS = [(64, 128, 1), (32, 256, 2), (32, 256, 1), (64, 64, 1), (128, 128, 1)]
 SWEEP = [  # (name, module, what to set its constants to)
     (
@@ -41,7 +41,10 @@ SWEEP = [  # (name, module, what to set its constants to)
     )
     for d, cs in _ATTENTION.items()
 ]
-SWEEP += [(name, norm_triton, _ROWS) for name in ("add_norm 0 backward", "gated_norm backward")]
+SWEEP += [
+    (f"{name} backward", norm_triton, [{f"{name.partition(' ')[0].upper()}_BACKWARD": row} for row in _ROWS])
+    for name in ("add_norm 0", "gated_norm")
+]
 SWEEP += [
     (name, conv_triton, [{run: r, "CHANNELS": c, "WARPS": w} for r, c, w in _WALKS])
     for name, run in (("conv", "RUN"), ("conv backward", "BACKWARD_RUN"))

@@ -15,7 +15,8 @@ from torch import Tensor
 from hnet_kernels.kept import kept_empty
 
 TILE = 4096  # elements of a program's rows; no more than registers hold
-BACKWARD_TILE, PER_MULTIPROCESSOR = 4096, 2  # the same, and programs, backwards: measured on an H100
+# (elements, programs a multiprocessor, warps) backwards, the fastest of some on an H100; warps: None as forwards
+ADD_NORM_BACKWARD, GATED_NORM_BACKWARD = (4096, 2, None), (2048, 3, 4)
 
 
 @triton.jit
@@ -146,15 +147,15 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def _blocks(D: int, tile: int) -> dict[str, int]:
+def _blocks(D: int, tile: int, warps: int | None = None) -> dict[str, int]:
     block = triton.next_power_of_2(D)
-    return {"D": D, "BLOCK_D": block, "ROWS": max(1, tile // block), "num_warps": 8 if block >= 2048 else 4}
+    return {"D": D, "BLOCK_D": block, "ROWS": max(1, tile // block), "num_warps": warps or (8 if block >= 2048 else 4)}
 
 
-def _shares(T: int, blocks: dict[str, int], device: torch.device) -> tuple[int, int]:
-    """(programs, rows of each): whole tiles, spread evenly."""
-    rows = blocks["ROWS"] * triton.cdiv(T, blocks["ROWS"] * PER_MULTIPROCESSOR * _multiprocessors(device))
-    return triton.cdiv(T, rows), rows
+def _shares(T: int, rows: int, programs: int, device: torch.device) -> tuple[int, int]:
+    """(programs, rows of each): whole tiles of `rows`, spread evenly over so many programs a multiprocessor."""
+    share = rows * triton.cdiv(T, rows * programs * _multiprocessors(device))
+    return triton.cdiv(T, share), share
 
 
 def _dense_rows(x_TD: Tensor) -> Tensor:
@@ -182,8 +183,9 @@ def add_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dresidual_TD, ddelta_TD, dweight_D, x_TD) of `add_norm_backward` in norm.py."""
     (T, D), dx_TD = dx_TD.shape, dx_TD.contiguous()
-    dresidual_TD, ddelta_TD, blocks = sum_TD.new_empty(T, D), dx_TD.new_empty(T, D), _blocks(D, BACKWARD_TILE)
-    programs, rows = _shares(T, blocks, dx_TD.device)
+    tile, programs, warps = ADD_NORM_BACKWARD
+    dresidual_TD, ddelta_TD, blocks = sum_TD.new_empty(T, D), dx_TD.new_empty(T, D), _blocks(D, tile, warps)
+    programs, rows = _shares(T, blocks["ROWS"], programs, dx_TD.device)
     dweight_ND, x_TD = sum_TD.new_empty(programs, D), weight_D.new_empty(T, D)
     dsum_TD = None if dsum_TD is None else dsum_TD.contiguous()
     with torch.cuda.device_of(dx_TD):
@@ -212,8 +214,9 @@ def gated_norm_backward(
     """(dy_TD, dweight_D, x_TD) of `gated_norm_backward` in norm.py; fills dz_TD, whose rows are dense."""
     T, D = y_TD.shape
     dx_TD, y_TD, z_TD = dx_TD.contiguous(), _dense_rows(y_TD), _dense_rows(z_TD)
-    dy_TD, blocks = y_TD.new_empty(T, D), _blocks(D, BACKWARD_TILE)
-    programs, rows = _shares(T, blocks, dx_TD.device)
+    tile, programs, warps = GATED_NORM_BACKWARD
+    dy_TD, blocks = y_TD.new_empty(T, D), _blocks(D, tile, warps)
+    programs, rows = _shares(T, blocks["ROWS"], programs, dx_TD.device)
     dweight_ND, x_TD = scale_T.new_empty(programs, D), weight_D.new_empty(T, D)
     with torch.cuda.device_of(dx_TD):
         _gated_norm_backward[(programs,)](
