@@ -1,8 +1,8 @@
 """The Triton kernel of adamw.py, where the definition is.
 
-Legend: K blocks, B elements of one, G groups of parameters. Bound by memory: 24 bytes an element, 4 or 2 for its gradient,
-twice that where gradients are scaled, and 2 for a 16-bit copy. A program takes one block. What it reads of its group comes from the cache and is
-asked for after the block itself, which needn't wait for it.
+Legend: K blocks, B elements of one, G groups of parameters. Bound by memory: 24 bytes an element, 2 or 4 for its
+gradient, twice that where gradients are scaled, and 2 for a 16-bit copy. A program takes one block. What it reads of
+its group comes from the cache and is asked for after the block itself, which needn't wait for it.
 """
 
 import torch

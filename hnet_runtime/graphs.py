@@ -202,7 +202,7 @@ class GraphedModel:
         wide = {"dtype": torch.promote_types(compute_dtype, torch.float32), "device": self.device}
         self.losses = torch.zeros(1 + 3 * self.S, **wide)  # ce, ratio losses, F, G
         self.share, (self.dce, self.dratio) = 0.0, torch.zeros(2, **wide)
-        self.kept: dict[str, float] = {}  # bytes a token that a part's forward keeps; of parts that have run
+        self.kept: dict[str, tuple[int, int]] = {}  # bytes that a part's forward kept for most tokens, and these tokens
         self.captured, self.capture_seconds = 0, 0.0
         self.room = 0  # of how many bytes the steps may be
         self.forget()
@@ -389,16 +389,23 @@ class GraphedModel:
         arena = segment.arena
         if part not in self.kept:
             segment.try_out(self.device)
-            self.kept[part] = arena.used / sizes.T if arena else 0
-        if arena and (need := self.kept[part] * sizes.T) > len(arena.buffer):
+            self.kept[part] = (arena.used if arena else 0), sizes.T
+        began = time.perf_counter()
+        used, T = self.kept[part]
+        self._make_room_in(part, used * sizes.T / T)
+        while not segment.capture(self.pool):  # as where tables are larger than last time, for a longer document
+            self._make_room_in(part, arena.used)
+        self.capture_seconds += time.perf_counter() - began
+        if arena and sizes.T >= T:
+            self.kept[part] = arena.used, sizes.T
+
+    def _make_room_in(self, part: str, need: float) -> None:
+        """Room for so many bytes in a part's arena."""
+        arena = self.arenas.get(part)
+        if arena and need > len(arena.buffer):
             torch.cuda.synchronize(self.device)  # none of those that know the former buffer is being replayed
             self.segments[part].clear()
             arena.grow(need)
-        began = time.perf_counter()
-        segment.capture(self.pool)
-        self.capture_seconds += time.perf_counter() - began
-        if arena:
-            self.kept[part] = arena.used / sizes.T
 
     # ---------------------------------------------------------------------------------------------------------- a step
 

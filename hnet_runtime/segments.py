@@ -44,7 +44,7 @@ class Arena:
 
     def begin(self) -> None:
         self.used = 0  # bytes
-        self.beside: list[Tensor] = []  # what finds no room
+        self.beside: list[Tensor] = []  # what finds no room. In graphs that must not be: others write there
         self.known = {*self.static, self.buffer.untyped_storage().data_ptr()}
 
     def grow(self, need: float) -> None:
@@ -95,19 +95,28 @@ class Segment:
 
     def __init__(self, run: Callable[[Leaf], Ends], pieces: Sequence[Piece], arena: Arena | None):
         self.run, self.pieces, self.arena = run, pieces, arena
-        self.steps: list[Callable[[], None]] = [self._forward, *(self._backward for _ in pieces)]
+        self.steps = self._calls()
 
-    def capture(self, pool: Any) -> None:
-        """Makes graphs of it, whose memory is the pool's. All that `run` calls has run in this process before."""
-        for i, step in enumerate(self.steps):
+    def _calls(self) -> list[Callable[[], None]]:
+        return [self._forward, *(self._backward for _ in self.pieces)]
+
+    def capture(self, pool: Any) -> bool:
+        """Makes graphs of it, whose memory is the pool's. All that `run` calls has run in this process before.
+
+        False: its arena is too small, see `used`. What found no room in there lies in the pool, where graphs that were
+        captured before would overwrite it; so this must be called again with a larger one.
+        """
+        steps = []  # former graphs stay until there are new ones: torch takes no pool that all have left
+        for call in self._calls():
             graph = torch.cuda.CUDAGraph()
             # "relaxed": a kernel that sizes like these are the first to call may be loaded meanwhile, and another
             # thread may be saving a checkpoint
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="relaxed"):
-                step()
-            self.steps[i] = graph.replay
-        self.beside = self.arena.beside if self.arena else []
+                call()
+            steps.append(graph.replay)
+        self.steps = steps
         self._let_go()
+        return not (self.arena and self.arena.beside)
 
     def _let_go(self) -> None:
         """Of what the forward saved: others use that memory too."""

@@ -225,6 +225,51 @@ def test_what_an_arena_gives_out_does_not_overlap_and_lies_there_again_next_time
     assert seen[0] == seen[1]
 
 
+def test_a_segment_that_finds_no_room_in_its_arena_is_captured_again_with_more(monkeypatch):
+    """Else what lies beside the arena is overwritten by graphs that were captured before, as in one run it was."""
+    graphed, room = GraphedModel(build(ONE_STAGE, torch.float32), torch.float32, ALPHA), []
+    arena = graphed.arenas["inner 1"] = Arena([], torch.device("cpu"))
+
+    class Captured(Segment):
+        """As on a GPU, but for the graphs."""
+
+        def capture(self, pool):
+            room.append(len(self.arena.buffer))
+            self.arena.begin()
+            for size in self.run:
+                self.arena.empty((size,), torch.uint8, torch.device("cpu"))
+            return not self.arena.beside
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    graphed.segments["inner 1"]["former"] = None
+    graphed.kept["inner 1"] = 2**21, 128
+    for T, sizes, rooms in (
+        (128, [2**20, 2**20], [2**21]),  # as known
+        (256, [2**21, 2**20], [2**22]),  # less than twice as much
+        (256, [2**21, 2**21, 2**20], [2**22, 5 * 2**20]),  # more, by a table
+        (128, [2**20, 3], [5 * 2**20]),
+    ):
+        room.clear()
+        graphed._capture("inner 1", graphs.Sizes(T, 1, 1), Captured(sizes, [], arena))
+        assert room == rooms and not arena.beside
+    assert graphed.kept["inner 1"] == (5 * 2**20, 256), "of the most tokens"
+    assert not graphed.segments["inner 1"], "those that knew the former buffer are gone"
+
+
+@pytest.mark.gpu
+def test_a_longer_document_makes_larger_tables_and_nothing_is_overwritten():
+    """What is kept grows while the numbers of tokens stay as they were; then the same bits as with new graphs."""
+    graphed = GraphedModel(build(TWO_STAGES, torch.float32), torch.bfloat16, ALPHA)
+    fresh = GraphedModel(build(TWO_STAGES, torch.float32), torch.bfloat16, ALPHA)
+    for lengths in ([1000] * 60, [60_000], [7] * 8571 + [3], [30_000, 30_000]):
+        pair = batch(lengths, 0)
+        fresh.forget()
+        for model in (graphed, fresh):
+            model.forward_backward([pair])
+        assert torch.equal(gradient(graphed), gradient(fresh))
+        assert all(arena.used <= len(arena.buffer) and not arena.beside for arena in graphed.arenas.values())
+
+
 def test_graphs_of_other_sizes_go_where_memory_runs_out(monkeypatch):
     """Once: the step is run again without them. A second time in a row ends it."""
     graphed = GraphedModel(build(ONE_STAGE, torch.float64), torch.float64, ALPHA)
