@@ -93,8 +93,8 @@ class TrainConfig:
     """Order of the documents in an epoch; length goes from short to long."""
     mbs: int = 2048
     """Bytes in a slice, which is what a process runs at once (T)."""
-    global_slices: int = 1
-    """Slices in an optimizer step over all processes (G); the number of processes must divide it."""
+    global_slices: int = 0
+    """Slices in an optimizer step over all processes (G); the number of processes must divide it. 0: one for each."""
     max_doc: int = 8192
     """Longest row in bytes; a longer document goes on in further rows."""
     steps: int = 900
@@ -178,9 +178,10 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises UserError naming the first flag that is out of range."""
-        for name in ("mbs", "global_slices", "max_doc", "steps", "save_every", "log_every"):
+        for name in ("mbs", "max_doc", "steps", "save_every", "log_every"):
             self._expect(name, getattr(self, name) >= 1, "1 or more")
         for name in (
+            "global_slices",
             "replicate",
             "val_every",
             "val_slices",
@@ -380,7 +381,8 @@ class Trainee:
         self.guard = activations.ChunkGuard(model, limit, world) if limit else None
         groups = distributed.optimizer_groups(groups)
         if graph:
-            self.runner = GraphedModel(model, dtype, config.alpha, world=world, groups=groups, ac=config.ac)
+            accumulates = config.global_slices > world.size
+            self.runner = GraphedModel(model, dtype, config.alpha, world, groups, config.ac, accumulates)
             self.evaluated, self.optimizer = self.runner.model, self.runner.optimizer
         else:
             self.runner = self.evaluated = model
@@ -782,6 +784,7 @@ def main(argv: Sequence[str]) -> None:
     config = read_config(argv)
     hnet, start_weights = read_model(config)
     world = distributed.start(config.device, config.replicate or 1, max(600, 2 * config.timeout))
+    config.global_slices = config.global_slices or world.size
     logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s", stream=sys.stdout)
     if world.device.type == "cpu":
         keep_freed_memory()

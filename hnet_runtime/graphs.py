@@ -147,8 +147,8 @@ class GraphedModel:
 
     `masters`: the HNetLM whose float32 parameters are trained. `model`: an HNetLM of copies in the compute dtype, for
     whoever evaluates or generates; it computes as fused.py writes it, with activation checkpointing as `ac` says there.
-    Gradients go to the masters' `grad`. On one process, those of bfloat16 copies are bfloat16: rounded once, as the
-    result of their product or, with several micro-batches, as a sum in float32. Where processes add them up, float32.
+    Gradients go to the masters' `grad`. Those of bfloat16 copies are float32 where they are added up, over processes or,
+    with `accumulates`, over the micro-batches of a step; else bfloat16, rounded once, at the end of their product.
 
     `optimizer` is what changes the masters, and the copies with them; groups: its parameter groups, by default one.
     Whatever else changes the masters calls `optimizer.refresh` afterwards.
@@ -167,10 +167,11 @@ class GraphedModel:
         world: World | None = None,
         groups: Sequence[dict[str, Any]] | None = None,
         ac: str = "none",
+        accumulates: bool = False,
     ):
         config: HNetConfig = masters.config
         self.masters, self.alpha, self.S = masters, alpha, config.num_stages
-        self.size = world.size if world else 1
+        self.size, self.accumulates = world.size if world else 1, accumulates
         self.dtype, self.device = compute_dtype, masters.lm_head.weight.device
         if reason := obstacle(config, self.device, compute_dtype):
             raise ValueError(f"steps as graphs: {reason}")
@@ -196,7 +197,7 @@ class GraphedModel:
             self.model.get_submodule(path)._parameters[leaf] = used
         everything = {"params": list(parameters.values())}
         spans, rank = self._spans(parameters), world.rank if world else 0
-        narrow = [0] if self.size == 1 and compute_dtype == torch.bfloat16 else []
+        narrow = [0] if self.size == 1 and not accumulates and compute_dtype == torch.bfloat16 else []
         self.optimizer = FlatAdamW(groups or [everything], spans, BETAS, copies=copies, rank=rank, narrow=narrow)
         fuse(self.model, ac)
         wide = {"dtype": torch.promote_types(compute_dtype, torch.float32), "device": self.device}
@@ -412,24 +413,28 @@ class GraphedModel:
     def forward_backward(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Losses:
         """Mean losses of some micro-batches; puts the gradient of ce + alpha * ratio losses into the masters' `grad`.
 
-        batches: NJTs (iids, labels), each (B, j) of int64.
+        batches: NJTs (iids, labels), each (B, j) of int64; more than one with `accumulates` alone.
         """
         *earlier, last = batches
+        if earlier and not self.accumulates:
+            raise ValueError(f"steps as graphs: {len(batches)} micro-batches, but not `accumulates`")
         share = 1 / (len(batches) * self.size)
         if share != self.share:
             self.share = share
             self.dce.fill_(share)
             self.dratio.fill_(share * self.alpha)
         gradients, losses = self.optimizer.gradients, []
-        sums = [torch.zeros_like(g, dtype=self.optimizer.weights.dtype) for g in gradients] if earlier else []
+        sums: list[Tensor] = []
         for pair in earlier:  # the next one writes to the same place
             losses.append(self._micro_batch(*pair))
-            for sum_, gradient in zip(sums, gradients):
-                sum_ += gradient
+            if sums:
+                torch._foreach_add_(sums, gradients)
+            else:
+                sums = [gradient.clone() for gradient in gradients]
 
         def finished(span: int) -> None:
             if sums:
-                gradients[span].copy_(sums[span].add_(gradients[span]))
+                gradients[span] += sums[span]
             self.optimizer.add_up(span)
 
         losses.append(self._micro_batch(*last, finished if self.size > 1 else lambda span: None))

@@ -172,8 +172,9 @@ class Segment:
         copied = [x for x in wanted if x in self.copied]
         if {x for x in wanted if found[x] is not None} != set(copied):
             raise RuntimeError("a weight is not used, or twice")
-        if copied:
-            torch._foreach_copy_([self.copied[x] for x in copied], [found[x] for x in copied])
+        for dtype in dict.fromkeys(x.dtype for x in copied):  # a launch for each
+            same = [x for x in copied if x.dtype == dtype]
+            torch._foreach_copy_([self.copied[x] for x in same], [found[x] for x in same])
 
     def forward(self) -> None:
         self.steps[0]()

@@ -321,7 +321,7 @@ def test_steps_as_graphs_train_by_it(world):
     for flat in (False, True):
         model = build(world, torch.float64)
         groups = distributed.optimizer_groups(parameter_groups(model, RATE, DECAY))
-        runner = GraphedModel(model, torch.float32, 0.1, groups=groups)
+        runner = GraphedModel(model, torch.float32, 0.1, groups=groups, accumulates=True)
         optimizer = runner.optimizer if flat else torch.optim.AdamW(groups, betas=distributed.BETAS, fused=True)
         copies = [(x, model.get_parameter(name)) for name, x in runner.model.named_parameters()]
         copies = [(x, p) for x, p in copies if x is not p]

@@ -107,7 +107,7 @@ def scenario(corpus: Path, name: str, folder: Path) -> None:
 
     if run.world.shards == 1:  # as train.py does with --compile graph: averaged while the backward goes on
         graphs.PIECE = 10_000  # of weights: so that some backwards are cut
-        graphed = GraphedModel(run.model(), torch.float32, run.config.alpha, world=run.world)
+        graphed = GraphedModel(run.model(), torch.float32, run.config.alpha, run.world, accumulates=True)
         train.forward_backward(
             graphed, list(run.stream.step(0, G, run.world.rank, run.world.size)), run.config, run.world
         )
@@ -483,6 +483,16 @@ def test_mistakes_of_several_processes(corpus, undisturbed, tmp_path):
     assert job.wait() == [2, 2] and "--replicate 3" in job.printed() and "Traceback" not in job.printed()
     job = train_job(corpus, tmp_path / "b" / "run", 2, "--global-slices", "3")
     assert job.wait() == [2, 2] and "--global-slices 3: 2 processes do not divide it" in job.printed()
+
+
+def test_a_step_has_a_slice_for_each_process_unless_told_otherwise(corpus, tmp_path):
+    """And the run keeps the number: a single process that goes on accumulates."""
+    flags, run = ("--global-slices", "0", "--steps", "2"), tmp_path / "run"
+    train_job(corpus, run, 2, *flags).succeed()
+    assert [row["bytes_seen"] for row in records(run)] == [2 * 128, 4 * 128]
+    alone = Job(tmp_path, 1, program, lambda rank: ["--save-dir", str(run), "--resume", "auto", "--steps", "3"])
+    alone.succeed()
+    assert records(run)[-1]["bytes_seen"] == 6 * 128
 
 
 def test_a_disk_without_room_is_refused(tmp_path):
