@@ -147,8 +147,8 @@ class GraphedModel:
 
     `masters`: the HNetLM whose float32 parameters are trained. `model`: an HNetLM of copies in the compute dtype, for
     whoever evaluates or generates; it computes as fused.py writes it, with activation checkpointing as `ac` says there.
-    Gradients go to the masters' `grad`. Those of bfloat16 copies are float32 where they are added up, over processes or,
-    with `accumulates`, over the micro-batches of a step; else bfloat16, rounded once, at the end of their product.
+    Gradients go to the masters' `grad`. Those of bfloat16 copies are float32 where they are added up, over processes or
+    (`accumulates`) over the micro-batches of a step; else bfloat16, rounded once, at the end of their product.
 
     `optimizer` is what changes the masters, and the copies with them; groups: its parameter groups, by default one.
     Whatever else changes the masters calls `optimizer.refresh` afterwards.
