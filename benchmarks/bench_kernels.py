@@ -32,7 +32,7 @@ _ATTENTION = {  # (queries, keys, warps, stages)
     "QUERIES": [(128, 64, 4, 2), (64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (64, 128, 4, 2)],
 }
 _ROWS = [(4096, 2, None), (2048, 3, 4), (2048, 4, 4), (2048, 6, 4), (4096, 3, 4), (8192, 2, 8)]  # see norm_triton
-_WALKS = [(64, 128, 1), (32, 256, 2), (32, 256, 1), (64, 64, 1), (128, 128, 1)]
+_WALKS = [(64, 128, 1), (64, 128, 2), (64, 256, 2), (32, 256, 1), (64, 64, 1), (128, 128, 1)]
 SWEEP = [  # (name, module, what to set its constants to)
     (
         "attention" if d == "FORWARD" else "attention backward",
@@ -46,8 +46,8 @@ SWEEP += [
     for name in ("add_norm 0", "gated_norm")
 ]
 SWEEP += [
-    (name, conv_triton, [{run: r, "CHANNELS": c, "WARPS": w} for r, c, w in _WALKS])
-    for name, run in (("conv", "RUN"), ("conv backward", "BACKWARD_RUN"))
+    (name, conv_triton, [{constant: walk} for walk in _WALKS])
+    for name, constant in (("conv", "FORWARD"), ("conv backward", "BACKWARD"))
 ]
 
 

@@ -10,7 +10,8 @@ u = bias + the convolution and du = dy silu'(u),
 
 so backward walks three tokens further, and hands each dx on when its last term has come. Sums for the weights and the
 bias stay in registers and are added up over the runs at the end: no atomics, the same bits every time. Rows are loaded
-two tokens before they are used: with few warps on a multiprocessor that keeps enough bytes under way.
+AHEAD tokens before they are used: with few warps on a multiprocessor that keeps enough bytes under way. Loops are
+unrolled by as many tokens, so that what each hands on to the next need not be moved from register to register.
 """
 
 import torch
@@ -21,8 +22,8 @@ from torch import Tensor
 from hnet_kernels.kept import kept_empty
 from hnet_kernels.norm_triton import sum_rows
 
-RUN, CHANNELS, WARPS = 32, 128, 1  # tokens and channels of a program
-BACKWARD_RUN = 64  # tokens, backwards
+FORWARD, BACKWARD = (32, 128, 1), (64, 128, 2)  # a program's tokens, a multiple of AHEAD, and channels; warps
+AHEAD = tl.constexpr(4)
 
 
 @triton.jit
@@ -34,6 +35,16 @@ def _tap(weight_ptr, k: tl.constexpr, d, in_D, K: tl.constexpr):
 @triton.jit
 def _row(x_ptr, t, d, in_D, T, stride):
     return tl.load(x_ptr + t * stride + d, mask=in_D & (t >= 0) & (t < T), other=0.0)
+
+
+@triton.jit
+def _first_rows(x_ptr, t, d, in_D, T, stride):
+    return (
+        _row(x_ptr, t, d, in_D, T, stride),
+        _row(x_ptr, t + 1, d, in_D, T, stride),
+        _row(x_ptr, t + 2, d, in_D, T, stride),
+        _row(x_ptr, t + 3, d, in_D, T, stride),
+    )
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -63,18 +74,19 @@ def _forward(
     x1 = _row(x_ptr, first - 1, d, in_D, T, x_stride).to(tl.float32)
     x2 = _row(x_ptr, first - 2, d, in_D, T, x_stride).to(tl.float32)
     x3 = _row(x_ptr, first - 3, d, in_D, T, x_stride).to(tl.float32)
-    x_next, x_after = _row(x_ptr, first, d, in_D, T, x_stride), _row(x_ptr, first + 1, d, in_D, T, x_stride)
+    row0, row1, row2, row3 = _first_rows(x_ptr, first, d, in_D, T, x_stride)
     position = tl.load(position_ptr + first)
-    for i in range(RUN):
-        t = first + i
-        x = x_next.to(tl.float32)
-        x_next, x_after = x_after, _row(x_ptr, t + 2, d, in_D, T, x_stride)
-        next_position = tl.load(position_ptr + t + 1, mask=t + 1 < T, other=0)
-        u = bias + w0 * x + tl.where(position >= 1, w1 * x1, 0.0)
-        u += tl.where(position >= 2, w2 * x2, 0.0) + tl.where(position >= 3, w3 * x3, 0.0)
-        y = u / (1 + tl.exp(-u))
-        tl.store(y_ptr + t * D + d, y.to(y_ptr.dtype.element_ty), mask=in_D & (t < T))
-        x1, x2, x3, position = x, x1, x2, next_position
+    for i in range(0, RUN, AHEAD):
+        for j in tl.static_range(AHEAD):
+            t = first + i + j
+            x = row0.to(tl.float32)
+            row0, row1, row2, row3 = row1, row2, row3, _row(x_ptr, t + AHEAD, d, in_D, T, x_stride)
+            next_position = tl.load(position_ptr + t + 1, mask=t + 1 < T, other=0)
+            u = bias + w0 * x + tl.where(position >= 1, w1 * x1, 0.0)
+            u += tl.where(position >= 2, w2 * x2, 0.0) + tl.where(position >= 3, w3 * x3, 0.0)
+            y = u / (1 + tl.exp(-u))
+            tl.store(y_ptr + t * D + d, y.to(y_ptr.dtype.element_ty), mask=in_D & (t < T))
+            x1, x2, x3, position = x, x1, x2, next_position
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -112,35 +124,37 @@ def _backward(
     zero = tl.zeros((BLOCK_D,), tl.float32)
     sum_bias, sum0, sum1, sum2, sum3 = zero, zero, zero, zero, zero
     dx1, dx2, dx3 = zero, zero, zero  # of the last three tokens, as far as they are known
-    x_next, x_after = _row(x_ptr, first, d, in_D, T, x_stride), _row(x_ptr, first + 1, d, in_D, T, x_stride)
-    dy_next, dy_after = _row(dy_ptr, first, d, in_D, T, dy_stride), _row(dy_ptr, first + 1, d, in_D, T, dy_stride)
+    row0, row1, row2, row3 = _first_rows(x_ptr, first, d, in_D, T, x_stride)
+    dy0, dy1, dy2, dy3 = _first_rows(dy_ptr, first, d, in_D, T, dy_stride)
     position = tl.load(position_ptr + first)
-    for i in range(RUN + 3):
-        t = first + i
-        x, dy = x_next.to(tl.float32), dy_next.to(tl.float32)
-        x_next, x_after = x_after, _row(x_ptr, t + 2, d, in_D, T, x_stride)
-        dy_next, dy_after = dy_after, _row(dy_ptr, t + 2, d, in_D, T, dy_stride)
-        next_position = tl.load(position_ptr + t + 1, mask=t + 1 < T, other=0)
-        x1 = tl.where(position >= 1, before1, 0.0)
-        x2 = tl.where(position >= 2, before2, 0.0)
-        x3 = tl.where(position >= 3, before3, 0.0)
-        u = bias + w0 * x + w1 * x1 + w2 * x2 + w3 * x3
-        s = 1 / (1 + tl.exp(-u))
-        du = dy * s * (1 + u * (1 - s))
+    for i in range(0, RUN + AHEAD, AHEAD):
+        for j in tl.static_range(AHEAD):
+            t = first + i + j
+            x, dy = row0.to(tl.float32), dy0.to(tl.float32)
+            row0, row1, row2, row3 = row1, row2, row3, _row(x_ptr, t + AHEAD, d, in_D, T, x_stride)
+            dy0, dy1, dy2, dy3 = dy1, dy2, dy3, _row(dy_ptr, t + AHEAD, d, in_D, T, dy_stride)
+            next_position = tl.load(position_ptr + t + 1, mask=t + 1 < T, other=0)
+            x1 = tl.where(position >= 1, before1, 0.0)
+            x2 = tl.where(position >= 2, before2, 0.0)
+            x3 = tl.where(position >= 3, before3, 0.0)
+            u = bias + w0 * x + w1 * x1 + w2 * x2 + w3 * x3
+            s = 1 / (1 + tl.exp(-u))
+            du = dy * s * (1 + u * (1 - s))
 
-        dx3 += tl.where(position >= 3, w3 * du, 0.0)
-        tl.store(dx_ptr + (t - 3) * dx_stride + d, dx3.to(dx_ptr.dtype.element_ty), mask=in_D & (i >= 3) & (t - 3 < T))
-        dx3 = dx2 + tl.where(position >= 2, w2 * du, 0.0)
-        dx2 = dx1 + tl.where(position >= 1, w1 * du, 0.0)
-        dx1 = w0 * du
+            dx3 += tl.where(position >= 3, w3 * du, 0.0)
+            ours = (i + j >= 3) & (i + j < RUN + 3) & (t - 3 < T)
+            tl.store(dx_ptr + (t - 3) * dx_stride + d, dx3.to(dx_ptr.dtype.element_ty), mask=in_D & ours)
+            dx3 = dx2 + tl.where(position >= 2, w2 * du, 0.0)
+            dx2 = dx1 + tl.where(position >= 1, w1 * du, 0.0)
+            dx1 = w0 * du
 
-        du = tl.where(i < RUN, du, 0.0)  # the next run counts its own
-        sum_bias += du
-        sum0 += du * x
-        sum1 += du * x1
-        sum2 += du * x2
-        sum3 += du * x3
-        before1, before2, before3, position = x, before1, before2, next_position
+            du = tl.where(i + j < RUN, du, 0.0)  # the next run counts its own
+            sum_bias += du
+            sum0 += du * x
+            sum1 += du * x1
+            sum2 += du * x2
+            sum3 += du * x3
+            before1, before2, before3, position = x, before1, before2, next_position
     row = sums_ptr + tl.program_id(1).to(tl.int64) * (K + 1) * D + d
     tl.store(row + K * D, sum_bias, mask=in_D)
     tl.store(row + (K - 1) * D, sum0, mask=in_D)
@@ -160,10 +174,11 @@ def conv_silu_forward(x_TD: Tensor, weight_D1K: Tensor, bias_D: Tensor, position
     if not T:
         return y_TD
     x_TD = _dense_rows(x_TD)
+    run, channels, warps = FORWARD
     with torch.cuda.device_of(x_TD):
-        _forward[(triton.cdiv(D, CHANNELS), triton.cdiv(T, RUN))](
+        _forward[(triton.cdiv(D, channels), triton.cdiv(T, run))](
             x_TD, weight_D1K.contiguous(), bias_D.contiguous(), position_T, y_TD, T, D, x_TD.stride(0),
-            K=K, RUN=RUN, BLOCK_D=CHANNELS, num_warps=WARPS,
+            K=K, RUN=run, BLOCK_D=channels, num_warps=warps,
         )  # fmt: skip
     return y_TD
 
@@ -182,13 +197,14 @@ def conv_silu_backward(
     if not T:
         return dx_TD, torch.zeros_like(weight_D1K), torch.zeros_like(bias_D)
     x_TD, dy_TD = _dense_rows(x_TD), _dense_rows(dy_TD)
-    runs = triton.cdiv(T, BACKWARD_RUN)
+    run, channels, warps = BACKWARD
+    runs = triton.cdiv(T, run)
     sums_SKD = x_TD.new_empty(runs, K + 1, D, dtype=torch.float32)
     with torch.cuda.device_of(x_TD):
-        _backward[(triton.cdiv(D, CHANNELS), runs)](
+        _backward[(triton.cdiv(D, channels), runs)](
             dy_TD, x_TD, weight_D1K.contiguous(), bias_D.contiguous(), position_T, dx_TD, sums_SKD,
             T, D, x_TD.stride(0), dy_TD.stride(0), dx_TD.stride(0),
-            K=K, RUN=BACKWARD_RUN, BLOCK_D=CHANNELS, num_warps=WARPS,
+            K=K, RUN=run, BLOCK_D=channels, num_warps=warps,
         )  # fmt: skip
         sums_KD = sum_rows(sums_SKD.view(runs, -1), weight_D1K.dtype).view(K + 1, D)
     return dx_TD, sums_KD[:K].T.contiguous()[:, None], sums_KD[K].to(bias_D.dtype)
