@@ -257,11 +257,11 @@ def test_a_segment_that_finds_no_room_in_its_arena_is_captured_again_with_more(m
 
 
 @pytest.mark.gpu
-def test_a_longer_document_makes_larger_tables_and_nothing_is_overwritten():
-    """What is kept grows while the numbers of tokens stay as they were; then the same bits as with new graphs."""
+def test_graphs_of_many_sizes_give_the_bits_of_new_ones():
+    """Whatever was captured before. A longer document makes larger tables, so a part keeps more for as many tokens."""
     graphed = GraphedModel(build(TWO_STAGES, torch.float32), torch.bfloat16, ALPHA)
     fresh = GraphedModel(build(TWO_STAGES, torch.float32), torch.bfloat16, ALPHA)
-    for lengths in ([1000] * 40, [40_000], [20_000, 20_000]):
+    for lengths in ([1000] * 40, [40_000], [1000] * 40, [20_000, 20_000], [100] * 400, [40_000], [1000] * 40):
         pair = batch(lengths, 0)
         fresh.forget()
         for model in (graphed, fresh):
