@@ -68,6 +68,8 @@ class FlatAdamW(torch.optim.AdamW):
             raise ValueError("FlatAdamW: the parameters are sharded, or not of one dtype on one device")
         if any(p not in group_of or (c.shape, c.dtype) != (p.shape, copies[0][0].dtype) for c, p in copies):
             raise ValueError("FlatAdamW: the copies are not of these parameters, of their shapes and of one dtype")
+        if not {p for i in narrow for part in spans[i] for p in part} <= {p for _, p in copies}:
+            raise ValueError("FlatAdamW: a parameter of a narrow span has no copy")
         self._slices: dict[Tensor, slice] = {}
         self.spans: list[slice] = []
         self._own: list[slice] = []  # of each span, what this process updates

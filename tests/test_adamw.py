@@ -250,6 +250,8 @@ def test_what_it_cannot_take_is_refused(world):
         FlatAdamW(groups, [[order[1:]]])
     with pytest.raises(ValueError, match="shapes"):
         FlatAdamW(groups, [[order]], copies=[(order[0].detach()[1:], order[0])])
+    with pytest.raises(ValueError, match="narrow span"):
+        FlatAdamW(groups, [[order]], copies=[(order[0].detach().bfloat16(), order[0])], narrow=[0])
     order[0].data = order[0].data.double()
     with pytest.raises(ValueError, match="not of one dtype"):
         FlatAdamW(groups, [[order]])
