@@ -9,6 +9,7 @@ Read top to bottom: config -> one step -> what is reported -> the run -> `main`.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import logging
 import math
@@ -55,6 +56,7 @@ from hnet_runtime.run import (
     leave_unused,
     open_folder,
 )
+from hnet_runtime.segments import memory_ran_out
 from hnet_runtime.watchdog import Watchdog
 from hnet_simple import HNetInference, generate
 from hnet_trainable import ConfigError, HNetConfig, HNetLM, compile_blocks, count_flops, parameter_groups
@@ -419,7 +421,8 @@ class Trainee:
         before_update()
         self.optimizer.step()
         if more is not None:
-            more.append(statistics.weight_statistics(self.optimizer, self.hnet.num_stages, self.world))
+            count = functools.partial(statistics.weight_statistics, self.optimizer, self.hnet.num_stages, self.world)
+            more.append(self.runner.with_room(count) if self.graph else count())
         if not self.graph:  # graphs write every gradient anew
             self.optimizer.zero_grad()
         return torch.cat([stats, norm[None], *(more or [])])
@@ -818,6 +821,8 @@ if __name__ == "__main__":
         if dist.is_initialized() and dist.get_world_size() == 1:  # else NCCL adds a warning to the sentence
             dist.destroy_process_group()
         sys.exit(2)
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+        if not memory_ran_out(error):
+            raise
         print(f"train.py: {in_words(error)} ({str(error).splitlines()[0]})", file=sys.stderr)
         sys.exit(1)

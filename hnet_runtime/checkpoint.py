@@ -77,6 +77,9 @@ class Saver:
         # long, by default after 5 ms, and asks for it some hundred times a step
         sys.setswitchinterval(1e-4)
         self._device = next(model.parameters()).device
+        # One for good: torch hands out 32 in turn, and one made for each save would some day be that on which training
+        # captures its graphs, which would take the saver's copies for theirs
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._host: dict[str, Tensor] = {}  # on a GPU: page-locked, so made once
         self._meshes: dict[DeviceMesh, DeviceMesh] = {}  # for copies of shards on the host
         for mesh in dict.fromkeys(p.device_mesh for p in model.parameters() if isinstance(p, DTensor)):
@@ -179,12 +182,12 @@ class Saver:
     def _to_host(self, state: dict[str, Tensor], ready: torch.cuda.Event | None) -> dict[str, Tensor]:
         if ready is None:
             return state
-        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream()), torch.no_grad():
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream), torch.no_grad():
             ready.wait()
             self._lock_pages(state)
             for name, tensor in state.items():
                 self._host[name].copy_(_local(tensor), non_blocking=True)
-            torch.cuda.current_stream().synchronize()
+            self._stream.synchronize()
         return {name: self._like(tensor, self._host[name]) for name, tensor in state.items()}
 
     def _lock_pages(self, state: dict[str, Tensor]) -> None:

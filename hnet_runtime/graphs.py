@@ -29,7 +29,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ from hnet_kernels.dispatch import requested
 from hnet_runtime.distributed import BETAS, PLAIN_FLOAT32, World
 from hnet_runtime.flat_adamw import FlatAdamW, Span
 from hnet_runtime.fused import HeadLoss, Put, ResidualProjection, Smooth, Take, Upsample, fuse
-from hnet_runtime.segments import Arena, Ends, Leaf, Piece, Segment
+from hnet_runtime.segments import Arena, Ends, Leaf, Piece, Segment, memory_ran_out
 from hnet_trainable import (
     EMA_CLAMP,
     Block,
@@ -58,6 +58,7 @@ from hnet_trainable import (
 )
 
 logger = logging.getLogger("hnet")
+Returned = TypeVar("Returned")
 
 TOKENS, STEPS = 128, 32  # an inner T is rounded up to a multiple of TOKENS, and to one of STEPS sizes an octave
 DOCUMENTS, LONGEST = 16, 1024  # the least room for documents and for a document; more is a power of two
@@ -199,6 +200,10 @@ class GraphedModel:
         spans, rank = self._spans(parameters), world.rank if world else 0
         narrow = [0] if self.size == 1 and not accumulates and compute_dtype == torch.bfloat16 else []
         self.optimizer = FlatAdamW(groups or [everything], spans, BETAS, copies=copies, rank=rank, narrow=narrow)
+        # of micro-batches' gradients; there from the start, so that graphs do not take its memory
+        self.sums = [torch.zeros_like(gradient) for gradient in self.optimizer.gradients] if accumulates else []
+        # for captures, and nobody else's: torch's own for them is one of those that it hands out to all
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         fuse(self.model, ac)
         wide = {"dtype": torch.promote_types(compute_dtype, torch.float32), "device": self.device}
         self.losses = torch.zeros(1 + 3 * self.S, **wide)  # ce, ratio losses, F, G
@@ -273,9 +278,20 @@ class GraphedModel:
             if free < everything // ROOM:
                 self.forget()
 
+    def with_room(self, call: Callable[[], Returned]) -> Returned:
+        """What `call` returns; where the GPU's memory is too full for it, of a second call, without any graphs."""
+        try:
+            return call()
+        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+            if not memory_ran_out(error):
+                raise
+        logger.info("the GPU's memory is full: all graphs are dropped")  # here, where the exception holds nothing more
+        self.forget()
+        return call()
+
     def _allocate(self, T: int) -> None:
         """What segments read and write, for steps of at most T bytes."""
-        self.room = T
+        self.room = 0
         self.forget()
         documents = _power(max(T, DOCUMENTS)) + self.S
         self.iids_T, self.labels_T = torch.zeros(2, T, dtype=torch.int64, device=self.device)
@@ -287,6 +303,7 @@ class GraphedModel:
         flat = self.optimizer.weights, self.optimizer.copies, self.iids_T, self.labels_T, self.offsets, self.losses
         static = [*flat, *(x for crossing in self.crossings for x in vars(crossing).values())]
         self.static = frozenset(x.untyped_storage().data_ptr() for x in static if x is not None)
+        self.room = T
 
     # ------------------------------------------------------------------------------------------- what segments compute
 
@@ -389,12 +406,14 @@ class GraphedModel:
     def _capture(self, part: str, sizes: Sizes, segment: Segment) -> None:
         arena = segment.arena
         if part not in self.kept:
-            segment.try_out(self.device)
+            segment.try_out(self.stream)
             self.kept[part] = (arena.used if arena else 0), sizes.T
         began = time.perf_counter()
         used, T = self.kept[part]
         self._make_room_in(part, used * sizes.T / T)
-        while not segment.capture(self.pool):  # as where tables are larger than last time, for a longer document
+        while not segment.capture(
+            self.pool, self.stream
+        ):  # as where tables are larger than last time, for a longer document
             self._make_room_in(part, arena.used)
         self.capture_seconds += time.perf_counter() - began
         if arena and sizes.T >= T:
@@ -424,17 +443,14 @@ class GraphedModel:
             self.dce.fill_(share)
             self.dratio.fill_(share * self.alpha)
         gradients, losses = self.optimizer.gradients, []
-        sums: list[Tensor] = []
         for pair in earlier:  # the next one writes to the same place
+            add = torch._foreach_add_ if losses else torch._foreach_copy_
             losses.append(self._micro_batch(*pair))
-            if sums:
-                torch._foreach_add_(sums, gradients)
-            else:
-                sums = [gradient.clone() for gradient in gradients]
+            add(self.sums, gradients)
 
         def finished(span: int) -> None:
-            if sums:
-                gradients[span] += sums[span]
+            if earlier:
+                gradients[span] += self.sums[span]
             self.optimizer.add_up(span)
 
         losses.append(self._micro_batch(*last, finished if self.size > 1 else lambda span: None))
@@ -447,14 +463,7 @@ class GraphedModel:
 
     def _micro_batch(self, iids: Tensor, labels: Tensor, finished: Callable[[int], None] = lambda span: None) -> Tensor:
         """Its losses, as they lie in `losses`. finished: as `Segment.backward` says."""
-        try:
-            segments = self._forward(iids, labels)
-        except torch.OutOfMemoryError:
-            segments = None  # what the exception holds must go first
-        if segments is None:
-            logger.info("the GPU's memory is full: graphs for other numbers of chunks are dropped")
-            self.forget()
-            segments = self._forward(iids, labels)
+        segments = self.with_room(functools.partial(self._forward, iids, labels))
         for segment in reversed(segments):
             segment.backward(finished)
         return self.losses.clone()  # the next micro-batch writes to the same place

@@ -11,12 +11,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from hnet_runtime import UserError, checkpoint
 from hnet_runtime.distributed import World
 from hnet_runtime.metrics import read_metrics
+from hnet_runtime.segments import memory_ran_out
 
 logger = logging.getLogger("hnet")
 
@@ -160,7 +160,7 @@ class Interrupts:
 
 def in_words(error: BaseException) -> str:
     """What went wrong, for the sentence that ends a run."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if memory_ran_out(error):
         return (
             "the GPU's memory is full: take --ac selective or block, a smaller --mbs with more --global-slices, "
             "or more processes"

@@ -5,7 +5,6 @@ an `Arena`. On a CPU the same path runs without capture.
 """
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
@@ -18,10 +17,11 @@ from hnet_runtime.fused import gradients_into, noting_seams
 from hnet_trainable import Block
 
 
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all: what is freed on a stream is only used again there."""
-    return torch.cuda.Stream(device)
+def memory_ran_out(error: BaseException) -> bool:
+    """Whether it says that a GPU's memory is full: that which torch gives out or, as for graphs, the driver."""
+    if isinstance(error, torch.AcceleratorError):
+        return "out of memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError)
 
 
 Ends = Sequence[tuple[Tensor, Tensor]]  # outputs that have a gradient, each with where it will lie
@@ -100,8 +100,10 @@ class Segment:
     def _calls(self) -> list[Callable[[], None]]:
         return [self._forward, *(self._backward for _ in self.pieces)]
 
-    def capture(self, pool: Any) -> bool:
+    def capture(self, pool: Any, stream: torch.cuda.Stream) -> bool:
         """Makes graphs of it, whose memory is the pool's. All that `run` calls has run in this process before.
+
+        stream: on which nothing else runs, in no thread, as all of that would be captured.
 
         False: its arena is too small, see `used`. What found no room in there lies in the pool, where graphs that were
         captured before would overwrite it; so this must be called again with a larger one.
@@ -110,8 +112,9 @@ class Segment:
         for call in self._calls():
             graph = torch.cuda.CUDAGraph()
             # "relaxed": a kernel that sizes like these are the first to call may be loaded meanwhile, and another
-            # thread may be saving a checkpoint
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="relaxed"):
+            # thread may be saving a checkpoint. If a capture cannot be ended, torch leaves its stream the current one
+            capturing = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="relaxed")
+            with torch.cuda.stream(torch.cuda.current_stream()), capturing:
                 call()
             steps.append(graph.replay)
         self.steps = steps
@@ -122,18 +125,17 @@ class Segment:
         """Of what the forward saved: others use that memory too."""
         del self.ends, self.seams, self.wanted, self.copied
 
-    def try_out(self, device: torch.device) -> None:
+    def try_out(self, stream: torch.cuda.Stream) -> None:
         """Compiles and loads what the segment calls, on another stream as captures want it, and finds what it keeps."""
-        aside = _side_stream(device)
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             self._forward(trial=True)
             for backward in self.steps[1:]:
                 backward()
             self._let_go()
             if self.arena:
                 self.arena.beside.clear()
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.empty_cache()  # what lies beside the pool is of no use to it
 
     def _kept(self) -> contextlib.ExitStack:

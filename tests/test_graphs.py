@@ -233,7 +233,7 @@ def test_a_segment_that_finds_no_room_in_its_arena_is_captured_again_with_more(m
     class Captured(Segment):
         """As on a GPU, but for the graphs."""
 
-        def capture(self, pool):
+        def capture(self, pool, stream):
             room.append(len(self.arena.buffer))
             self.arena.begin()
             for size in self.run:
@@ -292,6 +292,51 @@ def test_graphs_of_other_sizes_go_where_memory_runs_out(monkeypatch):
     full += [True] * 9
     with pytest.raises(torch.OutOfMemoryError):
         graphed.forward_backward([batch([5000], 1)])
+
+
+@pytest.mark.parametrize(
+    "error, again",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 76.00 MiB."), True),
+        (torch.AcceleratorError("CUDA error: out of memory"), True),  # the driver's, as where it makes a graph
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("out of memory"), False),
+    ],
+    ids=["allocator", "driver", "another", "unrelated"],
+)
+def test_graphs_go_where_there_is_no_room_beside_them(error, again):
+    graphed, calls = GraphedModel(build(ONE_STAGE, torch.float32), torch.float32, ALPHA), []
+    graphed.forward_backward([batch([1024], 0)])
+
+    def call():
+        calls.append(any(graphed.segments.values()))
+        if len(calls) == 1:
+            raise error
+        return 3
+
+    if again:
+        assert graphed.with_room(call) == 3 and calls == [True, False]
+    else:
+        with pytest.raises(type(error)):
+            graphed.with_room(call)
+        assert calls == [True]
+
+
+def test_memory_that_runs_out_while_buffers_are_made_is_asked_for_again(monkeypatch):
+    graphed = GraphedModel(build(TWO_STAGES, torch.float32), torch.float32, ALPHA)
+    wanted, made = graphed.forward_backward([batch([1024], 0)]).ce.item(), []
+
+    class Full(graphs.Crossing):
+        def __init__(self, *args):
+            made.append(args)
+            if len(made) == 2:
+                raise torch.OutOfMemoryError("as if")
+            super().__init__(*args)
+
+    monkeypatch.setattr(graphs, "Crossing", Full)
+    graphed.forward_backward([batch([3000], 1)])
+    assert len(made) == 4
+    assert graphed.forward_backward([batch([1024], 0)]).ce.item() == wanted
 
 
 @pytest.mark.parametrize("uses", [0, 2])
