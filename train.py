@@ -54,6 +54,8 @@ from hnet_runtime.run import (
     in_words,
     keep_freed_memory,
     leave_unused,
+    newest,
+    of_main,
     open_folder,
 )
 from hnet_runtime.segments import memory_ran_out
@@ -96,7 +98,8 @@ class TrainConfig:
     mbs: int = 2048
     """Bytes in a slice, which is what a process runs at once (T)."""
     global_slices: int = 0
-    """Slices in an optimizer step over all processes (G); the number of processes must divide it. 0: one for each."""
+    """Slices in an optimizer step over all processes (G); the number of processes must divide it. 0: one for each; a
+    run keeps the number that it began with."""
     max_doc: int = 8192
     """Longest row in bytes; a longer document goes on in further rows."""
     steps: int = 900
@@ -198,6 +201,8 @@ class TrainConfig:
             "weight_decay",
         ):
             self._expect(name, getattr(self, name) >= 0, "0 or more")
+        for name, value in vars(self).items():
+            self._expect(name, not isinstance(value, float) or math.isfinite(value), "a finite number")
         for name in ("lr", "timeout"):
             self._expect(name, getattr(self, name) > 0, "more than 0")
         for name in ("warmup", "decay"):
@@ -206,6 +211,9 @@ class TrainConfig:
         self._expect("ac", self.ac != "selective" or self.compile != "block", "none or block with --compile block")
         self._expect("logger", self.logger != "neptune", "wandb or tensorboard (neptune, which only printed, is gone)")
         self._expect("seed", 0 <= self.seed < 2**63, "0 or more, below 2**63")
+        self._expect("resume", self.resume != "auto" or self.save_dir, "also --save-dir, the folder of the run")
+        if self.resume and self.early_exit != "no":
+            raise UserError(f"-e {self.early_exit} with --resume: expected -p, which names the weights to look at")
         for name in ("wandb", "tensorboard"):
             if self.logger == name and importlib.util.find_spec(name) is None:
                 raise UserError(f"--logger {name}: {name} is not installed; pip install -e '.[{name}]'")
@@ -227,6 +235,7 @@ def read_config(argv: Sequence[str]) -> TrainConfig:
     config = tyro.cli(TrainConfig, args=rest, default=TrainConfig(**given), description=ABOUT)
     if earlier := _flags_of_the_run(config):
         config = tyro.cli(TrainConfig, args=rest, default=TrainConfig(**earlier | given))
+        config.global_slices = config.global_slices or earlier.get("global_slices", 0)
     config.check()
     return config
 
@@ -277,8 +286,13 @@ def read_model(config: TrainConfig) -> tuple[HNetConfig, dict[str, Tensor] | Non
         except ValueError:
             raise UserError(f"-N {config.n_compression}: expected numbers joined by dashes, like 1-3-9") from None
         overrides["N_compress"] = [int(n) if n.is_integer() else n for n in numbers]
+    named = config.config or DEFAULT_CONFIG
+    if config.resume and (config.pt_ckpt or not Path(named).exists()):
+        source = newest(Path(config.save_dir if config.resume == "auto" else config.resume))
+        if checkpoint.is_complete(source):  # it has all that is needed
+            return _load_config(str(source / "config.json"), overrides, config), None
     if not config.pt_ckpt:
-        return _load_config(config.config or DEFAULT_CONFIG, overrides, config), None
+        return _load_config(named, overrides, config), None
     start = weights.load(config.pt_ckpt, _load_config(config.config, overrides, config) if config.config else None)
     return _load_config(start.config.to_dict(), overrides, config), start.weights
 
@@ -497,7 +511,8 @@ def open_data(config: TrainConfig, world: World) -> tuple[fineweb.ByteStream, fi
         fineweb.prepare("stdlib", DEFAULT_DATA)
     dist.barrier()
     if config.global_slices % world.size:
-        raise UserError(f"--global-slices {config.global_slices}: {world.size} processes do not divide it")
+        kept = "; a run keeps the number it began with, by default one for each process then" if config.resume else ""
+        raise UserError(f"--global-slices {config.global_slices}: {world.size} processes do not divide it{kept}")
     common = {"slice_bytes": config.mbs, "max_doc": config.max_doc}
     train = fineweb.ByteStream(config.data, "train", seed=config.seed, order=config.order, **common)
     train.require(config.mbs * config.global_slices)
@@ -582,7 +597,7 @@ class Run:
         self.about, self.folder = about, open_folder(config.save_dir, name, world)
         parameters = sum(p.numel() for p in trainee.parameters)
         try:
-            checkpoint.require_room(self.folder, parameters)
+            of_main(lambda: checkpoint.require_room(self.folder, parameters), world)
             self.step = self._go_on()
         except UserError:
             leave_unused(self.folder, world)
@@ -766,8 +781,10 @@ def show_results(model: HNetLM, val_stream: fineweb.ByteStream, run: Path, world
     opens = chunks_of(model, text, world)
     if not world.is_main:
         return
-    records = read_metrics(run / "metrics.jsonl")
     plot([run], run / "plots")
+    records = [record for record in read_metrics(run / "metrics.jsonl") if "val_bpb" in record]
+    if not records:
+        return
     last = records[-1]
     if opens:
         logger.info("held-out text in the chunks that the model cut:")
@@ -789,6 +806,8 @@ def main(argv: Sequence[str]) -> None:
     world = distributed.start(config.device, config.replicate or 1, max(600, 2 * config.timeout))
     config.global_slices = config.global_slices or world.size
     logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s", stream=sys.stdout)
+    if config.early_exit != "no" and not world.is_main:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (one process tells what all find)
     if world.device.type == "cpu":
         keep_freed_memory()
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU for what stays float32: residual_proj
@@ -818,8 +837,8 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (UserError, ConfigError, fineweb.DataError) as error:
         sys.stderr.write(f"train.py: {error}\n")  # at once: other ranks may say it too
-        if dist.is_initialized() and dist.get_world_size() == 1:  # else NCCL adds a warning to the sentence
-            dist.destroy_process_group()
+        if dist.is_initialized() and (dist.get_world_size() == 1 or not torch.cuda.is_available()):
+            dist.destroy_process_group()  # else NCCL adds a warning to the sentence; gloo's threads must be gone
         sys.exit(2)
     except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
         if not memory_ran_out(error):

@@ -310,8 +310,9 @@ def is_complete(folder: Path) -> bool:
     """Whether the manifest is there and every file in it has its size."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        return all((folder / name).stat().st_size == size for name, size in manifest.items())
-    except (OSError, ValueError):
+        sizes_fit = all((folder / name).stat().st_size == size for name, size in manifest.items())
+        return sizes_fit and {".metadata", "config.json", "train.json"} <= manifest.keys()
+    except (OSError, ValueError, AttributeError):
         return False
 
 

@@ -7,9 +7,10 @@ import logging
 import os
 import signal
 import subprocess
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -19,6 +20,7 @@ from hnet_runtime.metrics import read_metrics
 from hnet_runtime.segments import memory_ran_out
 
 logger = logging.getLogger("hnet")
+Returned = TypeVar("Returned")
 
 
 def open_folder(save_dir: str, name: str, world: World) -> Path:
@@ -26,11 +28,9 @@ def open_folder(save_dir: str, name: str, world: World) -> Path:
 
     The lock goes with its process, however that ends.
     """
-    chosen = [save_dir or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}"]
-    dist.broadcast_object_list(chosen)
-    run = Path(chosen[0])
-    mistake: list[str | None] = [None]
-    if world.is_main:
+
+    def make() -> Path:
+        run = Path(save_dir or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}")
         is_new = not run.exists()
         try:
             run.mkdir(parents=True, exist_ok=True)
@@ -40,13 +40,31 @@ def open_folder(save_dir: str, name: str, world: World) -> Path:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _locks.append(lock)
         except BlockingIOError:
-            mistake = [f"--save-dir {run}: another run is writing there; name another folder"]
+            raise UserError(f"--save-dir {run}: another run is writing there; name another folder") from None
         except OSError as error:
-            mistake = [f"--save-dir {run}: can't be made or written to ({error.strerror})"]
-    dist.broadcast_object_list(mistake)
-    if mistake[0]:
-        raise UserError(mistake[0])
-    return run
+            raise UserError(f"--save-dir {run}: can't be made or written to ({error.strerror})") from None
+        return run
+
+    return of_main(make, world)
+
+
+def of_main(call: Callable[[], Returned], world: World) -> Returned:
+    """What `call` returns on rank 0, on every rank; where it raises a UserError there, every rank does.
+
+    For what ranks could see differently, as where one of them has gone on already.
+    """
+    found, mistake = None, None
+    if world.is_main:
+        try:
+            found = call()
+        except UserError as error:
+            mistake = str(error)
+    decided = [found, mistake]
+    dist.broadcast_object_list(decided)
+    found, mistake = decided
+    if mistake:
+        raise UserError(mistake)
+    return found
 
 
 def leave_unused(run: Path, world: World) -> None:
@@ -63,21 +81,9 @@ _made: set[Path] = set()
 def checkpoint_to_resume(run: Path, resume: str, world: World) -> Path | None:
     """The checkpoint that `--resume` means: `auto` the run's newest complete one, if any; a path that one; empty none.
 
-    Rank 0 decides for all: it goes on to write into the folder, where a later look would find a run.
-    Raises UserError where the folder holds a run that is not being resumed.
+    Raises UserError where the folder holds a run that is not being resumed, or checkpoints later than the one named.
     """
-    chosen, mistake = None, None
-    if world.is_main:
-        try:
-            chosen = _choose_checkpoint(run, resume)
-        except UserError as error:
-            mistake = str(error)
-    decided = [chosen, mistake]
-    dist.broadcast_object_list(decided)
-    chosen, mistake = decided
-    if mistake:
-        raise UserError(mistake)
-    return chosen
+    return of_main(lambda: _choose_checkpoint(run, resume), world)
 
 
 def newest(path: Path) -> Path:
@@ -94,11 +100,20 @@ def _choose_checkpoint(run: Path, resume: str) -> Path | None:
         for folder in checkpoint.incomplete(run):
             logger.warning("passed over %s: not a complete checkpoint", folder)
         return found[-1] if found else None
-    if resume:
-        return newest(Path(resume))
-    if found or (run / "metrics.jsonl").exists():
+    holds_a_run = bool(found) or (run / "metrics.jsonl").exists()
+    if not resume and holds_a_run:
         raise UserError(f"--save-dir {run}: holds a run already; go on with --resume auto, or name another folder")
-    return None
+    if not resume:
+        return None
+    source = newest(Path(resume))
+    if holds_a_run and source.resolve().parent.parent != run.resolve():
+        raise UserError(f"--save-dir {run}: holds another run than {source}; name another folder")
+    if found and source.name < found[-1].name:  # a later --resume auto would go on from there
+        raise UserError(
+            f"--save-dir {run}: holds {found[-1].name}, which is later than {source}; name another folder, or delete "
+            "what is later"
+        )
+    return source
 
 
 class Compilations:

@@ -490,8 +490,10 @@ def test_a_step_has_a_slice_for_each_process_unless_told_otherwise(corpus, tmp_p
     flags, run = ("--global-slices", "0", "--steps", "2"), tmp_path / "run"
     train_job(corpus, run, 2, *flags).succeed()
     assert [row["bytes_seen"] for row in records(run)] == [2 * 128, 4 * 128]
-    alone = Job(tmp_path, 1, program, lambda rank: ["--save-dir", str(run), "--resume", "auto", "--steps", "3"])
-    alone.succeed()
+    go_on = ["--save-dir", str(run), "--resume", "auto", "--steps", "3"]
+    three = Job(tmp_path, 3, program, lambda rank: go_on)
+    assert three.wait() == [2, 2, 2] and "a run keeps the number it began with" in three.printed()
+    Job(tmp_path, 1, program, lambda rank: [*go_on, "--global-slices", "0"]).succeed()
     assert records(run)[-1]["bytes_seen"] == 6 * 128
 
 

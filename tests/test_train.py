@@ -20,9 +20,9 @@ from processes import run_train
 
 import fineweb
 import train
-from hnet_runtime import UserError, distributed, statistics
+from hnet_runtime import UserError, checkpoint, distributed, statistics
 from hnet_runtime.metrics import GROUPS, JsonlSink, panel
-from hnet_runtime.run import Compilations, code_revision, in_words
+from hnet_runtime.run import Compilations, code_revision, in_words, newest
 from hnet_runtime.weights import export
 from hnet_trainable import ConfigError, HNetConfig, HNetLM, init_weights
 
@@ -185,14 +185,47 @@ def test_killed_three_times_and_resumed_equals_undisturbed(corpus, undisturbed, 
 def test_a_torn_checkpoint_is_passed_over(corpus, undisturbed, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(undisturbed, folder)
-    newest = folder / "checkpoints" / "step_00000020"
-    shard = next(newest.glob("*.distcp"))
+    torn = folder / "checkpoints" / "step_00000020"
+    shard = next(torn.glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-100])
     (folder / "checkpoints" / "step_00000024.writing").mkdir()
     flags = ["--steps", "20", "--save-every", "4", "--val-every", "10", "--save-dir", str(folder), "--resume", "auto"]
     output = succeed(corpus, *flags)
     assert "passed over" in output and "step_00000020" in output and "step_00000016" in output
     assert timeless(folder) == timeless(undisturbed)
+
+
+@pytest.mark.parametrize("manifest", ["[]", "{}", "3", '{"train.json": 3}', '{"nowhere": 3}', "{"])
+def test_a_folder_without_a_manifest_of_all_is_no_checkpoint(undisturbed, tmp_path, manifest):
+    folder = shutil.copytree(newest(undisturbed), tmp_path / "step_00000020")
+    assert checkpoint.is_complete(folder)
+    (folder / "manifest.json").write_text(manifest)
+    assert not checkpoint.is_complete(folder)
+
+
+def test_no_checkpoint_is_lost_where_a_run_goes_on_from_another_one(corpus, undisturbed, tmp_path):
+    """Later ones would be what --resume auto goes on from, and the new ones the first to be deleted."""
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    contents = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    first, *_, last = checkpoint.complete(folder)
+    said = refused(corpus, "--resume", str(first), "--save-dir", str(folder))
+    assert f"holds {last.name}, which is later than {first}" in said
+    assert "holds another run" in refused(corpus, "--resume", str(undisturbed), "--save-dir", str(folder))
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == contents
+    done = int(first.name.removeprefix("step_")) + 1
+    succeed(corpus, "--resume", str(first), "--save-dir", str(tmp_path / "branch"), "--steps", str(done))
+    assert records(tmp_path / "branch")[-1]["step"] == done
+
+
+@pytest.mark.parametrize("flag", ["-p", "-c"])
+def test_a_run_goes_on_without_what_it_began_with(corpus, undisturbed, tmp_path, flag):
+    """Its checkpoints hold the weights and the model's config."""
+    source, folder = tmp_path / "source", tmp_path / "run"
+    shutil.copytree(newest(undisturbed), source) if flag == "-p" else shutil.copy(corpus / "model.json", source)
+    succeed(corpus, "--steps", "2", flag, str(source), "--save-dir", str(folder))
+    source.rename(tmp_path / "elsewhere")
+    done = run_train(["--save-dir", str(folder), "--resume", "auto", "--steps", "3"], corpus, environment())
+    assert done.returncode == 0 and records(folder)[-1]["step"] == 3, done.stderr[-2000:]
 
 
 def test_a_kill_during_a_save_leaves_the_checkpoint_before(corpus, undisturbed, tmp_path):
@@ -291,6 +324,9 @@ def refused(corpus: Path, *flags: str) -> str:
         (["-N", "1-x"], "1-3-9"),
         (["-N", "1-3-9"], "N_compress"),
         (["--lr", "0.0"], "--lr"),
+        (["--timeout", "inf"], "--timeout inf: expected a finite number"),
+        (["--resume", "auto"], "--save-dir"),
+        (["-e", "generate", "--resume", "somewhere"], "-p"),
     ],
 )
 def test_mistakes_in_flags_are_named(tmp_path, monkeypatch, flags, said):
