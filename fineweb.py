@@ -300,7 +300,11 @@ class _Corpus:
         self.pairs, self.documents = int(self.sizes.sum()), int(self.counts.sum())
         self.fingerprint = _fingerprint(shards)
         if not self.documents:
-            raise DataError(f"{folder}: no {split} documents; prepare it from more text or with another --holdout")
+            n = sum(shard["documents"] for part in manifest["splits"].values() for shard in part["shards"])
+            raise DataError(
+                f"{folder}: no {split} documents among its {n}; prepare it from more (a file of plain text is one) or "
+                "with another --holdout"
+            )
         indexed = [_read_index(path, header_only=True)[0].get("sha256") for path in self.paths]
         if stale := [i for i, sha256 in enumerate(self.hashes) if sha256 != indexed[i]]:
             self._reindex(stale)

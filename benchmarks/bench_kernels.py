@@ -17,7 +17,11 @@ from pathlib import Path
 import torch
 import tyro
 from torch import Tensor
-from triton.testing import do_bench
+
+try:
+    from triton.testing import do_bench
+except ModuleNotFoundError:
+    sys.exit("bench_kernels.py: triton is not installed; it comes with torch for CUDA")
 
 from hnet_kernels import attention as torch_attention
 from hnet_kernels import attention_triton, conv_triton, ema_triton, norm, norm_triton, pointwise, router, ssd_triton

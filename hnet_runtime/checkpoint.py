@@ -311,7 +311,7 @@ def is_complete(folder: Path) -> bool:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         sizes_fit = all((folder / name).stat().st_size == size for name, size in manifest.items())
-        return sizes_fit and {".metadata", "config.json", "train.json"} <= manifest.keys()
+        return sizes_fit and ".metadata" in manifest
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -362,7 +362,11 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
     try:
         dcp.load(state, storage_reader=SafeReader(checkpoint))
     except dcp.CheckpointException as error:
-        raise CheckpointError(f"{checkpoint}: can't be read ({_reason(error)})") from None
+        reason = _reason(error)
+        raise CheckpointError(
+            f"{checkpoint}: can't be read ({'damaged' if 'weights_only' in reason else reason}); "
+            "without this folder, --resume auto goes on from the one before"
+        ) from None
     set_model_state_dict(model, state["model"])
     if optimizer is not None:
         set_optimizer_state_dict(model, optimizer, everything | state["optimizer"], options=_OPTIONS)
