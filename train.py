@@ -527,10 +527,10 @@ def check_continuation(source: Path, about: dict[str, Any]) -> int:
     saved = checkpoint.read_train(source)
     theirs, ours = ({**a["config"], "data": a["data"]} for a in (saved, about))
     for name in ("data", "seed", "mbs", "global_slices", "max_doc", "order"):
-        if theirs[name] != ours[name]:
+        if theirs.get(name) != ours[name]:
             what = "the text in --data" if name == "data" else f"--{name.replace('_', '-')}"
             raise UserError(
-                f"{source}: {what} differs ({theirs[name]} there, {ours[name]} here), so the data would not go on "
+                f"{source}: {what} differs ({theirs.get(name)} there, {ours[name]} here), so the data would not go on "
                 "where it stopped; to start a new run from these weights use -p"
             )
     if saved["step"] > ours["steps"]:

@@ -4,9 +4,11 @@ RUN/checkpoints/step_00000450/
     .metadata, *.distcp     DCP: `model.<official name>`, `optimizer.<...>`
     config.json             the model's config, as `HNetConfig.load` reads it
     train.json              the training config and the position: steps done, data fingerprint, code revision
+    sha256.json             the digest of each of these; checked where the checkpoint is loaded
     manifest.json           every file with its size; written last, so a folder without it is incomplete
 """
 
+import hashlib
 import json
 import math
 import os
@@ -167,6 +169,7 @@ class Saver:
             if dist.get_rank() == 0:
                 write_json(scratch / "config.json", self.model.config.to_dict())
                 write_json(scratch / "train.json", train)
+                write_json(scratch / "sha256.json", {f.name: _sha256(f) for f in sorted(scratch.iterdir())})
                 write_json(scratch / "manifest.json", {f.name: f.stat().st_size for f in sorted(scratch.iterdir())})
                 if final.exists():
                     shutil.rmtree(final)
@@ -306,6 +309,28 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_contents(folder: Path) -> None:
+    """Raises CheckpointError on every rank where a file's bytes are not those that were written. Rank 0 reads them all.
+
+    A checkpoint without digests, as earlier versions wrote them, passes.
+    """
+    damaged: list[str | None] = [None]
+    if dist.get_rank() == 0 and (folder / "sha256.json").exists():
+        digests = json.loads((folder / "sha256.json").read_text())
+        damaged = [next((name for name, digest in digests.items() if _sha256(folder / name) != digest), None)]
+    dist.broadcast_object_list(damaged)
+    if damaged[0]:
+        raise CheckpointError(f"{folder / damaged[0]}: damaged, it is not as it was written; {_WITHOUT}")
+
+
+_WITHOUT = "without this folder, --resume auto goes on from the checkpoint before"
+
+
 def is_complete(folder: Path) -> bool:
     """Whether the manifest is there and every file in it has its size."""
     try:
@@ -334,7 +359,13 @@ def read_train(checkpoint: Path) -> dict[str, Any]:
     """What `save` was given as `train`, plus `step`. Raises UserError for a folder that isn't a complete checkpoint."""
     if not is_complete(checkpoint):
         raise UserError(f"{checkpoint}: not a complete checkpoint (no manifest.json, or files that differ from it)")
-    return json.loads((checkpoint / "train.json").read_text())
+    try:
+        train = json.loads((checkpoint / "train.json").read_text())
+    except ValueError:
+        train = None
+    if not isinstance(train, dict) or not isinstance(train.get("config", {}), dict):
+        raise CheckpointError(f"{checkpoint / 'train.json'}: damaged, not what train.py writes; {_WITHOUT}")
+    return train
 
 
 def train_config_of(source: str) -> dict[str, Any] | None:
@@ -348,9 +379,11 @@ def train_config_of(source: str) -> dict[str, Any] | None:
 def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
     """Fill model and optimizer in place, at whatever world size and sharding they have. Called by every rank.
 
-    Raises UserError where the checkpoint is incomplete or its model config is another one (naming the first keys).
+    Raises UserError where the checkpoint is incomplete or damaged, or its model config is another one (naming the first
+    keys).
     """
     read_train(checkpoint)
+    check_contents(checkpoint)
     theirs, ours = json.loads((checkpoint / "config.json").read_text()), model.config.to_dict()
     differing = [f"{key} ({theirs.get(key)} there, {ours[key]} here)" for key in ours if theirs.get(key) != ours[key]]
     if differing:
@@ -364,8 +397,7 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
     except dcp.CheckpointException as error:
         reason = _reason(error)
         raise CheckpointError(
-            f"{checkpoint}: can't be read ({'damaged' if 'weights_only' in reason else reason}); "
-            "without this folder, --resume auto goes on from the one before"
+            f"{checkpoint}: can't be read ({'damaged' if 'weights_only' in reason else reason}); {_WITHOUT}"
         ) from None
     set_model_state_dict(model, state["model"])
     if optimizer is not None:

@@ -203,6 +203,33 @@ def test_a_folder_without_a_manifest_of_all_is_no_checkpoint(undisturbed, tmp_pa
     assert not checkpoint.is_complete(folder)
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"config": 3}'])
+def test_a_damaged_train_json_is_named(undisturbed, tmp_path, content):
+    folder = shutil.copytree(newest(undisturbed), tmp_path / "step_00000020")
+    (folder / "train.json").write_text(content)
+    sizes = {f.name: f.stat().st_size for f in folder.iterdir() if f.name != "manifest.json"}
+    (folder / "manifest.json").write_text(json.dumps(sizes))
+    with pytest.raises(checkpoint.CheckpointError, match="train.json: damaged"):
+        checkpoint.read_train(folder)
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "train.json", ".metadata"])
+def test_a_checkpoint_whose_bytes_have_changed_is_named(corpus, undisturbed, tmp_path, name):
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    last = newest(folder)
+    content = bytearray((last / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (last / name).write_bytes(content)
+    resume = ["--save-dir", str(folder), "--resume", "auto", "--steps", "21"]
+    assert f"{last / name}: damaged" in refused(corpus, *resume)
+    shutil.rmtree(last)
+    before = newest(folder)
+    (before / "sha256.json").unlink()  # as earlier versions wrote them
+    manifest = json.loads((before / "manifest.json").read_text())
+    (before / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "sha256.json"}))
+    assert f"going on from {before}" in succeed(corpus, *resume)
+
+
 def test_no_checkpoint_is_lost_where_a_run_goes_on_from_another_one(corpus, undisturbed, tmp_path):
     """Later ones would be what --resume auto goes on from, and the new ones the first to be deleted."""
     folder = shutil.copytree(undisturbed, tmp_path / "run")
