@@ -98,8 +98,8 @@ class TrainConfig:
     mbs: int = 2048
     """Bytes in a slice, which is what a process runs at once (T)."""
     global_slices: int = 0
-    """Slices in an optimizer step over all processes (G); the number of processes must divide it. 0: one for each; a
-    run keeps the number that it began with."""
+    """Slices in an optimizer step over all processes (G); the number of processes must divide it, and a run keeps it.
+    0: as many as processes."""
     max_doc: int = 8192
     """Longest row in bytes; a longer document goes on in further rows."""
     steps: int = 900
@@ -626,6 +626,7 @@ class Run:
         source = checkpoint_to_resume(self.folder, self.config.resume, self.world)
         if source is None:
             return 0
+        checkpoint.check_contents(source)
         done = check_continuation(source, self.about)
         self.trainee.load(source)
         logger.info("going on from %s", source)

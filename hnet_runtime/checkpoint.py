@@ -4,7 +4,7 @@ RUN/checkpoints/step_00000450/
     .metadata, *.distcp     DCP: `model.<official name>`, `optimizer.<...>`
     config.json             the model's config, as `HNetConfig.load` reads it
     train.json              the training config and the position: steps done, data fingerprint, code revision
-    sha256.json             the digest of each of these; checked where the checkpoint is loaded
+    sha256.json             the digest of each of these; checked where training goes on from here
     manifest.json           every file with its size; written last, so a folder without it is incomplete
 """
 
@@ -45,6 +45,7 @@ class CheckpointError(UserError):
 
 
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+_WITHOUT = "without this folder, --resume auto goes on from the checkpoint before"
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -79,8 +80,8 @@ class Saver:
         # long, by default after 5 ms, and asks for it some hundred times a step
         sys.setswitchinterval(1e-4)
         self._device = next(model.parameters()).device
-        # One for good: torch hands out 32 in turn, and one made for each save would some day be that on which training
-        # captures its graphs, which would take the saver's copies for theirs
+        # One for good: torch hands out 32 in turn (github.com/pytorch/pytorch/blob/main/c10/cuda/CUDAStream.h), and one
+        # made for each save would some day be that on which training captures graphs, the saver's copies with them
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._host: dict[str, Tensor] = {}  # on a GPU: page-locked, so made once
         self._meshes: dict[DeviceMesh, DeviceMesh] = {}  # for copies of shards on the host
@@ -319,16 +320,22 @@ def check_contents(folder: Path) -> None:
 
     A checkpoint without digests, as earlier versions wrote them, passes.
     """
-    damaged: list[str | None] = [None]
-    if dist.get_rank() == 0 and (folder / "sha256.json").exists():
-        digests = json.loads((folder / "sha256.json").read_text())
-        damaged = [next((name for name, digest in digests.items() if _sha256(folder / name) != digest), None)]
+    damaged = [_damaged(folder) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(damaged)
     if damaged[0]:
         raise CheckpointError(f"{folder / damaged[0]}: damaged, it is not as it was written; {_WITHOUT}")
 
 
-_WITHOUT = "without this folder, --resume auto goes on from the checkpoint before"
+def _damaged(folder: Path) -> str | None:
+    """The first file of a checkpoint that is not as it was written."""
+    noted = folder / "sha256.json"
+    if not noted.exists():
+        return None
+    try:
+        digests = json.loads(noted.read_text())
+        return next((name for name, digest in digests.items() if _sha256(folder / name) != digest), None)
+    except (OSError, ValueError, AttributeError):
+        return noted.name
 
 
 def is_complete(folder: Path) -> bool:
@@ -379,11 +386,9 @@ def train_config_of(source: str) -> dict[str, Any] | None:
 def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
     """Fill model and optimizer in place, at whatever world size and sharding they have. Called by every rank.
 
-    Raises UserError where the checkpoint is incomplete or damaged, or its model config is another one (naming the first
-    keys).
+    Raises UserError where the checkpoint is incomplete or its model config is another one (naming the first keys).
     """
     read_train(checkpoint)
-    check_contents(checkpoint)
     theirs, ours = json.loads((checkpoint / "config.json").read_text()), model.config.to_dict()
     differing = [f"{key} ({theirs.get(key)} there, {ours[key]} here)" for key in ours if theirs.get(key) != ours[key]]
     if differing:

@@ -202,7 +202,8 @@ class GraphedModel:
         self.optimizer = FlatAdamW(groups or [everything], spans, BETAS, copies=copies, rank=rank, narrow=narrow)
         # of micro-batches' gradients; there from the start, so that graphs do not take its memory
         self.sums = [torch.zeros_like(gradient) for gradient in self.optimizer.gradients] if accumulates else []
-        # for captures, and nobody else's: torch's own for them is one of those that it hands out to all
+        # for captures, and nobody else's: torch's own for them is one of the 32 that it hands out to all (see
+        # github.com/pytorch/pytorch/blob/main/c10/cuda/CUDAStream.h)
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         fuse(self.model, ac)
         wide = {"dtype": torch.promote_types(compute_dtype, torch.float32), "device": self.device}
@@ -411,9 +412,7 @@ class GraphedModel:
         began = time.perf_counter()
         used, T = self.kept[part]
         self._make_room_in(part, used * sizes.T / T)
-        while not segment.capture(
-            self.pool, self.stream
-        ):  # as where tables are larger than last time, for a longer document
+        while not segment.capture(self.pool, self.stream):  # as where a longer document makes larger tables
             self._make_room_in(part, arena.used)
         self.capture_seconds += time.perf_counter() - began
         if arena and sizes.T >= T:

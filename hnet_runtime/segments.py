@@ -104,7 +104,6 @@ class Segment:
         """Makes graphs of it, whose memory is the pool's. All that `run` calls has run in this process before.
 
         stream: on which nothing else runs, in no thread, as all of that would be captured.
-
         False: its arena is too small, see `used`. What found no room in there lies in the pool, where graphs that were
         captured before would overwrite it; so this must be called again with a larger one.
         """
@@ -112,7 +111,8 @@ class Segment:
         for call in self._calls():
             graph = torch.cuda.CUDAGraph()
             # "relaxed": a kernel that sizes like these are the first to call may be loaded meanwhile, and another
-            # thread may be saving a checkpoint. If a capture cannot be ended, torch leaves its stream the current one
+            # thread may be saving a checkpoint. The outer stream: where a capture cannot be ended, `torch.cuda.graph`
+            # leaves its own the current one (2.11, 2.13); to go when its `__exit__` has a finally
             capturing = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="relaxed")
             with torch.cuda.stream(torch.cuda.current_stream()), capturing:
                 call()

@@ -213,12 +213,13 @@ def test_a_damaged_train_json_is_named(undisturbed, tmp_path, content):
         checkpoint.read_train(folder)
 
 
-@pytest.mark.parametrize("name", ["__0_0.distcp", "train.json", ".metadata"])
+@pytest.mark.parametrize("name", ["__0_0.distcp", "train.json", "config.json", ".metadata", "sha256.json"])
 def test_a_checkpoint_whose_bytes_have_changed_is_named(corpus, undisturbed, tmp_path, name):
     folder = shutil.copytree(undisturbed, tmp_path / "run")
     last = newest(folder)
     content = bytearray((last / name).read_bytes())
-    content[len(content) // 2] ^= 1
+    at = {"train.json": content.find(b"seed"), "sha256.json": 0}.get(name, len(content) // 2)
+    content[at] ^= 1  # a flag of another name; no JSON; elsewhere in the middle
     (last / name).write_bytes(content)
     resume = ["--save-dir", str(folder), "--resume", "auto", "--steps", "21"]
     assert f"{last / name}: damaged" in refused(corpus, *resume)
