@@ -1,4 +1,4 @@
-"""AdamW over flat memory: weights, gradients, moments and the weights' copies, each in one pass.
+"""AdamW over flat memory: weights, gradients, moments and the weights' copies, each in one pass. And gradients' norms.
 
 Legend: K blocks, B = BLOCK elements of one, G groups of parameters. A block belongs to one parameter, and so to one
 group. What fills up a parameter's last block is zero in every tensor, and stays so.
@@ -16,15 +16,24 @@ from hnet_kernels.dispatch import use_fast
 BLOCK = 1024
 
 
-def _fast(w_KB: Tensor) -> bool:
+def _fast(operation: str, device: torch.device, dtype: torch.dtype) -> bool:
     obstacle = None
-    if w_KB.device.type != "cuda":
+    if device.type != "cuda":
         obstacle = "no CUDA device"
-    elif w_KB.dtype != torch.float32:
-        obstacle = f"dtype {str(w_KB.dtype).removeprefix('torch.')}"
+    elif dtype != torch.float32:
+        obstacle = f"dtype {str(dtype).removeprefix('torch.')}"
     elif importlib.util.find_spec("triton") is None:
         obstacle = "no triton"
-    return use_fast("adamw", w_KB.device.type, w_KB.dtype, obstacle)
+    return use_fast(operation, device.type, dtype, obstacle)
+
+
+def block_norms(g_KB: Tensor, dtype: torch.dtype) -> Tensor:
+    """The norm of each block, (K,), computed in `dtype`. g_KB: of that dtype or another, such as bfloat16; contiguous."""
+    if _fast("block_norms", g_KB.device, dtype):
+        from hnet_kernels import adamw_triton  # not above: triton is not everywhere
+
+        return adamw_triton.block_norms(g_KB)
+    return torch.linalg.vector_norm(g_KB, dim=1, dtype=dtype)
 
 
 @torch.no_grad()
@@ -50,8 +59,8 @@ def adamw_(
     group_K: int32, each block's group. rates_G2: float64, (lr, lr * weight decay) of each.
     bias_2: float64, 1 - betas ** steps. scale, found_inf: one floating number each.
     """
-    if _fast(w_KB):
-        from hnet_kernels import adamw_triton  # not above: triton is not everywhere
+    if _fast("adamw", w_KB.device, w_KB.dtype):
+        from hnet_kernels import adamw_triton
 
         return adamw_triton.adamw_(
             w_KB, g_KB, m_KB, v_KB, copy_KB, group_K, rates_G2, bias_2, scale, found_inf, betas, eps

@@ -1,8 +1,9 @@
-"""The Triton kernel of adamw.py, where the definition is.
+"""The Triton kernels of adamw.py, where the definitions are.
 
 Legend: K blocks, B elements of one, G groups of parameters. Bound by memory: 24 bytes an element, 2 or 4 for its
 gradient, twice that where gradients are scaled, and 2 for a 16-bit copy. A program takes one block. What it reads of
-its group comes from the cache and is asked for after the block itself, which needn't wait for it.
+its group comes from the cache and is asked for after the block itself, which needn't wait for it. Norms of gradients
+read what they are of, once.
 """
 
 import torch
@@ -36,6 +37,25 @@ def _adamw(
     tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty), mask=finite & (scale != 1))
     if HAS_COPY:
         tl.store(copy_ptr + at, w.to(copy_ptr.dtype.element_ty), mask=finite)
+
+
+@triton.jit(do_not_specialize=["K"])
+def _block_norms(g_ptr, norm_ptr, K, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    at = k.to(tl.int64)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    g = tl.load(g_ptr + at, mask=(k < K)[:, None], other=0.0).to(tl.float32)
+    tl.store(norm_ptr + k, tl.sqrt_rn(tl.sum(g * g, 1)), mask=k < K)
+
+
+def block_norms(g_KB: Tensor) -> Tensor:
+    """`block_norms` of adamw.py, in float32."""
+    (K, B), rows = g_KB.shape, 4
+    assert g_KB.is_contiguous()
+    norm_K = g_KB.new_empty(K, dtype=torch.float32)
+    if K:
+        with torch.cuda.device_of(g_KB):
+            _block_norms[(triton.cdiv(K, rows),)](g_KB, norm_K, K, BLOCK=B, ROWS=rows)
+    return norm_K
 
 
 def adamw_(

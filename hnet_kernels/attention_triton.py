@@ -7,6 +7,9 @@ As flash attention does, no scores go to memory: forward keeps each query's log-
 the weights again, once for the keys' gradients and once for the queries'. What differs is the grid: chunks make short
 documents, for which a grid of (longest document) x (documents) is mostly empty. Here a program finds its tile in the
 list of the tiles that there are, which all fit into T / M + B. No atomics: the same bits every time.
+
+Tiles that loops go through come through tensor descriptors, as in ssd_triton.py. They may hold rows of the next document
+and, where W > P, channels of the next head: whatever meets these is zero or not stored.
 """
 
 from typing import NamedTuple
@@ -15,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hnet_kernels.kept import kept_empty
 
@@ -52,17 +56,11 @@ def _find(cu_seqlens_ptr, B, tile, SIZE: tl.constexpr, BLOCK_B: tl.constexpr):
 
 
 @triton.jit
-def _rows(ptr, row, stride, inside, P: tl.constexpr, W: tl.constexpr, MASK: tl.constexpr):
-    """A tile's rows of a head; MASK: zeros but where a row is inside."""
+def _rows(ptr, row, stride, inside, P: tl.constexpr, W: tl.constexpr):
+    """A tile's rows of a head, zeros but where a row is inside."""
     p = tl.arange(0, W)
     at = row.to(tl.int64)[:, None] * stride + p[None, :]
-    if MASK:
-        x = tl.load(ptr + at, mask=inside[:, None] & (p < P)[None, :], other=0.0)
-    elif W > P:
-        x = tl.load(ptr + at, mask=(p < P)[None, :], other=0.0)
-    else:
-        x = tl.load(ptr + at)
-    return x
+    return tl.load(ptr + at, mask=inside[:, None] & (p < P)[None, :], other=0.0)
 
 
 @triton.jit
@@ -74,13 +72,13 @@ def _store_rows(ptr, row, stride, inside, x, P: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def _attend(
-    q_MP, o_MP, sum_M, most_M, k_ptr, v_ptr, stride, m, first, end, scale, window,
-    P: tl.constexpr, W: tl.constexpr, N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr,
+    q_MP, o_MP, sum_M, most_M, k_desc, v_desc, k_column, v_column, m, first, end, scale, window,
+    N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Adds keys first ... end - 1 to the running softmax of some queries; MASK where not all of them may be seen."""
     for n_first in range(first, end, N):
         n = n_first + tl.arange(0, N)
-        k_NP = _rows(k_ptr, n, stride, n < end, P, W, MASK)
+        k_NP = k_desc.load([n_first, k_column])
         scores_MN = tl.dot(q_MP, tl.trans(k_NP)) * scale
         if MASK:
             seen_MN = n[None, :] <= m[:, None]
@@ -93,7 +91,7 @@ def _attend(
             weights_MN = tl.where(seen_MN, weights_MN, 0.0)  # also where a query has seen none yet
         shrink_M = tl.exp2(most_M - now_M)
         sum_M = sum_M * shrink_M + tl.sum(weights_MN, 1)
-        v_NP = _rows(v_ptr, n, stride, n < end, P, W, MASK)
+        v_NP = v_desc.load([n_first, v_column])
         o_MP = tl.dot(weights_MN.to(v_NP.dtype), v_NP, o_MP * shrink_M[:, None])
         most_M = now_M
     return o_MP, sum_M, most_M
@@ -101,7 +99,7 @@ def _attend(
 
 @triton.jit(do_not_specialize=["B", "T"])
 def _forward(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, cu_seqlens_ptr, B, T, stride, o_stride, scale, window,
+    q_ptr, k_desc, v_desc, o_ptr, lse_ptr, cu_seqlens_ptr, B, T, stride, o_stride, scale, window,
     P: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_B: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of queries and head: o_THP and lse_HT."""
@@ -110,20 +108,20 @@ def _forward(
     if start == end:
         return
     m = first + tl.arange(0, M)
-    q_MP = _rows(q_ptr + h * P, m, stride, m < end, P, W, True)
+    q_MP = _rows(q_ptr + h * P, m, stride, m < end, P, W)
     o_MP, sum_M, most_M = tl.zeros((M, W), tl.float32), tl.zeros((M,), tl.float32), tl.full((M,), -1e30, tl.float32)
-    k_ptr, v_ptr = k_ptr + h * P, v_ptr + h * P
+    k_column, v_column = (tl.num_programs(0) + h) * P, (2 * tl.num_programs(0) + h) * P
     if WINDOW:
         whole = start + tl.maximum(first - window - start, 0) // N * N
     else:  # the keys before the tile are seen by all its queries
         whole = first
         o_MP, sum_M, most_M = _attend(
-            q_MP, o_MP, sum_M, most_M, k_ptr, v_ptr, stride, m, start, whole, scale, window,
-            P, W, N, False, WINDOW,
+            q_MP, o_MP, sum_M, most_M, k_desc, v_desc, k_column, v_column, m, start, whole, scale, window,
+            N, False, WINDOW,
         )  # fmt: skip
     o_MP, sum_M, most_M = _attend(
-        q_MP, o_MP, sum_M, most_M, k_ptr, v_ptr, stride, m, whole, tl.minimum(first + M, end), scale, window,
-        P, W, N, True, WINDOW,
+        q_MP, o_MP, sum_M, most_M, k_desc, v_desc, k_column, v_column, m, whole, tl.minimum(first + M, end), scale,
+        window, N, True, WINDOW,
     )  # fmt: skip
     _store_rows(o_ptr + h * P, m, o_stride, m < end, o_MP / sum_M[:, None], P, W)
     tl.store(lse_ptr + h * T + m, most_M + tl.log2(sum_M), mask=m < end)
@@ -133,22 +131,22 @@ def _forward(
 def _delta(o_ptr, do_ptr, delta_ptr, T, o_stride, do_stride, P: tl.constexpr, W: tl.constexpr, M: tl.constexpr):
     """delta_HT: o . do, what the softmax's gradient subtracts."""
     h, m = tl.program_id(0), tl.program_id(1) * M + tl.arange(0, M)
-    o_MP = _rows(o_ptr + h * P, m, o_stride, m < T, P, W, True).to(tl.float32)
-    do_MP = _rows(do_ptr + h * P, m, do_stride, m < T, P, W, True).to(tl.float32)
+    o_MP = _rows(o_ptr + h * P, m, o_stride, m < T, P, W).to(tl.float32)
+    do_MP = _rows(do_ptr + h * P, m, do_stride, m < T, P, W).to(tl.float32)
     tl.store(delta_ptr + h * T + m, tl.sum(o_MP * do_MP, 1), mask=m < T)
 
 
 @triton.jit
 def _for_keys(
-    k_NP, v_NP, dk_NP, dv_NP, q_ptr, do_ptr, lse_ptr, delta_ptr, stride, do_stride, n, first, end, scale, window,
-    P: tl.constexpr, W: tl.constexpr, M: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr,
+    k_NP, v_NP, dk_NP, dv_NP, q_desc, do_desc, column, lse_ptr, delta_ptr, n, first, end, scale, window,
+    M: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Adds what queries first ... end - 1 give to the gradients of some keys and values."""
     for m_first in range(first, end, M):
         m = m_first + tl.arange(0, M)
         inside = m < end
-        q_MP = _rows(q_ptr, m, stride, inside, P, W, MASK)
-        do_MP = _rows(do_ptr, m, do_stride, inside, P, W, MASK)
+        q_MP = q_desc.load([m_first, column])
+        do_MP = do_desc.load([m_first, column])
         if MASK:
             lse_M = tl.load(lse_ptr + m, mask=inside, other=0.0)
             delta_M = tl.load(delta_ptr + m, mask=inside, other=0.0)
@@ -168,7 +166,7 @@ def _for_keys(
 
 @triton.jit(do_not_specialize=["B", "T"])
 def _backward_keys(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_seqlens_ptr, B, T, stride, do_stride, d_stride,
+    q_desc, k_ptr, v_ptr, do_desc, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_seqlens_ptr, B, T, stride, d_stride,
     scale, dscale, window,
     P: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_B: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
@@ -178,26 +176,26 @@ def _backward_keys(
     if start == end:
         return
     n = first + tl.arange(0, N)
-    k_NP = _rows(k_ptr + h * P, n, stride, n < end, P, W, True)
-    v_NP = _rows(v_ptr + h * P, n, stride, n < end, P, W, True)
+    k_NP = _rows(k_ptr + h * P, n, stride, n < end, P, W)
+    v_NP = _rows(v_ptr + h * P, n, stride, n < end, P, W)
     dk_NP, dv_NP = tl.zeros((N, W), tl.float32), tl.zeros((N, W), tl.float32)
-    q_ptr, do_ptr, lse_ptr, delta_ptr = q_ptr + h * P, do_ptr + h * P, lse_ptr + h * T, delta_ptr + h * T
+    column, lse_ptr, delta_ptr = h * P, lse_ptr + h * T, delta_ptr + h * T
     masked = tl.minimum(first + N, end)  # up to here some keys come after some queries
     if WINDOW:
         masked = tl.minimum(first + N + window, end)
     dk_NP, dv_NP = _for_keys(
-        k_NP, v_NP, dk_NP, dv_NP, q_ptr, do_ptr, lse_ptr, delta_ptr, stride, do_stride, n, first, masked, scale, window,
-        P, W, M, True, WINDOW,
+        k_NP, v_NP, dk_NP, dv_NP, q_desc, do_desc, column, lse_ptr, delta_ptr, n, first, masked, scale, window,
+        M, True, WINDOW,
     )  # fmt: skip
     if not WINDOW:
         whole = masked + (end - masked) // M * M
         dk_NP, dv_NP = _for_keys(
-            k_NP, v_NP, dk_NP, dv_NP, q_ptr, do_ptr, lse_ptr, delta_ptr, stride, do_stride, n, masked, whole, scale,
-            window, P, W, M, False, WINDOW,
+            k_NP, v_NP, dk_NP, dv_NP, q_desc, do_desc, column, lse_ptr, delta_ptr, n, masked, whole, scale, window,
+            M, False, WINDOW,
         )  # fmt: skip
         dk_NP, dv_NP = _for_keys(
-            k_NP, v_NP, dk_NP, dv_NP, q_ptr, do_ptr, lse_ptr, delta_ptr, stride, do_stride, n, whole, end, scale,
-            window, P, W, M, True, WINDOW,
+            k_NP, v_NP, dk_NP, dv_NP, q_desc, do_desc, column, lse_ptr, delta_ptr, n, whole, end, scale, window,
+            M, True, WINDOW,
         )  # fmt: skip
     _store_rows(dk_ptr + h * P, n, d_stride, n < end, dk_NP * dscale, P, W)
     _store_rows(dv_ptr + h * P, n, d_stride, n < end, dv_NP, P, W)
@@ -205,14 +203,14 @@ def _backward_keys(
 
 @triton.jit
 def _for_queries(
-    q_MP, do_MP, lse_M, delta_M, dq_MP, k_ptr, v_ptr, stride, m, first, end, scale, window,
-    P: tl.constexpr, W: tl.constexpr, N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr,
+    q_MP, do_MP, lse_M, delta_M, dq_MP, k_desc, v_desc, k_column, v_column, m, first, end, scale, window,
+    N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Adds what keys first ... end - 1 give to the gradients of some queries."""
     for n_first in range(first, end, N):
         n = n_first + tl.arange(0, N)
-        k_NP = _rows(k_ptr, n, stride, n < end, P, W, MASK)
-        v_NP = _rows(v_ptr, n, stride, n < end, P, W, MASK)
+        k_NP = k_desc.load([n_first, k_column])
+        v_NP = v_desc.load([n_first, v_column])
         weights_MN = tl.exp2(tl.dot(q_MP, tl.trans(k_NP)) * scale - lse_M[:, None])
         if MASK:
             seen_MN = n[None, :] <= m[:, None]
@@ -226,7 +224,7 @@ def _for_queries(
 
 @triton.jit(do_not_specialize=["B", "T"])
 def _backward_queries(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_seqlens_ptr, B, T, stride, do_stride, d_stride,
+    q_ptr, k_desc, v_desc, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_seqlens_ptr, B, T, stride, do_stride, d_stride,
     scale, dscale, window,
     P: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_B: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
@@ -236,8 +234,9 @@ def _backward_queries(
     if start == end:
         return
     m = first + tl.arange(0, M)
-    q_MP = _rows(q_ptr + h * P, m, stride, m < end, P, W, True)
-    do_MP = _rows(do_ptr + h * P, m, do_stride, m < end, P, W, True)
+    q_MP = _rows(q_ptr + h * P, m, stride, m < end, P, W)
+    do_MP = _rows(do_ptr + h * P, m, do_stride, m < end, P, W)
+    k_column, v_column = (tl.num_programs(0) + h) * P, (2 * tl.num_programs(0) + h) * P
     lse_M = tl.load(lse_ptr + h * T + m, mask=m < end, other=0.0)
     delta_M = tl.load(delta_ptr + h * T + m, mask=m < end, other=0.0)
     dq_MP = tl.zeros((M, W), tl.float32)
@@ -246,12 +245,12 @@ def _backward_queries(
     else:
         whole = first
         dq_MP = _for_queries(
-            q_MP, do_MP, lse_M, delta_M, dq_MP, k_ptr + h * P, v_ptr + h * P, stride, m, start, whole, scale, window,
-            P, W, N, False, WINDOW,
+            q_MP, do_MP, lse_M, delta_M, dq_MP, k_desc, v_desc, k_column, v_column, m, start, whole, scale, window,
+            N, False, WINDOW,
         )  # fmt: skip
     dq_MP = _for_queries(
-        q_MP, do_MP, lse_M, delta_M, dq_MP, k_ptr + h * P, v_ptr + h * P, stride, m, whole,
-        tl.minimum(first + M, end), scale, window, P, W, N, True, WINDOW,
+        q_MP, do_MP, lse_M, delta_M, dq_MP, k_desc, v_desc, k_column, v_column, m, whole,
+        tl.minimum(first + M, end), scale, window, N, True, WINDOW,
     )  # fmt: skip
     _store_rows(dq_ptr + h * P, m, d_stride, m < end, dq_MP * dscale, P, W)
 
@@ -262,6 +261,12 @@ def _options(tiles: Tiles, P: int, cu_seqlens: Tensor, window: int) -> dict:
     return sizes | {"WINDOW": window >= 0, "num_warps": tiles.warps, "num_stages": tiles.stages}
 
 
+def _described(x: Tensor, rows: int, P: int) -> TensorDescriptor:
+    """Of a dense (T, ..., P), in tiles of so many rows and a head."""
+    columns = x[0].numel()
+    return TensorDescriptor(x, [len(x), columns], [columns, 1], [rows, triton.next_power_of_2(P)])
+
+
 def _grid(T: int, H: int, size: int, cu_seqlens: Tensor) -> tuple[int, int]:
     return H, triton.cdiv(T, size) + len(cu_seqlens) - 1
 
@@ -269,11 +274,12 @@ def _grid(T: int, H: int, size: int, cu_seqlens: Tensor) -> tuple[int, int]:
 def attention_forward(qkv_T3HP: Tensor, cu_seqlens: Tensor, window: int) -> tuple[Tensor, Tensor]:
     """(o_THP, lse_HT). qkv_T3HP: dense; cu_seqlens: int32, documents that hold all T rows."""
     T, _, H, P = qkv_T3HP.shape
-    q, k, v = qkv_T3HP.unbind(1)
+    q = qkv_T3HP[:, 0]
     o_THP, lse_HT = kept_empty(q, T, H, P), kept_empty(q, H, T, dtype=torch.float32)
+    keys = _described(qkv_T3HP, FORWARD.N, P)
     with torch.cuda.device_of(q):
         _forward[_grid(T, H, FORWARD.M, cu_seqlens)](
-            q, k, v, o_THP, lse_HT, cu_seqlens, len(cu_seqlens) - 1, T, q.stride(0), o_THP.stride(0),
+            q, keys, keys, o_THP, lse_HT, cu_seqlens, len(cu_seqlens) - 1, T, q.stride(0), o_THP.stride(0),
             P**-0.5 * LOG2_E, window, **_options(FORWARD, P, cu_seqlens, window),
         )  # fmt: skip
     return o_THP, lse_HT
@@ -287,17 +293,20 @@ def attention_backward(
     q, k, v = qkv_T3HP.unbind(1)
     do_THP, delta_HT, dqkv_T3HP = do_THP.contiguous(), lse_HT.new_empty(H, T), qkv_T3HP.new_empty(T, 3, H, P)
     dq, dk, dv = dqkv_T3HP.unbind(1)
-    inputs = q, k, v, do_THP, lse_HT, delta_HT
-    B, strides = len(cu_seqlens) - 1, (q.stride(0), do_THP.stride(0), dq.stride(0))
+    queries, do_queries = _described(qkv_T3HP, KEYS.M, P), _described(do_THP, KEYS.M, P)
+    keys = _described(qkv_T3HP, QUERIES.N, P)
+    B, stride, do_stride = len(cu_seqlens) - 1, q.stride(0), do_THP.stride(0)
     scales = P**-0.5 * LOG2_E, P**-0.5, window
     with torch.cuda.device_of(q):
         _delta[(H, triton.cdiv(T, 64))](
             o_THP, do_THP, delta_HT, T, o_THP.stride(0), do_THP.stride(0), P=P, W=triton.next_power_of_2(P), M=64
         )
         _backward_keys[_grid(T, H, KEYS.N, cu_seqlens)](
-            *inputs, dk, dv, cu_seqlens, B, T, *strides, *scales, **_options(KEYS, P, cu_seqlens, window)
-        )
+            queries, k, v, do_queries, lse_HT, delta_HT, dk, dv, cu_seqlens, B, T, stride, dq.stride(0), *scales,
+            **_options(KEYS, P, cu_seqlens, window),
+        )  # fmt: skip
         _backward_queries[_grid(T, H, QUERIES.M, cu_seqlens)](
-            *inputs, dq, cu_seqlens, B, T, *strides, *scales, **_options(QUERIES, P, cu_seqlens, window)
-        )
+            q, keys, keys, do_THP, lse_HT, delta_HT, dq, cu_seqlens, B, T, stride, do_stride, dq.stride(0), *scales,
+            **_options(QUERIES, P, cu_seqlens, window),
+        )  # fmt: skip
     return dqkv_T3HP

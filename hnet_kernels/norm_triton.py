@@ -2,7 +2,8 @@
 
 Legend: T tokens, D channels, N programs. Bound by memory: each reads its inputs once and writes its outputs once. A
 program takes whole rows, a few at a time; backwards, it walks along its share of them with the sums for the weight in
-registers, which are added up at the end: no atomics, the same bits every time on one kind of GPU.
+registers, which are added up at the end: no atomics, the same bits every time on one kind of GPU. It loads the next
+rows before it computes with those it has, so that memory need not wait.
 """
 
 import functools
@@ -15,8 +16,8 @@ from torch import Tensor
 from hnet_kernels.kept import kept_empty
 
 TILE = 4096  # elements of a program's rows; no more than registers hold
-# (elements, programs a multiprocessor, warps) backwards, the fastest of some on an H100; warps: None as forwards
-ADD_NORM_BACKWARD, GATED_NORM_BACKWARD = (4096, 2, None), (2048, 3, 4)
+ADD_NORM_BACKWARD = (1024, 3, 8)  # elements, programs a multiprocessor, warps: the fastest of 120 on an H200,
+GATED_NORM_BACKWARD = (1024, 4, 8)  # or within 1% of it, for rows of 512 to 3,072
 
 
 @triton.jit
@@ -46,6 +47,13 @@ def _add_norm(
     tl.store(scale_ptr + t, scale, mask=t < T)
 
 
+@triton.jit
+def _load_rows(ptr, t, stride, end, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows t of (T, D), zeros from row `end` on."""
+    d = tl.arange(0, BLOCK_D)[None, :]
+    return tl.load(ptr + t.to(tl.int64)[:, None] * stride + d, mask=(t < end)[:, None] & (d < D), other=0.0)
+
+
 @triton.jit(do_not_specialize=["T", "per_program"])
 def _add_norm_backward(
     dx_ptr, dsum_ptr, sum_ptr, scale_ptr, weight_ptr, dresidual_ptr, ddelta_ptr, dweight_ptr, x_ptr, T, per_program,
@@ -56,19 +64,27 @@ def _add_norm_backward(
     dweight = tl.zeros((BLOCK_D,), tl.float32)
     first = tl.program_id(0) * per_program
     end = tl.minimum(first + per_program, T)
+    t = first + tl.arange(0, ROWS)
+    next_dx = _load_rows(dx_ptr, t, D, end, D, BLOCK_D)
+    next_sum = _load_rows(sum_ptr, t, D, end, D, BLOCK_D)
+    next_dsum = _load_rows(dsum_ptr, t, D, end, D, BLOCK_D) if HAS_DSUM else 0.0
+    next_scale = tl.load(scale_ptr + t, mask=t < end, other=0.0)
     for start in range(first, end, ROWS):
+        dx, unit, dsum, scale = next_dx.to(tl.float32), next_sum * next_scale[:, None], next_dsum, next_scale
         t = start + tl.arange(0, ROWS)
         inside = (t < end)[:, None] & (d < D)[None, :]
         at = t.to(tl.int64)[:, None] * D + d[None, :]
-        dx = tl.load(dx_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        scale = tl.load(scale_ptr + t, mask=t < end, other=0.0)
-        unit = tl.load(sum_ptr + at, mask=inside, other=0.0) * scale[:, None]
+        next_dx = _load_rows(dx_ptr, t + ROWS, D, end, D, BLOCK_D)
+        next_sum = _load_rows(sum_ptr, t + ROWS, D, end, D, BLOCK_D)
+        if HAS_DSUM:
+            next_dsum = _load_rows(dsum_ptr, t + ROWS, D, end, D, BLOCK_D)
+        next_scale = tl.load(scale_ptr + t + ROWS, mask=t + ROWS < end, other=0.0)
         tl.store(x_ptr + at, (unit * weight[None, :]).to(x_ptr.dtype.element_ty), mask=inside)
         dweight += tl.sum(dx * unit, 0)
         g = dx * weight[None, :]
         du = scale[:, None] * (g - unit * (tl.sum(g * unit, 1) / D)[:, None])
         if HAS_DSUM:
-            du += tl.load(dsum_ptr + at, mask=inside, other=0.0)
+            du += dsum
         tl.store(dresidual_ptr + at, du, mask=inside)
         tl.store(ddelta_ptr + at, du.to(ddelta_ptr.dtype.element_ty), mask=inside)
     tl.store(dweight_ptr + tl.program_id(0) * D + d, dweight, mask=d < D)
@@ -105,14 +121,20 @@ def _gated_norm_backward(
     dweight = tl.zeros((BLOCK_D,), tl.float32)
     first = tl.program_id(0) * per_program
     end = tl.minimum(first + per_program, T)
+    t = first + tl.arange(0, ROWS)
+    next_dx = _load_rows(dx_ptr, t, D, end, D, BLOCK_D)
+    next_y = _load_rows(y_ptr, t, y_stride, end, D, BLOCK_D)
+    next_z = _load_rows(z_ptr, t, z_stride, end, D, BLOCK_D)
+    next_scale = tl.load(scale_ptr + t, mask=t < end, other=0.0)
     for start in range(first, end, ROWS):
+        dx, y, z, scale = next_dx.to(tl.float32), next_y.to(tl.float32), next_z.to(tl.float32), next_scale
         t = start + tl.arange(0, ROWS)
         inside = (t < end)[:, None] & (d < D)[None, :]
         row = t.to(tl.int64)[:, None]
-        dx = tl.load(dx_ptr + row * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
-        y = tl.load(y_ptr + row * y_stride + d[None, :], mask=inside, other=0.0).to(tl.float32)
-        z = tl.load(z_ptr + row * z_stride + d[None, :], mask=inside, other=0.0).to(tl.float32)
-        scale = tl.load(scale_ptr + t, mask=t < end, other=0.0)
+        next_dx = _load_rows(dx_ptr, t + ROWS, D, end, D, BLOCK_D)
+        next_y = _load_rows(y_ptr, t + ROWS, y_stride, end, D, BLOCK_D)
+        next_z = _load_rows(z_ptr, t + ROWS, z_stride, end, D, BLOCK_D)
+        next_scale = tl.load(scale_ptr + t + ROWS, mask=t + ROWS < end, other=0.0)
         gate, dgate = _silu_parts(z)
         unit = y * gate * scale[:, None]
         tl.store(x_ptr + row * D + d[None, :], (unit * weight[None, :]).to(x_ptr.dtype.element_ty), mask=inside)
@@ -147,7 +169,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def _blocks(D: int, tile: int, warps: int | None = None) -> dict[str, int]:
+def _blocks(D: int, tile: int = TILE, warps: int | None = None) -> dict[str, int]:
     block = triton.next_power_of_2(D)
     return {"D": D, "BLOCK_D": block, "ROWS": max(1, tile // block), "num_warps": warps or (8 if block >= 2048 else 4)}
 
@@ -168,7 +190,7 @@ def add_norm_forward(
     """(sum_TD, x_TD, scale_T) of `add_norm_forward` in norm.py."""
     (T, D), delta_TD = delta_TD.shape, _dense_rows(delta_TD)
     sum_TD, x_TD = kept_empty(delta_TD, T, D, dtype=torch.float32), weight_D.new_empty(T, D)
-    scale_T, blocks = kept_empty(sum_TD, T), _blocks(D, TILE)
+    scale_T, blocks = kept_empty(sum_TD, T), _blocks(D)
     residual_TD = None if residual_TD is None else residual_TD.contiguous()
     with torch.cuda.device_of(delta_TD):
         _add_norm[(triton.cdiv(T, blocks["ROWS"]),)](
@@ -200,7 +222,7 @@ def gated_norm_forward(y_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float)
     """(x_TD, scale_T) of `gated_norm_forward` in norm.py."""
     T, D = y_TD.shape
     y_TD, z_TD = _dense_rows(y_TD), _dense_rows(z_TD)
-    x_TD, scale_T, blocks = weight_D.new_empty(T, D), kept_empty(y_TD, T, dtype=torch.float32), _blocks(D, TILE)
+    x_TD, scale_T, blocks = weight_D.new_empty(T, D), kept_empty(y_TD, T, dtype=torch.float32), _blocks(D)
     with torch.cuda.device_of(y_TD):
         _gated_norm[(triton.cdiv(T, blocks["ROWS"]),)](
             y_TD, z_TD, weight_D.contiguous(), x_TD, scale_T, T, y_TD.stride(0), z_TD.stride(0), eps, **blocks

@@ -6,7 +6,6 @@ of its own parts' gradients alone, has moments of these alone, and hands out wha
 Legend: N elements, P parameters, G groups; K blocks of B elements.
 """
 
-import itertools
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hnet_kernels.adamw import BLOCK, adamw_
+from hnet_kernels.adamw import BLOCK, adamw_, block_norms
 
 Span = Sequence[Sequence[nn.Parameter]]
 
@@ -110,8 +109,10 @@ class FlatAdamW(torch.optim.AdamW):
         updated = [[p for part in (span if len(span) == 1 else [span[rank]]) for p in part] for span in spans]
         self._steps_P = torch.zeros(sum(map(len, updated)), device=like["device"])  # float32, and equal
         self._places: dict[Tensor, dict[str, Tensor]] = {}  # where each parameter's state lies
+        self._lengths: list[list[int]] = []  # of each span, the blocks of each parameter that is updated here
         steps = iter(self._steps_P.unbind())  # torch has one each
         for parts, own, moments in zip(updated, self._own, self._moments):
+            self._lengths.append([_filled_up(p) // BLOCK for p in parts])
             for p in parts:
                 m, v = (self._part(flat, p, own.start) for flat in moments)
                 self._places[p] = {"step": next(steps), "exp_avg": m, "exp_avg_sq": v}
@@ -175,10 +176,12 @@ class FlatAdamW(torch.optim.AdamW):
     def grad_norm(self) -> Tensor:
         """The global norm of all gradients, on the device: the same bits whoever updates what."""
         norms_P = self.weights.new_zeros(len(self._grads))
-        found = []
-        for _, same in itertools.groupby((self._grads[p] for p in self._places), lambda grad: grad.dtype):
-            found += torch._foreach_norm(list(same), dtype=self.weights.dtype)
-        if found:
+        of_parameters = []
+        for span, (gradient, lengths) in enumerate(zip(self.gradients, self._lengths)):
+            of_blocks = block_norms(self._own_part(gradient, span).view(-1, BLOCK), norms_P.dtype)
+            of_parameters += of_blocks[: sum(lengths)].split(lengths)  # others have more parameters here
+        if of_parameters:
+            found = torch._foreach_norm(of_parameters)
             norms_P.index_copy_(0, self._index_P, torch.stack(found) * self._counts_P)
         if self.cut:
             dist.all_reduce(norms_P)
