@@ -41,7 +41,7 @@ SWEEP = [  # (name, module, what to set its constants to)
     (
         "attention" if d == "FORWARD" else "attention backward",
         attention_triton,
-        [{d: attention_triton.Tiles(*c)} for c in cs],
+        [{d: (attention_triton.Tiles(*c),) * 2} for c in cs],
     )
     for d, cs in _ATTENTION.items()
 ]
@@ -153,7 +153,7 @@ def cases(T: int, C: int) -> dict[str, tuple[Callable, float, float]]:
     zs, residual = rand(C, D, dtype=WIDE), rand(T, D, dtype=WIDE)
     found["upsample"] = lambda: router.upsample_forward(zs, chunk, residual, HALF), size(zs, residual, q), 0
     found["upsample backward"] = (
-        lambda: router.upsample_backward(q, zs, chunk, start), 2 * size(q) + 2 * size(zs) + size(residual), 0,
+        lambda: router.upsample_backward(q, zs, chunk, start), 2 * size(q) + 2 * size(zs), 0,
     )  # fmt: skip
     ys, p = rand(C, D), torch.rand(C, device="cuda")
     found["smoothing"] = lambda: ema_triton.ema_forward(ys, p, inner_cu), 2 * size(ys) + size(zs), 0
@@ -196,7 +196,7 @@ def main(args: Benchmark) -> None:
             for constant, value in choice.items():
                 setattr(module, constant, value)
             time_(
-                f"{label}, {' '.join(f'{k}={tuple(v) if k in TILES else v}' for k, v in choice.items())}",
+                f"{label}, {' '.join(f'{k}={tuple(v[0]) if k in TILES else v}' for k, v in choice.items())}",
                 *all_cases[label],
             )
             for constant, value in before.items():

@@ -28,7 +28,7 @@ def _fast(operation: str, device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def block_norms(g_KB: Tensor, dtype: torch.dtype) -> Tensor:
-    """The norm of each block, (K,), computed in `dtype`. g_KB: of that dtype or another, such as bfloat16; contiguous."""
+    """The norm of each block, (K,), in `dtype`. g_KB: contiguous, of that dtype or another, such as bfloat16."""
     if _fast("block_norms", g_KB.device, dtype):
         from hnet_kernels import adamw_triton  # not above: triton is not everywhere
 

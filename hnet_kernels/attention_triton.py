@@ -8,8 +8,8 @@ the weights again, once for the keys' gradients and once for the queries'. What 
 documents, for which a grid of (longest document) x (documents) is mostly empty. Here a program finds its tile in the
 list of the tiles that there are, which all fit into T / M + B. No atomics: the same bits every time.
 
-Tiles that loops go through come through tensor descriptors, as in ssd_triton.py. They may hold rows of the next document
-and, where W > P, channels of the next head: whatever meets these is zero or not stored.
+Tiles that loops go through come through tensor descriptors, as in ssd_triton.py. They may hold rows of the next
+document and, where W > P, channels of the next head: whatever meets these is zero or not stored.
 """
 
 from typing import NamedTuple
@@ -34,8 +34,11 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# the fastest of those that benchmarks/bench_kernels.py --sweep tries, on an H100 with chunks of text
-FORWARD, KEYS, QUERIES = Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 3)
+# the fastest of those that benchmarks/bench_kernels.py --sweep tries, on an H200 with chunks of text: for W up to 64,
+# and for 128
+FORWARD = Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 3)
+KEYS = Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)
+QUERIES = Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2)
 
 
 @triton.jit
@@ -72,13 +75,13 @@ def _store_rows(ptr, row, stride, inside, x, P: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def _attend(
-    q_MP, o_MP, sum_M, most_M, k_desc, v_desc, k_column, v_column, m, first, end, scale, window,
+    q_MP, o_MP, sum_M, most_M, kv_desc, k_column, v_column, m, first, end, scale, window,
     N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Adds keys first ... end - 1 to the running softmax of some queries; MASK where not all of them may be seen."""
     for n_first in range(first, end, N):
         n = n_first + tl.arange(0, N)
-        k_NP = k_desc.load([n_first, k_column])
+        k_NP = kv_desc.load([n_first, k_column])
         scores_MN = tl.dot(q_MP, tl.trans(k_NP)) * scale
         if MASK:
             seen_MN = n[None, :] <= m[:, None]
@@ -91,7 +94,7 @@ def _attend(
             weights_MN = tl.where(seen_MN, weights_MN, 0.0)  # also where a query has seen none yet
         shrink_M = tl.exp2(most_M - now_M)
         sum_M = sum_M * shrink_M + tl.sum(weights_MN, 1)
-        v_NP = v_desc.load([n_first, v_column])
+        v_NP = kv_desc.load([n_first, v_column])
         o_MP = tl.dot(weights_MN.to(v_NP.dtype), v_NP, o_MP * shrink_M[:, None])
         most_M = now_M
     return o_MP, sum_M, most_M
@@ -99,7 +102,7 @@ def _attend(
 
 @triton.jit(do_not_specialize=["B", "T"])
 def _forward(
-    q_ptr, k_desc, v_desc, o_ptr, lse_ptr, cu_seqlens_ptr, B, T, stride, o_stride, scale, window,
+    q_ptr, kv_desc, o_ptr, lse_ptr, cu_seqlens_ptr, B, T, stride, o_stride, scale, window,
     P: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_B: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of queries and head: o_THP and lse_HT."""
@@ -116,11 +119,11 @@ def _forward(
     else:  # the keys before the tile are seen by all its queries
         whole = first
         o_MP, sum_M, most_M = _attend(
-            q_MP, o_MP, sum_M, most_M, k_desc, v_desc, k_column, v_column, m, start, whole, scale, window,
+            q_MP, o_MP, sum_M, most_M, kv_desc, k_column, v_column, m, start, whole, scale, window,
             N, False, WINDOW,
         )  # fmt: skip
     o_MP, sum_M, most_M = _attend(
-        q_MP, o_MP, sum_M, most_M, k_desc, v_desc, k_column, v_column, m, whole, tl.minimum(first + M, end), scale,
+        q_MP, o_MP, sum_M, most_M, kv_desc, k_column, v_column, m, whole, tl.minimum(first + M, end), scale,
         window, N, True, WINDOW,
     )  # fmt: skip
     _store_rows(o_ptr + h * P, m, o_stride, m < end, o_MP / sum_M[:, None], P, W)
@@ -152,14 +155,16 @@ def _for_keys(
             delta_M = tl.load(delta_ptr + m, mask=inside, other=0.0)
         else:
             lse_M, delta_M = tl.load(lse_ptr + m), tl.load(delta_ptr + m)
-        weights_NM = tl.exp2(tl.dot(k_NP, tl.trans(q_MP)) * scale - lse_M[None, :])
+        scores_NM = tl.dot(k_NP, tl.trans(q_MP))
+        dweights_NM = tl.dot(v_NP, tl.trans(do_MP))  # here, so that the exponentials need not wait for it
+        weights_NM = tl.exp2(scores_NM * scale - lse_M[None, :])
         if MASK:
             seen_NM = (n[:, None] <= m[None, :]) & inside[None, :]
             if WINDOW:
                 seen_NM &= n[:, None] >= m[None, :] - window
             weights_NM = tl.where(seen_NM, weights_NM, 0.0)
         dv_NP = tl.dot(weights_NM.to(do_MP.dtype), do_MP, dv_NP)
-        dscores_NM = weights_NM * (tl.dot(v_NP, tl.trans(do_MP)) - delta_M[None, :])
+        dscores_NM = weights_NM * (dweights_NM - delta_M[None, :])
         dk_NP = tl.dot(dscores_NM.to(q_MP.dtype), q_MP, dk_NP)
     return dk_NP, dv_NP
 
@@ -203,28 +208,30 @@ def _backward_keys(
 
 @triton.jit
 def _for_queries(
-    q_MP, do_MP, lse_M, delta_M, dq_MP, k_desc, v_desc, k_column, v_column, m, first, end, scale, window,
+    q_MP, do_MP, lse_M, delta_M, dq_MP, kv_desc, k_column, v_column, m, first, end, scale, window,
     N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Adds what keys first ... end - 1 give to the gradients of some queries."""
     for n_first in range(first, end, N):
         n = n_first + tl.arange(0, N)
-        k_NP = k_desc.load([n_first, k_column])
-        v_NP = v_desc.load([n_first, v_column])
-        weights_MN = tl.exp2(tl.dot(q_MP, tl.trans(k_NP)) * scale - lse_M[:, None])
+        k_NP = kv_desc.load([n_first, k_column])
+        v_NP = kv_desc.load([n_first, v_column])
+        scores_MN = tl.dot(q_MP, tl.trans(k_NP))
+        dweights_MN = tl.dot(do_MP, tl.trans(v_NP))
+        weights_MN = tl.exp2(scores_MN * scale - lse_M[:, None])
         if MASK:
             seen_MN = n[None, :] <= m[:, None]
             if WINDOW:
                 seen_MN &= n[None, :] >= m[:, None] - window
             weights_MN = tl.where(seen_MN, weights_MN, 0.0)
-        dscores_MN = weights_MN * (tl.dot(do_MP, tl.trans(v_NP)) - delta_M[:, None])
+        dscores_MN = weights_MN * (dweights_MN - delta_M[:, None])
         dq_MP = tl.dot(dscores_MN.to(k_NP.dtype), k_NP, dq_MP)
     return dq_MP
 
 
 @triton.jit(do_not_specialize=["B", "T"])
 def _backward_queries(
-    q_ptr, k_desc, v_desc, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_seqlens_ptr, B, T, stride, do_stride, d_stride,
+    q_ptr, kv_desc, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_seqlens_ptr, B, T, stride, do_stride, d_stride,
     scale, dscale, window,
     P: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_B: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
@@ -245,14 +252,18 @@ def _backward_queries(
     else:
         whole = first
         dq_MP = _for_queries(
-            q_MP, do_MP, lse_M, delta_M, dq_MP, k_desc, v_desc, k_column, v_column, m, start, whole, scale, window,
+            q_MP, do_MP, lse_M, delta_M, dq_MP, kv_desc, k_column, v_column, m, start, whole, scale, window,
             N, False, WINDOW,
         )  # fmt: skip
     dq_MP = _for_queries(
-        q_MP, do_MP, lse_M, delta_M, dq_MP, k_desc, v_desc, k_column, v_column, m, whole,
+        q_MP, do_MP, lse_M, delta_M, dq_MP, kv_desc, k_column, v_column, m, whole,
         tl.minimum(first + M, end), scale, window, N, True, WINDOW,
     )  # fmt: skip
     _store_rows(dq_ptr + h * P, m, d_stride, m < end, dq_MP * dscale, P, W)
+
+
+def _for_heads(tiles: tuple[Tiles, Tiles], P: int) -> Tiles:
+    return tiles[P > 64]
 
 
 def _options(tiles: Tiles, P: int, cu_seqlens: Tensor, window: int) -> dict:
@@ -276,11 +287,12 @@ def attention_forward(qkv_T3HP: Tensor, cu_seqlens: Tensor, window: int) -> tupl
     T, _, H, P = qkv_T3HP.shape
     q = qkv_T3HP[:, 0]
     o_THP, lse_HT = kept_empty(q, T, H, P), kept_empty(q, H, T, dtype=torch.float32)
-    keys = _described(qkv_T3HP, FORWARD.N, P)
+    tiles = _for_heads(FORWARD, P)
+    keys = _described(qkv_T3HP, tiles.N, P)
     with torch.cuda.device_of(q):
-        _forward[_grid(T, H, FORWARD.M, cu_seqlens)](
-            q, keys, keys, o_THP, lse_HT, cu_seqlens, len(cu_seqlens) - 1, T, q.stride(0), o_THP.stride(0),
-            P**-0.5 * LOG2_E, window, **_options(FORWARD, P, cu_seqlens, window),
+        _forward[_grid(T, H, tiles.M, cu_seqlens)](
+            q, keys, o_THP, lse_HT, cu_seqlens, len(cu_seqlens) - 1, T, q.stride(0), o_THP.stride(0),
+            P**-0.5 * LOG2_E, window, **_options(tiles, P, cu_seqlens, window),
         )  # fmt: skip
     return o_THP, lse_HT
 
@@ -293,20 +305,21 @@ def attention_backward(
     q, k, v = qkv_T3HP.unbind(1)
     do_THP, delta_HT, dqkv_T3HP = do_THP.contiguous(), lse_HT.new_empty(H, T), qkv_T3HP.new_empty(T, 3, H, P)
     dq, dk, dv = dqkv_T3HP.unbind(1)
-    queries, do_queries = _described(qkv_T3HP, KEYS.M, P), _described(do_THP, KEYS.M, P)
-    keys = _described(qkv_T3HP, QUERIES.N, P)
+    of_keys, of_queries = _for_heads(KEYS, P), _for_heads(QUERIES, P)
+    queries, do_queries = _described(qkv_T3HP, of_keys.M, P), _described(do_THP, of_keys.M, P)
+    keys = _described(qkv_T3HP, of_queries.N, P)
     B, stride, do_stride = len(cu_seqlens) - 1, q.stride(0), do_THP.stride(0)
     scales = P**-0.5 * LOG2_E, P**-0.5, window
     with torch.cuda.device_of(q):
         _delta[(H, triton.cdiv(T, 64))](
             o_THP, do_THP, delta_HT, T, o_THP.stride(0), do_THP.stride(0), P=P, W=triton.next_power_of_2(P), M=64
         )
-        _backward_keys[_grid(T, H, KEYS.N, cu_seqlens)](
+        _backward_keys[_grid(T, H, of_keys.N, cu_seqlens)](
             queries, k, v, do_queries, lse_HT, delta_HT, dk, dv, cu_seqlens, B, T, stride, dq.stride(0), *scales,
-            **_options(KEYS, P, cu_seqlens, window),
+            **_options(of_keys, P, cu_seqlens, window),
         )  # fmt: skip
-        _backward_queries[_grid(T, H, QUERIES.M, cu_seqlens)](
-            q, keys, keys, do_THP, lse_HT, delta_HT, dq, cu_seqlens, B, T, stride, do_stride, dq.stride(0), *scales,
-            **_options(QUERIES, P, cu_seqlens, window),
+        _backward_queries[_grid(T, H, of_queries.M, cu_seqlens)](
+            q, keys, do_THP, lse_HT, delta_HT, dq, cu_seqlens, B, T, stride, do_stride, dq.stride(0), *scales,
+            **_options(of_queries, P, cu_seqlens, window),
         )  # fmt: skip
     return dqkv_T3HP

@@ -75,9 +75,10 @@ def upsample_forward(z_CD: Tensor, chunk_T: Tensor, residual_TD: Tensor, dtype: 
 
 def upsample_backward(
     dout_TD: Tensor, z_CD: Tensor, chunk_T: Tensor, start_C: Tensor, dz_CD: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dresidual_TD, dscale_T, dz_CD), the middle one of a factor that each token's z had, which was 1; in z's dtype.
+) -> tuple[Tensor, Tensor]:
+    """(dscale_T, dz_CD), the former of a factor that each token's z had, which was 1; in z's dtype.
 
+    The residual's gradient is dout_TD.
     start_C: int64, the first token of each chunk, growing from 0, T for a chunk without tokens.
     dz_CD: where to write that, contiguous; may be z_CD itself.
     """
@@ -85,6 +86,5 @@ def upsample_backward(
         from hnet_kernels import router_triton
 
         return router_triton.upsample_backward(dout_TD, z_CD, chunk_T, start_C, dz_CD)
-    dresidual_TD = dout_TD.to(z_CD.dtype)
-    dscale_T = (z_CD[chunk_T] * dresidual_TD).sum(-1)
-    return dresidual_TD, dscale_T, sum_chunks(dresidual_TD, start_C, dz_CD)
+    dout_TD = dout_TD.to(z_CD.dtype)
+    return (z_CD[chunk_T] * dout_TD).sum(-1), sum_chunks(dout_TD, start_C, dz_CD)

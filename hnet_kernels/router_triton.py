@@ -71,7 +71,7 @@ def _upsample(z_ptr, chunk_ptr, residual_ptr, out_ptr, T, D: tl.constexpr, ROWS:
 
 @triton.jit(do_not_specialize=["T"])
 def _upsample_backward(
-    dout_ptr, z_ptr, chunk_ptr, dresidual_ptr, dscale_ptr, T,
+    dout_ptr, z_ptr, chunk_ptr, dscale_ptr, T,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -81,7 +81,6 @@ def _upsample_backward(
     dout = tl.load(dout_ptr + row * D + d, mask=inside, other=0.0).to(tl.float32)
     chunk = tl.load(chunk_ptr + t, mask=t < T, other=0)[:, None]
     z = tl.load(z_ptr + chunk * D + d, mask=inside, other=0.0)
-    tl.store(dresidual_ptr + row * D + d, dout, mask=inside)
     tl.store(dscale_ptr + t, tl.sum(z * dout, 1), mask=t < T)
 
 
@@ -122,11 +121,10 @@ def upsample_forward(z_CD: Tensor, chunk_T: Tensor, residual_TD: Tensor, dtype: 
 
 def upsample_backward(
     dout_TD: Tensor, z_CD: Tensor, chunk_T: Tensor, start_C: Tensor, dz_CD: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """`upsample_backward` of router.py."""
-    dout_TD = dout_TD.contiguous()
-    dresidual_TD, dscale_T = z_CD.new_empty(dout_TD.shape), z_CD.new_empty(len(dout_TD))
+    dout_TD, dscale_T = dout_TD.contiguous(), z_CD.new_empty(len(dout_TD))
     grid, blocks = _blocks(dout_TD)
     with torch.cuda.device_of(z_CD):
-        _upsample_backward[grid](dout_TD, z_CD.contiguous(), chunk_T, dresidual_TD, dscale_T, len(chunk_T), **blocks)
-    return dresidual_TD, dscale_T, sum_chunks(dout_TD, start_C, dz_CD)
+        _upsample_backward[grid](dout_TD, z_CD.contiguous(), chunk_T, dscale_T, len(chunk_T), **blocks)
+    return dscale_T, sum_chunks(dout_TD, start_C, dz_CD)

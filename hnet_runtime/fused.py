@@ -142,7 +142,7 @@ def _leave(hnet: HNet, y_BkD: Tensor, stage: StageOutput, residual_BjD: Tensor) 
     p_T, b_T = p_Bj.values(), stage.boundary_mask.values()
     start_C = torch.nonzero_static(b_T, size=len(y_CD)).squeeze(1)
     z_CD = Smooth.apply(y_CD, Take.apply(p_T, start_C).clamp(EMA_CLAMP, 1 - EMA_CLAMP), cu_seqlens(y_BkD))
-    x_TD = Upsample.apply(z_CD, p_T, b_T, b_T.cumsum(0) - 1, start_C, residual_BjD.values(), y_CD.dtype)
+    x_TD = Upsample.apply(z_CD, p_T, b_T, b_T.cumsum(0) - 1, start_C, residual_BjD.values(), None, y_CD.dtype)
     return hnet.narrow(on_values(hnet.decoder, nested_like(x_TD, p_Bj)))
 
 
@@ -235,19 +235,26 @@ class Put(torch.autograd.Function):
 
 
 class ResidualProjection(torch.autograd.Function):
-    """x W^T + bias in W's dtype, float32 whatever x has. Gradients: of x, W and bias. Keeps x as it comes."""
+    """Writes x W^T + bias to residual_TD, in W's dtype: float32 whatever x has.
+
+    Returns proxy_TD, which stands for it in the backward and has no numbers: the residual's gradient is that of what it
+    is added up to, see `Upsample`, and so has x's dtype. Gradients: of x, W and bias.
+    """
 
     @staticmethod
-    def forward(ctx, x_TD: Tensor, weight_DD: Tensor, bias_D: Tensor) -> Tensor:
+    def forward(ctx, x_TD: Tensor, weight_DD: Tensor, bias_D: Tensor, residual_TD: Tensor) -> Tensor:
         ctx.save_for_backward(x_TD, weight_DD)
         ctx.targets = _take_targets(weight_DD)
-        return torch.addmm(bias_D, x_TD.to(weight_DD.dtype), weight_DD.T)
+        torch.addmm(bias_D, x_TD.to(weight_DD.dtype), weight_DD.T, out=residual_TD)
+        return x_TD.new_zeros(()).expand(residual_TD.shape)
 
     @staticmethod
     def backward(ctx, dout_TD: Tensor):
-        x_TD, weight_DD = ctx.saved_tensors
-        dweight_DD = _product(dout_TD.T, x_TD.to(weight_DD.dtype), *ctx.targets)
-        return (dout_TD @ weight_DD).to(x_TD.dtype), dweight_DD, dout_TD.sum(0)
+        (x_TD, weight_DD), (target,) = ctx.saved_tensors, ctx.targets
+        dweight_DD = _product(dout_TD.T, x_TD, target)  # both factors have x's dtype: nothing is rounded for that
+        dx_TD = (dout_TD.to(weight_DD.dtype) @ weight_DD).to(x_TD.dtype)
+        dweight_DD = None if dweight_DD is None else dweight_DD.to(weight_DD.dtype)
+        return dx_TD, dweight_DD, dout_TD.sum(0, dtype=weight_DD.dtype), None
 
 
 class Smooth(torch.autograd.Function):
@@ -268,22 +275,27 @@ class Upsample(torch.autograd.Function):
     """Upsampling and residual (eq. 6 to 9): z_CD, p_T, b_T, residual_TD -> x_TD in `dtype`.
 
     chunk_T: each token's chunk. start_C: each chunk's first token, T where there is none.
+    proxy_TD: of `dtype`, or None: gets the residual's gradient for it, see `ResidualProjection`.
     Gradients: of z, p and the residual; what has none: see `EmaUpsample` and `StraightThrough`.
     """
 
     @staticmethod
-    def forward(ctx, z_CD, p_T, b_T, chunk_T, start_C, residual_TD: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx, z_CD, p_T, b_T, chunk_T, start_C, residual_TD: Tensor, proxy_TD: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         ctx.save_for_backward(z_CD, b_T, chunk_T, start_C)
-        ctx.targets = _take_targets(z_CD)
+        ctx.targets, ctx.wide = _take_targets(z_CD), residual_TD.dtype
         return upsample_forward(z_CD, chunk_T, residual_TD, dtype)
 
     @staticmethod
     def backward(ctx, dx_TD: Tensor):
         z_CD, b_T, chunk_T, start_C = ctx.saved_tensors
         (target,) = ctx.targets
-        dresidual_TD, dconfidence_T, dz_CD = upsample_backward(dx_TD, z_CD, chunk_T, start_C, target)
+        dconfidence_T, dz_CD = upsample_backward(dx_TD, z_CD, chunk_T, start_C, target)
         dp_T = torch.where(b_T, dconfidence_T, -dconfidence_T)  # eq. 6
-        return dz_CD if target is None else None, dp_T, None, None, None, dresidual_TD, None
+        *_, of_residual, of_proxy, _ = ctx.needs_input_grad
+        dresidual_TD, dproxy_TD = dx_TD.to(ctx.wide) if of_residual else None, dx_TD if of_proxy else None
+        return dz_CD if target is None else None, dp_T, None, None, None, dresidual_TD, dproxy_TD, None
 
 
 def run_stack(stack: Isotropic, ac: str, x_TD: Tensor, packing: Packing) -> Tensor:

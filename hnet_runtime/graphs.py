@@ -3,7 +3,10 @@
 The model is cut where the number of chunks decides how large tensors are, which is where a step waits for the device,
 once a stage:
 
-    enter 0 | enter 1 | inner | leave 1 | leave 0, with the loss
+    enter 0 | pass 0 | enter 1 | pass 1 | inner | leave 1 | leave 0, with the loss
+
+What a stage's residual connection computes (`pass`) needs no number of chunks: the device does that while the host
+reads the number and launches what is next. Backwards it comes after `leave`.
 
 Each part is a `Segment` for fixed sizes: one graph for its forward, one for its backward. A graph holds fixed sizes and
 addresses. So the documents of an inner stage are filled up to one of a few sizes with a document of zeros that reaches
@@ -38,7 +41,7 @@ from torch.nested import nested_tensor_from_jagged
 
 from hnet_kernels.conv import MAX_TAPS
 from hnet_kernels.dispatch import requested
-from hnet_runtime.distributed import BETAS, PLAIN_FLOAT32, World
+from hnet_runtime.distributed import BETAS, PLAIN_FLOAT32, Fetched, World
 from hnet_runtime.flat_adamw import FlatAdamW, Span
 from hnet_runtime.fused import HeadLoss, Put, ResidualProjection, Smooth, Take, Upsample, fuse
 from hnet_runtime.segments import Arena, Ends, Leaf, Piece, Segment, memory_ran_out
@@ -122,13 +125,17 @@ class Crossing:
     that stage s has, one row past its tokens, and that row is zero.
     """
 
-    def __init__(self, T: int, C: int, D: int, documents: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, T: int, C: int, D: int, documents: int, dtype: torch.dtype, residual: torch.dtype, device: torch.device
+    ):
         at = {"device": device}
         wide = at | {"dtype": torch.promote_types(dtype, torch.float32)}
         self.x_TD, self.dx_TD = (torch.zeros(T + 1, D, dtype=dtype, **at) for _ in "xd")  # after the encoder
         self.p_T, self.dp_T = (torch.zeros(T + 1, **wide) for _ in "pd")
         self.b_T = torch.zeros(T, dtype=torch.bool, **at)
         self.chunk_T, self.start_C = (torch.zeros(n, dtype=torch.int64, **at) for n in (T, C))
+        # past the inner stage; the gradient has the dtype of what the residual is added up to
+        self.residual_TD, self.dresidual_TD = (torch.zeros(T, D, dtype=kind, **at) for kind in (residual, dtype))
         self.z_CD = torch.zeros(C, D, **wide)  # what comes from inside, smoothed; then the gradient of that
         self.offsets = torch.zeros(documents + 1, dtype=torch.int64, **at)  # in chunks
         self.counts = torch.zeros(2, dtype=torch.int64, **at)  # of all chunks, and of the longest document's
@@ -215,13 +222,13 @@ class GraphedModel:
         self.forget()
 
     def _pieces(self) -> dict[str, list[tuple[Block | None, list[Tensor]]]]:
-        """The model's weights by the part and piece that use them, in the order of their use."""
+        """The model's weights by the part and piece that use them; the backward goes through them in reverse."""
         found: dict[str, list[Any]] = {}
         for s, hnet in enumerate(self.levels):
             parts = [hnet.encoder, hnet.routing_module] if s < self.S else [hnet.main_network]
             found[f"enter {s}" if s < self.S else f"inner {s}"] = [hnet.pad_dimension, *parts]
         for s in reversed(range(self.S)):
-            found[f"leave {s}"] = [self.levels[s].residual_proj, self.levels[s].decoder]
+            found[f"pass {s}"], found[f"leave {s}"] = [self.levels[s].residual_proj], [self.levels[s].decoder]
         first, last = next(iter(found)), list(found)[-1]
         found[first].insert(0, self.model.embeddings)
         found[last].append(self.model.lm_head)
@@ -299,7 +306,8 @@ class GraphedModel:
         self.offsets = torch.zeros(documents + 1, dtype=torch.int64, device=self.device)
         self.crossings: list[Crossing] = []
         for D in self.masters.config.d_model[:-1]:
-            self.crossings.append(Crossing(T, _filled_up(T), D, documents, self.dtype, self.device))
+            dtypes = self.dtype, self.masters.lm_head.weight.dtype
+            self.crossings.append(Crossing(T, _filled_up(T), D, documents, *dtypes, self.device))
             T = _filled_up(T)
         flat = self.optimizer.weights, self.optimizer.copies, self.iids_T, self.labels_T, self.offsets, self.losses
         static = [*flat, *(x for crossing in self.crossings for x in vars(crossing).values())]
@@ -365,11 +373,18 @@ class GraphedModel:
     def _inner(self, s: int, sizes: Sizes, leaf: Leaf) -> Ends:
         return self._end(s, self.levels[s](self._begin(s, sizes, leaf)[0])[0], leaf)
 
+    def _pass(self, s: int, sizes: Sizes, leaf: Leaf) -> Ends:
+        linear, at, T = self.levels[s].residual_proj, self.crossings[s], sizes.T
+        x_TD = leaf(at.x_TD[:T], at.dx_TD[:T])
+        proxy_TD = ResidualProjection.apply(x_TD, linear.weight, linear.bias, at.residual_TD[:T])
+        return [(proxy_TD, at.dresidual_TD[:T])]
+
     def _leave(self, s: int, sizes: Sizes, leaf: Leaf) -> Ends:
         hnet, at, T, C = self.levels[s], self.crossings[s], sizes.T, _filled_up(sizes.T)
-        x_TD, p_T, z_CD = leaf(at.x_TD[:T], at.dx_TD[:T]), leaf(at.p_T[:T], at.dp_T[:T]), leaf(at.z_CD[:C], at.z_CD[:C])
-        residual_TD = ResidualProjection.apply(x_TD, hnet.residual_proj.weight, hnet.residual_proj.bias)
-        x_TD = Upsample.apply(z_CD, p_T, at.b_T[:T], at.chunk_T[:T], at.start_C[:C], residual_TD, self.dtype)
+        p_T, z_CD = leaf(at.p_T[:T], at.dp_T[:T]), leaf(at.z_CD[:C], at.z_CD[:C])
+        proxy_TD = leaf(at.dresidual_TD[:T], at.dresidual_TD[:T])
+        of_chunks = at.b_T[:T], at.chunk_T[:T], at.start_C[:C]
+        x_TD = Upsample.apply(z_CD, p_T, *of_chunks, at.residual_TD[:T], proxy_TD, self.dtype)
         return self._end(s, hnet.narrow(on_values(hnet.decoder, self._nested(s, sizes, x_TD))), leaf)
 
     # ----------------------------------------------------------------------------------------- finding and making them
@@ -388,7 +403,7 @@ class GraphedModel:
             if len(segments) == KEPT:
                 segments.popitem(last=False)
             kind, s = part.split()
-            run = {"enter": self._enter, "inner": self._inner, "leave": self._leave}[kind]
+            run = {"enter": self._enter, "pass": self._pass, "inner": self._inner, "leave": self._leave}[kind]
             pieces = []
             for block, names, span in self.weights[part]:
                 masters = [self.masters.get_parameter(name) for name in names]
@@ -468,7 +483,7 @@ class GraphedModel:
         return self.losses.clone()  # the next micro-batch writes to the same place
 
     def _forward(self, iids: Tensor, labels: Tensor) -> list[Segment]:
-        """A micro-batch's forward. Returns the segments that have run, in order."""
+        """A micro-batch's forward. Returns the segments that have run, in the order whose reverse is the backward's."""
         T, offsets = len(iids.values()), iids.offsets()
         if self.room < T:
             self._allocate(T)
@@ -479,22 +494,24 @@ class GraphedModel:
         self.documents = len(offsets) - 1
         self.most_B = max(self.most_B, _power(self.documents))
         sizes, self.tokens = self._sizes(0, T, iids._get_max_seqlen()), [T]
-        found = []
 
-        def run(part: str, sizes: Sizes) -> None:
-            found.append(self._segment(part, sizes))
-            found[-1].forward()
+        def run(part: str, sizes: Sizes) -> Segment:
+            segment = self._segment(part, sizes)
+            segment.forward()
+            return segment
 
-        way_in = []
+        found, way_in, passed = [], [], []
         for s in range(self.S):
-            run(f"enter {s}", sizes)
+            found.append(run(f"enter {s}", sizes))
+            counts = Fetched(self.crossings[s].counts)
+            passed.append(run(f"pass {s}", sizes))
             way_in.append(sizes)
-            C, longest = self.crossings[s].counts.tolist()  # the one wait of a stage
+            C, longest = counts.numbers().tolist()  # the one wait of a stage
             self.tokens.append(C)
             sizes = self._sizes(s + 1, C, longest)
-        run(f"inner {self.S}", sizes)
+        found.append(run(f"inner {self.S}", sizes))
         for s in reversed(range(self.S)):
-            run(f"leave {s}", way_in[s])
+            found += [passed[s], run(f"leave {s}", way_in[s])]
         return found
 
     def stages(self) -> list[StageOutput]:
