@@ -11,7 +11,8 @@ u = bias + the convolution and du = dy silu'(u),
 so backward walks three tokens further, and hands each dx on when its last term has come. Sums for the weights and the
 bias stay in registers and are added up over the runs at the end: no atomics, the same bits every time. Rows are loaded
 AHEAD tokens before they are used: with few warps on a multiprocessor that keeps enough bytes under way. Loops are
-unrolled by as many tokens, so that what each hands on to the next need not be moved from register to register.
+unrolled by as many tokens, so that what each hands on to the next need not be moved from register to register, and so
+many tokens at a time are either all so far from the start of their document that no tap need be cut off, or not.
 """
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from hnet_kernels.kept import kept_empty
 from hnet_kernels.norm_triton import sum_rows
+from hnet_kernels.triton_math import sigmoid
 
 FORWARD, BACKWARD = (32, 128, 1), (128, 256, 2)  # a program's tokens, a multiple of AHEAD, and channels; warps
 AHEAD = tl.constexpr(4)
@@ -34,7 +36,17 @@ def _tap(weight_ptr, k: tl.constexpr, d, in_D, K: tl.constexpr):
 
 @triton.jit
 def _row(x_ptr, t, d, in_D, T, stride):
-    return tl.load(x_ptr + t * stride + d, mask=in_D & (t >= 0) & (t < T), other=0.0)
+    return tl.load(x_ptr + t * stride + d, mask=in_D & (t < T), other=0.0)
+
+
+@triton.jit
+def _rows_before(x_ptr, t, d, in_D, stride):
+    """The three rows before t, the last first; zeros before the first token."""
+    return (
+        tl.load(x_ptr + (t - 1) * stride + d, mask=in_D & (t >= 1), other=0.0).to(tl.float32),
+        tl.load(x_ptr + (t - 2) * stride + d, mask=in_D & (t >= 2), other=0.0).to(tl.float32),
+        tl.load(x_ptr + (t - 3) * stride + d, mask=in_D & (t >= 3), other=0.0).to(tl.float32),
+    )
 
 
 @triton.jit
@@ -45,6 +57,38 @@ def _first_rows(x_ptr, t, d, in_D, T, stride):
         _row(x_ptr, t + 2, d, in_D, T, stride),
         _row(x_ptr, t + 3, d, in_D, T, stride),
     )
+
+
+@triton.jit
+def _within(position_ptr, t, T):
+    """Whether all taps of AHEAD tokens from t on lie in the same document, and the tokens in the batch."""
+    last = t + AHEAD - 1
+    return tl.load(position_ptr + last, mask=last < T, other=0) >= AHEAD + 2
+
+
+@triton.jit
+def _cut(x, position, k: tl.constexpr, CUT: tl.constexpr):
+    """x; CUT: zero where what lies k tokens before is in another document."""
+    return tl.where(position >= k, x, 0.0) if CUT else x
+
+
+@triton.jit
+def _forward_steps(
+    x_ptr, position_ptr, y_ptr, t, d, in_D, T, D, x_stride, bias, w0, w1, w2, w3, x1, x2, x3, row0, row1, row2, row3,
+    CUT: tl.constexpr,
+):  # fmt: skip
+    """AHEAD tokens from t on; returns the last three rows of x, and those that are loaded ahead."""
+    for j in tl.static_range(AHEAD):
+        x = row0.to(tl.float32)
+        row0, row1, row2, row3 = row1, row2, row3, _row(x_ptr, t + j + AHEAD, d, in_D, T, x_stride)
+        position = tl.load(position_ptr + t + j, mask=t + j < T, other=0) if CUT else 0
+        u = bias + w0 * x + w1 * _cut(x1, position, 1, CUT)
+        u += w2 * _cut(x2, position, 2, CUT)
+        u += w3 * _cut(x3, position, 3, CUT)
+        inside = in_D & (t + j < T) if CUT else in_D
+        tl.store(y_ptr + (t + j) * D + d, (u * sigmoid(u)).to(y_ptr.dtype.element_ty), mask=inside)
+        x1, x2, x3 = x, x1, x2
+    return x1, x2, x3, row0, row1, row2, row3
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -71,22 +115,67 @@ def _forward(
         _tap(weight_ptr, 2, d, in_D, K),
         _tap(weight_ptr, 3, d, in_D, K),
     )
-    x1 = _row(x_ptr, first - 1, d, in_D, T, x_stride).to(tl.float32)
-    x2 = _row(x_ptr, first - 2, d, in_D, T, x_stride).to(tl.float32)
-    x3 = _row(x_ptr, first - 3, d, in_D, T, x_stride).to(tl.float32)
+    x1, x2, x3 = _rows_before(x_ptr, first, d, in_D, x_stride)
     row0, row1, row2, row3 = _first_rows(x_ptr, first, d, in_D, T, x_stride)
-    position = tl.load(position_ptr + first)
+    within = _within(position_ptr, first, T)
     for i in range(0, RUN, AHEAD):
-        for j in tl.static_range(AHEAD):
-            t = first + i + j
-            x = row0.to(tl.float32)
-            row0, row1, row2, row3 = row1, row2, row3, _row(x_ptr, t + AHEAD, d, in_D, T, x_stride)
-            next_position = tl.load(position_ptr + t + 1, mask=t + 1 < T, other=0)
-            u = bias + w0 * x + tl.where(position >= 1, w1 * x1, 0.0)
-            u += tl.where(position >= 2, w2 * x2, 0.0) + tl.where(position >= 3, w3 * x3, 0.0)
-            y = u / (1 + tl.exp(-u))
-            tl.store(y_ptr + t * D + d, y.to(y_ptr.dtype.element_ty), mask=in_D & (t < T))
-            x1, x2, x3, position = x, x1, x2, next_position
+        t = first + i
+        next_within = _within(position_ptr, t + AHEAD, T)  # what is loaded where it is used holds everything up
+        if within:
+            x1, x2, x3, row0, row1, row2, row3 = _forward_steps(
+                x_ptr, position_ptr, y_ptr, t, d, in_D, T, D, x_stride, bias, w0, w1, w2, w3,
+                x1, x2, x3, row0, row1, row2, row3, False,
+            )  # fmt: skip
+        else:
+            x1, x2, x3, row0, row1, row2, row3 = _forward_steps(
+                x_ptr, position_ptr, y_ptr, t, d, in_D, T, D, x_stride, bias, w0, w1, w2, w3,
+                x1, x2, x3, row0, row1, row2, row3, True,
+            )  # fmt: skip
+        within = next_within
+
+
+@triton.jit
+def _du(dy, bias, w0, w1, w2, w3, x, x1, x2, x3):
+    u = bias + w0 * x + w1 * x1
+    u += w2 * x2
+    u += w3 * x3
+    s = sigmoid(u)
+    return dy * (s * (1 + u * (1 - s)))
+
+
+@triton.jit
+def _backward_steps(
+    dy_ptr, x_ptr, position_ptr, dx_ptr, i, first, d, in_D, T, x_stride, dy_stride, dx_stride,
+    bias, w0, w1, w2, w3, x1, x2, x3, row0, row1, row2, row3, dy0, dy1, dy2, dy3, dx1, dx2, dx3,
+    sum_bias, sum0, sum1, sum2, sum3, CUT: tl.constexpr, OURS: tl.constexpr,
+):  # fmt: skip
+    """AHEAD tokens from the run's i-th on. OURS: they are the run's, else the next run counts them in its sums."""
+    t = first + i
+    for j in tl.static_range(AHEAD):
+        x, dy = row0.to(tl.float32), dy0.to(tl.float32)
+        row0, row1, row2, row3 = row1, row2, row3, _row(x_ptr, t + j + AHEAD, d, in_D, T, x_stride)
+        dy0, dy1, dy2, dy3 = dy1, dy2, dy3, _row(dy_ptr, t + j + AHEAD, d, in_D, T, dy_stride)
+        position = tl.load(position_ptr + t + j, mask=t + j < T, other=0) if CUT else 0
+        seen1, seen2, seen3 = _cut(x1, position, 1, CUT), _cut(x2, position, 2, CUT), _cut(x3, position, 3, CUT)
+        du = _du(dy, bias, w0, w1, w2, w3, x, seen1, seen2, seen3)
+        dx3 += _cut(w3, position, 3, CUT) * du
+        inside = in_D & (i + j >= 3)
+        if CUT:
+            inside &= t + j - 3 < T
+        if OURS or j < 3:
+            tl.store(dx_ptr + (t + j - 3) * dx_stride + d, dx3.to(dx_ptr.dtype.element_ty), mask=inside)
+        dx3 = dx2 + _cut(w2, position, 2, CUT) * du
+        dx2 = dx1 + _cut(w1, position, 1, CUT) * du
+        dx1 = w0 * du
+        if OURS:
+            sum_bias += du
+            sum0 += du * x
+            sum1 += du * seen1
+            sum2 += du * seen2
+            sum3 += du * seen3
+        x1, x2, x3 = x, x1, x2
+    rows = x1, x2, x3, row0, row1, row2, row3, dy0, dy1, dy2, dy3
+    return rows, (dx1, dx2, dx3), (sum_bias, sum0, sum1, sum2, sum3)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -118,43 +207,36 @@ def _backward(
         _tap(weight_ptr, 2, d, in_D, K),
         _tap(weight_ptr, 3, d, in_D, K),
     )
-    before1 = _row(x_ptr, first - 1, d, in_D, T, x_stride).to(tl.float32)
-    before2 = _row(x_ptr, first - 2, d, in_D, T, x_stride).to(tl.float32)
-    before3 = _row(x_ptr, first - 3, d, in_D, T, x_stride).to(tl.float32)
-    zero = tl.zeros((BLOCK_D,), tl.float32)
-    sum_bias, sum0, sum1, sum2, sum3 = zero, zero, zero, zero, zero
-    dx1, dx2, dx3 = zero, zero, zero  # of the last three tokens, as far as they are known
+    x1, x2, x3 = _rows_before(x_ptr, first, d, in_D, x_stride)
     row0, row1, row2, row3 = _first_rows(x_ptr, first, d, in_D, T, x_stride)
     dy0, dy1, dy2, dy3 = _first_rows(dy_ptr, first, d, in_D, T, dy_stride)
-    position = tl.load(position_ptr + first)
-    for i in range(0, RUN + AHEAD, AHEAD):
-        for j in tl.static_range(AHEAD):
-            t = first + i + j
-            x, dy = row0.to(tl.float32), dy0.to(tl.float32)
-            row0, row1, row2, row3 = row1, row2, row3, _row(x_ptr, t + AHEAD, d, in_D, T, x_stride)
-            dy0, dy1, dy2, dy3 = dy1, dy2, dy3, _row(dy_ptr, t + AHEAD, d, in_D, T, dy_stride)
-            next_position = tl.load(position_ptr + t + 1, mask=t + 1 < T, other=0)
-            x1 = tl.where(position >= 1, before1, 0.0)
-            x2 = tl.where(position >= 2, before2, 0.0)
-            x3 = tl.where(position >= 3, before3, 0.0)
-            u = bias + w0 * x + w1 * x1 + w2 * x2 + w3 * x3
-            s = 1 / (1 + tl.exp(-u))
-            du = dy * s * (1 + u * (1 - s))
-
-            dx3 += tl.where(position >= 3, w3 * du, 0.0)
-            ours = (i + j >= 3) & (i + j < RUN + 3) & (t - 3 < T)
-            tl.store(dx_ptr + (t - 3) * dx_stride + d, dx3.to(dx_ptr.dtype.element_ty), mask=in_D & ours)
-            dx3 = dx2 + tl.where(position >= 2, w2 * du, 0.0)
-            dx2 = dx1 + tl.where(position >= 1, w1 * du, 0.0)
-            dx1 = w0 * du
-
-            du = tl.where(i + j < RUN, du, 0.0)  # the next run counts its own
-            sum_bias += du
-            sum0 += du * x
-            sum1 += du * x1
-            sum2 += du * x2
-            sum3 += du * x3
-            before1, before2, before3, position = x, before1, before2, next_position
+    zero = tl.zeros((BLOCK_D,), tl.float32)
+    dx1, dx2, dx3 = zero, zero, zero  # of the last three tokens, as far as they are known
+    sum_bias, sum0, sum1, sum2, sum3 = zero, zero, zero, zero, zero
+    within = _within(position_ptr, first, T)
+    for i in range(0, RUN, AHEAD):
+        next_within = _within(position_ptr, first + i + AHEAD, T)
+        if within:
+            rows, dxs, sums = _backward_steps(
+                dy_ptr, x_ptr, position_ptr, dx_ptr, i, first, d, in_D, T, x_stride, dy_stride, dx_stride,
+                bias, w0, w1, w2, w3, x1, x2, x3, row0, row1, row2, row3, dy0, dy1, dy2, dy3, dx1, dx2, dx3,
+                sum_bias, sum0, sum1, sum2, sum3, False, True,
+            )  # fmt: skip
+        else:
+            rows, dxs, sums = _backward_steps(
+                dy_ptr, x_ptr, position_ptr, dx_ptr, i, first, d, in_D, T, x_stride, dy_stride, dx_stride,
+                bias, w0, w1, w2, w3, x1, x2, x3, row0, row1, row2, row3, dy0, dy1, dy2, dy3, dx1, dx2, dx3,
+                sum_bias, sum0, sum1, sum2, sum3, True, True,
+            )  # fmt: skip
+        x1, x2, x3, row0, row1, row2, row3, dy0, dy1, dy2, dy3 = rows
+        dx1, dx2, dx3 = dxs
+        sum_bias, sum0, sum1, sum2, sum3 = sums
+        within = next_within
+    _backward_steps(
+        dy_ptr, x_ptr, position_ptr, dx_ptr, RUN, first, d, in_D, T, x_stride, dy_stride, dx_stride,
+        bias, w0, w1, w2, w3, x1, x2, x3, row0, row1, row2, row3, dy0, dy1, dy2, dy3, dx1, dx2, dx3,
+        sum_bias, sum0, sum1, sum2, sum3, True, False,
+    )  # fmt: skip
     row = sums_ptr + tl.program_id(1).to(tl.int64) * (K + 1) * D + d
     tl.store(row + K * D, sum_bias, mask=in_D)
     tl.store(row + (K - 1) * D, sum0, mask=in_D)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hnet_kernels.kept import kept_empty
+from hnet_kernels.triton_math import sigmoid
 
 TILE = 4096  # elements of a program's rows; no more than registers hold
 ADD_NORM_BACKWARD = (1024, 3, 8)  # elements, programs a multiprocessor, warps: the fastest of 120 on an H200,
@@ -23,7 +24,7 @@ GATED_NORM_BACKWARD = (1024, 4, 8)  # or within 1% of it, for rows of 512 to 3,0
 @triton.jit
 def _silu_parts(z):
     """silu(z) and its derivative."""
-    s = 1 / (1 + tl.exp(-z))
+    s = sigmoid(z)
     return z * s, s * (1 + z * (1 - s))
 
 

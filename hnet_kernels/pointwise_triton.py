@@ -10,6 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hnet_kernels.kept import kept_empty
+from hnet_kernels.norm_triton import sum_rows
+from hnet_kernels.triton_math import sigmoid
 
 ELEMENTS = 1024  # a program of SwiGLU
 TOKENS = 32  # a program of the others
@@ -22,7 +24,7 @@ def _swiglu(both_ptr, h_ptr, inner, BLOCK: tl.constexpr):
     inside = i < inner
     value = tl.load(both_ptr + t * 2 * inner + i, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(both_ptr + t * 2 * inner + inner + i, mask=inside, other=0.0).to(tl.float32)
-    h = gate / (1 + tl.exp(-gate)) * value
+    h = gate * sigmoid(gate) * value
     tl.store(h_ptr + t * inner + i, h.to(h_ptr.dtype.element_ty), mask=inside)
 
 
@@ -34,9 +36,9 @@ def _swiglu_backward(dh_ptr, both_ptr, dboth_ptr, h_ptr, inner, BLOCK: tl.conste
     dh = tl.load(dh_ptr + t * inner + i, mask=inside, other=0.0).to(tl.float32)
     value = tl.load(both_ptr + t * 2 * inner + i, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(both_ptr + t * 2 * inner + inner + i, mask=inside, other=0.0).to(tl.float32)
-    h = gate / (1 + tl.exp(-gate)) * value
+    s = sigmoid(gate)
+    h = gate * s * value  # to the bit as forwards
     tl.store(h_ptr + t * inner + i, h.to(h_ptr.dtype.element_ty), mask=inside)
-    s = 1 / (1 + tl.exp(-gate))
     dvalue = dh * gate * s
     dgate = dh * value * s * (1 + gate * (1 - s))
     tl.store(dboth_ptr + t * 2 * inner + i, dvalue.to(dboth_ptr.dtype.element_ty), mask=inside)
@@ -144,4 +146,4 @@ def softplus_backward(dout_TH: Tensor, raw_TH: Tensor, bias_H: Tensor, draw_TH: 
             dout_TH.contiguous(), raw_TH, bias_H, draw_TH, dbias_NH, T, raw_TH.stride(0), draw_TH.stride(0), H,
             BLOCK_T=TOKENS, BLOCK_H=triton.next_power_of_2(H),
         )  # fmt: skip
-    return dbias_NH.sum(0)
+        return sum_rows(dbias_NH, dbias_NH.dtype)

@@ -36,8 +36,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hnet_kernels.kept import kept_empty
+from hnet_kernels.norm_triton import sum_rows
+from hnet_kernels.triton_math import LOG2_E
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 SUM, SOURCE, GAIN, START, END = (tl.constexpr(i) for i in range(5))  # of vectors_5HT, see _prepare
 INSIDE, BEFORE, LATER, DGAIN = (tl.constexpr(i) for i in range(4))  # of flows_4HT, see _gradients
 
@@ -765,7 +766,7 @@ def scan_backward(
             plan.T, H, n_chunks, Q=Q, BLOCK_H=triton.next_power_of_2(H), GROUPS=groups,
             **_launch("_finish", x_THP.dtype),
         )  # fmt: skip
-        dA_H, *dD_H = sums_2CH.sum(1)
+        dA_H, *dD_H = (sum_rows(sums_CH, dt_TH.dtype) for sums_CH in sums_2CH)
         return Gradients(dx_THP, ddt_TH, dA_H, dB_TN, dC_TN, *dD_H)
 
 
