@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from hnet_kernels import ema_backward, ema_forward
 from hnet_kernels.attention import Attended, packed_attention, packed_attention_backward
 from hnet_kernels.conv import causal_conv_silu_backward_to, causal_conv_silu_forward
+from hnet_kernels.cross_entropy import cross_entropy_backward, cross_entropy_forward
 from hnet_kernels.kept import keep, keeping_if, kept_empty
 from hnet_kernels.norm import add_norm_backward, add_norm_forward, gated_norm_backward, gated_norm_forward
 from hnet_kernels.pointwise import (
@@ -171,17 +172,15 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
         logits_TV = x_TD @ weight_VD.T
-        log_p_TV = logits_TV.log_softmax(-1, dtype=torch.promote_types(logits_TV.dtype, torch.float32))
-        ctx.save_for_backward(x_TD, weight_VD, labels_T, log_p_TV)
+        loss_T, lse_T = cross_entropy_forward(logits_TV, labels_T)
+        ctx.save_for_backward(x_TD, weight_VD, labels_T, logits_TV, lse_T)
         ctx.targets = _take_targets(weight_VD)
-        return -log_p_TV.gather(1, labels_T[:, None]).mean()
+        return loss_T.mean()
 
     @staticmethod
     def backward(ctx, dloss: Tensor):
-        x_TD, weight_VD, labels_T, log_p_TV = ctx.saved_tensors
-        p_TV, label_T1 = log_p_TV.exp(), labels_T[:, None]
-        p_TV.scatter_add_(1, label_T1, p_TV.new_full((), -1).expand_as(label_T1))  # one addend a row: no order to vary
-        dlogits_TV = torch.mul(p_TV, dloss / len(labels_T), out=x_TD.new_empty(p_TV.shape))  # rounds as it multiplies
+        x_TD, weight_VD, labels_T, logits_TV, lse_T = ctx.saved_tensors
+        dlogits_TV = cross_entropy_backward(dloss / len(labels_T), logits_TV, labels_T, lse_T)
         return dlogits_TV @ weight_VD, _product(dlogits_TV.T, x_TD, *ctx.targets), None
 
 
@@ -244,19 +243,20 @@ class ResidualProjection(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD: Tensor, weight_DD: Tensor, bias_D: Tensor, residual_TD: Tensor) -> Tensor:
         ctx.save_for_backward(x_TD, weight_DD)
-        ctx.targets = _take_targets(weight_DD)
+        ctx.targets = _take_targets(weight_DD, x_TD)
         torch.addmm(bias_D, x_TD.to(weight_DD.dtype), weight_DD.T, out=residual_TD)
         return x_TD.new_zeros(()).expand(residual_TD.shape)
 
     @staticmethod
     def backward(ctx, dout_TD: Tensor):
-        (x_TD, weight_DD), (target,) = ctx.saved_tensors, ctx.targets
-        dweight_DD = _product(dout_TD.T, x_TD, target)  # both factors have x's dtype: nothing is rounded for that
-        dx_TD = (dout_TD.to(weight_DD.dtype) @ weight_DD).to(x_TD.dtype)
+        (x_TD, weight_DD), (into_weight, into_x) = ctx.saved_tensors, ctx.targets
+        dweight_DD = _product(dout_TD.T, x_TD, into_weight)  # both factors have x's dtype: nothing is rounded for that
         dweight_DD = None if dweight_DD is None else dweight_DD.to(weight_DD.dtype)
+        dx_TD = dout_TD.to(weight_DD.dtype) @ weight_DD
+        dx_TD = dx_TD.to(x_TD.dtype) if into_x is None else into_x.copy_(dx_TD)  # which round
         dbias_1D = weight_DD.new_empty(1, len(weight_DD))
         _product(dout_TD.new_ones(1, len(dout_TD)), dout_TD, dbias_1D)  # six times as fast as torch's sum
-        return dx_TD, dweight_DD, dbias_1D[0], None
+        return dx_TD if into_x is None else None, dweight_DD, dbias_1D[0], None
 
 
 class Smooth(torch.autograd.Function):

@@ -1,5 +1,5 @@
-"""The kernels of norm, pointwise, attention and router_triton.py, the scan's skip, and gradients that are written into
-longer rows, all against the definitions in float64: outputs, and every gradient by name.
+"""The kernels of norm, pointwise, attention, router and cross_entropy_triton.py, the scan's skip, and gradients that
+are written into longer rows, all against the definitions in float64: outputs, and every gradient by name.
 
 Without a GPU they run under Triton's interpreter, in a process of its own: this file, run as a script, prints what
 `distances` finds. See test_ssd_triton.py.
@@ -20,7 +20,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from hnet_kernels import norm, pointwise, router, ssd  # noqa: E402
+from hnet_kernels import cross_entropy, norm, pointwise, router, ssd  # noqa: E402
 from hnet_kernels.conv import causal_conv_silu_backward_to  # noqa: E402
 from hnet_kernels.ssd import scan_backward, ssd_skip_backward, ssd_skip_forward  # noqa: E402
 
@@ -97,6 +97,19 @@ def swiglu_case(new: Inputs, T: int, inner: int):
     assert torch.equal(again, h_)
     found = {"h": h_, "dboth": dboth}
     return found, {"h": h, "dboth": torch.autograd.grad(h, leaf, exact(dh))[0]}
+
+
+def cross_entropy_case(new: Inputs, T: int, V: int):
+    logits, dloss = new(T, V, scale=5), torch.tensor(0.7, device=new.device)
+    labels = torch.randint(V, (T,), generator=new.generator).to(new.device)
+    logits[0, labels[0]] = 200.0  # a loss of zero
+    leaf = exact(logits).requires_grad_()
+    loss = torch.nn.functional.cross_entropy(leaf, labels, reduction="none")
+    found = dict(zip(("loss", "lse"), cross_entropy.cross_entropy_forward(logits, labels)))
+    assert {x.dtype for x in found.values()} == {torch.float32}
+    found["dlogits"] = cross_entropy.cross_entropy_backward(dloss, logits, labels, found["lse"])
+    gradient = torch.autograd.grad(0.7 * loss.sum(), leaf)[0]
+    return found, {"loss": loss, "lse": leaf.logsumexp(-1), "dlogits": gradient}
 
 
 def rotary_case(new: Inputs, lengths: list[int], H: int, P: int, R: int):
@@ -213,6 +226,8 @@ CASES = {
     "add_norm, one row": lambda new: add_norm_case(new, 1, 64, first=False),
     "gated_norm": lambda new: gated_norm_case(new, 75, 80),
     "swiglu": lambda new: swiglu_case(new, 33, 1100),
+    "cross entropy": lambda new: cross_entropy_case(new, 75, 256),
+    "cross entropy, other classes": lambda new: cross_entropy_case(new, 9, 77),
     "rotary": lambda new: rotary_case(new, [1, 2, 40], H=3, P=24, R=6),
     "rotary of whole heads": lambda new: rotary_case(new, [9], H=1, P=8, R=4),
     "no rotary": lambda new: rotary_case(new, [9], H=2, P=8, R=0),
@@ -230,6 +245,7 @@ LARGE = {
     "add_norm, large": lambda new: add_norm_case(new, 5000, 1536, first=False),
     "gated_norm, large": lambda new: gated_norm_case(new, 5000, 3072),
     "swiglu, large": lambda new: swiglu_case(new, 3000, 2688),
+    "cross entropy, large": lambda new: cross_entropy_case(new, 32768, 256),
     "rotary, large": lambda new: rotary_case(new, [*AWKWARD, 3000], H=16, P=64, R=16),
     "attention, large": lambda new: attention_case(new, [*AWKWARD, 1475, 1024], H=16, P=64),
     "attention in a window, large": lambda new: attention_case(new, [3000, 1], H=8, P=64, window=1023),
@@ -302,8 +318,10 @@ if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") == "1"
     torch.set_num_threads(1)
     for module in (
+        cross_entropy,
         norm,
         pointwise,
+        router,
         *(importlib.import_module(f"hnet_kernels.{n}") for n in ("ssd", "conv")),
         attention,
     ):

@@ -1,0 +1,53 @@
+"""Cross entropy over few classes, such as bytes, and its gradient, each in one pass over the logits.
+
+Legend: T tokens, V classes.
+
+This file has the definition and the choice; the Triton kernels that run on a GPU are in cross_entropy_triton.py.
+"""
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from hnet_kernels.dispatch import use_fast
+
+MOST = 4096  # classes: a row must fit into the registers of one program
+
+
+def _fast(logits_TV: Tensor) -> bool:
+    obstacle = None
+    if logits_TV.device.type != "cuda":
+        obstacle = "no CUDA device"
+    elif logits_TV.dtype == torch.float64:
+        obstacle = "dtype float64"
+    elif logits_TV.shape[1] > MOST:
+        obstacle = f"{logits_TV.shape[1]} classes, more than {MOST}"
+    elif importlib.util.find_spec("triton") is None:
+        obstacle = "no triton"
+    return use_fast("cross_entropy", logits_TV.device.type, logits_TV.dtype, obstacle)
+
+
+def cross_entropy_forward(logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss_T, lse_T): -log softmax of the label, and the log of the sum of exponentials; in float32 at least.
+
+    logits_TV: contiguous. labels_T: int64, 0 to V - 1.
+    """
+    if _fast(logits_TV):
+        from hnet_kernels import cross_entropy_triton  # not above: triton is not everywhere
+
+        return cross_entropy_triton.cross_entropy_forward(logits_TV, labels_T)
+    logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+    lse_T = logits_TV.logsumexp(-1)
+    return lse_T - logits_TV.gather(1, labels_T[:, None]).squeeze(1), lse_T
+
+
+def cross_entropy_backward(dloss: Tensor, logits_TV: Tensor, labels_T: Tensor, lse_T: Tensor) -> Tensor:
+    """dlogits_TV in the logits' dtype, where each token's loss has the gradient dloss: one number, of lse_T's dtype."""
+    if _fast(logits_TV):
+        from hnet_kernels import cross_entropy_triton
+
+        return cross_entropy_triton.cross_entropy_backward(dloss, logits_TV, labels_T, lse_T)
+    p_TV, label_T1 = (logits_TV.to(lse_T.dtype) - lse_T[:, None]).exp_(), labels_T[:, None]
+    p_TV.scatter_add_(1, label_T1, p_TV.new_full((), -1).expand_as(label_T1))
+    return p_TV.mul_(dloss).to(logits_TV.dtype)
