@@ -37,7 +37,7 @@ class Tiles(NamedTuple):
 # the fastest of those that benchmarks/bench_kernels.py --sweep tries, on an H200 with chunks of text: for W up to 64,
 # and for 128
 FORWARD = Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 3)
-KEYS = Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)
+KEYS = Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 2)
 QUERIES = Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2)
 
 

@@ -24,7 +24,7 @@ from hnet_kernels.kept import kept_empty
 from hnet_kernels.norm_triton import sum_rows
 from hnet_kernels.triton_math import sigmoid
 
-FORWARD, BACKWARD = (32, 128, 1), (128, 256, 2)  # a program's tokens, a multiple of AHEAD, and channels; warps
+FORWARD, BACKWARD = (32, 128, 1), (64, 128, 1)  # a program's tokens, a multiple of AHEAD, and channels; warps
 AHEAD = tl.constexpr(4)
 
 
