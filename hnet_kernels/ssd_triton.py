@@ -9,7 +9,9 @@ With h_n the state (P, N) before chunk n, g the gain dt, and decays that are zer
     h_{n+1} = decay_n h_n + sum_j end_j g_j x_j B_j^T
 
 and the gradient runs the same recurrence backwards: with dy for g x, C for B, start for end. A program walks through a
-segment with the state in registers, so that forward reads x twice and writes y, and nothing else grows with T H:
+segment with the state in registers, so that forward reads x twice and writes y, and nothing else grows with T H. Where
+registers allow it, it walks with HEADS = 2 heads, side by side as one of W = 2 P channels, which share what is loaded
+of B and C:
 
     _prepare    decays within and across chunks, and the products C_i . B_j, which all heads share
     _totals     what every segment adds to the state at its end
@@ -131,20 +133,34 @@ def _prepare(
 
 
 @triton.jit
-def _arriving(totals_ptr, decay_ptr, h, s, H, S, P: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr):
-    """The state (P, N) that reaches segment s from those before it; REVERSE: its gradient, from those after it.
+def _side_by_side(a, b, P: tl.constexpr, HEADS: tl.constexpr):
+    """What a program's first and second head have, scalars or (Q,), for each channel: (1, W) or (Q, W)."""
+    w = tl.arange(0, HEADS * P)[None, :]
+    if len(a.shape):
+        a, b = a[:, None], b[:, None]
+    return tl.where(w < P, a, b)
+
+
+@triton.jit
+def _arriving(
+    totals_ptr, decay_ptr, h, s, H, S, P: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr, REVERSE: tl.constexpr
+):  # fmt: skip
+    """The states (W, N) that reach segment s from those before it; REVERSE: their gradient, from those after it.
 
     Looks back no further than anything is carried: a document rarely spans more than a few segments.
     """
     STEP: tl.constexpr = 1 if REVERSE else -1
-    state_PN = tl.zeros((P, N), tl.float32)
-    weight = tl.full((), 1.0, tl.float32)
+    W: tl.constexpr = HEADS * P
+    state_WN = tl.zeros((W, N), tl.float32)
+    weight, weight_b = tl.full((), 1.0, tl.float32), tl.full((), HEADS - 1.0, tl.float32)
     m = s + STEP
-    while (m >= 0) & (m < S) & (weight > 0):
-        state_PN += weight * tl.load(totals_ptr + (m * H + h) * (P * N) + _tile(P, N))
+    while (m >= 0) & (m < S) & (weight + weight_b > 0):
+        weight_W1 = tl.trans(_side_by_side(weight, weight_b, P, HEADS))
+        state_WN += weight_W1 * tl.load(totals_ptr + (m * H + h) * (P * N) + _tile(W, N))
         weight *= tl.load(decay_ptr + m * H + h)
+        weight_b *= tl.load(decay_ptr + m * H + h + HEADS - 1)
         m += STEP
-    return state_PN
+    return state_WN
 
 
 @triton.jit
@@ -154,7 +170,7 @@ def _walk(
     vectors_ptr,
     decay_ptr,
     states_desc,
-    state_PN,
+    state_WN,
     first,
     end,
     h,
@@ -162,36 +178,53 @@ def _walk(
     padded,
     P: tl.constexpr,
     Q: tl.constexpr,
+    HEADS: tl.constexpr,
     REVERSE: tl.constexpr,
     STORE: tl.constexpr,
 ):
-    """Carries a state through chunks first ... end - 1, or its gradient through them from the last to the first.
+    """Carries states through chunks first ... end - 1, or their gradient through them from the last to the first.
 
-    Returns it and the decay through all of them; STORE keeps what arrives at each chunk in states_CHPN.
+    Returns them and the decays through all of them; STORE keeps what arrives at each chunk in states_CHPN.
     """
     STEP: tl.constexpr = -1 if REVERSE else 1
-    through = tl.full((), 1.0, tl.float32)
+    OTHER: tl.constexpr = HEADS - 1  # from a program's first head to its second
+    through, through_b = tl.full((), 1.0, tl.float32), tl.full((), 1.0, tl.float32)
     q = tl.arange(0, Q)
     c = end - 1 if REVERSE else first
-    decay = tl.load(decay_ptr + c * H + h)
+    decay, decay_b = tl.load(decay_ptr + c * H + h), tl.load(decay_ptr + c * H + h + OTHER)
     for k in range(end - first):
         # a scalar that is loaded where it is used holds everything up: the next chunk's is loaded now
-        next_decay = tl.load(decay_ptr + (c + STEP) * H + h, mask=k + 1 < end - first, other=0.0)
+        following = decay_ptr + (c + STEP) * H + h
+        next_decay = tl.load(following, mask=k + 1 < end - first, other=0.0)
+        next_decay_b = tl.load(following + OTHER, mask=k + 1 < end - first, other=0.0)
         at = h * padded + c * Q + q
-        if REVERSE:
-            weight_Q = tl.load(vectors_ptr + START * H * padded + at)
-        else:
-            weight_Q = tl.load(vectors_ptr + END * H * padded + at) * tl.load(vectors_ptr + GAIN * H * padded + at)
-        values_QP = values_desc.load([c * Q, h * P])
+        weight_QW = _side_by_side(
+            _weights(vectors_ptr, at, H * padded, REVERSE),
+            _weights(vectors_ptr, at + OTHER * padded, H * padded, REVERSE),
+            P, HEADS,
+        )  # fmt: skip
+        values_QW = values_desc.load([c * Q, h * P])
         keys_QN = keys_desc.load([c * Q, 0])
         if STORE:
-            states_desc.store([(c * H + h) * P, 0], state_PN.to(keys_QN.dtype))
-        values_QP = (values_QP * weight_Q[:, None]).to(keys_QN.dtype)
-        state_PN = tl.dot(tl.trans(values_QP), keys_QN, state_PN * decay, input_precision="ieee")
+            states_desc.store([(c * H + h) * P, 0], state_WN.to(keys_QN.dtype))
+        values_QW = (values_QW * weight_QW).to(keys_QN.dtype)
+        decay_W1 = tl.trans(_side_by_side(decay, decay_b, P, HEADS))
+        state_WN = tl.dot(tl.trans(values_QW), keys_QN, state_WN * decay_W1, input_precision="ieee")
         through *= decay
-        decay = next_decay
+        through_b *= decay_b
+        decay, decay_b = next_decay, next_decay_b
         c += STEP
-    return state_PN, through
+    return state_WN, through, through_b
+
+
+@triton.jit
+def _weights(vectors_ptr, at, stride, REVERSE: tl.constexpr):
+    """What a head's values are multiplied by on their way into the state, or their gradients into its gradient."""
+    if REVERSE:
+        weight_Q = tl.load(vectors_ptr + START * stride + at)
+    else:
+        weight_Q = tl.load(vectors_ptr + END * stride + at) * tl.load(vectors_ptr + GAIN * stride + at)
+    return weight_Q
 
 
 @triton.jit(do_not_specialize=["H", "n_chunks", "chunks_per_segment"])
@@ -208,22 +241,32 @@ def _totals(
     P: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
+    HEADS: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """One program a segment and head. totals_SHPN: what a segment adds to the state at its end (values x, keys B), and
-    segment_decay_SH: the decay through it. REVERSE: what it adds to the gradient of the state at its start (dy, C)."""
-    pid = tl.program_id(0)
-    h, s = pid % H, pid // H
+    """One program a segment and HEADS heads. totals_SHPN: what a segment adds to the state at its end (values x, keys
+    B), and segment_decay_SH: the decay through it. REVERSE: what it adds to the gradient of the state at its start
+    (dy, C)."""
+    h, s = _first_head(H, HEADS)
     first = s * chunks_per_segment
     end = tl.minimum(first + chunks_per_segment, n_chunks)
-    state_PN = tl.zeros((P, N), tl.float32)
-    state_PN, through = _walk(
-        values_desc, keys_desc, vectors_ptr, decay_ptr, keys_desc, state_PN, first, end, h, H, n_chunks * Q,
-        P, Q, REVERSE, False,
+    state_WN = tl.zeros((HEADS * P, N), tl.float32)
+    state_WN, through, through_b = _walk(
+        values_desc, keys_desc, vectors_ptr, decay_ptr, keys_desc, state_WN, first, end, h, H, n_chunks * Q,
+        P, Q, HEADS, REVERSE, False,
     )  # fmt: skip
-    tl.store(totals_ptr + pid * (P * N) + _tile(P, N), state_PN)
+    tl.store(totals_ptr + (s * H + h) * (P * N) + _tile(HEADS * P, N), state_WN)
     if not REVERSE:
-        tl.store(segment_decay_ptr + pid, through)
+        tl.store(segment_decay_ptr + s * H + h, through)
+        if HEADS == 2:
+            tl.store(segment_decay_ptr + s * H + h + 1, through_b)
+
+
+@triton.jit
+def _first_head(H, HEADS: tl.constexpr):
+    """(head, segment) that this program begins with."""
+    pid, groups = tl.program_id(0), H // HEADS
+    return pid % groups * HEADS, pid // groups
 
 
 @triton.jit(do_not_specialize=["H", "n_chunks", "chunks_per_segment"])
@@ -241,19 +284,19 @@ def _states(
     P: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
+    HEADS: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """One program a segment and head. states_CHPN: the state before each chunk. REVERSE: the gradient of the state
-    after each chunk."""
-    pid = tl.program_id(0)
-    h, s = pid % H, pid // H
-    S = tl.num_programs(0) // H
+    """One program a segment and HEADS heads. states_CHPN: the state before each chunk. REVERSE: the gradient of the
+    state after each chunk."""
+    h, s = _first_head(H, HEADS)
+    S = tl.num_programs(0) // (H // HEADS)
     first = s * chunks_per_segment
     end = tl.minimum(first + chunks_per_segment, n_chunks)
-    state_PN = _arriving(totals_ptr, segment_decay_ptr, h, s, H, S, P, N, REVERSE)
+    state_WN = _arriving(totals_ptr, segment_decay_ptr, h, s, H, S, P, N, HEADS, REVERSE)
     _walk(
-        values_desc, keys_desc, vectors_ptr, decay_ptr, states_desc, state_PN, first, end, h, H, n_chunks * Q,
-        P, Q, REVERSE, True,
+        values_desc, keys_desc, vectors_ptr, decay_ptr, states_desc, state_WN, first, end, h, H, n_chunks * Q,
+        P, Q, HEADS, REVERSE, True,
     )  # fmt: skip
 
 
@@ -289,7 +332,7 @@ def _outputs(
     end = tl.minimum(first + chunks_per_segment, n_chunks)
     q = tl.arange(0, Q)
     vectors_ptr += h * padded + q
-    state_PN = _arriving(totals_ptr, segment_decay_ptr, h, s, H, S, P, N, False)
+    state_PN = _arriving(totals_ptr, segment_decay_ptr, h, s, H, S, P, N, 1, False)
     decay = tl.load(decay_ptr + first * H + h)
     if HAS_D:
         D = tl.load(D_ptr + h)
@@ -560,7 +603,11 @@ def _finish(
     dC_desc.store([c * Q, 0], dC_QN.to(B_QN.dtype))
 
 
-LAUNCH = {  # (warps, stages of the pipeline that loads), measured on an H200
+HEADS = {  # that a program takes, where H is even
+    torch.bfloat16: {"_totals": 2, "_states": 2},
+    torch.float32: {"_totals": 1, "_states": 1},
+}
+LAUNCH = {  # (warps of a head, stages of the pipeline that loads), measured on an H200
     torch.bfloat16: {
         "_prepare": (4, 1),
         "_totals": (4, 4),
@@ -582,9 +629,9 @@ LAUNCH = {  # (warps, stages of the pipeline that loads), measured on an H200
 CHUNK = {torch.bfloat16: 64, torch.float32: 32}  # tokens; 64: the rows of one tensor-core instruction on Hopper
 
 
-def _launch(kernel: str, dtype: torch.dtype) -> dict[str, int]:
+def _launch(kernel: str, dtype: torch.dtype, heads: int = 1) -> dict[str, int]:
     warps, stages = LAUNCH[dtype][kernel]
-    return {"num_warps": warps, "num_stages": stages}
+    return {"num_warps": heads * warps, "num_stages": stages}
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -624,7 +671,6 @@ class _Plan:
         # two programs, which walk through one segment each, fit on a multiprocessor
         self.chunks_per_segment = triton.cdiv(self.n_chunks * self.H, 2 * _multiprocessors(x_THP.device))
         self.segments = triton.cdiv(self.n_chunks, self.chunks_per_segment)
-        self.x = _described(x_THP, self.Q, self.P)
         self.B, self.C = (_described(t, self.Q, self.N) for t in (B_TN, C_TN))
         self.sizes = self.H, self.n_chunks, self.chunks_per_segment
         self.shape = {"P": self.P, "N": self.N, "Q": self.Q}
@@ -650,22 +696,38 @@ class _Plan:
             **_launch("_prepare", self.dtype),
         )  # fmt: skip
 
-    def totals(self, values: TensorDescriptor, keys: TensorDescriptor, kept: Kept, reverse: bool) -> Tensor:
+    def heads(self, kernel: str) -> int:
+        """That a program of this kernel takes."""
+        return HEADS[self.dtype][kernel] if self.H % 2 == 0 else 1
+
+    def walk(self, kernel: str) -> tuple[tuple[int], dict[str, int]]:
+        """(grid, options) of a kernel whose programs walk through a segment."""
+        heads = self.heads(kernel)
+        return (self.segments * self.H // heads,), self.shape | {"HEADS": heads} | _launch(kernel, self.dtype, heads)
+
+    def described(self, kernel: str, x_THP: Tensor) -> TensorDescriptor:
+        """In tiles of a chunk and the heads that a program takes."""
+        return _described(x_THP, self.Q, self.heads(kernel) * self.P)
+
+    def totals(self, values_THP: Tensor, keys: TensorDescriptor, kept: Kept, reverse: bool) -> Tensor:
         """totals_SHPN; not `reverse`: and kept.segment_decay_SH."""
         totals_SHPN = kept.decay_CH.new_empty(self.segments, self.H, self.P, self.N)
-        _totals[(self.segments * self.H,)](
-            values, keys, kept.vectors_5HT, kept.decay_CH, totals_SHPN, kept.segment_decay_SH, *self.sizes,
-            **self.shape, REVERSE=reverse, **_launch("_totals", self.dtype),
+        grid, options = self.walk("_totals")
+        _totals[grid](
+            self.described("_totals", values_THP), keys, kept.vectors_5HT, kept.decay_CH, totals_SHPN,
+            kept.segment_decay_SH, *self.sizes, **options, REVERSE=reverse,
         )  # fmt: skip
         return totals_SHPN
 
     def states(
-        self, values: TensorDescriptor, keys: TensorDescriptor, kept: Kept, states: TensorDescriptor, reverse: bool
+        self, values_THP: Tensor, keys: TensorDescriptor, kept: Kept, states_CHPN: Tensor, reverse: bool
     ) -> None:
-        totals_SHPN = self.totals(values, keys, kept, reverse)
-        _states[(self.segments * self.H,)](
-            values, keys, kept.vectors_5HT, kept.decay_CH, totals_SHPN, kept.segment_decay_SH, states, *self.sizes,
-            **self.shape, REVERSE=reverse, **_launch("_states", self.dtype),
+        totals_SHPN = self.totals(values_THP, keys, kept, reverse)
+        grid, options = self.walk("_states")
+        _states[grid](
+            self.described("_states", values_THP), keys, kept.vectors_5HT, kept.decay_CH, totals_SHPN,
+            kept.segment_decay_SH, _described(states_CHPN, self.heads("_states") * self.P, self.N), *self.sizes,
+            **options, REVERSE=reverse,
         )  # fmt: skip
 
 
@@ -691,10 +753,11 @@ def scan_forward(
     scores = _described(B_TN.new_empty(plan.n_chunks * plan.Q, plan.Q), plan.Q, plan.Q)
     with torch.cuda.device_of(x_THP):
         plan.prepare(kept, dt_TH, A_H, cu_seqlens, scores.base)
-        totals_SHPN = plan.totals(plan.x, plan.B, kept, reverse=False)
+        totals_SHPN = plan.totals(x_THP, plan.B, kept, reverse=False)
+        x, y = (_described(t, plan.Q, plan.P) for t in (x_THP, y_THP))
         _outputs[(plan.segments * plan.H,)](
-            plan.x, plan.B, plan.C, kept.vectors_5HT, kept.decay_CH, scores, totals_SHPN, kept.segment_decay_SH,
-            D_H, _described(y_THP, plan.Q, plan.P), kept.states_CHPN if keep else None, *plan.sizes,
+            x, plan.B, plan.C, kept.vectors_5HT, kept.decay_CH, scores, totals_SHPN, kept.segment_decay_SH,
+            D_H, y, kept.states_CHPN if keep else None, *plan.sizes,
             **plan.shape, HAS_D=D_H is not None, KEEP=keep, **_launch("_outputs", x_THP.dtype),
         )  # fmt: skip
     return y_THP, kept if keep else None
@@ -739,8 +802,8 @@ def scan_backward(
     H, P, N, Q, n_chunks = plan.H, plan.P, plan.N, plan.Q, plan.n_chunks
     groups = _groups(n_chunks, H, x_THP.device)
     kept = plan.empty(dt_TH, with_states=True) if again else kept
-    states = _described(kept.states_CHPN, P, N)
-    dstates = _described(x_THP.new_empty(kept.states_CHPN.shape), P, N)
+    dstates_CHPN = x_THP.new_empty(kept.states_CHPN.shape)
+    states, dstates = (_described(x, P, N) for x in (kept.states_CHPN, dstates_CHPN))
     dscores_GCQQ = _described(x_THP.new_empty(groups * n_chunks * Q, Q), Q, Q)
     parts_G2TN = _described(x_THP.new_empty(groups * 2 * n_chunks * Q, N), Q, N)
     flows_4HT = dt_TH.new_empty(4, H, n_chunks * Q)
@@ -749,14 +812,14 @@ def scan_backward(
     # other kernels: github.com/pytorch/pytorch/issues/124565). It goes when Triton binds one itself.
     through_CH = dt_TH.new_zeros(n_chunks, H)
     sums_2CH = dt_TH.new_empty(1 if D_H is None else 2, n_chunks, H)  # of dA and of dD
-    dy = _described(dy_THP, Q, P)
     with torch.cuda.device_of(x_THP):
         if again:
             plan.prepare(kept, dt_TH, A_H, cu_seqlens, scores_CQQ=None)
-            plan.states(plan.x, plan.B, kept, states, reverse=False)
-        plan.states(dy, plan.C, kept, dstates, reverse=True)
+            plan.states(x_THP, plan.B, kept, kept.states_CHPN, reverse=False)
+        plan.states(dy_THP, plan.C, kept, dstates_CHPN, reverse=True)
         _gradients[(2 * n_chunks, groups)](
-            plan.x, dy, plan.B, plan.C, kept.vectors_5HT, kept.decay_CH, kept.document_T, states, dstates,
+            *(_described(t, Q, P) for t in (x_THP, dy_THP)), plan.B, plan.C,
+            kept.vectors_5HT, kept.decay_CH, kept.document_T, states, dstates,
             _described(dx_THP, Q, P), dscores_GCQQ, parts_G2TN, flows_4HT, through_CH, D_H, sums_2CH[-1],
             H, n_chunks, H // groups, **plan.shape, HAS_D=D_H is not None, **_launch("_gradients", x_THP.dtype),
         )  # fmt: skip
