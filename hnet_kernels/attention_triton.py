@@ -82,14 +82,14 @@ def _attend(
     for n_first in range(first, end, N):
         n = n_first + tl.arange(0, N)
         k_NP = kv_desc.load([n_first, k_column])
-        scores_MN = tl.dot(q_MP, tl.trans(k_NP)) * scale
+        scores_MN = tl.dot(q_MP, tl.trans(k_NP))
         if MASK:
             seen_MN = n[None, :] <= m[:, None]
             if WINDOW:
                 seen_MN &= n[None, :] >= m[:, None] - window
             scores_MN = tl.where(seen_MN, scores_MN, -1e30)
-        now_M = tl.maximum(most_M, tl.max(scores_MN, 1))
-        weights_MN = tl.exp2(scores_MN - now_M[:, None])
+        now_M = tl.maximum(most_M, tl.max(scores_MN, 1) * scale)
+        weights_MN = tl.exp2(scores_MN * scale - now_M[:, None])
         if MASK:
             weights_MN = tl.where(seen_MN, weights_MN, 0.0)  # also where a query has seen none yet
         shrink_M = tl.exp2(most_M - now_M)

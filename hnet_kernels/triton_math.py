@@ -11,17 +11,15 @@ _COMPILED = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + exp(-x)) of float32, to 4 units of its last bit; what is below float32's normal range becomes zero.
+    """1 / (1 + exp(-x)) of float32, to 4 units of its last bit; what is below float32's normal range is zero.
 
     In four instructions: `1 / (1 + tl.exp(-x))` takes twelve, most of them for numbers outside of that range.
     """
+    e = tl.exp2(x * -LOG2_E)
     if _COMPILED:
-        e = tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * -LOG2_E], dtype=tl.float32, is_pure=True, pack=1
-        )
         s = tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1 + e], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
-        s = 1 / (1 + tl.exp2(x * -LOG2_E))
+        s = 1 / (1 + e)
     return s
