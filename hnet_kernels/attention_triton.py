@@ -42,10 +42,10 @@ QUERIES = Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2)
 
 
 @triton.jit
-def _find(cu_seqlens_ptr, B, tile, SIZE: tl.constexpr, BLOCK_B: tl.constexpr):
+def _find(cu_seqlens_ptr, B, tile, SIZE: tl.constexpr, BLOCK_B: tl.constexpr, FROM_LAST: tl.constexpr):
     """(start, end, first token) of the document and the tile of SIZE tokens in it; start == end where there is none.
 
-    A document's tiles come from its last to its first: those that see most keys begin first.
+    FROM_LAST: a document's tiles come from its last to its first. So those that have most to do can begin first.
     """
     b = tl.arange(0, BLOCK_B)
     start_B = tl.load(cu_seqlens_ptr + b, mask=b < B, other=0)
@@ -55,6 +55,8 @@ def _find(cu_seqlens_ptr, B, tile, SIZE: tl.constexpr, BLOCK_B: tl.constexpr):
     here_B = b == tl.sum((upto_B <= tile).to(tl.int32), 0)
     start, end = tl.sum(tl.where(here_B, start_B, 0), 0), tl.sum(tl.where(here_B, end_B, 0), 0)
     left = tl.sum(tl.where(here_B, upto_B, 0), 0) - 1 - tile
+    if not FROM_LAST:
+        left = (end - start + SIZE - 1) // SIZE - 1 - left
     return start, end, start + left * SIZE
 
 
@@ -107,7 +109,7 @@ def _forward(
 ):  # fmt: skip
     """One program a tile of queries and head: o_THP and lse_HT."""
     h = tl.program_id(0)
-    start, end, first = _find(cu_seqlens_ptr, B, tl.program_id(1), M, BLOCK_B)
+    start, end, first = _find(cu_seqlens_ptr, B, tl.program_id(1), M, BLOCK_B, True)
     if start == end:
         return
     m = first + tl.arange(0, M)
@@ -128,15 +130,6 @@ def _forward(
     )  # fmt: skip
     _store_rows(o_ptr + h * P, m, o_stride, m < end, o_MP / sum_M[:, None], P, W)
     tl.store(lse_ptr + h * T + m, most_M + tl.log2(sum_M), mask=m < end)
-
-
-@triton.jit(do_not_specialize=["T"])
-def _delta(o_ptr, do_ptr, delta_ptr, T, o_stride, do_stride, P: tl.constexpr, W: tl.constexpr, M: tl.constexpr):
-    """delta_HT: o . do, what the softmax's gradient subtracts."""
-    h, m = tl.program_id(0), tl.program_id(1) * M + tl.arange(0, M)
-    o_MP = _rows(o_ptr + h * P, m, o_stride, m < T, P, W).to(tl.float32)
-    do_MP = _rows(do_ptr + h * P, m, do_stride, m < T, P, W).to(tl.float32)
-    tl.store(delta_ptr + h * T + m, tl.sum(o_MP * do_MP, 1), mask=m < T)
 
 
 @triton.jit
@@ -177,7 +170,7 @@ def _backward_keys(
 ):  # fmt: skip
     """One program a tile of keys and head: dk_THP and dv_THP."""
     h = tl.program_id(0)
-    start, end, first = _find(cu_seqlens_ptr, B, tl.program_id(1), N, BLOCK_B)
+    start, end, first = _find(cu_seqlens_ptr, B, tl.program_id(1), N, BLOCK_B, False)
     if start == end:
         return
     n = first + tl.arange(0, N)
@@ -231,13 +224,13 @@ def _for_queries(
 
 @triton.jit(do_not_specialize=["B", "T"])
 def _backward_queries(
-    q_ptr, kv_desc, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_seqlens_ptr, B, T, stride, do_stride, d_stride,
+    q_ptr, kv_desc, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_seqlens_ptr, B, T, stride, do_stride, d_stride,
     scale, dscale, window,
     P: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_B: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """One program a tile of queries and head: dq_THP."""
+    """One program a tile of queries and head: dq_THP, and delta_HT: o . do, what the softmax's gradient subtracts."""
     h = tl.program_id(0)
-    start, end, first = _find(cu_seqlens_ptr, B, tl.program_id(1), M, BLOCK_B)
+    start, end, first = _find(cu_seqlens_ptr, B, tl.program_id(1), M, BLOCK_B, True)
     if start == end:
         return
     m = first + tl.arange(0, M)
@@ -245,7 +238,9 @@ def _backward_queries(
     do_MP = _rows(do_ptr + h * P, m, do_stride, m < end, P, W)
     k_column, v_column = (tl.num_programs(0) + h) * P, (2 * tl.num_programs(0) + h) * P
     lse_M = tl.load(lse_ptr + h * T + m, mask=m < end, other=0.0)
-    delta_M = tl.load(delta_ptr + h * T + m, mask=m < end, other=0.0)
+    o_MP = _rows(o_ptr + h * P, m, do_stride, m < end, P, W)
+    delta_M = tl.sum(o_MP.to(tl.float32) * do_MP.to(tl.float32), 1)
+    tl.store(delta_ptr + h * T + m, delta_M, mask=m < end)
     dq_MP = tl.zeros((M, W), tl.float32)
     if WINDOW:
         whole = start + tl.maximum(first - window - start, 0) // N * N
@@ -303,7 +298,8 @@ def attention_backward(
     """dqkv_T3HP, given the gradient of o_THP."""
     T, _, H, P = qkv_T3HP.shape
     q, k, v = qkv_T3HP.unbind(1)
-    do_THP, delta_HT, dqkv_T3HP = do_THP.contiguous(), lse_HT.new_empty(H, T), qkv_T3HP.new_empty(T, 3, H, P)
+    o_THP, do_THP = o_THP.contiguous(), do_THP.contiguous()
+    delta_HT, dqkv_T3HP = lse_HT.new_empty(H, T), qkv_T3HP.new_empty(T, 3, H, P)
     dq, dk, dv = dqkv_T3HP.unbind(1)
     of_keys, of_queries = _for_heads(KEYS, P), _for_heads(QUERIES, P)
     queries, do_queries = _described(qkv_T3HP, of_keys.M, P), _described(do_THP, of_keys.M, P)
@@ -311,15 +307,12 @@ def attention_backward(
     B, stride, do_stride = len(cu_seqlens) - 1, q.stride(0), do_THP.stride(0)
     scales = P**-0.5 * LOG2_E, P**-0.5, window
     with torch.cuda.device_of(q):
-        _delta[(H, triton.cdiv(T, 64))](
-            o_THP, do_THP, delta_HT, T, o_THP.stride(0), do_THP.stride(0), P=P, W=triton.next_power_of_2(P), M=64
-        )
+        _backward_queries[_grid(T, H, of_queries.M, cu_seqlens)](
+            q, keys, o_THP, do_THP, lse_HT, delta_HT, dq, cu_seqlens, B, T, stride, do_stride, dq.stride(0), *scales,
+            **_options(of_queries, P, cu_seqlens, window),
+        )  # fmt: skip
         _backward_keys[_grid(T, H, of_keys.N, cu_seqlens)](
             queries, k, v, do_queries, lse_HT, delta_HT, dk, dv, cu_seqlens, B, T, stride, dq.stride(0), *scales,
             **_options(of_keys, P, cu_seqlens, window),
-        )  # fmt: skip
-        _backward_queries[_grid(T, H, of_queries.M, cu_seqlens)](
-            q, keys, do_THP, lse_HT, delta_HT, dq, cu_seqlens, B, T, stride, do_stride, dq.stride(0), *scales,
-            **_options(of_queries, P, cu_seqlens, window),
         )  # fmt: skip
     return dqkv_T3HP
