@@ -30,10 +30,10 @@ HALF, WIDE = torch.bfloat16, torch.float32
 
 
 TILES = ("FORWARD", "KEYS", "QUERIES")
-_ATTENTION = {  # (queries, keys, warps, stages)
-    "FORWARD": [(128, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 128, 4, 2)],
-    "KEYS": [(64, 128, 4, 2), (64, 128, 8, 2), (64, 64, 4, 3), (32, 128, 4, 3), (64, 128, 8, 3), (128, 64, 4, 2)],
-    "QUERIES": [(128, 64, 4, 2), (64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (64, 128, 4, 2)],
+_ATTENTION = {  # (tokens, warps, stages)
+    "FORWARD": [(64, 4, 2), (64, 4, 3), (64, 4, 4), (128, 4, 2), (64, 8, 2)],
+    "KEYS": [(64, 4, 2), (64, 4, 3), (32, 4, 2), (32, 4, 3), (128, 8, 2)],
+    "QUERIES": [(64, 4, 2), (64, 4, 3), (32, 4, 3), (32, 4, 4), (128, 4, 2)],
 }
 _ROWS = [(4096, 2, None), (2048, 3, 4), (2048, 4, 4), (2048, 6, 4), (4096, 3, 4), (8192, 2, 8)]  # see norm_triton
 _WALKS = [(64, 128, 1), (64, 128, 2), (64, 256, 2), (32, 256, 1), (64, 64, 1), (128, 128, 1)]
@@ -41,7 +41,7 @@ SWEEP = [  # (name, module, what to set its constants to)
     (
         "attention" if d == "FORWARD" else "attention backward",
         attention_triton,
-        [{d: (attention_triton.Tiles(*c),) * 2} for c in cs],
+        [{d: (attention_triton.Options(*c),) * 2} for c in cs],
     )
     for d, cs in _ATTENTION.items()
 ]
@@ -132,12 +132,13 @@ def cases(T: int, C: int) -> dict[str, tuple[Callable, float, float]]:
     qkv, do = rand(C, 3, 16, 64), rand(C, 16, 64)
     cos, sin = rand(2048, 16, dtype=WIDE), rand(2048, 16, dtype=WIDE)
     found["rotary"] = lambda: pointwise.rotate_(qkv, cos, sin, inner_position), size(qkv) * 2 / 3, 0
-    o, lse = attention_triton.attention_forward(qkv, inner_cu, -1)
+    order = attention_triton.tile_order(C, inner_cu)
+    o, lse = attention_triton.attention_forward(qkv, order, -1)
     pairs = sum(n * (n + 1) / 2 for n in inner_cu.diff().tolist())
     flops = 4 * pairs * 16 * 64
-    found["attention"] = lambda: attention_triton.attention_forward(qkv, inner_cu, -1), 4 * size(o), flops
+    found["attention"] = lambda: attention_triton.attention_forward(qkv, order, -1), 4 * size(o), flops
     found["attention backward"] = (
-        lambda: attention_triton.attention_backward(do, qkv, o, lse, inner_cu, -1), 8 * size(o), 2.5 * flops,
+        lambda: attention_triton.attention_backward(do, qkv, o, lse, order, -1), 8 * size(o), 2.5 * flops,
     )  # fmt: skip
     leaves = [t.detach().requires_grad_() for t in qkv.unbind(1)]
     by_torch = torch_attention(*leaves, inner_cu, 2048)

@@ -148,16 +148,31 @@ class Attended(NamedTuple):
     graph: tuple[Tensor, ...]  # q, k, v and o with autograd's graph between them
 
 
-def packed_attention(qkv_T3HP: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int) -> Attended:
+def tile_order(x_TD: Tensor, head_dim: int, cu_seqlens: Tensor) -> Tensor | None:
+    """What `packed_attention` and its backward have to know of documents: the same for all layers that have these.
+
+    x_TD: of the device and the dtype of q, k and v. None where there is nothing to know.
+    """
+    kind = x_TD.device.type, x_TD.dtype
+    if not use_fast("packed_attention", *kind, _packed_obstacle(*kind, head_dim)):
+        return None
+    from hnet_kernels import attention_triton  # not above: triton is not everywhere
+
+    return attention_triton.tile_order(len(x_TD), cu_seqlens)
+
+
+def packed_attention(
+    qkv_T3HP: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int, order: Tensor | None
+) -> Attended:
     """`attention` of q, k and v that lie side by side, for callers who write their own backward.
 
-    The documents hold all rows. Its own Triton kernels on Hopper GPUs, else `attention`.
+    The documents hold all rows. order: `tile_order` of them; its own Triton kernels run where there is one, on Hopper
+    GPUs, else `attention`.
     """
-    kind = qkv_T3HP.device.type, qkv_T3HP.dtype
-    if use_fast("packed_attention", *kind, _packed_obstacle(*kind, qkv_T3HP.shape[-1])):
-        from hnet_kernels import attention_triton  # not above: triton is not everywhere
+    if order is not None:
+        from hnet_kernels import attention_triton
 
-        return Attended(*attention_triton.attention_forward(qkv_T3HP, cu_seqlens, window), ())
+        return Attended(*attention_triton.attention_forward(qkv_T3HP, order, window), ())
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in qkv_T3HP.unbind(1)]
         o_THP = attention(*leaves, cu_seqlens, max_seqlen, window)
@@ -165,12 +180,12 @@ def packed_attention(qkv_T3HP: Tensor, cu_seqlens: Tensor, max_seqlen: int, wind
 
 
 def packed_attention_backward(
-    do_THP: Tensor, qkv_T3HP: Tensor, attended: Attended, cu_seqlens: Tensor, window: int
+    do_THP: Tensor, qkv_T3HP: Tensor, attended: Attended, window: int, order: Tensor | None
 ) -> Tensor:
-    """dqkv_T3HP, given the gradient of o_THP."""
-    if attended.lse_HT is not None:
+    """dqkv_T3HP, given the gradient of o_THP. order: as `packed_attention` had it."""
+    if order is not None:
         from hnet_kernels import attention_triton
 
-        return attention_triton.attention_backward(do_THP, qkv_T3HP, *attended[:2], cu_seqlens, window)
+        return attention_triton.attention_backward(do_THP, qkv_T3HP, *attended[:2], order, window)
     *leaves, o_THP = attended.graph
     return torch.stack(torch.autograd.grad(o_THP, leaves, do_THP), dim=1)

@@ -5,8 +5,9 @@ In tiles a head has W channels, the power of two from P on; those that are too m
 
 As flash attention does, no scores go to memory: forward keeps each query's log-sum of exponentials, backward computes
 the weights again, once for the keys' gradients and once for the queries'. What differs is the grid: chunks make short
-documents, for which a grid of (longest document) x (documents) is mostly empty. Here a program finds its tile in the
-list of the tiles that there are, which all fit into T / M + B. No atomics: the same bits every time.
+documents, for which a grid of (longest document) x (documents) is mostly empty. Here a program works for a tile of SIZE
+queries or keys that it finds in a list of those that there are, I = T / SIZE + B at most; those come first that have
+most to do, so that all programs end at about the same time. No atomics: the same bits every time.
 
 Tiles that loops go through come through tensor descriptors, as in ssd_triton.py. They may hold rows of the next
 document and, where W > P, channels of the next head: whatever meets these is zero or not stored.
@@ -25,39 +26,49 @@ from hnet_kernels.kept import kept_empty
 LOG2_E = 1.4426950408889634
 
 
-class Tiles(NamedTuple):
-    """Tile sizes and launch options of a kernel."""
+class Options(NamedTuple):
+    """Of a kernel: tokens of the tiles that a program walks through, and how it is launched."""
 
-    M: int
-    N: int
+    tokens: int
     warps: int
     stages: int
 
 
+SIZE = 64  # tokens of the tile that a program works for: others are slower on an H100
 # the fastest of those that benchmarks/bench_kernels.py --sweep tries, on an H200 with chunks of text: for W up to 64,
 # and for 128
-FORWARD = Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 3)
-KEYS = Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 2)
-QUERIES = Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2)
+FORWARD = Options(64, 4, 2), Options(64, 4, 3)
+KEYS = Options(64, 4, 2), Options(32, 4, 2)
+QUERIES = Options(64, 4, 3), Options(64, 4, 2)
+
+
+@triton.jit(do_not_specialize=["B", "n", "steps"])
+def _order(cu_seqlens_ptr, tiles_ptr, B, n, steps, SIZE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr):
+    """tiles_3I: see `tile_order`. Of the tiles with j or more before them in their document there are S(j), a sum over
+    documents that falls with j. So, those with most before them first, the i-th has the largest j with S(j) > i."""
+    i, b = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_B)
+    start_B = tl.load(cu_seqlens_ptr + b, mask=b < B, other=0)
+    end_B = tl.load(cu_seqlens_ptr + 1 + b, mask=b < B, other=0)
+    tiles_B = (end_B - start_B + SIZE - 1) // SIZE
+    low, high = tl.zeros((BLOCK_I,), tl.int32), tl.zeros((BLOCK_I,), tl.int32) + tl.max(tiles_B, 0)
+    for _ in range(steps):
+        middle = (low + high) // 2
+        many = tl.sum(tl.maximum(tiles_B[None, :] - middle[:, None], 0), 1) > i
+        low, high = tl.where(many, middle, low), tl.where(many, high, middle)
+    rank = i - tl.sum(tl.maximum(tiles_B[None, :] - low[:, None] - 1, 0), 1)  # among those with as many before them
+    has = (tiles_B[None, :] > low[:, None]).to(tl.int32)
+    here = (has != 0) & (tl.cumsum(has, 1) - 1 == rank[:, None])
+    start, end = tl.sum(tl.where(here, start_B[None, :], 0), 1), tl.sum(tl.where(here, end_B[None, :], 0), 1)
+    tl.store(tiles_ptr + i, start, mask=i < n)
+    tl.store(tiles_ptr + n + i, end, mask=i < n)
+    tl.store(tiles_ptr + 2 * n + i, start + low * SIZE, mask=i < n)
 
 
 @triton.jit
-def _find(cu_seqlens_ptr, B, tile, SIZE: tl.constexpr, BLOCK_B: tl.constexpr, FROM_LAST: tl.constexpr):
-    """(start, end, first token) of the document and the tile of SIZE tokens in it; start == end where there is none.
-
-    FROM_LAST: a document's tiles come from its last to its first. So those that have most to do can begin first.
-    """
-    b = tl.arange(0, BLOCK_B)
-    start_B = tl.load(cu_seqlens_ptr + b, mask=b < B, other=0)
-    end_B = tl.load(cu_seqlens_ptr + 1 + b, mask=b < B, other=0)
-    tiles_B = tl.where(b < B, (end_B - start_B + SIZE - 1) // SIZE, 0)
-    upto_B = tl.cumsum(tiles_B, 0)
-    here_B = b == tl.sum((upto_B <= tile).to(tl.int32), 0)
-    start, end = tl.sum(tl.where(here_B, start_B, 0), 0), tl.sum(tl.where(here_B, end_B, 0), 0)
-    left = tl.sum(tl.where(here_B, upto_B, 0), 0) - 1 - tile
-    if not FROM_LAST:
-        left = (end - start + SIZE - 1) // SIZE - 1 - left
-    return start, end, start + left * SIZE
+def _tile(tiles_ptr):
+    """(start, end, first token) of the document and the tile in it that this program works for."""
+    i, n = tl.program_id(1), tl.num_programs(1)
+    return tl.load(tiles_ptr + i), tl.load(tiles_ptr + n + i), tl.load(tiles_ptr + 2 * n + i)
 
 
 @triton.jit
@@ -102,14 +113,14 @@ def _attend(
     return o_MP, sum_M, most_M
 
 
-@triton.jit(do_not_specialize=["B", "T"])
+@triton.jit(do_not_specialize=["T"])
 def _forward(
-    q_ptr, kv_desc, o_ptr, lse_ptr, cu_seqlens_ptr, B, T, stride, o_stride, scale, window,
-    P: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_B: tl.constexpr, WINDOW: tl.constexpr,
+    q_ptr, kv_desc, o_ptr, lse_ptr, tiles_ptr, T, stride, o_stride, scale, window,
+    P: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of queries and head: o_THP and lse_HT."""
     h = tl.program_id(0)
-    start, end, first = _find(cu_seqlens_ptr, B, tl.program_id(1), M, BLOCK_B, True)
+    start, end, first = _tile(tiles_ptr)
     if start == end:
         return
     m = first + tl.arange(0, M)
@@ -162,17 +173,20 @@ def _for_keys(
     return dk_NP, dv_NP
 
 
-@triton.jit(do_not_specialize=["B", "T"])
+@triton.jit(do_not_specialize=["T"])
 def _backward_keys(
-    q_desc, k_ptr, v_ptr, do_desc, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_seqlens_ptr, B, T, stride, d_stride,
+    q_desc, k_ptr, v_ptr, do_desc, lse_ptr, delta_ptr, dk_ptr, dv_ptr, tiles_ptr, T, stride, d_stride,
     scale, dscale, window,
-    P: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_B: tl.constexpr, WINDOW: tl.constexpr,
+    P: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of keys and head: dk_THP and dv_THP."""
     h = tl.program_id(0)
-    start, end, first = _find(cu_seqlens_ptr, B, tl.program_id(1), N, BLOCK_B, False)
+    start, end, first = _tile(tiles_ptr)
     if start == end:
         return
+    first = (
+        start + ((end - start - 1) // N - (first - start) // N) * N
+    )  # queries see what is before: the other way round
     n = first + tl.arange(0, N)
     k_NP = _rows(k_ptr + h * P, n, stride, n < end, P, W)
     v_NP = _rows(v_ptr + h * P, n, stride, n < end, P, W)
@@ -222,15 +236,15 @@ def _for_queries(
     return dq_MP
 
 
-@triton.jit(do_not_specialize=["B", "T"])
+@triton.jit(do_not_specialize=["T"])
 def _backward_queries(
-    q_ptr, kv_desc, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_seqlens_ptr, B, T, stride, do_stride, d_stride,
+    q_ptr, kv_desc, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, tiles_ptr, T, stride, do_stride, d_stride,
     scale, dscale, window,
-    P: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_B: tl.constexpr, WINDOW: tl.constexpr,
+    P: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of queries and head: dq_THP, and delta_HT: o . do, what the softmax's gradient subtracts."""
     h = tl.program_id(0)
-    start, end, first = _find(cu_seqlens_ptr, B, tl.program_id(1), M, BLOCK_B, True)
+    start, end, first = _tile(tiles_ptr)
     if start == end:
         return
     m = first + tl.arange(0, M)
@@ -257,14 +271,13 @@ def _backward_queries(
     _store_rows(dq_ptr + h * P, m, d_stride, m < end, dq_MP * dscale, P, W)
 
 
-def _for_heads(tiles: tuple[Tiles, Tiles], P: int) -> Tiles:
-    return tiles[P > 64]
+def _for_heads(options: tuple[Options, Options], P: int) -> Options:
+    return options[P > 64]
 
 
-def _options(tiles: Tiles, P: int, cu_seqlens: Tensor, window: int) -> dict:
-    sizes = {"P": P, "W": triton.next_power_of_2(P), "M": tiles.M, "N": tiles.N}
-    sizes |= {"BLOCK_B": triton.next_power_of_2(len(cu_seqlens) - 1)}
-    return sizes | {"WINDOW": window >= 0, "num_warps": tiles.warps, "num_stages": tiles.stages}
+def _constants(options: Options, M: int, N: int, P: int, window: int) -> dict:
+    sizes = {"P": P, "W": triton.next_power_of_2(P), "M": M, "N": N, "WINDOW": window >= 0}
+    return sizes | {"num_warps": options.warps, "num_stages": options.stages}
 
 
 def _described(x: Tensor, rows: int, P: int) -> TensorDescriptor:
@@ -273,27 +286,36 @@ def _described(x: Tensor, rows: int, P: int) -> TensorDescriptor:
     return TensorDescriptor(x, [len(x), columns], [columns, 1], [rows, triton.next_power_of_2(P)])
 
 
-def _grid(T: int, H: int, size: int, cu_seqlens: Tensor) -> tuple[int, int]:
-    return H, triton.cdiv(T, size) + len(cu_seqlens) - 1
+def tile_order(T: int, cu_seqlens: Tensor) -> Tensor:
+    """tiles_3I of int32: the start and the end of a document, and the first token of a tile in it, for each tile of
+    queries, from those with most keys before them; zeros for tiles that there are not. cu_seqlens: int32."""
+    B = len(cu_seqlens) - 1
+    n, block = triton.cdiv(T, SIZE) + B, triton.next_power_of_2(B)
+    tiles_3I, block_I = cu_seqlens.new_empty(3, n), max(1, min(128, 4096 // block))
+    with torch.cuda.device_of(cu_seqlens):
+        _order[(triton.cdiv(n, block_I),)](
+            cu_seqlens, tiles_3I, B, n, n.bit_length(), SIZE=SIZE, BLOCK_B=block, BLOCK_I=block_I
+        )
+    return tiles_3I
 
 
-def attention_forward(qkv_T3HP: Tensor, cu_seqlens: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """(o_THP, lse_HT). qkv_T3HP: dense; cu_seqlens: int32, documents that hold all T rows."""
+def attention_forward(qkv_T3HP: Tensor, tiles_3I: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """(o_THP, lse_HT). qkv_T3HP: dense. tiles_3I: `tile_order` of documents that hold all T rows."""
     T, _, H, P = qkv_T3HP.shape
     q = qkv_T3HP[:, 0]
     o_THP, lse_HT = kept_empty(q, T, H, P), kept_empty(q, H, T, dtype=torch.float32)
-    tiles = _for_heads(FORWARD, P)
-    keys = _described(qkv_T3HP, tiles.N, P)
+    options = _for_heads(FORWARD, P)
+    keys = _described(qkv_T3HP, options.tokens, P)
     with torch.cuda.device_of(q):
-        _forward[_grid(T, H, tiles.M, cu_seqlens)](
-            q, keys, o_THP, lse_HT, cu_seqlens, len(cu_seqlens) - 1, T, q.stride(0), o_THP.stride(0),
-            P**-0.5 * LOG2_E, window, **_options(tiles, P, cu_seqlens, window),
+        _forward[(H, tiles_3I.shape[1])](
+            q, keys, o_THP, lse_HT, tiles_3I, T, q.stride(0), o_THP.stride(0),
+            P**-0.5 * LOG2_E, window, **_constants(options, SIZE, options.tokens, P, window),
         )  # fmt: skip
     return o_THP, lse_HT
 
 
 def attention_backward(
-    do_THP: Tensor, qkv_T3HP: Tensor, o_THP: Tensor, lse_HT: Tensor, cu_seqlens: Tensor, window: int
+    do_THP: Tensor, qkv_T3HP: Tensor, o_THP: Tensor, lse_HT: Tensor, tiles_3I: Tensor, window: int
 ) -> Tensor:
     """dqkv_T3HP, given the gradient of o_THP."""
     T, _, H, P = qkv_T3HP.shape
@@ -302,17 +324,17 @@ def attention_backward(
     delta_HT, dqkv_T3HP = lse_HT.new_empty(H, T), qkv_T3HP.new_empty(T, 3, H, P)
     dq, dk, dv = dqkv_T3HP.unbind(1)
     of_keys, of_queries = _for_heads(KEYS, P), _for_heads(QUERIES, P)
-    queries, do_queries = _described(qkv_T3HP, of_keys.M, P), _described(do_THP, of_keys.M, P)
-    keys = _described(qkv_T3HP, of_queries.N, P)
-    B, stride, do_stride = len(cu_seqlens) - 1, q.stride(0), do_THP.stride(0)
+    queries, do_queries = (_described(x, of_keys.tokens, P) for x in (qkv_T3HP, do_THP))
+    keys = _described(qkv_T3HP, of_queries.tokens, P)
+    grid, stride, do_stride = (H, tiles_3I.shape[1]), q.stride(0), do_THP.stride(0)
     scales = P**-0.5 * LOG2_E, P**-0.5, window
     with torch.cuda.device_of(q):
-        _backward_queries[_grid(T, H, of_queries.M, cu_seqlens)](
-            q, keys, o_THP, do_THP, lse_HT, delta_HT, dq, cu_seqlens, B, T, stride, do_stride, dq.stride(0), *scales,
-            **_options(of_queries, P, cu_seqlens, window),
+        _backward_queries[grid](
+            q, keys, o_THP, do_THP, lse_HT, delta_HT, dq, tiles_3I, T, stride, do_stride, dq.stride(0), *scales,
+            **_constants(of_queries, SIZE, of_queries.tokens, P, window),
         )  # fmt: skip
-        _backward_keys[_grid(T, H, of_keys.N, cu_seqlens)](
-            queries, k, v, do_queries, lse_HT, delta_HT, dk, dv, cu_seqlens, B, T, stride, dq.stride(0), *scales,
-            **_options(of_keys, P, cu_seqlens, window),
+        _backward_keys[grid](
+            queries, k, v, do_queries, lse_HT, delta_HT, dk, dv, tiles_3I, T, stride, dq.stride(0), *scales,
+            **_constants(of_keys, of_keys.tokens, SIZE, P, window),
         )  # fmt: skip
     return dqkv_T3HP

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from hnet_kernels import ema_backward, ema_forward
-from hnet_kernels.attention import Attended, packed_attention, packed_attention_backward
+from hnet_kernels.attention import Attended, packed_attention, packed_attention_backward, tile_order
 from hnet_kernels.conv import causal_conv_silu_backward_to, causal_conv_silu_forward
 from hnet_kernels.cross_entropy import cross_entropy_backward, cross_entropy_forward
 from hnet_kernels.kept import keep, keeping_if, kept_empty
@@ -302,7 +302,7 @@ class Upsample(torch.autograd.Function):
 
 def run_stack(stack: Isotropic, ac: str, x_TD: Tensor, packing: Packing) -> Tensor:
     """`Isotropic.forward`, with activation checkpointing."""
-    residual_TD, delta_TD = None, x_TD
+    residual_TD, delta_TD, order = None, x_TD, None
     packing = Packing(*map(keep, packing))
     seams = _SEAMS.get({})
     for block in stack.layers:
@@ -316,7 +316,10 @@ def run_stack(stack: Isotropic, ac: str, x_TD: Tensor, packing: Packing) -> Tens
             how = ac if torch.is_grad_enabled() else "block"  # without a backward nothing need be kept
             residual_TD, delta_TD = MambaBranch.apply(packing, how, residual_TD, delta_TD, *weights)
         else:
-            how = ac, mixer.n_heads, mixer.window
+            if order is None:
+                order = tile_order(delta_TD, mixer.Wqkv.weight.shape[1] // mixer.n_heads, packing.cu_seqlens)
+                order = None if order is None else keep(order)
+            how = ac, mixer.n_heads, mixer.window, order
             weights = block.norm1.weight, mixer.Wqkv.weight, mixer.out_proj.weight
             residual_TD, delta_TD = AttentionBranch.apply(packing, how, residual_TD, delta_TD, *weights)
         if block.has_mlp:
@@ -373,12 +376,12 @@ class MlpBranch(torch.autograd.Function):
 class AttentionBranch(torch.autograd.Function):
     """(residual, delta) -> (residual + delta, the attention of its norm). Gradients: of both and of the weights.
 
-    how: (activation checkpointing, heads, window).
+    how: (activation checkpointing, heads, window, `tile_order`).
     """
 
     @staticmethod
     def forward(ctx, packing, how, residual_TD, delta_TD, norm_D: Tensor, Wqkv: Tensor, out_proj: Tensor):
-        ac, ctx.n_heads, ctx.window = how
+        ac, ctx.n_heads, ctx.window, ctx.order = how
         residual_TD, x_TD, scale_T = add_norm_forward(residual_TD, delta_TD, norm_D, NORM_EPS)
         with keeping_if(ac != "block"):
             qkv_T3HP, attended = AttentionBranch.attend(ctx, packing, x_TD, Wqkv)
@@ -391,19 +394,19 @@ class AttentionBranch(torch.autograd.Function):
     def attend(ctx, packing: Packing, x_TD: Tensor, Wqkv: Tensor) -> tuple[Tensor, Attended]:
         qkv_T3HP = _kept_product(x_TD, Wqkv).unflatten(-1, (3, ctx.n_heads, -1))
         rotate_(qkv_T3HP, packing.cos_MR, packing.sin_MR, packing.position_T)
-        return qkv_T3HP, packed_attention(qkv_T3HP, packing.cu_seqlens, len(packing.cos_MR), ctx.window)
+        return qkv_T3HP, packed_attention(qkv_T3HP, packing.cu_seqlens, len(packing.cos_MR), ctx.window, ctx.order)
 
     @staticmethod
     def backward(ctx, dresidual_TD: Tensor, dout_TD: Tensor):
         residual_TD, scale_T, norm_D, Wqkv, out_proj, qkv_T3HP = ctx.saved_tensors
-        cu_seqlens, position_T, *tables = ctx.packing
+        _, position_T, *tables = ctx.packing
         attended = ctx.attended
         ctx.attended = None  # what is used up can go
         if attended is None:
             qkv_T3HP, attended = AttentionBranch.attend(ctx, ctx.packing, _norm_again(residual_TD, norm_D), Wqkv)
         o_THP = attended.o_THP
         do_THP = (dout_TD @ out_proj).view_as(o_THP)
-        dqkv_T3HP = packed_attention_backward(do_THP, qkv_T3HP, attended, cu_seqlens, ctx.window)
+        dqkv_T3HP = packed_attention_backward(do_THP, qkv_T3HP, attended, ctx.window, ctx.order)
         dqkv_TD, o_TD = rotate_(dqkv_T3HP, *tables, position_T, back=True).flatten(1), o_THP.flatten(1)
         del attended
         *gradients, x_TD = add_norm_backward(dqkv_TD @ Wqkv, dresidual_TD, residual_TD, scale_T, norm_D)

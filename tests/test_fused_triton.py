@@ -134,12 +134,24 @@ def attention_case(new: Inputs, lengths: list[int], H: int, P: int, window: int 
     ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
     cu = torch.cat([ends[:1], ends, ends[-1:].repeat(empty)]).to(new.device)
     qkv, do = new(T, 3, H, P), new(T, H, P)
-    attended = attention.packed_attention(qkv, cu, max(lengths), window)
-    dqkv = attention.packed_attention_backward(do, qkv, attended, cu, window)
+    order = attention.tile_order(qkv, P, cu)
+    attended = attention.packed_attention(qkv, cu, max(lengths), window, order)
+    dqkv = attention.packed_attention_backward(do, qkv, attended, window, order)
     leaf = exact(qkv).requires_grad_()
     o = attention.attention_definition(*leaf.unbind(1), cu, window)
     wanted = {"o": o} | dict(zip(("dq", "dk", "dv"), torch.autograd.grad(o, leaf, exact(do))[0].unbind(1)))
     return {"o": attended.o_THP} | dict(zip(("dq", "dk", "dv"), dqkv.unbind(1))), wanted
+
+
+def tile_order_case(new: Inputs, lengths: list[int], empty: int = 3):
+    """The kernel's list, where there is one: all tiles, those first that have most before them."""
+    ends = torch.tensor([0, *lengths, *[0] * empty]).cumsum(0)
+    tiles = [(-j, b) for b, n in enumerate(lengths) for j in range(-(-n // 64))]
+    wanted = [(ends[b], ends[b + 1], ends[b] - 64 * less) for less, b in sorted(tiles)]
+    wanted += [(0, 0, 0)] * (-(-sum(lengths) // 64) + len(lengths) + empty - len(wanted))
+    wanted = torch.tensor(wanted, dtype=torch.float64, device=new.device).T
+    found = attention.tile_order(new(sum(lengths), 16), 16, ends.to(new.device, torch.int32))
+    return {"tiles": wanted if found is None else found}, {"tiles": wanted}
 
 
 def router_case(new: Inputs, lengths: list[int], D: int):
@@ -231,6 +243,7 @@ CASES = {
     "rotary": lambda new: rotary_case(new, [1, 2, 40], H=3, P=24, R=6),
     "rotary of whole heads": lambda new: rotary_case(new, [9], H=1, P=8, R=4),
     "no rotary": lambda new: rotary_case(new, [9], H=2, P=8, R=0),
+    "tile order": lambda new: tile_order_case(new, [*AWKWARD, 640]),
     "attention": lambda new: attention_case(new, AWKWARD, H=2, P=16),
     "attention in a window": lambda new: attention_case(new, [1, 200, 65], H=1, P=32, window=63),
     "attention, heads of 48": lambda new: attention_case(new, [70, 3], H=2, P=48),
@@ -247,6 +260,7 @@ LARGE = {
     "swiglu, large": lambda new: swiglu_case(new, 3000, 2688),
     "cross entropy, large": lambda new: cross_entropy_case(new, 32768, 256),
     "rotary, large": lambda new: rotary_case(new, [*AWKWARD, 3000], H=16, P=64, R=16),
+    "tile order, large": lambda new: tile_order_case(new, [7, 5000, *AWKWARD, 3000, 30, 4999] * 9),
     "attention, large": lambda new: attention_case(new, [*AWKWARD, 1475, 1024], H=16, P=64),
     "attention in a window, large": lambda new: attention_case(new, [3000, 1], H=8, P=64, window=1023),
     "attention, heads of 96": lambda new: attention_case(new, [700, 300], H=4, P=96),
@@ -307,7 +321,7 @@ def test_definitions_match_autograd(name):
 @pytest.mark.parametrize("name", [*CASES, *LARGE])
 def test_on_gpu(name, dtype):
     tolerance = TOLERANCE[dtype]
-    if "attention" in name and dtype == torch.float32:
+    if ("attention" in name or "tile order" in name) and dtype == torch.float32:
         pytest.skip("the kernels take 16 bits")
     if "scan" in name and dtype == torch.float32:
         tolerance = 5e-5  # see test_ssd_triton.py: decays of up to e^-20 a token
