@@ -1,4 +1,5 @@
-"""Operations on single elements that would otherwise take several passes over memory: SwiGLU, rotary, softplus.
+"""Operations on single elements that would otherwise take several passes over memory, or slow ones: SwiGLU, rotary,
+softplus, casts.
 
 Legend: T tokens, I inner channels of a SwiGLU, H heads, P channels a head, R = half the rotary dimensions, M positions.
 
@@ -29,10 +30,21 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def to_float32(x: Tensor) -> Tensor:
+    """x.to(float32), for a contiguous x of 16 bits; others as they are. Torch's copy takes twice as long."""
+    if x.dtype.itemsize > 2:
+        return x
+    if _fast("to_float32", x):
+        from hnet_kernels import pointwise_triton  # not above: triton is not everywhere
+
+        return pointwise_triton.to_float32(x)
+    return x.float()
+
+
 def swiglu_forward(both_T2I: Tensor) -> Tensor:
     """silu(gate) * value of rows (value, gate), computed in at least float32. Returns h_TI in their dtype."""
     if _fast("swiglu", both_T2I):
-        from hnet_kernels import pointwise_triton  # not above: triton is not everywhere
+        from hnet_kernels import pointwise_triton
 
         return pointwise_triton.swiglu_forward(both_T2I)
     value_TI, gate_TI = _wide(both_T2I).chunk(2, dim=-1)

@@ -17,6 +17,12 @@ ELEMENTS = 1024  # a program of SwiGLU
 TOKENS = 32  # a program of the others
 
 
+@triton.jit(do_not_specialize=["n"])
+def _to_float32(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + i, tl.load(x_ptr + i, mask=i < n, other=0.0).to(tl.float32), mask=i < n)
+
+
 @triton.jit
 def _swiglu(both_ptr, h_ptr, inner, BLOCK: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
@@ -92,6 +98,16 @@ def _softplus_backward(
     dx = tl.load(dout_ptr + row * H + h[None, :], mask=inside, other=0.0) / (1 + tl.exp(-x))
     tl.store(draw_ptr + row * draw_stride + h[None, :], dx.to(draw_ptr.dtype.element_ty), mask=inside)
     tl.store(dbias_ptr + tl.program_id(0) * H + h, tl.sum(dx, 0), mask=h < H)
+
+
+def to_float32(x: Tensor) -> Tensor:
+    """`to_float32` of pointwise.py."""
+    assert x.is_contiguous()
+    out, n = x.new_empty(x.shape, dtype=torch.float32), x.numel()
+    if n:
+        with torch.cuda.device_of(x):
+            _to_float32[(triton.cdiv(n, 2 * ELEMENTS),)](x, out, n, BLOCK=2 * ELEMENTS)
+    return out
 
 
 def swiglu_forward(both_T2I: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from hnet_kernels.pointwise import (
     softplus_forward,
     swiglu_backward,
     swiglu_forward,
+    to_float32,
 )
 from hnet_kernels.router import boundary_backward, boundary_forward, upsample_backward, upsample_forward
 from hnet_kernels.ssd import ssd_skip_backward, ssd_skip_forward
@@ -244,7 +245,7 @@ class ResidualProjection(torch.autograd.Function):
     def forward(ctx, x_TD: Tensor, weight_DD: Tensor, bias_D: Tensor, residual_TD: Tensor) -> Tensor:
         ctx.save_for_backward(x_TD, weight_DD)
         ctx.targets = _take_targets(weight_DD, x_TD)
-        torch.addmm(bias_D, x_TD.to(weight_DD.dtype), weight_DD.T, out=residual_TD)
+        torch.addmm(bias_D, to_float32(x_TD).to(weight_DD.dtype), weight_DD.T, out=residual_TD)
         return x_TD.new_zeros(()).expand(residual_TD.shape)
 
     @staticmethod
@@ -252,7 +253,7 @@ class ResidualProjection(torch.autograd.Function):
         (x_TD, weight_DD), (into_weight, into_x) = ctx.saved_tensors, ctx.targets
         dweight_DD = _product(dout_TD.T, x_TD, into_weight)  # both factors have x's dtype: nothing is rounded for that
         dweight_DD = None if dweight_DD is None else dweight_DD.to(weight_DD.dtype)
-        dx_TD = dout_TD.to(weight_DD.dtype) @ weight_DD
+        dx_TD = to_float32(dout_TD.contiguous()).to(weight_DD.dtype) @ weight_DD
         dx_TD = dx_TD.to(x_TD.dtype) if into_x is None else into_x.copy_(dx_TD)  # which round
         dbias_1D = weight_DD.new_empty(1, len(weight_DD))
         _product(dout_TD.new_ones(1, len(dout_TD)), dout_TD, dbias_1D)  # six times as fast as torch's sum

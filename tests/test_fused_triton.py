@@ -99,6 +99,13 @@ def swiglu_case(new: Inputs, T: int, inner: int):
     return found, {"h": h, "dboth": torch.autograd.grad(h, leaf, exact(dh))[0]}
 
 
+def to_float32_case(new: Inputs, *shape: int):
+    x = new(*shape).to(torch.bfloat16)
+    found = pointwise.to_float32(x)
+    assert found.dtype == torch.float32
+    return {"x": found}, {"x": exact(x)}
+
+
 def cross_entropy_case(new: Inputs, T: int, V: int):
     logits, dloss = new(T, V, scale=5), torch.tensor(0.7, device=new.device)
     labels = torch.randint(V, (T,), generator=new.generator).to(new.device)
@@ -238,6 +245,7 @@ CASES = {
     "add_norm, one row": lambda new: add_norm_case(new, 1, 64, first=False),
     "gated_norm": lambda new: gated_norm_case(new, 75, 80),
     "swiglu": lambda new: swiglu_case(new, 33, 1100),
+    "to float32": lambda new: to_float32_case(new, 33, 77),
     "cross entropy": lambda new: cross_entropy_case(new, 75, 256),
     "cross entropy, other classes": lambda new: cross_entropy_case(new, 9, 77),
     "rotary": lambda new: rotary_case(new, [1, 2, 40], H=3, P=24, R=6),
