@@ -256,7 +256,7 @@ class ResidualProjection(torch.autograd.Function):
         dx_TD = to_float32(dout_TD.contiguous()).to(weight_DD.dtype) @ weight_DD
         dx_TD = dx_TD.to(x_TD.dtype) if into_x is None else into_x.copy_(dx_TD)  # which round
         dbias_1D = weight_DD.new_empty(1, len(weight_DD))
-        _product(dout_TD.new_ones(1, len(dout_TD)), dout_TD, dbias_1D)  # six times as fast as torch's sum
+        _product(dout_TD.new_ones(1, len(dout_TD)), dout_TD, dbias_1D)  # half the time of torch's sum, or less
         return dx_TD if into_x is None else None, dweight_DD, dbias_1D[0], None
 
 
