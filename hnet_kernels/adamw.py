@@ -27,13 +27,20 @@ def _fast(operation: str, device: torch.device, dtype: torch.dtype) -> bool:
     return use_fast(operation, device.type, dtype, obstacle)
 
 
-def block_norms(g_KB: Tensor, dtype: torch.dtype) -> Tensor:
-    """The norm of each block, (K,), in `dtype`. g_KB: contiguous, of that dtype or another, such as bfloat16."""
-    if _fast("block_norms", g_KB.device, dtype):
+def norms(g_KB: Tensor, first_P: Tensor, dtype: torch.dtype) -> Tensor:
+    """The norms of P runs of blocks, (P,), in `dtype`: the same bits wherever a run lies.
+
+    g_KB: contiguous, of that dtype or another, such as bfloat16. first_P: int32 (P + 1,), where each run begins and the
+    one before ends.
+    """
+    if _fast("norms", g_KB.device, dtype):
         from hnet_kernels import adamw_triton  # not above: triton is not everywhere
 
-        return adamw_triton.block_norms(g_KB)
-    return torch.linalg.vector_norm(g_KB, dim=1, dtype=dtype)
+        return adamw_triton.norms(g_KB, first_P)
+    norm_K = torch.linalg.vector_norm(g_KB, dim=1, dtype=dtype)
+    first, *ends = first_P.tolist()
+    runs = [norm_K[begin:end].clone().norm() for begin, end in zip([first, *ends], ends)]
+    return torch.stack(runs) if runs else norm_K.new_empty(0)
 
 
 @torch.no_grad()

@@ -47,15 +47,29 @@ def _block_norms(g_ptr, norm_ptr, K, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     tl.store(norm_ptr + k, tl.sqrt_rn(tl.sum(g * g, 1)), mask=k < K)
 
 
-def block_norms(g_KB: Tensor) -> Tensor:
-    """`block_norms` of adamw.py, in float32."""
-    (K, B), rows = g_KB.shape, 4
+@triton.jit
+def _run_norms(norm_ptr, first_ptr, run_norm_ptr, BLOCK: tl.constexpr):
+    """One program a run of blocks."""
+    p = tl.program_id(0)
+    first, end = tl.load(first_ptr + p), tl.load(first_ptr + p + 1)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(first, end, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        norm = tl.load(norm_ptr + k, mask=k < end, other=0.0)
+        total += norm * norm
+    tl.store(run_norm_ptr + p, tl.sqrt_rn(tl.sum(total, 0)))
+
+
+def norms(g_KB: Tensor, first_P: Tensor) -> Tensor:
+    """`norms` of adamw.py, in float32."""
+    (K, B), P, rows = g_KB.shape, len(first_P) - 1, 4
     assert g_KB.is_contiguous()
-    norm_K = g_KB.new_empty(K, dtype=torch.float32)
-    if K:
+    norm_K, norm_P = (g_KB.new_empty(n, dtype=torch.float32) for n in (K, P))
+    if P:
         with torch.cuda.device_of(g_KB):
             _block_norms[(triton.cdiv(K, rows),)](g_KB, norm_K, K, BLOCK=B, ROWS=rows)
-    return norm_K
+            _run_norms[(P,)](norm_K, first_P, norm_P, BLOCK=1024)
+    return norm_P
 
 
 def adamw_(

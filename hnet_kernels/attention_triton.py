@@ -7,7 +7,7 @@ As flash attention does, no scores go to memory: forward keeps each query's log-
 the weights again, once for the keys' gradients and once for the queries'. What differs is the grid: chunks make short
 documents, for which a grid of (longest document) x (documents) is mostly empty. Here a program works for a tile of SIZE
 queries or keys that it finds in a list of those that there are, I = T / SIZE + B at most; those come first that have
-most to do, so that all programs end at about the same time. No atomics: the same bits every time.
+most to do (without a window), so that all programs end at about the same time. No atomics: the same bits every time.
 
 Tiles that loops go through come through tensor descriptors, as in ssd_triton.py. They may hold rows of the next
 document and, where W > P, channels of the next head: whatever meets these is zero or not stored.
@@ -34,7 +34,7 @@ class Options(NamedTuple):
     stages: int
 
 
-SIZE = 64  # tokens of the tile that a program works for: others are slower on an H100
+SIZE = 64  # tokens of the tile that a program works for: others are slower on an H100. Others' of queries divide it
 # the fastest of those that benchmarks/bench_kernels.py --sweep tries, on an H200 with chunks of text: for W up to 64,
 # and for 128
 FORWARD = Options(64, 4, 2), Options(64, 4, 3)
@@ -65,9 +65,10 @@ def _order(cu_seqlens_ptr, tiles_ptr, B, n, steps, SIZE: tl.constexpr, BLOCK_B: 
 
 
 @triton.jit
-def _tile(tiles_ptr):
-    """(start, end, first token) of the document and the tile in it that this program works for."""
-    i, n = tl.program_id(1), tl.num_programs(1)
+def _tile(tiles_ptr, H):
+    """(start, end, first token) of the document and the tile in it that this program works for. All heads of a tile,
+    then those of the next: on one axis, since CUDA allows 65,535 programs on the others."""
+    i, n = tl.program_id(0) // H, tl.num_programs(0) // H
     return tl.load(tiles_ptr + i), tl.load(tiles_ptr + n + i), tl.load(tiles_ptr + 2 * n + i)
 
 
@@ -113,20 +114,20 @@ def _attend(
     return o_MP, sum_M, most_M
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "H"])
 def _forward(
-    q_ptr, kv_desc, o_ptr, lse_ptr, tiles_ptr, T, stride, o_stride, scale, window,
+    q_ptr, kv_desc, o_ptr, lse_ptr, tiles_ptr, T, H, stride, o_stride, scale, window,
     P: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of queries and head: o_THP and lse_HT."""
-    h = tl.program_id(0)
-    start, end, first = _tile(tiles_ptr)
+    h = tl.program_id(0) % H
+    start, end, first = _tile(tiles_ptr, H)
     if start == end:
         return
     m = first + tl.arange(0, M)
     q_MP = _rows(q_ptr + h * P, m, stride, m < end, P, W)
     o_MP, sum_M, most_M = tl.zeros((M, W), tl.float32), tl.zeros((M,), tl.float32), tl.full((M,), -1e30, tl.float32)
-    k_column, v_column = (tl.num_programs(0) + h) * P, (2 * tl.num_programs(0) + h) * P
+    k_column, v_column = (H + h) * P, (2 * H + h) * P
     if WINDOW:
         whole = start + tl.maximum(first - window - start, 0) // N * N
     else:  # the keys before the tile are seen by all its queries
@@ -173,20 +174,19 @@ def _for_keys(
     return dk_NP, dv_NP
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "H"])
 def _backward_keys(
-    q_desc, k_ptr, v_ptr, do_desc, lse_ptr, delta_ptr, dk_ptr, dv_ptr, tiles_ptr, T, stride, d_stride,
+    q_desc, k_ptr, v_ptr, do_desc, lse_ptr, delta_ptr, dk_ptr, dv_ptr, tiles_ptr, T, H, stride, d_stride,
     scale, dscale, window,
     P: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of keys and head: dk_THP and dv_THP."""
-    h = tl.program_id(0)
-    start, end, first = _tile(tiles_ptr)
+    h = tl.program_id(0) % H
+    start, end, first = _tile(tiles_ptr, H)
     if start == end:
         return
-    first = (
-        start + ((end - start - 1) // N - (first - start) // N) * N
-    )  # queries see what is before: the other way round
+    # the list goes by what queries have before them; keys have as many behind: the document's tiles the other way round
+    first = start + ((end - start - 1) // N - (first - start) // N) * N
     n = first + tl.arange(0, N)
     k_NP = _rows(k_ptr + h * P, n, stride, n < end, P, W)
     v_NP = _rows(v_ptr + h * P, n, stride, n < end, P, W)
@@ -236,21 +236,21 @@ def _for_queries(
     return dq_MP
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "H"])
 def _backward_queries(
-    q_ptr, kv_desc, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, tiles_ptr, T, stride, do_stride, d_stride,
+    q_ptr, kv_desc, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, tiles_ptr, T, H, stride, do_stride, d_stride,
     scale, dscale, window,
     P: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of queries and head: dq_THP, and delta_HT: o . do, what the softmax's gradient subtracts."""
-    h = tl.program_id(0)
-    start, end, first = _tile(tiles_ptr)
+    h = tl.program_id(0) % H
+    start, end, first = _tile(tiles_ptr, H)
     if start == end:
         return
     m = first + tl.arange(0, M)
     q_MP = _rows(q_ptr + h * P, m, stride, m < end, P, W)
     do_MP = _rows(do_ptr + h * P, m, do_stride, m < end, P, W)
-    k_column, v_column = (tl.num_programs(0) + h) * P, (2 * tl.num_programs(0) + h) * P
+    k_column, v_column = (H + h) * P, (2 * H + h) * P
     lse_M = tl.load(lse_ptr + h * T + m, mask=m < end, other=0.0)
     o_MP = _rows(o_ptr + h * P, m, do_stride, m < end, P, W)
     delta_M = tl.sum(o_MP.to(tl.float32) * do_MP.to(tl.float32), 1)
@@ -282,7 +282,7 @@ def _constants(options: Options, M: int, N: int, P: int, window: int) -> dict:
 
 def _described(x: Tensor, rows: int, P: int) -> TensorDescriptor:
     """Of a dense (T, ..., P), in tiles of so many rows and a head."""
-    columns = x[0].numel()
+    columns = x.stride(0)
     return TensorDescriptor(x, [len(x), columns], [columns, 1], [rows, triton.next_power_of_2(P)])
 
 
@@ -305,10 +305,13 @@ def attention_forward(qkv_T3HP: Tensor, tiles_3I: Tensor, window: int) -> tuple[
     q = qkv_T3HP[:, 0]
     o_THP, lse_HT = kept_empty(q, T, H, P), kept_empty(q, H, T, dtype=torch.float32)
     options = _for_heads(FORWARD, P)
+    assert SIZE % options.tokens == 0  # keys before a tile of queries are whole tiles
+    if not T:
+        return o_THP, lse_HT
     keys = _described(qkv_T3HP, options.tokens, P)
     with torch.cuda.device_of(q):
-        _forward[(H, tiles_3I.shape[1])](
-            q, keys, o_THP, lse_HT, tiles_3I, T, q.stride(0), o_THP.stride(0),
+        _forward[(H * tiles_3I.shape[1],)](
+            q, keys, o_THP, lse_HT, tiles_3I, T, H, q.stride(0), o_THP.stride(0),
             P**-0.5 * LOG2_E, window, **_constants(options, SIZE, options.tokens, P, window),
         )  # fmt: skip
     return o_THP, lse_HT
@@ -324,17 +327,20 @@ def attention_backward(
     delta_HT, dqkv_T3HP = lse_HT.new_empty(H, T), qkv_T3HP.new_empty(T, 3, H, P)
     dq, dk, dv = dqkv_T3HP.unbind(1)
     of_keys, of_queries = _for_heads(KEYS, P), _for_heads(QUERIES, P)
+    assert SIZE % of_queries.tokens == 0
+    if not T:
+        return dqkv_T3HP
     queries, do_queries = (_described(x, of_keys.tokens, P) for x in (qkv_T3HP, do_THP))
     keys = _described(qkv_T3HP, of_queries.tokens, P)
-    grid, stride, do_stride = (H, tiles_3I.shape[1]), q.stride(0), do_THP.stride(0)
+    grid, stride, do_stride = (H * tiles_3I.shape[1],), q.stride(0), do_THP.stride(0)
     scales = P**-0.5 * LOG2_E, P**-0.5, window
     with torch.cuda.device_of(q):
         _backward_queries[grid](
-            q, keys, o_THP, do_THP, lse_HT, delta_HT, dq, tiles_3I, T, stride, do_stride, dq.stride(0), *scales,
+            q, keys, o_THP, do_THP, lse_HT, delta_HT, dq, tiles_3I, T, H, stride, do_stride, dq.stride(0), *scales,
             **_constants(of_queries, SIZE, of_queries.tokens, P, window),
         )  # fmt: skip
         _backward_keys[grid](
-            queries, k, v, do_queries, lse_HT, delta_HT, dk, dv, tiles_3I, T, stride, dq.stride(0), *scales,
+            queries, k, v, do_queries, lse_HT, delta_HT, dk, dv, tiles_3I, T, H, stride, dq.stride(0), *scales,
             **_constants(of_keys, of_keys.tokens, SIZE, P, window),
         )  # fmt: skip
     return dqkv_T3HP

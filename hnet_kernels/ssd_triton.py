@@ -403,35 +403,31 @@ def _gradients_within(
     for h in range(first, end):
         at = h * padded + c * Q + q
         sum_Q = tl.load(vectors_ptr + SUM * H * padded + at)
-        source_Q = tl.load(vectors_ptr + SOURCE * H * padded + at)
         gain_Q = tl.load(vectors_ptr + GAIN * H * padded + at)
         end_Q = tl.load(vectors_ptr + END * H * padded + at)
         x_QP = x_desc.load([c * Q, h * P])
         dy_QP = dy_desc.load([c * Q, h * P])
         dstate_PN = dstates_desc.load([(c * H + h) * P, 0])
 
-        within_QQ = _exp2(sum_Q[None, :] + source_Q[:, None])
-        product_QQ = tl.dot(x_QP, tl.trans(dy_QP), input_precision="ieee")
-        weights_QQ = within_QQ * scores_QQ
-        if HAS_D:  # the skip is a weight of a token for itself
-            itself_QQ = q[:, None] == q[None, :]
-            tl.store(dD_ptr + c * H + h, tl.sum(tl.sum(tl.where(itself_QQ, product_QQ, 0.0), 1), 0))
-        dscores_h_QQ = product_QQ * within_QQ
-        dscores_QQ += dscores_h_QQ
+        within_QQ = _exp2(sum_Q[None, :] - sum_Q[:, None])
+        dscores_h_QQ = tl.dot(x_QP, tl.trans(dy_QP), input_precision="ieee") * within_QQ  # without the gain
+        dscores_QQ += dscores_h_QQ * gain_Q[:, None]
         flow_QQ = dscores_h_QQ * scores_QQ
-        from_Q = tl.sum(flow_QQ, 1)
-        tl.store(flows_ptr + INSIDE * H * padded + at, tl.sum(flow_QQ, 0) - from_Q)
-        if HAS_D:
+        dgain_Q = tl.sum(flow_QQ, 1)
+        inside_Q = tl.sum(flow_QQ * gain_Q[:, None], 0) - dgain_Q * gain_Q
+        weights_QQ = within_QQ * scores_QQ * gain_Q[:, None]
+        if HAS_D:  # the skip is a weight of a token for itself; no decay acts there, so x . dy is on the diagonal
+            itself_QQ = q[:, None] == q[None, :]
             weights_QQ += tl.where(itself_QQ, tl.load(D_ptr + h), 0.0)
+            tl.store(dD_ptr + c * H + h, tl.sum(tl.sum(tl.where(itself_QQ, dscores_h_QQ, 0.0), 1), 0))
 
-        dinput_QP = tl.dot(B_QN, tl.trans(dstate_PN), input_precision="ieee") * (end_Q * gain_Q)[:, None]
+        dinput_QP = tl.dot(B_QN, tl.trans(dstate_PN), input_precision="ieee") * end_Q[:, None]
         later_Q = tl.sum(x_QP * dinput_QP, 1)
-        dinput_QP = tl.dot(weights_QQ.to(x_QP.dtype), dy_QP, dinput_QP, input_precision="ieee")
+        dinput_QP = tl.dot(weights_QQ.to(x_QP.dtype), dy_QP, dinput_QP * gain_Q[:, None], input_precision="ieee")
         dx_desc.store([c * Q, h * P], dinput_QP.to(x_QP.dtype))
-        tl.store(flows_ptr + LATER * H * padded + at, later_Q)
-        # of a gain that is zero, as softplus is below -104, the gradient goes no further: softplus' is zero there too
-        dgain_Q = tl.where(gain_Q > 0, (from_Q + later_Q) / gain_Q, 0.0)
-        tl.store(flows_ptr + DGAIN * H * padded + at, dgain_Q)
+        tl.store(flows_ptr + INSIDE * H * padded + at, inside_Q)
+        tl.store(flows_ptr + LATER * H * padded + at, later_Q * gain_Q)
+        tl.store(flows_ptr + DGAIN * H * padded + at, dgain_Q + later_Q)
 
     dscores_QQ = tl.where(allowed_QQ, dscores_QQ, 0.0).to(B_QN.dtype)
     dscores_desc.store([group * padded + c * Q, 0], dscores_QQ)

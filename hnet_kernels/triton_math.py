@@ -1,17 +1,16 @@
 """Functions that several Triton kernels call."""
 
-import os
-
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-_COMPILED = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
+_COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + exp(-x)) of float32, to 4 units of its last bit; what is below float32's normal range is zero.
+    """1 / (1 + exp(-x)) of float32, with a relative error of some 2e-7 for x > -2, of |x| 6e-8 below, where the rounded
+    exponent counts; zero where it is below float32's normal range.
 
     In four instructions: `1 / (1 + tl.exp(-x))` takes twelve, most of them for numbers outside of that range.
     """

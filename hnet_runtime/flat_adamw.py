@@ -6,6 +6,7 @@ of its own parts' gradients alone, has moments of these alone, and hands out wha
 Legend: N elements, P parameters, G groups; K blocks of B elements.
 """
 
+import itertools
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hnet_kernels.adamw import BLOCK, adamw_, block_norms
+from hnet_kernels.adamw import BLOCK, adamw_, norms
 
 Span = Sequence[Sequence[nn.Parameter]]
 
@@ -109,10 +110,11 @@ class FlatAdamW(torch.optim.AdamW):
         updated = [[p for part in (span if len(span) == 1 else [span[rank]]) for p in part] for span in spans]
         self._steps_P = torch.zeros(sum(map(len, updated)), device=like["device"])  # float32, and equal
         self._places: dict[Tensor, dict[str, Tensor]] = {}  # where each parameter's state lies
-        self._lengths: list[list[int]] = []  # of each span, the blocks of each parameter that is updated here
+        self._firsts: list[Tensor] = []  # of each span, where the blocks of each parameter that is updated here begin
         steps = iter(self._steps_P.unbind())  # torch has one each
         for parts, own, moments in zip(updated, self._own, self._moments):
-            self._lengths.append([_filled_up(p) // BLOCK for p in parts])
+            ends = itertools.accumulate((_filled_up(p) // BLOCK for p in parts), initial=0)
+            self._firsts.append(torch.tensor(list(ends), dtype=torch.int32, device=like["device"]))
             for p in parts:
                 m, v = (self._part(flat, p, own.start) for flat in moments)
                 self._places[p] = {"step": next(steps), "exp_avg": m, "exp_avg_sq": v}
@@ -176,13 +178,10 @@ class FlatAdamW(torch.optim.AdamW):
     def grad_norm(self) -> Tensor:
         """The global norm of all gradients, on the device: the same bits whoever updates what."""
         norms_P = self.weights.new_zeros(len(self._grads))
-        of_parameters = []
-        for span, (gradient, lengths) in enumerate(zip(self.gradients, self._lengths)):
-            of_blocks = block_norms(self._own_part(gradient, span).view(-1, BLOCK), norms_P.dtype)
-            of_parameters += of_blocks[: sum(lengths)].split(lengths)  # others have more parameters here
-        if of_parameters:
-            found = torch._foreach_norm(of_parameters)
-            norms_P.index_copy_(0, self._index_P, torch.stack(found) * self._counts_P)
+        found = []
+        for span, (gradient, first_P) in enumerate(zip(self.gradients, self._firsts)):
+            found.append(norms(self._own_part(gradient, span).view(-1, BLOCK), first_P, norms_P.dtype))
+        norms_P.index_copy_(0, self._index_P, torch.cat(found) * self._counts_P)
         if self.cut:
             dist.all_reduce(norms_P)
         return norms_P.square().sum().sqrt()

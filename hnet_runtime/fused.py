@@ -238,7 +238,8 @@ class ResidualProjection(torch.autograd.Function):
     """Writes x W^T + bias to residual_TD, in W's dtype: float32 whatever x has.
 
     Returns proxy_TD, which stands for it in the backward and has no numbers: the residual's gradient is that of what it
-    is added up to, see `Upsample`, and so has x's dtype. Gradients: of x, W and bias.
+    is added up to, see `Upsample`, and so has x's dtype. Gradients: of x and W to their targets, which there must be
+    (see `gradients_into`), and of bias.
     """
 
     @staticmethod
@@ -251,13 +252,11 @@ class ResidualProjection(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout_TD: Tensor):
         (x_TD, weight_DD), (into_weight, into_x) = ctx.saved_tensors, ctx.targets
-        dweight_DD = _product(dout_TD.T, x_TD, into_weight)  # both factors have x's dtype: nothing is rounded for that
-        dweight_DD = None if dweight_DD is None else dweight_DD.to(weight_DD.dtype)
-        dx_TD = to_float32(dout_TD.contiguous()).to(weight_DD.dtype) @ weight_DD
-        dx_TD = dx_TD.to(x_TD.dtype) if into_x is None else into_x.copy_(dx_TD)  # which round
+        _product(dout_TD.T, x_TD, into_weight)  # both factors have x's dtype: nothing is rounded for that
+        into_x.copy_(to_float32(dout_TD.contiguous()).to(weight_DD.dtype) @ weight_DD)
         dbias_1D = weight_DD.new_empty(1, len(weight_DD))
         _product(dout_TD.new_ones(1, len(dout_TD)), dout_TD, dbias_1D)  # half the time of torch's sum, or less
-        return dx_TD if into_x is None else None, dweight_DD, dbias_1D[0], None
+        return None, None, dbias_1D[0], None
 
 
 class Smooth(torch.autograd.Function):

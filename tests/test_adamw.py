@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from small_models import ONE_STAGE  # noqa: E402
 
 from hnet_kernels import adamw  # noqa: E402
-from hnet_kernels.adamw import BLOCK, adamw_, block_norms  # noqa: E402
+from hnet_kernels.adamw import BLOCK, adamw_, norms  # noqa: E402
 from hnet_runtime import checkpoint, distributed, flat_adamw  # noqa: E402
 from hnet_runtime.flat_adamw import FlatAdamW  # noqa: E402
 from hnet_runtime.graphs import GraphedModel  # noqa: E402
@@ -371,11 +371,15 @@ def gaps(name: str, device: str, K: int = 5) -> dict[str, float]:
     scalars = [torch.tensor(x, device=device) for x in (scale, found_inf)]
     before = [w.clone(), m.clone(), v.clone()]
     exact = [x.double() for x in (w, g, m, v)]
-    norms = block_norms(g, torch.float32), block_norms(exact[1], torch.float64)
+    first = torch.tensor([0, 1, 4, K], dtype=torch.int32, device=device)
+    lengths = norms(g, first, torch.float32), norms(exact[1], first, torch.float64)
+    wanted = torch.stack([run.norm() for run in exact[1].split([1, 3, K - 4])])
+    shifted = norms(torch.cat([w, g.float()]).to(g.dtype), first + K, torch.float32)
     adamw_(*exact, None, group_K, rates, bias, *scalars, BETAS, EPS)
     adamw_(w, g, m, v, used, group_K, rates, bias, *scalars, BETAS, EPS)
     found = {key: gap(a, b) for key, a, b in zip("wgmv", (w, g, m, v), exact)}
-    found["norms"] = max(gap(a, b) for a, b in zip(*norms))
+    found["norms"] = max(gap(a, b) for a, b in zip([*lengths[0], *lengths[1]], [*wanted, *wanted]))
+    found["norms that change where blocks lie elsewhere"] = float((shifted != lengths[0]).sum())
     found["step"] = gap(w.double() - before[0], exact[0] - before[0])
     if copies is not None:
         units = used.view(torch.int16).int() - w.to(copies).view(torch.int16).int()
@@ -411,7 +415,7 @@ def test_definition_in_float32(name):
 @pytest.mark.parametrize("name", CASES)
 def test_on_gpu(name):
     check(gaps(name, "cuda"))
-    assert all(adamw._fast(operation, torch.device("cuda"), torch.float32) for operation in ("adamw", "block_norms"))
+    assert all(adamw._fast(operation, torch.device("cuda"), torch.float32) for operation in ("adamw", "norms"))
 
 
 @pytest.mark.gpu

@@ -158,7 +158,8 @@ def tile_order_case(new: Inputs, lengths: list[int], empty: int = 3):
     wanted += [(0, 0, 0)] * (-(-sum(lengths) // 64) + len(lengths) + empty - len(wanted))
     wanted = torch.tensor(wanted, dtype=torch.float64, device=new.device).T
     found = attention.tile_order(new(sum(lengths), 16), 16, ends.to(new.device, torch.int32))
-    return {"tiles": wanted if found is None else found}, {"tiles": wanted}
+    assert found is not None
+    return {"tiles": found}, {"tiles": wanted}
 
 
 def router_case(new: Inputs, lengths: list[int], D: int):
@@ -256,6 +257,7 @@ CASES = {
     "attention in a window": lambda new: attention_case(new, [1, 200, 65], H=1, P=32, window=63),
     "attention, heads of 48": lambda new: attention_case(new, [70, 3], H=2, P=48),
     "attention to itself and the one before": lambda new: attention_case(new, [130], H=1, P=16, window=1, empty=0),
+    "attention, no rows": lambda new: attention_case(new, [0], H=2, P=16),
     "router": lambda new: router_case(new, AWKWARD[:4], D=48),
     "upsample": lambda new: upsample_case(new, 90, 30, D=48, spare=0),
     "upsample, filled up": lambda new: upsample_case(new, 33, 9, D=64, spare=5),
@@ -296,7 +298,8 @@ def distances(name: str, dtype: torch.dtype, device: str) -> dict[str, float]:
     assert set(found) == set(wanted)
     found = {key: exact(found[key]) for key in found}
     sizes = {key: wanted[key].norm().item() for key in wanted} | (sizes[0] if sizes else {})
-    return {key: (found[key] - wanted[key]).norm().item() / sizes[key] for key in found}
+    # where all is zero, or there is nothing, all has to be
+    return {key: (found[key] - wanted[key]).norm().item() / (sizes[key] or 1e-30) for key in found}
 
 
 def check(found: dict[str, float], tolerance: float) -> None:
@@ -318,7 +321,7 @@ def test_interpreted_kernels_match_the_definition(name):
     check(interpreted()[name], TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name != "tile order"])  # which has no definition
 def test_definitions_match_autograd(name):
     """In float32 on the CPU, where the definitions run."""
     check(distances(name, torch.float32, "cpu"), TOLERANCE[torch.float32])
