@@ -29,7 +29,7 @@ from hnet_kernels import attention_triton, conv_triton, ema_triton, norm, norm_t
 HALF, WIDE = torch.bfloat16, torch.float32
 
 
-TILES = ("FORWARD", "KEYS", "QUERIES")
+BY_HEAD_SIZE = ("FORWARD", "KEYS", "QUERIES")
 _ATTENTION = {  # (tokens, warps, stages)
     "FORWARD": [(64, 4, 2), (64, 4, 3), (64, 4, 4), (32, 4, 3), (64, 8, 2)],
     "KEYS": [(64, 4, 2), (64, 4, 3), (32, 4, 2), (32, 4, 3), (128, 8, 2)],
@@ -197,7 +197,7 @@ def main(args: Benchmark) -> None:
             for constant, value in choice.items():
                 setattr(module, constant, value)
             time_(
-                f"{label}, {' '.join(f'{k}={tuple(v[0]) if k in TILES else v}' for k, v in choice.items())}",
+                f"{label}, {' '.join(f'{k}={tuple(v[0]) if k in BY_HEAD_SIZE else v}' for k, v in choice.items())}",
                 *all_cases[label],
             )
             for constant, value in before.items():

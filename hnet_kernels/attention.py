@@ -149,9 +149,10 @@ class Attended(NamedTuple):
 
 
 def tile_order(x_TD: Tensor, head_dim: int, cu_seqlens: Tensor) -> Tensor | None:
-    """What `packed_attention` and its backward have to know of documents: the same for all layers that have these.
+    """The order in which `packed_attention` and its backward take tiles, int32 (3, I): see attention_triton.py.
 
-    x_TD: of the device and the dtype of q, k and v. None where there is nothing to know.
+    It depends on the documents alone, so all layers of a stack share it. x_TD: of the device and the dtype of q, k and
+    v. None where their kernels cannot run.
     """
     kind = x_TD.device.type, x_TD.dtype
     if not use_fast("packed_attention", *kind, _packed_obstacle(*kind, head_dim)):

@@ -22,8 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hnet_kernels.kept import kept_empty
-
-LOG2_E = 1.4426950408889634
+from hnet_kernels.triton_math import LOG2_E
 
 
 class Options(NamedTuple):
@@ -34,9 +33,8 @@ class Options(NamedTuple):
     stages: int
 
 
-SIZE = 64  # tokens of the tile that a program works for: others are slower on an H100. Others' of queries divide it
-# the fastest of those that benchmarks/bench_kernels.py --sweep tries, on an H200 with chunks of text: for W up to 64,
-# and for 128
+SIZE = 64  # tokens of the tile that a program works for: others are slower
+# for W up to 64, and for 128: the fastest of those in benchmarks/results/h200-2026-11-28/kernels_sweep.txt
 FORWARD = Options(64, 4, 2), Options(64, 4, 3)
 KEYS = Options(64, 4, 2), Options(32, 4, 2)
 QUERIES = Options(64, 4, 3), Options(64, 4, 2)
@@ -312,7 +310,7 @@ def attention_forward(qkv_T3HP: Tensor, tiles_3I: Tensor, window: int) -> tuple[
     with torch.cuda.device_of(q):
         _forward[(H * tiles_3I.shape[1],)](
             q, keys, o_THP, lse_HT, tiles_3I, T, H, q.stride(0), o_THP.stride(0),
-            P**-0.5 * LOG2_E, window, **_constants(options, SIZE, options.tokens, P, window),
+            P**-0.5 * LOG2_E.value, window, **_constants(options, SIZE, options.tokens, P, window),
         )  # fmt: skip
     return o_THP, lse_HT
 
@@ -333,7 +331,7 @@ def attention_backward(
     queries, do_queries = (_described(x, of_keys.tokens, P) for x in (qkv_T3HP, do_THP))
     keys = _described(qkv_T3HP, of_queries.tokens, P)
     grid, stride, do_stride = (H * tiles_3I.shape[1],), q.stride(0), do_THP.stride(0)
-    scales = P**-0.5 * LOG2_E, P**-0.5, window
+    scales = P**-0.5 * LOG2_E.value, P**-0.5, window
     with torch.cuda.device_of(q):
         _backward_queries[grid](
             q, keys, o_THP, do_THP, lse_HT, delta_HT, dq, tiles_3I, T, H, stride, do_stride, dq.stride(0), *scales,

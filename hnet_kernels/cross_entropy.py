@@ -5,27 +5,16 @@ Legend: T tokens, V classes.
 This file has the definition and the choice; the Triton kernels that run on a GPU are in cross_entropy_triton.py.
 """
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
-from hnet_kernels.dispatch import use_fast
+from hnet_kernels.dispatch import obstacle_anywhere, use_fast
 
 MOST = 4096  # classes: a row must fit into the registers of one program
 
 
 def _fast(logits_TV: Tensor) -> bool:
-    obstacle = None
-    if logits_TV.device.type != "cuda":
-        obstacle = "no CUDA device"
-    elif logits_TV.dtype == torch.float64:
-        obstacle = "dtype float64"
-    elif logits_TV.shape[1] > MOST:
-        obstacle = f"{logits_TV.shape[1]} classes, more than {MOST}"
-    elif importlib.util.find_spec("triton") is None:
-        obstacle = "no triton"
-    return use_fast("cross_entropy", logits_TV.device.type, logits_TV.dtype, obstacle)
+    return use_fast("cross_entropy", logits_TV.device.type, logits_TV.dtype, obstacle_anywhere(logits_TV, MOST))
 
 
 def cross_entropy_forward(logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,12 @@
 """Which implementation of an operation runs: chosen once for each (operation, device type, dtype), logged once."""
 
 import functools
+import importlib.util
 import logging
 import os
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger("hnet_kernels")
 
@@ -23,6 +25,20 @@ def requested() -> str:
     if choice not in CHOICES:
         raise KernelError(f"HNET_KERNELS={choice}: expected one of {', '.join(CHOICES)}")
     return choice
+
+
+def obstacle_anywhere(x: Tensor, widest: int | None = None) -> str | None:
+    """Why a Triton kernel that runs on any GPU cannot run on x, or None.
+
+    widest: the longest row that it takes, where it holds whole rows in the registers of one program.
+    """
+    if x.device.type != "cuda":
+        return "no CUDA device"
+    if x.dtype == torch.float64:
+        return "dtype float64"
+    if widest is not None and x.shape[1] > widest:
+        return f"rows of {x.shape[1]}, more than {widest}"
+    return None if importlib.util.find_spec("triton") else "no triton"
 
 
 @torch.compiler.assume_constant_result  # a compiled region asks while it is traced and keeps the answer

@@ -17,8 +17,9 @@ from hnet_kernels.kept import kept_empty
 from hnet_kernels.triton_math import sigmoid
 
 TILE = 4096  # elements of a program's rows; no more than registers hold
-ADD_NORM_BACKWARD = (1024, 3, 8)  # elements, programs a multiprocessor, warps: the fastest of 120 on an H200,
-GATED_NORM_BACKWARD = (1024, 4, 8)  # or within 1% of it, for rows of 512 to 3,072
+# elements, programs a multiprocessor, warps: of 120 ways among the fastest on an H200 for most of the rows of 512 to
+# 2,048 in benchmarks/results/h200-2026-11-28/kernels_sweep.txt
+ADD_NORM_BACKWARD, GATED_NORM_BACKWARD = (1024, 3, 8), (1024, 4, 8)
 
 
 @triton.jit

@@ -6,24 +6,15 @@ Legend: T tokens, I inner channels of a SwiGLU, H heads, P channels a head, R = 
 This file has the definitions and the choice; the Triton kernels that run on a GPU are in pointwise_triton.py.
 """
 
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hnet_kernels.dispatch import use_fast
+from hnet_kernels.dispatch import obstacle_anywhere, use_fast
 
 
 def _fast(operation: str, x: Tensor) -> bool:
-    obstacle = None
-    if x.device.type != "cuda":
-        obstacle = "no CUDA device"
-    elif x.dtype == torch.float64:
-        obstacle = "dtype float64"
-    elif importlib.util.find_spec("triton") is None:
-        obstacle = "no triton"
-    return use_fast(operation, x.device.type, x.dtype, obstacle)
+    return use_fast(operation, x.device.type, x.dtype, obstacle_anywhere(x))
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -5,28 +5,17 @@ Legend: T tokens, C chunks, D channels. Everything is computed in at least float
 This file has the definitions and the choice; the Triton kernels that run on a GPU are in router_triton.py.
 """
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
-from hnet_kernels.dispatch import use_fast
+from hnet_kernels.dispatch import obstacle_anywhere, use_fast
 from hnet_kernels.ema import sum_chunks
 
 WIDEST = 8192  # channels: a row must fit into the registers of one program
 
 
 def _fast(operation: str, x_TD: Tensor) -> bool:
-    obstacle = None
-    if x_TD.device.type != "cuda":
-        obstacle = "no CUDA device"
-    elif x_TD.dtype == torch.float64:
-        obstacle = "dtype float64"
-    elif x_TD.shape[1] > WIDEST:
-        obstacle = f"{x_TD.shape[1]} channels, more than {WIDEST}"
-    elif importlib.util.find_spec("triton") is None:
-        obstacle = "no triton"
-    return use_fast(operation, x_TD.device.type, x_TD.dtype, obstacle)
+    return use_fast(operation, x_TD.device.type, x_TD.dtype, obstacle_anywhere(x_TD, WIDEST))
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -164,6 +164,16 @@ def _arriving(
 
 
 @triton.jit
+def _weights(vectors_ptr, at, stride, REVERSE: tl.constexpr):
+    """What a head's values are multiplied by on their way into the state, or their gradients into its gradient."""
+    if REVERSE:
+        weight_Q = tl.load(vectors_ptr + START * stride + at)
+    else:
+        weight_Q = tl.load(vectors_ptr + END * stride + at) * tl.load(vectors_ptr + GAIN * stride + at)
+    return weight_Q
+
+
+@triton.jit
 def _walk(
     values_desc,
     keys_desc,
@@ -218,13 +228,10 @@ def _walk(
 
 
 @triton.jit
-def _weights(vectors_ptr, at, stride, REVERSE: tl.constexpr):
-    """What a head's values are multiplied by on their way into the state, or their gradients into its gradient."""
-    if REVERSE:
-        weight_Q = tl.load(vectors_ptr + START * stride + at)
-    else:
-        weight_Q = tl.load(vectors_ptr + END * stride + at) * tl.load(vectors_ptr + GAIN * stride + at)
-    return weight_Q
+def _first_head(H, HEADS: tl.constexpr):
+    """(head, segment) that this program begins with."""
+    pid, groups = tl.program_id(0), H // HEADS
+    return pid % groups * HEADS, pid // groups
 
 
 @triton.jit(do_not_specialize=["H", "n_chunks", "chunks_per_segment"])
@@ -260,13 +267,6 @@ def _totals(
         tl.store(segment_decay_ptr + s * H + h, through)
         if HEADS == 2:
             tl.store(segment_decay_ptr + s * H + h + 1, through_b)
-
-
-@triton.jit
-def _first_head(H, HEADS: tl.constexpr):
-    """(head, segment) that this program begins with."""
-    pid, groups = tl.program_id(0), H // HEADS
-    return pid % groups * HEADS, pid // groups
 
 
 @triton.jit(do_not_specialize=["H", "n_chunks", "chunks_per_segment"])
