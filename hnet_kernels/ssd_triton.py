@@ -9,9 +9,7 @@ With h_n the state (P, N) before chunk n, g the gain dt, and decays that are zer
     h_{n+1} = decay_n h_n + sum_j end_j g_j x_j B_j^T
 
 and the gradient runs the same recurrence backwards: with dy for g x, C for B, start for end. A program walks through a
-segment with the state in registers, so that forward reads x twice and writes y, and nothing else grows with T H. Where
-registers allow it, it walks with HEADS = 2 heads, side by side as one of W = 2 P channels, which share what is loaded
-of B and C:
+segment with the state in registers, so that forward reads x twice and writes y, and nothing else grows with T H:
 
     _prepare    decays within and across chunks, and the products C_i . B_j, which all heads share
     _totals     what every segment adds to the state at its end
@@ -133,34 +131,22 @@ def _prepare(
 
 
 @triton.jit
-def _side_by_side(a, b, P: tl.constexpr, HEADS: tl.constexpr):
-    """What a program's first and second head have, scalars or (Q,), for each channel: (1, W) or (Q, W)."""
-    w = tl.arange(0, HEADS * P)[None, :]
-    if len(a.shape):
-        a, b = a[:, None], b[:, None]
-    return tl.where(w < P, a, b)
-
-
-@triton.jit
 def _arriving(
-    totals_ptr, decay_ptr, h, s, H, S, P: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr, REVERSE: tl.constexpr
+    totals_ptr, decay_ptr, h, s, H, S, P: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr
 ):  # fmt: skip
-    """The states (W, N) that reach segment s from those before it; REVERSE: their gradient, from those after it.
+    """The state (P, N) that reaches segment s from those before it; REVERSE: its gradient, from those after it.
 
     Looks back no further than anything is carried: a document rarely spans more than a few segments.
     """
     STEP: tl.constexpr = 1 if REVERSE else -1
-    W: tl.constexpr = HEADS * P
-    state_WN = tl.zeros((W, N), tl.float32)
-    weight, weight_b = tl.full((), 1.0, tl.float32), tl.full((), HEADS - 1.0, tl.float32)
+    state_PN = tl.zeros((P, N), tl.float32)
+    weight = tl.full((), 1.0, tl.float32)
     m = s + STEP
-    while (m >= 0) & (m < S) & (weight + weight_b > 0):
-        weight_W1 = tl.trans(_side_by_side(weight, weight_b, P, HEADS))
-        state_WN += weight_W1 * tl.load(totals_ptr + (m * H + h) * (P * N) + _tile(W, N))
+    while (m >= 0) & (m < S) & (weight > 0):
+        state_PN += weight * tl.load(totals_ptr + (m * H + h) * (P * N) + _tile(P, N))
         weight *= tl.load(decay_ptr + m * H + h)
-        weight_b *= tl.load(decay_ptr + m * H + h + HEADS - 1)
         m += STEP
-    return state_WN
+    return state_PN
 
 
 @triton.jit
@@ -174,64 +160,18 @@ def _weights(vectors_ptr, at, stride, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def _walk(
-    values_desc,
-    keys_desc,
-    vectors_ptr,
-    decay_ptr,
-    states_desc,
-    state_WN,
-    first,
-    end,
-    h,
-    H,
-    padded,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    HEADS: tl.constexpr,
-    REVERSE: tl.constexpr,
-    STORE: tl.constexpr,
-):
-    """Carries states through chunks first ... end - 1, or their gradient through them from the last to the first.
-
-    Returns them and the decays through all of them; STORE keeps what arrives at each chunk in states_CHPN.
-    """
-    STEP: tl.constexpr = -1 if REVERSE else 1
-    OTHER: tl.constexpr = HEADS - 1  # from a program's first head to its second
-    through, through_b = tl.full((), 1.0, tl.float32), tl.full((), 1.0, tl.float32)
-    q = tl.arange(0, Q)
-    c = end - 1 if REVERSE else first
-    decay, decay_b = tl.load(decay_ptr + c * H + h), tl.load(decay_ptr + c * H + h + OTHER)
-    for k in range(end - first):
-        # a scalar that is loaded where it is used holds everything up: the next chunk's is loaded now
-        following = decay_ptr + (c + STEP) * H + h
-        next_decay = tl.load(following, mask=k + 1 < end - first, other=0.0)
-        next_decay_b = tl.load(following + OTHER, mask=k + 1 < end - first, other=0.0)
-        at = h * padded + c * Q + q
-        weight_QW = _side_by_side(
-            _weights(vectors_ptr, at, H * padded, REVERSE),
-            _weights(vectors_ptr, at + OTHER * padded, H * padded, REVERSE),
-            P, HEADS,
-        )  # fmt: skip
-        values_QW = values_desc.load([c * Q, h * P])
-        keys_QN = keys_desc.load([c * Q, 0])
-        if STORE:
-            states_desc.store([(c * H + h) * P, 0], state_WN.to(keys_QN.dtype))
-        values_QW = (values_QW * weight_QW).to(keys_QN.dtype)
-        decay_W1 = tl.trans(_side_by_side(decay, decay_b, P, HEADS))
-        state_WN = tl.dot(tl.trans(values_QW), keys_QN, state_WN * decay_W1, input_precision="ieee")
-        through *= decay
-        through_b *= decay_b
-        decay, decay_b = next_decay, next_decay_b
-        c += STEP
-    return state_WN, through, through_b
-
-
-@triton.jit
-def _first_head(H, HEADS: tl.constexpr):
-    """(head, segment) that this program begins with."""
-    pid, groups = tl.program_id(0), H // HEADS
-    return pid % groups * HEADS, pid // groups
+def _cut(decay_ptr, first, end, h, H, REVERSE: tl.constexpr):
+    """The part of a segment that reaches its end: (from where, to where). REVERSE: that its start reaches. Nothing
+    comes through a chunk that has no decay, as where a document begins, but its own is on the side that is reached."""
+    BLOCK: tl.constexpr = 64
+    for c_first in range(first, end, BLOCK):
+        c = c_first + tl.arange(0, BLOCK)
+        nothing = tl.load(decay_ptr + c * H + h, mask=c < end, other=1.0) == 0
+        if REVERSE:
+            end = tl.minimum(end, tl.min(tl.where(nothing, c, end), 0) + 1)
+        else:
+            first = tl.maximum(first, tl.max(tl.where(nothing, c, first), 0))
+    return first, end
 
 
 @triton.jit(do_not_specialize=["H", "n_chunks", "chunks_per_segment"])
@@ -248,25 +188,35 @@ def _totals(
     P: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
-    HEADS: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """One program a segment and HEADS heads. totals_SHPN: what a segment adds to the state at its end (values x, keys
-    B), and segment_decay_SH: the decay through it. REVERSE: what it adds to the gradient of the state at its start
-    (dy, C)."""
-    h, s = _first_head(H, HEADS)
+    """One program a segment and head. totals_SHPN: what a segment adds to the state at its end (values x, keys B), and
+    segment_decay_SH: the decay through it. REVERSE: what it adds to the gradient of the state at its start (dy, C).
+
+    It walks away from there, so that values are weighted once, and the sum as it grows is not."""
+    pid = tl.program_id(0)
+    h, s = pid % H, pid // H
+    STEP: tl.constexpr = 1 if REVERSE else -1
+    padded = n_chunks * Q
     first = s * chunks_per_segment
-    end = tl.minimum(first + chunks_per_segment, n_chunks)
-    state_WN = tl.zeros((HEADS * P, N), tl.float32)
-    state_WN, through, through_b = _walk(
-        values_desc, keys_desc, vectors_ptr, decay_ptr, keys_desc, state_WN, first, end, h, H, n_chunks * Q,
-        P, Q, HEADS, REVERSE, False,
-    )  # fmt: skip
-    tl.store(totals_ptr + (s * H + h) * (P * N) + _tile(HEADS * P, N), state_WN)
+    first, end = _cut(decay_ptr, first, tl.minimum(first + chunks_per_segment, n_chunks), h, H, REVERSE)
+    state_PN = tl.zeros((P, N), tl.float32)
+    through = tl.full((), 1.0, tl.float32)
+    c = first if REVERSE else end - 1
+    decay = tl.load(decay_ptr + c * H + h)
+    for k in range(end - first):
+        # a scalar that is loaded where it is used holds everything up: the next chunk's is loaded now
+        next_decay = tl.load(decay_ptr + (c + STEP) * H + h, mask=k + 1 < end - first, other=0.0)
+        weight_Q = _weights(vectors_ptr, h * padded + c * Q + tl.arange(0, Q), H * padded, REVERSE) * through
+        keys_QN = keys_desc.load([c * Q, 0])
+        values_QP = (values_desc.load([c * Q, h * P]) * weight_Q[:, None]).to(keys_QN.dtype)
+        state_PN = tl.dot(tl.trans(values_QP), keys_QN, state_PN, input_precision="ieee")
+        through *= decay
+        decay = next_decay
+        c += STEP
+    tl.store(totals_ptr + (s * H + h) * (P * N) + _tile(P, N), state_PN)
     if not REVERSE:
         tl.store(segment_decay_ptr + s * H + h, through)
-        if HEADS == 2:
-            tl.store(segment_decay_ptr + s * H + h + 1, through_b)
 
 
 @triton.jit(do_not_specialize=["H", "n_chunks", "chunks_per_segment"])
@@ -284,20 +234,30 @@ def _states(
     P: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
-    HEADS: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """One program a segment and HEADS heads. states_CHPN: the state before each chunk. REVERSE: the gradient of the
-    state after each chunk."""
-    h, s = _first_head(H, HEADS)
-    S = tl.num_programs(0) // (H // HEADS)
+    """One program a segment and head. states_CHPN: the state before each chunk. REVERSE: the gradient of the state
+    after each chunk."""
+    pid = tl.program_id(0)
+    h, s = pid % H, pid // H
+    S = tl.num_programs(0) // H
+    STEP: tl.constexpr = -1 if REVERSE else 1
+    padded = n_chunks * Q
     first = s * chunks_per_segment
     end = tl.minimum(first + chunks_per_segment, n_chunks)
-    state_WN = _arriving(totals_ptr, segment_decay_ptr, h, s, H, S, P, N, HEADS, REVERSE)
-    _walk(
-        values_desc, keys_desc, vectors_ptr, decay_ptr, states_desc, state_WN, first, end, h, H, n_chunks * Q,
-        P, Q, HEADS, REVERSE, True,
-    )  # fmt: skip
+    state_PN = _arriving(totals_ptr, segment_decay_ptr, h, s, H, S, P, N, REVERSE)
+    c = end - 1 if REVERSE else first
+    decay = tl.load(decay_ptr + c * H + h)
+    for k in range(end - first):
+        next_decay = tl.load(decay_ptr + (c + STEP) * H + h, mask=k + 1 < end - first, other=0.0)  # see `_totals`
+        weight_Q = _weights(vectors_ptr, h * padded + c * Q + tl.arange(0, Q), H * padded, REVERSE)
+        values_QP = values_desc.load([c * Q, h * P])
+        keys_QN = keys_desc.load([c * Q, 0])
+        states_desc.store([(c * H + h) * P, 0], state_PN.to(keys_QN.dtype))
+        values_QP = (values_QP * weight_Q[:, None]).to(keys_QN.dtype)
+        state_PN = tl.dot(tl.trans(values_QP), keys_QN, state_PN * decay, input_precision="ieee")
+        decay = next_decay
+        c += STEP
 
 
 @triton.jit(do_not_specialize=["H", "n_chunks", "chunks_per_segment"])
@@ -332,7 +292,7 @@ def _outputs(
     end = tl.minimum(first + chunks_per_segment, n_chunks)
     q = tl.arange(0, Q)
     vectors_ptr += h * padded + q
-    state_PN = _arriving(totals_ptr, segment_decay_ptr, h, s, H, S, P, N, 1, False)
+    state_PN = _arriving(totals_ptr, segment_decay_ptr, h, s, H, S, P, N, False)
     decay = tl.load(decay_ptr + first * H + h)
     if HAS_D:
         D = tl.load(D_ptr + h)
@@ -603,11 +563,7 @@ def _finish(
     dC_desc.store([c * Q, 0], dC_QN.to(B_QN.dtype))
 
 
-HEADS = {  # that a program takes, where H is even
-    torch.bfloat16: {"_totals": 2, "_states": 2},
-    torch.float32: {"_totals": 1, "_states": 1},
-}
-LAUNCH = {  # (warps of a head, stages of the pipeline that loads), measured on an H200
+LAUNCH = {  # (warps, stages of the pipeline that loads), measured on an H200
     torch.bfloat16: {
         "_prepare": (4, 1),
         "_totals": (4, 4),
@@ -629,9 +585,9 @@ LAUNCH = {  # (warps of a head, stages of the pipeline that loads), measured on 
 CHUNK = {torch.bfloat16: 64, torch.float32: 32}  # tokens; 64: the rows of one tensor-core instruction on Hopper
 
 
-def _launch(kernel: str, dtype: torch.dtype, heads: int = 1) -> dict[str, int]:
+def _launch(kernel: str, dtype: torch.dtype) -> dict[str, int]:
     warps, stages = LAUNCH[dtype][kernel]
-    return {"num_warps": heads * warps, "num_stages": stages}
+    return {"num_warps": warps, "num_stages": stages}
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -668,8 +624,8 @@ class _Plan:
         (self.T, self.H, self.P), self.N, self.Q = x_THP.shape, B_TN.shape[1], CHUNK[x_THP.dtype]
         self.dtype = x_THP.dtype
         self.n_chunks = triton.cdiv(self.T, self.Q)
-        # two programs, which walk through one segment each, fit on a multiprocessor
-        self.chunks_per_segment = triton.cdiv(self.n_chunks * self.H, 2 * _multiprocessors(x_THP.device))
+        # two programs, which walk through one segment each, fit on a multiprocessor: so many, and none that waits
+        self.chunks_per_segment = triton.cdiv(self.n_chunks, max(1, 2 * _multiprocessors(x_THP.device) // self.H))
         self.segments = triton.cdiv(self.n_chunks, self.chunks_per_segment)
         self.B, self.C = (_described(t, self.Q, self.N) for t in (B_TN, C_TN))
         self.sizes = self.H, self.n_chunks, self.chunks_per_segment
@@ -696,26 +652,12 @@ class _Plan:
             **_launch("_prepare", self.dtype),
         )  # fmt: skip
 
-    def heads(self, kernel: str) -> int:
-        """That a program of this kernel takes."""
-        return HEADS[self.dtype][kernel] if self.H % 2 == 0 else 1
-
-    def walk(self, kernel: str) -> tuple[tuple[int], dict[str, int]]:
-        """(grid, options) of a kernel whose programs walk through a segment."""
-        heads = self.heads(kernel)
-        return (self.segments * self.H // heads,), self.shape | {"HEADS": heads} | _launch(kernel, self.dtype, heads)
-
-    def described(self, kernel: str, x_THP: Tensor) -> TensorDescriptor:
-        """In tiles of a chunk and the heads that a program takes."""
-        return _described(x_THP, self.Q, self.heads(kernel) * self.P)
-
     def totals(self, values_THP: Tensor, keys: TensorDescriptor, kept: Kept, reverse: bool) -> Tensor:
         """totals_SHPN; not `reverse`: and kept.segment_decay_SH."""
         totals_SHPN = kept.decay_CH.new_empty(self.segments, self.H, self.P, self.N)
-        grid, options = self.walk("_totals")
-        _totals[grid](
-            self.described("_totals", values_THP), keys, kept.vectors_5HT, kept.decay_CH, totals_SHPN,
-            kept.segment_decay_SH, *self.sizes, **options, REVERSE=reverse,
+        _totals[(self.segments * self.H,)](
+            _described(values_THP, self.Q, self.P), keys, kept.vectors_5HT, kept.decay_CH, totals_SHPN,
+            kept.segment_decay_SH, *self.sizes, **self.shape, REVERSE=reverse, **_launch("_totals", self.dtype),
         )  # fmt: skip
         return totals_SHPN
 
@@ -723,11 +665,10 @@ class _Plan:
         self, values_THP: Tensor, keys: TensorDescriptor, kept: Kept, states_CHPN: Tensor, reverse: bool
     ) -> None:
         totals_SHPN = self.totals(values_THP, keys, kept, reverse)
-        grid, options = self.walk("_states")
-        _states[grid](
-            self.described("_states", values_THP), keys, kept.vectors_5HT, kept.decay_CH, totals_SHPN,
-            kept.segment_decay_SH, _described(states_CHPN, self.heads("_states") * self.P, self.N), *self.sizes,
-            **options, REVERSE=reverse,
+        _states[(self.segments * self.H,)](
+            _described(values_THP, self.Q, self.P), keys, kept.vectors_5HT, kept.decay_CH, totals_SHPN,
+            kept.segment_decay_SH, _described(states_CHPN, self.P, self.N), *self.sizes,
+            **self.shape, REVERSE=reverse, **_launch("_states", self.dtype),
         )  # fmt: skip
 
 

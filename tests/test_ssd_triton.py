@@ -41,6 +41,7 @@ SMALL = {
     "awkward": Case(AWKWARD, padding=30),
     "whole chunks": Case([40, 0, 60, 28]),
     "one document": Case([200], heads=3, N=32),
+    "segments of one chunk": Case([150, 42], heads=1),
     "tokens": Case([1] * 5, padding=1, heads=1, offset=1),
     "only padding": Case([0, 0], padding=70),
     "groups of heads": Case([33, 50], heads=4),
@@ -164,29 +165,26 @@ def check(name: str, found: dict[str, float], tolerance: float) -> None:
 # ---------------------------------------------------------------------------------------------------- the interpreter
 
 
-def interpreted(what: str, heads: int):
-    """`what` this file prints, run as a script under the interpreter, with so many heads for a program."""
+def interpreted(what: str):
+    """`what` this file prints, run as a script under the interpreter."""
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run([sys.executable, __file__, what, str(heads)], env=environment, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, __file__, what], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 
 
-@pytest.mark.parametrize("heads", [1, 2])
-def test_interpreted_kernels_match_the_definition(heads):
-    for name, found in interpreted("distances", heads).items():
+def test_interpreted_kernels_match_the_definition():
+    for name, found in interpreted("distances").items():
         check(name, found, FLOAT32.get(name, FLOAT32_TOLERANCE))
 
 
-@pytest.mark.parametrize("heads", [1, 2])
-def test_interpreted_kernels_pass_nothing_between_documents(heads):
-    assert interpreted("leaks", heads) == []
+def test_interpreted_kernels_pass_nothing_between_documents():
+    assert interpreted("leaks") == []
 
 
-@pytest.mark.parametrize("heads", [1, 2])
-def test_interpreted_kernels_find_the_same_with_what_the_forward_kept(heads):
-    assert interpreted("changed_by_keeping", heads) == {name: [] for name in SMALL}
+def test_interpreted_kernels_find_the_same_with_what_the_forward_kept():
+    assert interpreted("changed_by_keeping") == {name: [] for name in SMALL}
 
 
 def test_obstacles():
@@ -253,8 +251,6 @@ def test_operation_runs_the_kernels_without_syncs_in_a_graph_and_repeats_itself(
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") == "1"
     torch.set_num_threads(1)
-    triton_kernels = importlib.import_module("hnet_kernels.ssd_triton")
-    triton_kernels.HEADS[torch.float32] = dict.fromkeys(triton_kernels.HEADS[torch.float32], int(sys.argv[2]))
     if sys.argv[1] == "leaks":
         print(json.dumps(leaks("cpu", torch.float32)))
     elif sys.argv[1] == "changed_by_keeping":
