@@ -31,12 +31,13 @@ class Options(NamedTuple):
     tokens: int
     warps: int
     stages: int
+    registers: int | None = None  # no more than these a thread
 
 
 SIZE = 64  # tokens of the tile that a program works for: others are slower
 # for W up to 64, and for 128: the fastest of those in benchmarks/results/h200-2026-11-28/kernels_sweep.txt
 FORWARD = Options(64, 4, 2), Options(64, 4, 3)
-KEYS = Options(64, 4, 2), Options(32, 4, 2)
+KEYS = Options(64, 4, 2, 168), Options(32, 4, 2)  # 168: three programs a multiprocessor
 QUERIES = Options(64, 4, 3), Options(64, 4, 2)
 
 
@@ -275,7 +276,7 @@ def _for_heads(options: tuple[Options, Options], P: int) -> Options:
 
 def _constants(options: Options, M: int, N: int, P: int, window: int) -> dict:
     sizes = {"P": P, "W": triton.next_power_of_2(P), "M": M, "N": N, "WINDOW": window >= 0}
-    return sizes | {"num_warps": options.warps, "num_stages": options.stages}
+    return sizes | {"num_warps": options.warps, "num_stages": options.stages, "maxnreg": options.registers}
 
 
 def _described(x: Tensor, rows: int, P: int) -> TensorDescriptor:

@@ -65,16 +65,17 @@ def ema_backward(dz_CD: Tensor, y_CD: Tensor, p_C: Tensor, z_CD: Tensor, cu_seql
     return (p_C[:, None] * g_CD).to(y_CD.dtype), (g_CD * (y_CD.to(p_C.dtype) - before_CD)).sum(-1)
 
 
-def sum_chunks(x_TD: Tensor, start_C: Tensor, out_CD: Tensor | None = None) -> Tensor:
+def sum_chunks(x_TD: Tensor, start_C: Tensor, out_CD: Tensor | None = None, spare: int | None = None) -> Tensor:
     """The sum of x over each chunk, (C, D): the gradient of handing every token the row of its chunk.
 
     start_C: int64, the first token of each chunk, growing from 0; T for a chunk without tokens.
     x_TD: float32 or float64. out_CD: where to write the sums, contiguous.
+    spare: that many chunks without tokens have sums, zeros; of the others nothing need be written. None: all have.
     """
     if _fast(x_TD, x_TD):
         from hnet_kernels import ema_triton
 
-        return ema_triton.sum_chunks(x_TD, start_C, out_CD)
+        return ema_triton.sum_chunks(x_TD, start_C, out_CD, spare)
     chunk_T = torch.bucketize(torch.arange(len(x_TD), device=x_TD.device), start_C, right=True) - 1
     out_CD = x_TD.new_empty(len(start_C), x_TD.shape[1]) if out_CD is None else out_CD
     return out_CD.zero_().index_add_(0, chunk_T, x_TD)

@@ -15,7 +15,7 @@ from torch import Tensor
 from hnet_kernels.kept import kept_empty
 
 RUN, CHANNELS, WARPS = 32, 128, 1  # chunks and channels of a program
-SUM_CHUNKS, SUM_ROWS, SUM_CHANNELS, SUM_WARPS = 8, 4, 512, 4  # of a program that adds up the tokens of some chunks
+SUM_ROWS, SUM_CHANNELS, SUM_WARPS = 4, 512, 4  # of a program that adds up the tokens of a chunk
 
 
 @triton.jit
@@ -136,24 +136,24 @@ def _smooth_gradient(
         tl.store(dp_ptr + tl.program_id(0) * C + k, tl.sum(g * (y - before), 0), mask=k < C)
 
 
-@triton.jit(do_not_specialize=["T", "C"])
+@triton.jit(do_not_specialize=["T", "C", "spare"])
 def _sum_chunks(
-    x_ptr, start_ptr, sum_ptr, T, C, D, CHUNKS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
+    x_ptr, start_ptr, sum_ptr, T, C, D, spare, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    k_first = tl.program_id(0) * CHUNKS  # CUDA allows 65,535 programs on the second axis
+    k = tl.program_id(0)  # CUDA allows 65,535 programs on the second axis
+    if tl.load(start_ptr + k - spare, mask=k >= spare, other=0) >= T:
+        return
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    first = tl.load(start_ptr + k_first)
-    for k in range(k_first, tl.minimum(k_first + CHUNKS, C)):
-        end = tl.load(start_ptr + k + 1, mask=k + 1 < C, other=0)
-        end = tl.where(k + 1 < C, end, T)
-        total = tl.zeros((BLOCK_D,), tl.float32)
-        for t in range(first, end, ROWS):
-            row = t + tl.arange(0, ROWS)
-            tile = row.to(tl.int64)[:, None] * D + d[None, :]
-            x = tl.load(x_ptr + tile, mask=(row < end)[:, None] & (d < D)[None, :], other=0.0)
-            total += tl.sum(x.to(tl.float32), 0)
-        tl.store(sum_ptr + tl.cast(k, tl.int64) * D + d, total, mask=d < D)
-        first = end
+    first = tl.load(start_ptr + k)
+    end = tl.load(start_ptr + k + 1, mask=k + 1 < C, other=0)
+    end = tl.where(k + 1 < C, end, T)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for t in range(first, end, ROWS):
+        row = t + tl.arange(0, ROWS)
+        tile = row.to(tl.int64)[:, None] * D + d[None, :]
+        x = tl.load(x_ptr + tile, mask=(row < end)[:, None] & (d < D)[None, :], other=0.0)
+        total += tl.sum(x.to(tl.float32), 0)
+    tl.store(sum_ptr + tl.cast(k, tl.int64) * D + d, total, mask=d < D)
 
 
 def _opens(cu_seqlens: Tensor, C: int) -> Tensor:
@@ -201,13 +201,13 @@ def ema_backward(dz_CD: Tensor, y_CD: Tensor, p_C: Tensor, z_CD: Tensor, cu_seql
     return dy_CD, dp_PC.sum(0)
 
 
-def sum_chunks(x_TD: Tensor, start_C: Tensor, out_CD: Tensor | None = None) -> Tensor:
+def sum_chunks(x_TD: Tensor, start_C: Tensor, out_CD: Tensor | None = None, spare: int | None = None) -> Tensor:
     """(C, D), float32, of `sum_chunks` in ema.py. x_TD: float32 or of 16 bits."""
     (T, D), C = x_TD.shape, len(start_C)
     x_TD, sum_CD = x_TD.contiguous(), x_TD.new_empty(C, D, dtype=torch.float32) if out_CD is None else out_CD
     with torch.cuda.device_of(x_TD):
-        _sum_chunks[(triton.cdiv(C, SUM_CHUNKS), triton.cdiv(D, SUM_CHANNELS))](
-            x_TD, start_C, sum_CD, T, C, D,
-            CHUNKS=SUM_CHUNKS, ROWS=SUM_ROWS, BLOCK_D=SUM_CHANNELS, num_warps=SUM_WARPS,
+        _sum_chunks[(C, triton.cdiv(D, SUM_CHANNELS))](
+            x_TD, start_C, sum_CD, T, C, D, C if spare is None else spare,
+            ROWS=SUM_ROWS, BLOCK_D=SUM_CHANNELS, num_warps=SUM_WARPS,
         )  # fmt: skip
     return sum_CD

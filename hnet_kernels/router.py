@@ -63,17 +63,22 @@ def upsample_forward(z_CD: Tensor, chunk_T: Tensor, residual_TD: Tensor, dtype: 
 
 
 def upsample_backward(
-    dout_TD: Tensor, z_CD: Tensor, chunk_T: Tensor, start_C: Tensor, dz_CD: Tensor | None = None
+    dout_TD: Tensor,
+    z_CD: Tensor,
+    chunk_T: Tensor,
+    start_C: Tensor,
+    dz_CD: Tensor | None = None,
+    spare: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(dscale_T, dz_CD), the former of a factor that each token's z had, which was 1; in z's dtype.
 
     The residual's gradient is dout_TD.
     start_C: int64, the first token of each chunk, growing from 0, T for a chunk without tokens.
-    dz_CD: where to write that, contiguous; may be z_CD itself.
+    dz_CD: where to write that, contiguous; may be z_CD itself. spare: see `sum_chunks`.
     """
     if _fast("upsample", z_CD):
         from hnet_kernels import router_triton
 
-        return router_triton.upsample_backward(dout_TD, z_CD, chunk_T, start_C, dz_CD)
+        return router_triton.upsample_backward(dout_TD, z_CD, chunk_T, start_C, dz_CD, spare)
     dout_TD = dout_TD.to(z_CD.dtype)
-    return (z_CD[chunk_T] * dout_TD).sum(-1), sum_chunks(dout_TD, start_C, dz_CD)
+    return (z_CD[chunk_T] * dout_TD).sum(-1), sum_chunks(dout_TD, start_C, dz_CD, spare)

@@ -120,11 +120,11 @@ def upsample_forward(z_CD: Tensor, chunk_T: Tensor, residual_TD: Tensor, dtype: 
 
 
 def upsample_backward(
-    dout_TD: Tensor, z_CD: Tensor, chunk_T: Tensor, start_C: Tensor, dz_CD: Tensor | None
+    dout_TD: Tensor, z_CD: Tensor, chunk_T: Tensor, start_C: Tensor, dz_CD: Tensor | None, spare: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """`upsample_backward` of router.py."""
     dout_TD, dscale_T = dout_TD.contiguous(), z_CD.new_empty(len(dout_TD))
     grid, blocks = _blocks(dout_TD)
     with torch.cuda.device_of(z_CD):
         _upsample_backward[grid](dout_TD, z_CD.contiguous(), chunk_T, dscale_T, len(chunk_T), **blocks)
-    return dscale_T, sum_chunks(dout_TD, start_C, dz_CD)
+    return dscale_T, sum_chunks(dout_TD, start_C, dz_CD, spare)

@@ -144,7 +144,7 @@ def _leave(hnet: HNet, y_BkD: Tensor, stage: StageOutput, residual_BjD: Tensor) 
     p_T, b_T = p_Bj.values(), stage.boundary_mask.values()
     start_C = torch.nonzero_static(b_T, size=len(y_CD)).squeeze(1)
     z_CD = Smooth.apply(y_CD, Take.apply(p_T, start_C).clamp(EMA_CLAMP, 1 - EMA_CLAMP), cu_seqlens(y_BkD))
-    x_TD = Upsample.apply(z_CD, p_T, b_T, b_T.cumsum(0) - 1, start_C, residual_BjD.values(), None, y_CD.dtype)
+    x_TD = Upsample.apply(z_CD, p_T, b_T, b_T.cumsum(0) - 1, start_C, residual_BjD.values(), None, y_CD.dtype, None)
     return hnet.narrow(on_values(hnet.decoder, nested_like(x_TD, p_Bj)))
 
 
@@ -253,7 +253,7 @@ class ResidualProjection(torch.autograd.Function):
     def backward(ctx, dout_TD: Tensor):
         (x_TD, weight_DD), (into_weight, into_x) = ctx.saved_tensors, ctx.targets
         _product(dout_TD.T, x_TD, into_weight)  # both factors have x's dtype: nothing is rounded for that
-        into_x.copy_(to_float32(dout_TD.contiguous()).to(weight_DD.dtype) @ weight_DD)
+        torch.mm(dout_TD, weight_DD.to(dout_TD.dtype), out=into_x)  # a gradient of x's dtype, as any other product's
         dbias_1D = weight_DD.new_empty(1, len(weight_DD))
         _product(dout_TD.new_ones(1, len(dout_TD)), dout_TD, dbias_1D)  # half the time of torch's sum, or less
         return None, None, dbias_1D[0], None
@@ -278,26 +278,28 @@ class Upsample(torch.autograd.Function):
 
     chunk_T: each token's chunk. start_C: each chunk's first token, T where there is none.
     proxy_TD: of `dtype`, or None: gets the residual's gradient for it, see `ResidualProjection`.
+    spare: of so many chunks without tokens the gradient is wanted, see `sum_chunks`.
     Gradients: of z, p and the residual; what has none: see `EmaUpsample` and `StraightThrough`.
     """
 
     @staticmethod
     def forward(
-        ctx, z_CD, p_T, b_T, chunk_T, start_C, residual_TD: Tensor, proxy_TD: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
+        ctx, z_CD, p_T, b_T, chunk_T, start_C, residual_TD: Tensor, proxy_TD: Tensor | None, dtype: torch.dtype,
+        spare: int | None,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(z_CD, b_T, chunk_T, start_C)
-        ctx.targets, ctx.wide = _take_targets(z_CD), residual_TD.dtype
+        ctx.targets, ctx.wide, ctx.spare = _take_targets(z_CD), residual_TD.dtype, spare
         return upsample_forward(z_CD, chunk_T, residual_TD, dtype)
 
     @staticmethod
     def backward(ctx, dx_TD: Tensor):
         z_CD, b_T, chunk_T, start_C = ctx.saved_tensors
         (target,) = ctx.targets
-        dconfidence_T, dz_CD = upsample_backward(dx_TD, z_CD, chunk_T, start_C, target)
+        dconfidence_T, dz_CD = upsample_backward(dx_TD, z_CD, chunk_T, start_C, target, ctx.spare)
         dp_T = torch.where(b_T, dconfidence_T, -dconfidence_T)  # eq. 6
-        *_, of_residual, of_proxy, _ = ctx.needs_input_grad
+        *_, of_residual, of_proxy, _, _ = ctx.needs_input_grad
         dresidual_TD, dproxy_TD = dx_TD.to(ctx.wide) if of_residual else None, dx_TD if of_proxy else None
-        return dz_CD if target is None else None, dp_T, None, None, None, dresidual_TD, dproxy_TD, None
+        return dz_CD if target is None else None, dp_T, None, None, None, dresidual_TD, dproxy_TD, None, None
 
 
 def run_stack(stack: Isotropic, ac: str, x_TD: Tensor, packing: Packing) -> Tensor:

@@ -384,7 +384,7 @@ class GraphedModel:
         p_T, z_CD = leaf(at.p_T[:T], at.dp_T[:T]), leaf(at.z_CD[:C], at.z_CD[:C])
         proxy_TD = leaf(at.dresidual_TD[:T], at.dresidual_TD[:T])
         of_chunks = at.b_T[:T], at.chunk_T[:T], at.start_C[:C]
-        x_TD = Upsample.apply(z_CD, p_T, *of_chunks, at.residual_TD[:T], proxy_TD, self.dtype)
+        x_TD = Upsample.apply(z_CD, p_T, *of_chunks, at.residual_TD[:T], proxy_TD, self.dtype, _step(T))
         return self._end(s, hnet.narrow(on_values(hnet.decoder, self._nested(s, sizes, x_TD))), leaf)
 
     # ----------------------------------------------------------------------------------------- finding and making them
