@@ -36,24 +36,26 @@ def _norm_backward(dx_TD: Tensor, u_TD: Tensor, scale_T: Tensor, weight_D: Tenso
 
 
 def add_norm_forward(
-    residual_TD: Tensor | None, delta_TD: Tensor, weight_D: Tensor, eps: float
+    residual_TD: Tensor | None, delta_TD: Tensor, weight_D: Tensor, eps: float, keep_x: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(sum_TD, x_TD, scale_T): sum = residual + delta, x = sum * scale * weight, scale = 1 / rms(sum).
 
     residual_TD: at least float32, or None for zeros. sum_TD and scale_T have its dtype, x_TD that of weight_D.
+    keep_x: a backward will need x_TD too.
     """
     if _fast("add_norm", delta_TD):
         from hnet_kernels import norm_triton  # not above: triton is not everywhere
 
-        return norm_triton.add_norm_forward(residual_TD, delta_TD, weight_D, eps)
+        return norm_triton.add_norm_forward(residual_TD, delta_TD, weight_D, eps, keep_x)
     sum_TD = _wide(delta_TD).clone() if residual_TD is None else residual_TD + delta_TD
     return sum_TD, *_norm(sum_TD, weight_D, eps)
 
 
 def add_norm_backward(
-    dx_TD: Tensor, dsum_TD: Tensor | None, sum_TD: Tensor, scale_T: Tensor, weight_D: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dresidual_TD, ddelta_TD, dweight_D, x_TD) of `add_norm_forward`, the last the same bits as there.
+    dx_TD: Tensor, dsum_TD: Tensor | None, sum_TD: Tensor, scale_T: Tensor, weight_D: Tensor, again: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(dresidual_TD, ddelta_TD, dweight_D, x_TD) of `add_norm_forward`, the last the same bits as there; None if not
+    wanted `again`.
 
     dsum_TD: the gradient of sum_TD, None for zeros. dresidual_TD and ddelta_TD are the same numbers, in the dtypes of
     sum_TD and of dx_TD.
@@ -61,11 +63,11 @@ def add_norm_backward(
     if _fast("add_norm", dx_TD):
         from hnet_kernels import norm_triton
 
-        return norm_triton.add_norm_backward(dx_TD, dsum_TD, sum_TD, scale_T, weight_D)
+        return norm_triton.add_norm_backward(dx_TD, dsum_TD, sum_TD, scale_T, weight_D, again)
     d_TD, dweight_D, x_TD = _norm_backward(dx_TD, sum_TD, scale_T, weight_D)
     if dsum_TD is not None:
         d_TD = d_TD + dsum_TD
-    return d_TD, d_TD.to(dx_TD.dtype), dweight_D, x_TD
+    return d_TD, d_TD.to(dx_TD.dtype), dweight_D, x_TD if again else None
 
 
 def gated_norm_forward(y_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,7 @@ def _load_rows(ptr, t, stride, end, D: tl.constexpr, BLOCK_D: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "per_program"])
 def _add_norm_backward(
     dx_ptr, dsum_ptr, sum_ptr, scale_ptr, weight_ptr, dresidual_ptr, ddelta_ptr, dweight_ptr, x_ptr, T, per_program,
-    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_DSUM: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_DSUM: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
@@ -81,7 +81,8 @@ def _add_norm_backward(
         if HAS_DSUM:
             next_dsum = _load_rows(dsum_ptr, t + ROWS, D, end, D, BLOCK_D)
         next_scale = tl.load(scale_ptr + t + ROWS, mask=t + ROWS < end, other=0.0)
-        tl.store(x_ptr + at, (unit * weight[None, :]).to(x_ptr.dtype.element_ty), mask=inside)
+        if AGAIN:
+            tl.store(x_ptr + at, (unit * weight[None, :]).to(x_ptr.dtype.element_ty), mask=inside)
         dweight += tl.sum(dx * unit, 0)
         g = dx * weight[None, :]
         du = scale[:, None] * (g - unit * (tl.sum(g * unit, 1) / D)[:, None])
@@ -187,11 +188,12 @@ def _dense_rows(x_TD: Tensor) -> Tensor:
 
 
 def add_norm_forward(
-    residual_TD: Tensor | None, delta_TD: Tensor, weight_D: Tensor, eps: float
+    residual_TD: Tensor | None, delta_TD: Tensor, weight_D: Tensor, eps: float, keep_x: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(sum_TD, x_TD, scale_T) of `add_norm_forward` in norm.py."""
     (T, D), delta_TD = delta_TD.shape, _dense_rows(delta_TD)
-    sum_TD, x_TD = kept_empty(delta_TD, T, D, dtype=torch.float32), weight_D.new_empty(T, D)
+    sum_TD = kept_empty(delta_TD, T, D, dtype=torch.float32)
+    x_TD = kept_empty(weight_D, T, D) if keep_x else weight_D.new_empty(T, D)
     scale_T, blocks = kept_empty(sum_TD, T), _blocks(D)
     residual_TD = None if residual_TD is None else residual_TD.contiguous()
     with torch.cuda.device_of(delta_TD):
@@ -203,19 +205,19 @@ def add_norm_forward(
 
 
 def add_norm_backward(
-    dx_TD: Tensor, dsum_TD: Tensor | None, sum_TD: Tensor, scale_T: Tensor, weight_D: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx_TD: Tensor, dsum_TD: Tensor | None, sum_TD: Tensor, scale_T: Tensor, weight_D: Tensor, again: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dresidual_TD, ddelta_TD, dweight_D, x_TD) of `add_norm_backward` in norm.py."""
     (T, D), dx_TD = dx_TD.shape, dx_TD.contiguous()
     tile, programs, warps = ADD_NORM_BACKWARD
     dresidual_TD, ddelta_TD, blocks = sum_TD.new_empty(T, D), dx_TD.new_empty(T, D), _blocks(D, tile, warps)
     programs, rows = _shares(T, blocks["ROWS"], programs, dx_TD.device)
-    dweight_ND, x_TD = sum_TD.new_empty(programs, D), weight_D.new_empty(T, D)
+    dweight_ND, x_TD = sum_TD.new_empty(programs, D), weight_D.new_empty(T, D) if again else None
     dsum_TD = None if dsum_TD is None else dsum_TD.contiguous()
     with torch.cuda.device_of(dx_TD):
         _add_norm_backward[(programs,)](
             dx_TD, dsum_TD, sum_TD, scale_T, weight_D.contiguous(), dresidual_TD, ddelta_TD, dweight_ND, x_TD, T, rows,
-            HAS_DSUM=dsum_TD is not None, **blocks,
+            HAS_DSUM=dsum_TD is not None, AGAIN=again, **blocks,
         )  # fmt: skip
         return dresidual_TD, ddelta_TD, sum_rows(dweight_ND, weight_D.dtype), x_TD
 

@@ -1,5 +1,5 @@
 """Operations on single elements that would otherwise take several passes over memory, or slow ones: SwiGLU, rotary,
-softplus, casts.
+casts.
 
 Legend: T tokens, I inner channels of a SwiGLU, H heads, P channels a head, R = half the rotary dimensions, M positions.
 
@@ -42,18 +42,18 @@ def swiglu_forward(both_T2I: Tensor) -> Tensor:
     return (F.silu(gate_TI) * value_TI).to(both_T2I.dtype)
 
 
-def swiglu_backward(dh_TI: Tensor, both_T2I: Tensor) -> tuple[Tensor, Tensor]:
-    """(dboth_T2I, h_TI) of `swiglu_forward`, the latter the same bits as there."""
+def swiglu_backward(dh_TI: Tensor, both_T2I: Tensor, again: bool = True) -> tuple[Tensor, Tensor | None]:
+    """(dboth_T2I, h_TI) of `swiglu_forward`, the latter the same bits as there; None if not wanted `again`."""
     if _fast("swiglu", both_T2I):
         from hnet_kernels import pointwise_triton
 
-        return pointwise_triton.swiglu_backward(dh_TI, both_T2I)
+        return pointwise_triton.swiglu_backward(dh_TI, both_T2I, again)
     value_TI, gate_TI = _wide(both_T2I).chunk(2, dim=-1)
     silu_TI = F.silu(gate_TI)
     dvalue_TI = _wide(dh_TI) * silu_TI
     dgate_TI = torch.ops.aten.silu_backward(_wide(dh_TI) * value_TI, gate_TI)
     dboth_T2I = torch.cat([dvalue_TI, dgate_TI], dim=-1)
-    return dboth_T2I.to(both_T2I.dtype), (silu_TI * value_TI).to(both_T2I.dtype)
+    return dboth_T2I.to(both_T2I.dtype), (silu_TI * value_TI).to(both_T2I.dtype) if again else None
 
 
 def _turned(x_THP: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
@@ -76,23 +76,3 @@ def rotate_(qkv_T3HP: Tensor, cos_MR: Tensor, sin_MR: Tensor, position_T: Tensor
     for x_THP in qkv_T3HP.unbind(1)[:2]:
         x_THP.copy_(_turned(x_THP, cos_TR, sin_TR))
     return qkv_T3HP
-
-
-def softplus_forward(raw_TH: Tensor, bias_H: Tensor) -> Tensor:
-    """softplus(raw + bias) in bias's dtype, at least float32. Rows of raw_TH may be parts of longer ones."""
-    if _fast("softplus", raw_TH):
-        from hnet_kernels import pointwise_triton
-
-        return pointwise_triton.softplus_forward(raw_TH, bias_H)
-    return F.softplus(raw_TH.to(bias_H.dtype) + bias_H)
-
-
-def softplus_backward(dout_TH: Tensor, raw_TH: Tensor, bias_H: Tensor, draw_TH: Tensor) -> Tensor:
-    """dbias_H of `softplus_forward`; writes raw's gradient to draw_TH, whose rows may be parts of longer ones."""
-    if _fast("softplus", raw_TH):
-        from hnet_kernels import pointwise_triton
-
-        return pointwise_triton.softplus_backward(dout_TH, raw_TH, bias_H, draw_TH)
-    dsum_TH = dout_TH * torch.sigmoid(raw_TH.to(bias_H.dtype) + bias_H)
-    draw_TH.copy_(dsum_TH)
-    return dsum_TH.sum(0)

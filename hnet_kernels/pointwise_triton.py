@@ -1,7 +1,7 @@
 """Triton kernels for the operations of pointwise.py, where the definitions are.
 
-Legend: T tokens, I inner channels of a SwiGLU, H heads, P channels a head, R = half the rotary dimensions, M positions,
-N programs. All are bound by memory: each element is read once and written once.
+Legend: T tokens, I inner channels of a SwiGLU, H heads, P channels a head, R = half the rotary dimensions, M positions.
+All are bound by memory: each element is read once and written once.
 """
 
 import torch
@@ -10,11 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from hnet_kernels.kept import kept_empty
-from hnet_kernels.norm_triton import sum_rows
 from hnet_kernels.triton_math import sigmoid
 
 ELEMENTS = 1024  # a program of SwiGLU
-TOKENS = 32  # a program of the others
+TOKENS = 32  # a program of rotary
 
 
 @triton.jit  # n as it comes: where 16 divides it, several elements are moved at once
@@ -35,7 +34,7 @@ def _swiglu(both_ptr, h_ptr, inner, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _swiglu_backward(dh_ptr, both_ptr, dboth_ptr, h_ptr, inner, BLOCK: tl.constexpr):
+def _swiglu_backward(dh_ptr, both_ptr, dboth_ptr, h_ptr, inner, BLOCK: tl.constexpr, AGAIN: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < inner
@@ -43,8 +42,9 @@ def _swiglu_backward(dh_ptr, both_ptr, dboth_ptr, h_ptr, inner, BLOCK: tl.conste
     value = tl.load(both_ptr + t * 2 * inner + i, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(both_ptr + t * 2 * inner + inner + i, mask=inside, other=0.0).to(tl.float32)
     s = sigmoid(gate)
-    h = gate * s * value  # to the bit as forwards
-    tl.store(h_ptr + t * inner + i, h.to(h_ptr.dtype.element_ty), mask=inside)
+    if AGAIN:
+        h = gate * s * value  # to the bit as forwards
+        tl.store(h_ptr + t * inner + i, h.to(h_ptr.dtype.element_ty), mask=inside)
     dvalue = dh * gate * s
     dgate = dh * value * s * (1 + gate * (1 - s))
     tl.store(dboth_ptr + t * 2 * inner + i, dvalue.to(dboth_ptr.dtype.element_ty), mask=inside)
@@ -71,35 +71,6 @@ def _rotate(
     tl.store(head + R, (b * cos + a * sin).to(x_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["T"])
-def _softplus(raw_ptr, bias_ptr, out_ptr, T, raw_stride, H, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    h = tl.arange(0, BLOCK_H)[None, :]
-    inside = (t < T)[:, None] & (h < H)
-    row = t.to(tl.int64)[:, None]
-    x = tl.load(raw_ptr + row * raw_stride + h, mask=inside, other=0.0).to(tl.float32)
-    x += tl.load(bias_ptr + h, mask=h < H, other=0.0)
-    # log(1 + e) loses what is below float32's last bit of 1; its series has it
-    e = tl.exp(-tl.abs(x))
-    tl.store(out_ptr + row * H + h, tl.maximum(x, 0.0) + tl.where(e < 1e-3, e - e * e / 2, tl.log(1 + e)), mask=inside)
-
-
-@triton.jit(do_not_specialize=["T"])
-def _softplus_backward(
-    dout_ptr, raw_ptr, bias_ptr, draw_ptr, dbias_ptr, T, raw_stride, draw_stride, H,
-    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    h = tl.arange(0, BLOCK_H)
-    inside = (t < T)[:, None] & (h < H)[None, :]
-    row = t.to(tl.int64)[:, None]
-    x = tl.load(raw_ptr + row * raw_stride + h[None, :], mask=inside, other=0.0).to(tl.float32)
-    x += tl.load(bias_ptr + h, mask=h < H, other=0.0)[None, :]
-    dx = tl.load(dout_ptr + row * H + h[None, :], mask=inside, other=0.0) / (1 + tl.exp(-x))
-    tl.store(draw_ptr + row * draw_stride + h[None, :], dx.to(draw_ptr.dtype.element_ty), mask=inside)
-    tl.store(dbias_ptr + tl.program_id(0) * H + h, tl.sum(dx, 0), mask=h < H)
-
-
 def to_float32(x: Tensor) -> Tensor:
     """`to_float32` of pointwise.py."""
     assert x.is_contiguous()
@@ -113,19 +84,21 @@ def to_float32(x: Tensor) -> Tensor:
 def swiglu_forward(both_T2I: Tensor) -> Tensor:
     """h_TI of `swiglu_forward` in pointwise.py."""
     T, inner, both_T2I = len(both_T2I), both_T2I.shape[1] // 2, both_T2I.contiguous()
-    h_TI = both_T2I.new_empty(T, inner)
+    h_TI = kept_empty(both_T2I, T, inner)
     with torch.cuda.device_of(h_TI):
         _swiglu[(T, triton.cdiv(inner, ELEMENTS))](both_T2I, h_TI, inner, BLOCK=ELEMENTS)
     return h_TI
 
 
-def swiglu_backward(dh_TI: Tensor, both_T2I: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu_backward(dh_TI: Tensor, both_T2I: Tensor, again: bool = True) -> tuple[Tensor, Tensor | None]:
     """(dboth_T2I, h_TI) of `swiglu_backward` in pointwise.py."""
     T, inner = dh_TI.shape
     both_T2I, dh_TI = both_T2I.contiguous(), dh_TI.contiguous()
-    dboth_T2I, h_TI = both_T2I.new_empty(T, 2 * inner), both_T2I.new_empty(T, inner)
+    dboth_T2I, h_TI = both_T2I.new_empty(T, 2 * inner), both_T2I.new_empty(T, inner) if again else None
     with torch.cuda.device_of(dh_TI):
-        _swiglu_backward[(T, triton.cdiv(inner, ELEMENTS))](dh_TI, both_T2I, dboth_T2I, h_TI, inner, BLOCK=ELEMENTS)
+        _swiglu_backward[(T, triton.cdiv(inner, ELEMENTS))](
+            dh_TI, both_T2I, dboth_T2I, h_TI, inner, BLOCK=ELEMENTS, AGAIN=again
+        )
     return dboth_T2I, h_TI
 
 
@@ -140,26 +113,3 @@ def rotate_(qkv_T3HP: Tensor, cos_MR: Tensor, sin_MR: Tensor, position_T: Tensor
                 P=P, R=R, BLOCK_T=TOKENS, BLOCK_R=triton.next_power_of_2(R), BACK=back, num_warps=2,
             )  # fmt: skip
     return qkv_T3HP
-
-
-def softplus_forward(raw_TH: Tensor, bias_H: Tensor) -> Tensor:
-    """softplus(raw + bias) of pointwise.py, float32."""
-    (T, H), raw_TH = raw_TH.shape, raw_TH if raw_TH.stride(1) == 1 else raw_TH.contiguous()
-    out_TH = kept_empty(bias_H, T, H)
-    with torch.cuda.device_of(raw_TH):
-        _softplus[(triton.cdiv(T, TOKENS),)](
-            raw_TH, bias_H, out_TH, T, raw_TH.stride(0), H, BLOCK_T=TOKENS, BLOCK_H=triton.next_power_of_2(H)
-        )
-    return out_TH
-
-
-def softplus_backward(dout_TH: Tensor, raw_TH: Tensor, bias_H: Tensor, draw_TH: Tensor) -> Tensor:
-    """dbias_H of `softplus_backward` in pointwise.py; fills draw_TH, whose rows are dense."""
-    (T, H), raw_TH = raw_TH.shape, raw_TH if raw_TH.stride(1) == 1 else raw_TH.contiguous()
-    dbias_NH = bias_H.new_empty(triton.cdiv(T, TOKENS), H)
-    with torch.cuda.device_of(raw_TH):
-        _softplus_backward[(len(dbias_NH),)](
-            dout_TH.contiguous(), raw_TH, bias_H, draw_TH, dbias_NH, T, raw_TH.stride(0), draw_TH.stride(0), H,
-            BLOCK_T=TOKENS, BLOCK_H=triton.next_power_of_2(H),
-        )  # fmt: skip
-        return sum_rows(dbias_NH, dbias_NH.dtype)

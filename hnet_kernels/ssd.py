@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import pad, softplus
 
 from hnet_kernels.dispatch import use_fast
 
@@ -245,54 +245,64 @@ def _setup(ctx, inputs, output):
 ssd.register_autograd(lambda ctx, dy: (*ssd_backward(dy, *ctx.saved_tensors), None), setup_context=_setup)
 
 
-def ssd_skip_forward(
+def mamba2_scan_forward(
     x_THP: Tensor,
-    dt_TH: Tensor,
-    A_H: Tensor,
+    raw_TH: Tensor,
+    bias_H: Tensor,
+    A_log_H: Tensor,
     B_TN: Tensor,
     C_TN: Tensor,
     D_H: Tensor,
     cu_seqlens: Tensor,
     keep: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """`ssd` with the skip, y + D x, for callers who write their own backward. D_H: the dtype of dt.
+    """`ssd` as Mamba-2 has it, for callers who write their own backward: with dt = softplus(raw + bias),
+    A = -exp(A_log), and with the skip, y + D x.
 
-    Returns y_THP, and where `keep` is set what `ssd_skip_backward` can take to compute less again: H P N numbers for 64
-    tokens in x's dtype, and a little; nothing from the definition.
+    x_THP, raw_TH, B_TN, C_TN: one floating dtype, maybe parts of longer rows; the others: at least float32.
+    Returns y_THP, and where `keep` is set what `mamba2_scan_backward` can take to compute less again: H P N numbers for
+    64 tokens in x's dtype, and a little; nothing from the definition.
     """
     if use_fast("ssd", x_THP.device.type, x_THP.dtype, _obstacle(x_THP, B_TN)):
         from hnet_kernels import ssd_triton
 
-        y_THP, kept = ssd_triton.scan_forward(x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens, D_H, keep)
+        y_THP, kept = ssd_triton.scan_forward(x_THP, raw_TH, A_log_H, B_TN, C_TN, cu_seqlens, D_H, keep, bias_H)
         return y_THP, tuple(kept or ())
-    y_THP = scan_forward(x_THP, dt_TH, dt_TH * A_H, B_TN, C_TN, cu_seqlens)
+    dt_TH = softplus(raw_TH.to(bias_H.dtype) + bias_H)
+    y_THP = scan_forward(x_THP, dt_TH, -dt_TH * A_log_H.exp(), B_TN, C_TN, cu_seqlens)
     return (y_THP + D_H[:, None] * x_THP).to(x_THP.dtype), ()
 
 
-def ssd_skip_backward(
+def mamba2_scan_backward(
     dy_THP: Tensor,
     x_THP: Tensor,
-    dt_TH: Tensor,
-    A_H: Tensor,
+    raw_TH: Tensor,
+    bias_H: Tensor,
+    A_log_H: Tensor,
     B_TN: Tensor,
     C_TN: Tensor,
     D_H: Tensor,
     cu_seqlens: Tensor,
-    out: tuple[Tensor, Tensor, Tensor],
+    out: tuple[Tensor, Tensor, Tensor, Tensor],
     kept: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(ddt_TH, dA_H, dD_H) of `ssd_skip_forward`; writes dx, dB and dC to `out`, perhaps parts of longer rows.
+    """(dbias_H, dA_log_H, dD_H) of `mamba2_scan_forward`; writes dx, dB, dC and draw to `out`, perhaps parts of longer
+    rows.
 
     `kept`: what the forward kept, or nothing; the same bits either way.
     """
     if use_fast("ssd", x_THP.device.type, x_THP.dtype, _obstacle(x_THP, B_TN)):
         from hnet_kernels import ssd_triton
 
-        if ssd_triton.can_write(out):
+        if ssd_triton.can_write(out[:3]):
             kept = ssd_triton.Kept(*kept) if kept else None
-            found = ssd_triton.scan_backward(dy_THP, x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens, D_H, out, kept)
-            return found.ddt_TH, found.dA_H, found.dD_H
-    dx_THP, ddt_TH, dA_H, dB_TN, dC_TN = ssd_backward(dy_THP, x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens)
-    for target, found in zip(out, (dx_THP + D_H[:, None] * dy_THP, dB_TN, dC_TN)):
+            found = ssd_triton.scan_backward(
+                dy_THP, x_THP, raw_TH, A_log_H, B_TN, C_TN, cu_seqlens, D_H, out, kept, bias_H
+            )
+            return found.dbias_H, found.dA_H, found.dD_H
+    before_TH, A_H = raw_TH.to(bias_H.dtype) + bias_H, -A_log_H.exp()
+    dx_THP, ddt_TH, dA_H, dB_TN, dC_TN = ssd_backward(dy_THP, x_THP, softplus(before_TH), A_H, B_TN, C_TN, cu_seqlens)
+    draw_TH = ddt_TH * before_TH.sigmoid()
+    for target, found in zip(out, (dx_THP + D_H[:, None] * dy_THP, dB_TN, dC_TN, draw_TH)):
         target.copy_(found)
-    return ddt_TH, dA_H, (x_THP.to(dt_TH.dtype) * dy_THP).sum((0, 2))
+    return draw_TH.sum(0), dA_H * A_H, (x_THP.to(D_H.dtype) * dy_THP).sum((0, 2))

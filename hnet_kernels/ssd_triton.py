@@ -11,7 +11,7 @@ With h_n the state (P, N) before chunk n, g the gain dt, and decays that are zer
 and the gradient runs the same recurrence backwards: with dy for g x, C for B, start for end. A program walks through a
 segment with the state in registers, so that forward reads x twice and writes y, and nothing else grows with T H:
 
-    _prepare    decays within and across chunks, and the products C_i . B_j, which all heads share
+    _prepare    gains, decays within and across chunks, and the products C_i . B_j, which all heads share
     _totals     what every segment adds to the state at its end
     _outputs    y, each program starting from the states that reach its segment
 
@@ -74,9 +74,24 @@ def _add_in_document(left_sum, left_opens, right_sum, right_opens):
     return tl.where(right_opens != 0, right_sum, left_sum + right_sum), left_opens | right_opens
 
 
+@triton.jit
+def _softplus(x):
+    """log(1 + exp(x)). As it stands that loses what is below float32's last bit of 1; its series has it."""
+    e = tl.exp(-tl.abs(x))
+    return tl.maximum(x, 0.0) + tl.where(e < 1e-3, e - e * e / 2, tl.log(1 + e))
+
+
+@triton.jit
+def _softplus_slope(y):
+    """softplus's derivative where its value is y: 1 - exp(-y), by its series where little is left of 1."""
+    series = y * (1 - y / 2 * (1 - y / 3 * (1 - y / 4 * (1 - y / 5 * (1 - y / 6)))))
+    return tl.where(y < 0.1, series, 1 - tl.exp(-y))
+
+
 @triton.jit(do_not_specialize=["T", "H", "n_docs"])
 def _prepare(
     dt_ptr,
+    bias_ptr,
     A_ptr,
     B_desc,
     C_desc,
@@ -91,6 +106,7 @@ def _prepare(
     dt_stride,
     Q: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     WITH_SCORES: tl.constexpr,
 ):
     """One program a chunk: vectors_5HT, decay_CH (through the chunk), document_T, scores_CQQ (C B^T, zero where
@@ -102,8 +118,13 @@ def _prepare(
     t = c * Q + q
     if WITH_SCORES:
         B_QN, C_QN = B_desc.load([c * Q, 0]), C_desc.load([c * Q, 0])
-    gain_QH = tl.load(dt_ptr + t[:, None] * dt_stride + h[None, :], mask=(t < T)[:, None] & (h < H)[None, :], other=0.0)
+    valid_QH = (t < T)[:, None] & (h < H)[None, :]
+    gain_QH = tl.load(dt_ptr + t[:, None] * dt_stride + h[None, :], mask=valid_QH, other=0.0).to(tl.float32)
     A_H = tl.load(A_ptr + h, mask=h < H, other=0.0)
+    if HAS_BIAS:
+        gain_QH += tl.load(bias_ptr + h, mask=h < H, other=0.0)[None, :]
+        gain_QH = tl.where(valid_QH, _softplus(gain_QH), 0.0)
+        A_H = -tl.exp(A_H)
     document_Q, opens_Q = _documents(cu_seqlens_ptr, n_docs, t, Q)
     tl.store(document_ptr + t, document_Q)
     before = tl.min(document_Q - tl.where(q == 0, opens_Q, 0), 0)  # the document that the chunk goes on with, if any
@@ -341,6 +362,7 @@ def _gradients_within(
     flows_ptr,
     D_ptr,
     dD_ptr,
+    sums_stride,
     c,
     group,
     first,
@@ -379,7 +401,7 @@ def _gradients_within(
         if HAS_D:  # the skip is a weight of a token for itself; no decay acts there, so x . dy is on the diagonal
             itself_QQ = q[:, None] == q[None, :]
             weights_QQ += tl.where(itself_QQ, tl.load(D_ptr + h), 0.0)
-            tl.store(dD_ptr + c * H + h, tl.sum(tl.sum(tl.where(itself_QQ, dscores_h_QQ, 0.0), 1), 0))
+            tl.store(dD_ptr + c * sums_stride + h, tl.sum(tl.sum(tl.where(itself_QQ, dscores_h_QQ, 0.0), 1), 0))
 
         dinput_QP = tl.dot(B_QN, tl.trans(dstate_PN), input_precision="ieee") * end_Q[:, None]
         later_Q = tl.sum(x_QP * dinput_QP, 1)
@@ -466,6 +488,7 @@ def _gradients(
     through_ptr,
     D_ptr,
     dD_ptr,
+    sums_stride,
     H,
     n_chunks,
     heads_per_group,
@@ -488,7 +511,7 @@ def _gradients(
     if tl.program_id(0) % 2 == 0:
         _gradients_within(
             x_desc, dy_desc, B_desc, C_desc, vectors_ptr, document_ptr, dstates_desc, dx_desc, dscores_desc, flows_ptr,
-            D_ptr, dD_ptr, c, group, first, end, H, n_chunks, P, Q, HAS_D,
+            D_ptr, dD_ptr, sums_stride, c, group, first, end, H, n_chunks, P, Q, HAS_D,
         )  # fmt: skip
     else:
         _gradients_across(
@@ -509,17 +532,20 @@ def _finish(
     flows_ptr,
     through_ptr,
     ddt_ptr,
-    dA_ptr,
+    sums_ptr,
     dB_desc,
     dC_desc,
     T,
     H,
     n_chunks,
+    ddt_stride,
+    sums_stride,
     Q: tl.constexpr,
     BLOCK_H: tl.constexpr,
     GROUPS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):
-    """One program a chunk: ddt_TH, the chunk's part of dA (dA_CH), dB_TN and dC_TN.
+    """One program a chunk: ddt_TH, the chunk's part of dA and, behind it, of the bias's gradient, dB_TN and dC_TN.
 
     A token's log decay gets what flows across it: from all before it to itself and all after it.
     """
@@ -532,6 +558,8 @@ def _finish(
     at_HQ = h[:, None] * padded + t[None, :]
     valid_HQ = (h < H)[:, None] & (t < T)[None, :]
     A_H = tl.load(A_ptr + h, mask=h < H, other=0.0)
+    if HAS_BIAS:
+        A_H = -tl.exp(A_H)
     through_H = tl.load(through_ptr + c * H + h, mask=h < H, other=0.0)
     gain_HQ = tl.load(vectors_ptr + GAIN * H * padded + at_HQ, mask=valid_HQ, other=0.0)
     into_HQ = tl.load(flows_ptr + INSIDE * H * padded + at_HQ, mask=valid_HQ, other=0.0)
@@ -544,9 +572,16 @@ def _finish(
     dlog_HQ += (
         tl.cumsum(later_HQ, 1) - later_HQ + through_H[:, None]
     )  # only a chunk's last document goes on to later ones
-    tl.store(dA_ptr + c * H + h, tl.sum(dlog_HQ * gain_HQ, 1), mask=h < H)
-    ddt_QH = tl.trans(dgain_HQ + dlog_HQ * A_H[:, None])
-    tl.store(ddt_ptr + t[:, None] * H + h[None, :], ddt_QH, mask=(t < T)[:, None] & (h < H)[None, :])
+    dA_H = tl.sum(dlog_HQ * gain_HQ, 1)
+    ddt_HQ = dgain_HQ + dlog_HQ * A_H[:, None]
+    sums_ptr += c * sums_stride + h
+    if HAS_BIAS:
+        dA_H *= A_H
+        ddt_HQ *= _softplus_slope(gain_HQ)
+        tl.store(sums_ptr + H, tl.sum(ddt_HQ, 1), mask=h < H)
+    tl.store(sums_ptr, dA_H, mask=h < H)
+    ddt_QH = tl.trans(ddt_HQ).to(ddt_ptr.dtype.element_ty)
+    tl.store(ddt_ptr + t[:, None] * ddt_stride + h[None, :], ddt_QH, mask=(t < T)[:, None] & (h < H)[None, :])
 
     dscores_QQ = dscores_desc.load([c * Q, 0]).to(tl.float32)
     dB_QN = parts_desc.load([c * Q, 0]).to(tl.float32)
@@ -631,25 +666,33 @@ class _Plan:
         self.sizes = self.H, self.n_chunks, self.chunks_per_segment
         self.shape = {"P": self.P, "N": self.N, "Q": self.Q}
 
-    def empty(self, dt_TH: Tensor, with_states: bool) -> Kept:
+    def empty(self, A_H: Tensor, with_states: bool) -> Kept:
         """Memory for all of it; `with_states` also for the states."""
         rows = self.n_chunks * self.Q
         return Kept(
-            kept_empty(dt_TH, 5, self.H, rows),
-            kept_empty(dt_TH, self.n_chunks, self.H),
-            kept_empty(dt_TH, rows, dtype=torch.int32),
-            kept_empty(dt_TH, self.segments, self.H),
-            kept_empty(dt_TH, self.n_chunks * self.H * self.P if with_states else 0, self.N, dtype=self.dtype),
+            kept_empty(A_H, 5, self.H, rows),
+            kept_empty(A_H, self.n_chunks, self.H),
+            kept_empty(A_H, rows, dtype=torch.int32),
+            kept_empty(A_H, self.segments, self.H),
+            kept_empty(A_H, self.n_chunks * self.H * self.P if with_states else 0, self.N, dtype=self.dtype),
         )
 
-    def prepare(self, kept: Kept, dt_TH: Tensor, A_H: Tensor, cu_seqlens: Tensor, scores_CQQ: Tensor | None) -> None:
+    def prepare(
+        self,
+        kept: Kept,
+        dt_TH: Tensor,
+        bias_H: Tensor | None,
+        A_H: Tensor,
+        cu_seqlens: Tensor,
+        scores_CQQ: Tensor | None,
+    ) -> None:
         dt_TH = dt_TH if dt_TH.stride(1) == 1 else dt_TH.contiguous()
         _prepare[(self.n_chunks,)](
-            dt_TH, A_H.contiguous(), self.B, self.C, cu_seqlens.contiguous(),
+            dt_TH, bias_H, A_H.contiguous(), self.B, self.C, cu_seqlens.contiguous(),
             kept.vectors_5HT, kept.decay_CH, kept.document_T, scores_CQQ,
             self.T, self.H, len(cu_seqlens) - 1, dt_TH.stride(0),
-            Q=self.Q, BLOCK_H=triton.next_power_of_2(self.H), WITH_SCORES=scores_CQQ is not None,
-            **_launch("_prepare", self.dtype),
+            Q=self.Q, BLOCK_H=triton.next_power_of_2(self.H), HAS_BIAS=bias_H is not None,
+            WITH_SCORES=scores_CQQ is not None, **_launch("_prepare", self.dtype),
         )  # fmt: skip
 
     def totals(self, values_THP: Tensor, keys: TensorDescriptor, kept: Kept, reverse: bool) -> Tensor:
@@ -681,19 +724,21 @@ def scan_forward(
     cu_seqlens: Tensor,
     D_H: Tensor | None = None,
     keep: bool = False,
+    bias_H: Tensor | None = None,
 ) -> tuple[Tensor, Kept | None]:
     """y_THP of `hnet::ssd`, plus D x where D_H is given. x, B, C: one of the dtypes of CHUNK; the others: float32.
 
-    `keep`: and what `scan_backward` can take, among it the states. None for no tokens.
+    bias_H: where it is given, what Mamba-2 has for weights enters: softplus(dt + bias) for dt, which may be of any
+    dtype, and -exp(A) for A. `keep`: and what `scan_backward` can take, among it the states. None for no tokens.
     """
     y_THP = kept_empty(x_THP, *x_THP.shape)
     if not len(x_THP):
         return y_THP, None
     plan = _Plan(x_THP, B_TN, C_TN)
-    kept = plan.empty(dt_TH, with_states=keep)
+    kept = plan.empty(A_H, with_states=keep)
     scores = _described(B_TN.new_empty(plan.n_chunks * plan.Q, plan.Q), plan.Q, plan.Q)
     with torch.cuda.device_of(x_THP):
-        plan.prepare(kept, dt_TH, A_H, cu_seqlens, scores.base)
+        plan.prepare(kept, dt_TH, bias_H, A_H, cu_seqlens, scores.base)
         totals_SHPN = plan.totals(x_THP, plan.B, kept, reverse=False)
         x, y = (_described(t, plan.Q, plan.P) for t in (x_THP, y_THP))
         _outputs[(plan.segments * plan.H,)](
@@ -705,7 +750,7 @@ def scan_forward(
 
 
 class Gradients(NamedTuple):
-    """Of `hnet::ssd`'s inputs, and of D_H where it was given."""
+    """Of `scan_forward`'s inputs; None where there was none."""
 
     dx_THP: Tensor
     ddt_TH: Tensor
@@ -713,6 +758,7 @@ class Gradients(NamedTuple):
     dB_TN: Tensor
     dC_TN: Tensor
     dD_H: Tensor | None = None
+    dbias_H: Tensor | None = None
 
 
 def can_write(tensors: Sequence[Tensor]) -> bool:
@@ -729,49 +775,53 @@ def scan_backward(
     C_TN: Tensor,
     cu_seqlens: Tensor,
     D_H: Tensor | None = None,
-    out: tuple[Tensor, Tensor, Tensor] | None = None,
+    out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     kept: Kept | None = None,
+    bias_H: Tensor | None = None,
 ) -> Gradients:
-    """Gradients of `scan_forward`. `out`: where dx, dB and dC go, see `can_write`. `kept`: from the forward of the same
-    inputs; without it decays and states are computed again, to the same bits."""
-    dx_THP, dB_TN, dC_TN = out or tuple(t.new_empty(t.shape) for t in (x_THP, B_TN, C_TN))
-    ddt_TH = dt_TH.new_empty(dt_TH.shape)
+    """Gradients of `scan_forward`. `out`: where dx, dB, dC, see `can_write`, and ddt go. `kept`: from the forward of
+    the same inputs; without it decays and states are computed again, to the same bits."""
+    dx_THP, dB_TN, dC_TN, ddt_TH = out or tuple(t.new_empty(t.shape) for t in (x_THP, B_TN, C_TN, dt_TH))
+    of_heads = {"dA_H": A_H, "dbias_H": bias_H, "dD_H": D_H}  # in this order below
+    of_heads = {name: x for name, x in of_heads.items() if x is not None}
     if not len(x_THP):
-        dD_H = None if D_H is None else torch.zeros_like(D_H)
-        return Gradients(dx_THP, ddt_TH, torch.zeros_like(A_H), dB_TN, dC_TN, dD_H)
+        none = {name: torch.zeros_like(x) for name, x in of_heads.items()}
+        return Gradients(dx_THP, ddt_TH, dB_TN=dB_TN, dC_TN=dC_TN, **none)
     plan, again = _Plan(x_THP, B_TN, C_TN), kept is None
     H, P, N, Q, n_chunks = plan.H, plan.P, plan.N, plan.Q, plan.n_chunks
     groups = _groups(n_chunks, H, x_THP.device)
-    kept = plan.empty(dt_TH, with_states=True) if again else kept
+    kept = plan.empty(A_H, with_states=True) if again else kept
     dstates_CHPN = x_THP.new_empty(kept.states_CHPN.shape)
     states, dstates = (_described(x, P, N) for x in (kept.states_CHPN, dstates_CHPN))
     dscores_GCQQ = _described(x_THP.new_empty(groups * n_chunks * Q, Q), Q, Q)
     parts_G2TN = _described(x_THP.new_empty(groups * 2 * n_chunks * Q, N), Q, N)
-    flows_4HT = dt_TH.new_empty(4, H, n_chunks * Q)
+    flows_4HT = A_H.new_empty(4, H, n_chunks * Q)
     # Zeros, which a kernel writes: descriptors need the context that a thread's first launch binds, and the thread
     # that autograd runs a backward on may have launched nothing yet ("invalid device context" with Triton 3.6; with
     # other kernels: github.com/pytorch/pytorch/issues/124565). It goes when Triton binds one itself.
-    through_CH = dt_TH.new_zeros(n_chunks, H)
-    sums_2CH = dt_TH.new_empty(1 if D_H is None else 2, n_chunks, H)  # of dA and of dD
+    through_CH = A_H.new_zeros(n_chunks, H)
+    sums_CnH = A_H.new_empty(n_chunks, len(of_heads), H)
     with torch.cuda.device_of(x_THP):
         if again:
-            plan.prepare(kept, dt_TH, A_H, cu_seqlens, scores_CQQ=None)
+            plan.prepare(kept, dt_TH, bias_H, A_H, cu_seqlens, scores_CQQ=None)
             plan.states(x_THP, plan.B, kept, kept.states_CHPN, reverse=False)
         plan.states(dy_THP, plan.C, kept, dstates_CHPN, reverse=True)
         _gradients[(2 * n_chunks, groups)](
             *(_described(t, Q, P) for t in (x_THP, dy_THP)), plan.B, plan.C,
             kept.vectors_5HT, kept.decay_CH, kept.document_T, states, dstates,
-            _described(dx_THP, Q, P), dscores_GCQQ, parts_G2TN, flows_4HT, through_CH, D_H, sums_2CH[-1],
-            H, n_chunks, H // groups, **plan.shape, HAS_D=D_H is not None, **_launch("_gradients", x_THP.dtype),
+            _described(dx_THP, Q, P), dscores_GCQQ, parts_G2TN, flows_4HT, through_CH, D_H, sums_CnH[0, -1],
+            sums_CnH.stride(0), H, n_chunks, H // groups,
+            **plan.shape, HAS_D=D_H is not None, **_launch("_gradients", x_THP.dtype),
         )  # fmt: skip
         _finish[(n_chunks,)](
             A_H.contiguous(), plan.B, plan.C, kept.vectors_5HT, kept.document_T, dscores_GCQQ, parts_G2TN,
-            flows_4HT, through_CH, ddt_TH, sums_2CH[0], *(_described(t, Q, N) for t in (dB_TN, dC_TN)),
-            plan.T, H, n_chunks, Q=Q, BLOCK_H=triton.next_power_of_2(H), GROUPS=groups,
+            flows_4HT, through_CH, ddt_TH, sums_CnH, *(_described(t, Q, N) for t in (dB_TN, dC_TN)),
+            plan.T, H, n_chunks, ddt_TH.stride(0), sums_CnH.stride(0),
+            Q=Q, BLOCK_H=triton.next_power_of_2(H), GROUPS=groups, HAS_BIAS=bias_H is not None,
             **_launch("_finish", x_THP.dtype),
         )  # fmt: skip
-        dA_H, *dD_H = (sum_rows(sums_CH, dt_TH.dtype) for sums_CH in sums_2CH)
-        return Gradients(dx_THP, ddt_TH, dA_H, dB_TN, dC_TN, *dD_H)
+        sums_nH = sum_rows(sums_CnH.flatten(1), A_H.dtype).view(-1, H)
+        return Gradients(dx_THP, ddt_TH, dB_TN=dB_TN, dC_TN=dC_TN, **dict(zip(of_heads, sums_nH)))
 
 
 def _groups(n_chunks: int, H: int, device: torch.device) -> int:

@@ -8,10 +8,10 @@ tests compare the two in float64. Legend: as in hnet_trainable.py.
 Gradients of weights that are matrix products can go straight to where an optimizer reads them, see `gradients_into`.
 
 Activation checkpointing is part of a branch's backward, which computes again what its forward did not keep. Behind the
-sum every branch keeps its products' results and what follows from them up to the last product's input (`none`); or all
-but Mamba-2, which takes most memory for what it costs to compute (`selective`); or none (`block`). What enters a
-weight's product, such as the norm, is written by the kernel that has read its inputs for their gradients anyway. The
-results are the same bits.
+sum every branch keeps what enters its products and what comes of them, but for the gated norm (`none`); or an MLP and
+attention keep what comes of their first product (`selective`: Mamba-2 takes most memory for what it costs to compute);
+or none does (`block`). What enters a weight's product and is not kept, such as a norm, is written by the kernel that
+has read its inputs for their gradients anyway. The results are the same bits.
 """
 
 import contextlib
@@ -28,16 +28,9 @@ from hnet_kernels.conv import causal_conv_silu_backward_to, causal_conv_silu_for
 from hnet_kernels.cross_entropy import cross_entropy_backward, cross_entropy_forward
 from hnet_kernels.kept import keep, keeping_if, kept_empty
 from hnet_kernels.norm import add_norm_backward, add_norm_forward, gated_norm_backward, gated_norm_forward
-from hnet_kernels.pointwise import (
-    rotate_,
-    softplus_backward,
-    softplus_forward,
-    swiglu_backward,
-    swiglu_forward,
-    to_float32,
-)
+from hnet_kernels.pointwise import rotate_, swiglu_backward, swiglu_forward, to_float32
 from hnet_kernels.router import boundary_backward, boundary_forward, upsample_backward, upsample_forward
-from hnet_kernels.ssd import ssd_skip_backward, ssd_skip_forward
+from hnet_kernels.ssd import mamba2_scan_backward, mamba2_scan_forward
 from hnet_trainable import (
     EMA_CLAMP,
     HEADDIM,
@@ -350,28 +343,40 @@ def _norm_again(residual_TD: Tensor, norm_D: Tensor) -> Tensor:
     return add_norm_forward(None, residual_TD, norm_D, NORM_EPS)[1]
 
 
+def _norm_backward(
+    dx_TD: Tensor, dsum_TD: Tensor, sum_TD: Tensor, scale_T: Tensor, norm_D: Tensor, x_TD: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`add_norm_backward` for who may have kept x_TD."""
+    *gradients, x_again_TD = add_norm_backward(dx_TD, dsum_TD, sum_TD, scale_T, norm_D, again=x_TD is None)
+    return *gradients, x_again_TD if x_TD is None else x_TD
+
+
 class MlpBranch(torch.autograd.Function):
     """(residual, delta) -> (residual + delta, the SwiGLU of its norm). Gradients: of both and of the weights."""
 
     @staticmethod
     def forward(ctx, ac: str, residual_TD: Tensor, delta_TD: Tensor, norm_D: Tensor, fc1: Tensor, fc2: Tensor):
-        residual_TD, x_TD, scale_T = add_norm_forward(residual_TD, delta_TD, norm_D, NORM_EPS)
+        all_kept = ac == "none"
+        residual_TD, x_TD, scale_T = add_norm_forward(residual_TD, delta_TD, norm_D, NORM_EPS, keep_x=all_kept)
         with keeping_if(ac != "block"):
             both_T2I = _kept_product(x_TD, fc1)
-        ctx.save_for_backward(residual_TD, scale_T, norm_D, fc1, fc2, both_T2I if ac != "block" else None)
+        with keeping_if(all_kept):
+            h_TI = swiglu_forward(both_T2I)
+        kept = [both_T2I if ac != "block" else None, *((x_TD, h_TI) if all_kept else (None, None))]
+        ctx.save_for_backward(residual_TD, scale_T, norm_D, fc1, fc2, *kept)
         ctx.targets = _take_targets(fc1, fc2)
-        return residual_TD, swiglu_forward(both_T2I) @ fc2.T
+        return residual_TD, h_TI @ fc2.T
 
     @staticmethod
     def backward(ctx, dresidual_TD: Tensor, dout_TD: Tensor):
-        residual_TD, scale_T, norm_D, fc1, fc2, both_T2I = ctx.saved_tensors
+        residual_TD, scale_T, norm_D, fc1, fc2, both_T2I, x_TD, h_TI = ctx.saved_tensors
         if both_T2I is None:
             both_T2I = _norm_again(residual_TD, norm_D) @ fc1.T
         into1, into2 = ctx.targets
-        dboth_T2I, h_TI = swiglu_backward(dout_TD @ fc2, both_T2I)
-        dfc2 = _product(dout_TD.T, h_TI, into2)
-        del both_T2I, h_TI
-        *gradients, x_TD = add_norm_backward(dboth_T2I @ fc1, dresidual_TD, residual_TD, scale_T, norm_D)
+        dboth_T2I, h_again = swiglu_backward(dout_TD @ fc2, both_T2I, again=h_TI is None)
+        dfc2 = _product(dout_TD.T, h_again if h_TI is None else h_TI, into2)
+        del both_T2I, h_TI, h_again
+        *gradients, x_TD = _norm_backward(dboth_T2I @ fc1, dresidual_TD, residual_TD, scale_T, norm_D, x_TD)
         return _wanted(ctx, 1, *gradients, _product(dboth_T2I.T, x_TD, into1), dfc2)
 
 
@@ -384,12 +389,13 @@ class AttentionBranch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, packing, how, residual_TD, delta_TD, norm_D: Tensor, Wqkv: Tensor, out_proj: Tensor):
         ac, ctx.n_heads, ctx.window, ctx.order = how
-        residual_TD, x_TD, scale_T = add_norm_forward(residual_TD, delta_TD, norm_D, NORM_EPS)
+        residual_TD, x_TD, scale_T = add_norm_forward(residual_TD, delta_TD, norm_D, NORM_EPS, keep_x=ac == "none")
         with keeping_if(ac != "block"):
             qkv_T3HP, attended = AttentionBranch.attend(ctx, packing, x_TD, Wqkv)
         ctx.packing, ctx.targets = packing, _take_targets(Wqkv, out_proj)
         ctx.attended = attended if ac != "block" else None
-        ctx.save_for_backward(residual_TD, scale_T, norm_D, Wqkv, out_proj, qkv_T3HP if ac != "block" else None)
+        kept = qkv_T3HP if ac != "block" else None, x_TD if ac == "none" else None
+        ctx.save_for_backward(residual_TD, scale_T, norm_D, Wqkv, out_proj, *kept)
         return residual_TD, attended.o_THP.flatten(1) @ out_proj.T
 
     @staticmethod
@@ -400,7 +406,7 @@ class AttentionBranch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dresidual_TD: Tensor, dout_TD: Tensor):
-        residual_TD, scale_T, norm_D, Wqkv, out_proj, qkv_T3HP = ctx.saved_tensors
+        residual_TD, scale_T, norm_D, Wqkv, out_proj, qkv_T3HP, x_TD = ctx.saved_tensors
         _, position_T, *tables = ctx.packing
         attended = ctx.attended
         ctx.attended = None  # what is used up can go
@@ -411,7 +417,7 @@ class AttentionBranch(torch.autograd.Function):
         dqkv_T3HP = packed_attention_backward(do_THP, qkv_T3HP, attended, ctx.window, ctx.order)
         dqkv_TD, o_TD = rotate_(dqkv_T3HP, *tables, position_T, back=True).flatten(1), o_THP.flatten(1)
         del attended
-        *gradients, x_TD = add_norm_backward(dqkv_TD @ Wqkv, dresidual_TD, residual_TD, scale_T, norm_D)
+        *gradients, x_TD = _norm_backward(dqkv_TD @ Wqkv, dresidual_TD, residual_TD, scale_T, norm_D, x_TD)
         into_qkv, into_out = ctx.targets
         products = _product(dqkv_TD.T, x_TD, into_qkv), _product(dout_TD.T, o_TD, into_out)
         return _wanted(ctx, 2, *gradients, *products)
@@ -425,40 +431,39 @@ class MambaBranch(torch.autograd.Function):
         ctx, packing, ac, residual_TD, delta_TD, norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_log_H, D_H,
         gate_D, out_proj,
     ):  # fmt: skip
-        residual_TD, x_TD, scale_T = add_norm_forward(residual_TD, delta_TD, norm_D, NORM_EPS)
-        A_H = -A_log_H.to(torch.promote_types(A_log_H.dtype, torch.float32)).exp()
-        weights = norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_H, D_H, gate_D, out_proj
+        residual_TD, x_TD, scale_T = add_norm_forward(residual_TD, delta_TD, norm_D, NORM_EPS, keep_x=ac == "none")
+        weights = norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_log_H, D_H, gate_D, out_proj
         with keeping_if(ac == "none"):
             gated_TD, *kept = MambaBranch.mix(packing, x_TD, ac == "none", *weights[1:-1])
         ctx.packing, ctx.targets = packing, _take_targets(in_proj, out_proj)
-        ctx.save_for_backward(residual_TD, scale_T, *weights, *(kept if ac == "none" else ()))
+        ctx.save_for_backward(residual_TD, scale_T, *weights, *((x_TD, *kept) if ac == "none" else (None,)))
         return residual_TD, gated_TD @ out_proj.T
 
     @staticmethod
     def mix(
-        packing, x_TD, with_states, in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_H, D_H, gate_D
+        packing, x_TD, with_states, in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_log_H, D_H, gate_D
     ) -> tuple[Tensor, ...]:
         """The input of out_proj, and what the backward needs. with_states: the scan's, for its backward."""
         projected = _kept_product(x_TD, in_proj)
         z, before, raw_TH = projected.split([len(gate_D), len(conv_bias_D), len(D_H)], dim=-1)
         after = causal_conv_silu_forward(before, conv_D1K, conv_bias_D, packing.position_T)
         u_THP, B_TN, C_TN = _parts(after, len(D_H))
-        dt_TH = softplus_forward(raw_TH, dt_bias_H.to(A_H.dtype))
-        y_THP, states = ssd_skip_forward(
-            u_THP, dt_TH, A_H, B_TN, C_TN, D_H.to(A_H.dtype), packing.cu_seqlens, with_states
+        dt_bias_H, A_log_H, D_H = map(_wide, (dt_bias_H, A_log_H, D_H))
+        y_THP, states = mamba2_scan_forward(
+            u_THP, raw_TH, dt_bias_H, A_log_H, B_TN, C_TN, D_H, packing.cu_seqlens, with_states
         )
         y_TD = y_THP.flatten(1)
         gated_TD, gate_scale_T = gated_norm_forward(y_TD, z, gate_D, NORM_EPS)
-        return gated_TD, projected, gate_scale_T, after, dt_TH, y_TD, *states
+        return gated_TD, projected, gate_scale_T, after, y_TD, *states
 
     @staticmethod
     def backward(ctx, dresidual_TD: Tensor, dout_TD: Tensor):
         residual_TD, scale_T, *saved = ctx.saved_tensors
-        weights, kept = saved[:9], saved[9:]
-        norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_H, D_H, gate_D, out_proj = weights
+        weights, x_TD, kept = saved[:9], saved[9], saved[10:]
+        norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_log_H, D_H, gate_D, out_proj = weights
         if not kept:
             kept = MambaBranch.mix(ctx.packing, _norm_again(residual_TD, norm_D), True, *weights[1:-1])[1:]
-        projected, gate_scale_T, after, dt_TH, y_TD, *states = kept
+        projected, gate_scale_T, after, y_TD, *states = kept
         dprojected, dafter = torch.empty_like(projected), torch.empty_like(after)
         into_in, into_out = ctx.targets
         widths = [len(gate_D), len(conv_bias_D), len(D_H)]
@@ -467,16 +472,19 @@ class MambaBranch(torch.autograd.Function):
         dout_proj = _product(dout_TD.T, gated_TD, into_out)
         del saved, kept, y_TD, gated_TD  # what is used up can go before the scan needs most
         u_THP, *BC = _parts(after, len(D_H))
-        ddt_TH, dA_H, dD_H = ssd_skip_backward(
-            dy_TD.view_as(u_THP), u_THP, dt_TH, A_H, *BC, D_H.to(dt_TH.dtype), ctx.packing.cu_seqlens,
-            _parts(dafter, len(D_H)), states,
+        of_heads = mamba2_scan_backward(
+            dy_TD.view_as(u_THP), u_THP, raw_TH, _wide(dt_bias_H), _wide(A_log_H), *BC, _wide(D_H),
+            ctx.packing.cu_seqlens, (*_parts(dafter, len(D_H)), draw_TH), states,
         )  # fmt: skip
         dconv = causal_conv_silu_backward_to(dbefore, dafter, before, conv_D1K, conv_bias_D, ctx.packing.position_T)
-        ddt_bias_H = softplus_backward(ddt_TH, raw_TH, dt_bias_H.to(dt_TH.dtype), draw_TH)
-        *gradients, x_TD = add_norm_backward(dprojected @ in_proj, dresidual_TD, residual_TD, scale_T, norm_D)
-        small = (g.to(D_H.dtype) for g in (ddt_bias_H, dA_H * A_H, dD_H))
+        *gradients, x_TD = _norm_backward(dprojected @ in_proj, dresidual_TD, residual_TD, scale_T, norm_D, x_TD)
         din_proj = _product(dprojected.T, x_TD, into_in)
-        return _wanted(ctx, 2, *gradients, din_proj, *dconv, *small, dgate_D, dout_proj)
+        of_heads = (x.to(D_H.dtype) for x in of_heads)
+        return _wanted(ctx, 2, *gradients, din_proj, *dconv, *of_heads, dgate_D, dout_proj)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _wanted(ctx, others: int, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -99,14 +99,13 @@ def for_any_gpu() -> None:
         pointwise_triton.swiglu_backward(pointwise_triton.swiglu_forward(both), both)
         H = 2 * D // 64
         projected = new(T, 4 * D + 2 * N + H)
-        z, xBC, raw = projected.split([2 * D, 2 * D + 2 * N, H], -1)
-        taps, bias, bias_H, gate = new(2 * D + 2 * N, 1, 4), new(2 * D + 2 * N), new(H, dtype=WIDE), new(2 * D)
+        z, xBC, _ = projected.split([2 * D, 2 * D + 2 * N, H], -1)
+        taps, bias, gate = new(2 * D + 2 * N, 1, 4), new(2 * D + 2 * N), new(2 * D)
         after = conv_triton.conv_silu_forward(xBC, taps, bias, position_T)
         conv_triton.conv_silu_backward(after, xBC, taps, bias, position_T, torch.empty_like(xBC))
         y_TD = after[:, : 2 * D].contiguous()
         _, scale = norm_triton.gated_norm_forward(y_TD, z, gate, 1e-5)
         norm_triton.gated_norm_backward(y_TD, y_TD, z, scale, gate, torch.empty_like(z))
-        pointwise_triton.softplus_backward(pointwise_triton.softplus_forward(raw, bias_H), raw, bias_H, raw)
     qkv, table = new(T, 3, 16, 64), new(T, 16, dtype=WIDE)
     for back in (False, True):
         pointwise_triton.rotate_(qkv, table, table, position_T, back)
@@ -132,6 +131,9 @@ def for_hopper() -> None:
         y, kept = ssd_triton.scan_forward(x, dt, A, B, C, cu, A, keep=True)
         ssd_triton.scan_backward(y, x, dt, A, B, C, cu, A, kept=kept)
         ssd_triton.scan_backward(y, x, dt, A, B, C, cu)
+        raw = new(T, H + 8, dtype=dtype)[:, 8:]
+        y, kept = ssd_triton.scan_forward(x, raw, A, B, C, cu, A, keep=True, bias_H=A)
+        ssd_triton.scan_backward(y, x, raw, A, B, C, cu, A, kept=kept, bias_H=A)
     order = attention_triton.tile_order(T, cu)
     for P, window in ((64, -1), (64, 1023), (96, 1023), (128, -1)):
         qkv = new(T, 3, 16, P)

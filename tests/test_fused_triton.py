@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from hnet_kernels import cross_entropy, norm, pointwise, router, ssd  # noqa: E402
 from hnet_kernels.conv import causal_conv_silu_backward_to  # noqa: E402
-from hnet_kernels.ssd import scan_backward, ssd_skip_backward, ssd_skip_forward  # noqa: E402
+from hnet_kernels.ssd import mamba2_scan_backward, mamba2_scan_forward, scan_backward  # noqa: E402
 
 attention = importlib.import_module("hnet_kernels.attention")
 AWKWARD = [1, 2, 63, 64, 65, 257]
@@ -61,6 +61,8 @@ def add_norm_case(new: Inputs, T: int, D: int, first: bool) -> dict[str, tuple[T
     sum_, x, scale = norm.add_norm_forward(residual, delta, weight, EPS)
     found = {"sum": sum_, "x": x, "scale": scale}
     *gradients, again = norm.add_norm_backward(dx, dsum, sum_, scale, weight)
+    *same, none = norm.add_norm_backward(dx, dsum, sum_, scale, weight, again=False)
+    assert none is None and all(map(torch.equal, same, gradients))
     assert torch.equal(again, x)
     found |= dict(zip(("dresidual", "ddelta", "dweight"), gradients))
     leaves = [exact(t).requires_grad_() for t in (delta if first else residual, delta, weight)]
@@ -94,6 +96,8 @@ def swiglu_case(new: Inputs, T: int, inner: int):
     leaf = exact(both).requires_grad_()
     h = torch.nn.functional.silu(leaf[:, inner:]) * leaf[:, :inner]
     h_, (dboth, again) = pointwise.swiglu_forward(both), pointwise.swiglu_backward(dh, both)
+    same, none = pointwise.swiglu_backward(dh, both, again=False)
+    assert none is None and torch.equal(same, dboth)
     assert torch.equal(again, h_)
     found = {"h": h_, "dboth": dboth}
     return found, {"h": h, "dboth": torch.autograd.grad(h, leaf, exact(dh))[0]}
@@ -193,51 +197,47 @@ def upsample_case(new: Inputs, T: int, C: int, D: int, spare: int):
     return found, {"out": wanted} | dict(zip(("dscale", "dz"), gradients))
 
 
-def softplus_case(new: Inputs, T: int, H: int):
-    raw = (new(T, H + 8, scale=6))[:, 8:]
-    bias, dout = new(H, wide=True), new(T, H, wide=True)
-    out, draw = pointwise.softplus_forward(raw, bias), nan_like(raw, longer=8)
-    dbias = pointwise.softplus_backward(dout, raw, bias, draw)
-    leaves = [exact(raw).requires_grad_(), exact(bias).requires_grad_()]
-    wanted = torch.nn.functional.softplus(leaves[0] + leaves[1])
-    gradients = torch.autograd.grad(wanted, leaves, exact(dout))
-    found = {"out": out, "relative": out.double().log(), "draw": draw, "dbias": dbias}
-    return found, {"out": wanted, "relative": wanted.log(), "draw": gradients[0], "dbias": gradients[1]}
-
-
-def scan_case(new: Inputs, lengths: list[int], H: int, N: int, K: int = 4):
-    """The scan with its skip and the convolution before it, whose gradients are parts of longer rows."""
+def scan_case(
+    new: Inputs, lengths: list[int], H: int, N: int, K: int = 4, spread: float = 1, A_log: float = 0
+):  # fmt: skip
+    """Mamba-2's scan and the convolution before it, whose gradients are parts of longer rows."""
     T, P = sum(lengths), 64
     cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=new.device)
     position = torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths]).to(new.device)
     rows, dy, D = new(T, H * P + 2 * N), new(T, H, P), new(H, wide=True)
-    dt = torch.nn.functional.softplus(new(T, H, wide=True) - 2)
-    A = -(new(H, wide=True)).exp()
+    raw = new(T, H + 8, scale=spread)[:, 8:]
+    bias_H, A_log = new(H, wide=True) - 2, new(H, wide=True) + A_log
     split = [H * P, N, N]
     x, B, C = rows.split(split, -1)
     x = x.unflatten(-1, (H, P))
-    out, dconv = nan_like(rows), nan_like(rows, longer=8)
+    out, draw, dconv = nan_like(rows), nan_like(raw, longer=8), nan_like(rows, longer=8)
     dx, dB, dC = out.split(split, -1)
-    y, kept = ssd_skip_forward(x, dt, A, B, C, D, cu, keep=True)
-    ddt, dA, dD = ssd_skip_backward(dy, x, dt, A, B, C, D, cu, (dx.unflatten(-1, (H, P)), dB, dC), kept)
+    y, kept = mamba2_scan_forward(x, raw, bias_H, A_log, B, C, D, cu, keep=True)
+    out = dx.unflatten(-1, (H, P)), dB, dC, draw
+    dbias_H, dA_log, dD = mamba2_scan_backward(dy, x, raw, bias_H, A_log, B, C, D, cu, out, kept)
+    gain = kept[0][2][:, :T].T if kept else torch.nn.functional.softplus(exact(raw) + exact(bias_H))
     weight, bias, dafter = new(rows.shape[1], 1, K), new(rows.shape[1]), new(T, rows.shape[1])
     dweight, dbias = causal_conv_silu_backward_to(dconv, dafter, rows, weight, bias, position)
-    found = {"y": y, "dx": dx, "ddt": ddt, "dA": dA, "dB": dB, "dC": dC, "dD": dD}
+    found = {"y": y, "log dt": gain.double().log(), "dx": dx, "draw": draw, "dbias_H": dbias_H, "dA_log": dA_log}
+    found |= {"dB": dB, "dC": dC, "dD": dD}
     found |= {"dbefore": dconv, "dweight": dweight, "dbias": dbias}
-    leaves = [exact(t).requires_grad_() for t in (x, dt, A, B, C, D)]
-    *inputs, skip = leaves
-    wanted_y = ssd(*inputs, cu) + skip[:, None] * leaves[0]
+    leaves = [exact(t).requires_grad_() for t in (x, raw, bias_H, A_log, B, C, D)]
+    x_, raw_, bias_, A_log_, B_, C_, D_ = leaves
+    dt_, A_ = torch.log1p((raw_ + bias_).exp()), -A_log_.exp()
+    wanted_y = ssd(x_, dt_, A_, B_, C_, cu) + D_[:, None] * x_
     gradients = torch.autograd.grad(wanted_y, leaves, exact(dy))
-    wanted = {"y": wanted_y} | dict(zip(("dx", "ddt", "dA", "dB", "dC", "dD"), gradients))
+    wanted = dict(zip(("dx", "draw", "dbias_H", "dA_log", "dB", "dC", "dD"), gradients))
+    wanted |= {"y": wanted_y, "log dt": dt_.log()}
     wanted["dx"] = wanted["dx"].flatten(1)
     convolved = [exact(t) for t in (dafter, rows, weight, bias)]
     before = torch.empty_like(convolved[1])
     dweight, dbias = causal_conv_silu_backward_to(before, *convolved, position)
     wanted |= {"dbefore": before, "dweight": dweight, "dbias": dbias}
     # dA is a sum of terms that cancel: its errors are relative to them, as test_ssd_triton.py explains
-    x_, dt_, A_, B_, C_ = (t.detach() for t in inputs)
+    x_, dt_, A_, B_, C_ = (t.detach() for t in (x_, dt_, A_, B_, C_))
     _, dgain, dlog_a, *_ = scan_backward(exact(dy), x_, dt_, dt_ * A_, B_, C_, cu)
-    return found, wanted, {"dA": (dlog_a.abs() * dt_ + dgain.abs() * dt_**2).sum(0).norm().item()}
+    terms = (dlog_a.abs() * dt_ + dgain.abs() * dt_**2).sum(0) * A_
+    return found, wanted, {"dA_log": terms.norm().item()}
 
 
 CASES = {
@@ -261,8 +261,8 @@ CASES = {
     "router": lambda new: router_case(new, AWKWARD[:4], D=48),
     "upsample": lambda new: upsample_case(new, 90, 30, D=48, spare=0),
     "upsample, filled up": lambda new: upsample_case(new, 33, 9, D=64, spare=5),
-    "softplus": lambda new: softplus_case(new, 70, 5),
     "scan": lambda new: scan_case(new, AWKWARD, H=2, N=16),
+    "scan, gains from 1e-9 to 20": lambda new: scan_case(new, [40, 30], H=3, N=16, spread=8, A_log=-12),
 }
 LARGE = {
     "add_norm, large": lambda new: add_norm_case(new, 5000, 1536, first=False),
