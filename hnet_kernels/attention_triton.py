@@ -87,6 +87,14 @@ def _store_rows(ptr, row, stride, inside, x, P: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
+def _window_begins(start, first, window, M: tl.constexpr, N: tl.constexpr):
+    """Where the first tile of keys begins that some query of a tile sees, and the first that all of them see."""
+    reached = start + tl.maximum(first - window - start, 0) // N * N
+    whole = start + (tl.maximum(first + M - 1 - window - start, 0) + N - 1) // N * N
+    return reached, tl.minimum(whole, first)
+
+
+@triton.jit
 def _attend(
     q_MP, o_MP, sum_M, most_M, kv_desc, k_column, v_column, m, first, end, scale, window,
     N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr,
@@ -127,16 +135,17 @@ def _forward(
     q_MP = _rows(q_ptr + h * P, m, stride, m < end, P, W)
     o_MP, sum_M, most_M = tl.zeros((M, W), tl.float32), tl.zeros((M,), tl.float32), tl.full((M,), -1e30, tl.float32)
     k_column, v_column = (H + h) * P, (2 * H + h) * P
+    whole = start
     if WINDOW:
-        whole = start + tl.maximum(first - window - start, 0) // N * N
-    else:  # the keys before the tile are seen by all its queries
-        whole = first
+        reached, whole = _window_begins(start, first, window, M, N)
         o_MP, sum_M, most_M = _attend(
-            q_MP, o_MP, sum_M, most_M, kv_desc, k_column, v_column, m, start, whole, scale, window,
-            N, False, WINDOW,
-        )  # fmt: skip
+            q_MP, o_MP, sum_M, most_M, kv_desc, k_column, v_column, m, reached, whole, scale, window, N, True, True
+        )
     o_MP, sum_M, most_M = _attend(
-        q_MP, o_MP, sum_M, most_M, kv_desc, k_column, v_column, m, whole, tl.minimum(first + M, end), scale,
+        q_MP, o_MP, sum_M, most_M, kv_desc, k_column, v_column, m, whole, first, scale, window, N, False, WINDOW
+    )
+    o_MP, sum_M, most_M = _attend(
+        q_MP, o_MP, sum_M, most_M, kv_desc, k_column, v_column, m, first, tl.minimum(first + M, end), scale,
         window, N, True, WINDOW,
     )  # fmt: skip
     _store_rows(o_ptr + h * P, m, o_stride, m < end, o_MP / sum_M[:, None], P, W)
@@ -192,22 +201,23 @@ def _backward_keys(
     dk_NP, dv_NP = tl.zeros((N, W), tl.float32), tl.zeros((N, W), tl.float32)
     column, lse_ptr, delta_ptr = h * P, lse_ptr + h * T, delta_ptr + h * T
     masked = tl.minimum(first + N, end)  # up to here some keys come after some queries
+    seen_by_all = end
     if WINDOW:
-        masked = tl.minimum(first + N + window, end)
+        seen_by_all = tl.minimum(first + window + 1, end)
+        end = tl.minimum(first + N + window, end)
+    whole = masked + tl.maximum(seen_by_all - masked, 0) // M * M
     dk_NP, dv_NP = _for_keys(
         k_NP, v_NP, dk_NP, dv_NP, q_desc, do_desc, column, lse_ptr, delta_ptr, n, first, masked, scale, window,
         M, True, WINDOW,
     )  # fmt: skip
-    if not WINDOW:
-        whole = masked + (end - masked) // M * M
-        dk_NP, dv_NP = _for_keys(
-            k_NP, v_NP, dk_NP, dv_NP, q_desc, do_desc, column, lse_ptr, delta_ptr, n, masked, whole, scale, window,
-            M, False, WINDOW,
-        )  # fmt: skip
-        dk_NP, dv_NP = _for_keys(
-            k_NP, v_NP, dk_NP, dv_NP, q_desc, do_desc, column, lse_ptr, delta_ptr, n, whole, end, scale, window,
-            M, True, WINDOW,
-        )  # fmt: skip
+    dk_NP, dv_NP = _for_keys(
+        k_NP, v_NP, dk_NP, dv_NP, q_desc, do_desc, column, lse_ptr, delta_ptr, n, masked, whole, scale, window,
+        M, False, WINDOW,
+    )  # fmt: skip
+    dk_NP, dv_NP = _for_keys(
+        k_NP, v_NP, dk_NP, dv_NP, q_desc, do_desc, column, lse_ptr, delta_ptr, n, whole, end, scale, window,
+        M, True, WINDOW,
+    )  # fmt: skip
     _store_rows(dk_ptr + h * P, n, d_stride, n < end, dk_NP * dscale, P, W)
     _store_rows(dv_ptr + h * P, n, d_stride, n < end, dv_NP, P, W)
 
@@ -255,16 +265,19 @@ def _backward_queries(
     delta_M = tl.sum(o_MP.to(tl.float32) * do_MP.to(tl.float32), 1)
     tl.store(delta_ptr + h * T + m, delta_M, mask=m < end)
     dq_MP = tl.zeros((M, W), tl.float32)
+    whole = start
     if WINDOW:
-        whole = start + tl.maximum(first - window - start, 0) // N * N
-    else:
-        whole = first
+        reached, whole = _window_begins(start, first, window, M, N)
         dq_MP = _for_queries(
-            q_MP, do_MP, lse_M, delta_M, dq_MP, kv_desc, k_column, v_column, m, start, whole, scale, window,
-            N, False, WINDOW,
+            q_MP, do_MP, lse_M, delta_M, dq_MP, kv_desc, k_column, v_column, m, reached, whole, scale, window,
+            N, True, True,
         )  # fmt: skip
     dq_MP = _for_queries(
-        q_MP, do_MP, lse_M, delta_M, dq_MP, kv_desc, k_column, v_column, m, whole,
+        q_MP, do_MP, lse_M, delta_M, dq_MP, kv_desc, k_column, v_column, m, whole, first, scale, window,
+        N, False, WINDOW,
+    )  # fmt: skip
+    dq_MP = _for_queries(
+        q_MP, do_MP, lse_M, delta_M, dq_MP, kv_desc, k_column, v_column, m, first,
         tl.minimum(first + M, end), scale, window, N, True, WINDOW,
     )  # fmt: skip
     _store_rows(dq_ptr + h * P, m, d_stride, m < end, dq_MP * dscale, P, W)

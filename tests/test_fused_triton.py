@@ -255,6 +255,7 @@ CASES = {
     "tile order": lambda new: tile_order_case(new, [*AWKWARD, 640]),
     "attention": lambda new: attention_case(new, AWKWARD, H=2, P=16),
     "attention in a window": lambda new: attention_case(new, [1, 200, 65], H=1, P=32, window=63),
+    "attention in a wide window": lambda new: attention_case(new, [290, 130], H=1, P=16, window=150),
     "attention, heads of 48": lambda new: attention_case(new, [70, 3], H=2, P=48),
     "attention to itself and the one before": lambda new: attention_case(new, [130], H=1, P=16, window=1, empty=0),
     "attention, no rows": lambda new: attention_case(new, [0], H=2, P=16),
