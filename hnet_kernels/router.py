@@ -82,3 +82,12 @@ def upsample_backward(
         return router_triton.upsample_backward(dout_TD, z_CD, chunk_T, start_C, dz_CD, spare)
     dout_TD = dout_TD.to(z_CD.dtype)
     return (z_CD[chunk_T] * dout_TD).sum(-1), sum_chunks(dout_TD, start_C, dz_CD, spare)
+
+
+def add_rows_(x_TD: Tensor, place_C: Tensor, rows_CD: Tensor) -> Tensor:
+    """x[place] += rows, in place; x_TD is contiguous. place_C: int64, each once, but where rows are zeros."""
+    if len(rows_CD) and _fast("add_rows", x_TD):
+        from hnet_kernels import router_triton
+
+        return router_triton.add_rows_(x_TD, place_C, rows_CD)
+    return x_TD.index_add_(0, place_C, rows_CD)

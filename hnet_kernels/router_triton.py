@@ -84,6 +84,17 @@ def _upsample_backward(
     tl.store(dscale_ptr + t, tl.sum(z * dout, 1), mask=t < T)
 
 
+@triton.jit(do_not_specialize=["C"])
+def _add_rows(x_ptr, place_ptr, rows_ptr, C, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    inside = (k < C)[:, None] & (d < D)
+    at = tl.load(place_ptr + k, mask=k < C, other=0)[:, None] * D + d
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    x += tl.load(rows_ptr + k.to(tl.int64)[:, None] * D + d, mask=inside, other=0.0).to(tl.float32)
+    tl.store(x_ptr + at, x.to(x_ptr.dtype.element_ty), mask=inside)
+
+
 def _blocks(x_TD: Tensor) -> tuple[tuple[int], dict[str, int]]:
     T, D = x_TD.shape
     block = triton.next_power_of_2(D)
@@ -128,3 +139,13 @@ def upsample_backward(
     with torch.cuda.device_of(z_CD):
         _upsample_backward[grid](dout_TD, z_CD.contiguous(), chunk_T, dscale_T, len(chunk_T), **blocks)
     return dscale_T, sum_chunks(dout_TD, start_C, dz_CD, spare)
+
+
+def add_rows_(x_TD: Tensor, place_C: Tensor, rows_CD: Tensor) -> Tensor:
+    """`add_rows_` of router.py."""
+    assert x_TD.is_contiguous()
+    rows_CD = rows_CD.contiguous()
+    grid, blocks = _blocks(rows_CD)
+    with torch.cuda.device_of(x_TD):
+        _add_rows[grid](x_TD, place_C, rows_CD, len(rows_CD), **blocks)
+    return x_TD

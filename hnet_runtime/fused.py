@@ -29,7 +29,7 @@ from hnet_kernels.cross_entropy import cross_entropy_backward, cross_entropy_for
 from hnet_kernels.kept import keep, keeping_if, kept_empty
 from hnet_kernels.norm import add_norm_backward, add_norm_forward, gated_norm_backward, gated_norm_forward
 from hnet_kernels.pointwise import rotate_, swiglu_backward, swiglu_forward, to_float32
-from hnet_kernels.router import boundary_backward, boundary_forward, upsample_backward, upsample_forward
+from hnet_kernels.router import add_rows_, boundary_backward, boundary_forward, upsample_backward, upsample_forward
 from hnet_kernels.ssd import mamba2_scan_backward, mamba2_scan_forward
 from hnet_trainable import (
     EMA_CLAMP,
@@ -211,7 +211,8 @@ class Take(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout: Tensor):
         (place_C,), (target,) = ctx.saved_tensors, ctx.targets
-        dx = (torch.zeros_like(ctx.like) if target is None else target).index_add_(0, place_C, dout)
+        dx = torch.zeros_like(ctx.like) if target is None else target
+        add_rows_(dx.view(len(dx), -1), place_C, dout.view(len(dout), -1))
         return dx if target is None else None, None
 
 

@@ -93,6 +93,7 @@ def for_any_gpu() -> None:
         router_triton.boundary_backward(p_T, delta, delta, position_T)
         router_triton.upsample_forward(z_CD, chunk_T, residual, HALF)
         router_triton.upsample_backward(delta, z_CD, chunk_T, start_C, None)
+        router_triton.add_rows_(delta, start_C, new(C, D))
         ends = torch.tensor([0, C], dtype=torch.int32)
         ema_triton.ema_backward(ema_triton.ema_forward(z_CD.to(HALF), p_T[:C], ends), z_CD, p_T[:C], z_CD, ends)
         both = new(T, 2 * inner)

@@ -240,6 +240,15 @@ def scan_case(
     return found, wanted, {"dA_log": terms.norm().item()}
 
 
+def add_rows_case(new: Inputs, T: int, D: int, spare: int):
+    """With zeros for the last row, named `spare` times, as chunks that there are not have them."""
+    place = torch.cat([torch.randperm(T, generator=new.generator)[: T // 2], torch.full((spare,), T)]).to(new.device)
+    x, rows = new(T + 1, D), new(len(place), D)
+    rows[T // 2 :] = 0
+    wanted = exact(x).clone().index_add_(0, place, exact(rows))
+    return {"x": router.add_rows_(x, place, rows)}, {"x": wanted}
+
+
 CASES = {
     "add_norm": lambda new: add_norm_case(new, 75, 48, first=False),
     "add_norm, a stack's first": lambda new: add_norm_case(new, 33, 64, first=True),
@@ -260,6 +269,8 @@ CASES = {
     "attention to itself and the one before": lambda new: attention_case(new, [130], H=1, P=16, window=1, empty=0),
     "attention, no rows": lambda new: attention_case(new, [0], H=2, P=16),
     "router": lambda new: router_case(new, AWKWARD[:4], D=48),
+    "rows added": lambda new: add_rows_case(new, 50, D=96, spare=5),
+    "numbers added": lambda new: add_rows_case(new, 50, D=1, spare=0),
     "upsample": lambda new: upsample_case(new, 90, 30, D=48, spare=0),
     "upsample, filled up": lambda new: upsample_case(new, 33, 9, D=64, spare=5),
     "scan": lambda new: scan_case(new, AWKWARD, H=2, N=16),
