@@ -15,7 +15,7 @@ from torch import Tensor
 from hnet_kernels.kept import kept_empty
 
 RUN, CHANNELS, WARPS = 32, 128, 1  # chunks and channels of a program
-SUM_ROWS, SUM_CHANNELS, SUM_WARPS = 4, 512, 4  # of a program that adds up the tokens of a chunk
+SUM_CHUNKS, SUM_CHANNELS, SUM_WARPS = 4, 512, 4  # of a program that adds up the tokens of some chunks, side by side
 
 
 @triton.jit
@@ -138,22 +138,24 @@ def _smooth_gradient(
 
 @triton.jit(do_not_specialize=["T", "C", "spare"])
 def _sum_chunks(
-    x_ptr, start_ptr, sum_ptr, T, C, D, spare, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
+    x_ptr, start_ptr, sum_ptr, T, C, D, spare, CHUNKS: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    k = tl.program_id(0)  # CUDA allows 65,535 programs on the second axis
-    if tl.load(start_ptr + k - spare, mask=k >= spare, other=0) >= T:
+    k_first = tl.program_id(0) * CHUNKS  # CUDA allows 65,535 programs on the second axis
+    if tl.load(start_ptr + k_first - spare, mask=k_first >= spare, other=0) >= T:
         return
+    k = k_first + tl.arange(0, CHUNKS)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    first = tl.load(start_ptr + k)
-    end = tl.load(start_ptr + k + 1, mask=k + 1 < C, other=0)
-    end = tl.where(k + 1 < C, end, T)
-    total = tl.zeros((BLOCK_D,), tl.float32)
-    for t in range(first, end, ROWS):
-        row = t + tl.arange(0, ROWS)
-        tile = row.to(tl.int64)[:, None] * D + d[None, :]
-        x = tl.load(x_ptr + tile, mask=(row < end)[:, None] & (d < D)[None, :], other=0.0)
-        total += tl.sum(x.to(tl.float32), 0)
-    tl.store(sum_ptr + tl.cast(k, tl.int64) * D + d, total, mask=d < D)
+    in_D = (d < D)[None, :]
+    first = tl.load(start_ptr + k, mask=k < C, other=T)
+    end = tl.load(start_ptr + k + 1, mask=k + 1 < C, other=T)
+    total = tl.zeros((CHUNKS, BLOCK_D), tl.float32)
+    for i in range(0, tl.max(end - first, 0), 2):  # two tokens of each chunk, so that one need not wait for the other
+        t = first + i
+        at = x_ptr + t[:, None] * D + d[None, :]
+        x0 = tl.load(at, mask=(t < end)[:, None] & in_D, other=0.0).to(tl.float32)
+        x1 = tl.load(at + D, mask=(t + 1 < end)[:, None] & in_D, other=0.0).to(tl.float32)
+        total = (total + x0) + x1
+    tl.store(sum_ptr + k.to(tl.int64)[:, None] * D + d[None, :], total, mask=(k < C)[:, None] & in_D)
 
 
 def _opens(cu_seqlens: Tensor, C: int) -> Tensor:
@@ -206,8 +208,8 @@ def sum_chunks(x_TD: Tensor, start_C: Tensor, out_CD: Tensor | None = None, spar
     (T, D), C = x_TD.shape, len(start_C)
     x_TD, sum_CD = x_TD.contiguous(), x_TD.new_empty(C, D, dtype=torch.float32) if out_CD is None else out_CD
     with torch.cuda.device_of(x_TD):
-        _sum_chunks[(C, triton.cdiv(D, SUM_CHANNELS))](
+        _sum_chunks[(triton.cdiv(C, SUM_CHUNKS), triton.cdiv(D, SUM_CHANNELS))](
             x_TD, start_C, sum_CD, T, C, D, C if spare is None else spare,
-            ROWS=SUM_ROWS, BLOCK_D=SUM_CHANNELS, num_warps=SUM_WARPS,
+            CHUNKS=SUM_CHUNKS, BLOCK_D=SUM_CHANNELS, num_warps=SUM_WARPS,
         )  # fmt: skip
     return sum_CD

@@ -116,14 +116,16 @@ def _prepare(
     padded = tl.num_programs(0) * Q
     q, h = tl.arange(0, Q), tl.arange(0, BLOCK_H)
     t = c * Q + q
-    if WITH_SCORES:
-        B_QN, C_QN = B_desc.load([c * Q, 0]), C_desc.load([c * Q, 0])
     valid_QH = (t < T)[:, None] & (h < H)[None, :]
-    gain_QH = tl.load(dt_ptr + t[:, None] * dt_stride + h[None, :], mask=valid_QH, other=0.0).to(tl.float32)
+    gain_QH = tl.load(dt_ptr + t[:, None] * dt_stride + h[None, :], mask=valid_QH, other=0.0)
     A_H = tl.load(A_ptr + h, mask=h < H, other=0.0)
     if HAS_BIAS:
-        gain_QH += tl.load(bias_ptr + h, mask=h < H, other=0.0)[None, :]
-        gain_QH = tl.where(valid_QH, _softplus(gain_QH), 0.0)
+        bias_H = tl.load(bias_ptr + h, mask=h < H, other=0.0)
+    if WITH_SCORES:  # these wait for what they load, so they come after what else there is to load
+        B_QN, C_QN = B_desc.load([c * Q, 0]), C_desc.load([c * Q, 0])
+    gain_QH = gain_QH.to(tl.float32)
+    if HAS_BIAS:
+        gain_QH = tl.where(valid_QH, _softplus(gain_QH + bias_H[None, :]), 0.0)
         A_H = -tl.exp(A_H)
     document_Q, opens_Q = _documents(cu_seqlens_ptr, n_docs, t, Q)
     tl.store(document_ptr + t, document_Q)
