@@ -40,7 +40,7 @@ from hnet_kernels.norm_triton import sum_rows
 from hnet_kernels.triton_math import LOG2_E
 
 SUM, SOURCE, GAIN, START, END = (tl.constexpr(i) for i in range(5))  # of vectors_5HT, see _prepare
-INSIDE, BEFORE, LATER, DGAIN = (tl.constexpr(i) for i in range(4))  # of flows_4HT, see _gradients
+INSIDE, BEFORE, LATER, DGAIN, ITSELF = (tl.constexpr(i) for i in range(5))  # of flows_5HT, see _gradients
 
 
 @triton.jit
@@ -363,8 +363,6 @@ def _gradients_within(
     dscores_desc,
     flows_ptr,
     D_ptr,
-    dD_ptr,
-    sums_stride,
     c,
     group,
     first,
@@ -403,7 +401,7 @@ def _gradients_within(
         if HAS_D:  # the skip is a weight of a token for itself; no decay acts there, so x . dy is on the diagonal
             itself_QQ = q[:, None] == q[None, :]
             weights_QQ += tl.where(itself_QQ, tl.load(D_ptr + h), 0.0)
-            tl.store(dD_ptr + c * sums_stride + h, tl.sum(tl.sum(tl.where(itself_QQ, dscores_h_QQ, 0.0), 1), 0))
+            tl.store(flows_ptr + ITSELF * H * padded + at, tl.sum(tl.where(itself_QQ, dscores_h_QQ, 0.0), 1))
 
         dinput_QP = tl.dot(B_QN, tl.trans(dstate_PN), input_precision="ieee") * end_Q[:, None]
         later_Q = tl.sum(x_QP * dinput_QP, 1)
@@ -464,8 +462,8 @@ def _gradients_across(
         tl.store(flows_ptr + BEFORE * H * padded + at, before_Q)
         # the sum over state * dstate as the trace of a product: fewer registers than to load both tiles
         product_PP = tl.dot(state_PN, tl.trans(dstate_PN), input_precision="ieee")
-        through = tl.sum(tl.sum(tl.where(p[:, None] == p[None, :], product_PP, 0.0), 1), 0)
-        tl.store(through_ptr + c * H + h, decay * through)
+        through_P = tl.sum(tl.where(p[:, None] == p[None, :], product_PP, 0.0), 1)
+        tl.store(through_ptr + (c * H + h) * P + p, decay * through_P)
 
     row = group * 2 * padded + c * Q
     parts_desc.store([row, 0], dB_QN.to(C_QN.dtype))
@@ -489,8 +487,6 @@ def _gradients(
     flows_ptr,
     through_ptr,
     D_ptr,
-    dD_ptr,
-    sums_stride,
     H,
     n_chunks,
     heads_per_group,
@@ -500,12 +496,13 @@ def _gradients(
     HAS_D: tl.constexpr,
 ):
     """Two programs a chunk and group of heads, side by side so that they share what they load through the cache:
-    dx_THP; for dB and dC, dscores_GCQQ (transposed: rows of B, columns of C) and parts_G2TN; for the decays, flows_4HT
-    and through_CH. HAS_D: with the skip, and dD_CH.
+    dx_THP; for dB and dC, dscores_GCQQ (transposed: rows of B, columns of C) and parts_G2TN; for the decays, flows_5HT
+    and through_CHP. HAS_D: with the skip, whose weight's gradient is the sum of the last of the flows.
 
-    The flow from j to i is (dL/dy_i) . (what j's input adds to y_i). flows_4HT: the flow INSIDE the chunk into a token
-    less that from it; from BEFORE the chunk; to LATER chunks; and the gradient of a token's gain (all its flow over the
-    gain). through_CH: what flows through a chunk.
+    The flow from j to i is (dL/dy_i) . (what j's input adds to y_i). flows_5HT: the flow INSIDE the chunk into a token
+    less that from it; from BEFORE the chunk; to LATER chunks; the gradient of a token's gain (all its flow over the
+    gain); a token's x . dy, from ITSELF to itself. through_CHP: what flows through a chunk, by channels: sums over them
+    are left to `_finish`, which has them to itself.
     """
     c, group = tl.program_id(0) // 2, tl.program_id(1)
     first = group * heads_per_group
@@ -513,7 +510,7 @@ def _gradients(
     if tl.program_id(0) % 2 == 0:
         _gradients_within(
             x_desc, dy_desc, B_desc, C_desc, vectors_ptr, document_ptr, dstates_desc, dx_desc, dscores_desc, flows_ptr,
-            D_ptr, dD_ptr, sums_stride, c, group, first, end, H, n_chunks, P, Q, HAS_D,
+            D_ptr, c, group, first, end, H, n_chunks, P, Q, HAS_D,
         )  # fmt: skip
     else:
         _gradients_across(
@@ -541,13 +538,15 @@ def _finish(
     H,
     n_chunks,
     ddt_stride,
-    sums_stride,
+    P: tl.constexpr,
     Q: tl.constexpr,
     BLOCK_H: tl.constexpr,
     GROUPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_D: tl.constexpr,
 ):
-    """One program a chunk: ddt_TH, the chunk's part of dA and, behind it, of the bias's gradient, dB_TN and dC_TN.
+    """One program a chunk: ddt_TH, dB_TN, dC_TN, and its part of what is summed over all tokens, one behind the other
+    in sums_CnH: dA, the bias's gradient and D's.
 
     A token's log decay gets what flows across it: from all before it to itself and all after it.
     """
@@ -562,7 +561,8 @@ def _finish(
     A_H = tl.load(A_ptr + h, mask=h < H, other=0.0)
     if HAS_BIAS:
         A_H = -tl.exp(A_H)
-    through_H = tl.load(through_ptr + c * H + h, mask=h < H, other=0.0)
+    through_HP = tl.load(through_ptr + c * H * P + _tile(BLOCK_H, P), mask=(h < H)[:, None], other=0.0)
+    through_H = tl.sum(through_HP, 1)
     gain_HQ = tl.load(vectors_ptr + GAIN * H * padded + at_HQ, mask=valid_HQ, other=0.0)
     into_HQ = tl.load(flows_ptr + INSIDE * H * padded + at_HQ, mask=valid_HQ, other=0.0)
     into_HQ += tl.load(flows_ptr + BEFORE * H * padded + at_HQ, mask=valid_HQ, other=0.0)
@@ -576,12 +576,16 @@ def _finish(
     )  # only a chunk's last document goes on to later ones
     dA_H = tl.sum(dlog_HQ * gain_HQ, 1)
     ddt_HQ = dgain_HQ + dlog_HQ * A_H[:, None]
-    sums_ptr += c * sums_stride + h
     if HAS_BIAS:
         dA_H *= A_H
         ddt_HQ *= _softplus_slope(gain_HQ)
-        tl.store(sums_ptr + H, tl.sum(ddt_HQ, 1), mask=h < H)
+    sums_ptr += c * (1 + HAS_BIAS + HAS_D) * H + h
     tl.store(sums_ptr, dA_H, mask=h < H)
+    if HAS_BIAS:
+        tl.store(sums_ptr + H, tl.sum(ddt_HQ, 1), mask=h < H)
+    if HAS_D:
+        itself_HQ = tl.load(flows_ptr + ITSELF * H * padded + at_HQ, mask=valid_HQ, other=0.0)
+        tl.store(sums_ptr + (1 + HAS_BIAS) * H, tl.sum(itself_HQ, 1), mask=h < H)
     ddt_QH = tl.trans(ddt_HQ).to(ddt_ptr.dtype.element_ty)
     tl.store(ddt_ptr + t[:, None] * ddt_stride + h[None, :], ddt_QH, mask=(t < T)[:, None] & (h < H)[None, :])
 
@@ -797,12 +801,12 @@ def scan_backward(
     states, dstates = (_described(x, P, N) for x in (kept.states_CHPN, dstates_CHPN))
     dscores_GCQQ = _described(x_THP.new_empty(groups * n_chunks * Q, Q), Q, Q)
     parts_G2TN = _described(x_THP.new_empty(groups * 2 * n_chunks * Q, N), Q, N)
-    flows_4HT = A_H.new_empty(4, H, n_chunks * Q)
+    flows_5HT = A_H.new_empty(5, H, n_chunks * Q)
     # Zeros, which a kernel writes: descriptors need the context that a thread's first launch binds, and the thread
     # that autograd runs a backward on may have launched nothing yet ("invalid device context" with Triton 3.6; with
     # other kernels: github.com/pytorch/pytorch/issues/124565). It goes when Triton binds one itself.
-    through_CH = A_H.new_zeros(n_chunks, H)
-    sums_CnH = A_H.new_empty(n_chunks, len(of_heads), H)
+    sums_CnH = A_H.new_zeros(n_chunks, len(of_heads), H)
+    through_CHP = A_H.new_empty(n_chunks, H, P)
     with torch.cuda.device_of(x_THP):
         if again:
             plan.prepare(kept, dt_TH, bias_H, A_H, cu_seqlens, scores_CQQ=None)
@@ -811,16 +815,14 @@ def scan_backward(
         _gradients[(2 * n_chunks, groups)](
             *(_described(t, Q, P) for t in (x_THP, dy_THP)), plan.B, plan.C,
             kept.vectors_5HT, kept.decay_CH, kept.document_T, states, dstates,
-            _described(dx_THP, Q, P), dscores_GCQQ, parts_G2TN, flows_4HT, through_CH, D_H, sums_CnH[0, -1],
-            sums_CnH.stride(0), H, n_chunks, H // groups,
+            _described(dx_THP, Q, P), dscores_GCQQ, parts_G2TN, flows_5HT, through_CHP, D_H, H, n_chunks, H // groups,
             **plan.shape, HAS_D=D_H is not None, **_launch("_gradients", x_THP.dtype),
         )  # fmt: skip
         _finish[(n_chunks,)](
             A_H.contiguous(), plan.B, plan.C, kept.vectors_5HT, kept.document_T, dscores_GCQQ, parts_G2TN,
-            flows_4HT, through_CH, ddt_TH, sums_CnH, *(_described(t, Q, N) for t in (dB_TN, dC_TN)),
-            plan.T, H, n_chunks, ddt_TH.stride(0), sums_CnH.stride(0),
-            Q=Q, BLOCK_H=triton.next_power_of_2(H), GROUPS=groups, HAS_BIAS=bias_H is not None,
-            **_launch("_finish", x_THP.dtype),
+            flows_5HT, through_CHP, ddt_TH, sums_CnH, *(_described(t, Q, N) for t in (dB_TN, dC_TN)),
+            plan.T, H, n_chunks, ddt_TH.stride(0), P=P, Q=Q, BLOCK_H=triton.next_power_of_2(H), GROUPS=groups,
+            HAS_BIAS=bias_H is not None, HAS_D=D_H is not None, **_launch("_finish", x_THP.dtype),
         )  # fmt: skip
         sums_nH = sum_rows(sums_CnH.flatten(1), A_H.dtype).view(-1, H)
         return Gradients(dx_THP, ddt_TH, dB_TN=dB_TN, dC_TN=dC_TN, **dict(zip(of_heads, sums_nH)))
