@@ -163,7 +163,7 @@ def sum_rows(parts_ND: Tensor, dtype: torch.dtype) -> Tensor:
     """parts.sum(0) of float32 numbers, in a dtype: torch's takes three times as long for a few hundred rows."""
     N, D = parts_ND.shape
     sum_D = parts_ND.new_empty(D, dtype=dtype)
-    _sum_rows[(triton.cdiv(D, 16),)](parts_ND, sum_D, N, D, ROWS=512, BLOCK_D=16, num_warps=8)
+    _sum_rows[(triton.cdiv(D, 16),)](parts_ND, sum_D, N, D, ROWS=128, BLOCK_D=16, num_warps=8)
     return sum_D
 
 
