@@ -606,7 +606,7 @@ def _finish(
 
 LAUNCH = {  # (warps, stages of the pipeline that loads), measured on an H200
     torch.bfloat16: {
-        "_prepare": (4, 1),
+        "_prepare": (8, 1),
         "_totals": (4, 4),
         "_states": (4, 4),
         "_outputs": (4, 2),
