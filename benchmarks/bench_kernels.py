@@ -30,9 +30,9 @@ HALF, WIDE = torch.bfloat16, torch.float32
 
 
 BY_HEAD_SIZE = ("FORWARD", "KEYS", "QUERIES")
-_ATTENTION = {  # (tokens, warps, stages)
+_ATTENTION = {  # (tokens, warps, stages), and perhaps the most registers
     "FORWARD": [(64, 4, 2), (64, 4, 3), (64, 4, 4), (32, 4, 3), (64, 8, 2)],
-    "KEYS": [(64, 4, 2), (64, 4, 3), (32, 4, 2), (32, 4, 3), (128, 8, 2)],
+    "KEYS": [(64, 4, 2), (64, 4, 2, 168), (64, 4, 3), (32, 4, 2), (32, 4, 3), (128, 8, 2)],
     "QUERIES": [(64, 4, 2), (64, 4, 3), (32, 4, 3), (32, 4, 4), (64, 8, 2)],
 }
 _ROWS = list(itertools.product((1024, 2048, 4096), (1, 2, 3, 4, 6), (4, 8)))  # see norm_triton

@@ -1,4 +1,7 @@
-"""Which implementation of an operation runs: chosen once for each (operation, device type, dtype), logged once."""
+"""Which implementation of an operation runs: chosen once for each (operation, device type, dtype), logged once.
+
+And in which dtype a definition computes.
+"""
 
 import functools
 import importlib.util
@@ -16,6 +19,11 @@ _chosen: dict[tuple[str, str, torch.dtype], str] = {}
 
 class KernelError(RuntimeError):
     """An implementation was forced that cannot run here."""
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in at least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @functools.cache

@@ -70,7 +70,8 @@ def sum_chunks(x_TD: Tensor, start_C: Tensor, out_CD: Tensor | None = None, spar
 
     start_C: int64, the first token of each chunk, growing from 0; T for a chunk without tokens.
     x_TD: float32 or float64. out_CD: where to write the sums, contiguous.
-    spare: that many chunks without tokens have sums, zeros; of the others nothing need be written. None: all have.
+    spare: that many chunks without tokens have sums, zeros; of the others nothing is wanted, and what is written there
+    may stay. None: all have.
     """
     if _fast(x_TD, x_TD):
         from hnet_kernels import ema_triton
@@ -78,4 +79,5 @@ def sum_chunks(x_TD: Tensor, start_C: Tensor, out_CD: Tensor | None = None, spar
         return ema_triton.sum_chunks(x_TD, start_C, out_CD, spare)
     chunk_T = torch.bucketize(torch.arange(len(x_TD), device=x_TD.device), start_C, right=True) - 1
     out_CD = x_TD.new_empty(len(start_C), x_TD.shape[1]) if out_CD is None else out_CD
-    return out_CD.zero_().index_add_(0, chunk_T, x_TD)
+    out_CD[: None if spare is None else int((start_C < len(x_TD)).sum()) + spare].zero_()
+    return out_CD.index_add_(0, chunk_T, x_TD)

@@ -141,7 +141,7 @@ def _sum_chunks(
     x_ptr, start_ptr, sum_ptr, T, C, D, spare, CHUNKS: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     k_first = tl.program_id(0) * CHUNKS  # CUDA allows 65,535 programs on the second axis
-    if tl.load(start_ptr + k_first - spare, mask=k_first >= spare, other=0) >= T:
+    if tl.load(start_ptr + k_first - spare, mask=k_first >= spare, other=-1) >= T:
         return
     k = k_first + tl.arange(0, CHUNKS)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -149,12 +149,11 @@ def _sum_chunks(
     first = tl.load(start_ptr + k, mask=k < C, other=T)
     end = tl.load(start_ptr + k + 1, mask=k + 1 < C, other=T)
     total = tl.zeros((CHUNKS, BLOCK_D), tl.float32)
-    for i in range(0, tl.max(end - first, 0), 2):  # two tokens of each chunk, so that one need not wait for the other
-        t = first + i
-        at = x_ptr + t[:, None] * D + d[None, :]
-        x0 = tl.load(at, mask=(t < end)[:, None] & in_D, other=0.0).to(tl.float32)
-        x1 = tl.load(at + D, mask=(t + 1 < end)[:, None] & in_D, other=0.0).to(tl.float32)
-        total = (total + x0) + x1
+    for i in range(0, tl.max(end - first, 0), 4):
+        for j in tl.static_range(4):  # of each chunk, so that one token need not wait for the other
+            t = first + i + j
+            x = tl.load(x_ptr + t[:, None] * D + d[None, :], mask=(t < end)[:, None] & in_D, other=0.0)
+            total += x.to(tl.float32)
     tl.store(sum_ptr + k.to(tl.int64)[:, None] * D + d[None, :], total, mask=(k < C)[:, None] & in_D)
 
 

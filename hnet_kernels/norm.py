@@ -9,17 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hnet_kernels.dispatch import obstacle_anywhere, use_fast
+from hnet_kernels.dispatch import obstacle_anywhere, use_fast, wide
 
 WIDEST = 8192  # channels: a row must fit into the registers of one program
 
 
 def _fast(operation: str, x_TD: Tensor) -> bool:
     return use_fast(operation, x_TD.device.type, x_TD.dtype, obstacle_anywhere(x_TD, WIDEST))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _norm(u_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -29,7 +25,7 @@ def _norm(u_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def _norm_backward(dx_TD: Tensor, u_TD: Tensor, scale_T: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(du_TD, dweight_D, x_TD) of x = u * scale * weight, scale being 1 / rms(u)."""
-    dx_TD, unit_TD = _wide(dx_TD), u_TD * scale_T[:, None]
+    dx_TD, unit_TD = wide(dx_TD), u_TD * scale_T[:, None]
     g_TD = dx_TD * weight_D
     du_TD = scale_T[:, None] * (g_TD - unit_TD * (g_TD * unit_TD).mean(-1, keepdim=True))
     return du_TD, (dx_TD * unit_TD).sum(0).to(weight_D.dtype), (unit_TD * weight_D).to(weight_D.dtype)
@@ -47,7 +43,7 @@ def add_norm_forward(
         from hnet_kernels import norm_triton  # not above: triton is not everywhere
 
         return norm_triton.add_norm_forward(residual_TD, delta_TD, weight_D, eps, keep_x)
-    sum_TD = _wide(delta_TD).clone() if residual_TD is None else residual_TD + delta_TD
+    sum_TD = wide(delta_TD).clone() if residual_TD is None else residual_TD + delta_TD
     return sum_TD, *_norm(sum_TD, weight_D, eps)
 
 
@@ -79,7 +75,7 @@ def gated_norm_forward(y_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float)
         from hnet_kernels import norm_triton
 
         return norm_triton.gated_norm_forward(y_TD, z_TD, weight_D, eps)
-    return _norm(_wide(y_TD) * F.silu(_wide(z_TD)), weight_D, eps)
+    return _norm(wide(y_TD) * F.silu(wide(z_TD)), weight_D, eps)
 
 
 def gated_norm_backward(
@@ -93,7 +89,7 @@ def gated_norm_backward(
         from hnet_kernels import norm_triton
 
         return norm_triton.gated_norm_backward(dx_TD, y_TD, z_TD, scale_T, weight_D, dz_TD)
-    y, z = _wide(y_TD), _wide(z_TD)
+    y, z = wide(y_TD), wide(z_TD)
     gate_TD = F.silu(z)
     du_TD, dweight_D, x_TD = _norm_backward(dx_TD, y * gate_TD, scale_T, weight_D)
     dz_TD.copy_(torch.ops.aten.silu_backward(du_TD * y, z))

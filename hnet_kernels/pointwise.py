@@ -10,15 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hnet_kernels.dispatch import obstacle_anywhere, use_fast
+from hnet_kernels.dispatch import obstacle_anywhere, use_fast, wide
 
 
 def _fast(operation: str, x: Tensor) -> bool:
     return use_fast(operation, x.device.type, x.dtype, obstacle_anywhere(x))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def to_float32(x: Tensor) -> Tensor:
@@ -38,7 +34,7 @@ def swiglu_forward(both_T2I: Tensor) -> Tensor:
         from hnet_kernels import pointwise_triton
 
         return pointwise_triton.swiglu_forward(both_T2I)
-    value_TI, gate_TI = _wide(both_T2I).chunk(2, dim=-1)
+    value_TI, gate_TI = wide(both_T2I).chunk(2, dim=-1)
     return (F.silu(gate_TI) * value_TI).to(both_T2I.dtype)
 
 
@@ -48,10 +44,10 @@ def swiglu_backward(dh_TI: Tensor, both_T2I: Tensor, again: bool = True) -> tupl
         from hnet_kernels import pointwise_triton
 
         return pointwise_triton.swiglu_backward(dh_TI, both_T2I, again)
-    value_TI, gate_TI = _wide(both_T2I).chunk(2, dim=-1)
+    value_TI, gate_TI = wide(both_T2I).chunk(2, dim=-1)
     silu_TI = F.silu(gate_TI)
-    dvalue_TI = _wide(dh_TI) * silu_TI
-    dgate_TI = torch.ops.aten.silu_backward(_wide(dh_TI) * value_TI, gate_TI)
+    dvalue_TI = wide(dh_TI) * silu_TI
+    dgate_TI = torch.ops.aten.silu_backward(wide(dh_TI) * value_TI, gate_TI)
     dboth_T2I = torch.cat([dvalue_TI, dgate_TI], dim=-1)
     return dboth_T2I.to(both_T2I.dtype), (silu_TI * value_TI).to(both_T2I.dtype) if again else None
 

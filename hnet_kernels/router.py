@@ -8,7 +8,7 @@ This file has the definitions and the choice; the Triton kernels that run on a G
 import torch
 from torch import Tensor
 
-from hnet_kernels.dispatch import obstacle_anywhere, use_fast
+from hnet_kernels.dispatch import obstacle_anywhere, use_fast, wide
 from hnet_kernels.ema import sum_chunks
 
 WIDEST = 8192  # channels: a row must fit into the registers of one program
@@ -18,13 +18,9 @@ def _fast(operation: str, x_TD: Tensor) -> bool:
     return use_fast(operation, x_TD.device.type, x_TD.dtype, obstacle_anywhere(x_TD, WIDEST))
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _units(q_TD: Tensor, k_TD: Tensor) -> tuple[Tensor, ...]:
     """q of the token before, and k, in unit length; and their lengths (T, 1)."""
-    q, k = _wide(q_TD).roll(1, 0), _wide(k_TD)
+    q, k = wide(q_TD).roll(1, 0), wide(k_TD)
     q_T1, k_T1 = (x.norm(dim=-1, keepdim=True).clamp_min(1e-12) for x in (q, k))
     return q / q_T1, k / k_T1, q_T1, k_T1
 

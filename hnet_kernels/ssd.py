@@ -261,7 +261,7 @@ def mamba2_scan_forward(
 
     x_THP, raw_TH, B_TN, C_TN: one floating dtype, maybe parts of longer rows; the others: at least float32.
     Returns y_THP, and where `keep` is set what `mamba2_scan_backward` can take to compute less again: H P N numbers for
-    64 tokens in x's dtype, and a little; nothing from the definition.
+    64 tokens (32 in float32) in x's dtype, and a little; nothing from the definition.
     """
     if use_fast("ssd", x_THP.device.type, x_THP.dtype, _obstacle(x_THP, B_TN)):
         from hnet_kernels import ssd_triton

@@ -18,7 +18,7 @@ segment with the state in registers, so that forward reads x twice and writes y,
     _totals, _states    backward: the same in reverse, keeping the gradient of h at every chunk in the dtype of x; and
                 for h itself, unless `_outputs` has kept it
     _gradients  dx, and what flows between tokens, per head; sums for dB and dC over the heads of a group in registers
-    _finish     dB and dC; dt and A from the flows
+    _finish     dB and dC; the gradients of dt, A, the bias and D from the flows
 
 No atomics: the same bits every time on one kind of GPU. Tiles are loaded and stored through tensor descriptors: on
 Hopper the copy engine moves them, which saves the registers that addresses would take; rows past T are read as zeros
@@ -76,9 +76,13 @@ def _add_in_document(left_sum, left_opens, right_sum, right_opens):
 
 @triton.jit
 def _softplus(x):
-    """log(1 + exp(x)). As it stands that loses what is below float32's last bit of 1; its series has it."""
+    """log(1 + exp(x)) = max(x, 0) + log(1 + e), the latter as 2 artanh(e / (2 + e)), whose series is short and has what
+    float32's 1 + e has lost."""
     e = tl.exp(-tl.abs(x))
-    return tl.maximum(x, 0.0) + tl.where(e < 1e-3, e - e * e / 2, tl.log(1 + e))
+    s = e / (2 + e)
+    q = s * s
+    artanh = s * (1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13)))))))
+    return tl.maximum(x, 0.0) + 2 * artanh
 
 
 @triton.jit
@@ -117,7 +121,7 @@ def _prepare(
     q, h = tl.arange(0, Q), tl.arange(0, BLOCK_H)
     t = c * Q + q
     valid_QH = (t < T)[:, None] & (h < H)[None, :]
-    gain_QH = tl.load(dt_ptr + t[:, None] * dt_stride + h[None, :], mask=valid_QH, other=0.0)
+    gain_QH = tl.load(dt_ptr + t.to(tl.int64)[:, None] * dt_stride + h[None, :], mask=valid_QH, other=0.0)
     A_H = tl.load(A_ptr + h, mask=h < H, other=0.0)
     if HAS_BIAS:
         bias_H = tl.load(bias_ptr + h, mask=h < H, other=0.0)
@@ -587,7 +591,8 @@ def _finish(
         itself_HQ = tl.load(flows_ptr + ITSELF * H * padded + at_HQ, mask=valid_HQ, other=0.0)
         tl.store(sums_ptr + (1 + HAS_BIAS) * H, tl.sum(itself_HQ, 1), mask=h < H)
     ddt_QH = tl.trans(ddt_HQ).to(ddt_ptr.dtype.element_ty)
-    tl.store(ddt_ptr + t[:, None] * ddt_stride + h[None, :], ddt_QH, mask=(t < T)[:, None] & (h < H)[None, :])
+    at_QH = t.to(tl.int64)[:, None] * ddt_stride + h[None, :]
+    tl.store(ddt_ptr + at_QH, ddt_QH, mask=(t < T)[:, None] & (h < H)[None, :])
 
     dscores_QQ = dscores_desc.load([c * Q, 0]).to(tl.float32)
     dB_QN = parts_desc.load([c * Q, 0]).to(tl.float32)
@@ -788,6 +793,7 @@ def scan_backward(
     """Gradients of `scan_forward`. `out`: where dx, dB, dC, see `can_write`, and ddt go. `kept`: from the forward of
     the same inputs; without it decays and states are computed again, to the same bits."""
     dx_THP, dB_TN, dC_TN, ddt_TH = out or tuple(t.new_empty(t.shape) for t in (x_THP, B_TN, C_TN, dt_TH))
+    assert ddt_TH.stride(1) == 1
     of_heads = {"dA_H": A_H, "dbias_H": bias_H, "dD_H": D_H}  # in this order below
     of_heads = {name: x for name, x in of_heads.items() if x is not None}
     if not len(x_THP):

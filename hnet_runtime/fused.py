@@ -16,6 +16,7 @@ has read its inputs for their gradients anyway. The results are the same bits.
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 from contextvars import ContextVar
 
@@ -26,6 +27,7 @@ from hnet_kernels import ema_backward, ema_forward
 from hnet_kernels.attention import Attended, packed_attention, packed_attention_backward, tile_order
 from hnet_kernels.conv import causal_conv_silu_backward_to, causal_conv_silu_forward
 from hnet_kernels.cross_entropy import cross_entropy_backward, cross_entropy_forward
+from hnet_kernels.dispatch import wide
 from hnet_kernels.kept import keep, keeping_if, kept_empty
 from hnet_kernels.norm import add_norm_backward, add_norm_forward, gated_norm_backward, gated_norm_forward
 from hnet_kernels.pointwise import rotate_, swiglu_backward, swiglu_forward, to_float32
@@ -212,7 +214,8 @@ class Take(torch.autograd.Function):
     def backward(ctx, dout: Tensor):
         (place_C,), (target,) = ctx.saved_tensors, ctx.targets
         dx = torch.zeros_like(ctx.like) if target is None else target
-        add_rows_(dx.view(len(dx), -1), place_C, dout.view(len(dout), -1))
+        width = math.prod(dx.shape[1:])
+        add_rows_(dx.view(-1, width), place_C, dout.reshape(-1, width))
         return dx if target is None else None, None
 
 
@@ -233,7 +236,7 @@ class ResidualProjection(torch.autograd.Function):
 
     Returns proxy_TD, which stands for it in the backward and has no numbers: the residual's gradient is that of what it
     is added up to, see `Upsample`, and so has x's dtype. Gradients: of x and W to their targets, which there must be
-    (see `gradients_into`), and of bias.
+    (see `gradients_into`), and of bias; x's with W rounded to x's dtype.
     """
 
     @staticmethod
@@ -449,7 +452,7 @@ class MambaBranch(torch.autograd.Function):
         z, before, raw_TH = projected.split([len(gate_D), len(conv_bias_D), len(D_H)], dim=-1)
         after = causal_conv_silu_forward(before, conv_D1K, conv_bias_D, packing.position_T)
         u_THP, B_TN, C_TN = _parts(after, len(D_H))
-        dt_bias_H, A_log_H, D_H = map(_wide, (dt_bias_H, A_log_H, D_H))
+        dt_bias_H, A_log_H, D_H = map(wide, (dt_bias_H, A_log_H, D_H))
         y_THP, states = mamba2_scan_forward(
             u_THP, raw_TH, dt_bias_H, A_log_H, B_TN, C_TN, D_H, packing.cu_seqlens, with_states
         )
@@ -474,7 +477,7 @@ class MambaBranch(torch.autograd.Function):
         del saved, kept, y_TD, gated_TD  # what is used up can go before the scan needs most
         u_THP, *BC = _parts(after, len(D_H))
         of_heads = mamba2_scan_backward(
-            dy_TD.view_as(u_THP), u_THP, raw_TH, _wide(dt_bias_H), _wide(A_log_H), *BC, _wide(D_H),
+            dy_TD.view_as(u_THP), u_THP, raw_TH, wide(dt_bias_H), wide(A_log_H), *BC, wide(D_H),
             ctx.packing.cu_seqlens, (*_parts(dafter, len(D_H)), draw_TH), states,
         )  # fmt: skip
         dconv = causal_conv_silu_backward_to(dbefore, dafter, before, conv_D1K, conv_bias_D, ctx.packing.position_T)
@@ -482,10 +485,6 @@ class MambaBranch(torch.autograd.Function):
         din_proj = _product(dprojected.T, x_TD, into_in)
         of_heads = (x.to(D_H.dtype) for x in of_heads)
         return _wanted(ctx, 2, *gradients, din_proj, *dconv, *of_heads, dgate_D, dout_proj)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _wanted(ctx, others: int, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:

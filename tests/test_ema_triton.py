@@ -110,6 +110,9 @@ def test_on_gpu(name, dtype):
 def test_sum_chunks_by_hand():
     x = torch.arange(5.0)[:, None]
     assert definition.sum_chunks(x, torch.tensor([0, 1, 3])).flatten().tolist() == [0, 3, 7]
+    out = torch.full((6, 1), 9.0)
+    found = definition.sum_chunks(x, torch.tensor([0, 1, 3, 5, 5, 5]), out, spare=1)
+    assert found is out and out.flatten().tolist() == [0, 3, 7, 0, 9, 9]
 
 
 if __name__ == "__main__":

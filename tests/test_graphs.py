@@ -438,6 +438,7 @@ def test_sizes_waste_little(T):
     sizes = _filled_up(T)
     assert sizes >= T and _filled_up(sizes) == sizes
     assert sizes - T < max(TOKENS, T / STEPS + 1) and sizes - T < _step(T) <= max(TOKENS, sizes)
+    assert _step(T) <= _step(T + 1)  # what `_leave` has for all numbers of chunks up to T
 
 
 def test_a_new_number_of_chunks_makes_segments_of_its_stage_alone():

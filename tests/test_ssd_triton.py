@@ -138,21 +138,23 @@ def leaks(device: str, dtype: torch.dtype) -> list[str]:
 
 
 def changed_by_keeping(case: Case, dtype: torch.dtype, device: str) -> list[str]:
-    """What differs, be it in the last bit, when the backward takes what the forward kept: with the skip and without."""
+    """What differs, be it in the last bit, when the backward takes what the forward kept: with the skip and bias, which
+    makes softplus(dt + bias) of dt and -exp(A) of A, and without."""
     from hnet_kernels import ssd_triton
 
     inputs, cu_seqlens = inputs_of(case, dtype, device)
     dy = inputs.pop("dy")
     inputs = *inputs.values(), cu_seqlens
     changed = []
-    for skip in (None, torch.linspace(-1, 1, case.heads, device=device)):
-        y, kept = ssd_triton.scan_forward(*inputs, skip, keep=True)
-        plain, nothing = ssd_triton.scan_forward(*inputs, skip)
+    some = torch.linspace(-1, 1, case.heads, device=device)
+    for skip, bias in ((None, None), (some, None), (some, some)):
+        y, kept = ssd_triton.scan_forward(*inputs, skip, keep=True, bias_H=bias)
+        plain, nothing = ssd_triton.scan_forward(*inputs, skip, bias_H=bias)
         assert nothing is None and (kept.states_CHPN != 0).any() == (len(kept.document_T) > ssd_triton.CHUNK[dtype])
         pairs = zip(
             ("y", *ssd_triton.Gradients._fields),
-            (y, *ssd_triton.scan_backward(dy, *inputs, skip, kept=kept)),
-            (plain, *ssd_triton.scan_backward(dy, *inputs, skip)),
+            (y, *ssd_triton.scan_backward(dy, *inputs, skip, kept=kept, bias_H=bias)),
+            (plain, *ssd_triton.scan_backward(dy, *inputs, skip, bias_H=bias)),
         )
         changed += [name for name, a, b in pairs if a is not b and not torch.equal(a, b)]
     return changed
