@@ -35,7 +35,8 @@ class Options(NamedTuple):
 
 
 SIZE = 64  # tokens of the tile that a program works for: others are slower
-# for W up to 64, and for 128: the fastest of those in benchmarks/results/h200-2026-11-28/kernels_sweep.txt
+# for W up to 64, and for 128: the fastest of those in benchmarks/results, h200-2026-11-28/kernels_sweep.txt and
+# h200-2026-11-28-2/attention_ways.txt
 FORWARD = Options(64, 4, 2), Options(64, 4, 3)
 KEYS = Options(64, 4, 2, 168), Options(32, 4, 2)  # 168: three programs a multiprocessor
 QUERIES = Options(64, 4, 3), Options(64, 4, 2)

@@ -670,8 +670,8 @@ class _Plan:
         (self.T, self.H, self.P), self.N, self.Q = x_THP.shape, B_TN.shape[1], CHUNK[x_THP.dtype]
         self.dtype = x_THP.dtype
         self.n_chunks = triton.cdiv(self.T, self.Q)
-        # two programs, which walk through one segment each, fit on a multiprocessor: so many, and none that waits
-        self.chunks_per_segment = triton.cdiv(self.n_chunks, max(1, 2 * _multiprocessors(x_THP.device) // self.H))
+        # two programs, which walk through one segment each, fit on a multiprocessor
+        self.chunks_per_segment = triton.cdiv(self.n_chunks * self.H, 2 * _multiprocessors(x_THP.device))
         self.segments = triton.cdiv(self.n_chunks, self.chunks_per_segment)
         self.B, self.C = (_described(t, self.Q, self.N) for t in (B_TN, C_TN))
         self.sizes = self.H, self.n_chunks, self.chunks_per_segment
