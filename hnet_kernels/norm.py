@@ -5,6 +5,8 @@ Legend: T tokens, D channels. Everything is computed in at least float32.
 This file has the definitions and the choice; the Triton kernels that run on a GPU are in norm_triton.py.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,23 +49,51 @@ def add_norm_forward(
     return sum_TD, *_norm(sum_TD, weight_D, eps)
 
 
-def add_norm_backward(
-    dx_TD: Tensor, dsum_TD: Tensor | None, sum_TD: Tensor, scale_T: Tensor, weight_D: Tensor, again: bool = True
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(dresidual_TD, ddelta_TD, dweight_D, x_TD) of `add_norm_forward`, the last the same bits as there; None if not
-    wanted `again`.
+class Parted(NamedTuple):
+    """Numbers in a dtype that products take, and what rounding to it took from them, see `part`."""
 
-    dsum_TD: the gradient of sum_TD, None for zeros. dresidual_TD and ddelta_TD are the same numbers, in the dtypes of
-    sum_TD and of dx_TD.
+    x: Tensor
+    rest: Tensor | None
+
+
+def part(x: Tensor, dtype: torch.dtype) -> Parted:
+    """x in `dtype`. Of a float32 x that is made bfloat16, which has its first 8 significant bits, `rest` has the next
+    8, rounded, as int8: together they are off by 2^-16 at most, by 2^-15 where 128 would have been next. None for
+    other dtypes."""
+    rounded = x.to(dtype)
+    if (x.dtype, dtype) != (torch.float32, torch.bfloat16):
+        return Parted(rounded, None)
+    rest = x.view(torch.int32) - (rounded.view(torch.int16).to(torch.int32) << 16)
+    return Parted(rounded, ((rest + 128) >> 8).clamp_max(127).to(torch.int8))
+
+
+def whole(x: Tensor, rest: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What `part` has parted, in the dtype that it had."""
+    if rest is None:
+        return x.to(dtype)
+    return ((x.view(torch.int16).to(torch.int32) << 16) + (rest.to(torch.int32) << 8)).view(torch.float32)
+
+
+def add_norm_backward(
+    dx_TD: Tensor, dsum: Parted | None, sum_TD: Tensor, scale_T: Tensor, weight_D: Tensor, again: bool = True
+) -> tuple[Parted, Tensor, Tensor | None]:
+    """(dboth, dweight_D, x_TD) of `add_norm_forward`: the gradient of residual and of delta, which is that of their
+    sum; and x_TD, the same bits as there, or None if not wanted `again`.
+
+    dsum: the gradient of sum_TD but for what comes through x_TD, None for zeros. It and dboth are `part`ed, in dx_TD's
+    dtype: products want it so, and along a residual stream it is not to be rounded at each step.
     """
     if _fast("add_norm", dx_TD):
         from hnet_kernels import norm_triton
 
-        return norm_triton.add_norm_backward(dx_TD, dsum_TD, sum_TD, scale_T, weight_D, again)
+        dboth_TD, rest_TD, dweight_D, x_TD = norm_triton.add_norm_backward(
+            dx_TD, *(dsum or (None, None)), sum_TD, scale_T, weight_D, again
+        )
+        return Parted(dboth_TD, rest_TD), dweight_D, x_TD
     d_TD, dweight_D, x_TD = _norm_backward(dx_TD, sum_TD, scale_T, weight_D)
-    if dsum_TD is not None:
-        d_TD = d_TD + dsum_TD
-    return d_TD, d_TD.to(dx_TD.dtype), dweight_D, x_TD if again else None
+    if dsum is not None:
+        d_TD = d_TD + whole(*dsum, d_TD.dtype)
+    return part(d_TD, dx_TD.dtype), dweight_D, x_TD if again else None
 
 
 def gated_norm_forward(y_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:

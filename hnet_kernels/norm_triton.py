@@ -50,6 +50,21 @@ def _add_norm(
 
 
 @triton.jit
+def _part(x):
+    """`part` of norm.py, to bfloat16."""
+    rounded = x.to(tl.bfloat16)
+    rest = x.to(tl.int32, bitcast=True) - (rounded.to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    return rounded, tl.minimum((rest + 128) >> 8, 127).to(tl.int8)
+
+
+@triton.jit
+def _whole(x, rest):
+    """`whole` of norm.py, of bfloat16 and int8."""
+    bits = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16) + (rest.to(tl.int32) << 8)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _load_rows(ptr, t, stride, end, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows t of (T, D), zeros from row `end` on."""
     d = tl.arange(0, BLOCK_D)[None, :]
@@ -58,8 +73,10 @@ def _load_rows(ptr, t, stride, end, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "per_program"])
 def _add_norm_backward(
-    dx_ptr, dsum_ptr, sum_ptr, scale_ptr, weight_ptr, dresidual_ptr, ddelta_ptr, dweight_ptr, x_ptr, T, per_program,
-    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_DSUM: tl.constexpr, AGAIN: tl.constexpr,
+    dx_ptr, dsum_ptr, dsum_rest_ptr, sum_ptr, scale_ptr, weight_ptr, dboth_ptr, rest_ptr, dweight_ptr, x_ptr,
+    T, per_program,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_DSUM: tl.constexpr, PARTED: tl.constexpr,
+    AGAIN: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
@@ -70,9 +87,12 @@ def _add_norm_backward(
     next_dx = _load_rows(dx_ptr, t, D, end, D, BLOCK_D)
     next_sum = _load_rows(sum_ptr, t, D, end, D, BLOCK_D)
     next_dsum = _load_rows(dsum_ptr, t, D, end, D, BLOCK_D) if HAS_DSUM else 0.0
+    next_rest = _load_rows(dsum_rest_ptr, t, D, end, D, BLOCK_D) if HAS_DSUM and PARTED else 0
     next_scale = tl.load(scale_ptr + t, mask=t < end, other=0.0)
     for start in range(first, end, ROWS):
-        dx, unit, dsum, scale = next_dx.to(tl.float32), next_sum * next_scale[:, None], next_dsum, next_scale
+        dx, unit, scale = next_dx.to(tl.float32), next_sum * next_scale[:, None], next_scale
+        if HAS_DSUM:
+            dsum = _whole(next_dsum, next_rest) if PARTED else next_dsum.to(tl.float32)
         t = start + tl.arange(0, ROWS)
         inside = (t < end)[:, None] & (d < D)[None, :]
         at = t.to(tl.int64)[:, None] * D + d[None, :]
@@ -80,6 +100,8 @@ def _add_norm_backward(
         next_sum = _load_rows(sum_ptr, t + ROWS, D, end, D, BLOCK_D)
         if HAS_DSUM:
             next_dsum = _load_rows(dsum_ptr, t + ROWS, D, end, D, BLOCK_D)
+            if PARTED:
+                next_rest = _load_rows(dsum_rest_ptr, t + ROWS, D, end, D, BLOCK_D)
         next_scale = tl.load(scale_ptr + t + ROWS, mask=t + ROWS < end, other=0.0)
         if AGAIN:
             tl.store(x_ptr + at, (unit * weight[None, :]).to(x_ptr.dtype.element_ty), mask=inside)
@@ -88,8 +110,12 @@ def _add_norm_backward(
         du = scale[:, None] * (g - unit * (tl.sum(g * unit, 1) / D)[:, None])
         if HAS_DSUM:
             du += dsum
-        tl.store(dresidual_ptr + at, du, mask=inside)
-        tl.store(ddelta_ptr + at, du.to(ddelta_ptr.dtype.element_ty), mask=inside)
+        if PARTED:
+            dboth, rest = _part(du)
+            tl.store(rest_ptr + at, rest, mask=inside)
+        else:
+            dboth = du.to(dboth_ptr.dtype.element_ty)
+        tl.store(dboth_ptr + at, dboth, mask=inside)
     tl.store(dweight_ptr + tl.program_id(0) * D + d, dweight, mask=d < D)
 
 
@@ -205,21 +231,23 @@ def add_norm_forward(
 
 
 def add_norm_backward(
-    dx_TD: Tensor, dsum_TD: Tensor | None, sum_TD: Tensor, scale_T: Tensor, weight_D: Tensor, again: bool = True
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(dresidual_TD, ddelta_TD, dweight_D, x_TD) of `add_norm_backward` in norm.py."""
+    dx_TD: Tensor, dsum_TD: Tensor | None, dsum_rest_TD: Tensor | None, sum_TD: Tensor, scale_T: Tensor,
+    weight_D: Tensor, again: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
+    """(dboth_TD, its rest, dweight_D, x_TD) of `add_norm_backward` in norm.py."""
     (T, D), dx_TD = dx_TD.shape, dx_TD.contiguous()
     tile, programs, warps = ADD_NORM_BACKWARD
-    dresidual_TD, ddelta_TD, blocks = sum_TD.new_empty(T, D), dx_TD.new_empty(T, D), _blocks(D, tile, warps)
+    dboth_TD, blocks, parted = dx_TD.new_empty(T, D), _blocks(D, tile, warps), dx_TD.dtype == torch.bfloat16
+    rest_TD = dx_TD.new_empty(T, D, dtype=torch.int8) if parted else None
     programs, rows = _shares(T, blocks["ROWS"], programs, dx_TD.device)
     dweight_ND, x_TD = sum_TD.new_empty(programs, D), weight_D.new_empty(T, D) if again else None
-    dsum_TD = None if dsum_TD is None else dsum_TD.contiguous()
+    dsum_TD, dsum_rest_TD = (x if x is None else x.contiguous() for x in (dsum_TD, dsum_rest_TD))
     with torch.cuda.device_of(dx_TD):
         _add_norm_backward[(programs,)](
-            dx_TD, dsum_TD, sum_TD, scale_T, weight_D.contiguous(), dresidual_TD, ddelta_TD, dweight_ND, x_TD, T, rows,
-            HAS_DSUM=dsum_TD is not None, AGAIN=again, **blocks,
+            dx_TD, dsum_TD, dsum_rest_TD, sum_TD, scale_T, weight_D.contiguous(), dboth_TD, rest_TD, dweight_ND, x_TD,
+            T, rows, HAS_DSUM=dsum_TD is not None, PARTED=parted, AGAIN=again, **blocks,
         )  # fmt: skip
-        return dresidual_TD, ddelta_TD, sum_rows(dweight_ND, weight_D.dtype), x_TD
+        return dboth_TD, rest_TD, sum_rows(dweight_ND, weight_D.dtype), x_TD
 
 
 def gated_norm_forward(y_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,9 @@
 
 A block is one or two branches, a mixer and perhaps an MLP, each behind a norm. Here a branch takes the residual stream
 and `delta`, what the branch before it adds to that; so the sum and the norm of it are one kernel, and backwards too.
-Gradients of parts of a matrix product's output are written into one tensor. The maths is that of hnet_trainable.py;
-tests compare the two in float64. Legend: as in hnet_trainable.py.
+Both have the gradient of their sum, so autograd hands it on for delta alone, and what rounding takes of it goes by a
+`Stream`. Gradients of parts of a matrix product's output are written into one tensor. The maths is that of
+hnet_trainable.py; tests compare the two in float64. Legend: as in hnet_trainable.py.
 
 Gradients of weights that are matrix products can go straight to where an optimizer reads them, see `gradients_into`.
 
@@ -29,7 +30,7 @@ from hnet_kernels.conv import causal_conv_silu_backward_to, causal_conv_silu_for
 from hnet_kernels.cross_entropy import cross_entropy_backward, cross_entropy_forward
 from hnet_kernels.dispatch import wide
 from hnet_kernels.kept import keep, keeping_if, kept_empty
-from hnet_kernels.norm import add_norm_backward, add_norm_forward, gated_norm_backward, gated_norm_forward
+from hnet_kernels.norm import Parted, add_norm_backward, add_norm_forward, gated_norm_backward, gated_norm_forward
 from hnet_kernels.pointwise import rotate_, swiglu_backward, swiglu_forward, to_float32
 from hnet_kernels.router import add_rows_, boundary_backward, boundary_forward, upsample_backward, upsample_forward
 from hnet_kernels.ssd import mamba2_scan_backward, mamba2_scan_forward
@@ -85,14 +86,14 @@ def gradients_into(targets: dict[Tensor, Tensor]) -> Iterator[None]:
         _TARGETS.reset(token)
 
 
-_SEAMS: ContextVar[dict[nn.Module, list[Tensor] | None]] = ContextVar("seams")
+_SEAMS: ContextVar[dict[nn.Module, Tensor | None]] = ContextVar("seams")
 
 
 @contextlib.contextmanager
-def noting_seams(seams: dict[nn.Module, list[Tensor] | None]) -> Iterator[None]:
-    """Where forwards inside come to a block in `seams`, they note there the tensors that enter it.
+def noting_seams(seams: dict[nn.Module, Tensor | None]) -> Iterator[None]:
+    """Where forwards inside come to a block in `seams`, they note there the `delta` that enters it.
 
-    So a backward can stop at these tensors and go on from them later.
+    So a backward can stop at this tensor and go on from it later.
     """
     token = _SEAMS.set(seams)
     try:
@@ -299,47 +300,64 @@ class Upsample(torch.autograd.Function):
         return dz_CD if target is None else None, dp_T, None, None, None, dresidual_TD, dproxy_TD, None, None
 
 
+class Stream:
+    """A residual stream's gradient, on its way back from branch to branch: of what autograd hands on, in the dtype of
+    products, the `rest` that rounding took, see `Parted`."""
+
+    rest_TD: Tensor | None = None
+
+    def norm_backward(
+        self, dx_TD: Tensor, dsum_TD: Tensor, sum_TD: Tensor, scale_T: Tensor, norm_D: Tensor, x_TD: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(gradient of delta, dnorm_D, x_TD) of a branch's norm, the last computed again where it was not kept."""
+        (dboth_TD, self.rest_TD), dnorm_D, again_TD = add_norm_backward(
+            dx_TD, Parted(dsum_TD, self.rest_TD), sum_TD, scale_T, norm_D, again=x_TD is None
+        )
+        return dboth_TD, dnorm_D, again_TD if x_TD is None else x_TD
+
+
 def run_stack(stack: Isotropic, ac: str, x_TD: Tensor, packing: Packing) -> Tensor:
     """`Isotropic.forward`, with activation checkpointing."""
-    residual_TD, delta_TD, order = None, x_TD, None
+    stream, residual_TD, delta_TD, order = Stream(), None, x_TD, None
     packing = Packing(*map(keep, packing))
     seams = _SEAMS.get({})
     for block in stack.layers:
         if block in seams:
-            seams[block] = [x for x in (residual_TD, delta_TD) if x is not None]
+            seams[block] = delta_TD
         mixer = block.mixer
         if hasattr(mixer, "A_log"):
             conv, norm = mixer.conv1d, mixer.norm
             weights = mixer.in_proj.weight, conv.weight, conv.bias, mixer.dt_bias, mixer.A_log, mixer.D, norm.weight
             weights = block.norm1.weight, *weights, mixer.out_proj.weight
             how = ac if torch.is_grad_enabled() else "block"  # without a backward nothing need be kept
-            residual_TD, delta_TD = MambaBranch.apply(packing, how, residual_TD, delta_TD, *weights)
+            residual_TD, delta_TD = MambaBranch.apply(stream, packing, how, residual_TD, delta_TD, *weights)
         else:
             if order is None:
                 order = tile_order(delta_TD, mixer.Wqkv.weight.shape[1] // mixer.n_heads, packing.cu_seqlens)
                 order = None if order is None else keep(order)
             how = ac, mixer.n_heads, mixer.window, order
             weights = block.norm1.weight, mixer.Wqkv.weight, mixer.out_proj.weight
-            residual_TD, delta_TD = AttentionBranch.apply(packing, how, residual_TD, delta_TD, *weights)
+            residual_TD, delta_TD = AttentionBranch.apply(stream, packing, how, residual_TD, delta_TD, *weights)
         if block.has_mlp:
             weights = block.norm2.weight, block.mlp.fc1.weight, block.mlp.fc2.weight
-            residual_TD, delta_TD = MlpBranch.apply(ac, residual_TD, delta_TD, *weights)
-    return FinalNorm.apply(residual_TD, delta_TD, stack.rmsnorm.weight)
+            residual_TD, delta_TD = MlpBranch.apply(stream, ac, residual_TD, delta_TD, *weights)
+    return FinalNorm.apply(stream, residual_TD, delta_TD, stack.rmsnorm.weight)
 
 
 class FinalNorm(torch.autograd.Function):
-    """The norm of residual + delta. Gradients: of both and of the weight."""
+    """The norm of residual + delta. Gradients: of delta, which is that of both, and of the weight."""
 
     @staticmethod
-    def forward(ctx, residual_TD: Tensor | None, delta_TD: Tensor, weight_D: Tensor) -> Tensor:
+    def forward(ctx, stream: Stream, residual_TD: Tensor | None, delta_TD: Tensor, weight_D: Tensor) -> Tensor:
         sum_TD, x_TD, scale_T = add_norm_forward(residual_TD, delta_TD, weight_D, NORM_EPS)
         ctx.save_for_backward(sum_TD, scale_T, weight_D)
+        ctx.stream = stream
         return x_TD
 
     @staticmethod
     def backward(ctx, dx_TD: Tensor):
-        sum_TD, scale_T, weight_D = ctx.saved_tensors
-        return _wanted(ctx, 0, *add_norm_backward(dx_TD, None, sum_TD, scale_T, weight_D)[:3])
+        (dboth_TD, ctx.stream.rest_TD), dweight_D, _ = add_norm_backward(dx_TD, None, *ctx.saved_tensors, again=False)
+        return None, None, dboth_TD, dweight_D
 
 
 def _norm_again(residual_TD: Tensor, norm_D: Tensor) -> Tensor:
@@ -347,19 +365,20 @@ def _norm_again(residual_TD: Tensor, norm_D: Tensor) -> Tensor:
     return add_norm_forward(None, residual_TD, norm_D, NORM_EPS)[1]
 
 
-def _norm_backward(
-    dx_TD: Tensor, dsum_TD: Tensor, sum_TD: Tensor, scale_T: Tensor, norm_D: Tensor, x_TD: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`add_norm_backward` for who may have kept x_TD."""
-    *gradients, x_again_TD = add_norm_backward(dx_TD, dsum_TD, sum_TD, scale_T, norm_D, again=x_TD is None)
-    return *gradients, x_again_TD if x_TD is None else x_TD
+def _residual_aside(ctx, stream: Stream, residual_TD: Tensor) -> Tensor:
+    """The sum that a branch returns: its gradient comes with that of what the branch returns beside it."""
+    ctx.stream = stream
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(residual_TD)
+    return residual_TD
 
 
 class MlpBranch(torch.autograd.Function):
-    """(residual, delta) -> (residual + delta, the SwiGLU of its norm). Gradients: of both and of the weights."""
+    """(residual, delta) -> (residual + delta, the SwiGLU of its norm). Gradients: of delta, which is that of both, and
+    of the weights."""
 
     @staticmethod
-    def forward(ctx, ac: str, residual_TD: Tensor, delta_TD: Tensor, norm_D: Tensor, fc1: Tensor, fc2: Tensor):
+    def forward(ctx, stream, ac: str, residual_TD: Tensor, delta_TD: Tensor, norm_D: Tensor, fc1: Tensor, fc2: Tensor):
         all_kept = ac == "none"
         residual_TD, x_TD, scale_T = add_norm_forward(residual_TD, delta_TD, norm_D, NORM_EPS, keep_x=all_kept)
         with keeping_if(ac != "block"):
@@ -369,10 +388,10 @@ class MlpBranch(torch.autograd.Function):
         kept = [both_T2I if ac != "block" else None, *((x_TD, h_TI) if all_kept else (None, None))]
         ctx.save_for_backward(residual_TD, scale_T, norm_D, fc1, fc2, *kept)
         ctx.targets = _take_targets(fc1, fc2)
-        return residual_TD, h_TI @ fc2.T
+        return _residual_aside(ctx, stream, residual_TD), h_TI @ fc2.T
 
     @staticmethod
-    def backward(ctx, dresidual_TD: Tensor, dout_TD: Tensor):
+    def backward(ctx, _, dout_TD: Tensor):
         residual_TD, scale_T, norm_D, fc1, fc2, both_T2I, x_TD, h_TI = ctx.saved_tensors
         if both_T2I is None:
             both_T2I = _norm_again(residual_TD, norm_D) @ fc1.T
@@ -380,18 +399,18 @@ class MlpBranch(torch.autograd.Function):
         dboth_T2I, h_again = swiglu_backward(dout_TD @ fc2, both_T2I, again=h_TI is None)
         dfc2 = _product(dout_TD.T, h_again if h_TI is None else h_TI, into2)
         del both_T2I, h_TI, h_again
-        *gradients, x_TD = _norm_backward(dboth_T2I @ fc1, dresidual_TD, residual_TD, scale_T, norm_D, x_TD)
-        return _wanted(ctx, 1, *gradients, _product(dboth_T2I.T, x_TD, into1), dfc2)
+        *gradients, x_TD = ctx.stream.norm_backward(dboth_T2I @ fc1, dout_TD, residual_TD, scale_T, norm_D, x_TD)
+        return None, None, None, *gradients, _product(dboth_T2I.T, x_TD, into1), dfc2
 
 
 class AttentionBranch(torch.autograd.Function):
-    """(residual, delta) -> (residual + delta, the attention of its norm). Gradients: of both and of the weights.
+    """(residual, delta) -> (residual + delta, the attention of its norm). Gradients: see `MlpBranch`.
 
     how: (activation checkpointing, heads, window, `tile_order`).
     """
 
     @staticmethod
-    def forward(ctx, packing, how, residual_TD, delta_TD, norm_D: Tensor, Wqkv: Tensor, out_proj: Tensor):
+    def forward(ctx, stream, packing, how, residual_TD, delta_TD, norm_D: Tensor, Wqkv: Tensor, out_proj: Tensor):
         ac, ctx.n_heads, ctx.window, ctx.order = how
         residual_TD, x_TD, scale_T = add_norm_forward(residual_TD, delta_TD, norm_D, NORM_EPS, keep_x=ac == "none")
         with keeping_if(ac != "block"):
@@ -400,7 +419,7 @@ class AttentionBranch(torch.autograd.Function):
         ctx.attended = attended if ac != "block" else None
         kept = qkv_T3HP if ac != "block" else None, x_TD if ac == "none" else None
         ctx.save_for_backward(residual_TD, scale_T, norm_D, Wqkv, out_proj, *kept)
-        return residual_TD, attended.o_THP.flatten(1) @ out_proj.T
+        return _residual_aside(ctx, stream, residual_TD), attended.o_THP.flatten(1) @ out_proj.T
 
     @staticmethod
     def attend(ctx, packing: Packing, x_TD: Tensor, Wqkv: Tensor) -> tuple[Tensor, Attended]:
@@ -409,7 +428,7 @@ class AttentionBranch(torch.autograd.Function):
         return qkv_T3HP, packed_attention(qkv_T3HP, packing.cu_seqlens, len(packing.cos_MR), ctx.window, ctx.order)
 
     @staticmethod
-    def backward(ctx, dresidual_TD: Tensor, dout_TD: Tensor):
+    def backward(ctx, _, dout_TD: Tensor):
         residual_TD, scale_T, norm_D, Wqkv, out_proj, qkv_T3HP, x_TD = ctx.saved_tensors
         _, position_T, *tables = ctx.packing
         attended = ctx.attended
@@ -421,19 +440,19 @@ class AttentionBranch(torch.autograd.Function):
         dqkv_T3HP = packed_attention_backward(do_THP, qkv_T3HP, attended, ctx.window, ctx.order)
         dqkv_TD, o_TD = rotate_(dqkv_T3HP, *tables, position_T, back=True).flatten(1), o_THP.flatten(1)
         del attended
-        *gradients, x_TD = _norm_backward(dqkv_TD @ Wqkv, dresidual_TD, residual_TD, scale_T, norm_D, x_TD)
+        *gradients, x_TD = ctx.stream.norm_backward(dqkv_TD @ Wqkv, dout_TD, residual_TD, scale_T, norm_D, x_TD)
         into_qkv, into_out = ctx.targets
         products = _product(dqkv_TD.T, x_TD, into_qkv), _product(dout_TD.T, o_TD, into_out)
-        return _wanted(ctx, 2, *gradients, *products)
+        return None, None, None, None, *gradients, *products
 
 
 class MambaBranch(torch.autograd.Function):
-    """(residual, delta) -> (residual + delta, the Mamba-2 of its norm). Gradients: of both and of the weights."""
+    """(residual, delta) -> (residual + delta, the Mamba-2 of its norm). Gradients: see `MlpBranch`."""
 
     @staticmethod
     def forward(
-        ctx, packing, ac, residual_TD, delta_TD, norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_log_H, D_H,
-        gate_D, out_proj,
+        ctx, stream, packing, ac, residual_TD, delta_TD, norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_log_H,
+        D_H, gate_D, out_proj,
     ):  # fmt: skip
         residual_TD, x_TD, scale_T = add_norm_forward(residual_TD, delta_TD, norm_D, NORM_EPS, keep_x=ac == "none")
         weights = norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_log_H, D_H, gate_D, out_proj
@@ -441,7 +460,7 @@ class MambaBranch(torch.autograd.Function):
             gated_TD, *kept = MambaBranch.mix(packing, x_TD, ac == "none", *weights[1:-1])
         ctx.packing, ctx.targets = packing, _take_targets(in_proj, out_proj)
         ctx.save_for_backward(residual_TD, scale_T, *weights, *((x_TD, *kept) if ac == "none" else (None,)))
-        return residual_TD, gated_TD @ out_proj.T
+        return _residual_aside(ctx, stream, residual_TD), gated_TD @ out_proj.T
 
     @staticmethod
     def mix(
@@ -461,7 +480,7 @@ class MambaBranch(torch.autograd.Function):
         return gated_TD, projected, gate_scale_T, after, y_TD, *states
 
     @staticmethod
-    def backward(ctx, dresidual_TD: Tensor, dout_TD: Tensor):
+    def backward(ctx, _, dout_TD: Tensor):
         residual_TD, scale_T, *saved = ctx.saved_tensors
         weights, x_TD, kept = saved[:9], saved[9], saved[10:]
         norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_log_H, D_H, gate_D, out_proj = weights
@@ -481,16 +500,10 @@ class MambaBranch(torch.autograd.Function):
             ctx.packing.cu_seqlens, (*_parts(dafter, len(D_H)), draw_TH), states,
         )  # fmt: skip
         dconv = causal_conv_silu_backward_to(dbefore, dafter, before, conv_D1K, conv_bias_D, ctx.packing.position_T)
-        *gradients, x_TD = _norm_backward(dprojected @ in_proj, dresidual_TD, residual_TD, scale_T, norm_D, x_TD)
+        *gradients, x_TD = ctx.stream.norm_backward(dprojected @ in_proj, dout_TD, residual_TD, scale_T, norm_D, x_TD)
         din_proj = _product(dprojected.T, x_TD, into_in)
         of_heads = (x.to(D_H.dtype) for x in of_heads)
-        return _wanted(ctx, 2, *gradients, din_proj, *dconv, *of_heads, dgate_D, dout_proj)
-
-
-def _wanted(ctx, others: int, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What a backward returns: None for `others` first inputs, and for a residual that was None."""
-    found = [None] * others + list(gradients)
-    return tuple(g if wanted else None for g, wanted in zip(found, ctx.needs_input_grad))
+        return None, None, None, None, *gradients, din_proj, *dconv, *of_heads, dgate_D, dout_proj
 
 
 def _parts(after: Tensor, n_heads: int) -> tuple[Tensor, Tensor, Tensor]:

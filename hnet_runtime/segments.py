@@ -148,7 +148,7 @@ class Segment:
 
     def _forward(self, trial: bool = False) -> None:
         """trial: the gradients of what comes from other segments go nowhere, for one may lie where its tensor does."""
-        self.seams: dict[nn.Module, list[Tensor] | None] = {piece.block: None for piece in self.pieces[1:]}
+        self.seams: dict[nn.Module, Tensor | None] = {piece.block: None for piece in self.pieces[1:]}
         self.wanted = [list(piece.targets) for piece in self.pieces]
         # where gradients go, without those that the backward itself will write
         self.copied = {x: place for piece in self.pieces for x, place in piece.targets.items()}
@@ -167,7 +167,7 @@ class Segment:
         """Of the last piece that is left."""
         outputs, doutputs = zip(*self.ends)
         wanted = self.wanted.pop()
-        seam = self.seams.popitem()[1] if self.seams else ()
+        seam = [self.seams.popitem()[1]] if self.seams else []
         gradients = torch.autograd.grad(outputs, [*wanted, *seam], doutputs, allow_unused=True)
         self.ends = list(zip(seam, gradients[len(wanted) :]))
         found = dict(zip(wanted, gradients))
