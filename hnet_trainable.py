@@ -269,9 +269,9 @@ def cu_seqlens(x: Tensor) -> Tensor:
 
 def positions(x: Tensor) -> Tensor:
     """Each token's place in its document, from 0: int64 `(T,)` for an NJT of T tokens."""
-    offsets, total = x.offsets(), x.values().shape[0]
-    start_T = offsets[:-1].repeat_interleave(offsets.diff(), output_size=total)
-    return torch.arange(total, device=offsets.device) - start_T
+    offsets = x.offsets()
+    t = torch.arange(x.values().shape[0], device=offsets.device)
+    return t - offsets[torch.bucketize(t, offsets[1:], right=True)]
 
 
 def register_njt_ops() -> None:

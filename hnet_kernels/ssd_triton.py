@@ -609,31 +609,30 @@ def _finish(
     dC_desc.store([c * Q, 0], dC_QN.to(B_QN.dtype))
 
 
-LAUNCH = {  # (warps, stages of the pipeline that loads), measured on an H200
+LAUNCH = {  # (warps, stages of the pipeline that loads, registers a thread at most), measured on an H200
     torch.bfloat16: {
-        "_prepare": (8, 1),
-        "_totals": (4, 4),
-        "_states": (4, 4),
-        "_outputs": (4, 2),
-        "_gradients": (4, 2),
-        "_finish": (8, 1),
+        "_prepare": (8, 1, 128),  # 128: two programs a multiprocessor
+        "_totals": (4, 4, None),
+        "_states": (4, 4, None),
+        "_outputs": (4, 2, None),
+        "_gradients": (4, 2, None),
+        "_finish": (8, 1, 128),
     },
     # full-precision products do without tensor cores: more registers, so more threads and fewer tokens a chunk
     torch.float32: {
-        "_prepare": (8, 1),
-        "_totals": (8, 1),
-        "_states": (8, 1),
-        "_outputs": (8, 1),
-        "_gradients": (16, 1),
-        "_finish": (8, 1),
+        "_prepare": (8, 1, None),
+        "_totals": (8, 1, None),
+        "_states": (8, 1, None),
+        "_outputs": (8, 1, None),
+        "_gradients": (16, 1, None),
+        "_finish": (8, 1, None),
     },
 }
 CHUNK = {torch.bfloat16: 64, torch.float32: 32}  # tokens; 64: the rows of one tensor-core instruction on Hopper
 
 
-def _launch(kernel: str, dtype: torch.dtype) -> dict[str, int]:
-    warps, stages = LAUNCH[dtype][kernel]
-    return {"num_warps": warps, "num_stages": stages}
+def _launch(kernel: str, dtype: torch.dtype) -> dict[str, int | None]:
+    return dict(zip(("num_warps", "num_stages", "maxnreg"), LAUNCH[dtype][kernel]))
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -835,6 +834,7 @@ def scan_backward(
 
 
 def _groups(n_chunks: int, H: int, device: torch.device) -> int:
-    """Groups of heads in `_gradients`: the fewest, so that few sums are left, that still keep the device busy."""
-    enough = triton.cdiv(3 * _multiprocessors(device), n_chunks)
-    return next(g for g in range(1, H + 1) if H % g == 0 and (g >= enough or 2 * g >= H))
+    """Groups of heads in `_gradients`: those that take the least time, in that of a head. Two programs a multiprocessor
+    run at once, and besides its heads each has sums to write, which take about as long as one."""
+    rounds = {g: triton.cdiv(2 * n_chunks * g, 2 * _multiprocessors(device)) for g in range(1, H + 1) if H % g == 0}
+    return min(rounds, key=lambda g: rounds[g] * (H // g + 1))

@@ -5,8 +5,8 @@ once a stage:
 
     enter 0 | pass 0 | enter 1 | pass 1 | inner | leave 1 | leave 0, with the loss
 
-What a stage's residual connection computes (`pass`) needs no number of chunks: the device does that while the host
-reads the number and launches what is next. Backwards it comes after `leave`.
+What a stage's residual connection computes (`pass`), and where chunks begin, needs no number of chunks: the device
+does that while the host reads the number and launches what is next. Backwards it comes after `leave`.
 
 Each part is a `Segment` for fixed sizes: one graph for its forward, one for its backward. A graph holds fixed sizes and
 addresses. So the documents of an inner stage are filled up to one of a few sizes with a document of zeros that reaches
@@ -361,9 +361,6 @@ class GraphedModel:
             place.copy_(value.detach())
         to.p_T[: T + 1].copy_(F.pad(p_T.detach(), (0, 1)))
         to.b_T[:T].copy_(b_T)
-        torch.sub(b_T.cumsum(0), 1, out=to.chunk_T[:T])
-        C = _filled_up(T)
-        to.start_C[:C].copy_(torch.nonzero_static(b_T, size=C, fill_value=T).squeeze(1))
         inside = chunk_offsets(b_T, x_BjD.offsets())
         to.counts.copy_(torch.stack([inside[-1], inside.diff().max()]))
         to.offsets[: len(inside)].copy_(inside)
@@ -374,7 +371,9 @@ class GraphedModel:
         return self._end(s, self.levels[s](self._begin(s, sizes, leaf)[0])[0], leaf)
 
     def _pass(self, s: int, sizes: Sizes, leaf: Leaf) -> Ends:
-        linear, at, T = self.levels[s].residual_proj, self.crossings[s], sizes.T
+        linear, at, T, C = self.levels[s].residual_proj, self.crossings[s], sizes.T, _filled_up(sizes.T)
+        torch.sub(at.b_T[:T].cumsum(0), 1, out=at.chunk_T[:T])
+        at.start_C[:C].copy_(torch.nonzero_static(at.b_T[:T], size=C, fill_value=T).squeeze(1))
         x_TD = leaf(at.x_TD[:T], at.dx_TD[:T])
         proxy_TD = ResidualProjection.apply(x_TD, linear.weight, linear.bias, at.residual_TD[:T])
         return [(proxy_TD, at.dresidual_TD[:T])]
