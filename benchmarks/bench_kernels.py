@@ -94,13 +94,14 @@ def cases(T: int, C: int) -> dict[str, tuple[Callable, float, float]]:
     """name -> (call, bytes, FLOPs)."""
     D, N, found = 512, 128, {}
     for stage, rows, width in (("0", T, D), ("1", C, 2 * D)):
-        residual, delta, weight = rand(rows, width, dtype=WIDE), rand(rows, width), rand(width)
+        delta, weight = rand(rows, width), rand(width)
+        residual = norm.part(rand(rows, width, dtype=WIDE), delta.dtype)
         _, _, scale = norm.add_norm_forward(residual, delta, weight, 1e-5)
-        moved, dsum = 2 * size(residual, delta), norm.part(residual, delta.dtype)
+        moved = 2 * size(*residual, delta)
         found[f"add_norm {stage}"] = lambda a=(residual, delta, weight, 1e-5): norm.add_norm_forward(*a), moved, 0
         found[f"add_norm {stage} backward"] = (
-            lambda a=(delta, dsum, residual, scale, weight): norm.add_norm_backward(*a),
-            size(residual) + 5 * size(delta),  # 2 and 1 bytes in and out, 2 of dx, and x_TD again
+            lambda a=(delta, residual, residual, scale, weight): norm.add_norm_backward(*a),
+            3 * size(*residual) + 2 * size(delta),
             0,
         )
     projected, y, gate = rand(T, 4 * D + 2 * N + 16), rand(T, 2 * D), rand(2 * D)

@@ -33,33 +33,17 @@ def _norm_backward(dx_TD: Tensor, u_TD: Tensor, scale_T: Tensor, weight_D: Tenso
     return du_TD, (dx_TD * unit_TD).sum(0).to(weight_D.dtype), (unit_TD * weight_D).to(weight_D.dtype)
 
 
-def add_norm_forward(
-    residual_TD: Tensor | None, delta_TD: Tensor, weight_D: Tensor, eps: float, keep_x: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum_TD, x_TD, scale_T): sum = residual + delta, x = sum * scale * weight, scale = 1 / rms(sum).
-
-    residual_TD: at least float32, or None for zeros. sum_TD and scale_T have its dtype, x_TD that of weight_D.
-    keep_x: a backward will need x_TD too.
-    """
-    if _fast("add_norm", delta_TD):
-        from hnet_kernels import norm_triton  # not above: triton is not everywhere
-
-        return norm_triton.add_norm_forward(residual_TD, delta_TD, weight_D, eps, keep_x)
-    sum_TD = wide(delta_TD).clone() if residual_TD is None else residual_TD + delta_TD
-    return sum_TD, *_norm(sum_TD, weight_D, eps)
-
-
 class Parted(NamedTuple):
-    """Numbers in a dtype that products take, and what rounding to it took from them, see `part`."""
+    """Float32 numbers as bfloat16, which has their first 8 significant bits, and the next 8, as int8. Or, with None for
+    a rest, numbers as they are."""
 
     x: Tensor
     rest: Tensor | None
 
 
 def part(x: Tensor, dtype: torch.dtype) -> Parted:
-    """x in `dtype`. Of a float32 x that is made bfloat16, which has its first 8 significant bits, `rest` has the next
-    8, rounded, as int8: together they are off by 2^-16 at most, by 2^-15 where 128 would have been next. None for
-    other dtypes."""
+    """x in parts where dtype, that of products with it, is bfloat16: off by 2^-16 at most, or by 2^-15 where 128 would
+    have been the rest. Else x in that dtype."""
     rounded = x.to(dtype)
     if (x.dtype, dtype) != (torch.float32, torch.bfloat16):
         return Parted(rounded, None)
@@ -74,23 +58,52 @@ def whole(x: Tensor, rest: Tensor | None, dtype: torch.dtype) -> Tensor:
     return ((x.view(torch.int16).to(torch.int32) << 16) + (rest.to(torch.int32) << 8)).view(torch.float32)
 
 
+def add_norm_forward(
+    residual: Parted | None, delta_TD: Tensor, weight_D: Tensor, eps: float, keep_x: bool = False
+) -> tuple[Parted, Tensor, Tensor]:
+    """(sum, x_TD, scale_T): sum = residual + delta, x = sum * scale * weight, scale = 1 / rms(sum).
+
+    residual: None for zeros. It and the sum are in parts where delta is bfloat16, else at least float32; scale_T is at
+    least float32. x_TD has weight_D's dtype. keep_x: a backward will need x_TD too.
+    """
+    if _fast("add_norm", delta_TD):
+        from hnet_kernels import norm_triton  # not above: triton is not everywhere
+
+        sum_TD, rest_TD, *others = norm_triton.add_norm_forward(
+            *(residual or (None, None)), delta_TD, weight_D, eps, keep_x
+        )
+        return Parted(sum_TD, rest_TD), *others
+    wide_TD = wide(delta_TD) if residual is None else whole(*residual, wide(delta_TD).dtype) + delta_TD
+    sum_ = part(wide_TD, torch.bfloat16 if delta_TD.dtype == torch.bfloat16 else wide_TD.dtype)
+    return sum_, *_norm(whole(*sum_, wide_TD.dtype), weight_D, eps)
+
+
+def norm_again(sum_: Parted, scale_T: Tensor, weight_D: Tensor) -> Tensor:
+    """x_TD of `add_norm_forward`, the same bits."""
+    if _fast("add_norm", sum_.x):
+        from hnet_kernels import norm_triton
+
+        return norm_triton.norm_again(*sum_, scale_T, weight_D)
+    return (whole(*sum_, scale_T.dtype) * scale_T[:, None] * weight_D).to(weight_D.dtype)
+
+
 def add_norm_backward(
-    dx_TD: Tensor, dsum: Parted | None, sum_TD: Tensor, scale_T: Tensor, weight_D: Tensor, again: bool = True
+    dx_TD: Tensor, dsum: Parted | None, sum_: Parted, scale_T: Tensor, weight_D: Tensor, again: bool = True
 ) -> tuple[Parted, Tensor, Tensor | None]:
     """(dboth, dweight_D, x_TD) of `add_norm_forward`: the gradient of residual and of delta, which is that of their
     sum; and x_TD, the same bits as there, or None if not wanted `again`.
 
-    dsum: the gradient of sum_TD but for what comes through x_TD, None for zeros. It and dboth are `part`ed, in dx_TD's
-    dtype: products want it so, and along a residual stream it is not to be rounded at each step.
+    dsum: the gradient of the sum but for what comes through x_TD, None for zeros. It and dboth are in parts where dx_TD
+    is bfloat16, so along a residual stream they are not rounded to that at each step; else they have dx_TD's dtype.
     """
     if _fast("add_norm", dx_TD):
         from hnet_kernels import norm_triton
 
-        dboth_TD, rest_TD, dweight_D, x_TD = norm_triton.add_norm_backward(
-            dx_TD, *(dsum or (None, None)), sum_TD, scale_T, weight_D, again
+        dboth_TD, rest_TD, *others = norm_triton.add_norm_backward(
+            dx_TD, *(dsum or (None, None)), *sum_, scale_T, weight_D, again
         )
-        return Parted(dboth_TD, rest_TD), dweight_D, x_TD
-    d_TD, dweight_D, x_TD = _norm_backward(dx_TD, sum_TD, scale_T, weight_D)
+        return Parted(dboth_TD, rest_TD), *others
+    d_TD, dweight_D, x_TD = _norm_backward(dx_TD, whole(*sum_, scale_T.dtype), scale_T, weight_D)
     if dsum is not None:
         d_TD = d_TD + whole(*dsum, d_TD.dtype)
     return part(d_TD, dx_TD.dtype), dweight_D, x_TD if again else None

@@ -29,26 +29,6 @@ def _silu_parts(z):
     return z * s, s * (1 + z * (1 - s))
 
 
-@triton.jit(do_not_specialize=["T"])
-def _add_norm(
-    residual_ptr, delta_ptr, weight_ptr, sum_ptr, x_ptr, scale_ptr, T, delta_stride, eps,
-    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-):  # fmt: skip
-    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    d = tl.arange(0, BLOCK_D)
-    inside = (t < T)[:, None] & (d < D)[None, :]
-    row = t.to(tl.int64)[:, None]
-    u = tl.load(delta_ptr + row * delta_stride + d[None, :], mask=inside, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        u += tl.load(residual_ptr + row * D + d[None, :], mask=inside, other=0.0)
-    weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-    scale = 1 / tl.sqrt(tl.sum(u * u, 1) / D + eps)
-    tl.store(sum_ptr + row * D + d[None, :], u, mask=inside)
-    x = u * scale[:, None] * weight[None, :]
-    tl.store(x_ptr + row * D + d[None, :], x.to(x_ptr.dtype.element_ty), mask=inside)
-    tl.store(scale_ptr + t, scale, mask=t < T)
-
-
 @triton.jit
 def _part(x):
     """`part` of norm.py, to bfloat16."""
@@ -58,10 +38,59 @@ def _part(x):
 
 
 @triton.jit
-def _whole(x, rest):
-    """`whole` of norm.py, of bfloat16 and int8."""
-    bits = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16) + (rest.to(tl.int32) << 8)
-    return bits.to(tl.float32, bitcast=True)
+def _whole(x, rest, PARTED: tl.constexpr):
+    """`whole` of norm.py, in float32."""
+    if PARTED:
+        bits = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16) + (rest.to(tl.int32) << 8)
+        number = bits.to(tl.float32, bitcast=True)
+    else:
+        number = x.to(tl.float32)
+    return number
+
+
+@triton.jit(do_not_specialize=["T"])
+def _add_norm(
+    residual_ptr, residual_rest_ptr, delta_ptr, weight_ptr, sum_ptr, rest_ptr, x_ptr, scale_ptr, T, delta_stride, eps,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PARTED: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)
+    inside = (t < T)[:, None] & (d < D)[None, :]
+    row = t.to(tl.int64)[:, None]
+    u = tl.load(delta_ptr + row * delta_stride + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    at = row * D + d[None, :]
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + at, mask=inside, other=0.0)
+        rest = tl.load(residual_rest_ptr + at, mask=inside, other=0) if PARTED else 0
+        u += _whole(residual, rest, PARTED)
+    weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    if PARTED:
+        first, rest = _part(u)
+        tl.store(sum_ptr + at, first, mask=inside)
+        tl.store(rest_ptr + at, rest, mask=inside)
+        u = _whole(first, rest, PARTED)
+    else:
+        tl.store(sum_ptr + at, u, mask=inside)
+    scale = 1 / tl.sqrt(tl.sum(u * u, 1) / D + eps)
+    x = u * scale[:, None] * weight[None, :]
+    tl.store(x_ptr + at, x.to(x_ptr.dtype.element_ty), mask=inside)
+    tl.store(scale_ptr + t, scale, mask=t < T)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _norm_again(
+    sum_ptr, rest_ptr, scale_ptr, weight_ptr, x_ptr, T,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, PARTED: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)
+    inside = (t < T)[:, None] & (d < D)[None, :]
+    at = t.to(tl.int64)[:, None] * D + d[None, :]
+    first = tl.load(sum_ptr + at, mask=inside, other=0.0)
+    rest = tl.load(rest_ptr + at, mask=inside, other=0) if PARTED else 0
+    scale, weight = tl.load(scale_ptr + t, mask=t < T, other=0.0), tl.load(weight_ptr + d, mask=d < D, other=0.0)
+    x = _whole(first, rest, PARTED) * scale[:, None] * weight.to(tl.float32)[None, :]
+    tl.store(x_ptr + at, x.to(x_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -73,8 +102,8 @@ def _load_rows(ptr, t, stride, end, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "per_program"])
 def _add_norm_backward(
-    dx_ptr, dsum_ptr, dsum_rest_ptr, sum_ptr, scale_ptr, weight_ptr, dboth_ptr, rest_ptr, dweight_ptr, x_ptr,
-    T, per_program,
+    dx_ptr, dsum_ptr, dsum_rest_ptr, sum_ptr, sum_rest_ptr, scale_ptr, weight_ptr, dboth_ptr, rest_ptr, dweight_ptr,
+    x_ptr, T, per_program,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_DSUM: tl.constexpr, PARTED: tl.constexpr,
     AGAIN: tl.constexpr,
 ):  # fmt: skip
@@ -86,22 +115,25 @@ def _add_norm_backward(
     t = first + tl.arange(0, ROWS)
     next_dx = _load_rows(dx_ptr, t, D, end, D, BLOCK_D)
     next_sum = _load_rows(sum_ptr, t, D, end, D, BLOCK_D)
+    next_sum_rest = _load_rows(sum_rest_ptr, t, D, end, D, BLOCK_D) if PARTED else 0
     next_dsum = _load_rows(dsum_ptr, t, D, end, D, BLOCK_D) if HAS_DSUM else 0.0
-    next_rest = _load_rows(dsum_rest_ptr, t, D, end, D, BLOCK_D) if HAS_DSUM and PARTED else 0
+    next_dsum_rest = _load_rows(dsum_rest_ptr, t, D, end, D, BLOCK_D) if HAS_DSUM and PARTED else 0
     next_scale = tl.load(scale_ptr + t, mask=t < end, other=0.0)
     for start in range(first, end, ROWS):
-        dx, unit, scale = next_dx.to(tl.float32), next_sum * next_scale[:, None], next_scale
-        if HAS_DSUM:
-            dsum = _whole(next_dsum, next_rest) if PARTED else next_dsum.to(tl.float32)
+        dx, scale = next_dx.to(tl.float32), next_scale
+        unit = _whole(next_sum, next_sum_rest, PARTED) * scale[:, None]
+        dsum = _whole(next_dsum, next_dsum_rest, PARTED) if HAS_DSUM else 0.0
         t = start + tl.arange(0, ROWS)
         inside = (t < end)[:, None] & (d < D)[None, :]
         at = t.to(tl.int64)[:, None] * D + d[None, :]
         next_dx = _load_rows(dx_ptr, t + ROWS, D, end, D, BLOCK_D)
         next_sum = _load_rows(sum_ptr, t + ROWS, D, end, D, BLOCK_D)
+        if PARTED:
+            next_sum_rest = _load_rows(sum_rest_ptr, t + ROWS, D, end, D, BLOCK_D)
         if HAS_DSUM:
             next_dsum = _load_rows(dsum_ptr, t + ROWS, D, end, D, BLOCK_D)
             if PARTED:
-                next_rest = _load_rows(dsum_rest_ptr, t + ROWS, D, end, D, BLOCK_D)
+                next_dsum_rest = _load_rows(dsum_rest_ptr, t + ROWS, D, end, D, BLOCK_D)
         next_scale = tl.load(scale_ptr + t + ROWS, mask=t + ROWS < end, other=0.0)
         if AGAIN:
             tl.store(x_ptr + at, (unit * weight[None, :]).to(x_ptr.dtype.element_ty), mask=inside)
@@ -214,25 +246,38 @@ def _dense_rows(x_TD: Tensor) -> Tensor:
 
 
 def add_norm_forward(
-    residual_TD: Tensor | None, delta_TD: Tensor, weight_D: Tensor, eps: float, keep_x: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum_TD, x_TD, scale_T) of `add_norm_forward` in norm.py."""
+    residual_TD: Tensor | None, residual_rest_TD: Tensor | None, delta_TD: Tensor, weight_D: Tensor, eps: float,
+    keep_x: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """(sum_TD, its rest, x_TD, scale_T) of `add_norm_forward` in norm.py."""
     (T, D), delta_TD = delta_TD.shape, _dense_rows(delta_TD)
-    sum_TD = kept_empty(delta_TD, T, D, dtype=torch.float32)
+    parted, blocks = delta_TD.dtype == torch.bfloat16, _blocks(D)
+    sum_TD = kept_empty(delta_TD, T, D, dtype=torch.bfloat16 if parted else torch.float32)
+    rest_TD = kept_empty(delta_TD, T, D, dtype=torch.int8) if parted else None
     x_TD = kept_empty(weight_D, T, D) if keep_x else weight_D.new_empty(T, D)
-    scale_T, blocks = kept_empty(sum_TD, T), _blocks(D)
-    residual_TD = None if residual_TD is None else residual_TD.contiguous()
+    scale_T = kept_empty(delta_TD, T, dtype=torch.float32)
     with torch.cuda.device_of(delta_TD):
         _add_norm[(triton.cdiv(T, blocks["ROWS"]),)](
-            residual_TD, delta_TD, weight_D.contiguous(), sum_TD, x_TD, scale_T, T, delta_TD.stride(0), eps,
-            HAS_RESIDUAL=residual_TD is not None, **blocks,
+            residual_TD, residual_rest_TD, delta_TD, weight_D.contiguous(), sum_TD, rest_TD, x_TD, scale_T, T,
+            delta_TD.stride(0), eps, HAS_RESIDUAL=residual_TD is not None, PARTED=parted, **blocks,
         )  # fmt: skip
-    return sum_TD, x_TD, scale_T
+    return sum_TD, rest_TD, x_TD, scale_T
+
+
+def norm_again(sum_TD: Tensor, rest_TD: Tensor | None, scale_T: Tensor, weight_D: Tensor) -> Tensor:
+    """x_TD of `add_norm_forward`."""
+    (T, D), x_TD = sum_TD.shape, weight_D.new_empty(sum_TD.shape)
+    blocks = _blocks(D)
+    with torch.cuda.device_of(sum_TD):
+        _norm_again[(triton.cdiv(T, blocks["ROWS"]),)](
+            sum_TD, rest_TD, scale_T, weight_D.contiguous(), x_TD, T, PARTED=rest_TD is not None, **blocks
+        )
+    return x_TD
 
 
 def add_norm_backward(
-    dx_TD: Tensor, dsum_TD: Tensor | None, dsum_rest_TD: Tensor | None, sum_TD: Tensor, scale_T: Tensor,
-    weight_D: Tensor, again: bool = True,
+    dx_TD: Tensor, dsum_TD: Tensor | None, dsum_rest_TD: Tensor | None, sum_TD: Tensor, sum_rest_TD: Tensor | None,
+    scale_T: Tensor, weight_D: Tensor, again: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
     """(dboth_TD, its rest, dweight_D, x_TD) of `add_norm_backward` in norm.py."""
     (T, D), dx_TD = dx_TD.shape, dx_TD.contiguous()
@@ -240,12 +285,12 @@ def add_norm_backward(
     dboth_TD, blocks, parted = dx_TD.new_empty(T, D), _blocks(D, tile, warps), dx_TD.dtype == torch.bfloat16
     rest_TD = dx_TD.new_empty(T, D, dtype=torch.int8) if parted else None
     programs, rows = _shares(T, blocks["ROWS"], programs, dx_TD.device)
-    dweight_ND, x_TD = sum_TD.new_empty(programs, D), weight_D.new_empty(T, D) if again else None
-    dsum_TD, dsum_rest_TD = (x if x is None else x.contiguous() for x in (dsum_TD, dsum_rest_TD))
+    dweight_ND, x_TD = scale_T.new_empty(programs, D), weight_D.new_empty(T, D) if again else None
+    dsum_TD = None if dsum_TD is None else dsum_TD.contiguous()
     with torch.cuda.device_of(dx_TD):
         _add_norm_backward[(programs,)](
-            dx_TD, dsum_TD, dsum_rest_TD, sum_TD, scale_T, weight_D.contiguous(), dboth_TD, rest_TD, dweight_ND, x_TD,
-            T, rows, HAS_DSUM=dsum_TD is not None, PARTED=parted, AGAIN=again, **blocks,
+            dx_TD, dsum_TD, dsum_rest_TD, sum_TD, sum_rest_TD, scale_T, weight_D.contiguous(), dboth_TD, rest_TD,
+            dweight_ND, x_TD, T, rows, HAS_DSUM=dsum_TD is not None, PARTED=parted, AGAIN=again, **blocks,
         )  # fmt: skip
         return dboth_TD, rest_TD, sum_rows(dweight_ND, weight_D.dtype), x_TD
 

@@ -609,30 +609,38 @@ def _finish(
     dC_desc.store([c * Q, 0], dC_QN.to(B_QN.dtype))
 
 
-LAUNCH = {  # (warps, stages of the pipeline that loads, registers a thread at most), measured on an H200
+LAUNCH = {  # (warps, stages of the pipeline that loads), measured on an H200
     torch.bfloat16: {
-        "_prepare": (8, 1, 128),  # 128: two programs a multiprocessor
-        "_totals": (4, 4, None),
-        "_states": (4, 4, None),
-        "_outputs": (4, 2, None),
-        "_gradients": (4, 2, None),
-        "_finish": (8, 1, 128),
+        "_prepare": (8, 1),
+        "_totals": (4, 4),
+        "_states": (4, 4),
+        "_outputs": (4, 2),
+        "_gradients": (4, 2),
+        "_finish": (8, 1),
     },
     # full-precision products do without tensor cores: more registers, so more threads and fewer tokens a chunk
     torch.float32: {
-        "_prepare": (8, 1, None),
-        "_totals": (8, 1, None),
-        "_states": (8, 1, None),
-        "_outputs": (8, 1, None),
-        "_gradients": (16, 1, None),
-        "_finish": (8, 1, None),
+        "_prepare": (8, 1),
+        "_totals": (8, 1),
+        "_states": (8, 1),
+        "_outputs": (8, 1),
+        "_gradients": (16, 1),
+        "_finish": (8, 1),
     },
 }
 CHUNK = {torch.bfloat16: 64, torch.float32: 32}  # tokens; 64: the rows of one tensor-core instruction on Hopper
 
 
-def _launch(kernel: str, dtype: torch.dtype) -> dict[str, int | None]:
-    return dict(zip(("num_warps", "num_stages", "maxnreg"), LAUNCH[dtype][kernel]))
+def _launch(kernel: str, dtype: torch.dtype) -> dict[str, int]:
+    warps, stages = LAUNCH[dtype][kernel]
+    return {"num_warps": warps, "num_stages": stages}
+
+
+def _launch_for_heads(kernel: str, dtype: torch.dtype, H: int) -> dict[str, int | None]:
+    """Of a program that has all heads of a chunk: with many of them, two programs a multiprocessor take to be asked
+    for. That saves 19 of 58 us a layer of 48 heads, and costs some with few (h200-2026-11-28-3/scan_ways.txt)."""
+    registers = 128 if H > 32 and dtype == torch.bfloat16 else None
+    return _launch(kernel, dtype) | {"BLOCK_H": triton.next_power_of_2(H), "maxnreg": registers}
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -701,8 +709,8 @@ class _Plan:
             dt_TH, bias_H, A_H.contiguous(), self.B, self.C, cu_seqlens.contiguous(),
             kept.vectors_5HT, kept.decay_CH, kept.document_T, scores_CQQ,
             self.T, self.H, len(cu_seqlens) - 1, dt_TH.stride(0),
-            Q=self.Q, BLOCK_H=triton.next_power_of_2(self.H), HAS_BIAS=bias_H is not None,
-            WITH_SCORES=scores_CQQ is not None, **_launch("_prepare", self.dtype),
+            Q=self.Q, HAS_BIAS=bias_H is not None, WITH_SCORES=scores_CQQ is not None,
+            **_launch_for_heads("_prepare", self.dtype, self.H),
         )  # fmt: skip
 
     def totals(self, values_THP: Tensor, keys: TensorDescriptor, kept: Kept, reverse: bool) -> Tensor:
@@ -826,8 +834,8 @@ def scan_backward(
         _finish[(n_chunks,)](
             A_H.contiguous(), plan.B, plan.C, kept.vectors_5HT, kept.document_T, dscores_GCQQ, parts_G2TN,
             flows_5HT, through_CHP, ddt_TH, sums_CnH, *(_described(t, Q, N) for t in (dB_TN, dC_TN)),
-            plan.T, H, n_chunks, ddt_TH.stride(0), P=P, Q=Q, BLOCK_H=triton.next_power_of_2(H), GROUPS=groups,
-            HAS_BIAS=bias_H is not None, HAS_D=D_H is not None, **_launch("_finish", x_THP.dtype),
+            plan.T, H, n_chunks, ddt_TH.stride(0), P=P, Q=Q, GROUPS=groups, HAS_BIAS=bias_H is not None,
+            HAS_D=D_H is not None, **_launch_for_heads("_finish", x_THP.dtype, H),
         )  # fmt: skip
         sums_nH = sum_rows(sums_CnH.flatten(1), A_H.dtype).view(-1, H)
         return Gradients(dx_THP, ddt_TH, dB_TN=dB_TN, dC_TN=dC_TN, **dict(zip(of_heads, sums_nH)))

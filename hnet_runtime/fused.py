@@ -1,10 +1,10 @@
 """The model with its backward written out: what hnet_trainable.py computes, in fewer passes over memory.
 
-A block is one or two branches, a mixer and perhaps an MLP, each behind a norm. Here a branch takes the residual stream
-and `delta`, what the branch before it adds to that; so the sum and the norm of it are one kernel, and backwards too.
-Both have the gradient of their sum, so autograd hands it on for delta alone, and what rounding takes of it goes by a
-`Stream`. Gradients of parts of a matrix product's output are written into one tensor. The maths is that of
-hnet_trainable.py; tests compare the two in float64. Legend: as in hnet_trainable.py.
+A block is one or two branches, a mixer and perhaps an MLP, each behind a norm. Here a branch takes `delta`, what the
+branch before it adds to the residual stream; so the sum and the norm of it are one kernel, and backwards too. The sum's
+gradient is that of each of its terms: autograd hands it on as that of delta, and a `Stream` has the rest. Gradients of
+parts of a matrix product's output are written into one tensor. The maths is that of hnet_trainable.py; tests compare
+the two in float64. Legend: as in hnet_trainable.py.
 
 Gradients of weights that are matrix products can go straight to where an optimizer reads them, see `gradients_into`.
 
@@ -20,6 +20,7 @@ import functools
 import math
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,14 @@ from hnet_kernels.conv import causal_conv_silu_backward_to, causal_conv_silu_for
 from hnet_kernels.cross_entropy import cross_entropy_backward, cross_entropy_forward
 from hnet_kernels.dispatch import wide
 from hnet_kernels.kept import keep, keeping_if, kept_empty
-from hnet_kernels.norm import Parted, add_norm_backward, add_norm_forward, gated_norm_backward, gated_norm_forward
+from hnet_kernels.norm import (
+    Parted,
+    add_norm_backward,
+    add_norm_forward,
+    gated_norm_backward,
+    gated_norm_forward,
+    norm_again,
+)
 from hnet_kernels.pointwise import rotate_, swiglu_backward, swiglu_forward, to_float32
 from hnet_kernels.router import add_rows_, boundary_backward, boundary_forward, upsample_backward, upsample_forward
 from hnet_kernels.ssd import mamba2_scan_backward, mamba2_scan_forward
@@ -300,25 +308,55 @@ class Upsample(torch.autograd.Function):
         return dz_CD if target is None else None, dp_T, None, None, None, dresidual_TD, dproxy_TD, None, None
 
 
-class Stream:
-    """A residual stream's gradient, on its way back from branch to branch: of what autograd hands on, in the dtype of
-    products, the `rest` that rounding took, see `Parted`."""
+class Summed(NamedTuple):
+    """What a branch keeps of its norm."""
 
-    rest_TD: Tensor | None = None
+    sum_TD: Tensor
+    rest_TD: Tensor | None
+    scale_T: Tensor
+    norm_D: Tensor
+
+    @property
+    def sum(self) -> Parted:
+        return Parted(self.sum_TD, self.rest_TD)
+
+    def norm(self) -> Tensor:
+        """x_TD as the forward had it."""
+        return norm_again(self.sum, self.scale_T, self.norm_D)
+
+
+class Stream:
+    """A residual stream, as it goes from branch to branch, and its gradient, as it goes back."""
+
+    sum: Parted | None = None  # of what the branches so far have added
+    drest_TD: Tensor | None = None  # of its gradient, the rest that is beside what autograd hands on
+
+    def norm(self, delta_TD: Tensor, norm_D: Tensor, keep_x: bool = False) -> tuple[Tensor, Summed]:
+        """Adds delta; x_TD is the norm of the sum."""
+        self.sum, x_TD, scale_T = add_norm_forward(self.sum, delta_TD, norm_D, NORM_EPS, keep_x)
+        return x_TD, Summed(*self.sum, scale_T, norm_D)
 
     def norm_backward(
-        self, dx_TD: Tensor, dsum_TD: Tensor, sum_TD: Tensor, scale_T: Tensor, norm_D: Tensor, x_TD: Tensor | None
+        self, dx_TD: Tensor, dout_TD: Tensor, summed: Summed, x_TD: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(gradient of delta, dnorm_D, x_TD) of a branch's norm, the last computed again where it was not kept."""
-        (dboth_TD, self.rest_TD), dnorm_D, again_TD = add_norm_backward(
-            dx_TD, Parted(dsum_TD, self.rest_TD), sum_TD, scale_T, norm_D, again=x_TD is None
+        """(ddelta_TD, dnorm_D, x_TD), the last computed again where it was not kept. dout_TD: the gradient of what the
+        branch has returned; the next one has added that to the sum, so it is that of the sum, too."""
+        (ddelta_TD, self.drest_TD), dnorm_D, again_TD = add_norm_backward(
+            dx_TD, Parted(dout_TD, self.drest_TD), summed.sum, summed.scale_T, summed.norm_D, again=x_TD is None
         )
-        return dboth_TD, dnorm_D, again_TD if x_TD is None else x_TD
+        return ddelta_TD, dnorm_D, again_TD if x_TD is None else x_TD
+
+    def last_norm_backward(self, dx_TD: Tensor, summed: Summed) -> tuple[Tensor, Tensor]:
+        """(ddelta_TD, dnorm_D) where nothing else uses the sum."""
+        (ddelta_TD, self.drest_TD), dnorm_D, _ = add_norm_backward(
+            dx_TD, None, summed.sum, summed.scale_T, summed.norm_D, again=False
+        )
+        return ddelta_TD, dnorm_D
 
 
 def run_stack(stack: Isotropic, ac: str, x_TD: Tensor, packing: Packing) -> Tensor:
     """`Isotropic.forward`, with activation checkpointing."""
-    stream, residual_TD, delta_TD, order = Stream(), None, x_TD, None
+    stream, delta_TD, order = Stream(), x_TD, None
     packing = Packing(*map(keep, packing))
     seams = _SEAMS.get({})
     for block in stack.layers:
@@ -330,96 +368,83 @@ def run_stack(stack: Isotropic, ac: str, x_TD: Tensor, packing: Packing) -> Tens
             weights = mixer.in_proj.weight, conv.weight, conv.bias, mixer.dt_bias, mixer.A_log, mixer.D, norm.weight
             weights = block.norm1.weight, *weights, mixer.out_proj.weight
             how = ac if torch.is_grad_enabled() else "block"  # without a backward nothing need be kept
-            residual_TD, delta_TD = MambaBranch.apply(stream, packing, how, residual_TD, delta_TD, *weights)
+            delta_TD = MambaBranch.apply(stream, packing, how, delta_TD, *weights)
         else:
             if order is None:
                 order = tile_order(delta_TD, mixer.Wqkv.weight.shape[1] // mixer.n_heads, packing.cu_seqlens)
                 order = None if order is None else keep(order)
             how = ac, mixer.n_heads, mixer.window, order
             weights = block.norm1.weight, mixer.Wqkv.weight, mixer.out_proj.weight
-            residual_TD, delta_TD = AttentionBranch.apply(stream, packing, how, residual_TD, delta_TD, *weights)
+            delta_TD = AttentionBranch.apply(stream, packing, how, delta_TD, *weights)
         if block.has_mlp:
             weights = block.norm2.weight, block.mlp.fc1.weight, block.mlp.fc2.weight
-            residual_TD, delta_TD = MlpBranch.apply(stream, ac, residual_TD, delta_TD, *weights)
-    return FinalNorm.apply(stream, residual_TD, delta_TD, stack.rmsnorm.weight)
+            delta_TD = MlpBranch.apply(stream, ac, delta_TD, *weights)
+    return FinalNorm.apply(stream, delta_TD, stack.rmsnorm.weight)
 
 
 class FinalNorm(torch.autograd.Function):
-    """The norm of residual + delta. Gradients: of delta, which is that of both, and of the weight."""
+    """Adds delta to the stream and returns its norm. Gradients: of delta and of the weight."""
 
     @staticmethod
-    def forward(ctx, stream: Stream, residual_TD: Tensor | None, delta_TD: Tensor, weight_D: Tensor) -> Tensor:
-        sum_TD, x_TD, scale_T = add_norm_forward(residual_TD, delta_TD, weight_D, NORM_EPS)
-        ctx.save_for_backward(sum_TD, scale_T, weight_D)
+    def forward(ctx, stream: Stream, delta_TD: Tensor, weight_D: Tensor) -> Tensor:
+        x_TD, summed = stream.norm(delta_TD, weight_D)
+        ctx.save_for_backward(*summed)
         ctx.stream = stream
+        stream.sum = None  # nobody adds to it: once it is used up here it can go
         return x_TD
 
     @staticmethod
     def backward(ctx, dx_TD: Tensor):
-        (dboth_TD, ctx.stream.rest_TD), dweight_D, _ = add_norm_backward(dx_TD, None, *ctx.saved_tensors, again=False)
-        return None, None, dboth_TD, dweight_D
-
-
-def _norm_again(residual_TD: Tensor, norm_D: Tensor) -> Tensor:
-    """x_TD as the forward had it, of a sum it kept."""
-    return add_norm_forward(None, residual_TD, norm_D, NORM_EPS)[1]
-
-
-def _residual_aside(ctx, stream: Stream, residual_TD: Tensor) -> Tensor:
-    """The sum that a branch returns: its gradient comes with that of what the branch returns beside it."""
-    ctx.stream = stream
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(residual_TD)
-    return residual_TD
+        return None, *ctx.stream.last_norm_backward(dx_TD, Summed(*ctx.saved_tensors))
 
 
 class MlpBranch(torch.autograd.Function):
-    """(residual, delta) -> (residual + delta, the SwiGLU of its norm). Gradients: of delta, which is that of both, and
-    of the weights."""
+    """Adds delta to the stream and returns the SwiGLU of its norm. Gradients: of delta and of the weights."""
 
     @staticmethod
-    def forward(ctx, stream, ac: str, residual_TD: Tensor, delta_TD: Tensor, norm_D: Tensor, fc1: Tensor, fc2: Tensor):
+    def forward(ctx, stream: Stream, ac: str, delta_TD: Tensor, norm_D: Tensor, fc1: Tensor, fc2: Tensor) -> Tensor:
         all_kept = ac == "none"
-        residual_TD, x_TD, scale_T = add_norm_forward(residual_TD, delta_TD, norm_D, NORM_EPS, keep_x=all_kept)
+        x_TD, summed = stream.norm(delta_TD, norm_D, keep_x=all_kept)
         with keeping_if(ac != "block"):
             both_T2I = _kept_product(x_TD, fc1)
         with keeping_if(all_kept):
             h_TI = swiglu_forward(both_T2I)
         kept = [both_T2I if ac != "block" else None, *((x_TD, h_TI) if all_kept else (None, None))]
-        ctx.save_for_backward(residual_TD, scale_T, norm_D, fc1, fc2, *kept)
-        ctx.targets = _take_targets(fc1, fc2)
-        return _residual_aside(ctx, stream, residual_TD), h_TI @ fc2.T
+        ctx.save_for_backward(*summed, fc1, fc2, *kept)
+        ctx.stream, ctx.targets = stream, _take_targets(fc1, fc2)
+        return h_TI @ fc2.T
 
     @staticmethod
-    def backward(ctx, _, dout_TD: Tensor):
-        residual_TD, scale_T, norm_D, fc1, fc2, both_T2I, x_TD, h_TI = ctx.saved_tensors
+    def backward(ctx, dout_TD: Tensor):
+        *summed, fc1, fc2, both_T2I, x_TD, h_TI = ctx.saved_tensors
+        summed = Summed(*summed)
         if both_T2I is None:
-            both_T2I = _norm_again(residual_TD, norm_D) @ fc1.T
+            both_T2I = summed.norm() @ fc1.T
         into1, into2 = ctx.targets
         dboth_T2I, h_again = swiglu_backward(dout_TD @ fc2, both_T2I, again=h_TI is None)
         dfc2 = _product(dout_TD.T, h_again if h_TI is None else h_TI, into2)
         del both_T2I, h_TI, h_again
-        *gradients, x_TD = ctx.stream.norm_backward(dboth_T2I @ fc1, dout_TD, residual_TD, scale_T, norm_D, x_TD)
-        return None, None, None, *gradients, _product(dboth_T2I.T, x_TD, into1), dfc2
+        *gradients, x_TD = ctx.stream.norm_backward(dboth_T2I @ fc1, dout_TD, summed, x_TD)
+        return None, None, *gradients, _product(dboth_T2I.T, x_TD, into1), dfc2
 
 
 class AttentionBranch(torch.autograd.Function):
-    """(residual, delta) -> (residual + delta, the attention of its norm). Gradients: see `MlpBranch`.
+    """Adds delta to the stream and returns the attention of its norm. Gradients: of delta and of the weights.
 
     how: (activation checkpointing, heads, window, `tile_order`).
     """
 
     @staticmethod
-    def forward(ctx, stream, packing, how, residual_TD, delta_TD, norm_D: Tensor, Wqkv: Tensor, out_proj: Tensor):
+    def forward(ctx, stream: Stream, packing: Packing, how, delta_TD, norm_D, Wqkv: Tensor, out_proj: Tensor) -> Tensor:
         ac, ctx.n_heads, ctx.window, ctx.order = how
-        residual_TD, x_TD, scale_T = add_norm_forward(residual_TD, delta_TD, norm_D, NORM_EPS, keep_x=ac == "none")
+        x_TD, summed = stream.norm(delta_TD, norm_D, keep_x=ac == "none")
         with keeping_if(ac != "block"):
             qkv_T3HP, attended = AttentionBranch.attend(ctx, packing, x_TD, Wqkv)
-        ctx.packing, ctx.targets = packing, _take_targets(Wqkv, out_proj)
+        ctx.stream, ctx.packing, ctx.targets = stream, packing, _take_targets(Wqkv, out_proj)
         ctx.attended = attended if ac != "block" else None
         kept = qkv_T3HP if ac != "block" else None, x_TD if ac == "none" else None
-        ctx.save_for_backward(residual_TD, scale_T, norm_D, Wqkv, out_proj, *kept)
-        return _residual_aside(ctx, stream, residual_TD), attended.o_THP.flatten(1) @ out_proj.T
+        ctx.save_for_backward(*summed, Wqkv, out_proj, *kept)
+        return attended.o_THP.flatten(1) @ out_proj.T
 
     @staticmethod
     def attend(ctx, packing: Packing, x_TD: Tensor, Wqkv: Tensor) -> tuple[Tensor, Attended]:
@@ -428,39 +453,40 @@ class AttentionBranch(torch.autograd.Function):
         return qkv_T3HP, packed_attention(qkv_T3HP, packing.cu_seqlens, len(packing.cos_MR), ctx.window, ctx.order)
 
     @staticmethod
-    def backward(ctx, _, dout_TD: Tensor):
-        residual_TD, scale_T, norm_D, Wqkv, out_proj, qkv_T3HP, x_TD = ctx.saved_tensors
+    def backward(ctx, dout_TD: Tensor):
+        *summed, Wqkv, out_proj, qkv_T3HP, x_TD = ctx.saved_tensors
+        summed = Summed(*summed)
         _, position_T, *tables = ctx.packing
         attended = ctx.attended
         ctx.attended = None  # what is used up can go
         if attended is None:
-            qkv_T3HP, attended = AttentionBranch.attend(ctx, ctx.packing, _norm_again(residual_TD, norm_D), Wqkv)
+            qkv_T3HP, attended = AttentionBranch.attend(ctx, ctx.packing, summed.norm(), Wqkv)
         o_THP = attended.o_THP
         do_THP = (dout_TD @ out_proj).view_as(o_THP)
         dqkv_T3HP = packed_attention_backward(do_THP, qkv_T3HP, attended, ctx.window, ctx.order)
         dqkv_TD, o_TD = rotate_(dqkv_T3HP, *tables, position_T, back=True).flatten(1), o_THP.flatten(1)
         del attended
-        *gradients, x_TD = ctx.stream.norm_backward(dqkv_TD @ Wqkv, dout_TD, residual_TD, scale_T, norm_D, x_TD)
+        *gradients, x_TD = ctx.stream.norm_backward(dqkv_TD @ Wqkv, dout_TD, summed, x_TD)
         into_qkv, into_out = ctx.targets
         products = _product(dqkv_TD.T, x_TD, into_qkv), _product(dout_TD.T, o_TD, into_out)
-        return None, None, None, None, *gradients, *products
+        return None, None, None, *gradients, *products
 
 
 class MambaBranch(torch.autograd.Function):
-    """(residual, delta) -> (residual + delta, the Mamba-2 of its norm). Gradients: see `MlpBranch`."""
+    """Adds delta to the stream and returns the Mamba-2 of its norm. Gradients: of delta and of the weights."""
 
     @staticmethod
     def forward(
-        ctx, stream, packing, ac, residual_TD, delta_TD, norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_log_H,
-        D_H, gate_D, out_proj,
-    ):  # fmt: skip
-        residual_TD, x_TD, scale_T = add_norm_forward(residual_TD, delta_TD, norm_D, NORM_EPS, keep_x=ac == "none")
-        weights = norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_log_H, D_H, gate_D, out_proj
+        ctx, stream: Stream, packing: Packing, ac: str, delta_TD, norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H,
+        A_log_H, D_H, gate_D, out_proj,
+    ) -> Tensor:  # fmt: skip
+        x_TD, summed = stream.norm(delta_TD, norm_D, keep_x=ac == "none")
+        weights = in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_log_H, D_H, gate_D, out_proj
         with keeping_if(ac == "none"):
-            gated_TD, *kept = MambaBranch.mix(packing, x_TD, ac == "none", *weights[1:-1])
-        ctx.packing, ctx.targets = packing, _take_targets(in_proj, out_proj)
-        ctx.save_for_backward(residual_TD, scale_T, *weights, *((x_TD, *kept) if ac == "none" else (None,)))
-        return _residual_aside(ctx, stream, residual_TD), gated_TD @ out_proj.T
+            gated_TD, *kept = MambaBranch.mix(packing, x_TD, ac == "none", *weights[:-1])
+        ctx.stream, ctx.packing, ctx.targets = stream, packing, _take_targets(in_proj, out_proj)
+        ctx.save_for_backward(*summed, *weights, *((x_TD, *kept) if ac == "none" else (None,)))
+        return gated_TD @ out_proj.T
 
     @staticmethod
     def mix(
@@ -480,12 +506,12 @@ class MambaBranch(torch.autograd.Function):
         return gated_TD, projected, gate_scale_T, after, y_TD, *states
 
     @staticmethod
-    def backward(ctx, _, dout_TD: Tensor):
-        residual_TD, scale_T, *saved = ctx.saved_tensors
-        weights, x_TD, kept = saved[:9], saved[9], saved[10:]
-        norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_log_H, D_H, gate_D, out_proj = weights
+    def backward(ctx, dout_TD: Tensor):
+        saved = ctx.saved_tensors
+        summed, weights, x_TD, kept = Summed(*saved[:4]), saved[4:12], saved[12], saved[13:]
+        in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_log_H, D_H, gate_D, out_proj = weights
         if not kept:
-            kept = MambaBranch.mix(ctx.packing, _norm_again(residual_TD, norm_D), True, *weights[1:-1])[1:]
+            kept = MambaBranch.mix(ctx.packing, summed.norm(), True, *weights[:-1])[1:]
         projected, gate_scale_T, after, y_TD, *states = kept
         dprojected, dafter = torch.empty_like(projected), torch.empty_like(after)
         into_in, into_out = ctx.targets
@@ -500,10 +526,10 @@ class MambaBranch(torch.autograd.Function):
             ctx.packing.cu_seqlens, (*_parts(dafter, len(D_H)), draw_TH), states,
         )  # fmt: skip
         dconv = causal_conv_silu_backward_to(dbefore, dafter, before, conv_D1K, conv_bias_D, ctx.packing.position_T)
-        *gradients, x_TD = ctx.stream.norm_backward(dprojected @ in_proj, dout_TD, residual_TD, scale_T, norm_D, x_TD)
+        *gradients, x_TD = ctx.stream.norm_backward(dprojected @ in_proj, dout_TD, summed, x_TD)
         din_proj = _product(dprojected.T, x_TD, into_in)
         of_heads = (x.to(D_H.dtype) for x in of_heads)
-        return None, None, None, None, *gradients, din_proj, *dconv, *of_heads, dgate_D, dout_proj
+        return None, None, None, *gradients, din_proj, *dconv, *of_heads, dgate_D, dout_proj
 
 
 def _parts(after: Tensor, n_heads: int) -> tuple[Tensor, Tensor, Tensor]:

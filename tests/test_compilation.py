@@ -86,10 +86,10 @@ def for_any_gpu() -> None:
     position_T, start_C, chunk_T = new(T, dtype=torch.int32), torch.arange(C), new(T, dtype=torch.int64)
     for D, inner in ((512, 2688), (1536, 4096), (2048, 5504)):
         residual, delta, weight, z_CD = new(T, D, dtype=WIDE), new(T, D), new(D), new(C, D, dtype=WIDE)
-        for before in (None, residual):
-            total, _, scale = norm_triton.add_norm_forward(before, delta, weight, 1e-5)
-            dsum = (None, None) if before is None else (delta, new(T, D, dtype=torch.int8))
-            norm_triton.add_norm_backward(delta, *dsum, total, scale, weight)
+        for before in ((None, None), (delta, new(T, D, dtype=torch.int8))):
+            *total, _, scale = norm_triton.add_norm_forward(*before, delta, weight, 1e-5)
+            norm_triton.add_norm_backward(delta, *before, *total, scale, weight)
+            norm_triton.norm_again(*total, scale, weight)
         p_T = router_triton.boundary_forward(delta, delta, position_T)
         router_triton.boundary_backward(p_T, delta, delta, position_T)
         router_triton.upsample_forward(z_CD, chunk_T, residual, HALF)

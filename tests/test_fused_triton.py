@@ -58,28 +58,26 @@ def nan_like(x: Tensor, longer: int = 0) -> Tensor:
 
 
 def add_norm_case(new: Inputs, T: int, D: int, first: bool) -> dict[str, tuple[Tensor, Tensor]]:
-    residual, delta, weight = None if first else new(T, D, wide=True), new(T, D), new(D)
-    dx, dsum = new(T, D), torch.zeros(T, D, device=delta.device) if first else new(T, D, wide=True)
-    sum_, x, scale = norm.add_norm_forward(residual, delta, weight, EPS)
-    found = {"sum": sum_, "x": x, "scale": scale}
-    parted = norm.part(dsum, dx.dtype)
-    arguments = dx, None if first else parted, sum_, scale, weight
-    (dboth, rest), dweight, again = norm.add_norm_backward(*arguments)
-    (same, same_rest), same_dweight, none = norm.add_norm_backward(*arguments, again=False)
-    assert none is None and torch.equal(same, dboth) and torch.equal(same_dweight, dweight)
-    assert same_rest is rest is None or torch.equal(same_rest, rest)
-    assert torch.equal(again, x)
-    dwhole = norm.whole(dboth, rest, torch.float32)
-    found |= {"dboth": dboth, "dweight": dweight}
-    leaves = [exact(t).requires_grad_() for t in (delta if first else residual, delta, weight)]
-    wide = leaves[1] if first else leaves[0] + leaves[1]
+    delta, weight, dx = new(T, D), new(D), new(T, D)
+    residual, dsum = (norm.part(new(T, D, wide=True) * (not first), dx.dtype) for _ in "rd")
+    given = None if first else residual, None if first else dsum
+    sum_, x, scale = norm.add_norm_forward(given[0], delta, weight, EPS)
+    dboth, dweight, again = norm.add_norm_backward(dx, given[1], sum_, scale, weight)
+    same, same_dweight, none = norm.add_norm_backward(dx, given[1], sum_, scale, weight, again=False)
+    assert none is None and torch.equal(same.x, dboth.x) and torch.equal(same_dweight, dweight)
+    assert same.rest is dboth.rest is None or torch.equal(same.rest, dboth.rest)
+    assert torch.equal(again, x) and torch.equal(norm.norm_again(sum_, scale, weight), x)
+    leaves = [exact(t).requires_grad_() for t in (norm.whole(*residual, torch.float32), delta, weight)]
+    wide = leaves[0] + leaves[1]
     scales = (wide.square().mean(-1) + EPS).rsqrt()
     outputs = wide * scales[:, None] * leaves[2]
-    loss = (outputs * exact(dx)).sum() + (wide * exact(norm.whole(*parted, torch.float32))).sum()
-    _, dboth, dweight = torch.autograd.grad(loss, leaves, materialize_grads=True)
-    # float32 does better, but 16 bits are kept, whose rounding is 2^-16 at most, but for a few numbers
-    assert (exact(dwhole) - dboth).norm() < 1e-5 * dboth.norm()
-    return found, {"sum": wide, "x": outputs, "scale": scales, "dboth": dboth, "dweight": dweight}
+    loss = (outputs * exact(dx)).sum() + (wide * exact(norm.whole(*dsum, torch.float32))).sum()
+    _, wanted_dboth, wanted_dweight = torch.autograd.grad(loss, leaves)
+    for parted, wanted in ((sum_, wide), (dboth, wanted_dboth)):
+        # float32 does better, but 16 bits are kept, whose rounding is 2^-16 at most, but for a few numbers
+        assert (exact(norm.whole(*parted, torch.float32)) - wanted).norm() < 1e-5 * wanted.norm()
+    found = {"x": x, "scale": scale, "dboth": dboth.x, "dweight": dweight}
+    return found, {"x": outputs, "scale": scales, "dboth": wanted_dboth, "dweight": wanted_dweight}
 
 
 def gated_norm_case(new: Inputs, T: int, D: int):
