@@ -7,6 +7,7 @@ rows before it computes with those it has, so that memory need not wait.
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,10 +17,26 @@ from torch import Tensor
 from hnet_kernels.kept import kept_empty
 from hnet_kernels.triton_math import sigmoid
 
-TILE = 4096  # elements of a program's rows; no more than registers hold
-# elements, programs a multiprocessor, warps: of 120 ways among the fastest on an H200 for most of the rows of 512 to
-# 2,048 in benchmarks/results/h200-2026-11-28/kernels_sweep.txt
-ADD_NORM_BACKWARD, GATED_NORM_BACKWARD = (1024, 3, 8), (1024, 4, 8)
+TILE = 2048  # elements of a program's rows, forwards
+
+
+class Walk(NamedTuple):
+    """How a backward goes through rows."""
+
+    tile: int  # elements of rows that a program takes at a time
+    programs: int  # a multiprocessor
+    warps: int
+
+
+def _walk_add_norm(D: int) -> Walk:
+    """Among the fastest on an H200 for rows of 512 to 2,048 (benchmarks/results/h200-2026-11-28-3/norm_ways.txt)."""
+    return Walk(512, 6 if D <= 1024 else 3, max(4, triton.next_power_of_2(D) // 512))
+
+
+def _walk_gated_norm(D: int) -> Walk:
+    """The same for rows of 1,024 to 3,072. More than these would not fit into the registers of four warps."""
+    few_warps = 1024 < D <= 3072 and D != 2048
+    return Walk(1024, 3 if D < 2048 else 2, 4) if few_warps else Walk(1024, 4, max(8, triton.next_power_of_2(D) // 512))
 
 
 @triton.jit
@@ -232,7 +249,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 def _blocks(D: int, tile: int = TILE, warps: int | None = None) -> dict[str, int]:
     block = triton.next_power_of_2(D)
-    return {"D": D, "BLOCK_D": block, "ROWS": max(1, tile // block), "num_warps": warps or (8 if block >= 2048 else 4)}
+    return {"D": D, "BLOCK_D": block, "ROWS": max(1, tile // block), "num_warps": warps or max(4, block // 1024)}
 
 
 def _shares(T: int, rows: int, programs: int, device: torch.device) -> tuple[int, int]:
@@ -281,7 +298,7 @@ def add_norm_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
     """(dboth_TD, its rest, dweight_D, x_TD) of `add_norm_backward` in norm.py."""
     (T, D), dx_TD = dx_TD.shape, dx_TD.contiguous()
-    tile, programs, warps = ADD_NORM_BACKWARD
+    tile, programs, warps = _walk_add_norm(D)
     dboth_TD, blocks, parted = dx_TD.new_empty(T, D), _blocks(D, tile, warps), dx_TD.dtype == torch.bfloat16
     rest_TD = dx_TD.new_empty(T, D, dtype=torch.int8) if parted else None
     programs, rows = _shares(T, blocks["ROWS"], programs, dx_TD.device)
@@ -313,7 +330,7 @@ def gated_norm_backward(
     """(dy_TD, dweight_D, x_TD) of `gated_norm_backward` in norm.py; fills dz_TD, whose rows are dense."""
     T, D = y_TD.shape
     dx_TD, y_TD, z_TD = dx_TD.contiguous(), _dense_rows(y_TD), _dense_rows(z_TD)
-    tile, programs, warps = GATED_NORM_BACKWARD
+    tile, programs, warps = _walk_gated_norm(D)
     dy_TD, blocks = y_TD.new_empty(T, D), _blocks(D, tile, warps)
     programs, rows = _shares(T, blocks["ROWS"], programs, dx_TD.device)
     dweight_ND, x_TD = scale_T.new_empty(programs, D), weight_D.new_empty(T, D)

@@ -204,7 +204,7 @@ class Route(torch.autograd.Function):
         x_TD, q_TD, k_TD, position_T, Wq, Wk = ctx.saved_tensors
         dq_TD, dk_TD = boundary_backward(dp_T, q_TD, k_TD, position_T)
         products = (_product(d_TD.T, x_TD, target) for d_TD, target in zip((dq_TD, dk_TD), ctx.targets))
-        return torch.addmm(dq_TD @ Wq, dk_TD, Wk), None, *products
+        return (dq_TD @ Wq).addmm_(dk_TD, Wk), None, *products
 
 
 class Take(torch.autograd.Function):
