@@ -35,7 +35,7 @@ def _norm_backward(dx_TD: Tensor, u_TD: Tensor, scale_T: Tensor, weight_D: Tenso
 
 class Parted(NamedTuple):
     """Float32 numbers as bfloat16, which has their first 8 significant bits, and the next 8, as int8. Or, with None for
-    a rest, numbers as they are."""
+    a rest, numbers of any dtype. Contiguous."""
 
     x: Tensor
     rest: Tensor | None
@@ -73,6 +73,7 @@ def add_norm_forward(
             *(residual or (None, None)), delta_TD, weight_D, eps, keep_x
         )
         return Parted(sum_TD, rest_TD), *others
+    # without a residual, the sum of what is not bfloat16 may be delta itself
     wide_TD = wide(delta_TD) if residual is None else whole(*residual, wide(delta_TD).dtype) + delta_TD
     sum_ = part(wide_TD, torch.bfloat16 if delta_TD.dtype == torch.bfloat16 else wide_TD.dtype)
     return sum_, *_norm(whole(*sum_, wide_TD.dtype), weight_D, eps)

@@ -3,7 +3,7 @@
 Legend: T tokens, D channels, N programs. Bound by memory: each reads its inputs once and writes its outputs once. A
 program takes whole rows, a few at a time; backwards, it walks along its share of them with the sums for the weight in
 registers, which are added up at the end: no atomics, the same bits every time on one kind of GPU. It loads the next
-rows before it computes with those it has, so that memory need not wait.
+rows before it computes with those it has, so that memory need not wait. A row of more than a tile is taken alone.
 """
 
 import functools
@@ -34,7 +34,8 @@ def _walk_add_norm(D: int) -> Walk:
 
 
 def _walk_gated_norm(D: int) -> Walk:
-    """The same for rows of 1,024 to 3,072. More than these would not fit into the registers of four warps."""
+    """The same for rows of 1,024, 1,536, 2,048 and 3,072, of which the second and the last are padded to a power of
+    two. More would not fit into the registers of four warps."""
     few_warps = 1024 < D <= 3072 and D != 2048
     return Walk(1024, 3 if D < 2048 else 2, 4) if few_warps else Walk(1024, 4, max(8, triton.next_power_of_2(D) // 512))
 
@@ -254,7 +255,7 @@ def _blocks(D: int, tile: int = TILE, warps: int | None = None) -> dict[str, int
 
 def _shares(T: int, rows: int, programs: int, device: torch.device) -> tuple[int, int]:
     """(programs, rows of each): whole tiles of `rows`, spread evenly over so many programs a multiprocessor."""
-    share = rows * triton.cdiv(T, rows * programs * _multiprocessors(device))
+    share = rows * max(1, triton.cdiv(T, rows * programs * _multiprocessors(device)))
     return triton.cdiv(T, share), share
 
 
@@ -303,7 +304,6 @@ def add_norm_backward(
     rest_TD = dx_TD.new_empty(T, D, dtype=torch.int8) if parted else None
     programs, rows = _shares(T, blocks["ROWS"], programs, dx_TD.device)
     dweight_ND, x_TD = scale_T.new_empty(programs, D), weight_D.new_empty(T, D) if again else None
-    dsum_TD = None if dsum_TD is None else dsum_TD.contiguous()
     with torch.cuda.device_of(dx_TD):
         _add_norm_backward[(programs,)](
             dx_TD, dsum_TD, dsum_rest_TD, sum_TD, sum_rest_TD, scale_T, weight_D.contiguous(), dboth_TD, rest_TD,

@@ -637,9 +637,10 @@ def _launch(kernel: str, dtype: torch.dtype) -> dict[str, int]:
 
 
 def _launch_for_heads(kernel: str, dtype: torch.dtype, H: int) -> dict[str, int | None]:
-    """Of a program that has all heads of a chunk: with many of them, two programs a multiprocessor take to be asked
-    for. That saves 19 of 58 us a layer of 48 heads, and costs some with few (h200-2026-11-28-3/scan_ways.txt)."""
-    registers = 128 if H > 32 and dtype == torch.bfloat16 else None
+    """Of a program that has all heads of a chunk. With 33 to 64 of them two programs a multiprocessor must be asked
+    for, which saves 19 of 58 us a layer of 48; with fewer it costs some, more would not fit
+    (benchmarks/results/h200-2026-11-28-3/scan_ways.txt)."""
+    registers = 128 if 32 < H <= 64 and dtype == torch.bfloat16 else None
     return _launch(kernel, dtype) | {"BLOCK_H": triton.next_power_of_2(H), "maxnreg": registers}
 
 

@@ -2,9 +2,10 @@
 
 A block is one or two branches, a mixer and perhaps an MLP, each behind a norm. Here a branch takes `delta`, what the
 branch before it adds to the residual stream; so the sum and the norm of it are one kernel, and backwards too. The sum's
-gradient is that of each of its terms: autograd hands it on as that of delta, and a `Stream` has the rest. Gradients of
-parts of a matrix product's output are written into one tensor. The maths is that of hnet_trainable.py; tests compare
-the two in float64. Legend: as in hnet_trainable.py.
+gradient is that of each of its terms: autograd hands it on as that of delta, and a `ResidualStream` has the rest.
+Gradients of parts of a matrix product's output are written into one tensor. The maths is that of hnet_trainable.py;
+tests compare the two in float64. But with bfloat16 a residual stream and its gradient have 16 significant bits in
+memory, not float32's 24: see `Parted`. Legend: as in hnet_trainable.py.
 
 Gradients of weights that are matrix products can go straight to where an optimizer reads them, see `gradients_into`.
 
@@ -325,7 +326,7 @@ class Summed(NamedTuple):
         return norm_again(self.sum, self.scale_T, self.norm_D)
 
 
-class Stream:
+class ResidualStream:
     """A residual stream, as it goes from branch to branch, and its gradient, as it goes back."""
 
     sum: Parted | None = None  # of what the branches so far have added
@@ -337,26 +338,20 @@ class Stream:
         return x_TD, Summed(*self.sum, scale_T, norm_D)
 
     def norm_backward(
-        self, dx_TD: Tensor, dout_TD: Tensor, summed: Summed, x_TD: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(ddelta_TD, dnorm_D, x_TD), the last computed again where it was not kept. dout_TD: the gradient of what the
-        branch has returned; the next one has added that to the sum, so it is that of the sum, too."""
-        (ddelta_TD, self.drest_TD), dnorm_D, again_TD = add_norm_backward(
-            dx_TD, Parted(dout_TD, self.drest_TD), summed.sum, summed.scale_T, summed.norm_D, again=x_TD is None
+        self, dx_TD: Tensor, dout_TD: Tensor | None, summed: Summed, again: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(ddelta_TD, dnorm_D, x_TD if wanted `again`). dout_TD: the gradient of what the branch has returned. The next
+        one has added that to the sum, so it is that of the sum, too. None: nobody has."""
+        dsum = None if dout_TD is None else Parted(dout_TD, self.drest_TD)
+        (ddelta_TD, self.drest_TD), *others = add_norm_backward(
+            dx_TD, dsum, summed.sum, summed.scale_T, summed.norm_D, again
         )
-        return ddelta_TD, dnorm_D, again_TD if x_TD is None else x_TD
-
-    def last_norm_backward(self, dx_TD: Tensor, summed: Summed) -> tuple[Tensor, Tensor]:
-        """(ddelta_TD, dnorm_D) where nothing else uses the sum."""
-        (ddelta_TD, self.drest_TD), dnorm_D, _ = add_norm_backward(
-            dx_TD, None, summed.sum, summed.scale_T, summed.norm_D, again=False
-        )
-        return ddelta_TD, dnorm_D
+        return ddelta_TD, *others
 
 
 def run_stack(stack: Isotropic, ac: str, x_TD: Tensor, packing: Packing) -> Tensor:
     """`Isotropic.forward`, with activation checkpointing."""
-    stream, delta_TD, order = Stream(), x_TD, None
+    stream, delta_TD, order = ResidualStream(), x_TD, None
     packing = Packing(*map(keep, packing))
     seams = _SEAMS.get({})
     for block in stack.layers:
@@ -386,7 +381,7 @@ class FinalNorm(torch.autograd.Function):
     """Adds delta to the stream and returns its norm. Gradients: of delta and of the weight."""
 
     @staticmethod
-    def forward(ctx, stream: Stream, delta_TD: Tensor, weight_D: Tensor) -> Tensor:
+    def forward(ctx, stream: ResidualStream, delta_TD: Tensor, weight_D: Tensor) -> Tensor:
         x_TD, summed = stream.norm(delta_TD, weight_D)
         ctx.save_for_backward(*summed)
         ctx.stream = stream
@@ -395,14 +390,17 @@ class FinalNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dx_TD: Tensor):
-        return None, *ctx.stream.last_norm_backward(dx_TD, Summed(*ctx.saved_tensors))
+        ddelta_TD, dnorm_D, _ = ctx.stream.norm_backward(dx_TD, None, Summed(*ctx.saved_tensors), again=False)
+        return None, ddelta_TD, dnorm_D
 
 
 class MlpBranch(torch.autograd.Function):
     """Adds delta to the stream and returns the SwiGLU of its norm. Gradients: of delta and of the weights."""
 
     @staticmethod
-    def forward(ctx, stream: Stream, ac: str, delta_TD: Tensor, norm_D: Tensor, fc1: Tensor, fc2: Tensor) -> Tensor:
+    def forward(
+        ctx, stream: ResidualStream, ac: str, delta_TD: Tensor, norm_D: Tensor, fc1: Tensor, fc2: Tensor
+    ) -> Tensor:
         all_kept = ac == "none"
         x_TD, summed = stream.norm(delta_TD, norm_D, keep_x=all_kept)
         with keeping_if(ac != "block"):
@@ -424,8 +422,8 @@ class MlpBranch(torch.autograd.Function):
         dboth_T2I, h_again = swiglu_backward(dout_TD @ fc2, both_T2I, again=h_TI is None)
         dfc2 = _product(dout_TD.T, h_again if h_TI is None else h_TI, into2)
         del both_T2I, h_TI, h_again
-        *gradients, x_TD = ctx.stream.norm_backward(dboth_T2I @ fc1, dout_TD, summed, x_TD)
-        return None, None, *gradients, _product(dboth_T2I.T, x_TD, into1), dfc2
+        *gradients, x_again_TD = ctx.stream.norm_backward(dboth_T2I @ fc1, dout_TD, summed, again=x_TD is None)
+        return None, None, *gradients, _product(dboth_T2I.T, x_again_TD if x_TD is None else x_TD, into1), dfc2
 
 
 class AttentionBranch(torch.autograd.Function):
@@ -435,7 +433,9 @@ class AttentionBranch(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, stream: Stream, packing: Packing, how, delta_TD, norm_D, Wqkv: Tensor, out_proj: Tensor) -> Tensor:
+    def forward(
+        ctx, stream: ResidualStream, packing: Packing, how, delta_TD, norm_D, Wqkv: Tensor, out_proj: Tensor
+    ) -> Tensor:
         ac, ctx.n_heads, ctx.window, ctx.order = how
         x_TD, summed = stream.norm(delta_TD, norm_D, keep_x=ac == "none")
         with keeping_if(ac != "block"):
@@ -466,9 +466,10 @@ class AttentionBranch(torch.autograd.Function):
         dqkv_T3HP = packed_attention_backward(do_THP, qkv_T3HP, attended, ctx.window, ctx.order)
         dqkv_TD, o_TD = rotate_(dqkv_T3HP, *tables, position_T, back=True).flatten(1), o_THP.flatten(1)
         del attended
-        *gradients, x_TD = ctx.stream.norm_backward(dqkv_TD @ Wqkv, dout_TD, summed, x_TD)
+        *gradients, x_again_TD = ctx.stream.norm_backward(dqkv_TD @ Wqkv, dout_TD, summed, again=x_TD is None)
         into_qkv, into_out = ctx.targets
-        products = _product(dqkv_TD.T, x_TD, into_qkv), _product(dout_TD.T, o_TD, into_out)
+        dWqkv = _product(dqkv_TD.T, x_again_TD if x_TD is None else x_TD, into_qkv)
+        products = dWqkv, _product(dout_TD.T, o_TD, into_out)
         return None, None, None, *gradients, *products
 
 
@@ -477,8 +478,8 @@ class MambaBranch(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, stream: Stream, packing: Packing, ac: str, delta_TD, norm_D, in_proj, conv_D1K, conv_bias_D, dt_bias_H,
-        A_log_H, D_H, gate_D, out_proj,
+        ctx, stream: ResidualStream, packing: Packing, ac: str, delta_TD, norm_D, in_proj, conv_D1K, conv_bias_D,
+        dt_bias_H, A_log_H, D_H, gate_D, out_proj,
     ) -> Tensor:  # fmt: skip
         x_TD, summed = stream.norm(delta_TD, norm_D, keep_x=ac == "none")
         weights = in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_log_H, D_H, gate_D, out_proj
@@ -526,8 +527,8 @@ class MambaBranch(torch.autograd.Function):
             ctx.packing.cu_seqlens, (*_parts(dafter, len(D_H)), draw_TH), states,
         )  # fmt: skip
         dconv = causal_conv_silu_backward_to(dbefore, dafter, before, conv_D1K, conv_bias_D, ctx.packing.position_T)
-        *gradients, x_TD = ctx.stream.norm_backward(dprojected @ in_proj, dout_TD, summed, x_TD)
-        din_proj = _product(dprojected.T, x_TD, into_in)
+        *gradients, x_again_TD = ctx.stream.norm_backward(dprojected @ in_proj, dout_TD, summed, again=x_TD is None)
+        din_proj = _product(dprojected.T, x_again_TD if x_TD is None else x_TD, into_in)
         of_heads = (x.to(D_H.dtype) for x in of_heads)
         return None, None, None, *gradients, din_proj, *dconv, *of_heads, dgate_D, dout_proj
 

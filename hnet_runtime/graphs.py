@@ -81,7 +81,7 @@ def obstacle(config: HNetConfig, device: torch.device, dtype: torch.dtype) -> st
         return None
     if requested() == "reference":
         return "HNET_KERNELS=reference forbids the kernels they need"
-    if dtype not in (torch.bfloat16, torch.float16):
+    if dtype != torch.bfloat16:
         return f"on a GPU they compute in bfloat16, not {str(dtype).removeprefix('torch.')}"
     if torch.cuda.get_device_capability(device)[0] != 9:
         return f"they need a Hopper GPU, which {torch.cuda.get_device_name(device)} is not"

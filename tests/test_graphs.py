@@ -9,11 +9,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hnet_kernels import norm
 from hnet_runtime import graphs
 from hnet_runtime.distributed import World
 from hnet_runtime.flat_adamw import FlatAdamW
-from hnet_runtime.fused import CHECKPOINTING, HeadLoss
+from hnet_runtime.fused import CHECKPOINTING, HeadLoss, ResidualStream
 from hnet_runtime.graphs import STEPS, TOKENS, Arena, GraphedModel, Piece, Segment, _filled_up, _step
 from hnet_runtime.statistics import router_statistics
 from hnet_trainable import HNetConfig, HNetLM, init_weights, nested_like
@@ -136,7 +135,7 @@ def saved_bytes(run) -> int:
 
 @pytest.mark.parametrize("stages", LAYOUTS)
 def test_activation_checkpointing_keeps_less_and_gives_the_same_bits(stages):
-    pair, dtype = batch(BATCHES[0], 0), torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    pair, dtype = batch(BATCHES[0], 0), torch.bfloat16
     gradients, kept = {}, {}
     for ac in CHECKPOINTING:
         graphed = GraphedModel(build(LAYOUTS[stages], torch.float32), dtype, ALPHA, ac=ac)
@@ -166,8 +165,8 @@ class Made(TorchDispatchMode):
 @pytest.mark.parametrize("stages", [1, 2])
 def test_a_backward_reads_nothing_that_its_forward_left_outside_the_arena(stages, ac, monkeypatch):
     """Other graphs write there meanwhile. Here the test does, as soon as a forward is over."""
-    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-    graphed, pair = GraphedModel(build(LAYOUTS[stages], torch.float32), dtype, ALPHA, ac=ac), batch(BATCHES[0], 0)
+    model = build(LAYOUTS[stages], torch.float32)
+    graphed, pair = GraphedModel(model, torch.bfloat16, ALPHA, ac=ac), batch(BATCHES[0], 0)
     graphed.forward_backward([pair])
     wanted = gradient(graphed)
     forward, spoiled = Segment._forward, []
@@ -382,8 +381,7 @@ def test_micro_batches_add_up_in_float32_where_that_was_foreseen():
 
 def test_a_backward_in_pieces_gives_the_same_bits(monkeypatch):
     """Two processes cut it where weights are many, add up each piece's gradients as it ends, and each weigh half."""
-    pairs = [batch(lengths, i) for i, lengths in enumerate(BATCHES[:3])]
-    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    pairs, dtype = [batch(lengths, i) for i, lengths in enumerate(BATCHES[:3])], torch.bfloat16
     whole = GraphedModel(build(TWO_STAGES, torch.float32), dtype, ALPHA, accumulates=True)
     monkeypatch.setattr(graphs, "PIECE", 1)
     world = World(1, 2, torch.device(DEVICE), None)
@@ -509,21 +507,29 @@ def test_a_step_waits_for_the_device_once_a_stage(monkeypatch):
     assert len(waited) == 2 * len(batches)
 
 
-def test_gradients_of_a_deep_stack_are_as_good_as_with_a_float32_residual_gradient(monkeypatch):
-    """A stream's gradient is rounded to bfloat16 for products; without what that takes, errors add up on the way."""
+@pytest.mark.parametrize("lost", ["none", "sum", "gradient"])
+def test_a_deep_stacks_residual_stream_and_gradient_are_better_than_bfloat16(lost, monkeypatch):
+    """They are rounded to it for products; without what that takes, errors add up on the way."""
     model, exact = (HNetLM(HNetConfig.load(NO_STAGE | {"arch_layout": ["T24"]})).to(DEVICE) for _ in "12")
     init_weights(model, seed=0)  # as training begins: most of the gradient comes along the stream
     graphed, pair = GraphedModel(model, torch.bfloat16, ALPHA), batch(BATCHES[0], 0)
     exact.double().load_state_dict(graphed.model.state_dict())
     _, wanted = eager(exact, *pair)
 
-    def error_of_first() -> float:
-        graphed.forget()
-        graphed.forward_backward([pair])
-        return distance(model.embeddings.weight.grad.double(), wanted["embeddings.weight"])
+    def backward(self, dx_TD, dout_TD, summed, again, its=ResidualStream.norm_backward):
+        if lost == "gradient" and self.drest_TD is not None:
+            self.drest_TD = torch.zeros_like(self.drest_TD)
+        return its(self, dx_TD, dout_TD, summed, again)
 
-    error = error_of_first()
-    assert error < 4e-3  # what bfloat16 is good for: each number is off by 2e-3 at most; measured: 2.5e-3
-    if DEVICE == "cpu":
-        monkeypatch.setattr(norm, "part", lambda x, dtype: norm.Parted(x.to(dtype), None))
-        assert error_of_first() > 1.5 * error  # 6e-3
+    def forward(self, delta_TD, norm_D, keep_x=False, its=ResidualStream.norm):
+        if lost == "sum" and self.sum is not None:
+            self.sum = self.sum._replace(rest=torch.zeros_like(self.sum.rest))
+        return its(self, delta_TD, norm_D, keep_x)
+
+    monkeypatch.setattr(ResidualStream, "norm_backward", backward)
+    monkeypatch.setattr(ResidualStream, "norm", forward)
+    graphed.forward_backward([pair])
+    error = {n: distance(model.get_parameter(n).grad.double(), wanted[n]) for n in wanted}
+    # bfloat16 is off by 2e-3 at most, a number; measured: 2.5e-3 and 1.9e-3, and 6e-3 where something is lost
+    assert (error["embeddings.weight"] < 4e-3) == (lost != "gradient"), error
+    assert (error["lm_head.weight"] < 4e-3) == (lost != "sum"), error
