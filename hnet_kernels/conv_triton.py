@@ -288,5 +288,5 @@ def conv_silu_backward(
             T, D, x_TD.stride(0), dy_TD.stride(0), dx_TD.stride(0),
             K=K, RUN=run, BLOCK_D=channels, num_warps=warps,
         )  # fmt: skip
-        sums_KD = sum_rows(sums_SKD.view(runs, -1), weight_D1K.dtype).view(K + 1, D)
-    return dx_TD, sums_KD[:K].T.contiguous()[:, None], sums_KD[K].to(bias_D.dtype)
+        sums = sum_rows(sums_SKD.view(runs, -1), weight_D1K.dtype, turned=(K, D))
+    return dx_TD, sums[: K * D].view(D, 1, K), sums[K * D :].to(bias_D.dtype)

@@ -37,7 +37,9 @@ def _walk_gated_norm(D: int) -> Walk:
     """The same for rows of 1,024, 1,536, 2,048 and 3,072, of which the second and the last are padded to a power of
     two. More would not fit into the registers of four warps."""
     few_warps = 1024 < D <= 3072 and D != 2048
-    return Walk(1024, 3 if D < 2048 else 2, 4) if few_warps else Walk(1024, 4, max(8, triton.next_power_of_2(D) // 512))
+    if few_warps:
+        return Walk(1024, 3 if D < 2048 else 2, 4)
+    return Walk(1024, 4 if D <= 1024 else 6, max(8, triton.next_power_of_2(D) // 512))
 
 
 @triton.jit
@@ -226,20 +228,24 @@ def _gated_norm_backward(
 
 
 @triton.jit(do_not_specialize=["N"])
-def _sum_rows(parts_ptr, sum_ptr, N, D, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+def _sum_rows(parts_ptr, sum_ptr, N, D, K, W, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for first in range(0, N, ROWS):
         n = first + tl.arange(0, ROWS)
         total += tl.load(parts_ptr + n[:, None] * D + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
-    tl.store(sum_ptr + d, tl.sum(total, 0).to(sum_ptr.dtype.element_ty), mask=d < D)
+    to = tl.where(d < K * W, d % W * K + d // W, d)
+    tl.store(sum_ptr + to, tl.sum(total, 0).to(sum_ptr.dtype.element_ty), mask=d < D)
 
 
-def sum_rows(parts_ND: Tensor, dtype: torch.dtype) -> Tensor:
-    """parts.sum(0) of float32 numbers, in a dtype: torch's takes three times as long for a few hundred rows."""
-    N, D = parts_ND.shape
+def sum_rows(parts_ND: Tensor, dtype: torch.dtype, turned: tuple[int, int] = (1, 1)) -> Tensor:
+    """parts.sum(0) of float32 numbers, in a dtype: torch's takes three times as long for a few hundred rows.
+
+    turned: (K, W), where the first K W of the sums come as (W, K) rather than as (K, W).
+    """
+    (N, D), (K, W) = parts_ND.shape, turned
     sum_D = parts_ND.new_empty(D, dtype=dtype)
-    _sum_rows[(triton.cdiv(D, 16),)](parts_ND, sum_D, N, D, ROWS=128, BLOCK_D=16, num_warps=8)
+    _sum_rows[(triton.cdiv(D, 16),)](parts_ND, sum_D, N, D, K, W, ROWS=128, BLOCK_D=16, num_warps=8)
     return sum_D
 
 
