@@ -12,7 +12,6 @@ from torch import Tensor
 
 from hnet_kernels.dispatch import use_fast
 from hnet_kernels.kept import keep
-from hnet_kernels.pointwise import rotate_
 
 QUERY_BLOCK = 128  # queries at a time in the definition: bounds the memory of one block of scores
 
@@ -182,21 +181,12 @@ def packed_attention(
 
 
 def packed_attention_backward(
-    do_THP: Tensor,
-    qkv_T3HP: Tensor,
-    attended: Attended,
-    window: int,
-    order: Tensor | None,
-    rotary: tuple[Tensor, Tensor, Tensor],
+    do_THP: Tensor, qkv_T3HP: Tensor, attended: Attended, window: int, order: Tensor | None
 ) -> Tensor:
-    """dqkv_T3HP, given the gradient of o_THP. order: as `packed_attention` had it.
-
-    rotary: cos_MR, sin_MR and position_T by which `rotate_` had turned q and k; dqkv is the gradient of what they were
-    before.
-    """
+    """dqkv_T3HP, given the gradient of o_THP. order: as `packed_attention` had it."""
     if order is not None:
         from hnet_kernels import attention_triton
 
-        return attention_triton.attention_backward(do_THP, qkv_T3HP, *attended[:2], order, window, rotary)
+        return attention_triton.attention_backward(do_THP, qkv_T3HP, *attended[:2], order, window)
     *leaves, o_THP = attended.graph
-    return rotate_(torch.stack(torch.autograd.grad(o_THP, leaves, do_THP), dim=1), *rotary, back=True)
+    return torch.stack(torch.autograd.grad(o_THP, leaves, do_THP), dim=1)

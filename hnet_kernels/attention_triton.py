@@ -88,23 +88,6 @@ def _store_rows(ptr, row, stride, inside, x, P: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
-def _turn_back(dx_ptr, t, stride, inside, cos_ptr, sin_ptr, position_ptr, R: tl.constexpr):
-    """Makes the gradient of rows of a head that were turned, stored by this program, that of what they were before:
-    see `rotate_`. They come from the cache; in registers, channels would have to change places."""
-    if R > 0:
-        tl.debug_barrier()  # other threads have stored what these load
-        r = tl.arange(0, triton.next_power_of_2(R))[None, :]
-        angle = tl.load(position_ptr + t, mask=inside, other=0)[:, None] * R + r
-        inside = inside[:, None] & (r < R)
-        cos, sin = tl.load(cos_ptr + angle, mask=inside, other=0.0), tl.load(sin_ptr + angle, mask=inside, other=0.0)
-        head = dx_ptr + t.to(tl.int64)[:, None] * stride + r
-        a = tl.load(head, mask=inside, other=0.0).to(tl.float32)
-        b = tl.load(head + R, mask=inside, other=0.0).to(tl.float32)
-        tl.store(head, (a * cos + b * sin).to(dx_ptr.dtype.element_ty), mask=inside)
-        tl.store(head + R, (b * cos - a * sin).to(dx_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def _window_begins(start, first, window, M: tl.constexpr, N: tl.constexpr):
     """Where the first tile of keys begins that some query of a tile sees, and the first that all of them see."""
     reached = start + tl.maximum(first - window - start, 0) // N * N
@@ -202,9 +185,9 @@ def _for_keys(
 
 @triton.jit(do_not_specialize=["T", "H"])
 def _backward_keys(
-    q_desc, k_ptr, v_ptr, do_desc, lse_ptr, delta_ptr, dk_ptr, dv_ptr, tiles_ptr, cos_ptr, sin_ptr, position_ptr, T, H,
-    stride, d_stride, scale, dscale, window,
-    P: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr, R: tl.constexpr,
+    q_desc, k_ptr, v_ptr, do_desc, lse_ptr, delta_ptr, dk_ptr, dv_ptr, tiles_ptr, T, H, stride, d_stride,
+    scale, dscale, window,
+    P: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of keys and head: dk_THP and dv_THP."""
     h = tl.program_id(0) % H
@@ -238,7 +221,6 @@ def _backward_keys(
     )  # fmt: skip
     _store_rows(dk_ptr + h * P, n, d_stride, n < end, dk_NP * dscale, P, W)
     _store_rows(dv_ptr + h * P, n, d_stride, n < end, dv_NP, P, W)
-    _turn_back(dk_ptr + h * P, n, d_stride, n < end, cos_ptr, sin_ptr, position_ptr, R)
 
 
 @triton.jit
@@ -266,9 +248,9 @@ def _for_queries(
 
 @triton.jit(do_not_specialize=["T", "H"])
 def _backward_queries(
-    q_ptr, kv_desc, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, tiles_ptr, cos_ptr, sin_ptr, position_ptr, T, H, stride,
-    do_stride, d_stride, scale, dscale, window,
-    P: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr, R: tl.constexpr,
+    q_ptr, kv_desc, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, tiles_ptr, T, H, stride, do_stride, d_stride,
+    scale, dscale, window,
+    P: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of queries and head: dq_THP, and delta_HT: o . do, what the softmax's gradient subtracts."""
     h = tl.program_id(0) % H
@@ -300,7 +282,6 @@ def _backward_queries(
         tl.minimum(first + M, end), scale, window, N, True, WINDOW,
     )  # fmt: skip
     _store_rows(dq_ptr + h * P, m, d_stride, m < end, dq_MP * dscale, P, W)
-    _turn_back(dq_ptr + h * P, m, d_stride, m < end, cos_ptr, sin_ptr, position_ptr, R)
 
 
 def _for_heads(options: tuple[Options, Options], P: int) -> Options:
@@ -350,11 +331,9 @@ def attention_forward(qkv_T3HP: Tensor, tiles_3I: Tensor, window: int) -> tuple[
 
 
 def attention_backward(
-    do_THP: Tensor, qkv_T3HP: Tensor, o_THP: Tensor, lse_HT: Tensor, tiles_3I: Tensor, window: int,
-    rotary: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> Tensor:  # fmt: skip
-    """dqkv_T3HP, given the gradient of o_THP; of what it was before `rotate_`, where its tables and positions are given
-    as `rotary`."""
+    do_THP: Tensor, qkv_T3HP: Tensor, o_THP: Tensor, lse_HT: Tensor, tiles_3I: Tensor, window: int
+) -> Tensor:
+    """dqkv_T3HP, given the gradient of o_THP."""
     T, _, H, P = qkv_T3HP.shape
     q, k, v = qkv_T3HP.unbind(1)
     o_THP, do_THP = o_THP.contiguous(), do_THP.contiguous()
@@ -368,15 +347,13 @@ def attention_backward(
     keys = _described(qkv_T3HP, of_queries.tokens, P)
     grid, stride, do_stride = (H * tiles_3I.shape[1],), q.stride(0), do_THP.stride(0)
     scales = P**-0.5 * LOG2_E.value, P**-0.5, window
-    cos_MR, sin_MR, position_T = rotary or (None, None, None)
-    R = cos_MR.shape[1] if rotary else 0
     with torch.cuda.device_of(q):
         _backward_queries[grid](
-            q, keys, o_THP, do_THP, lse_HT, delta_HT, dq, tiles_3I, cos_MR, sin_MR, position_T, T, H, stride, do_stride,
-            dq.stride(0), *scales, R=R, **_constants(of_queries, SIZE, of_queries.tokens, P, window),
+            q, keys, o_THP, do_THP, lse_HT, delta_HT, dq, tiles_3I, T, H, stride, do_stride, dq.stride(0), *scales,
+            **_constants(of_queries, SIZE, of_queries.tokens, P, window),
         )  # fmt: skip
         _backward_keys[grid](
-            queries, k, v, do_queries, lse_HT, delta_HT, dk, dv, tiles_3I, cos_MR, sin_MR, position_T, T, H, stride,
-            dq.stride(0), *scales, R=R, **_constants(of_keys, of_keys.tokens, SIZE, P, window),
+            queries, k, v, do_queries, lse_HT, delta_HT, dk, dv, tiles_3I, T, H, stride, dq.stride(0), *scales,
+            **_constants(of_keys, of_keys.tokens, SIZE, P, window),
         )  # fmt: skip
     return dqkv_T3HP

@@ -456,15 +456,15 @@ class AttentionBranch(torch.autograd.Function):
     def backward(ctx, dout_TD: Tensor):
         *summed, Wqkv, out_proj, qkv_T3HP, x_TD = ctx.saved_tensors
         summed = Summed(*summed)
+        _, position_T, *tables = ctx.packing
         attended = ctx.attended
         ctx.attended = None  # what is used up can go
         if attended is None:
             qkv_T3HP, attended = AttentionBranch.attend(ctx, ctx.packing, summed.norm(), Wqkv)
         o_THP = attended.o_THP
         do_THP = (dout_TD @ out_proj).view_as(o_THP)
-        rotary = ctx.packing.cos_MR, ctx.packing.sin_MR, ctx.packing.position_T
-        dqkv_TD = packed_attention_backward(do_THP, qkv_T3HP, attended, ctx.window, ctx.order, rotary).flatten(1)
-        o_TD = o_THP.flatten(1)
+        dqkv_T3HP = packed_attention_backward(do_THP, qkv_T3HP, attended, ctx.window, ctx.order)
+        dqkv_TD, o_TD = rotate_(dqkv_T3HP, *tables, position_T, back=True).flatten(1), o_THP.flatten(1)
         del attended
         *gradients, x_again_TD = ctx.stream.norm_backward(dqkv_TD @ Wqkv, dout_TD, summed, again=x_TD is None)
         into_qkv, into_out = ctx.targets

@@ -138,10 +138,9 @@ def for_hopper() -> None:
         ssd_triton.scan_backward(y, x, raw, A, B, C, cu, A, kept=kept, bias_H=A)
     order = attention_triton.tile_order(T, cu)
     for P, window in ((64, -1), (64, 1023), (96, 1023), (128, -1)):
-        qkv, table = new(T, 3, 16, P), new(T, P // 4, dtype=WIDE)
+        qkv = new(T, 3, 16, P)
         o, lse = attention_triton.attention_forward(qkv, order, window)
-        for rotary in ((table, table, new(T, dtype=torch.int32)), None):
-            attention_triton.attention_backward(o, qkv, o, lse, order, window, rotary)
+        attention_triton.attention_backward(o, qkv, o, lse, order, window)
 
 
 if __name__ == "__main__":

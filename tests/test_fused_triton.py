@@ -129,42 +129,33 @@ def cross_entropy_case(new: Inputs, T: int, V: int):
     return found, {"loss": loss, "lse": leaf.logsumexp(-1), "dlogits": gradient}
 
 
-def turned(x: Tensor, cos_MR: Tensor, sin_MR: Tensor, position_T: Tensor) -> Tensor:
-    """q and k of float64 qkv_T3HP, channels [0, R) of each head turned against [R, 2R), and v as it was."""
-    R = cos_MR.shape[1]
-    cos, sin = (exact(t)[position_T][:, None, None] for t in (cos_MR, sin_MR))
-    a, b, rest = x[:, :2, :, :R], x[:, :2, :, R : 2 * R], x[:, :2, :, 2 * R :]
-    return torch.cat([torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1), x[:, 2:]], 1)
-
-
-def rotary_tables(new: Inputs, lengths: list[int], R: int) -> tuple[Tensor, Tensor, Tensor]:
-    position = torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths])
-    angles = torch.arange(max(lengths))[:, None] * 10000.0 ** (-torch.arange(R) / max(R, 1))
-    return angles.cos().to(new.device), angles.sin().to(new.device), position.to(new.device)
-
-
 def rotary_case(new: Inputs, lengths: list[int], H: int, P: int, R: int):
-    T, rotary = sum(lengths), rotary_tables(new, lengths, R)
+    T = sum(lengths)
+    position = torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths]).to(new.device)
+    angles = torch.arange(max(lengths))[:, None] * 10000.0 ** (-torch.arange(R) / max(R, 1))
+    tables = angles.cos().to(new.device), angles.sin().to(new.device)
     qkv, dqkv = new(T, 3, H, P), new(T, 3, H, P)
     leaf = exact(qkv).requires_grad_()
-    wanted = turned(leaf, *rotary)
-    gradient = torch.autograd.grad(wanted, leaf, exact(dqkv))[0]
-    found = {"qkv": pointwise.rotate_(qkv, *rotary), "dqkv": pointwise.rotate_(dqkv, *rotary, back=True)}
-    return found, {"dqkv": gradient, "qkv": wanted}
+    cos, sin = (exact(t)[position][:, None, None] for t in tables)
+    a, b, rest = leaf[:, :2, :, :R], leaf[:, :2, :, R : 2 * R], leaf[:, :2, :, 2 * R :]
+    turned = torch.cat([torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1), leaf[:, 2:]], 1)
+    gradient = torch.autograd.grad(turned, leaf, exact(dqkv))[0]
+    found = {"qkv": pointwise.rotate_(qkv, *tables, position)}
+    found["dqkv"] = pointwise.rotate_(dqkv, *tables, position, back=True)
+    return found, {"dqkv": gradient, "qkv": turned}
 
 
-def attention_case(new: Inputs, lengths: list[int], H: int, P: int, window: int = -1, empty: int = 3, R: int = 0):
-    """With empty documents among the others and at the end; of q and k that were turned in 2R channels."""
-    T, rotary = sum(lengths), rotary_tables(new, lengths, R)
+def attention_case(new: Inputs, lengths: list[int], H: int, P: int, window: int = -1, empty: int = 3):
+    """With empty documents among the others and at the end."""
+    T = sum(lengths)
     ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
     cu = torch.cat([ends[:1], ends, ends[-1:].repeat(empty)]).to(new.device)
     qkv, do = new(T, 3, H, P), new(T, H, P)
-    leaf = exact(qkv).requires_grad_()
-    pointwise.rotate_(qkv, *rotary)
     order = attention.tile_order(qkv, P, cu)
     attended = attention.packed_attention(qkv, cu, max(lengths), window, order)
-    dqkv = attention.packed_attention_backward(do, qkv, attended, window, order, rotary)
-    o = attention.attention_definition(*turned(leaf, *rotary).unbind(1), cu, window)
+    dqkv = attention.packed_attention_backward(do, qkv, attended, window, order)
+    leaf = exact(qkv).requires_grad_()
+    o = attention.attention_definition(*leaf.unbind(1), cu, window)
     wanted = {"o": o} | dict(zip(("dq", "dk", "dv"), torch.autograd.grad(o, leaf, exact(do))[0].unbind(1)))
     return {"o": attended.o_THP} | dict(zip(("dq", "dk", "dv"), dqkv.unbind(1))), wanted
 
@@ -280,9 +271,7 @@ CASES = {
     "no rotary": lambda new: rotary_case(new, [9], H=2, P=8, R=0),
     "tile order": lambda new: tile_order_case(new, [*AWKWARD, 640]),
     "attention": lambda new: attention_case(new, AWKWARD, H=2, P=16),
-    "attention in a window": lambda new: attention_case(new, [1, 200, 65], H=1, P=32, window=63, R=12),
-    "attention, turned": lambda new: attention_case(new, [70, 1, 130], H=2, P=48, R=8),
-    "attention, all channels turned": lambda new: attention_case(new, [65], H=2, P=16, R=8),
+    "attention in a window": lambda new: attention_case(new, [1, 200, 65], H=1, P=32, window=63),
     "attention in a wide window": lambda new: attention_case(new, [290, 130], H=1, P=16, window=150),
     "attention, heads of 48": lambda new: attention_case(new, [70, 3], H=2, P=48),
     "attention to itself and the one before": lambda new: attention_case(new, [130], H=1, P=16, window=1, empty=0),
@@ -302,11 +291,11 @@ LARGE = {
     "cross entropy, large": lambda new: cross_entropy_case(new, 32768, 256),
     "rotary, large": lambda new: rotary_case(new, [*AWKWARD, 3000], H=16, P=64, R=16),
     "tile order, large": lambda new: tile_order_case(new, [7, 5000, *AWKWARD, 3000, 30, 4999] * 9),
-    "attention, large": lambda new: attention_case(new, [*AWKWARD, 1475, 1024], H=16, P=64, R=16),
+    "attention, large": lambda new: attention_case(new, [*AWKWARD, 1475, 1024], H=16, P=64),
     "attention in a window, large": lambda new: attention_case(new, [3000, 1], H=8, P=64, window=1023),
-    "attention, heads of 96": lambda new: attention_case(new, [700, 300], H=4, P=96, R=24),
+    "attention, heads of 96": lambda new: attention_case(new, [700, 300], H=4, P=96),
     "attention in a window, heads of 96": lambda new: attention_case(new, [1, 700, 300], H=2, P=96, window=100),
-    "attention, heads of 128": lambda new: attention_case(new, [700, 300], H=4, P=128, R=32),
+    "attention, heads of 128": lambda new: attention_case(new, [700, 300], H=4, P=128),
     "router, large": lambda new: router_case(new, [*AWKWARD, 3000], D=512),
     "upsample, large": lambda new: upsample_case(new, 4000, 700, D=768, spare=68),
     "upsample, more chunks than a grid's second axis": lambda new: upsample_case(new, 70_000, 66_000, D=64, spare=0),
