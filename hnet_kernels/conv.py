@@ -91,7 +91,8 @@ def causal_conv_silu_backward(
     if use_fast("causal_conv_silu", x_TD.device.type, x_TD.dtype, _obstacle(x_TD, weight_D1K.shape[-1])):
         from hnet_kernels import conv_triton
 
-        return conv_triton.conv_silu_backward(dy_TD, x_TD, weight_D1K, bias_D, position_T)
+        dx_TD, dweight_D1K, dbias_D = conv_triton.conv_silu_backward(dy_TD, x_TD, weight_D1K, bias_D, position_T)
+        return dx_TD, dweight_D1K, dbias_D.clone()  # what an operation returns must not share memory
     before_TD = conv_forward(x_TD, weight_D1K, bias_D, position_T)
     dbefore_TD = torch.ops.aten.silu_backward(dy_TD, before_TD)
     return tuple(grad.contiguous() for grad in conv_backward(dbefore_TD, x_TD, weight_D1K, position_T))

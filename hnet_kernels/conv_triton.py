@@ -273,7 +273,8 @@ def conv_silu_backward(
     position_T: Tensor,
     out_TD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx_TD, dweight_D1K, dbias_D) of `hnet::causal_conv_silu`. out_TD: where dx_TD goes, with dense rows."""
+    """(dx_TD, dweight_D1K, dbias_D) of `hnet::causal_conv_silu`, the last two in one piece of memory. out_TD: where
+    dx_TD goes, with dense rows."""
     (T, D), K = x_TD.shape, weight_D1K.shape[-1]
     dx_TD = x_TD.new_empty(T, D) if out_TD is None else out_TD
     if not T:
@@ -289,4 +290,4 @@ def conv_silu_backward(
             K=K, RUN=run, BLOCK_D=channels, num_warps=warps,
         )  # fmt: skip
         sums = sum_rows(sums_SKD.view(runs, -1), weight_D1K.dtype, turned=(K, D))
-    return dx_TD, sums[: K * D].view(D, 1, K), sums[K * D :].to(bias_D.dtype)
+    return dx_TD, sums[: K * D].view(D, 1, K), sums[K * D :]

@@ -105,7 +105,7 @@ def swiglu_backward(dh_TI: Tensor, both_T2I: Tensor, again: bool = True) -> tupl
 def rotate_(qkv_T3HP: Tensor, cos_MR: Tensor, sin_MR: Tensor, position_T: Tensor, back: bool) -> Tensor:
     """`rotate_` of pointwise.py; each token's q, k and v lie side by side."""
     (T, _, H, P), R = qkv_T3HP.shape, cos_MR.shape[1]
-    assert qkv_T3HP[0].is_contiguous()
+    assert qkv_T3HP[:1].is_contiguous()
     if T and R:
         with torch.cuda.device_of(qkv_T3HP):
             _rotate[(triton.cdiv(T, TOKENS), 2 * H)](

@@ -268,6 +268,7 @@ CASES = {
     "cross entropy, other classes": lambda new: cross_entropy_case(new, 9, 77),
     "rotary": lambda new: rotary_case(new, [1, 2, 40], H=3, P=24, R=6),
     "rotary of whole heads": lambda new: rotary_case(new, [9], H=1, P=8, R=4),
+    "rotary, no rows": lambda new: rotary_case(new, [0], H=2, P=8, R=4),
     "no rotary": lambda new: rotary_case(new, [9], H=2, P=8, R=0),
     "tile order": lambda new: tile_order_case(new, [*AWKWARD, 640]),
     "attention": lambda new: attention_case(new, AWKWARD, H=2, P=16),
