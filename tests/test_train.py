@@ -690,6 +690,8 @@ def test_compilations_are_counted_and_cached(tmp_path, monkeypatch):
         "sum_ptr": "*fp32",
         "N": "i32",
         "D": "i32",
+        "K": "i32",
+        "W": "i32",
         "ROWS": "constexpr",
         "BLOCK_D": "constexpr",
     }
