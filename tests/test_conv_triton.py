@@ -4,7 +4,6 @@ Without a GPU they run under Triton's interpreter, in a process of its own: this
 `distances` finds. See test_ssd_triton.py.
 """
 
-import functools
 import importlib
 import json
 import os
@@ -76,24 +75,22 @@ def distances(case: Case, dtype: torch.dtype, device: str) -> dict[str, float]:
     return {n: ((a.double() - b).norm() / b.norm()).item() for n, a, b in zip(NAMES, ours, wanted)}
 
 
-def check(found: dict[str, float], tolerance: float) -> None:
+def check(found: dict[str, float], tolerance: float, case: str = "") -> None:
     assert set(found) == set(NAMES)
     wrong = {name: distance for name, distance in found.items() if not distance <= tolerance}  # NaN is wrong too
-    assert not wrong, found
+    assert not wrong, (case, found)
 
 
-@functools.cache
-def interpreted() -> dict:
+def test_interpreted_kernels_match_the_definition():
+    """All of them in one test, so that one process interprets."""
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_interpreted_kernels_match_the_definition(name):
-    check(interpreted()[name], TOLERANCE[torch.float32])
+    interpreted = json.loads(run.stdout)
+    assert set(interpreted) == set(SMALL)
+    for name in SMALL:
+        check(interpreted[name], TOLERANCE[torch.float32], name)
 
 
 def test_obstacles():

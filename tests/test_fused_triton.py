@@ -5,7 +5,6 @@ Without a GPU they run under Triton's interpreter, in a process of its own: this
 `distances` finds. See test_ssd_triton.py.
 """
 
-import functools
 import importlib
 import json
 import math
@@ -323,9 +322,9 @@ def distances(name: str, dtype: torch.dtype, device: str) -> dict[str, float]:
     return {key: (found[key] - wanted[key]).norm().item() / (sizes[key] or 1e-30) for key in found}
 
 
-def check(found: dict[str, float], tolerance: float) -> None:
+def check(found: dict[str, float], tolerance: float, case: str = "") -> None:
     wrong = {name: distance for name, distance in found.items() if not distance <= tolerance}  # NaN is wrong too
-    assert found and not wrong, found
+    assert found and not wrong, (case, found)
 
 
 @given(st.floats(width=32))
@@ -343,18 +342,16 @@ def test_a_number_and_what_rounding_took_of_it_are_the_number_again_to_16_bits(n
         assert y.isnan() if x.isnan() else y.abs() >= 2.0**127 and y.sign() == x.sign()
 
 
-@functools.cache
-def interpreted() -> dict:
+def test_interpreted_kernels_match_the_definition():
+    """All of them in one test, so that one process interprets."""
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_interpreted_kernels_match_the_definition(name):
-    check(interpreted()[name], TOLERANCE[torch.float32])
+    interpreted = json.loads(run.stdout)
+    assert set(interpreted) == set(CASES)
+    for name in CASES:
+        check(interpreted[name], TOLERANCE[torch.float32], name)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "tile order"])  # which has no definition
