@@ -1255,6 +1255,10 @@ def _summary(out: Path, manifest: dict) -> str:
     splits, counts = manifest["splits"], manifest["counts"]
     parts = [f"{splits[s]['documents']:,} {s} documents ({splits[s]['text_bytes'] / 1e6:,.1f} MB)" for s in SPLITS]
     dropped = [f"{counts['duplicates']:,} duplicate", f"{counts['empty']:,} empty", f"{counts['bad']:,} unreadable"]
+    lacking = [split for split in SPLITS if not splits[split]["documents"]]
+    if lacking:
+        advice = "train.py refuses it: prepare it from more or with another --holdout"
+        dropped[-1] += f"; without {lacking[0]} documents {advice}"
     return f"{out}: {' and '.join(parts)}; dropped {', '.join(dropped)}"
 
 

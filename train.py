@@ -65,7 +65,7 @@ from hnet_trainable import ConfigError, HNetConfig, HNetLM, compile_blocks, coun
 
 logger = logging.getLogger("hnet")
 
-DEFAULT_CONFIG = "configs/hnet_1stage_tiny.json"
+DEFAULT_CONFIG = str(Path(__file__).resolve().parent / "configs" / "hnet_1stage_tiny.json")
 DEFAULT_DATA = "data/stdlib"  # prepared on first use from the running Python's own standard library
 
 
@@ -745,7 +745,8 @@ class Run:
 def open_metrics(run: Path, step: int, about: dict, hnet: HNetConfig, config: TrainConfig, world: World) -> Metrics:
     if not world.is_main:
         return Metrics([])
-    flags = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in OF_ONE_START}
+    flags = yaml.safe_dump(flags, sort_keys=False)
     write_whole(run / "train.yaml", lambda scratch: scratch.write_text(flags))
     checkpoint.write_json(run / "config.json", hnet.to_dict())
     sinks = [JsonlSink(run / "metrics.jsonl", step)]
@@ -762,7 +763,7 @@ def sample(inference: HNetInference, config: TrainConfig, world: World) -> dict[
         if not world.is_main:
             return {}
         written = generate(
-            inference, [config.prompt], max_bytes=config.sample_bytes, seed=config.seed, valid_utf8=True
+            inference, [os.fsencode(config.prompt)], max_bytes=config.sample_bytes, seed=config.seed, valid_utf8=True
         )[0]
     logger.info("the model writes, beginning with %r:", config.prompt)
     print_chunks(written.data, written.starts)
@@ -841,6 +842,8 @@ if __name__ == "__main__":
         if dist.is_initialized() and (dist.get_world_size() == 1 or not torch.cuda.is_available()):
             dist.destroy_process_group()  # else NCCL adds a warning to the sentence; gloo's threads must be gone
         sys.exit(2)
+    except KeyboardInterrupt:  # before training began; then a Ctrl-C saves
+        sys.exit(130)
     except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
         if not memory_ran_out(error):
             raise

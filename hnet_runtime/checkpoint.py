@@ -320,13 +320,13 @@ def check_contents(folder: Path) -> None:
 
     A checkpoint without digests, as earlier versions wrote them, passes.
     """
-    damaged = [_damaged(folder) if dist.get_rank() == 0 else None]
+    damaged = [damaged_file(folder) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(damaged)
     if damaged[0]:
         raise CheckpointError(f"{folder / damaged[0]}: damaged, it is not as it was written; {_WITHOUT}")
 
 
-def _damaged(folder: Path) -> str | None:
+def damaged_file(folder: Path) -> str | None:
     """The first file of a checkpoint that is not as it was written."""
     noted = folder / "sha256.json"
     if not noted.exists():

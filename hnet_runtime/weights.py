@@ -63,6 +63,8 @@ def load(source: str | Path, config: HNetConfig | str | Path | None = None) -> C
     if chosen is None:
         raise CheckpointError(f"{source}: no config.json beside the weights; name the model's config file")
     if path.is_dir():
+        if damaged := own.damaged_file(path):
+            raise CheckpointError(f"{path / damaged}: damaged, it is not as it was written (see sha256.json beside it)")
         weights = load_own_checkpoint(path)
     elif path.suffix == ".safetensors":
         weights = _load_safetensors(path)
@@ -150,7 +152,8 @@ def _config_beside(path: Path, source: str) -> HNetConfig | None:
     try:
         return HNetConfig.load(place)
     except ConfigError as error:
-        raise CheckpointError(f"{error}; it lies beside {path.name}: name another config file") from None
+        where = "in" if path.is_dir() else "beside"
+        raise CheckpointError(f"{error}; it lies {where} {path.name}: name another config file") from None
 
 
 def _check_configs(source: str | Path, given: HNetConfig, theirs: HNetConfig) -> None:

@@ -63,6 +63,13 @@ def command(*arguments, **options) -> subprocess.CompletedProcess:
 # ------------------------------------------------------------------------------------------------- what comes out
 
 
+def test_a_folder_that_lacks_a_split_says_so(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("one document")
+    done = command("prepare", tmp_path / "texts", "--out", tmp_path / "out")
+    assert done.returncode == 0 and "prepare it from more or with another --holdout" in done.stdout
+
+
 def test_the_standard_library_needs_no_download(tmp_path, capsys):
     manifest = prepare("stdlib", tmp_path / "out")
     assert manifest["counts"]["empty"] > 0 and manifest["counts"]["duplicates"] > 0

@@ -130,6 +130,13 @@ def test_statistics_come_every_so_many_steps(undisturbed):
     assert sum(last[f"stage0_p_0.{i}"] for i in range(10)) == pytest.approx(1, abs=1e-5)
 
 
+def test_a_prompt_may_be_any_bytes(corpus, tmp_path):
+    """As a shell hands them over; a run must not end at its last step for it."""
+    flags = ["--prompt", os.fsdecode(b"a\xff"), "--steps", "2", "--sample-bytes", "4", "--stats-every", "0"]
+    assert "the model writes" in succeed(corpus, *flags, "--save-dir", str(tmp_path / "run"))
+    assert newest(tmp_path / "run").name == "step_00000002"
+
+
 def test_a_dead_router_is_named_and_stops_the_run(corpus, tmp_path):
     """W_q = 0 makes every cosine 0 and p = 0.5, which is no boundary; the rate is too small to change that."""
     model = init_weights(HNetLM(HNetConfig.load(MODEL)), 0)
@@ -223,6 +230,8 @@ def test_a_checkpoint_whose_bytes_have_changed_is_named(corpus, undisturbed, tmp
     (last / name).write_bytes(content)
     resume = ["--save-dir", str(folder), "--resume", "auto", "--steps", "21"]
     assert f"{last / name}: damaged" in refused(corpus, *resume)
+    if name == "__0_0.distcp":
+        assert f"{last / name}: damaged" in refused(corpus, "-p", str(last))
     shutil.rmtree(last)
     before = newest(folder)
     (before / "sha256.json").unlink()  # as earlier versions wrote them
@@ -363,8 +372,6 @@ def test_mistakes_in_flags_are_named(tmp_path, monkeypatch, flags, said):
     Path("key.json").write_text(json.dumps({**MODEL, "d_hidden": 3}))
     Path("run.yaml").write_text("step: 3\n")
     Path("type.yaml").write_text("steps: many\n")
-    Path("configs").mkdir()
-    shutil.copy(ROOT / train.DEFAULT_CONFIG, "configs")
     with pytest.raises((UserError, ConfigError)) as mistake:
         train.main(flags)
     assert said in str(mistake.value) and "\n" not in str(mistake.value)
@@ -461,7 +468,8 @@ def test_a_run_goes_on_with_its_own_flags(corpus, tmp_path):
     shutil.rmtree(folder / "checkpoints")  # as if it had died before its first save
     done = run_train(["--device", "cpu", "--save-dir", str(folder), "--resume", "auto"], corpus, environment())
     assert done.returncode == 0 and len(records(folder)) == 5
-    assert "alpha: 0.05" in (folder / "train.yaml").read_text()
+    flags = (folder / "train.yaml").read_text()
+    assert "alpha: 0.05" in flags and "save_dir" not in flags, "what another run can take from it"
     shutil.copytree(folder, tmp_path / "damaged")
     with open(tmp_path / "damaged" / "metrics.jsonl", "a") as file:
         file.write("{\n")
