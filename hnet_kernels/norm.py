@@ -1,4 +1,5 @@
-"""RMS norms with what stands before them, forward and backward each in one pass over memory.
+"""RMS norms with what stands before them, forward and backward each in one pass over memory; and the parts in which
+they leave a residual stream and its gradient there.
 
 Legend: T tokens, D channels. Everything is computed in at least float32.
 
@@ -34,8 +35,8 @@ def _norm_backward(dx_TD: Tensor, u_TD: Tensor, scale_T: Tensor, weight_D: Tenso
 
 
 class Parted(NamedTuple):
-    """Float32 numbers as bfloat16, which has their first 8 significant bits, and the next 8, as int8. Or, with None for
-    a rest, numbers of any dtype. Contiguous."""
+    """Float32 numbers as bfloat16, which has their first 8 significant bits, and the next 8, as int8, of the same shape.
+    Or, with None for a rest, numbers of any floating dtype. Contiguous."""
 
     x: Tensor
     rest: Tensor | None
