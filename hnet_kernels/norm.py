@@ -35,8 +35,8 @@ def _norm_backward(dx_TD: Tensor, u_TD: Tensor, scale_T: Tensor, weight_D: Tenso
 
 
 class Parted(NamedTuple):
-    """Float32 numbers as bfloat16, which has their first 8 significant bits, and the next 8, as int8, of the same shape.
-    Or, with None for a rest, numbers of any floating dtype. Contiguous."""
+    """Float32 numbers as bfloat16, which has their first 8 significant bits, and the next 8, as int8, of one shape. Or,
+    with None for a rest, numbers of any floating dtype. Contiguous."""
 
     x: Tensor
     rest: Tensor | None
