@@ -407,9 +407,8 @@ class Trainee:
 
     def load(self, source: Path) -> None:
         """Weights and optimizer of a checkpoint."""
-        checkpoint.load(source, self.model, self.optimizer)
-        if self.graph:
-            self.optimizer.refresh()
+        with self.optimizer.whole() if self.graph else contextlib.nullcontext():
+            checkpoint.load(source, self.model, self.optimizer)
 
     def make_room(self) -> None:
         """For what runs between steps."""

@@ -43,13 +43,29 @@ def norms(g_KB: Tensor, first_P: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack(runs) if runs else norm_K.new_empty(0)
 
 
+def halve(w: Tensor) -> tuple[Tensor, Tensor]:
+    """(copy, rest) of float32 numbers: rounded to bfloat16, and the difference of their bits, int16.
+
+    Halfway between two bfloat16 numbers the larger in size is taken, so that every difference fits into 16 bits.
+    """
+    bits = w.view(torch.int32)
+    copy = (bits + 2**15) >> 16
+    return copy.to(torch.int16).view(torch.bfloat16), (bits - (copy << 16)).to(torch.int16)
+
+
+def join(copy: Tensor, rest: Tensor) -> Tensor:
+    """The float32 numbers that `halve` was given, bit by bit."""
+    return ((copy.view(torch.int16).to(torch.int32) << 16) + rest).view(torch.float32)
+
+
 @torch.no_grad()
 def adamw_(
-    w_KB: Tensor,
+    w_KB: Tensor | None,
+    copy_KB: Tensor | None,
+    rest_KB: Tensor | None,
     g_KB: Tensor,
     m_KB: Tensor,
     v_KB: Tensor,
-    copy_KB: Tensor | None,
     group_K: Tensor,
     rates_G2: Tensor,
     bias_2: Tensor,
@@ -63,21 +79,24 @@ def adamw_(
     w_KB, m_KB, v_KB: weights, first and second moments, of one dtype. g_KB: gradients, which are divided by scale, of
     that dtype or another, such as bfloat16. All contiguous.
     copy_KB: gets the weights, in its own dtype; None: there is none.
+    rest_KB: None, or with copy_KB the weights as `halve` gives them; then w_KB is None.
     group_K: int32, each block's group. rates_G2: float64, (lr, lr * weight decay) of each.
     bias_2: float64, 1 - betas ** steps. scale, found_inf: one floating number each.
     """
-    if _fast("adamw", w_KB.device, w_KB.dtype):
+    if _fast("adamw", m_KB.device, m_KB.dtype):
         from hnet_kernels import adamw_triton
 
         return adamw_triton.adamw_(
-            w_KB, g_KB, m_KB, v_KB, copy_KB, group_K, rates_G2, bias_2, scale, found_inf, betas, eps
+            w_KB, copy_KB, rest_KB, g_KB, m_KB, v_KB, group_K, rates_G2, bias_2, scale, found_inf, betas, eps
         )
     (beta1, beta2), root = betas, bias_2[1].sqrt()
-    lr_K1, decay_K1 = rates_G2.to(w_KB.dtype)[group_K].split(1, dim=1)
-    g = g_KB.to(w_KB.dtype) / scale
+    lr_K1, decay_K1 = rates_G2.to(m_KB.dtype)[group_K].split(1, dim=1)
+    w = w_KB if rest_KB is None else join(copy_KB, rest_KB)
+    g = g_KB.to(m_KB.dtype) / scale
     m = m_KB + (1 - beta1) * (g - m_KB)
     v = beta2 * v_KB + (1 - beta2) * g.square()
-    w = w_KB - decay_K1 * w_KB - lr_K1 / bias_2[0] * m / (v.sqrt() / root + eps)
-    for old, new in ((w_KB, w), (g_KB, g), (m_KB, m), (v_KB, v), (copy_KB, w)):
+    w = w - decay_K1 * w - lr_K1 / bias_2[0] * m / (v.sqrt() / root + eps)
+    copy, rest = (w, None) if rest_KB is None else halve(w)
+    for old, new in ((w_KB, w), (copy_KB, copy), (rest_KB, rest), (g_KB, g), (m_KB, m), (v_KB, v)):
         if old is not None:
             old.copy_(torch.where(found_inf == 0, new, old))

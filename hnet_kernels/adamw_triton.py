@@ -1,9 +1,9 @@
 """The Triton kernels of adamw.py, where the definitions are.
 
 Legend: K blocks, B elements of one, G groups of parameters. Bound by memory: 24 bytes an element, 2 or 4 for its
-gradient, twice that where gradients are scaled, and 2 for a 16-bit copy. A program takes one block. What it reads of
-its group comes from the cache and is asked for after the block itself, which needn't wait for it. Norms of gradients
-read what they are of, once.
+gradient, twice that where gradients are scaled, and 2 for a 16-bit copy unless it is half of the weight. A program
+takes one block. What it reads of its group comes from the cache and is asked for after the block itself, which needn't
+wait for it. Norms of gradients read what they are of, once.
 """
 
 import torch
@@ -14,12 +14,19 @@ from torch import Tensor
 
 @triton.jit
 def _adamw(
-    w_ptr, g_ptr, m_ptr, v_ptr, copy_ptr, group_ptr, rates_ptr, bias_ptr, scale_ptr, found_inf_ptr,
-    BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr, HAS_COPY: tl.constexpr,
+    w_ptr, copy_ptr, rest_ptr, g_ptr, m_ptr, v_ptr, group_ptr, rates_ptr, bias_ptr, scale_ptr, found_inf_ptr,
+    BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_COPY: tl.constexpr, HALVED: tl.constexpr,
 ):  # fmt: skip
+    """HALVED: the copy, in its bits, and the rest have the weights; see `halve`."""
     k = tl.program_id(0).to(tl.int64)
     at = k * BLOCK + tl.arange(0, BLOCK)
-    w, g, m, v = tl.load(w_ptr + at), tl.load(g_ptr + at), tl.load(m_ptr + at), tl.load(v_ptr + at)
+    if HALVED:
+        bits = (tl.load(copy_ptr + at).to(tl.int32) << 16) + tl.load(rest_ptr + at)
+        w = bits.to(tl.float32, bitcast=True)
+    else:
+        w = tl.load(w_ptr + at)
+    g, m, v = tl.load(g_ptr + at), tl.load(m_ptr + at), tl.load(v_ptr + at)
     rates = rates_ptr + 2 * tl.load(group_ptr + k)
     lr, decay = tl.load(rates).to(tl.float32), tl.load(rates + 1).to(tl.float32)
     step_size = lr / tl.load(bias_ptr).to(tl.float32)
@@ -31,12 +38,18 @@ def _adamw(
     v = BETA2 * v + (1 - BETA2) * g * g
     w -= decay * w
     w -= step_size * m / (tl.sqrt(v) * unbias + EPS)
-    tl.store(w_ptr + at, w, mask=finite)
+    if HALVED:
+        bits = w.to(tl.int32, bitcast=True)
+        copy = (bits + 32768) >> 16
+        tl.store(copy_ptr + at, copy.to(tl.int16), mask=finite)
+        tl.store(rest_ptr + at, (bits - (copy << 16)).to(tl.int16), mask=finite)
+    else:
+        tl.store(w_ptr + at, w, mask=finite)
+        if HAS_COPY:
+            tl.store(copy_ptr + at, w.to(copy_ptr.dtype.element_ty), mask=finite)
     tl.store(m_ptr + at, m, mask=finite)
     tl.store(v_ptr + at, v, mask=finite)
     tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty), mask=finite & (scale != 1))
-    if HAS_COPY:
-        tl.store(copy_ptr + at, w.to(copy_ptr.dtype.element_ty), mask=finite)
 
 
 @triton.jit(do_not_specialize=["K"])
@@ -73,15 +86,17 @@ def norms(g_KB: Tensor, first_P: Tensor) -> Tensor:
 
 
 def adamw_(
-    w_KB: Tensor, g_KB: Tensor, m_KB: Tensor, v_KB: Tensor, copy_KB: Tensor | None, group_K: Tensor, rates_G2: Tensor,
-    bias_2: Tensor, scale: Tensor, found_inf: Tensor, betas: tuple[float, float], eps: float,
+    w_KB: Tensor | None, copy_KB: Tensor | None, rest_KB: Tensor | None, g_KB: Tensor, m_KB: Tensor, v_KB: Tensor,
+    group_K: Tensor, rates_G2: Tensor, bias_2: Tensor, scale: Tensor, found_inf: Tensor, betas: tuple[float, float],
+    eps: float,
 ) -> None:  # fmt: skip
     """`adamw_` of adamw.py."""
-    K, B = w_KB.shape
-    assert all(x is None or x.is_contiguous() for x in (w_KB, g_KB, m_KB, v_KB, copy_KB, rates_G2))
+    (K, B), halved = m_KB.shape, rest_KB is not None
+    assert all(x is None or x.is_contiguous() for x in (w_KB, copy_KB, rest_KB, g_KB, m_KB, v_KB, rates_G2))
     if K:
-        with torch.cuda.device_of(w_KB):
+        with torch.cuda.device_of(m_KB):
             _adamw[(K,)](
-                w_KB, g_KB, m_KB, v_KB, copy_KB, group_K, rates_G2, bias_2, scale, found_inf,
-                BETA1=betas[0], BETA2=betas[1], EPS=eps, BLOCK=B, HAS_COPY=copy_KB is not None,
+                w_KB, copy_KB.view(torch.int16) if halved else copy_KB, rest_KB, g_KB, m_KB, v_KB, group_K, rates_G2,
+                bias_2, scale, found_inf, BETA1=betas[0], BETA2=betas[1], EPS=eps, BLOCK=B,
+                HAS_COPY=copy_KB is not None, HALVED=halved,
             )  # fmt: skip

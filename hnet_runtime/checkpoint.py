@@ -37,7 +37,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from hnet_runtime import UserError
-from hnet_runtime.flat_adamw import FlatAdamW
+from hnet_runtime.flat_adamw import FlatAdamW, Halves, as_tensor
 
 
 class CheckpointError(UserError):
@@ -113,7 +113,7 @@ class Saver:
             size = _local(tensor).nbytes
             if size <= room:
                 room -= size
-                copies[name] = tensor.detach().clone()
+                copies[name] = tensor.clone()
         if self._device.type == "cuda":
             ready = torch.cuda.current_stream().record_event()
         rest = {name: tensor for name, tensor in state.items() if name not in copies}
@@ -121,15 +121,19 @@ class Saver:
         self._thread.submit(self._write, rest, copies, ready, self._staging, self._written, final, scratch, train)
         self._stall += time.perf_counter() - began
 
-    def _state(self) -> dict[str, Tensor]:
+    def _state(self) -> dict[str, Tensor | Halves]:
         """What this rank writes: torch's `get_model_state_dict` and `get_optimizer_state_dict`, in less time.
 
         Ranks that hold whole copies of all weights write a part each; where a rank alone updates some, these.
         """
         weights = self.model.state_dict()  # first: it puts back the shards of what FSDP has gathered
-        names = {id(p): name for name, p in self.model.named_parameters()}
+        parameters = dict(self.model.named_parameters())
+        names = {id(p): name for name, p in parameters.items()}
         values = {names[id(p)]: found for p, found in self.optimizer.state.items() if found}
-        cut = isinstance(self.optimizer, FlatAdamW) and self.optimizer.cut
+        flat = isinstance(self.optimizer, FlatAdamW)
+        if flat:
+            weights |= {name: self.optimizer.held(p) for name, p in parameters.items()}
+        cut = flat and self.optimizer.cut
         if cut:
             owned = {names[id(p)] for p in self.optimizer.owned}
             values = {name: found for name, found in values.items() if name in owned or dist.get_rank() == 0}
@@ -149,8 +153,8 @@ class Saver:
 
     def _write(
         self,
-        rest: dict[str, Tensor],
-        copies: dict[str, Tensor],
+        rest: dict[str, Tensor | Halves],
+        copies: dict[str, Tensor | Halves],
         ready: torch.cuda.Event | None,
         staging: Future,
         written: Future,
@@ -183,25 +187,25 @@ class Saver:
                 shutil.rmtree(scratch, ignore_errors=True)
             written.set_exception(failure)
 
-    def _to_host(self, state: dict[str, Tensor], ready: torch.cuda.Event | None) -> dict[str, Tensor]:
+    def _to_host(self, state: dict[str, Tensor | Halves], ready: torch.cuda.Event | None) -> dict[str, Tensor]:
         if ready is None:
-            return state
+            return {name: as_tensor(x) for name, x in state.items()}
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream), torch.no_grad():
             ready.wait()
             self._lock_pages(state)
             for name, tensor in state.items():
-                self._host[name].copy_(_local(tensor), non_blocking=True)
+                self._host[name].copy_(as_tensor(_local(tensor)), non_blocking=True)
             self._stream.synchronize()
         return {name: self._like(tensor, self._host[name]) for name, tensor in state.items()}
 
-    def _lock_pages(self, state: dict[str, Tensor]) -> None:
+    def _lock_pages(self, state: dict[str, Tensor | Halves]) -> None:
         """Makes the copies' places on the host that are not there yet."""
         with torch.cuda.device(self._device):
             for name, tensor in state.items():
                 if name not in self._host:
                     self._host[name] = torch.empty(_local(tensor).shape, dtype=tensor.dtype, pin_memory=True)
 
-    def _like(self, tensor: Tensor, local: Tensor) -> Tensor:
+    def _like(self, tensor: Tensor | Halves, local: Tensor) -> Tensor:
         """`local` as what `tensor` is: itself, or a shard of a tensor on the host."""
         if not isinstance(tensor, DTensor):
             return local
@@ -256,7 +260,7 @@ class Saver:
                 shutil.rmtree(old)
 
 
-def _local(tensor: Tensor) -> Tensor:
+def _local(tensor: Tensor | Halves) -> Tensor | Halves:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -6,18 +6,42 @@ of its own parts' gradients alone, has moments of these alone, and hands out wha
 Legend: N elements, P parameters, G groups; K blocks of B elements.
 """
 
+import contextlib
 import itertools
-from collections.abc import Collection, Sequence
-from typing import Any
+import math
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hnet_kernels.adamw import BLOCK, adamw_, norms
+from hnet_kernels.adamw import BLOCK, adamw_, halve, join, norms
 
 Span = Sequence[Sequence[nn.Parameter]]
+
+
+class Halves(NamedTuple):
+    """A float32 weight as `halve` gives it."""
+
+    copy: Tensor
+    rest: Tensor
+
+    dtype = torch.float32
+    shape = property(lambda self: self.copy.shape)
+    nbytes = property(lambda self: self.copy.nbytes + self.rest.nbytes)
+
+    def clone(self) -> "Halves":
+        return Halves(self.copy.clone(), self.rest.clone())
+
+    def set_(self, weight: Tensor) -> None:
+        for old, new in zip(self, halve(weight)):
+            old.copy_(new)
+
+
+def as_tensor(weight: Tensor | Halves) -> Tensor:
+    return join(*weight) if isinstance(weight, Halves) else weight
 
 
 class FlatAdamW(torch.optim.AdamW):
@@ -28,17 +52,23 @@ class FlatAdamW(torch.optim.AdamW):
     device. A span is either one sequence of parameters, which every process updates, or a sequence for each process of
     the default group, which that process alone updates. They get equal room, so they should be about as large.
     rank: this process.
-    copies: pairs (copy, parameter) of one shape, all copies of one dtype, such as bfloat16. A step keeps them equal.
+    copies: pairs (copy, parameter) of one shape, all copies of one dtype, such as bfloat16; of all of a span's
+    parameters or of none. A step keeps them equal.
     narrow: which spans have gradients of the copies' dtype; the others have them of the weights'.
 
-    `weights` and `copies` (None without any) are (N,), the parameters one after the other, each filled up with zeros to
-    whole blocks; `spans` says where each span lies, and `gradients` has one tensor for each span. What was handed over
+    `weights`, `copies`, `rests` and `gradients` have a tensor for each span, its parameters one after the other, each
+    filled up with zeros to whole blocks; or None. `spans` says which blocks of all these are. What was handed over
     becomes views of them: `p.data`, `p.grad` (with the gradient that was there, or zeros) and `copy.data`. So this must
     come before whatever keeps addresses, such as a CUDA graph, or shares the former memory, such as `p.detach()`.
 
-    With several processes, what others update stays as it was in `weights`; in `copies`, or in `weights` where there
-    are none, a step renews it. `cut` says that it is so. `owned` has the parameters that this process alone updates;
-    `state` has no others but those that all do. Before a step, `add_up` each span and wait for `added_up`.
+    Float32 weights that have bfloat16 copies are kept as these and the 16 bits that they lack, in `rests`: see `halve`.
+    No bit is lost, and a weight takes two bytes less, as does moving it. `p.data` has their numbers inside `whole`,
+    where whatever else than a step reads or changes weights does so, and else nan; `held` gives one parameter's.
+
+    With several processes, a step renews of what others update the copies alone, or the weights where there are none;
+    so the other weights are of no use but where they were set. `cut` says that it is so. `owned` has the parameters
+    that this process alone updates; `state` has no others but those that all do. Before a step, `add_up` each span and
+    wait for `added_up`.
 
     `grad_scale` and `found_inf`, where set, are those of torch's fused optimizers: gradients are divided by the one, in
     place; where the other isn't 0, a step changes nothing. `step` doesn't wait for the device.
@@ -68,7 +98,11 @@ class FlatAdamW(torch.optim.AdamW):
             raise ValueError("FlatAdamW: the parameters are sharded, or not of one dtype on one device")
         if any(p not in group_of or (c.shape, c.dtype) != (p.shape, copies[0][0].dtype) for c, p in copies):
             raise ValueError("FlatAdamW: the copies are not of these parameters, of their shapes and of one dtype")
-        if not {p for i in narrow for part in spans[i] for p in part} <= {p for _, p in copies}:
+        copy_of = {p: copy for copy, p in copies}
+        of_span = [[p for part in span for p in part] for span in spans]
+        if any(len({p in copy_of for p in ps}) > 1 for ps in of_span):
+            raise ValueError("FlatAdamW: some parameters of a span have copies and some have none")
+        if any(p not in copy_of for i in narrow for p in of_span[i]):
             raise ValueError("FlatAdamW: a parameter of a narrow span has no copy")
         self._slices: dict[Tensor, slice] = {}
         self.spans: list[slice] = []
@@ -94,18 +128,35 @@ class FlatAdamW(torch.optim.AdamW):
         self._no, self._one = torch.zeros((), **like), torch.ones((), **like)
         self._under_way: list[dist.Work] = []
 
-        self.weights, self.gradients = torch.zeros(end, **like), []
+        self.weights: list[Tensor | None] = []
+        self.copies: list[Tensor | None] = []
+        self.rests: list[Tensor | None] = []
+        self.gradients: list[Tensor] = []
         self._grads: dict[Tensor, Tensor] = {}
-        for i, (span, at) in enumerate(zip(spans, self.spans)):
-            dtype = copies[0][0].dtype if i in narrow else like["dtype"]
-            self.gradients.append(self.weights.new_zeros(at.stop - at.start, dtype=dtype))
-            for p in (p for part in span for p in part):
-                weight, grad = self._part(self.weights, p), self._part(self.gradients[-1], p, at.start)
-                weight.copy_(p.detach())
+        self._halves: dict[Tensor, Halves] = {}
+        for i, (at, ps) in enumerate(zip(self.spans, of_span)):
+            dtype = copies[0][0].dtype if ps and ps[0] in copy_of else None
+            halved = (like["dtype"], dtype) == (torch.float32, torch.bfloat16)
+            dtypes = None if halved else like["dtype"], dtype, torch.int16 if halved else None
+            dtypes = *dtypes, dtype if i in narrow else like["dtype"]
+            flat = [kind and self._one.new_zeros(at.stop - at.start, dtype=kind) for kind in dtypes]
+            for of_spans, x in zip((self.weights, self.copies, self.rests, self.gradients), flat):
+                of_spans.append(x)
+            for p in ps:
+                weight, copy, rest, grad = (self._part(x, p, at.start) for x in flat)
                 if p.grad is not None:
                     grad.copy_(p.grad)
-                p.data, p.grad, p.grad_dtype = weight, None, dtype
+                if halved:
+                    self._halves[p] = Halves(copy, rest)
+                    self._halves[p].set_(p.detach())
+                    weight = p.new_full((), math.nan).expand(p.shape)
+                else:
+                    weight.copy_(p.detach())
+                if copy is not None:
+                    copy_of[p].data = copy
+                p.data, p.grad, p.grad_dtype = weight, None, grad.dtype
                 p.grad = self._grads[p] = grad
+        self._refresh()
         self._moments = [[torch.zeros(own.stop - own.start, **like) for _ in "mv"] for own in self._own]
         updated = [[p for part in (span if len(span) == 1 else [span[rank]]) for p in part] for span in spans]
         self._steps_P = torch.zeros(sum(map(len, updated)), device=like["device"])  # float32, and equal
@@ -125,26 +176,40 @@ class FlatAdamW(torch.optim.AdamW):
         counts = [p in self.owned or rank == 0 for p in self._places]
         self._index_P, self._counts_P = torch.tensor(places, dtype=torch.int64), torch.tensor(counts)
         self._index_P, self._counts_P = (x.to(like["device"]) for x in (self._index_P, self._counts_P))
-        self.copies = torch.zeros(end, dtype=copies[0][0].dtype, device=like["device"]) if copies else None
-        self.refresh()
-        for copy, p in copies:
-            copy.data = self._part(self.copies, p)
 
-    def _part(self, flat: Tensor, p: Tensor, start: int = 0) -> Tensor:
+    def _part(self, flat: Tensor | None, p: Tensor, start: int) -> Tensor | None:
         """The parameter's part of flat memory that begins where flat memory as a whole has `start`."""
         begin = self._slices[p].start - start
-        return flat[begin : begin + p.numel()].view(p.shape)
+        return None if flat is None else flat[begin : begin + p.numel()].view(p.shape)
 
     def _own_part(self, whole: Tensor, span: int) -> Tensor:
         """Of what belongs to a span, the part that this process updates."""
         begin, own = self.spans[span].start, self._own[span]
         return whole[own.start - begin : own.stop - begin]
 
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Copies the weights to the copies. For when something else than a step has changed them, on all processes."""
-        if self.copies is not None:
-            self.copies.copy_(self.weights)
+    def _refresh(self) -> None:
+        """Copies whole weights to their copies."""
+        for weights, copies in zip(self.weights, self.copies):
+            if weights is not None and copies is not None:
+                copies.copy_(weights)
+
+    def held(self, p: nn.Parameter) -> Tensor | Halves:
+        """The weight of a parameter."""
+        return self._halves.get(p, p.detach())
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside, parameters have their weights, which may be changed, on all processes alike."""
+        for p, halves in self._halves.items():
+            p.data = as_tensor(halves)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, halves in self._halves.items():
+                    halves.set_(p.data)
+                    p.data = p.new_full((), math.nan).expand(p.shape)
+                self._refresh()
 
     def add_up(self, span: int) -> None:
         """Begins to add up the gradients of a span over all processes, each of which gets the sums of what it updates.
@@ -177,7 +242,7 @@ class FlatAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
         """The global norm of all gradients, on the device: the same bits whoever updates what."""
-        norms_P = self.weights.new_zeros(len(self._grads))
+        norms_P = self._one.new_zeros(len(self._grads))
         found = []
         for span, (gradient, first_P) in enumerate(zip(self.gradients, self._firsts)):
             found.append(norms(self._own_part(gradient, span).view(-1, BLOCK), first_P, norms_P.dtype))
@@ -194,8 +259,8 @@ class FlatAdamW(torch.optim.AdamW):
         betas, eps = self.param_groups[0]["betas"], self.param_groups[0]["eps"]
         rates = [(group["lr"], group["lr"] * group["weight_decay"]) for group in self.param_groups]
         # Fresh pinned memory each time, which torch's allocator gives to others once the copy has been made
-        table = torch.tensor([betas, *rates], dtype=torch.float64, pin_memory=self.weights.is_cuda)
-        table = table.to(self.weights.device, non_blocking=True)
+        table = torch.tensor([betas, *rates], dtype=torch.float64, pin_memory=self._one.is_cuda)
+        table = table.to(self._one.device, non_blocking=True)
         scale = self._one if self.grad_scale is None else self.grad_scale
         found_inf = self._no if self.found_inf is None else self.found_inf
         self._steps_P += 1 - found_inf
@@ -203,14 +268,15 @@ class FlatAdamW(torch.optim.AdamW):
         for span, (own, moments) in enumerate(zip(self._own, self._moments)):
             if not self._places or own.start == own.stop:  # a process may update nothing
                 continue
-            w, copy = (x if x is None else x[own] for x in (self.weights, self.copies))
-            g = self._own_part(self.gradients[span], span)
-            flat = (x if x is None else x.view(-1, BLOCK) for x in (w, g, *moments, copy))
+            w, copy, rest, g = (
+                None if x[span] is None else self._own_part(x[span], span)
+                for x in (self.weights, self.copies, self.rests, self.gradients)
+            )
+            flat = (x if x is None else x.view(-1, BLOCK) for x in (w, copy, rest, g, *moments))
             group_K = self._group_K[own.start // BLOCK : own.stop // BLOCK]
             adamw_(*flat, group_K, table[1:], bias_2, scale, found_inf, betas, eps)
         if self.cut:
-            flat = self.weights if self.copies is None else self.copies
-            self.share([flat[span] for span in self.spans])
+            self.share([w if copy is None else copy for w, copy in zip(self.weights, self.copies)])
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Gradients stay where they are: they become zero whatever `set_to_none` says."""

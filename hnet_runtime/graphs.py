@@ -159,7 +159,7 @@ class GraphedModel:
     (`accumulates`) over the micro-batches of a step; else bfloat16, rounded once, at the end of their product.
 
     `optimizer` is what changes the masters, and the copies with them; groups: its parameter groups, by default one.
-    Whatever else changes the masters calls `optimizer.refresh` afterwards.
+    Whatever else reads or changes the masters does so inside `optimizer.whole()`.
 
     world: where several processes have a copy of the weights each, gradients are averaged over them, those of a piece
     while the backward of others goes on, and each process updates a part of the weights: see FlatAdamW.
@@ -309,8 +309,8 @@ class GraphedModel:
             dtypes = self.dtype, self.masters.lm_head.weight.dtype
             self.crossings.append(Crossing(T, _filled_up(T), D, documents, *dtypes, self.device))
             T = _filled_up(T)
-        flat = self.optimizer.weights, self.optimizer.copies, self.iids_T, self.labels_T, self.offsets, self.losses
-        static = [*flat, *(x for crossing in self.crossings for x in vars(crossing).values())]
+        static = [*self.optimizer.weights, *self.optimizer.copies, self.iids_T, self.labels_T, self.offsets]
+        static += [self.losses, *(x for crossing in self.crossings for x in vars(crossing).values())]
         self.static = frozenset(x.untyped_storage().data_ptr() for x in static if x is not None)
         self.room = T
 

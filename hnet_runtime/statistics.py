@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hnet_runtime.distributed import World
-from hnet_runtime.flat_adamw import FlatAdamW
+from hnet_runtime.flat_adamw import FlatAdamW, as_tensor
 from hnet_trainable import StageOutput
 
 BINS = 10  # of the histogram of boundary probabilities
@@ -90,7 +90,7 @@ def weight_statistics(optimizer: torch.optim.AdamW, stages: int, world: World) -
         found = [(p, state) for p, state in zip(group["params"], states) if p.grad is not None and state]
         for (apart, _), piece in _pieces(found, lambda p: (isinstance(p, DTensor) or p in owned, str(p.grad.dtype))):
             into = sharded if apart else whole
-            tensors = ((p, p.grad, state["exp_avg"], state["exp_avg_sq"]) for p, state in piece)
+            tensors = ((_weight(optimizer, p), p.grad, state["exp_avg"], state["exp_avg_sq"]) for p, state in piece)
             ws, grads, ms, vs = ([t.to_local() if isinstance(t, DTensor) else t for t in ts] for ts in zip(*tensors))
             updates = _updates(ws, ms, vs, piece[0][1]["step"].to(world.device), group)
             wide = [torch._foreach_norm(ts, dtype=ws[0].dtype) for ts in (grads, ws, updates)]
@@ -104,6 +104,10 @@ def weight_statistics(optimizer: torch.optim.AdamW, stages: int, world: World) -
     norms = (sharded + whole).sqrt()
     norms[:, 2] /= norms[:, 1].clamp_min(1e-12)
     return norms.flatten()
+
+
+def _weight(optimizer: torch.optim.AdamW, p: Tensor) -> Tensor:
+    return as_tensor(optimizer.held(p)) if isinstance(optimizer, FlatAdamW) else p
 
 
 def _pieces(

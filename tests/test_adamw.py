@@ -4,6 +4,7 @@ Without a GPU the kernel runs under Triton's interpreter, in a process of its ow
 what `gaps` finds. See test_ssd_triton.py.
 """
 
+import contextlib
 import copy
 import json
 import math
@@ -16,7 +17,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -26,9 +27,9 @@ sys.path.insert(0, str(ROOT))
 from small_models import ONE_STAGE  # noqa: E402
 
 from hnet_kernels import adamw  # noqa: E402
-from hnet_kernels.adamw import BLOCK, adamw_, norms  # noqa: E402
+from hnet_kernels.adamw import BLOCK, adamw_, halve, join, norms  # noqa: E402
 from hnet_runtime import checkpoint, distributed, flat_adamw  # noqa: E402
-from hnet_runtime.flat_adamw import FlatAdamW  # noqa: E402
+from hnet_runtime.flat_adamw import FlatAdamW, as_tensor  # noqa: E402
 from hnet_runtime.graphs import GraphedModel  # noqa: E402
 from hnet_runtime.statistics import weight_statistics  # noqa: E402
 from hnet_trainable import HNetConfig, HNetLM, nested_like, parameter_groups  # noqa: E402
@@ -56,9 +57,9 @@ def optimizer_of(model: HNetLM, flat: bool, copies=(), narrow: bool = False) -> 
     """narrow: gradients of parameters with copies are of the copies' dtype."""
     groups = distributed.optimizer_groups(parameter_groups(model, RATE, DECAY))
     if flat:
-        copied = {p for _, p in copies} if narrow else set()
+        copied = {p for _, p in copies}
         spans = [[[p for p in model.parameters() if (p in copied) == wanted]] for wanted in (True, False)]
-        return FlatAdamW(groups, spans if narrow else spans[1:], BETAS, EPS, copies, narrow=[0] if narrow else [])
+        return FlatAdamW(groups, spans if copied else spans[1:], BETAS, EPS, copies, narrow=[0] if narrow else [])
     return torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=True)
 
 
@@ -95,32 +96,41 @@ def gap(a: Tensor, b: Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item()
 
 
+def weight(optimizer: torch.optim.AdamW, p: nn.Parameter) -> Tensor:
+    return as_tensor(optimizer.held(p)) if isinstance(optimizer, FlatAdamW) else p
+
+
 def check_same(ours, optimizer, theirs, other, tolerance: float) -> None:
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
         found, wanted = optimizer.state[p], other.state[q]
         assert set(found) == set(wanted) and found["step"] == wanted["step"] and found["step"].dtype == torch.float32
-        pairs = {"weight": (p, q), "grad": (p.grad, q.grad)} | {k: (found[k], wanted[k]) for k in wanted if k != "step"}
+        pairs = {"weight": (weight(optimizer, p), weight(other, q)), "grad": (p.grad, q.grad)}
+        pairs |= {k: (found[k], wanted[k]) for k in wanted if k != "step"}
         far = {key: d for key, pair in pairs.items() if not (d := gap(*pair)) <= tolerance}
         assert not far, (name, far)
 
 
 def check_flat(optimizer: FlatAdamW) -> None:
     """Everything lies in the flat memory, and what fills up is zero."""
-    inside = torch.zeros_like(optimizer.weights, dtype=torch.bool)
-    moments = [torch.cat(both) for both in zip(*optimizer._moments)]
-    for p in optimizer.state:
-        at, state = optimizer._slices[p], optimizer.state[p]
-        inside[at.start : at.start + p.numel()] = True
-        (span,) = [i for i, span in enumerate(optimizer.spans) if span.start <= at.start < span.stop]
-        begin, (m, v) = at.start - optimizer.spans[span].start, optimizer._moments[span]
-        for view, flat in (
-            (p, optimizer.weights[at.start :]), (p.grad, optimizer.gradients[span][begin:]),
-            (state["exp_avg"], m[begin:]), (state["exp_avg_sq"], v[begin:]),
-        ):  # fmt: skip
-            assert view.data_ptr() == flat.data_ptr() and view.is_contiguous()
-    assert len(optimizer.weights) % BLOCK == 0 and not inside.all()
-    for flat in (optimizer.weights, torch.cat(optimizer.gradients), *moments, optimizer.copies):
-        assert flat is None or not flat[~inside].any()
+    of_spans = optimizer.weights, optimizer.copies, optimizer.rests, optimizer.gradients, optimizer._moments
+    filling = 0
+    for at, *flat, gradients, moments in zip(optimizer.spans, *of_spans):
+        inside = torch.zeros(at.stop - at.start, dtype=torch.bool)
+        for p, state in optimizer.state.items():
+            begin = optimizer._slices[p].start - at.start
+            if not 0 <= begin < len(inside):
+                continue
+            inside[begin : begin + p.numel()] = True
+            held = optimizer.held(p)
+            weights = list(zip(held, flat[1:])) if isinstance(held, tuple) else [(held, flat[0]), (p, flat[0])]
+            moved = zip((state["exp_avg"], state["exp_avg_sq"]), moments)
+            for view, whole in (*weights, (p.grad, gradients), *moved):
+                assert view.data_ptr() == whole[begin:].data_ptr() and view.is_contiguous()
+        assert len(inside) % BLOCK == 0
+        filling += (~inside).sum()
+        for whole in (*flat, gradients, *moments):
+            assert whole is None or not whole[~inside].any()
+    assert filling
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -158,15 +168,18 @@ def test_gradients_may_be_of_the_copies_dtype(world):
     torch.testing.assert_close(*(weight_statistics(o, 1, world) for o in (optimizer, other)), rtol=1e-5, atol=0)
 
 
-def test_a_step_that_is_not_finite_changes_nothing(world):
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_step_that_is_not_finite_changes_nothing(world, copied):
     model = build(world)
-    optimizer = optimizer_of(model, flat=True)
+    copies = [(nn.Parameter(p.detach().to(torch.bfloat16)), p) for p in list(model.parameters())[::2] if copied]
+    optimizer = optimizer_of(model, True, copies)
     for first in (0, 1):  # as the first step, and after one
         train(model, optimizer, world, range(first))
-        kept = [x.clone() for x in (optimizer.weights, *optimizer._moments[0])]
+        held = (*(x for x in (*optimizer.weights, *optimizer.copies, *optimizer.rests) if x is not None),)
+        held += *optimizer._moments[0], *optimizer._moments[-1]
+        kept = [x.clone() for x in held]
         train(model, optimizer, world, range(5, 6), bad=5)
-        for before, now in zip(kept, (optimizer.weights, *optimizer._moments[0])):
-            assert torch.equal(before, now)
+        assert all(torch.equal(before, now) for before, now in zip(kept, held))
         assert optimizer.state[model.lm_head.weight]["step"] == first
 
 
@@ -181,19 +194,36 @@ def test_gradients_and_copies_keep_their_places(world):
     for steps in (range(0), range(3)):
         train(model, optimizer, world, steps)
         for x, p in zip(used, masters):
-            assert torch.equal(x, p.to(torch.bfloat16))
-            assert x.data_ptr() == optimizer.copies[optimizer._slices[p].start :].data_ptr()
+            assert torch.equal(x, halve(weight(optimizer, p))[0])
+            assert x.data_ptr() == optimizer.copies[0][optimizer._slices[p].start :].data_ptr()
+            assert p.isnan().all()
     check_flat(optimizer)
-    with torch.no_grad():
+    wanted = weight(optimizer, order[2]) + 1
+    with optimizer.whole(), torch.no_grad():
+        assert all(torch.equal(p, weight(optimizer, p)) for p in order)
         order[2] += 1
-    optimizer.refresh()
-    assert torch.equal(used[1], order[2].to(torch.bfloat16))
+    assert order[2].isnan().all() and not order[1].isnan().any()
+    assert torch.equal(weight(optimizer, order[2]), wanted) and torch.equal(used[1], halve(wanted)[0])
+    check_flat(optimizer)
     optimizer.zero_grad()
     assert not order[0].grad.any()
     train(model, optimizer, world, range(3, 4))
     order[3].grad = None
     with pytest.raises(RuntimeError, match="no longer the view"):
         optimizer.step()
+
+
+@given(st.integers(-(2**31), 2**31 - 1))
+@example(0x3F808000)  # halfway between two bfloat16 numbers, of which the larger has an odd last bit
+@example(-0x407E8000)  # likewise, below zero, and even
+@example(0x7F7FFFFF)  # the largest
+def test_halves_lose_no_bit_and_the_first_is_rounded(bits):
+    x = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    copy, rest = halve(x)
+    assert torch.equal(join(copy, rest).view(torch.int32), x.view(torch.int32))
+    rounded = x.to(torch.bfloat16)
+    if rounded.isfinite() and copy != rounded:
+        assert (copy.double() - x.double()).abs() == (rounded.double() - x.double()).abs() and copy.abs() > x.abs()
 
 
 @given(st.data())
@@ -204,6 +234,7 @@ def test_processes_that_update_a_part_each_do_what_one_does(data):
     lengths = data.draw(st.lists(st.integers(1, 3 * BLOCK), min_size=1, max_size=8), "parameters")
     places = [(data.draw(st.integers(0, 2)), data.draw(st.integers(0, size - 1))) for _ in lengths]  # span, process
     everyones = [data.draw(st.booleans()) for _ in lengths]
+    copied = data.draw(st.booleans())
 
     def build_one(rank: int | None) -> tuple[FlatAdamW, list[nn.Parameter]]:
         generator = torch.Generator().manual_seed(0)
@@ -216,7 +247,8 @@ def test_processes_that_update_a_part_each_do_what_one_does(data):
                 cut[span][process].append(p)
         spans = [*(span for span in cut if any(span)), [[p for p, every in zip(ps, everyones) if every]]]
         spans = [span for span in spans if any(span)]
-        optimizer = FlatAdamW(groups, [[ps]] if rank is None else spans, BETAS, EPS, rank=rank or 0)
+        copies = [(torch.empty_like(p, dtype=torch.bfloat16), p) for p in ps if copied]
+        optimizer = FlatAdamW(groups, [[ps]] if rank is None else spans, BETAS, EPS, copies, rank=rank or 0)
         for p in ps:
             p.grad.copy_(torch.randn(p.shape, generator=generator))
         return optimizer, ps
@@ -237,7 +269,7 @@ def test_processes_that_update_a_part_each_do_what_one_does(data):
             mine = everyones[i] or places[i][1] == rank
             assert (ps[i] in optimizer.state, ps[i] in optimizer.owned) == (mine, mine and not everyones[i])
             if mine:
-                assert torch.equal(ps[i], p)
+                assert torch.equal(weight(optimizer, ps[i]), weight(one, p))
                 assert all(torch.equal(optimizer.state[ps[i]][key], one.state[p][key]) for key in one.state[p])
     for span, *own in zip(everything[0][0].spans, *(optimizer._own for optimizer, _ in everything)):
         parts = [(part.start, part.stop) for part in own]
@@ -253,8 +285,11 @@ def test_what_it_cannot_take_is_refused(world):
         FlatAdamW(groups, [[order[1:]]])
     with pytest.raises(ValueError, match="shapes"):
         FlatAdamW(groups, [[order]], copies=[(order[0].detach()[1:], order[0])])
+    copies = [(order[0].detach().bfloat16(), order[0])]
+    with pytest.raises(ValueError, match="some have none"):
+        FlatAdamW(groups, [[order]], copies=copies)
     with pytest.raises(ValueError, match="narrow span"):
-        FlatAdamW(groups, [[order]], copies=[(order[0].detach().bfloat16(), order[0])], narrow=[0])
+        FlatAdamW(groups, [[order[:1]], [order[1:]]], copies=copies, narrow=[1])
     order[0].data = order[0].data.double()
     with pytest.raises(ValueError, match="not of one dtype"):
         FlatAdamW(groups, [[order]])
@@ -333,9 +368,8 @@ def test_steps_as_graphs_train_by_it(world):
         found = losses.setdefault(flat, [])
         for _ in range(4):
             found.append(runner.forward_backward([(iids, labels)] * 2).ce.item())
-            optimizer.step()
-            if not flat:
-                runner.optimizer.refresh()
+            with contextlib.nullcontext() if flat else runner.optimizer.whole():
+                optimizer.step()
             assert copies and all(torch.equal(x, p.float()) for x, p in copies)
     assert losses[True] == pytest.approx(losses[False], rel=1e-5)  # float32 copies of float64 weights
     assert losses[True][-1] < losses[True][0] - 0.1
@@ -344,12 +378,14 @@ def test_steps_as_graphs_train_by_it(world):
 
 # --------------------------------------------------------------------------------------------------------- the kernel
 
-CASES = {  # scale, found_inf, steps, dtypes of copies and of gradients
+CASES = {  # scale, found_inf, steps, dtypes of copies and of gradients; "halved": weights are
     "scaled": (2.5, 0.0, 3, torch.bfloat16, torch.float32),
     "not scaled": (1.0, 0.0, 1, torch.float16, torch.float32),
     "not finite": (math.nan, 1.0, 3, torch.bfloat16, torch.float32),
     "not finite, at first": (2.0, 1.0, 0, torch.bfloat16, torch.float32),
     "no copies": (2.5, 0.0, 1000, None, torch.float32),
+    "halved": (4.0, 0.0, 3, torch.bfloat16, torch.bfloat16),
+    "halved, not finite": (math.nan, 1.0, 3, torch.bfloat16, torch.bfloat16),
     "narrow gradients": (4.0, 0.0, 3, torch.bfloat16, torch.bfloat16),  # scaled, and still not rounded
 }
 
@@ -364,28 +400,37 @@ def gaps(name: str, device: str, K: int = 5) -> dict[str, float]:
     for x in (w, g, m, v):
         x[-1, 100:] = 0  # what fills up
     g = g.to(gradients)
-    used = None if copies is None else w.to(copies)
+    used, rest = None if copies is None else w.to(copies), None
+    halved, whole = name.startswith("halved"), w
+    if halved:
+        (used, rest), w = halve(w), None
     group_K = (torch.arange(K, dtype=torch.int32) % 3).to(device)
     rates = torch.tensor([[1e-3, 1e-4], [1e-2, 0.0], [0.3, 0.03]], dtype=torch.float64, device=device)
     bias = 1 - torch.tensor(BETAS, dtype=torch.float64, device=device) ** steps
     scalars = [torch.tensor(x, device=device) for x in (scale, found_inf)]
-    before = [w.clone(), m.clone(), v.clone()]
-    exact = [x.double() for x in (w, g, m, v)]
+    before = [whole.clone(), m.clone(), v.clone()]
+    exact = [x.double() for x in (whole, g, m, v)]
     first = torch.tensor([0, 1, 4, K], dtype=torch.int32, device=device)
     lengths = norms(g, first, torch.float32), norms(exact[1], first, torch.float64)
     wanted = torch.stack([run.norm() for run in exact[1].split([1, 3, K - 4])])
-    shifted = norms(torch.cat([w, g.float()]).to(g.dtype), first + K, torch.float32)
-    adamw_(*exact, None, group_K, rates, bias, *scalars, BETAS, EPS)
-    adamw_(w, g, m, v, used, group_K, rates, bias, *scalars, BETAS, EPS)
+    shifted = norms(torch.cat([whole, g.float()]).to(g.dtype), first + K, torch.float32)
+    adamw_(exact[0], None, None, *exact[1:], group_K, rates, bias, *scalars, BETAS, EPS)
+    same = [whole.clone(), None, None, g.clone(), m.clone(), v.clone()]
+    adamw_(w, used, rest, g, m, v, group_K, rates, bias, *scalars, BETAS, EPS)
+    if halved:
+        w = join(used, rest)
+        adamw_(*same, group_K, rates, bias, *scalars, BETAS, EPS)
     found = {key: gap(a, b) for key, a, b in zip("wgmv", (w, g, m, v), exact)}
     found["norms"] = max(gap(a, b) for a, b in zip([*lengths[0], *lengths[1]], [*wanted, *wanted]))
     found["norms that change where blocks lie elsewhere"] = float((shifted != lengths[0]).sum())
     found["step"] = gap(w.double() - before[0], exact[0] - before[0])
     if copies is not None:
-        units = used.view(torch.int16).int() - w.to(copies).view(torch.int16).int()
-        cut = copies == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1"  # the interpreter doesn't round
+        units = used.view(torch.int16).int() - (halve(w)[0] if halved else w.to(copies)).view(torch.int16).int()
+        cut = not halved and copies == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1"  # which cuts off
         found["copy"] = float((units.abs() > cut).sum())
     found["filling"] = float(sum(x[-1, 100:].count_nonzero() for x in (w, g, m, v)))
+    if halved:
+        found["not as whole weights"] = float((w != same[0]).sum())
     if found_inf:
         found["changed"] = float(sum((a != b).sum() for a, b in zip(before, (w, m, v))))
     return found
@@ -461,14 +506,15 @@ def test_large_and_without_waiting():
             times["torch"].append(events[2].elapsed_time(events[3]))
     print({name: f"{min(ms):.3f} ms" for name, ms in times.items()}, f"{sum(p.numel() for p in ours):,} parameters")
     for p, q, x in zip(ours, theirs, used):
+        w = weight(optimizer, p)
         assert optimizer.state[p]["step"] == other.state[q]["step"] == 11
         for a, b in (
-            (p, q),
+            (w, q),
             (p.grad, q.grad),
             *((optimizer.state[p][k], other.state[q][k]) for k in ("exp_avg", "exp_avg_sq")),
         ):
             assert gap(a, b) <= TOLERANCE[torch.float32]
-        assert torch.equal(x, p.to(torch.bfloat16))
+        assert torch.equal(x, halve(w)[0])
     check_flat(optimizer)
 
 

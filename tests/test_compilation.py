@@ -118,8 +118,8 @@ def for_any_gpu() -> None:
     w, g, group = new(8, 1024, dtype=WIDE), new(8, 1024), new(8, dtype=torch.int32)
     adamw_triton.norms(g, torch.tensor([0, 8], dtype=torch.int32))
     rates, bias = new(2, 2, dtype=torch.float64), new(2, dtype=torch.float64)
-    for copy in (None, g):
-        adamw_triton.adamw_(w, g, w, w, copy, group, rates, bias, dloss, dloss, (0.9, 0.95), 1e-8)
+    for held in ((w, None, None), (w, g, None), (None, g, g.to(torch.int16))):
+        adamw_triton.adamw_(*held, g, w, w, group, rates, bias, dloss, dloss, (0.9, 0.95), 1e-8)
 
 
 def for_hopper() -> None:

@@ -31,6 +31,7 @@ import train
 from hnet_runtime import activations, checkpoint, distributed, graphs
 from hnet_runtime.distributed import World
 from hnet_runtime.graphs import GraphedModel
+from hnet_runtime.weights import load_own_checkpoint
 from hnet_trainable import Block, HNetConfig, HNetLM, init_weights, parameter_groups
 
 WORLDS = {"1": (1, 1), "2": (2, 1), "4": (4, 1), "2x2": (4, 2), "2 copies": (2, 2)}  # processes, copies of the weights
@@ -353,6 +354,16 @@ def test_a_run_in_which_each_process_updates_a_part_of_whole_weights_goes_on(cor
     check_close(go_on_from_step_8(folder, tmp_path / "one", corpus, 1), undisturbed)
     kill_one_and_resume(corpus, tmp_path / "killed", 2, *COPIES)
     assert timeless(tmp_path / "killed") == timeless(folder)
+
+
+def test_the_same_in_bfloat16(corpus, tmp_path):
+    """Then each process has of what others update the bfloat16 half alone."""
+    folder, how = tmp_path / "run", [*COPIES, "--dtype", "bfloat16"]
+    train_job(corpus, folder, 2, *how).succeed()
+    assert timeless(go_on_from_step_8(folder, tmp_path / "two", corpus, 2, *how)) == timeless(folder)
+    final = [ckpt.name for ckpt in checkpoint.complete(folder)][-1]
+    weights = [load_own_checkpoint(run / "checkpoints" / final) for run in (folder, tmp_path / "two")]
+    assert all(torch.equal(p, weights[1][name]) and p.isfinite().all() for name, p in weights[0].items())
 
 
 def go_on_from_step_8(source: Path, folder: Path, corpus: Path, size: int, *more: str) -> Path:

@@ -436,10 +436,15 @@ def test_graphs_train_as_eager_steps_do(corpus, tmp_path):
 
 
 def test_graphs_in_bfloat16(corpus, tmp_path):
-    """Copies of the weights, which follow the float32 masters."""
-    folder = tmp_path / "run"
-    succeed(corpus, "--steps", "20", "-C", "graph", "--dtype", "bfloat16", "--save-dir", str(folder))
+    """The optimizer has weights in halves, the first of which are what graphs read; checkpoints have them whole."""
+    folder, flags = tmp_path / "run", ["--steps", "20", "-C", "graph", "--dtype", "bfloat16", "--stats-every", "5"]
+    succeed(corpus, *flags, "--save-every", "9", "--save-dir", str(folder))
     assert records(folder)[-1]["bpb"] < 0.75 * records(folder)[0]["bpb"]
+    shutil.copytree(folder, tmp_path / "resumed")
+    for later in ("step_00000018", "step_00000020"):
+        shutil.rmtree(tmp_path / "resumed" / "checkpoints" / later)
+    succeed(corpus, *flags, "--save-every", "9", "--save-dir", str(tmp_path / "resumed"), "--resume", "auto")
+    assert timeless(tmp_path / "resumed") == timeless(folder)
 
 
 def test_graphs_say_what_they_cannot_do(corpus, tmp_path):
