@@ -31,6 +31,7 @@ from hnet_runtime import UserError, activations, distributed
 from hnet_runtime.graphs import GraphedModel
 from hnet_trainable import (
     HNetConfig,
+    HNetLM,
     RoutingModule,
     StageOutput,
     compile_blocks,
@@ -74,25 +75,29 @@ class Benchmark:
     """File for the result."""
 
 
-def force_boundaries(model: torch.nn.Module, rates: list[float], T: int, seed: int = 0) -> Callable[[], None]:
+def force_boundaries(runner: HNetLM | GraphedModel, rates: list[float], T: int, seed: int = 0) -> Callable[[], None]:
     """Replace every router's decisions, not its probabilities, by random ones; documents still open with a chunk.
 
     Returns what draws new ones: they lie in one place, where a CUDA graph finds them.
     """
+    model = runner.model if isinstance(runner, GraphedModel) else runner
     routers = [m for m in model.modules() if isinstance(m, RoutingModule)]
     if len(rates) != len(routers):
         raise UserError(f"--boundaries: {len(rates)} rates for {len(routers)} stages; expected one for each")
     device = next(model.parameters()).device
-    generator, drawn = torch.Generator(device).manual_seed(seed), torch.rand(len(rates), T, device=device)
-    for rate, drawn_T, router in zip(rates, drawn, routers):
+    generator, rate_S1 = torch.Generator(device).manual_seed(seed), torch.tensor(rates, device=device)[:, None]
+    forced = torch.zeros(len(rates), T, dtype=torch.bool, device=device)
+    if isinstance(runner, GraphedModel):
+        runner.forced = forced
+    for forced_T, router in zip(forced, routers):
 
-        def hook(module, inputs, stage: StageOutput, rate=rate, drawn_T=drawn_T) -> StageOutput:
+        def hook(module, inputs, stage: StageOutput, forced_T=forced_T) -> StageOutput:
             first_T = positions(stage.boundary_prob) == 0
-            b_T = (drawn_T[: len(first_T)] < rate) | first_T
+            b_T = forced_T[: len(first_T)] | first_T
             return stage._replace(boundary_mask=nested_like(b_T, stage.boundary_prob), F=b_T.float().mean())
 
         router.register_forward_hook(hook)
-    return lambda: drawn.uniform_(generator=generator)
+    return lambda: torch.lt(torch.rand(forced.shape, generator=generator, device=device), rate_S1, out=forced)
 
 
 def main(args: Benchmark) -> None:
@@ -120,7 +125,7 @@ def main(args: Benchmark) -> None:
     draw = lambda: None  # noqa: E731
     if args.boundaries != "learned":
         rates = [float(r) for r in args.boundaries.removeprefix("forced:").split(",")]
-        draw = force_boundaries(inner, rates, args.mbs, world.rank)
+        draw = force_boundaries(runner, rates, args.mbs, world.rank)
     optimizer = runner.optimizer if graphs else torch.optim.AdamW(groups, betas=distributed.BETAS, fused=True)
     stream = fineweb.ByteStream(args.data, slice_bytes=args.mbs, max_doc=args.max_doc)
 

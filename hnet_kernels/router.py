@@ -1,4 +1,5 @@
-"""What surrounds an inner network, in few passes over memory: the router's probabilities, upsampling onto the residual.
+"""What surrounds an inner network, in few passes over memory: the router's probabilities, what enters the network, and
+upsampling onto the residual.
 
 Legend: T tokens, C chunks, D channels. Everything is computed in at least float32.
 
@@ -78,6 +79,16 @@ def upsample_backward(
         return router_triton.upsample_backward(dout_TD, z_CD, chunk_T, start_C, dz_CD, spare)
     dout_TD = dout_TD.to(z_CD.dtype)
     return (z_CD[chunk_T] * dout_TD).sum(-1), sum_chunks(dout_TD, start_C, dz_CD, spare)
+
+
+def take_rows(x_TD: Tensor, place_C: Tensor, pad_E: Tensor | None) -> Tensor:
+    """x[place], and pad behind each row. place_C: int64. x is not empty and contiguous; pad has its dtype."""
+    if _fast("take_rows", x_TD):
+        from hnet_kernels import router_triton
+
+        return router_triton.take_rows(x_TD, place_C, pad_E)
+    rows_CD = x_TD[place_C]
+    return rows_CD if pad_E is None else torch.cat([rows_CD, pad_E.expand(len(rows_CD), -1)], 1)
 
 
 def add_rows_(x_TD: Tensor, place_C: Tensor, rows_CD: Tensor) -> Tensor:

@@ -85,13 +85,30 @@ def _upsample_backward(
 
 
 @triton.jit(do_not_specialize=["C"])
-def _add_rows(x_ptr, place_ptr, rows_ptr, C, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+def _take_rows(
+    x_ptr, place_ptr, pad_ptr, rows_ptr, C, x_width,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    inside = (k < C)[:, None] & (d < D)
+    at = tl.load(place_ptr + k, mask=k < C, other=0)[:, None] * x_width + d
+    x = tl.load(x_ptr + at, mask=inside & (d < x_width), other=0.0)
+    x = tl.where(d < x_width, x, tl.load(pad_ptr + d - x_width, mask=(d >= x_width) & (d < D), other=0.0))
+    tl.store(rows_ptr + k.to(tl.int64)[:, None] * D + d, x, mask=inside)
+
+
+@triton.jit(do_not_specialize=["C"])
+def _add_rows(
+    x_ptr, place_ptr, rows_ptr, C, rows_stride,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)[None, :]
     inside = (k < C)[:, None] & (d < D)
     at = tl.load(place_ptr + k, mask=k < C, other=0)[:, None] * D + d
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    x += tl.load(rows_ptr + k.to(tl.int64)[:, None] * D + d, mask=inside, other=0.0).to(tl.float32)
+    x += tl.load(rows_ptr + k.to(tl.int64)[:, None] * rows_stride + d, mask=inside, other=0.0).to(tl.float32)
     tl.store(x_ptr + at, x.to(x_ptr.dtype.element_ty), mask=inside)
 
 
@@ -141,11 +158,22 @@ def upsample_backward(
     return dscale_T, sum_chunks(dout_TD, start_C, dz_CD, spare)
 
 
+def take_rows(x_TD: Tensor, place_C: Tensor, pad_E: Tensor | None) -> Tensor:
+    """`take_rows` of router.py."""
+    assert x_TD.is_contiguous()
+    width = x_TD.shape[1]
+    rows_CD = x_TD.new_empty(len(place_C), width + (0 if pad_E is None else len(pad_E)))
+    grid, blocks = _blocks(rows_CD)
+    with torch.cuda.device_of(x_TD):
+        _take_rows[grid](x_TD, place_C, x_TD if pad_E is None else pad_E, rows_CD, len(rows_CD), width, **blocks)
+    return rows_CD
+
+
 def add_rows_(x_TD: Tensor, place_C: Tensor, rows_CD: Tensor) -> Tensor:
     """`add_rows_` of router.py."""
     assert x_TD.is_contiguous()
-    rows_CD = rows_CD.contiguous()
+    rows_CD = rows_CD if rows_CD.stride(1) == 1 else rows_CD.contiguous()
     grid, blocks = _blocks(rows_CD)
     with torch.cuda.device_of(x_TD):
-        _add_rows[grid](x_TD, place_C, rows_CD, len(rows_CD), **blocks)
+        _add_rows[grid](x_TD, place_C, rows_CD, len(rows_CD), rows_CD.stride(0), **blocks)
     return x_TD

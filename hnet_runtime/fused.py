@@ -18,7 +18,6 @@ has read its inputs for their gradients anyway. The results are the same bits.
 
 import contextlib
 import functools
-import math
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 
 from hnet_kernels import ema_backward, ema_forward
 from hnet_kernels.attention import Attended, packed_attention, packed_attention_backward, tile_order
+from hnet_kernels.boundaries import Boundaries, add_ratio_gradient, find_boundaries
 from hnet_kernels.conv import causal_conv_silu_backward_to, causal_conv_silu_forward
 from hnet_kernels.cross_entropy import cross_entropy_backward, cross_entropy_forward
 from hnet_kernels.dispatch import wide
@@ -41,7 +41,14 @@ from hnet_kernels.norm import (
     norm_again,
 )
 from hnet_kernels.pointwise import rotate_, swiglu_backward, swiglu_forward, to_float32
-from hnet_kernels.router import add_rows_, boundary_backward, boundary_forward, upsample_backward, upsample_forward
+from hnet_kernels.router import (
+    add_rows_,
+    boundary_backward,
+    boundary_forward,
+    take_rows,
+    upsample_backward,
+    upsample_forward,
+)
 from hnet_kernels.ssd import mamba2_scan_backward, mamba2_scan_forward
 from hnet_trainable import (
     EMA_CLAMP,
@@ -148,7 +155,7 @@ def _leave(hnet: HNet, y_BkD: Tensor, stage: StageOutput, residual_BjD: Tensor) 
     p_Bj, y_CD = stage.boundary_prob, y_BkD.values()
     p_T, b_T = p_Bj.values(), stage.boundary_mask.values()
     start_C = torch.nonzero_static(b_T, size=len(y_CD)).squeeze(1)
-    z_CD = Smooth.apply(y_CD, Take.apply(p_T, start_C).clamp(EMA_CLAMP, 1 - EMA_CLAMP), cu_seqlens(y_BkD))
+    z_CD = Smooth.apply(y_CD, Take.apply(p_T, start_C, None).clamp(EMA_CLAMP, 1 - EMA_CLAMP), cu_seqlens(y_BkD))
     x_TD = Upsample.apply(z_CD, p_T, b_T, b_T.cumsum(0) - 1, start_C, residual_BjD.values(), None, y_CD.dtype, None)
     return hnet.narrow(on_values(hnet.decoder, nested_like(x_TD, p_Bj)))
 
@@ -208,25 +215,49 @@ class Route(torch.autograd.Function):
         return (dq_TD @ Wq).addmm_(dk_TD, Wk), None, *products
 
 
+class Cut(torch.autograd.Function):
+    """Where chunks begin, and what follows from that, see `find_boundaries`: p_T -> (p_T as it lies there, ratio loss).
+
+    Gradient: of p; the ratio loss's through G alone.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, p_T: Tensor, position_T: Tensor, cu: Tensor, N: float, to: Boundaries, forced_T: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        find_boundaries(p_T, position_T, cu, N, to, forced_T)
+        ctx.save_for_backward(to.losses, cu)
+        ctx.N = N
+        return to.p_T[:-1].detach(), to.losses[0].detach()
+
+    @staticmethod
+    def backward(ctx, dp_T: Tensor, dratio: Tensor):
+        return add_ratio_gradient(dp_T, dratio, *ctx.saved_tensors, ctx.N), None, None, None, None, None
+
+
 class Take(torch.autograd.Function):
-    """Rows of x at some places, (T, ...) -> (C, ...). Gradient: of x.
+    """Rows of x at some places, (T, ...) -> (C, ...); (T, D) with pad behind each row. Gradients: of x and pad.
 
     A target's rows get the gradient added to what lies there; each place is asked for once, or its gradient is zero.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, place_C: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, place_C: Tensor, pad_E: Tensor | None) -> Tensor:
         ctx.save_for_backward(place_C)
         ctx.like, ctx.targets = x.detach(), _take_targets(x)
-        return x[place_C]
+        rows_CD = take_rows(x.view(len(x), -1), place_C, pad_E)
+        return rows_CD if pad_E is not None else rows_CD.view(-1, *x.shape[1:])
 
     @staticmethod
     def backward(ctx, dout: Tensor):
         (place_C,), (target,) = ctx.saved_tensors, ctx.targets
         dx = torch.zeros_like(ctx.like) if target is None else target
-        width = math.prod(dx.shape[1:])
-        add_rows_(dx.view(-1, width), place_C, dout.reshape(-1, width))
-        return dx if target is None else None, None
+        dx_TD, drows_CD, dpad_E = dx.view(len(dx), -1), dout.reshape(len(dout), -1), None
+        D = dx_TD.shape[1]
+        add_rows_(dx_TD, place_C, drows_CD[:, :D])
+        if ctx.needs_input_grad[2]:
+            dpad_E = (dout.new_ones(1, len(dout)) @ drows_CD[:, D:])[0]  # faster than torch's sum
+        return dx if target is None else None, None, dpad_E
 
 
 class Put(torch.autograd.Function):

@@ -5,15 +5,15 @@ once a stage:
 
     enter 0 | pass 0 | enter 1 | pass 1 | inner | leave 1 | leave 0, with the loss
 
-What a stage's residual connection computes (`pass`), and where chunks begin, needs no number of chunks: the device
-does that while the host reads the number and launches what is next. Backwards it comes after `leave`.
+What a stage's residual connection computes (`pass`) needs no number of chunks: the device does that while the host
+reads the number and launches what is next. Backwards it comes after `leave`.
 
 Each part is a `Segment` for fixed sizes: one graph for its forward, one for its backward. A graph holds fixed sizes and
 addresses. So the documents of an inner stage are filled up to one of a few sizes with a document of zeros that reaches
 no output, statistic or gradient; rows without documents are empty documents. What goes from one part to another lies
-in a `Crossing`, whatever the sizes, and so do the gradients on their way back. The weights that a segment reads are
-copies of the float32 masters in the compute dtype, which the optimizer writes; it writes each weight's gradient to
-where the optimizer reads it.
+in a `Crossing`, whatever the sizes, and so do the gradients on their way back; how the tokens of a stage fall into
+documents, in its `Packing`. Everything is flat. The weights that a segment reads are copies of the float32 masters in
+the compute dtype, which the optimizer writes; it writes each weight's gradient to where the optimizer reads it.
 
 All graphs share their memory but for what forwards keep for their backwards, see segments.py.
 
@@ -21,7 +21,7 @@ Where several processes add up their gradients, the backward of a part with many
 sums of what the first has computed are under way while the next compute.
 
 Legend: T tokens, C chunks (the T of the stage inside), B documents, M the longest document's tokens; all with what
-fills them up. D width, s a stage.
+fills them up, but B without the document of zeros. D width, s a stage.
 """
 
 import functools
@@ -35,15 +35,26 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nested import nested_tensor_from_jagged
 
+from hnet_kernels.boundaries import Boundaries
 from hnet_kernels.conv import MAX_TAPS
 from hnet_kernels.dispatch import requested
 from hnet_runtime.distributed import BETAS, PLAIN_FLOAT32, Fetched, World
 from hnet_runtime.flat_adamw import FlatAdamW, Span
-from hnet_runtime.fused import HeadLoss, Put, ResidualProjection, Smooth, Take, Upsample, fuse
+from hnet_runtime.fused import (
+    Cut,
+    Embed,
+    HeadLoss,
+    Put,
+    ResidualProjection,
+    Route,
+    Smooth,
+    Take,
+    Upsample,
+    fuse,
+)
 from hnet_runtime.segments import Arena, Ends, Leaf, Piece, Segment, memory_ran_out
 from hnet_trainable import (
     EMA_CLAMP,
@@ -52,12 +63,11 @@ from hnet_trainable import (
     HNetConfig,
     HNetLM,
     Isotropic,
+    Packing,
     StageOutput,
-    chunk_offsets,
-    cu_seqlens,
     nested_like,
-    on_values,
-    ratio_loss,
+    positions,
+    rotary_tables,
 )
 
 logger = logging.getLogger("hnet")
@@ -125,9 +135,7 @@ class Crossing:
     that stage s has, one row past its tokens, and that row is zero.
     """
 
-    def __init__(
-        self, T: int, C: int, D: int, documents: int, dtype: torch.dtype, residual: torch.dtype, device: torch.device
-    ):
+    def __init__(self, T: int, C: int, D: int, dtype: torch.dtype, residual: torch.dtype, device: torch.device):
         at = {"device": device}
         wide = at | {"dtype": torch.promote_types(dtype, torch.float32)}
         self.x_TD, self.dx_TD = (torch.zeros(T + 1, D, dtype=dtype, **at) for _ in "xd")  # after the encoder
@@ -137,7 +145,6 @@ class Crossing:
         # past the inner stage; the gradient has the dtype of what the residual is added up to
         self.residual_TD, self.dresidual_TD = (torch.zeros(T, D, dtype=kind, **at) for kind in (residual, dtype))
         self.z_CD = torch.zeros(C, D, **wide)  # what comes from inside, smoothed; then the gradient of that
-        self.offsets = torch.zeros(documents + 1, dtype=torch.int64, **at)  # in chunks
         self.counts = torch.zeros(2, dtype=torch.int64, **at)  # of all chunks, and of the longest document's
 
 
@@ -165,7 +172,10 @@ class GraphedModel:
     while the backward of others goes on, and each process updates a part of the weights: see FlatAdamW.
 
     `captured`: how many segments have been made so far, in `capture_seconds`; each took a tenth of a second or some.
+    `forced`: for benchmarks, (S, T) of bool: which tokens open chunks, instead of those whose p is above 0.5.
     """
+
+    forced: Tensor | None = None
 
     def __init__(
         self,
@@ -301,79 +311,76 @@ class GraphedModel:
         """What segments read and write, for steps of at most T bytes."""
         self.room = 0
         self.forget()
-        documents = _power(max(T, DOCUMENTS)) + self.S
+        dtypes = self.dtype, self.masters.lm_head.weight.dtype
+        documents = _power(max(T, DOCUMENTS))
         self.iids_T, self.labels_T = torch.zeros(2, T, dtype=torch.int64, device=self.device)
-        self.offsets = torch.zeros(documents + 1, dtype=torch.int64, device=self.device)
         self.crossings: list[Crossing] = []
-        for D in self.masters.config.d_model[:-1]:
-            dtypes = self.dtype, self.masters.lm_head.weight.dtype
-            self.crossings.append(Crossing(T, _filled_up(T), D, documents, *dtypes, self.device))
-            T = _filled_up(T)
-        static = [*self.optimizer.weights, *self.optimizer.copies, self.iids_T, self.labels_T, self.offsets]
-        static += [self.losses, *(x for crossing in self.crossings for x in vars(crossing).values())]
+        self.packings: list[Packing] = []
+        for s, D in enumerate(self.masters.config.d_model):
+            ends, position_T = (torch.zeros(n, dtype=torch.int32, device=self.device) for n in (documents + 2, T))
+            rotary_dim = max(stack.rotary_dim for stack in self.levels[s].children() if isinstance(stack, Isotropic))
+            tables = rotary_tables(_power(max(T, LONGEST)), rotary_dim, self.losses.dtype, self.device)
+            self.packings.append(Packing(ends, position_T, *tables))
+            if s < self.S:
+                self.crossings.append(Crossing(T, _filled_up(T), D, *dtypes, self.device))
+                T = _filled_up(T)
+        static = [*self.optimizer.weights, *self.optimizer.copies, self.iids_T, self.labels_T, self.losses]
+        static += [x for packing in self.packings for x in packing]
+        static += [x for crossing in self.crossings for x in vars(crossing).values()]
         self.static = frozenset(x.untyped_storage().data_ptr() for x in static if x is not None)
-        self.room = T
+        self.room = len(self.iids_T)
 
     # ------------------------------------------------------------------------------------------- what segments compute
 
-    def _nested(self, s: int, sizes: Sizes, values: Tensor) -> Tensor:
-        """An NJT of stage s's documents."""
+    def _packing(self, s: int, sizes: Sizes) -> Packing:
+        """How stage s's tokens fall into documents, of which the last of an inner stage is that of zeros."""
         T, B, M = sizes
-        offsets = F.pad(self.crossings[s - 1].offsets[:B], (0, 1), value=T) if s else self.offsets[: B + 1]
-        return nested_tensor_from_jagged(values, offsets, min_seqlen=0, max_seqlen=M)
+        ends, position_T, cos_MR, sin_MR = self.packings[s]
+        return Packing(ends[: B + 1 + (s > 0)], position_T[:T], cos_MR[:M], sin_MR[:M])
 
-    def _begin(self, s: int, sizes: Sizes, leaf: Leaf) -> tuple[Tensor, Tensor]:
-        """What enters stage s, as an NJT of its documents, and the number of its tokens without those of zeros."""
+    def _begin(self, s: int, sizes: Sizes, leaf: Leaf) -> Tensor:
+        """What enters stage s."""
+        T, B, _ = sizes
         if s == 0:
-            iids = self._nested(s, sizes, self.iids_T[: sizes.T])
-            return self.model.embeddings(iids), iids.offsets()[-1]
+            return Embed.apply(self.iids_T[:T], self.model.embeddings.weight)
         outer = self.crossings[s - 1]
-        x_TD = Take.apply(leaf(outer.x_TD, outer.dx_TD), outer.start_C[: sizes.T])
-        x_BjD = self._nested(s, sizes, x_TD)
-        return x_BjD, x_BjD.offsets()[-2]
+        self.packings[s].cu_seqlens[B + 1].fill_(T)
+        return Take.apply(leaf(outer.x_TD, outer.dx_TD), outer.start_C[:T], self.levels[s].pad_dimension)
 
-    def _end(self, s: int, x_BjD: Tensor, leaf: Leaf) -> Ends:
+    def _end(self, s: int, x_TD: Tensor, packing: Packing, leaf: Leaf) -> Ends:
         """What leaves stage s: smoothed, to the stage outside; or to the loss."""
+        x_TD = self.levels[s].narrow(x_TD)
         if s == 0:
-            ce = HeadLoss.apply(x_BjD.values(), self.model.lm_head.weight, self.labels_T[: len(x_BjD.values())])
+            ce = HeadLoss.apply(x_TD, self.model.lm_head.weight, self.labels_T[: len(x_TD)])
             self.losses[0].copy_(ce.detach())
             return [(ce, self.dce)]
-        y_CD, outer = x_BjD.values(), self.crossings[s - 1]
-        C = len(y_CD)
-        P_C = Take.apply(leaf(outer.p_T, outer.dp_T), outer.start_C[:C]).clamp(EMA_CLAMP, 1 - EMA_CLAMP)
-        z_CD = Smooth.apply(y_CD, P_C, cu_seqlens(x_BjD))
+        outer, C = self.crossings[s - 1], len(x_TD)
+        P_C = Take.apply(leaf(outer.p_T, outer.dp_T), outer.start_C[:C], None).clamp(EMA_CLAMP, 1 - EMA_CLAMP)
+        z_CD = Smooth.apply(x_TD, P_C, packing.cu_seqlens)
         outer.z_CD[:C].copy_(z_CD.detach())
         return [(z_CD, outer.z_CD[:C])]
 
     def _enter(self, s: int, sizes: Sizes, leaf: Leaf) -> Ends:
-        hnet, to, T = self.levels[s], self.crossings[s], sizes.T
-        x_BjD, count = self._begin(s, sizes, leaf)
-        x_BjD = on_values(hnet.encoder, hnet.widen(x_BjD))
+        hnet, to, (T, B, _), C = self.levels[s], self.crossings[s], sizes, _filled_up(sizes.T)
+        packing, inner = self._packing(s, sizes), self.packings[s + 1]
+        x_TD = hnet.encoder(self._begin(s, sizes, leaf), packing)
         to.x_TD[T].zero_()
-        x_TD = Put.apply(x_BjD.values(), to.x_TD[:T])
-        stage = hnet.routing_module(nested_like(x_TD, x_BjD))
-        p_T = stage.boundary_prob.values()
-        real_T = torch.arange(T, device=p_T.device) < count
-        b_T = stage.boundary_mask.values() & real_T
-        share, mean = b_T.to(p_T.dtype).sum() / count, (p_T * real_T).sum() / count
-        ratio = ratio_loss(stage._replace(F=share, G=mean), self.masters.config.target_ratios[s])
-        for value, place in zip((ratio, share, mean), self.losses[1:].view(3, -1)[:, s]):
-            place.copy_(value.detach())
-        to.p_T[: T + 1].copy_(F.pad(p_T.detach(), (0, 1)))
-        to.b_T[:T].copy_(b_T)
-        inside = chunk_offsets(b_T, x_BjD.offsets())
-        to.counts.copy_(torch.stack([inside[-1], inside.diff().max()]))
-        to.offsets[: len(inside)].copy_(inside)
-        to.offsets[len(inside) :].copy_(inside[-1:].expand(len(to.offsets) - len(inside)))
+        x_TD = Put.apply(x_TD, to.x_TD[:T])
+        router = hnet.routing_module
+        p_T = Route.apply(x_TD, packing.position_T, router.q_proj_layer.weight, router.k_proj_layer.weight)
+        of_tokens = to.p_T[: T + 1], to.b_T[:T], to.chunk_T[:T]
+        of_chunks = to.start_C[:C], inner.cu_seqlens[: B + 1], inner.position_T[:C], to.counts
+        found = Boundaries(*of_tokens, *of_chunks, self.losses[1:].view(3, -1)[:, s])
+        N, forced_T = self.masters.config.target_ratios[s], None if self.forced is None else self.forced[s, :T]
+        p_T, ratio = Cut.apply(p_T, packing.position_T, packing.cu_seqlens[: B + 1], N, found, forced_T)
         return [(x_TD, to.dx_TD[:T]), (p_T, to.dp_T[:T]), (ratio, self.dratio)]
 
     def _inner(self, s: int, sizes: Sizes, leaf: Leaf) -> Ends:
-        return self._end(s, self.levels[s](self._begin(s, sizes, leaf)[0])[0], leaf)
+        packing = self._packing(s, sizes)
+        return self._end(s, self.levels[s].main_network(self._begin(s, sizes, leaf), packing), packing, leaf)
 
     def _pass(self, s: int, sizes: Sizes, leaf: Leaf) -> Ends:
-        linear, at, T, C = self.levels[s].residual_proj, self.crossings[s], sizes.T, _filled_up(sizes.T)
-        torch.sub(at.b_T[:T].cumsum(0), 1, out=at.chunk_T[:T])
-        at.start_C[:C].copy_(torch.nonzero_static(at.b_T[:T], size=C, fill_value=T).squeeze(1))
+        linear, at, T = self.levels[s].residual_proj, self.crossings[s], sizes.T
         x_TD = leaf(at.x_TD[:T], at.dx_TD[:T])
         proxy_TD = ResidualProjection.apply(x_TD, linear.weight, linear.bias, at.residual_TD[:T])
         return [(proxy_TD, at.dresidual_TD[:T])]
@@ -384,7 +391,8 @@ class GraphedModel:
         proxy_TD = leaf(at.dresidual_TD[:T], at.dresidual_TD[:T])
         of_chunks = at.b_T[:T], at.chunk_T[:T], at.start_C[:C]
         x_TD = Upsample.apply(z_CD, p_T, *of_chunks, at.residual_TD[:T], proxy_TD, self.dtype, _step(T))
-        return self._end(s, hnet.narrow(on_values(hnet.decoder, self._nested(s, sizes, x_TD))), leaf)
+        packing = self._packing(s, sizes)
+        return self._end(s, hnet.decoder(x_TD, packing), packing, leaf)
 
     # ----------------------------------------------------------------------------------------- finding and making them
 
@@ -393,7 +401,7 @@ class GraphedModel:
         if s:
             T, M = _filled_up(T), max(M, _step(T))
         self.most_M[s] = max(self.most_M[s], _power(M))
-        return Sizes(T, self.most_B + s, self.most_M[s])
+        return Sizes(T, self.most_B, self.most_M[s])
 
     def _segment(self, part: str, sizes: Sizes) -> Segment:
         """The segment of a part for these sizes, made on first use."""
@@ -488,8 +496,10 @@ class GraphedModel:
             self._allocate(T)
         self.iids_T[:T].copy_(iids.values())
         self.labels_T[:T].copy_(labels.values())
-        self.offsets[: len(offsets)].copy_(offsets)
-        self.offsets[len(offsets) :].fill_(T)
+        ends, position_T, *_ = self.packings[0]
+        position_T[:T].copy_(positions(iids))
+        ends[: len(offsets)].copy_(offsets)
+        ends[len(offsets) :].fill_(T)
         self.documents = len(offsets) - 1
         self.most_B = max(self.most_B, _power(self.documents))
         sizes, self.tokens = self._sizes(0, T, iids._get_max_seqlen()), [T]
@@ -517,7 +527,7 @@ class GraphedModel:
         """What the routers decided in the last micro-batch; to be read before the next writes to the same places."""
         found = []
         for s, (at, T) in enumerate(zip(self.crossings, self.tokens)):
-            offsets = (self.crossings[s - 1].offsets if s else self.offsets)[: self.documents + 1]
+            offsets = self.packings[s].cu_seqlens[: self.documents + 1].to(torch.int64)
             p_Bj = nested_tensor_from_jagged(at.p_T[:T], offsets, min_seqlen=0, max_seqlen=self.most_M[s])
             _, F_, G = self.losses[1:].view(3, -1)[:, s]
             found.append(StageOutput(p_Bj, nested_like(at.b_T[:T], p_Bj), F_, G))

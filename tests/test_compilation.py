@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 HOPPER = {"attention_triton", "ssd_triton"}  # they run nowhere else, see the `_obstacle`s beside the definitions
 OTHERS = {
-    "adamw_triton", "conv_triton", "cross_entropy_triton", "ema_triton", "norm_triton", "pointwise_triton",
-    "router_triton",
+    "adamw_triton", "boundaries_triton", "conv_triton", "cross_entropy_triton", "ema_triton", "norm_triton",
+    "pointwise_triton", "router_triton",
 }  # fmt: skip
 LARGEST = {80: 163 * 1024, 90: 227 * 1024}  # shared memory of a program (CUDA programming guide, compute capabilities)
 HALF, WIDE = torch.bfloat16, torch.float32
@@ -74,6 +74,7 @@ def new(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
 def for_any_gpu() -> None:
     from hnet_kernels import (
         adamw_triton,
+        boundaries_triton,
         conv_triton,
         cross_entropy_triton,
         ema_triton,
@@ -81,6 +82,7 @@ def for_any_gpu() -> None:
         pointwise_triton,
         router_triton,
     )
+    from hnet_kernels.boundaries import Boundaries
 
     T, C, N = 512, 100, 128
     position_T, start_C, chunk_T = new(T, dtype=torch.int32), torch.arange(C), new(T, dtype=torch.int64)
@@ -95,6 +97,8 @@ def for_any_gpu() -> None:
         router_triton.upsample_forward(z_CD, chunk_T, residual, HALF)
         router_triton.upsample_backward(delta, z_CD, chunk_T, start_C, None)
         router_triton.add_rows_(delta, start_C, new(C, D))
+        for pad in (None, new(512)):
+            router_triton.take_rows(delta, start_C, pad)
         ends = torch.tensor([0, C], dtype=torch.int32)
         ema_triton.ema_backward(ema_triton.ema_forward(z_CD.to(HALF), p_T[:C], ends), z_CD, p_T[:C], z_CD, ends)
         both = new(T, 2 * inner)
@@ -108,6 +112,12 @@ def for_any_gpu() -> None:
         y_TD = after[:, : 2 * D].contiguous()
         _, scale = norm_triton.gated_norm_forward(y_TD, z, gate, 1e-5)
         norm_triton.gated_norm_backward(y_TD, y_TD, z, scale, gate, torch.empty_like(z))
+    router_triton.add_rows_(p_T[:, None], start_C, router_triton.take_rows(p_T[:, None], start_C, None))
+    b_T, counts, losses = new(T, dtype=torch.bool), new(2, dtype=torch.int64), new(3, dtype=WIDE)
+    found = Boundaries(new(T + 1, dtype=WIDE), b_T, chunk_T, chunk_T, ends, position_T, counts, losses)
+    for forced in (None, b_T):
+        boundaries_triton.find_boundaries(p_T, position_T, ends, 3.0, found, forced)
+    boundaries_triton.add_ratio_gradient(p_T, losses[0], losses, ends, 3.0)
     qkv, table = new(T, 3, 16, 64), new(T, 16, dtype=WIDE)
     for back in (False, True):
         pointwise_triton.rotate_(qkv, table, table, position_T, back)

@@ -1,5 +1,6 @@
-"""The kernels of norm, pointwise, attention, router and cross_entropy_triton.py, the scan's skip, and gradients that
-are written into longer rows, all against the definitions in float64: outputs, and every gradient by name.
+"""The kernels of norm, pointwise, attention, router, boundaries and cross_entropy_triton.py, the scan's skip, and
+gradients that are written into longer rows, all against the definitions in float64: outputs, and every gradient by
+name.
 
 Without a GPU they run under Triton's interpreter, in a process of its own: this file, run as a script, prints what
 `distances` finds. See test_ssd_triton.py.
@@ -22,9 +23,10 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from hnet_kernels import cross_entropy, norm, pointwise, router, ssd  # noqa: E402
+from hnet_kernels import boundaries, cross_entropy, norm, pointwise, router, ssd  # noqa: E402
 from hnet_kernels.conv import causal_conv_silu_backward_to  # noqa: E402
 from hnet_kernels.ssd import mamba2_scan_backward, mamba2_scan_forward, scan_backward  # noqa: E402
+from hnet_trainable import StageOutput, chunk_offsets, ratio_loss  # noqa: E402
 
 attention = importlib.import_module("hnet_kernels.attention")
 AWKWARD = [1, 2, 63, 64, 65, 257]
@@ -187,6 +189,53 @@ def router_case(new: Inputs, lengths: list[int], D: int):
     return {"p": p, "dq": rest[0], "dk": dk}, {"p": wanted, "dq": rest[1], "dk": gradients[1]}
 
 
+def boundaries_case(new: Inputs, lengths: list[int], zeros: int, spare: int, forced: bool = False):
+    """With `zeros` tokens that fill up, and room for `spare` chunks more than there are tokens; empty documents too."""
+    lengths, N = [0, *lengths, 0, 0], 3.5
+    tokens, T = sum(lengths), sum(lengths) + zeros
+    C, B = T + spare, len(lengths)
+    position = torch.cat([torch.arange(n, dtype=torch.int32) for n in (*lengths, zeros)]).to(new.device)
+    ends = torch.tensor([0, *lengths], device=new.device).cumsum(0)
+    p = new(T, wide=True).sigmoid().masked_fill(position == 0, 1.0)
+    p[T // 2] = 0.5 if position[T // 2] else 1.0  # a tie is no boundary
+    drawn = new(T, wide=True) > 1 if forced else None
+    kinds = dict(zip(boundaries.Boundaries._fields, (T + 1, T, T, C, B + 1, C, 2, 3)))
+    dtypes = dict.fromkeys(kinds, torch.int64) | dict.fromkeys(("cu_seqlens", "position_C"), torch.int32)
+    dtypes |= {"p_T": p.dtype, "b_T": torch.bool, "losses": p.dtype}
+    to = {name: torch.full((n,), 7, dtype=dtypes[name], device=new.device) for name, n in kinds.items()}
+    to["losses"] = torch.full((3, 2), 7.0, device=new.device)[:, 1]
+    to, cu = boundaries.Boundaries(**to), ends.to(torch.int32)
+    boundaries.find_boundaries(p, position, cu, N, to, drawn)
+    dp, dratio = new(T, wide=True), torch.tensor(0.3 * tokens, device=new.device)  # the gradient is no less than dp
+    found = to._asdict() | {"dp": boundaries.add_ratio_gradient(dp, dratio, to.losses, cu, N)}
+    leaf = exact(p).requires_grad_()
+    b = (leaf > 0.5) if drawn is None else drawn | (position == 0)
+    b = torch.cat([b[:tokens], torch.zeros_like(b[tokens:])])
+    stage = StageOutput(None, None, b[:tokens].double().mean(), leaf[:tokens].mean())
+    ratio, starts, inside = ratio_loss(stage, N), b.nonzero().squeeze(1), chunk_offsets(b, ends)
+    places = [*(torch.arange(n) for n in inside.diff().tolist()), torch.arange(C - len(starts))]
+    wanted = {
+        "p_T": torch.nn.functional.pad(exact(p), (0, 1)),
+        "b_T": b,
+        "chunk_T": b.cumsum(0) - 1,
+        "start_C": torch.nn.functional.pad(starts, (0, C - len(starts)), value=T),
+        "cu_seqlens": inside,
+        "position_C": torch.cat(places).to(new.device),
+        "counts": torch.stack([inside[-1], inside.diff().max()]),
+        "losses": torch.stack([ratio, stage.F, stage.G]),
+        "dp": exact(dp) + 0.3 * tokens * torch.autograd.grad(ratio, leaf, retain_graph=True)[0],
+    }
+    return found, {name: exact(x) for name, x in wanted.items()}
+
+
+def take_rows_case(new: Inputs, T: int, D: int, E: int):
+    """E = 0: no pad."""
+    place = torch.randint(T, (2 * T,), generator=new.generator).to(new.device)
+    x, pad = new(T, D), new(E) if E else None
+    wanted = torch.cat([x[place], *([pad.expand(2 * T, -1)] if E else [])], 1)
+    return {"rows": router.take_rows(x, place, pad)}, {"rows": exact(wanted)}
+
+
 def upsample_case(new: Inputs, T: int, C: int, D: int, spare: int):
     """With `spare` rows of z that no token takes."""
     start = torch.cat([torch.zeros(1, dtype=torch.int64), torch.randperm(T - 1, generator=new.generator)[: C - 1] + 1])
@@ -246,9 +295,9 @@ def scan_case(new: Inputs, lengths: list[int], H: int, N: int, K: int = 4, sprea
 
 
 def add_rows_case(new: Inputs, T: int, D: int, spare: int):
-    """With zeros for the last row, named `spare` times, as chunks that there are not have them."""
+    """With zeros for the last row, named `spare` times, as chunks that there are not have them; of longer rows."""
     place = torch.cat([torch.randperm(T, generator=new.generator)[: T // 2], torch.full((spare,), T)]).to(new.device)
-    x, rows = new(T + 1, D), new(len(place), D)
+    x, rows = new(T + 1, D), new(len(place), D + 8)[:, :D]
     rows[T // 2 :] = 0
     wanted = exact(x).clone().index_add_(0, place, exact(rows))
     return {"x": router.add_rows_(x, place, rows)}, {"x": wanted}
@@ -277,6 +326,14 @@ CASES = {
     "attention to itself and the one before": lambda new: attention_case(new, [130], H=1, P=16, window=1, empty=0),
     "attention, no rows": lambda new: attention_case(new, [0], H=2, P=16),
     "router": lambda new: router_case(new, AWKWARD[:4], D=48),
+    "boundaries": lambda new: boundaries_case(new, [*AWKWARD, 3000], zeros=70, spare=58),
+    "boundaries, no zeros": lambda new: boundaries_case(new, [5, 1, 1018], zeros=0, spare=0),
+    "boundaries, forced": lambda new: boundaries_case(new, [1023, 1, 2000], zeros=1, spare=1100, forced=True),
+    "boundaries, many documents": lambda new: boundaries_case(new, [1, 2] * 600, zeros=1000, spare=8),
+    "boundaries, one token": lambda new: boundaries_case(new, [1], zeros=0, spare=127),
+    "rows taken": lambda new: take_rows_case(new, 33, D=96, E=0),
+    "rows taken and padded": lambda new: take_rows_case(new, 33, D=64, E=24),
+    "numbers taken": lambda new: take_rows_case(new, 50, D=1, E=0),
     "rows added": lambda new: add_rows_case(new, 50, D=96, spare=5),
     "numbers added": lambda new: add_rows_case(new, 50, D=1, spare=0),
     "upsample": lambda new: upsample_case(new, 90, 30, D=48, spare=0),
@@ -297,6 +354,10 @@ LARGE = {
     "attention in a window, heads of 96": lambda new: attention_case(new, [1, 700, 300], H=2, P=96, window=100),
     "attention, heads of 128": lambda new: attention_case(new, [700, 300], H=4, P=128),
     "router, large": lambda new: router_case(new, [*AWKWARD, 3000], D=512),
+    "boundaries, more blocks than a program looks at at once": lambda new: boundaries_case(
+        new, [*AWKWARD, 300_000] * 5, zeros=70_000, spare=58
+    ),
+    "rows taken and padded, large": lambda new: take_rows_case(new, 5000, D=1024, E=512),
     "upsample, large": lambda new: upsample_case(new, 4000, 700, D=768, spare=68),
     "upsample, more chunks than a grid's second axis": lambda new: upsample_case(new, 70_000, 66_000, D=64, spare=0),
     "scan, large": lambda new: scan_case(new, [*AWKWARD, 3000], H=16, N=128),
@@ -382,6 +443,7 @@ if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") == "1"
     torch.set_num_threads(1)
     for module in (
+        boundaries,
         cross_entropy,
         norm,
         pointwise,
