@@ -25,6 +25,7 @@ except ModuleNotFoundError:
 
 from hnet_kernels import attention as torch_attention
 from hnet_kernels import attention_triton, conv_triton, ema_triton, norm, norm_triton, pointwise, router, ssd_triton
+from hnet_kernels.sums import Sums
 
 HALF, WIDE = torch.bfloat16, torch.float32
 
@@ -106,25 +107,28 @@ def cases(T: int, C: int) -> dict[str, tuple[Callable, float, float]]:
         delta, weight = rand(rows, width), rand(width)
         residual = norm.part(rand(rows, width, dtype=WIDE), delta.dtype)
         _, _, scale = norm.add_norm_forward(residual, delta, weight, 1e-5)
-        moved = 2 * size(*residual, delta)
+        moved, (slot,) = 2 * size(*residual, delta), Sums([[weight]]).slots()
         found[f"add_norm {stage}"] = lambda a=(residual, delta, weight, 1e-5): norm.add_norm_forward(*a), moved, 0
         found[f"add_norm {stage} backward"] = (
-            lambda a=(delta, residual, residual, scale, weight): norm.add_norm_backward(*a),
+            lambda a=(delta, residual, residual, scale, weight, slot): norm.add_norm_backward(*a),
             3 * size(*residual) + 2 * size(delta),
             0,
         )
+    parts = rand(33, 738, 2 * D, dtype=WIDE)  # of the norms of 16 blocks and their last
+    found["sums of a stack's norms"] = lambda: norm_triton.sum_rows(parts, HALF), size(parts), 0
     projected, y, gate = rand(T, 4 * D + 2 * N + 16), rand(T, 2 * D), rand(2 * D)
     z, xBC, raw = projected.split([2 * D, 2 * D + 2 * N, 16], dim=-1)
     _, scale = norm.gated_norm_forward(y, z, gate, 1e-5)
     dz = torch.empty_like(projected)[:, : 2 * D]
     found["gated_norm"] = lambda: norm.gated_norm_forward(y, z, gate, 1e-5), 3 * size(y), 0
-    found["gated_norm backward"] = lambda: norm.gated_norm_backward(y, y, z, scale, gate, dz), 6 * size(y), 0
+    (slot,) = Sums([[gate]]).slots()
+    found["gated_norm backward"] = lambda: norm.gated_norm_backward(y, y, z, scale, gate, dz, slot), 6 * size(y), 0
     cu, position = documents(T, 8192)
     weight, bias = rand(2 * D + 2 * N, 1, 4), rand(2 * D + 2 * N)
     found["conv"] = lambda: conv_triton.conv_silu_forward(xBC, weight, bias, position), 2 * size(xBC), 0
-    out = torch.empty_like(projected)[:, 2 * D : 4 * D + 2 * N]
+    out, taps = torch.empty_like(projected)[:, 2 * D : 4 * D + 2 * N], Sums([[weight, bias]])
     found["conv backward"] = (
-        lambda: conv_triton.conv_silu_backward(xBC, xBC, weight, bias, position, out), 3 * size(xBC), 0,
+        lambda: conv_triton.conv_silu_backward(xBC, xBC, weight, bias, position, *taps.slots(), out), 3 * size(xBC), 0,
     )  # fmt: skip
     x, B, Cs = rand(T, 2 * D + 2 * N).split([2 * D, N, N], dim=-1)
     x, dt, A, skip = x.unflatten(-1, (16, 64)), rand(T, 16, dtype=WIDE).exp() * 0.01, -rand(16, dtype=WIDE).exp(), gate

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hnet_kernels.dispatch import use_fast
+from hnet_kernels.sums import Slot, Sums
 
 MAX_TAPS = 4
 
@@ -91,7 +92,9 @@ def causal_conv_silu_backward(
     if use_fast("causal_conv_silu", x_TD.device.type, x_TD.dtype, _obstacle(x_TD, weight_D1K.shape[-1])):
         from hnet_kernels import conv_triton
 
-        dx_TD, dweight_D1K, dbias_D = conv_triton.conv_silu_backward(dy_TD, x_TD, weight_D1K, bias_D, position_T)
+        sums = Sums([(weight_D1K, bias_D)])
+        dx_TD = conv_triton.conv_silu_backward(dy_TD, x_TD, weight_D1K, bias_D, position_T, *sums.slots())
+        dweight_D1K, dbias_D = sums.total()
         return dx_TD, dweight_D1K, dbias_D.clone()  # what an operation returns must not share memory
     before_TD = conv_forward(x_TD, weight_D1K, bias_D, position_T)
     dbefore_TD = torch.ops.aten.silu_backward(dy_TD, before_TD)
@@ -113,13 +116,15 @@ causal_conv_silu.register_autograd(
 
 
 def causal_conv_silu_backward_to(
-    dx_TD: Tensor, dy_TD: Tensor, x_TD: Tensor, weight_D1K: Tensor, bias_D: Tensor, position_T: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(dweight, dbias) of `causal_conv_silu`; writes x's gradient to dx_TD, whose rows may be parts of longer ones."""
+    dx_TD: Tensor, dy_TD: Tensor, x_TD: Tensor, weight_D1K: Tensor, bias_D: Tensor, position_T: Tensor, dweights: Slot
+) -> None:
+    """Gradients of `causal_conv_silu`: writes x's to dx_TD, whose rows may be parts of longer ones, and fills the slot
+    of those of weight and bias."""
     if use_fast("causal_conv_silu", x_TD.device.type, x_TD.dtype, _obstacle(x_TD, weight_D1K.shape[-1])):
         from hnet_kernels import conv_triton
 
-        return conv_triton.conv_silu_backward(dy_TD, x_TD, weight_D1K, bias_D, position_T, dx_TD)[1:]
-    found_TD, dweight_D1K, dbias_D = causal_conv_silu_backward(dy_TD, x_TD, weight_D1K, bias_D, position_T)
-    dx_TD.copy_(found_TD)
-    return dweight_D1K, dbias_D
+        conv_triton.conv_silu_backward(dy_TD, x_TD, weight_D1K, bias_D, position_T, dweights, dx_TD)
+    else:
+        found_TD, *found = causal_conv_silu_backward(dy_TD, x_TD, weight_D1K, bias_D, position_T)
+        dx_TD.copy_(found_TD)
+        dweights.fill(*found)

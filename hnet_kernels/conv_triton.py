@@ -15,6 +15,8 @@ unrolled by as many tokens, so that what each hands on to the next need not be m
 many tokens at a time are either all so far from the start of their document that no tap need be cut off, or not.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from hnet_kernels.kept import kept_empty
 from hnet_kernels.norm_triton import sum_rows
+from hnet_kernels.sums import Slot
 from hnet_kernels.triton_math import sigmoid
 
 FORWARD, BACKWARD = (32, 128, 1), (64, 128, 1)  # a program's tokens, a multiple of AHEAD, and channels; warps
@@ -271,23 +274,23 @@ def conv_silu_backward(
     weight_D1K: Tensor,
     bias_D: Tensor,
     position_T: Tensor,
+    dweights: Slot,
     out_TD: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx_TD, dweight_D1K, dbias_D) of `hnet::causal_conv_silu`, the last two in one piece of memory. out_TD: where
-    dx_TD goes, with dense rows."""
+) -> Tensor:
+    """dx_TD of `hnet::causal_conv_silu`; fills the slot of the gradients of weight and bias. out_TD: where dx_TD goes,
+    with dense rows."""
     (T, D), K = x_TD.shape, weight_D1K.shape[-1]
     dx_TD = x_TD.new_empty(T, D) if out_TD is None else out_TD
-    if not T:
-        return dx_TD, torch.zeros_like(weight_D1K), torch.zeros_like(bias_D)
-    x_TD, dy_TD = _dense_rows(x_TD), _dense_rows(dy_TD)
     run, channels, warps = BACKWARD
     runs = triton.cdiv(T, run)
-    sums_SKD = x_TD.new_empty(runs, K + 1, D, dtype=torch.float32)
+    sums_SKD = dweights.rows(runs, functools.partial(sum_rows, turned=(K, D)))
+    if not T:
+        return dx_TD
+    x_TD, dy_TD = _dense_rows(x_TD), _dense_rows(dy_TD)
     with torch.cuda.device_of(x_TD):
         _backward[(triton.cdiv(D, channels), runs)](
             dy_TD, x_TD, weight_D1K.contiguous(), bias_D.contiguous(), position_T, dx_TD, sums_SKD,
             T, D, x_TD.stride(0), dy_TD.stride(0), dx_TD.stride(0),
             K=K, RUN=run, BLOCK_D=channels, num_warps=warps,
         )  # fmt: skip
-        sums = sum_rows(sums_SKD.view(runs, -1), weight_D1K.dtype, turned=(K, D))
-    return dx_TD, sums[: K * D].view(D, 1, K), sums[K * D :]
+    return dx_TD

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hnet_kernels.dispatch import obstacle_anywhere, use_fast, wide
+from hnet_kernels.sums import Slot
 
 WIDEST = 8192  # channels: a row must fit into the registers of one program
 
@@ -27,11 +28,11 @@ def _norm(u_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _norm_backward(dx_TD: Tensor, u_TD: Tensor, scale_T: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(du_TD, dweight_D, x_TD) of x = u * scale * weight, scale being 1 / rms(u)."""
+    """(du_TD, dweight_D, x_TD) of x = u * scale * weight, scale being 1 / rms(u). dweight_D is at least float32."""
     dx_TD, unit_TD = wide(dx_TD), u_TD * scale_T[:, None]
     g_TD = dx_TD * weight_D
     du_TD = scale_T[:, None] * (g_TD - unit_TD * (g_TD * unit_TD).mean(-1, keepdim=True))
-    return du_TD, (dx_TD * unit_TD).sum(0).to(weight_D.dtype), (unit_TD * weight_D).to(weight_D.dtype)
+    return du_TD, (dx_TD * unit_TD).sum(0), (unit_TD * weight_D).to(weight_D.dtype)
 
 
 class Parted(NamedTuple):
@@ -90,10 +91,11 @@ def norm_again(sum_: Parted, scale_T: Tensor, weight_D: Tensor) -> Tensor:
 
 
 def add_norm_backward(
-    dx_TD: Tensor, dsum: Parted | None, sum_: Parted, scale_T: Tensor, weight_D: Tensor, again: bool = True
-) -> tuple[Parted, Tensor, Tensor | None]:
-    """(dboth, dweight_D, x_TD) of `add_norm_forward`: the gradient of residual and of delta, which is that of their
-    sum; and x_TD, the same bits as there, or None if not wanted `again`.
+    dx_TD: Tensor, dsum: Parted | None, sum_: Parted, scale_T: Tensor, weight_D: Tensor, dweight: Slot,
+    again: bool = True,
+) -> tuple[Parted, Tensor | None]:  # fmt: skip
+    """(dboth, x_TD) of `add_norm_forward`: the gradient of residual and of delta, which is that of their sum; and x_TD,
+    the same bits as there, or None if not wanted `again`. Fills the slot of weight_D's gradient.
 
     dsum: the gradient of the sum but for what comes through x_TD, None for zeros. It and dboth are in parts where dx_TD
     is bfloat16, so along a residual stream they are not rounded to that at each step; else they have dx_TD's dtype.
@@ -101,14 +103,15 @@ def add_norm_backward(
     if _fast("add_norm", dx_TD):
         from hnet_kernels import norm_triton
 
-        dboth_TD, rest_TD, *others = norm_triton.add_norm_backward(
-            dx_TD, *(dsum or (None, None)), *sum_, scale_T, weight_D, again
+        dboth_TD, rest_TD, x_TD = norm_triton.add_norm_backward(
+            dx_TD, *(dsum or (None, None)), *sum_, scale_T, weight_D, dweight, again
         )
-        return Parted(dboth_TD, rest_TD), *others
+        return Parted(dboth_TD, rest_TD), x_TD
     d_TD, dweight_D, x_TD = _norm_backward(dx_TD, whole(*sum_, scale_T.dtype), scale_T, weight_D)
     if dsum is not None:
         d_TD = d_TD + whole(*dsum, d_TD.dtype)
-    return part(d_TD, dx_TD.dtype), dweight_D, x_TD if again else None
+    dweight.fill(dweight_D)
+    return part(d_TD, dx_TD.dtype), x_TD if again else None
 
 
 def gated_norm_forward(y_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -124,18 +127,19 @@ def gated_norm_forward(y_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float)
 
 
 def gated_norm_backward(
-    dx_TD: Tensor, y_TD: Tensor, z_TD: Tensor, scale_T: Tensor, weight_D: Tensor, dz_TD: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dy_TD, dweight_D, x_TD) of `gated_norm_forward`, the last the same bits as there.
+    dx_TD: Tensor, y_TD: Tensor, z_TD: Tensor, scale_T: Tensor, weight_D: Tensor, dz_TD: Tensor, dweight: Slot
+) -> tuple[Tensor, Tensor]:
+    """(dy_TD, x_TD) of `gated_norm_forward`, the latter the same bits as there.
 
-    Writes z's gradient to dz_TD, perhaps parts of longer rows.
+    Writes z's gradient to dz_TD, perhaps parts of longer rows, and fills the slot of weight_D's.
     """
     if _fast("gated_norm", y_TD):
         from hnet_kernels import norm_triton
 
-        return norm_triton.gated_norm_backward(dx_TD, y_TD, z_TD, scale_T, weight_D, dz_TD)
+        return norm_triton.gated_norm_backward(dx_TD, y_TD, z_TD, scale_T, weight_D, dz_TD, dweight)
     y, z = wide(y_TD), wide(z_TD)
     gate_TD = F.silu(z)
     du_TD, dweight_D, x_TD = _norm_backward(dx_TD, y * gate_TD, scale_T, weight_D)
     dz_TD.copy_(torch.ops.aten.silu_backward(du_TD * y, z))
-    return (du_TD * gate_TD).to(y_TD.dtype), dweight_D, x_TD
+    dweight.fill(dweight_D)
+    return (du_TD * gate_TD).to(y_TD.dtype), x_TD

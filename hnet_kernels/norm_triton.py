@@ -1,9 +1,9 @@
 """Triton kernels for the norms of norm.py, where the definitions are.
 
-Legend: T tokens, D channels, N programs. Bound by memory: each reads its inputs once and writes its outputs once. A
-program takes whole rows, a few at a time; backwards, it walks along its share of them with the sums for the weight in
-registers, which are added up at the end: no atomics, the same bits every time on one kind of GPU. It loads the next
-rows before it computes with those it has, so that memory need not wait. A row of more than a tile is taken alone.
+Legend: T tokens, D channels, N programs, L layers. Bound by memory: each reads its inputs once and writes its outputs
+once. A program takes whole rows, a few at a time; backwards, it walks along its share of them with the sums for the
+weight in registers, which `sum_rows` adds up: no atomics, the same bits every time on one kind of GPU. It loads the
+next rows before it computes with those it has, so that memory need not wait. A row of more than a tile is taken alone.
 """
 
 import functools
@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hnet_kernels.kept import kept_empty
+from hnet_kernels.sums import Slot
 from hnet_kernels.triton_math import sigmoid
 
 TILE = 2048  # elements of a program's rows, forwards
@@ -230,23 +231,26 @@ def _gated_norm_backward(
 @triton.jit(do_not_specialize=["N"])
 def _sum_rows(parts_ptr, sum_ptr, N, D, K, W, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    layer = tl.program_id(1).to(tl.int64)
+    parts_ptr += layer * N * D
     total = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for first in range(0, N, ROWS):
         n = first + tl.arange(0, ROWS)
         total += tl.load(parts_ptr + n[:, None] * D + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
     to = tl.where(d < K * W, d % W * K + d // W, d)
-    tl.store(sum_ptr + to, tl.sum(total, 0).to(sum_ptr.dtype.element_ty), mask=d < D)
+    tl.store(sum_ptr + layer * D + to, tl.sum(total, 0).to(sum_ptr.dtype.element_ty), mask=d < D)
 
 
-def sum_rows(parts_ND: Tensor, dtype: torch.dtype, turned: tuple[int, int] = (1, 1)) -> Tensor:
-    """parts.sum(0) of float32 numbers, in a dtype: torch's takes three times as long for a few hundred rows.
+def sum_rows(parts_LND: Tensor, dtype: torch.dtype, turned: tuple[int, int] = (1, 1)) -> Tensor:
+    """parts.sum(1) of float32 numbers, in a dtype: torch's takes three times as long for a few hundred rows.
 
-    turned: (K, W), where the first K W of the sums come as (W, K) rather than as (K, W).
+    turned: (K, W), where the first K W of a layer's sums come as (W, K) rather than as (K, W).
     """
-    (N, D), (K, W) = parts_ND.shape, turned
-    sum_D = parts_ND.new_empty(D, dtype=dtype)
-    _sum_rows[(triton.cdiv(D, 16),)](parts_ND, sum_D, N, D, K, W, ROWS=128, BLOCK_D=16, num_warps=8)
-    return sum_D
+    (L, N, D), (K, W) = parts_LND.shape, turned
+    sum_LD = parts_LND.new_empty(L, D, dtype=dtype)
+    with torch.cuda.device_of(parts_LND):
+        _sum_rows[(triton.cdiv(D, 16), L)](parts_LND, sum_LD, N, D, K, W, ROWS=128, BLOCK_D=16, num_warps=8)
+    return sum_LD
 
 
 @functools.cache
@@ -301,21 +305,21 @@ def norm_again(sum_TD: Tensor, rest_TD: Tensor | None, scale_T: Tensor, weight_D
 
 def add_norm_backward(
     dx_TD: Tensor, dsum_TD: Tensor | None, dsum_rest_TD: Tensor | None, sum_TD: Tensor, sum_rest_TD: Tensor | None,
-    scale_T: Tensor, weight_D: Tensor, again: bool = True,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
-    """(dboth_TD, its rest, dweight_D, x_TD) of `add_norm_backward` in norm.py."""
+    scale_T: Tensor, weight_D: Tensor, dweight: Slot, again: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """(dboth_TD, its rest, x_TD) of `add_norm_backward` in norm.py."""
     (T, D), dx_TD = dx_TD.shape, dx_TD.contiguous()
     tile, programs, warps = _walk_add_norm(D)
     dboth_TD, blocks, parted = dx_TD.new_empty(T, D), _blocks(D, tile, warps), dx_TD.dtype == torch.bfloat16
     rest_TD = dx_TD.new_empty(T, D, dtype=torch.int8) if parted else None
     programs, rows = _shares(T, blocks["ROWS"], programs, dx_TD.device)
-    dweight_ND, x_TD = scale_T.new_empty(programs, D), weight_D.new_empty(T, D) if again else None
+    dweight_ND, x_TD = dweight.rows(programs, sum_rows), weight_D.new_empty(T, D) if again else None
     with torch.cuda.device_of(dx_TD):
         _add_norm_backward[(programs,)](
             dx_TD, dsum_TD, dsum_rest_TD, sum_TD, sum_rest_TD, scale_T, weight_D.contiguous(), dboth_TD, rest_TD,
             dweight_ND, x_TD, T, rows, HAS_DSUM=dsum_TD is not None, PARTED=parted, AGAIN=again, **blocks,
         )  # fmt: skip
-        return dboth_TD, rest_TD, sum_rows(dweight_ND, weight_D.dtype), x_TD
+    return dboth_TD, rest_TD, x_TD
 
 
 def gated_norm_forward(y_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -331,18 +335,18 @@ def gated_norm_forward(y_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float)
 
 
 def gated_norm_backward(
-    dx_TD: Tensor, y_TD: Tensor, z_TD: Tensor, scale_T: Tensor, weight_D: Tensor, dz_TD: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dy_TD, dweight_D, x_TD) of `gated_norm_backward` in norm.py; fills dz_TD, whose rows are dense."""
+    dx_TD: Tensor, y_TD: Tensor, z_TD: Tensor, scale_T: Tensor, weight_D: Tensor, dz_TD: Tensor, dweight: Slot
+) -> tuple[Tensor, Tensor]:
+    """(dy_TD, x_TD) of `gated_norm_backward` in norm.py; fills dz_TD, whose rows are dense."""
     T, D = y_TD.shape
     dx_TD, y_TD, z_TD = dx_TD.contiguous(), _dense_rows(y_TD), _dense_rows(z_TD)
     tile, programs, warps = _walk_gated_norm(D)
     dy_TD, blocks = y_TD.new_empty(T, D), _blocks(D, tile, warps)
     programs, rows = _shares(T, blocks["ROWS"], programs, dx_TD.device)
-    dweight_ND, x_TD = scale_T.new_empty(programs, D), weight_D.new_empty(T, D)
+    dweight_ND, x_TD = dweight.rows(programs, sum_rows), weight_D.new_empty(T, D)
     with torch.cuda.device_of(dx_TD):
         _gated_norm_backward[(programs,)](
             dx_TD, y_TD, z_TD, scale_T, weight_D.contiguous(), dy_TD, dz_TD, dweight_ND, x_TD, T, rows,
             y_TD.stride(0), z_TD.stride(0), dz_TD.stride(0), **blocks,
         )  # fmt: skip
-        return dy_TD, sum_rows(dweight_ND, weight_D.dtype), x_TD
+    return dy_TD, x_TD

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad, softplus
 
 from hnet_kernels.dispatch import use_fast
+from hnet_kernels.sums import Slot
 
 MIN_CHUNK = 32  # tokens; the work inside a chunk grows with it, the work between chunks shrinks
 MAX_CHUNKS = 256  # beyond this many the chunks get longer: states are handed on one chunk at a time
@@ -284,10 +285,11 @@ def mamba2_scan_backward(
     D_H: Tensor,
     cu_seqlens: Tensor,
     out: tuple[Tensor, Tensor, Tensor, Tensor],
+    dweights: Slot,
     kept: Sequence[Tensor] = (),
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dbias_H, dA_log_H, dD_H) of `mamba2_scan_forward`; writes dx, dB, dC and draw to `out`, perhaps parts of longer
-    rows.
+) -> None:
+    """Gradients of `mamba2_scan_forward`: writes dx, dB, dC and draw to `out`, perhaps parts of longer rows, and fills
+    the slot of those of A_log, bias and D.
 
     `kept`: what the forward kept, or nothing; the same bits either way.
     """
@@ -296,13 +298,13 @@ def mamba2_scan_backward(
 
         if ssd_triton.can_write(out[:3]):
             kept = ssd_triton.Kept(*kept) if kept else None
-            found = ssd_triton.scan_backward(
-                dy_THP, x_THP, raw_TH, A_log_H, B_TN, C_TN, cu_seqlens, D_H, out, kept, bias_H
+            ssd_triton.scan_backward(
+                dy_THP, x_THP, raw_TH, A_log_H, B_TN, C_TN, cu_seqlens, D_H, out, kept, bias_H, dweights
             )
-            return found.dbias_H, found.dA_H, found.dD_H
+            return
     before_TH, A_H = raw_TH.to(bias_H.dtype) + bias_H, -A_log_H.exp()
     dx_THP, ddt_TH, dA_H, dB_TN, dC_TN = ssd_backward(dy_THP, x_THP, softplus(before_TH), A_H, B_TN, C_TN, cu_seqlens)
     draw_TH = ddt_TH * before_TH.sigmoid()
     for target, found in zip(out, (dx_THP + D_H[:, None] * dy_THP, dB_TN, dC_TN, draw_TH)):
         target.copy_(found)
-    return draw_TH.sum(0), dA_H * A_H, (x_THP.to(D_H.dtype) * dy_THP).sum((0, 2))
+    dweights.fill(dA_H * A_H, draw_TH.sum(0), (x_THP.to(D_H.dtype) * dy_THP).sum((0, 2)))

@@ -37,6 +37,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hnet_kernels.kept import kept_empty
 from hnet_kernels.norm_triton import sum_rows
+from hnet_kernels.sums import Slot
 from hnet_kernels.triton_math import LOG2_E
 
 SUM, SOURCE, GAIN, START, END = (tl.constexpr(i) for i in range(5))  # of vectors_5HT, see _prepare
@@ -523,7 +524,7 @@ def _gradients(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "H", "n_chunks"])
+@triton.jit(do_not_specialize=["T", "H", "n_chunks"], do_not_specialize_on_alignment=["sums_ptr"])
 def _finish(
     A_ptr,
     B_desc,
@@ -550,7 +551,7 @@ def _finish(
     HAS_D: tl.constexpr,
 ):
     """One program a chunk: ddt_TH, dB_TN, dC_TN, and its part of what is summed over all tokens, one behind the other
-    in sums_CnH: dA, the bias's gradient and D's.
+    in sums_CW: dA, the bias's gradient and D's.
 
     A token's log decay gets what flows across it: from all before it to itself and all after it.
     """
@@ -769,11 +770,11 @@ def scan_forward(
 
 
 class Gradients(NamedTuple):
-    """Of `scan_forward`'s inputs; None where there was none."""
+    """Of `scan_forward`'s inputs; None where there was none, or where it went to a slot."""
 
     dx_THP: Tensor
     ddt_TH: Tensor
-    dA_H: Tensor
+    dA_H: Tensor | None
     dB_TN: Tensor
     dC_TN: Tensor
     dD_H: Tensor | None = None
@@ -797,14 +798,18 @@ def scan_backward(
     out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     kept: Kept | None = None,
     bias_H: Tensor | None = None,
+    dweights: Slot | None = None,
 ) -> Gradients:
     """Gradients of `scan_forward`. `out`: where dx, dB, dC, see `can_write`, and ddt go. `kept`: from the forward of
-    the same inputs; without it decays and states are computed again, to the same bits."""
+    the same inputs; without it decays and states are computed again, to the same bits. `dweights`: for those of A, bias
+    and D, which are not returned then."""
     dx_THP, dB_TN, dC_TN, ddt_TH = out or tuple(t.new_empty(t.shape) for t in (x_THP, B_TN, C_TN, dt_TH))
     assert ddt_TH.stride(1) == 1
     of_heads = {"dA_H": A_H, "dbias_H": bias_H, "dD_H": D_H}  # in this order below
     of_heads = {name: x for name, x in of_heads.items() if x is not None}
     if not len(x_THP):
+        if dweights is not None:
+            dweights.rows(0, sum_rows)
         none = {name: torch.zeros_like(x) for name, x in of_heads.items()}
         return Gradients(dx_THP, ddt_TH, dB_TN=dB_TN, dC_TN=dC_TN, **none)
     plan, again = _Plan(x_THP, B_TN, C_TN), kept is None
@@ -818,8 +823,9 @@ def scan_backward(
     flows_5HT = A_H.new_empty(5, H, n_chunks * Q)
     # Zeros, which a kernel writes: descriptors need the context that a thread's first launch binds, and the thread
     # that autograd runs a backward on may have launched nothing yet ("invalid device context" with Triton 3.6; with
-    # other kernels: github.com/pytorch/pytorch/issues/124565). It goes when Triton binds one itself.
-    sums_CnH = A_H.new_zeros(n_chunks, len(of_heads), H)
+    # other kernels: github.com/pytorch/pytorch/issues/124565). It goes when Triton binds one itself. Who has a slot
+    # writes his own backward, in which products come before.
+    sums_CW = A_H.new_zeros(n_chunks, len(of_heads) * H) if dweights is None else dweights.rows(n_chunks, sum_rows)
     through_CHP = A_H.new_empty(n_chunks, H, P)
     with torch.cuda.device_of(x_THP):
         if again:
@@ -834,11 +840,11 @@ def scan_backward(
         )  # fmt: skip
         _finish[(n_chunks,)](
             A_H.contiguous(), plan.B, plan.C, kept.vectors_5HT, kept.document_T, dscores_GCQQ, parts_G2TN,
-            flows_5HT, through_CHP, ddt_TH, sums_CnH, *(_described(t, Q, N) for t in (dB_TN, dC_TN)),
+            flows_5HT, through_CHP, ddt_TH, sums_CW, *(_described(t, Q, N) for t in (dB_TN, dC_TN)),
             plan.T, H, n_chunks, ddt_TH.stride(0), P=P, Q=Q, GROUPS=groups, HAS_BIAS=bias_H is not None,
             HAS_D=D_H is not None, **_launch_for_heads("_finish", x_THP.dtype, H),
         )  # fmt: skip
-        sums_nH = sum_rows(sums_CnH.flatten(1), A_H.dtype).view(-1, H)
+        sums_nH = sum_rows(sums_CW[None], A_H.dtype).view(-1, H) if dweights is None else [None] * len(of_heads)
         return Gradients(dx_THP, ddt_TH, dB_TN=dB_TN, dC_TN=dC_TN, **dict(zip(of_heads, sums_nH)))
 
 

@@ -8,6 +8,8 @@ tests compare the two in float64. But with bfloat16 a residual stream and its gr
 memory, not float32's 24: see `Parted`. Legend: as in hnet_trainable.py.
 
 Gradients of weights that are matrix products can go straight to where an optimizer reads them, see `gradients_into`.
+Those of small weights, such as a norm's, are sums of parts, which wait for those of all other layers: branches leave
+them in slots, and `SmallWeights` hands them on.
 
 Activation checkpointing is part of a branch's backward, which computes again what its forward did not keep. Behind the
 sum every branch keeps what enters its products and what comes of them, but for the gated norm (`none`); or an MLP and
@@ -18,7 +20,9 @@ has read its inputs for their gradients anyway. The results are the same bits.
 
 import contextlib
 import functools
-from collections.abc import Iterator
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import NamedTuple
 
@@ -50,14 +54,19 @@ from hnet_kernels.router import (
     upsample_forward,
 )
 from hnet_kernels.ssd import mamba2_scan_backward, mamba2_scan_forward
+from hnet_kernels.sums import Slot, Sums
 from hnet_trainable import (
     EMA_CLAMP,
     HEADDIM,
     NORM_EPS,
+    CausalConv1d,
+    GatedRMSNorm,
     HNet,
     HNetLM,
     Isotropic,
+    Mamba2,
     Packing,
+    RMSNorm,
     RoutingModule,
     StageOutput,
     cu_seqlens,
@@ -346,15 +355,14 @@ class Summed(NamedTuple):
     sum_TD: Tensor
     rest_TD: Tensor | None
     scale_T: Tensor
-    norm_D: Tensor
 
     @property
     def sum(self) -> Parted:
         return Parted(self.sum_TD, self.rest_TD)
 
-    def norm(self) -> Tensor:
+    def norm(self, weight: Slot) -> Tensor:
         """x_TD as the forward had it."""
-        return norm_again(self.sum, self.scale_T, self.norm_D)
+        return norm_again(self.sum, self.scale_T, *weight.weights)
 
 
 class ResidualStream:
@@ -363,84 +371,119 @@ class ResidualStream:
     sum: Parted | None = None  # of what the branches so far have added
     drest_TD: Tensor | None = None  # of its gradient, the rest that is beside what autograd hands on
 
-    def norm(self, delta_TD: Tensor, norm_D: Tensor, keep_x: bool = False) -> tuple[Tensor, Summed]:
+    def norm(self, delta_TD: Tensor, weight: Slot, keep_x: bool = False) -> tuple[Tensor, Summed]:
         """Adds delta; x_TD is the norm of the sum."""
-        self.sum, x_TD, scale_T = add_norm_forward(self.sum, delta_TD, norm_D, NORM_EPS, keep_x)
-        return x_TD, Summed(*self.sum, scale_T, norm_D)
+        self.sum, x_TD, scale_T = add_norm_forward(self.sum, delta_TD, *weight.weights, NORM_EPS, keep_x)
+        return x_TD, Summed(*self.sum, scale_T)
 
     def norm_backward(
-        self, dx_TD: Tensor, dout_TD: Tensor | None, summed: Summed, again: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(ddelta_TD, dnorm_D, x_TD if wanted `again`). dout_TD: the gradient of what the branch has returned. The next
-        one has added that to the sum, so it is that of the sum, too. None: nobody has."""
+        self, dx_TD: Tensor, dout_TD: Tensor | None, summed: Summed, weight: Slot, again: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """(ddelta_TD, x_TD if wanted `again`); fills the weight's slot. dout_TD: the gradient of what the branch has
+        returned. The next one has added that to the sum, so it is that of the sum, too. None: nobody has."""
         dsum = None if dout_TD is None else Parted(dout_TD, self.drest_TD)
-        (ddelta_TD, self.drest_TD), *others = add_norm_backward(
-            dx_TD, dsum, summed.sum, summed.scale_T, summed.norm_D, again
+        (ddelta_TD, self.drest_TD), x_TD = add_norm_backward(
+            dx_TD, dsum, summed.sum, summed.scale_T, *weight.weights, weight, again
         )
-        return ddelta_TD, *others
+        return ddelta_TD, x_TD
 
 
 def run_stack(stack: Isotropic, ac: str, x_TD: Tensor, packing: Packing) -> Tensor:
     """`Isotropic.forward`, with activation checkpointing."""
     stream, delta_TD, order = ResidualStream(), x_TD, None
     packing = Packing(*map(keep, packing))
-    seams = _SEAMS.get({})
-    for block in stack.layers:
-        if block in seams:
-            seams[block] = delta_TD
-        mixer = block.mixer
-        if hasattr(mixer, "A_log"):
-            conv, norm = mixer.conv1d, mixer.norm
-            weights = mixer.in_proj.weight, conv.weight, conv.bias, mixer.dt_bias, mixer.A_log, mixer.D, norm.weight
-            weights = block.norm1.weight, *weights, mixer.out_proj.weight
+    seams, modules = _SEAMS.get({}), [*stack.layers, stack.rmsnorm]
+    for i, module in enumerate(modules):
+        if module in seams:
+            seams[module] = delta_TD
+        if module in seams or i == 0:
+            others = itertools.takewhile(lambda other: other not in seams, modules[i + 1 :])
+            delta_TD, slots = _enter(delta_TD, [module, *others])
+        if module is stack.rmsnorm:
+            break
+        norm, mixer = slots[module.norm1], module.mixer
+        if isinstance(mixer, Mamba2):
+            small = norm, slots[mixer.conv1d], slots[mixer], slots[mixer.norm]
             how = ac if torch.is_grad_enabled() else "block"  # without a backward nothing need be kept
-            delta_TD = MambaBranch.apply(stream, packing, how, delta_TD, *weights)
+            weights = mixer.in_proj.weight, mixer.out_proj.weight
+            delta_TD = MambaBranch.apply(stream, packing, how, small, delta_TD, *weights)
         else:
             if order is None:
                 order = tile_order(delta_TD, mixer.Wqkv.weight.shape[1] // mixer.n_heads, packing.cu_seqlens)
                 order = None if order is None else keep(order)
             how = ac, mixer.n_heads, mixer.window, order
-            weights = block.norm1.weight, mixer.Wqkv.weight, mixer.out_proj.weight
-            delta_TD = AttentionBranch.apply(stream, packing, how, delta_TD, *weights)
-        if block.has_mlp:
-            weights = block.norm2.weight, block.mlp.fc1.weight, block.mlp.fc2.weight
-            delta_TD = MlpBranch.apply(stream, ac, delta_TD, *weights)
-    return FinalNorm.apply(stream, delta_TD, stack.rmsnorm.weight)
+            weights = mixer.Wqkv.weight, mixer.out_proj.weight
+            delta_TD = AttentionBranch.apply(stream, packing, how, norm, delta_TD, *weights)
+        if module.has_mlp:
+            weights = module.mlp.fc1.weight, module.mlp.fc2.weight
+            delta_TD = MlpBranch.apply(stream, ac, slots[module.norm2], delta_TD, *weights)
+    return FinalNorm.apply(stream, slots[stack.rmsnorm], delta_TD)
+
+
+SMALL = {  # modules whose own weights' gradients are sums over tokens; the weights in the order that kernels have
+    RMSNorm: ("weight",),
+    GatedRMSNorm: ("weight",),
+    CausalConv1d: ("weight", "bias"),
+    Mamba2: ("A_log", "dt_bias", "D"),
+}
+
+
+def _enter(x_TD: Tensor, modules: Sequence[nn.Module]) -> tuple[Tensor, dict[nn.Module, Slot]]:
+    """x_TD on its way into some modules of a stack, and slots for their small weights."""
+    inside = [inner for module in modules for inner in module.modules()]
+    sums, weights, slots = [], [], {}
+    for kind, names in SMALL.items():
+        alike = [module for module in inside if type(module) is kind]
+        if alike:
+            sums.append(Sums([[getattr(module, name) for name in names] for module in alike]))
+            weights += [weight for layer in sums[-1].layers for weight in layer]
+            slots |= zip(alike, sums[-1].slots())
+    return SmallWeights.apply(sums, x_TD, *weights), slots
+
+
+class SmallWeights(torch.autograd.Function):
+    """x, as it is. Its backward is the last of what x goes into. Gradients: of x and of the small weights there."""
+
+    @staticmethod
+    def forward(ctx, sums: list[Sums], x_TD: Tensor, *weights: Tensor) -> Tensor:
+        ctx.sums = sums
+        return x_TD
+
+    @staticmethod
+    def backward(ctx, dx_TD: Tensor):
+        return None, dx_TD, *(gradient for sums in ctx.sums for gradient in sums.total())
 
 
 class FinalNorm(torch.autograd.Function):
-    """Adds delta to the stream and returns its norm. Gradients: of delta and of the weight."""
+    """Adds delta to the stream and returns its norm. Gradient: of delta."""
 
     @staticmethod
-    def forward(ctx, stream: ResidualStream, delta_TD: Tensor, weight_D: Tensor) -> Tensor:
-        x_TD, summed = stream.norm(delta_TD, weight_D)
+    def forward(ctx, stream: ResidualStream, norm: Slot, delta_TD: Tensor) -> Tensor:
+        x_TD, summed = stream.norm(delta_TD, norm)
         ctx.save_for_backward(*summed)
-        ctx.stream = stream
+        ctx.stream, ctx.norm = stream, norm
         stream.sum = None  # nobody adds to it: once it is used up here it can go
         return x_TD
 
     @staticmethod
     def backward(ctx, dx_TD: Tensor):
-        ddelta_TD, dnorm_D, _ = ctx.stream.norm_backward(dx_TD, None, Summed(*ctx.saved_tensors), again=False)
-        return None, ddelta_TD, dnorm_D
+        return None, None, ctx.stream.norm_backward(dx_TD, None, Summed(*ctx.saved_tensors), ctx.norm, again=False)[0]
 
 
 class MlpBranch(torch.autograd.Function):
-    """Adds delta to the stream and returns the SwiGLU of its norm. Gradients: of delta and of the weights."""
+    """Adds delta to the stream and returns the SwiGLU of its norm. Gradients: of delta and of the products' weights."""
 
     @staticmethod
-    def forward(
-        ctx, stream: ResidualStream, ac: str, delta_TD: Tensor, norm_D: Tensor, fc1: Tensor, fc2: Tensor
-    ) -> Tensor:
+    def forward(ctx, stream: ResidualStream, ac: str, norm: Slot, delta_TD: Tensor, fc1: Tensor, fc2: Tensor) -> Tensor:
         all_kept = ac == "none"
-        x_TD, summed = stream.norm(delta_TD, norm_D, keep_x=all_kept)
+        x_TD, summed = stream.norm(delta_TD, norm, keep_x=all_kept)
         with keeping_if(ac != "block"):
             both_T2I = _kept_product(x_TD, fc1)
         with keeping_if(all_kept):
             h_TI = swiglu_forward(both_T2I)
         kept = [both_T2I if ac != "block" else None, *((x_TD, h_TI) if all_kept else (None, None))]
         ctx.save_for_backward(*summed, fc1, fc2, *kept)
-        ctx.stream, ctx.targets = stream, _take_targets(fc1, fc2)
+        ctx.stream, ctx.norm, ctx.targets = stream, norm, _take_targets(fc1, fc2)
         return h_TI @ fc2.T
 
     @staticmethod
@@ -448,30 +491,31 @@ class MlpBranch(torch.autograd.Function):
         *summed, fc1, fc2, both_T2I, x_TD, h_TI = ctx.saved_tensors
         summed = Summed(*summed)
         if both_T2I is None:
-            both_T2I = summed.norm() @ fc1.T
+            both_T2I = summed.norm(ctx.norm) @ fc1.T
         into1, into2 = ctx.targets
         dboth_T2I, h_again = swiglu_backward(dout_TD @ fc2, both_T2I, again=h_TI is None)
         dfc2 = _product(dout_TD.T, h_again if h_TI is None else h_TI, into2)
         del both_T2I, h_TI, h_again
-        *gradients, x_again_TD = ctx.stream.norm_backward(dboth_T2I @ fc1, dout_TD, summed, again=x_TD is None)
-        return None, None, *gradients, _product(dboth_T2I.T, x_again_TD if x_TD is None else x_TD, into1), dfc2
+        ddelta_TD, x_again_TD = ctx.stream.norm_backward(dboth_T2I @ fc1, dout_TD, summed, ctx.norm, x_TD is None)
+        dfc1 = _product(dboth_T2I.T, x_again_TD if x_TD is None else x_TD, into1)
+        return None, None, None, ddelta_TD, dfc1, dfc2
 
 
 class AttentionBranch(torch.autograd.Function):
-    """Adds delta to the stream and returns the attention of its norm. Gradients: of delta and of the weights.
+    """Adds delta to the stream and returns the attention of its norm. Gradients: of delta and the products' weights.
 
     how: (activation checkpointing, heads, window, `tile_order`).
     """
 
     @staticmethod
     def forward(
-        ctx, stream: ResidualStream, packing: Packing, how, delta_TD, norm_D, Wqkv: Tensor, out_proj: Tensor
+        ctx, stream: ResidualStream, packing: Packing, how, norm: Slot, delta_TD, Wqkv: Tensor, out_proj: Tensor
     ) -> Tensor:
         ac, ctx.n_heads, ctx.window, ctx.order = how
-        x_TD, summed = stream.norm(delta_TD, norm_D, keep_x=ac == "none")
+        x_TD, summed = stream.norm(delta_TD, norm, keep_x=ac == "none")
         with keeping_if(ac != "block"):
             qkv_T3HP, attended = AttentionBranch.attend(ctx, packing, x_TD, Wqkv)
-        ctx.stream, ctx.packing, ctx.targets = stream, packing, _take_targets(Wqkv, out_proj)
+        ctx.stream, ctx.packing, ctx.norm, ctx.targets = stream, packing, norm, _take_targets(Wqkv, out_proj)
         ctx.attended = attended if ac != "block" else None
         kept = qkv_T3HP if ac != "block" else None, x_TD if ac == "none" else None
         ctx.save_for_backward(*summed, Wqkv, out_proj, *kept)
@@ -491,47 +535,46 @@ class AttentionBranch(torch.autograd.Function):
         attended = ctx.attended
         ctx.attended = None  # what is used up can go
         if attended is None:
-            qkv_T3HP, attended = AttentionBranch.attend(ctx, ctx.packing, summed.norm(), Wqkv)
+            qkv_T3HP, attended = AttentionBranch.attend(ctx, ctx.packing, summed.norm(ctx.norm), Wqkv)
         o_THP = attended.o_THP
         do_THP = (dout_TD @ out_proj).view_as(o_THP)
         dqkv_T3HP = packed_attention_backward(do_THP, qkv_T3HP, attended, ctx.window, ctx.order)
         dqkv_TD, o_TD = rotate_(dqkv_T3HP, *tables, position_T, back=True).flatten(1), o_THP.flatten(1)
         del attended
-        *gradients, x_again_TD = ctx.stream.norm_backward(dqkv_TD @ Wqkv, dout_TD, summed, again=x_TD is None)
+        ddelta_TD, x_again_TD = ctx.stream.norm_backward(dqkv_TD @ Wqkv, dout_TD, summed, ctx.norm, x_TD is None)
         into_qkv, into_out = ctx.targets
         dWqkv = _product(dqkv_TD.T, x_again_TD if x_TD is None else x_TD, into_qkv)
-        products = dWqkv, _product(dout_TD.T, o_TD, into_out)
-        return None, None, None, *gradients, *products
+        return None, None, None, None, ddelta_TD, dWqkv, _product(dout_TD.T, o_TD, into_out)
 
 
 class MambaBranch(torch.autograd.Function):
-    """Adds delta to the stream and returns the Mamba-2 of its norm. Gradients: of delta and of the weights."""
+    """Adds delta to the stream and returns the Mamba-2 of its norm. Gradients: of delta and of the products' weights.
+
+    small: slots of the norm, the convolution, the heads and the gated norm.
+    """
 
     @staticmethod
     def forward(
-        ctx, stream: ResidualStream, packing: Packing, ac: str, delta_TD, norm_D, in_proj, conv_D1K, conv_bias_D,
-        dt_bias_H, A_log_H, D_H, gate_D, out_proj,
-    ) -> Tensor:  # fmt: skip
-        x_TD, summed = stream.norm(delta_TD, norm_D, keep_x=ac == "none")
-        weights = in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_log_H, D_H, gate_D, out_proj
+        ctx, stream: ResidualStream, packing: Packing, ac: str, small: Sequence[Slot], delta_TD, in_proj, out_proj
+    ) -> Tensor:
+        norm, *of_mixer = small
+        x_TD, summed = stream.norm(delta_TD, norm, keep_x=ac == "none")
         with keeping_if(ac == "none"):
-            gated_TD, *kept = MambaBranch.mix(packing, x_TD, ac == "none", *weights[:-1])
-        ctx.stream, ctx.packing, ctx.targets = stream, packing, _take_targets(in_proj, out_proj)
-        ctx.save_for_backward(*summed, *weights, *((x_TD, *kept) if ac == "none" else (None,)))
+            gated_TD, *kept = MambaBranch.mix(packing, x_TD, ac == "none", in_proj, *of_mixer)
+        ctx.stream, ctx.packing, ctx.small, ctx.targets = stream, packing, small, _take_targets(in_proj, out_proj)
+        ctx.save_for_backward(*summed, in_proj, out_proj, *((x_TD, *kept) if ac == "none" else (None,)))
         return gated_TD @ out_proj.T
 
     @staticmethod
-    def mix(
-        packing, x_TD, with_states, in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_log_H, D_H, gate_D
-    ) -> tuple[Tensor, ...]:
+    def mix(packing, x_TD, with_states, in_proj, conv: Slot, heads: Slot, gate: Slot) -> tuple[Tensor, ...]:
         """The input of out_proj, and what the backward needs. with_states: the scan's, for its backward."""
+        (conv_D1K, conv_bias_D), (A_log_H, dt_bias_H, D_H), (gate_D,) = conv.weights, heads.weights, gate.weights
         projected = _kept_product(x_TD, in_proj)
         z, before, raw_TH = projected.split([len(gate_D), len(conv_bias_D), len(D_H)], dim=-1)
         after = causal_conv_silu_forward(before, conv_D1K, conv_bias_D, packing.position_T)
         u_THP, B_TN, C_TN = _parts(after, len(D_H))
-        dt_bias_H, A_log_H, D_H = map(wide, (dt_bias_H, A_log_H, D_H))
         y_THP, states = mamba2_scan_forward(
-            u_THP, raw_TH, dt_bias_H, A_log_H, B_TN, C_TN, D_H, packing.cu_seqlens, with_states
+            u_THP, raw_TH, wide(dt_bias_H), wide(A_log_H), B_TN, C_TN, wide(D_H), packing.cu_seqlens, with_states
         )
         y_TD = y_THP.flatten(1)
         gated_TD, gate_scale_T = gated_norm_forward(y_TD, z, gate_D, NORM_EPS)
@@ -539,29 +582,28 @@ class MambaBranch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout_TD: Tensor):
-        saved = ctx.saved_tensors
-        summed, weights, x_TD, kept = Summed(*saved[:4]), saved[4:12], saved[12], saved[13:]
-        in_proj, conv_D1K, conv_bias_D, dt_bias_H, A_log_H, D_H, gate_D, out_proj = weights
+        sum_TD, rest_TD, scale_T, in_proj, out_proj, x_TD, *kept = ctx.saved_tensors
+        summed, (norm, conv, heads, gate) = Summed(sum_TD, rest_TD, scale_T), ctx.small
+        (conv_D1K, conv_bias_D), (A_log_H, dt_bias_H, D_H), (gate_D,) = conv.weights, heads.weights, gate.weights
         if not kept:
-            kept = MambaBranch.mix(ctx.packing, summed.norm(), True, *weights[:-1])[1:]
+            kept = MambaBranch.mix(ctx.packing, summed.norm(norm), True, in_proj, conv, heads, gate)[1:]
         projected, gate_scale_T, after, y_TD, *states = kept
         dprojected, dafter = torch.empty_like(projected), torch.empty_like(after)
         into_in, into_out = ctx.targets
         widths = [len(gate_D), len(conv_bias_D), len(D_H)]
         (z, before, raw_TH), (dz, dbefore, draw_TH) = (x.split(widths, dim=-1) for x in (projected, dprojected))
-        dy_TD, dgate_D, gated_TD = gated_norm_backward(dout_TD @ out_proj, y_TD, z, gate_scale_T, gate_D, dz)
+        dy_TD, gated_TD = gated_norm_backward(dout_TD @ out_proj, y_TD, z, gate_scale_T, gate_D, dz, gate)
         dout_proj = _product(dout_TD.T, gated_TD, into_out)
-        del saved, kept, y_TD, gated_TD  # what is used up can go before the scan needs most
+        del kept, y_TD, gated_TD  # what is used up can go before the scan needs most
         u_THP, *BC = _parts(after, len(D_H))
-        of_heads = mamba2_scan_backward(
+        mamba2_scan_backward(
             dy_TD.view_as(u_THP), u_THP, raw_TH, wide(dt_bias_H), wide(A_log_H), *BC, wide(D_H),
-            ctx.packing.cu_seqlens, (*_parts(dafter, len(D_H)), draw_TH), states,
+            ctx.packing.cu_seqlens, (*_parts(dafter, len(D_H)), draw_TH), heads, states,
         )  # fmt: skip
-        dconv = causal_conv_silu_backward_to(dbefore, dafter, before, conv_D1K, conv_bias_D, ctx.packing.position_T)
-        *gradients, x_again_TD = ctx.stream.norm_backward(dprojected @ in_proj, dout_TD, summed, again=x_TD is None)
+        causal_conv_silu_backward_to(dbefore, dafter, before, conv_D1K, conv_bias_D, ctx.packing.position_T, conv)
+        ddelta_TD, x_again_TD = ctx.stream.norm_backward(dprojected @ in_proj, dout_TD, summed, norm, x_TD is None)
         din_proj = _product(dprojected.T, x_again_TD if x_TD is None else x_TD, into_in)
-        of_heads = (x.to(D_H.dtype) for x in of_heads)
-        return None, None, None, *gradients, din_proj, *dconv, *of_heads, dgate_D, dout_proj
+        return None, None, None, None, ddelta_TD, din_proj, dout_proj
 
 
 def _parts(after: Tensor, n_heads: int) -> tuple[Tensor, Tensor, Tensor]:

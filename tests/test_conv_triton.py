@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from hnet_kernels import causal_conv_silu, dispatch  # noqa: E402
+from hnet_kernels.sums import Sums  # noqa: E402
 
 definition = importlib.import_module("hnet_kernels.conv")
 
@@ -64,7 +65,11 @@ def distances(case: Case, dtype: torch.dtype, device: str) -> dict[str, float]:
     torch.Tensor.new_empty = poisoned
     try:
         y = conv_triton.conv_silu_forward(x, weight, bias, position)
-        ours = (y, *conv_triton.conv_silu_backward(dy, x, weight, bias, position))
+        sums = Sums([[weight, bias]] * 2)  # two layers of the same weights
+        first, _ = (conv_triton.conv_silu_backward(dy, x, weight, bias, position, slot) for slot in sums.slots())
+        dweight, dbias, *second = sums.total()
+        assert torch.equal(dweight, second[0]) and torch.equal(dbias, second[1])
+        ours = y, first, dweight, dbias
     finally:
         torch.Tensor.new_empty = new_empty
     leaves = [t.double().requires_grad_() for t in (x, weight, bias)]

@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 from hnet_kernels import boundaries, cross_entropy, norm, pointwise, router, ssd  # noqa: E402
 from hnet_kernels.conv import causal_conv_silu_backward_to  # noqa: E402
 from hnet_kernels.ssd import mamba2_scan_backward, mamba2_scan_forward, scan_backward  # noqa: E402
+from hnet_kernels.sums import Sums  # noqa: E402
 from hnet_trainable import StageOutput, chunk_offsets, ratio_loss  # noqa: E402
 
 attention = importlib.import_module("hnet_kernels.attention")
@@ -63,9 +64,12 @@ def add_norm_case(new: Inputs, T: int, D: int, first: bool) -> dict[str, tuple[T
     delta, weight, dx = new(T, D), new(D), new(T, D)
     residual, dsum = (norm.part(new(T, D, wide=True) * (not first), dx.dtype) for _ in "rd")
     sum_, x, scale = norm.add_norm_forward(None if first else residual, delta, weight, EPS)
+    sums = Sums([[weight], [weight]])
+    slot, other = sums.slots()
     arguments = dx, None if first else dsum, sum_, scale, weight
-    dboth, dweight, again = norm.add_norm_backward(*arguments)
-    same, same_dweight, none = norm.add_norm_backward(*arguments, again=False)
+    dboth, again = norm.add_norm_backward(*arguments, slot)
+    same, none = norm.add_norm_backward(*arguments, other, again=False)
+    dweight, same_dweight = sums.total()
     assert none is None and torch.equal(same.x, dboth.x) and torch.equal(same_dweight, dweight)
     assert same.rest is dboth.rest is None or torch.equal(same.rest, dboth.rest)
     assert torch.equal(again, x) and torch.equal(norm.norm_again(sum_, scale, weight), x)
@@ -86,8 +90,9 @@ def gated_norm_case(new: Inputs, T: int, D: int):
     rows, y, weight, dx = new(T, 2 * D + 16), new(T, D), new(D), new(T, D)
     z = rows[:, 8 : 8 + D]
     x, scale = norm.gated_norm_forward(y, z, weight, EPS)
-    dz = nan_like(z, longer=8)
-    dy, dweight, again = norm.gated_norm_backward(dx, y, z, scale, weight, dz)
+    dz, sums = nan_like(z, longer=8), Sums([[weight]])
+    dy, again = norm.gated_norm_backward(dx, y, z, scale, weight, dz, *sums.slots())
+    (dweight,) = sums.total()
     assert torch.equal(again, x)
     leaves = [exact(t).requires_grad_() for t in (y, z, weight)]
     u = leaves[0] * torch.nn.functional.silu(leaves[1])
@@ -266,10 +271,14 @@ def scan_case(new: Inputs, lengths: list[int], H: int, N: int, K: int = 4, sprea
     dx, dB, dC = out.split(split, -1)
     y, kept = mamba2_scan_forward(x, raw, bias_H, A_log, B, C, D, cu, keep=True)
     out = dx.unflatten(-1, (H, P)), dB, dC, draw
-    dbias_H, dA_log, dD = mamba2_scan_backward(dy, x, raw, bias_H, A_log, B, C, D, cu, out, kept)
+    sums = Sums([[A_log, bias_H, D]])
+    mamba2_scan_backward(dy, x, raw, bias_H, A_log, B, C, D, cu, out, *sums.slots(), kept)
+    dA_log, dbias_H, dD = sums.total()
     gain = kept[0][2][:, :T].T if kept else torch.nn.functional.softplus(exact(raw) + exact(bias_H))
     weight, bias, dafter = new(rows.shape[1], 1, K), new(rows.shape[1]), new(T, rows.shape[1])
-    dweight, dbias = causal_conv_silu_backward_to(dconv, dafter, rows, weight, bias, position)
+    sums = Sums([[weight, bias]])
+    causal_conv_silu_backward_to(dconv, dafter, rows, weight, bias, position, *sums.slots())
+    dweight, dbias = sums.total()
     found = {"y": y, "dx": dx, "draw": draw, "dbias_H": dbias_H, "dA_log": dA_log}
     found |= {"dB": dB, "dC": dC, "dD": dD}
     found |= {"dbefore": dconv, "dweight": dweight, "dbias": dbias}
@@ -284,8 +293,9 @@ def scan_case(new: Inputs, lengths: list[int], H: int, N: int, K: int = 4, sprea
     found["dt"], wanted["dt"] = 1 + 10 * errors, torch.ones_like(errors)
     wanted["dx"] = wanted["dx"].flatten(1)
     convolved = [exact(t) for t in (dafter, rows, weight, bias)]
-    before = torch.empty_like(convolved[1])
-    dweight, dbias = causal_conv_silu_backward_to(before, *convolved, position)
+    before, sums = torch.empty_like(convolved[1]), Sums([convolved[2:]])
+    causal_conv_silu_backward_to(before, *convolved, position, *sums.slots())
+    dweight, dbias = sums.total()
     wanted |= {"dbefore": before, "dweight": dweight, "dbias": dbias}
     # dA is a sum of terms that cancel: its errors are relative to them, as test_ssd_triton.py explains
     x_, dt_, A_, B_, C_ = (t.detach() for t in (x_, dt_, A_, B_, C_))
@@ -301,6 +311,15 @@ def add_rows_case(new: Inputs, T: int, D: int, spare: int):
     rows[T // 2 :] = 0
     wanted = exact(x).clone().index_add_(0, place, exact(rows))
     return {"x": router.add_rows_(x, place, rows)}, {"x": wanted}
+
+
+def sum_rows_case(new: Inputs, L: int, N: int, D: int, turned: tuple[int, int] = (1, 1)):
+    from hnet_kernels.norm_triton import sum_rows
+
+    parts, (K, W) = new(L, N, D, wide=True), turned
+    sums = exact(parts).sum(1)
+    wanted = torch.cat([sums[:, : K * W].view(L, K, W).mT.flatten(1), sums[:, K * W :]], 1)
+    return {"sums": sum_rows(parts, new.dtype, turned)}, {"sums": wanted}
 
 
 CASES = {
@@ -338,9 +357,14 @@ CASES = {
     "numbers added": lambda new: add_rows_case(new, 50, D=1, spare=0),
     "upsample": lambda new: upsample_case(new, 90, 30, D=48, spare=0),
     "upsample, filled up": lambda new: upsample_case(new, 33, 9, D=64, spare=5),
+    "sums of rows": lambda new: sum_rows_case(new, L=3, N=130, D=77),
+    "sums of rows, turned": lambda new: sum_rows_case(new, L=4, N=9, D=5 * 24, turned=(4, 24)),
+    "sums of one row": lambda new: sum_rows_case(new, L=2, N=1, D=16),
+    "sums of no rows": lambda new: sum_rows_case(new, L=2, N=0, D=16),
     "scan": lambda new: scan_case(new, AWKWARD, H=2, N=16),
     "scan, gains from 1e-9 to 20": lambda new: scan_case(new, [40, 30], H=3, N=16, spread=8, A_log=-12),
 }
+WITHOUT_DEFINITION = {"tile order", *(name for name in CASES if name.startswith("sums of"))}
 LARGE = {
     "add_norm, large": lambda new: add_norm_case(new, 5000, 1536, first=False),
     "gated_norm, large": lambda new: gated_norm_case(new, 5000, 3072),
@@ -360,6 +384,8 @@ LARGE = {
     "rows taken and padded, large": lambda new: take_rows_case(new, 5000, D=1024, E=512),
     "upsample, large": lambda new: upsample_case(new, 4000, 700, D=768, spare=68),
     "upsample, more chunks than a grid's second axis": lambda new: upsample_case(new, 70_000, 66_000, D=64, spare=0),
+    "sums of rows, large": lambda new: sum_rows_case(new, L=55, N=396, D=2048),
+    "sums of rows, turned, large": lambda new: sum_rows_case(new, L=4, N=512, D=5 * 2304, turned=(4, 2304)),
     "scan, large": lambda new: scan_case(new, [*AWKWARD, 3000], H=16, N=128),
 }
 
@@ -415,7 +441,7 @@ def test_interpreted_kernels_match_the_definition():
         check(interpreted[name], TOLERANCE[torch.float32], name)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "tile order"])  # which has no definition
+@pytest.mark.parametrize("name", [name for name in CASES if name not in WITHOUT_DEFINITION])
 def test_definitions_match_autograd(name):
     """In float32 on the CPU, where the definitions run."""
     check(distances(name, torch.float32, "cpu"), TOLERANCE[torch.float32])

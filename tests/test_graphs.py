@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hnet_kernels.sums import Sums
 from hnet_runtime import graphs
 from hnet_runtime.distributed import World
 from hnet_runtime.flat_adamw import FlatAdamW
@@ -423,6 +424,35 @@ def test_a_backward_in_pieces_gives_the_same_bits(monkeypatch):
             assert torch.equal(2 * p.grad, q.grad)
 
 
+@pytest.mark.parametrize("ac", CHECKPOINTING)
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "in pieces"])
+def test_gradients_of_small_weights_are_added_up_once_a_kind_and_piece(cut, ac, monkeypatch):
+    """And are those of the model, as all others."""
+    if cut:
+        monkeypatch.setattr(graphs, "PIECE", 1)
+        monkeypatch.setattr(FlatAdamW, "add_up", lambda self, span: None)
+    model, size = build(TWO_STAGES, torch.float64), 1 + cut
+    graphed = GraphedModel(model, torch.float64, ALPHA, world=World(0, size, torch.device(DEVICE), None), ac=ac)
+    added, total = [], Sums.total
+
+    def counted(sums):
+        added.append((sums, len(sums.layers)))
+        return total(sums)
+
+    monkeypatch.setattr(Sums, "total", counted)
+    pair = batch(BATCHES[0], 0)
+    graphed.forward_backward([pair])
+    # leave 0, leave 1, inner 2, enter 1, enter 0: norms, with those at the ends of stacks; then what Mamba-2 has
+    mamba = [1, 1, 1]
+    whole = [2], [4, *mamba], [4, *mamba], [4, *mamba], [2, *mamba]
+    pieces = [2], [3], [1, *mamba], [3, *mamba], [1], [2, *mamba], [2], [2, *mamba]
+    assert [layers for _, layers in added] == sum(pieces if cut else whole, [])
+    assert all(sums.parts_LNW is None for sums, _ in added), "their memory is free again"
+    _, wanted = eager(model, *pair)
+    wrong = {name: d for name, p in model.named_parameters() if not (d := distance(p.grad * size, wanted[name])) < 1e-9}
+    assert not wrong
+
+
 def test_weights_that_changed_are_used():
     model = build(ONE_STAGE, torch.float32)
     graphed = GraphedModel(model, torch.bfloat16, ALPHA)
@@ -536,15 +566,15 @@ def test_a_deep_stacks_residual_stream_and_gradient_are_better_than_bfloat16(los
     exact.double().load_state_dict(graphed.model.state_dict())
     _, wanted = eager(exact, *pair)
 
-    def backward(self, dx_TD, dout_TD, summed, again, its=ResidualStream.norm_backward):
+    def backward(self, *args, its=ResidualStream.norm_backward, **options):
         if lost == "gradient" and self.drest_TD is not None:
             self.drest_TD = torch.zeros_like(self.drest_TD)
-        return its(self, dx_TD, dout_TD, summed, again)
+        return its(self, *args, **options)
 
-    def forward(self, delta_TD, norm_D, keep_x=False, its=ResidualStream.norm):
+    def forward(self, *args, its=ResidualStream.norm, **options):
         if lost == "sum" and self.sum is not None:
             self.sum = self.sum._replace(rest=torch.zeros_like(self.sum.rest))
-        return its(self, delta_TD, norm_D, keep_x)
+        return its(self, *args, **options)
 
     monkeypatch.setattr(ResidualStream, "norm_backward", backward)
     monkeypatch.setattr(ResidualStream, "norm", forward)
