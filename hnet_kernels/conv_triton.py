@@ -9,10 +9,19 @@ u = bias + the convolution and du = dy silu'(u),
     dx_t = sum_k weight[K - 1 - k] du_{t + k}    over the tokens of t's document
 
 so backward walks three tokens further, and hands each dx on when its last term has come. Sums for the weights and the
-bias stay in registers and are added up over the runs at the end: no atomics, the same bits every time. Rows are loaded
-AHEAD tokens before they are used: with few warps on a multiprocessor that keeps enough bytes under way. Loops are
-unrolled by as many tokens, so that what each hands on to the next need not be moved from register to register, and so
-many tokens at a time are either all so far from the start of their document that no tap need be cut off, or not.
+bias stay in registers and are added up over the runs at the end: no atomics, the same bits every time.
+
+Tokens come in groups of AHEAD. All rows of the next group are loaded before this one is computed: a load that came
+between this group's stores would wait for them, since the compiler cannot know that they write elsewhere. A group is
+either so far from the start of its document that no tap need be cut off, or takes the slower steps (CUT).
+
+Few instructions: D and the strides are constants, so that a group's rows are at constant distances; two bfloat16 are
+loaded as one int32 (PAIRS) and taken apart by a shift and a mask; weights and bias are scaled by C = -log2(e), so that
+with v = C u and s = sigmoid(u) / C
+
+    silu(u) = v s,    silu'(u) = C s (1 + v (1 / C - s)),    s = 1 / (C + C 2^v)
+
+and the weights' C cancels that of du / C in dx.
 """
 
 import functools
@@ -25,48 +34,92 @@ from torch import Tensor
 from hnet_kernels.kept import kept_empty
 from hnet_kernels.norm_triton import sum_rows
 from hnet_kernels.sums import Slot
-from hnet_kernels.triton_math import sigmoid
 
-FORWARD, BACKWARD = (32, 128, 1), (64, 128, 1)  # a program's tokens, a multiple of AHEAD, and channels; warps
-AHEAD = tl.constexpr(4)
+FORWARD, BACKWARD = (64, 128, 1), (64, 128, 1)  # a program's tokens, a multiple of a turn's, and channels; warps
+AHEAD = tl.constexpr(4)  # tokens of a group, at least 3
+UNROLL = tl.constexpr(2)  # groups of a loop's turn: what one hands on to the next need not be moved between registers
+C, C_INVERSE = tl.constexpr(-1.4426950408889634), tl.constexpr(-0.6931471805599453)
+_COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _scaled_sigmoid(v):
+    """sigmoid(v / C) / C; zero where the sigmoid is below float32's normal range."""
+    e = tl.exp2(v) * C + C
+    if _COMPILED:
+        s = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [e], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        s = 1 / e
+    return s
 
 
 @triton.jit
 def _tap(weight_ptr, k: tl.constexpr, d, in_D, K: tl.constexpr):
-    """The weights of what is k tokens before; zero where there are fewer taps."""
-    return tl.load(weight_ptr + d * K + (K - 1 - k), mask=in_D & (k < K), other=0.0).to(tl.float32)
+    """C times the weights of what is k tokens before; zero where there are fewer taps."""
+    return tl.load(weight_ptr + d * K + (K - 1 - k), mask=in_D & (k < K), other=0.0).to(tl.float32) * C
 
 
 @triton.jit
-def _row(x_ptr, t, d, in_D, T, stride):
-    return tl.load(x_ptr + t * stride + d, mask=in_D & (t < T), other=0.0)
+def _bias_and_taps(weight_ptr, bias_ptr, d, in_D, K: tl.constexpr):
+    return (
+        tl.load(bias_ptr + d, mask=in_D, other=0.0).to(tl.float32) * C,
+        _tap(weight_ptr, 0, d, in_D, K),
+        _tap(weight_ptr, 1, d, in_D, K),
+        _tap(weight_ptr, 2, d, in_D, K),
+        _tap(weight_ptr, 3, d, in_D, K),
+    )
 
 
 @triton.jit
-def _rows_before(x_ptr, t, d, in_D, stride):
+def _words(x_ptr, PAIRS: tl.constexpr):
+    """Where rows are loaded from: a row has half as many words as channels (PAIRS), or as many."""
+    return x_ptr.to(tl.pointer_type(tl.int32)) if PAIRS else x_ptr
+
+
+@triton.jit
+def _wide(row, PAIRS: tl.constexpr):
+    """A row's channels in float32. PAIRS: of bfloat16, two in a word."""
+    if PAIRS:
+        x = tl.interleave((row << 16).to(tl.float32, bitcast=True), (row & -65536).to(tl.float32, bitcast=True))
+    else:
+        x = row.to(tl.float32)
+    return x
+
+
+@triton.jit
+def _rows(x_at, inside, there, STRIDE: tl.constexpr, EVEN: tl.constexpr):
+    """AHEAD rows, if they are there. EVEN: all of their channels are inside."""
+    rows = ()
+    for j in tl.static_range(AHEAD):
+        rows = rows + (tl.load(x_at + j * STRIDE, mask=there if EVEN else inside & there, other=0),)
+    return rows
+
+
+@triton.jit
+def _rows_left(x_at, inside, left, STRIDE: tl.constexpr):
+    """AHEAD rows; zeros behind the `left` ones that there are."""
+    rows = ()
+    for j in tl.static_range(AHEAD):
+        rows = rows + (tl.load(x_at + j * STRIDE, mask=inside & (j < left), other=0),)
+    return rows
+
+
+@triton.jit
+def _rows_before(x_at, inside, t, STRIDE: tl.constexpr, PAIRS: tl.constexpr):
     """The three rows before t, the last first; zeros before the first token."""
     return (
-        tl.load(x_ptr + (t - 1) * stride + d, mask=in_D & (t >= 1), other=0.0).to(tl.float32),
-        tl.load(x_ptr + (t - 2) * stride + d, mask=in_D & (t >= 2), other=0.0).to(tl.float32),
-        tl.load(x_ptr + (t - 3) * stride + d, mask=in_D & (t >= 3), other=0.0).to(tl.float32),
+        _wide(tl.load(x_at - STRIDE, mask=inside & (t >= 1), other=0), PAIRS),
+        _wide(tl.load(x_at - 2 * STRIDE, mask=inside & (t >= 2), other=0), PAIRS),
+        _wide(tl.load(x_at - 3 * STRIDE, mask=inside & (t >= 3), other=0), PAIRS),
     )
 
 
 @triton.jit
-def _first_rows(x_ptr, t, d, in_D, T, stride):
-    return (
-        _row(x_ptr, t, d, in_D, T, stride),
-        _row(x_ptr, t + 1, d, in_D, T, stride),
-        _row(x_ptr, t + 2, d, in_D, T, stride),
-        _row(x_ptr, t + 3, d, in_D, T, stride),
-    )
-
-
-@triton.jit
-def _within(position_ptr, t, T):
-    """Whether all taps of AHEAD tokens from t on lie in the same document, and the tokens in the batch."""
-    last = t + AHEAD - 1
-    return tl.load(position_ptr + last, mask=last < T, other=0) >= AHEAD + 2
+def _within(position_at, left, GROUP: tl.constexpr):
+    """Whether all taps of a group's tokens lie in the same document, and the tokens among those left. GROUP: 0 for
+    the group at `position_at`, 1 for the next."""
+    last: tl.constexpr = (GROUP + 1) * AHEAD - 1
+    return tl.load(position_at + last, mask=last < left, other=0) >= AHEAD + 2
 
 
 @triton.jit
@@ -76,22 +129,31 @@ def _cut(x, position, k: tl.constexpr, CUT: tl.constexpr):
 
 
 @triton.jit
+def _put(at, x, inside, MASK: tl.constexpr):
+    if MASK:
+        tl.store(at, x.to(at.dtype.element_ty), mask=inside)
+    else:
+        tl.store(at, x.to(at.dtype.element_ty))
+
+
+@triton.jit
 def _forward_steps(
-    x_ptr, position_ptr, y_ptr, t, d, in_D, T, D, x_stride, bias, w0, w1, w2, w3, x1, x2, x3, row0, row1, row2, row3,
-    CUT: tl.constexpr,
+    rows, position_at, y_at, left, in_D, taps, last,
+    D: tl.constexpr, PAIRS: tl.constexpr, EVEN: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
-    """AHEAD tokens from t on; returns the last three rows of x, and those that are loaded ahead."""
+    """A group of AHEAD tokens; returns the last three rows of x."""
+    bias, w0, w1, w2, w3 = taps
+    x1, x2, x3 = last
     for j in tl.static_range(AHEAD):
-        x = row0.to(tl.float32)
-        row0, row1, row2, row3 = row1, row2, row3, _row(x_ptr, t + j + AHEAD, d, in_D, T, x_stride)
-        position = tl.load(position_ptr + t + j, mask=t + j < T, other=0) if CUT else 0
-        u = bias + w0 * x + w1 * _cut(x1, position, 1, CUT)
-        u += w2 * _cut(x2, position, 2, CUT)
-        u += w3 * _cut(x3, position, 3, CUT)
-        inside = in_D & (t + j < T) if CUT else in_D
-        tl.store(y_ptr + (t + j) * D + d, (u * sigmoid(u)).to(y_ptr.dtype.element_ty), mask=inside)
+        x = _wide(rows[j], PAIRS)
+        position = tl.load(position_at + j, mask=j < left, other=0) if CUT else 0
+        v = bias + w0 * x + w1 * _cut(x1, position, 1, CUT)
+        v += w2 * _cut(x2, position, 2, CUT)
+        v += w3 * _cut(x3, position, 3, CUT)
+        inside = in_D & (j < left) if CUT else in_D
+        _put(y_at + j * D, v * _scaled_sigmoid(v), inside, CUT or not EVEN)
         x1, x2, x3 = x, x1, x2
-    return x1, x2, x3, row0, row1, row2, row3
+    return x1, x2, x3
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -102,71 +164,70 @@ def _forward(
     position_ptr,
     y_ptr,
     T,
-    D,
-    x_stride,
+    D: tl.constexpr,
+    X_STRIDE: tl.constexpr,
     K: tl.constexpr,
     RUN: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
+    EVEN: tl.constexpr = D % BLOCK_D == 0
+    WORD: tl.constexpr = 2 if PAIRS else 1
+    STRIDE: tl.constexpr = X_STRIDE // WORD
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_D = d < D
+    word = tl.program_id(0) * (BLOCK_D // WORD) + tl.arange(0, BLOCK_D // WORD)
+    in_D, inside = d < D, word < D // WORD
     first = tl.program_id(1).to(tl.int64) * RUN
-    bias = tl.load(bias_ptr + d, mask=in_D, other=0.0).to(tl.float32)
-    w0, w1, w2, w3 = (
-        _tap(weight_ptr, 0, d, in_D, K),
-        _tap(weight_ptr, 1, d, in_D, K),
-        _tap(weight_ptr, 2, d, in_D, K),
-        _tap(weight_ptr, 3, d, in_D, K),
-    )
-    x1, x2, x3 = _rows_before(x_ptr, first, d, in_D, x_stride)
-    row0, row1, row2, row3 = _first_rows(x_ptr, first, d, in_D, T, x_stride)
-    within = _within(position_ptr, first, T)
-    for i in range(0, RUN, AHEAD):
-        t = first + i
-        next_within = _within(position_ptr, t + AHEAD, T)  # what is loaded where it is used holds everything up
-        if within:
-            x1, x2, x3, row0, row1, row2, row3 = _forward_steps(
-                x_ptr, position_ptr, y_ptr, t, d, in_D, T, D, x_stride, bias, w0, w1, w2, w3,
-                x1, x2, x3, row0, row1, row2, row3, False,
-            )  # fmt: skip
-        else:
-            x1, x2, x3, row0, row1, row2, row3 = _forward_steps(
-                x_ptr, position_ptr, y_ptr, t, d, in_D, T, D, x_stride, bias, w0, w1, w2, w3,
-                x1, x2, x3, row0, row1, row2, row3, True,
-            )  # fmt: skip
-        within = next_within
-
-
-@triton.jit
-def _du(dy, bias, w0, w1, w2, w3, x, x1, x2, x3):
-    u = bias + w0 * x + w1 * x1
-    u += w2 * x2
-    u += w3 * x3
-    s = sigmoid(u)
-    return dy * (s * (1 + u * (1 - s)))
+    left = tl.minimum(T - first, RUN).to(tl.int32)
+    position_at = position_ptr + first
+    x_at = _words(x_ptr, PAIRS) + first * STRIDE + word
+    y_at = y_ptr + first * D + d
+    rows = _rows_left(x_at, inside, left, STRIDE)
+    last = _rows_before(x_at, inside, first, STRIDE, PAIRS)
+    within = _within(position_at, left, 0)
+    taps = _bias_and_taps(weight_ptr, bias_ptr, d, in_D, K)
+    for _ in range(0, RUN, UNROLL * AHEAD):
+        for _ in tl.static_range(UNROLL):
+            # Where the next group is not whole, it loads its own rows. What is loaded where it is used holds all up.
+            next_rows = _rows(x_at + AHEAD * STRIDE, inside, left >= 2 * AHEAD, STRIDE, EVEN)
+            next_within = _within(position_at, left, 1)
+            if within:
+                last = _forward_steps(rows, position_at, y_at, left, in_D, taps, last, D, PAIRS, EVEN, False)
+            else:
+                rows = _rows_left(x_at, inside, left, STRIDE)
+                last = _forward_steps(rows, position_at, y_at, left, in_D, taps, last, D, PAIRS, EVEN, True)
+            rows, within = next_rows, next_within
+            x_at += AHEAD * STRIDE
+            y_at += AHEAD * D
+            position_at += AHEAD
+            left -= AHEAD
 
 
 @triton.jit
 def _backward_steps(
-    dy_ptr, x_ptr, position_ptr, dx_ptr, i, first, d, in_D, T, x_stride, dy_stride, dx_stride,
-    bias, w0, w1, w2, w3, x1, x2, x3, row0, row1, row2, row3, dy0, dy1, dy2, dy3, dx1, dx2, dx3,
-    sum_bias, sum0, sum1, sum2, sum3, CUT: tl.constexpr, OURS: tl.constexpr,
+    rows, dy_rows, position_at, dx_at, left, inner, in_D, taps, last, dxs, sums,
+    DX_STRIDE: tl.constexpr, PAIRS: tl.constexpr, EVEN: tl.constexpr, CUT: tl.constexpr, OURS: tl.constexpr,
 ):  # fmt: skip
-    """AHEAD tokens from the run's i-th on. OURS: they are the run's, else the next run counts them in its sums."""
-    t = first + i
-    for j in tl.static_range(AHEAD):
-        x, dy = row0.to(tl.float32), dy0.to(tl.float32)
-        row0, row1, row2, row3 = row1, row2, row3, _row(x_ptr, t + j + AHEAD, d, in_D, T, x_stride)
-        dy0, dy1, dy2, dy3 = dy1, dy2, dy3, _row(dy_ptr, t + j + AHEAD, d, in_D, T, dy_stride)
-        position = tl.load(position_ptr + t + j, mask=t + j < T, other=0) if CUT else 0
+    """A group of AHEAD tokens. inner: it is not the run's first. OURS: they are the run's, else three tokens behind
+    it, which the next run counts in its sums."""
+    bias, w0, w1, w2, w3 = taps
+    x1, x2, x3 = last
+    dx1, dx2, dx3 = dxs
+    sum_bias, sum0, sum1, sum2, sum3 = sums
+    for j in tl.static_range(AHEAD if OURS else 3):
+        x, dy = _wide(rows[j], PAIRS), _wide(dy_rows[j], PAIRS)
+        position = tl.load(position_at + j, mask=j < left, other=0) if CUT else 0
         seen1, seen2, seen3 = _cut(x1, position, 1, CUT), _cut(x2, position, 2, CUT), _cut(x3, position, 3, CUT)
-        du = _du(dy, bias, w0, w1, w2, w3, x, seen1, seen2, seen3)
+        v = bias + w0 * x + w1 * seen1
+        v += w2 * seen2
+        v += w3 * seen3
+        s = _scaled_sigmoid(v)
+        du = dy * s * (1 - v * (s - C_INVERSE))  # / C
         dx3 += _cut(w3, position, 3, CUT) * du
-        inside = in_D & (i + j >= 3)
+        inside = in_D & inner if j < 3 else in_D
         if CUT:
-            inside &= t + j - 3 < T
-        if OURS or j < 3:
-            tl.store(dx_ptr + (t + j - 3) * dx_stride + d, dx3.to(dx_ptr.dtype.element_ty), mask=inside)
+            inside &= j - 3 < left
+        _put(dx_at + (j - 3) * DX_STRIDE, dx3, inside, CUT or not EVEN or j < 3)
         dx3 = dx2 + _cut(w2, position, 2, CUT) * du
         dx2 = dx1 + _cut(w1, position, 1, CUT) * du
         dx1 = w0 * du
@@ -177,8 +238,7 @@ def _backward_steps(
             sum2 += du * seen2
             sum3 += du * seen3
         x1, x2, x3 = x, x1, x2
-    rows = x1, x2, x3, row0, row1, row2, row3, dy0, dy1, dy2, dy3
-    return rows, (dx1, dx2, dx3), (sum_bias, sum0, sum1, sum2, sum3)
+    return (x1, x2, x3), (dx1, dx2, dx3), (sum_bias, sum0, sum1, sum2, sum3)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -191,61 +251,87 @@ def _backward(
     dx_ptr,
     sums_ptr,
     T,
-    D,
-    x_stride,
-    dy_stride,
-    dx_stride,
+    D: tl.constexpr,
+    X_STRIDE: tl.constexpr,
+    DY_STRIDE: tl.constexpr,
+    DX_STRIDE: tl.constexpr,
     K: tl.constexpr,
     RUN: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     """dx_TD, and a run's part of the sums for the weight and the bias: sums_SKD, with the bias as tap K."""
+    EVEN: tl.constexpr = D % BLOCK_D == 0
+    WORD: tl.constexpr = 2 if PAIRS else 1
+    STRIDE: tl.constexpr = X_STRIDE // WORD
+    DY: tl.constexpr = DY_STRIDE // WORD
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_D = d < D
+    word = tl.program_id(0) * (BLOCK_D // WORD) + tl.arange(0, BLOCK_D // WORD)
+    in_D, inside = d < D, word < D // WORD
     first = tl.program_id(1).to(tl.int64) * RUN
-    bias = tl.load(bias_ptr + d, mask=in_D, other=0.0).to(tl.float32)
-    w0, w1, w2, w3 = (
-        _tap(weight_ptr, 0, d, in_D, K),
-        _tap(weight_ptr, 1, d, in_D, K),
-        _tap(weight_ptr, 2, d, in_D, K),
-        _tap(weight_ptr, 3, d, in_D, K),
-    )
-    x1, x2, x3 = _rows_before(x_ptr, first, d, in_D, x_stride)
-    row0, row1, row2, row3 = _first_rows(x_ptr, first, d, in_D, T, x_stride)
-    dy0, dy1, dy2, dy3 = _first_rows(dy_ptr, first, d, in_D, T, dy_stride)
+    left = tl.minimum(T - first, RUN + AHEAD).to(tl.int32)
+    position_at = position_ptr + first
+    x_at = _words(x_ptr, PAIRS) + first * STRIDE + word
+    dy_at = _words(dy_ptr, PAIRS) + first * DY + word
+    dx_at = dx_ptr + first * DX_STRIDE + d
+    rows, dy_rows = _rows_left(x_at, inside, left, STRIDE), _rows_left(dy_at, inside, left, DY)
+    last = _rows_before(x_at, inside, first, STRIDE, PAIRS)
+    within = _within(position_at, left, 0)
+    taps = _bias_and_taps(weight_ptr, bias_ptr, d, in_D, K)
     zero = tl.zeros((BLOCK_D,), tl.float32)
-    dx1, dx2, dx3 = zero, zero, zero  # of the last three tokens, as far as they are known
-    sum_bias, sum0, sum1, sum2, sum3 = zero, zero, zero, zero, zero
-    within = _within(position_ptr, first, T)
-    for i in range(0, RUN, AHEAD):
-        next_within = _within(position_ptr, first + i + AHEAD, T)
-        if within:
-            rows, dxs, sums = _backward_steps(
-                dy_ptr, x_ptr, position_ptr, dx_ptr, i, first, d, in_D, T, x_stride, dy_stride, dx_stride,
-                bias, w0, w1, w2, w3, x1, x2, x3, row0, row1, row2, row3, dy0, dy1, dy2, dy3, dx1, dx2, dx3,
-                sum_bias, sum0, sum1, sum2, sum3, False, True,
-            )  # fmt: skip
-        else:
-            rows, dxs, sums = _backward_steps(
-                dy_ptr, x_ptr, position_ptr, dx_ptr, i, first, d, in_D, T, x_stride, dy_stride, dx_stride,
-                bias, w0, w1, w2, w3, x1, x2, x3, row0, row1, row2, row3, dy0, dy1, dy2, dy3, dx1, dx2, dx3,
-                sum_bias, sum0, sum1, sum2, sum3, True, True,
-            )  # fmt: skip
-        x1, x2, x3, row0, row1, row2, row3, dy0, dy1, dy2, dy3 = rows
-        dx1, dx2, dx3 = dxs
-        sum_bias, sum0, sum1, sum2, sum3 = sums
-        within = next_within
-    _backward_steps(
-        dy_ptr, x_ptr, position_ptr, dx_ptr, RUN, first, d, in_D, T, x_stride, dy_stride, dx_stride,
-        bias, w0, w1, w2, w3, x1, x2, x3, row0, row1, row2, row3, dy0, dy1, dy2, dy3, dx1, dx2, dx3,
-        sum_bias, sum0, sum1, sum2, sum3, True, False,
-    )  # fmt: skip
+    dxs = zero, zero, zero  # of the last three tokens, as far as they are known
+    sums = zero, zero, zero, zero, zero
+    for i in range(0, RUN, UNROLL * AHEAD):
+        for group in tl.static_range(UNROLL):
+            whole = left >= 2 * AHEAD  # the next group; as forward
+            next_rows = _rows(x_at + AHEAD * STRIDE, inside, whole, STRIDE, EVEN)
+            next_dy_rows = _rows(dy_at + AHEAD * DY, inside, whole, DY, EVEN)
+            next_within = _within(position_at, left, 1)
+            inner = i + group > 0
+            if within:
+                last, dxs, sums = _backward_steps(
+                    rows, dy_rows, position_at, dx_at, left, inner, in_D, taps, last, dxs, sums,
+                    DX_STRIDE, PAIRS, EVEN, False, True,
+                )  # fmt: skip
+            else:
+                rows, dy_rows = _rows_left(x_at, inside, left, STRIDE), _rows_left(dy_at, inside, left, DY)
+                last, dxs, sums = _backward_steps(
+                    rows, dy_rows, position_at, dx_at, left, inner, in_D, taps, last, dxs, sums,
+                    DX_STRIDE, PAIRS, EVEN, True, True,
+                )  # fmt: skip
+            rows, dy_rows, within = next_rows, next_dy_rows, next_within
+            x_at += AHEAD * STRIDE
+            dy_at += AHEAD * DY
+            dx_at += AHEAD * DX_STRIDE
+            position_at += AHEAD
+            left -= AHEAD
+    dx_at = dx_ptr + (first + RUN) * DX_STRIDE + d  # anew: what comes out of a loop has lost its layout
+    if within:
+        _backward_steps(
+            rows, dy_rows, position_at, dx_at, left, True, in_D, taps, last, dxs, sums,
+            DX_STRIDE, PAIRS, EVEN, False, False,
+        )  # fmt: skip
+    else:
+        x_at = _words(x_ptr, PAIRS) + (first + RUN) * STRIDE + word
+        dy_at = _words(dy_ptr, PAIRS) + (first + RUN) * DY + word
+        rows, dy_rows = _rows_left(x_at, inside, left, STRIDE), _rows_left(dy_at, inside, left, DY)
+        _backward_steps(
+            rows, dy_rows, position_at, dx_at, left, True, in_D, taps, last, dxs, sums,
+            DX_STRIDE, PAIRS, EVEN, True, False,
+        )  # fmt: skip
     row = sums_ptr + tl.program_id(1).to(tl.int64) * (K + 1) * D + d
-    tl.store(row + K * D, sum_bias, mask=in_D)
-    tl.store(row + (K - 1) * D, sum0, mask=in_D)
-    tl.store(row + (K - 2) * D, sum1, mask=in_D & (K > 1))
-    tl.store(row + (K - 3) * D, sum2, mask=in_D & (K > 2))
-    tl.store(row + (K - 4) * D, sum3, mask=in_D & (K > 3))
+    tl.store(row + K * D, sums[0] * C, mask=in_D)
+    tl.store(row + (K - 1) * D, sums[1] * C, mask=in_D)
+    tl.store(row + (K - 2) * D, sums[2] * C, mask=in_D & (K > 1))
+    tl.store(row + (K - 3) * D, sums[3] * C, mask=in_D & (K > 2))
+    tl.store(row + (K - 4) * D, sums[4] * C, mask=in_D & (K > 3))
+
+
+def _in_pairs(*tensors: Tensor) -> bool:
+    """Whether all rows of these can be read as pairs of bfloat16."""
+    return all(
+        x.dtype == torch.bfloat16 and x.shape[1] % 2 == x.stride(0) % 2 == x.data_ptr() % 4 == 0 for x in tensors
+    )
 
 
 def _dense_rows(x_TD: Tensor) -> Tensor:
@@ -262,8 +348,9 @@ def conv_silu_forward(x_TD: Tensor, weight_D1K: Tensor, bias_D: Tensor, position
     run, channels, warps = FORWARD
     with torch.cuda.device_of(x_TD):
         _forward[(triton.cdiv(D, channels), triton.cdiv(T, run))](
-            x_TD, weight_D1K.contiguous(), bias_D.contiguous(), position_T, y_TD, T, D, x_TD.stride(0),
-            K=K, RUN=run, BLOCK_D=channels, num_warps=warps,
+            x_TD, weight_D1K.contiguous(), bias_D.contiguous(), position_T, y_TD, T,
+            D=D, X_STRIDE=x_TD.stride(0), K=K, RUN=run, BLOCK_D=channels, PAIRS=_in_pairs(x_TD),
+            num_warps=warps,
         )  # fmt: skip
     return y_TD
 
@@ -289,8 +376,8 @@ def conv_silu_backward(
     x_TD, dy_TD = _dense_rows(x_TD), _dense_rows(dy_TD)
     with torch.cuda.device_of(x_TD):
         _backward[(triton.cdiv(D, channels), runs)](
-            dy_TD, x_TD, weight_D1K.contiguous(), bias_D.contiguous(), position_T, dx_TD, sums_SKD,
-            T, D, x_TD.stride(0), dy_TD.stride(0), dx_TD.stride(0),
-            K=K, RUN=run, BLOCK_D=channels, num_warps=warps,
+            dy_TD, x_TD, weight_D1K.contiguous(), bias_D.contiguous(), position_T, dx_TD, sums_SKD, T,
+            D=D, X_STRIDE=x_TD.stride(0), DY_STRIDE=dy_TD.stride(0), DX_STRIDE=dx_TD.stride(0), K=K, RUN=run,
+            BLOCK_D=channels, PAIRS=_in_pairs(x_TD, dy_TD), num_warps=warps,
         )  # fmt: skip
     return dx_TD

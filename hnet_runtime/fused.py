@@ -21,7 +21,6 @@ has read its inputs for their gradients anyway. The results are the same bits.
 import contextlib
 import functools
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import NamedTuple
