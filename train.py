@@ -140,7 +140,7 @@ class TrainConfig:
     """With several processes: free gathered weights after the forward and gather them again for the backward."""
     ac: Literal["none", "block", "selective"] = "none"
     """Activation checkpointing. block: keep only what enters a block and compute the rest again in the backward;
-    selective: also keep the results of matrix products, attention and the scan; graphs: of all but Mamba-2 layers."""
+    selective: also keep the results of matrix products, attention and the scan."""
     max_chunks_per_rank: int = 0
     """Where a router on any process opens more chunks than this in a micro-batch, all run its inner stages as with
     --ac block. 0: no limit."""

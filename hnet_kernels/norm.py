@@ -114,32 +114,36 @@ def add_norm_backward(
     return part(d_TD, dx_TD.dtype), x_TD if again else None
 
 
-def gated_norm_forward(y_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def gated_norm_forward(
+    y_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float, keep_x: bool = False
+) -> tuple[Tensor, Tensor]:
     """(x_TD, scale_T): the norm of u = y silu(z), x = u * scale * weight, scale = 1 / rms(u).
 
-    y_TD, z_TD: one floating dtype; rows of z_TD may be parts of longer ones. x_TD has weight_D's dtype.
+    y_TD, z_TD: one floating dtype; rows of z_TD may be parts of longer ones. x_TD has weight_D's dtype. keep_x: a
+    backward will need it too.
     """
     if _fast("gated_norm", y_TD):
         from hnet_kernels import norm_triton
 
-        return norm_triton.gated_norm_forward(y_TD, z_TD, weight_D, eps)
+        return norm_triton.gated_norm_forward(y_TD, z_TD, weight_D, eps, keep_x)
     return _norm(wide(y_TD) * F.silu(wide(z_TD)), weight_D, eps)
 
 
 def gated_norm_backward(
-    dx_TD: Tensor, y_TD: Tensor, z_TD: Tensor, scale_T: Tensor, weight_D: Tensor, dz_TD: Tensor, dweight: Slot
-) -> tuple[Tensor, Tensor]:
-    """(dy_TD, x_TD) of `gated_norm_forward`, the latter the same bits as there.
+    dx_TD: Tensor, y_TD: Tensor, z_TD: Tensor, scale_T: Tensor, weight_D: Tensor, dz_TD: Tensor, dweight: Slot,
+    again: bool = True,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """(dy_TD, x_TD) of `gated_norm_forward`, the latter the same bits as there, or None if not wanted `again`.
 
     Writes z's gradient to dz_TD, perhaps parts of longer rows, and fills the slot of weight_D's.
     """
     if _fast("gated_norm", y_TD):
         from hnet_kernels import norm_triton
 
-        return norm_triton.gated_norm_backward(dx_TD, y_TD, z_TD, scale_T, weight_D, dz_TD, dweight)
+        return norm_triton.gated_norm_backward(dx_TD, y_TD, z_TD, scale_T, weight_D, dz_TD, dweight, again)
     y, z = wide(y_TD), wide(z_TD)
     gate_TD = F.silu(z)
     du_TD, dweight_D, x_TD = _norm_backward(dx_TD, y * gate_TD, scale_T, weight_D)
     dz_TD.copy_(torch.ops.aten.silu_backward(du_TD * y, z))
     dweight.fill(dweight_D)
-    return (du_TD * gate_TD).to(y_TD.dtype), x_TD
+    return (du_TD * gate_TD).to(y_TD.dtype), x_TD if again else None

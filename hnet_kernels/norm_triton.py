@@ -196,7 +196,7 @@ def _gated_norm(
 def _gated_norm_backward(
     dx_ptr, y_ptr, z_ptr, scale_ptr, weight_ptr, dy_ptr, dz_ptr, dweight_ptr, x_ptr, T, per_program,
     y_stride, z_stride, dz_stride,
-    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    AGAIN: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
@@ -219,7 +219,8 @@ def _gated_norm_backward(
         next_scale = tl.load(scale_ptr + t + ROWS, mask=t + ROWS < end, other=0.0)
         gate, dgate = _silu_parts(z)
         unit = y * gate * scale[:, None]
-        tl.store(x_ptr + row * D + d[None, :], (unit * weight[None, :]).to(x_ptr.dtype.element_ty), mask=inside)
+        if AGAIN:
+            tl.store(x_ptr + row * D + d[None, :], (unit * weight[None, :]).to(x_ptr.dtype.element_ty), mask=inside)
         dweight += tl.sum(dx * unit, 0)
         g = dx * weight[None, :]
         du = scale[:, None] * (g - unit * (tl.sum(g * unit, 1) / D)[:, None])
@@ -322,11 +323,14 @@ def add_norm_backward(
     return dboth_TD, rest_TD, x_TD
 
 
-def gated_norm_forward(y_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def gated_norm_forward(
+    y_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float, keep_x: bool = False
+) -> tuple[Tensor, Tensor]:
     """(x_TD, scale_T) of `gated_norm_forward` in norm.py."""
     T, D = y_TD.shape
     y_TD, z_TD = _dense_rows(y_TD), _dense_rows(z_TD)
-    x_TD, scale_T, blocks = weight_D.new_empty(T, D), kept_empty(y_TD, T, dtype=torch.float32), _blocks(D)
+    x_TD = kept_empty(weight_D, T, D) if keep_x else weight_D.new_empty(T, D)
+    scale_T, blocks = kept_empty(y_TD, T, dtype=torch.float32), _blocks(D)
     with torch.cuda.device_of(y_TD):
         _gated_norm[(triton.cdiv(T, blocks["ROWS"]),)](
             y_TD, z_TD, weight_D.contiguous(), x_TD, scale_T, T, y_TD.stride(0), z_TD.stride(0), eps, **blocks
@@ -335,18 +339,19 @@ def gated_norm_forward(y_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float)
 
 
 def gated_norm_backward(
-    dx_TD: Tensor, y_TD: Tensor, z_TD: Tensor, scale_T: Tensor, weight_D: Tensor, dz_TD: Tensor, dweight: Slot
-) -> tuple[Tensor, Tensor]:
+    dx_TD: Tensor, y_TD: Tensor, z_TD: Tensor, scale_T: Tensor, weight_D: Tensor, dz_TD: Tensor, dweight: Slot,
+    again: bool = True,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(dy_TD, x_TD) of `gated_norm_backward` in norm.py; fills dz_TD, whose rows are dense."""
     T, D = y_TD.shape
     dx_TD, y_TD, z_TD = dx_TD.contiguous(), _dense_rows(y_TD), _dense_rows(z_TD)
     tile, programs, warps = _walk_gated_norm(D)
     dy_TD, blocks = y_TD.new_empty(T, D), _blocks(D, tile, warps)
     programs, rows = _shares(T, blocks["ROWS"], programs, dx_TD.device)
-    dweight_ND, x_TD = dweight.rows(programs, sum_rows), weight_D.new_empty(T, D)
+    dweight_ND, x_TD = dweight.rows(programs, sum_rows), weight_D.new_empty(T, D) if again else None
     with torch.cuda.device_of(dx_TD):
         _gated_norm_backward[(programs,)](
             dx_TD, y_TD, z_TD, scale_T, weight_D.contiguous(), dy_TD, dz_TD, dweight_ND, x_TD, T, rows,
-            y_TD.stride(0), z_TD.stride(0), dz_TD.stride(0), **blocks,
+            y_TD.stride(0), z_TD.stride(0), dz_TD.stride(0), AGAIN=again, **blocks,
         )  # fmt: skip
     return dy_TD, x_TD

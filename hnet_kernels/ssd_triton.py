@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hnet_kernels.kept import kept_empty
+from hnet_kernels.kept import keeping_if, kept_empty
 from hnet_kernels.norm_triton import sum_rows
 from hnet_kernels.sums import Slot
 from hnet_kernels.triton_math import LOG2_E
@@ -755,7 +755,8 @@ def scan_forward(
     if not len(x_THP):
         return y_THP, None
     plan = _Plan(x_THP, B_TN, C_TN)
-    kept = plan.empty(A_H, with_states=keep)
+    with keeping_if(keep):
+        kept = plan.empty(A_H, with_states=keep)
     scores = _described(B_TN.new_empty(plan.n_chunks * plan.Q, plan.Q), plan.Q, plan.Q)
     with torch.cuda.device_of(x_THP):
         plan.prepare(kept, dt_TH, bias_H, A_H, cu_seqlens, scores.base)

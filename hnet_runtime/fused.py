@@ -12,10 +12,10 @@ Those of small weights, such as a norm's, are sums of parts, which wait for thos
 them in slots, and `SmallWeights` hands them on.
 
 Activation checkpointing is part of a branch's backward, which computes again what its forward did not keep. Behind the
-sum every branch keeps what enters its products and what comes of them, but for the gated norm (`none`); or an MLP and
-attention keep what comes of their first product (`selective`: Mamba-2 takes most memory for what it costs to compute);
-or none does (`block`). What enters a weight's product and is not kept, such as a norm, is written by the kernel that
-has read its inputs for their gradients anyway. The results are the same bits.
+sum every branch keeps all that its backward reads (`none`); or what comes of its first product, of attention and of the
+scan (`selective`: the rest takes little time to compute); or nothing (`block`). What enters a weight's product and is
+not kept, such as a norm, is written by the kernel that has read its inputs for their gradients anyway. The results are
+the same bits.
 """
 
 import contextlib
@@ -557,43 +557,55 @@ class MambaBranch(torch.autograd.Function):
         ctx, stream: ResidualStream, packing: Packing, ac: str, small: Sequence[Slot], delta_TD, in_proj, out_proj
     ) -> Tensor:
         norm, *of_mixer = small
-        x_TD, summed = stream.norm(delta_TD, norm, keep_x=ac == "none")
-        with keeping_if(ac == "none"):
-            gated_TD, *kept = MambaBranch.mix(packing, x_TD, ac == "none", in_proj, *of_mixer)
+        all_kept = ac == "none"
+        x_TD, summed = stream.norm(delta_TD, norm, keep_x=all_kept)
+        with keeping_if(ac != "block"):
+            mixed = MambaBranch.mix(packing, x_TD, all_kept, in_proj, *of_mixer)
+        *kept, after, gated_TD = mixed[:5]
+        kept = kept if ac != "block" else [None] * 3
+        kept += [after, gated_TD, x_TD, *mixed[5:]] if all_kept else [None] * 3
         ctx.stream, ctx.packing, ctx.small, ctx.targets = stream, packing, small, _take_targets(in_proj, out_proj)
-        ctx.save_for_backward(*summed, in_proj, out_proj, *((x_TD, *kept) if ac == "none" else (None,)))
+        ctx.save_for_backward(*summed, in_proj, out_proj, *kept)
         return gated_TD @ out_proj.T
 
     @staticmethod
-    def mix(packing, x_TD, with_states, in_proj, conv: Slot, heads: Slot, gate: Slot) -> tuple[Tensor, ...]:
-        """The input of out_proj, and what the backward needs. with_states: the scan's, for its backward."""
+    def mix(packing, x_TD, all_kept: bool, in_proj, conv: Slot, heads: Slot, gate: Slot) -> tuple[Tensor, ...]:
+        """What comes of each step, the input of out_proj last; and where all is kept, what the scan keeps."""
         (conv_D1K, conv_bias_D), (A_log_H, dt_bias_H, D_H), (gate_D,) = conv.weights, heads.weights, gate.weights
         projected = _kept_product(x_TD, in_proj)
         z, before, raw_TH = projected.split([len(gate_D), len(conv_bias_D), len(D_H)], dim=-1)
-        after = causal_conv_silu_forward(before, conv_D1K, conv_bias_D, packing.position_T)
+        with keeping_if(all_kept):
+            after = causal_conv_silu_forward(before, conv_D1K, conv_bias_D, packing.position_T)
         u_THP, B_TN, C_TN = _parts(after, len(D_H))
         y_THP, states = mamba2_scan_forward(
-            u_THP, raw_TH, wide(dt_bias_H), wide(A_log_H), B_TN, C_TN, wide(D_H), packing.cu_seqlens, with_states
+            u_THP, raw_TH, wide(dt_bias_H), wide(A_log_H), B_TN, C_TN, wide(D_H), packing.cu_seqlens, all_kept
         )
         y_TD = y_THP.flatten(1)
-        gated_TD, gate_scale_T = gated_norm_forward(y_TD, z, gate_D, NORM_EPS)
-        return gated_TD, projected, gate_scale_T, after, y_TD, *states
+        gated_TD, gate_scale_T = gated_norm_forward(y_TD, z, gate_D, NORM_EPS, all_kept)
+        return projected, y_TD, gate_scale_T, after, gated_TD, *states
 
     @staticmethod
     def backward(ctx, dout_TD: Tensor):
-        sum_TD, rest_TD, scale_T, in_proj, out_proj, x_TD, *kept = ctx.saved_tensors
-        summed, (norm, conv, heads, gate) = Summed(sum_TD, rest_TD, scale_T), ctx.small
+        *summed, in_proj, out_proj, projected, y_TD, gate_scale_T, after, gated_TD, x_TD = ctx.saved_tensors[:11]
+        summed, states, (norm, conv, heads, gate) = Summed(*summed), ctx.saved_tensors[11:], ctx.small
         (conv_D1K, conv_bias_D), (A_log_H, dt_bias_H, D_H), (gate_D,) = conv.weights, heads.weights, gate.weights
-        if not kept:
-            kept = MambaBranch.mix(ctx.packing, summed.norm(norm), True, in_proj, conv, heads, gate)[1:]
-        projected, gate_scale_T, after, y_TD, *states = kept
-        dprojected, dafter = torch.empty_like(projected), torch.empty_like(after)
-        into_in, into_out = ctx.targets
+        if projected is None:
+            again = MambaBranch.mix(ctx.packing, summed.norm(norm), True, in_proj, conv, heads, gate)
+            projected, y_TD, gate_scale_T, after, gated_TD, *states = again
+            del again
         widths = [len(gate_D), len(conv_bias_D), len(D_H)]
+        dprojected = torch.empty_like(projected)
         (z, before, raw_TH), (dz, dbefore, draw_TH) = (x.split(widths, dim=-1) for x in (projected, dprojected))
-        dy_TD, gated_TD = gated_norm_backward(dout_TD @ out_proj, y_TD, z, gate_scale_T, gate_D, dz, gate)
-        dout_proj = _product(dout_TD.T, gated_TD, into_out)
-        del kept, y_TD, gated_TD  # what is used up can go before the scan needs most
+        into_in, into_out = ctx.targets
+        dgated_TD = dout_TD @ out_proj
+        dy_TD, gated_again = gated_norm_backward(
+            dgated_TD, y_TD, z, gate_scale_T, gate_D, dz, gate, again=gated_TD is None
+        )
+        dout_proj = _product(dout_TD.T, gated_again if gated_TD is None else gated_TD, into_out)
+        del y_TD, gated_TD, gated_again, dgated_TD  # what is used up can go before the scan needs most
+        if after is None:
+            after = causal_conv_silu_forward(before, conv_D1K, conv_bias_D, ctx.packing.position_T)
+        dafter = torch.empty_like(after)
         u_THP, *BC = _parts(after, len(D_H))
         mamba2_scan_backward(
             dy_TD.view_as(u_THP), u_THP, raw_TH, wide(dt_bias_H), wide(A_log_H), *BC, wide(D_H),
