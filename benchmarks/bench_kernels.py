@@ -46,7 +46,8 @@ class Always(norm_triton.Walk):
 
 
 _ROWS = [Always(*row) for row in itertools.product((512, 1024, 2048, 4096), (1, 2, 3, 4, 6), (4, 8))]
-_WALKS = [(64, 128, 1), (64, 128, 2), (64, 256, 2), (32, 256, 1), (64, 64, 1), (128, 128, 1)]
+_RUNS = [(32, 128, 1), (64, 128, 1), (64, 128, 2), (64, 256, 2), (32, 256, 1), (64, 64, 1), (128, 128, 1)]
+_PROGRAMS = [(16, 128, 1), (32, 128, 1), (14, 128, 2), (8, 256, 2), (8, 256, 1), (32, 64, 1)]
 SWEEP = [  # (name, module, what to set its constants to)
     (
         "attention" if d == "FORWARD" else "attention backward",
@@ -60,8 +61,8 @@ SWEEP += [
     for name in ("add_norm 0", "gated_norm")
 ]
 SWEEP += [
-    (name, conv_triton, [{constant: walk} for walk in _WALKS])
-    for name, constant in (("conv", "FORWARD"), ("conv backward", "BACKWARD"))
+    ("conv", conv_triton, [{"FORWARD": walk} for walk in _RUNS]),
+    ("conv backward", conv_triton, [{"BACKWARD": walk} for walk in _PROGRAMS]),
 ]
 
 

@@ -32,10 +32,11 @@ import triton.language as tl
 from torch import Tensor
 
 from hnet_kernels.kept import kept_empty
-from hnet_kernels.norm_triton import sum_rows
+from hnet_kernels.norm_triton import multiprocessors, sum_rows
 from hnet_kernels.sums import Slot
 
-FORWARD, BACKWARD = (64, 128, 1), (64, 128, 1)  # a program's tokens, a multiple of a turn's, and channels; warps
+FORWARD = (32, 128, 1)  # a program's tokens, a multiple of a turn's, and channels; warps
+BACKWARD = (16, 128, 1)  # programs a multiprocessor, a program's channels, warps; all run at once, see `_run`
 AHEAD = tl.constexpr(4)  # tokens of a group, at least 3
 UNROLL = tl.constexpr(2)  # groups of a loop's turn: what one hands on to the next need not be moved between registers
 C, C_INVERSE = tl.constexpr(-1.4426950408889634), tl.constexpr(-0.6931471805599453)
@@ -241,7 +242,7 @@ def _backward_steps(
     return (x1, x2, x3), (dx1, dx2, dx3), (sum_bias, sum0, sum1, sum2, sum3)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "run"])
 def _backward(
     dy_ptr,
     x_ptr,
@@ -251,12 +252,12 @@ def _backward(
     dx_ptr,
     sums_ptr,
     T,
+    run,
     D: tl.constexpr,
     X_STRIDE: tl.constexpr,
     DY_STRIDE: tl.constexpr,
     DX_STRIDE: tl.constexpr,
     K: tl.constexpr,
-    RUN: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
@@ -268,8 +269,8 @@ def _backward(
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     word = tl.program_id(0) * (BLOCK_D // WORD) + tl.arange(0, BLOCK_D // WORD)
     in_D, inside = d < D, word < D // WORD
-    first = tl.program_id(1).to(tl.int64) * RUN
-    left = tl.minimum(T - first, RUN + AHEAD).to(tl.int32)
+    first = tl.program_id(1).to(tl.int64) * run
+    left = tl.minimum(T - first, run + AHEAD).to(tl.int32)
     position_at = position_ptr + first
     x_at = _words(x_ptr, PAIRS) + first * STRIDE + word
     dy_at = _words(dy_ptr, PAIRS) + first * DY + word
@@ -281,7 +282,7 @@ def _backward(
     zero = tl.zeros((BLOCK_D,), tl.float32)
     dxs = zero, zero, zero  # of the last three tokens, as far as they are known
     sums = zero, zero, zero, zero, zero
-    for i in range(0, RUN, UNROLL * AHEAD):
+    for i in range(0, run, UNROLL * AHEAD):
         for group in tl.static_range(UNROLL):
             whole = left >= 2 * AHEAD  # the next group; as forward
             next_rows = _rows(x_at + AHEAD * STRIDE, inside, whole, STRIDE, EVEN)
@@ -305,15 +306,15 @@ def _backward(
             dx_at += AHEAD * DX_STRIDE
             position_at += AHEAD
             left -= AHEAD
-    dx_at = dx_ptr + (first + RUN) * DX_STRIDE + d  # anew: what comes out of a loop has lost its layout
+    dx_at = dx_ptr + (first + run) * DX_STRIDE + d  # anew: what comes out of a loop has lost its layout
     if within:
         _backward_steps(
             rows, dy_rows, position_at, dx_at, left, True, in_D, taps, last, dxs, sums,
             DX_STRIDE, PAIRS, EVEN, False, False,
         )  # fmt: skip
     else:
-        x_at = _words(x_ptr, PAIRS) + (first + RUN) * STRIDE + word
-        dy_at = _words(dy_ptr, PAIRS) + (first + RUN) * DY + word
+        x_at = _words(x_ptr, PAIRS) + (first + run) * STRIDE + word
+        dy_at = _words(dy_ptr, PAIRS) + (first + run) * DY + word
         rows, dy_rows = _rows_left(x_at, inside, left, STRIDE), _rows_left(dy_at, inside, left, DY)
         _backward_steps(
             rows, dy_rows, position_at, dx_at, left, True, in_D, taps, last, dxs, sums,
@@ -336,6 +337,15 @@ def _in_pairs(*tensors: Tensor) -> bool:
 
 def _dense_rows(x_TD: Tensor) -> Tensor:
     return x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
+
+
+def _run(T: int, D: int, device: torch.device) -> int:
+    """Tokens of a backward's program, such that all programs fit on the device at once: a second round would leave much
+    of it idle, and shorter runs look again at more tokens before and behind them."""
+    programs, channels, _ = BACKWARD
+    runs = max(1, programs * multiprocessors(device) // triton.cdiv(D, channels))
+    turn = UNROLL.value * AHEAD.value
+    return max(4 * turn, triton.cdiv(triton.cdiv(T, runs), turn) * turn)
 
 
 def conv_silu_forward(x_TD: Tensor, weight_D1K: Tensor, bias_D: Tensor, position_T: Tensor) -> Tensor:
@@ -368,7 +378,8 @@ def conv_silu_backward(
     with dense rows."""
     (T, D), K = x_TD.shape, weight_D1K.shape[-1]
     dx_TD = x_TD.new_empty(T, D) if out_TD is None else out_TD
-    run, channels, warps = BACKWARD
+    programs, channels, warps = BACKWARD
+    run, registers = _run(T, D, x_TD.device), min(255, 2**16 // (32 * warps * programs))
     runs = triton.cdiv(T, run)
     sums_SKD = dweights.rows(runs, functools.partial(sum_rows, turned=(K, D)))
     if not T:
@@ -377,7 +388,7 @@ def conv_silu_backward(
     with torch.cuda.device_of(x_TD):
         _backward[(triton.cdiv(D, channels), runs)](
             dy_TD, x_TD, weight_D1K.contiguous(), bias_D.contiguous(), position_T, dx_TD, sums_SKD, T,
-            D=D, X_STRIDE=x_TD.stride(0), DY_STRIDE=dy_TD.stride(0), DX_STRIDE=dx_TD.stride(0), K=K, RUN=run,
-            BLOCK_D=channels, PAIRS=_in_pairs(x_TD, dy_TD), num_warps=warps,
+            run, D=D, X_STRIDE=x_TD.stride(0), DY_STRIDE=dy_TD.stride(0), DX_STRIDE=dx_TD.stride(0), K=K,
+            BLOCK_D=channels, PAIRS=_in_pairs(x_TD, dy_TD), num_warps=warps, maxnreg=registers,
         )  # fmt: skip
     return dx_TD

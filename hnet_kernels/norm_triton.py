@@ -255,7 +255,7 @@ def sum_rows(parts_LND: Tensor, dtype: torch.dtype, turned: tuple[int, int] = (1
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
@@ -266,7 +266,7 @@ def _blocks(D: int, tile: int = TILE, warps: int | None = None) -> dict[str, int
 
 def _shares(T: int, rows: int, programs: int, device: torch.device) -> tuple[int, int]:
     """(programs, rows of each): whole tiles of `rows`, spread evenly over so many programs a multiprocessor."""
-    share = rows * max(1, triton.cdiv(T, rows * programs * _multiprocessors(device)))
+    share = rows * max(1, triton.cdiv(T, rows * programs * multiprocessors(device)))
     return triton.cdiv(T, share), share
 
 

@@ -25,7 +25,6 @@ Hopper the copy engine moves them, which saves the registers that addresses woul
 and not written.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -36,7 +35,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hnet_kernels.kept import keeping_if, kept_empty
-from hnet_kernels.norm_triton import sum_rows
+from hnet_kernels.norm_triton import multiprocessors, sum_rows
 from hnet_kernels.sums import Slot
 from hnet_kernels.triton_math import LOG2_E
 
@@ -657,11 +656,6 @@ def _described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(x, [len(x), x[0].numel()], [x.stride(0), 1], [rows, columns])
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
-
-
 class Kept(NamedTuple):
     """What a forward keeps for the backward: C chunks of Q tokens, S segments; Tc = C Q. Float32 but for the states."""
 
@@ -680,7 +674,7 @@ class _Plan:
         self.dtype = x_THP.dtype
         self.n_chunks = triton.cdiv(self.T, self.Q)
         # two programs, which walk through one segment each, fit on a multiprocessor
-        self.chunks_per_segment = triton.cdiv(self.n_chunks * self.H, 2 * _multiprocessors(x_THP.device))
+        self.chunks_per_segment = triton.cdiv(self.n_chunks * self.H, 2 * multiprocessors(x_THP.device))
         self.segments = triton.cdiv(self.n_chunks, self.chunks_per_segment)
         self.B, self.C = (_described(t, self.Q, self.N) for t in (B_TN, C_TN))
         self.sizes = self.H, self.n_chunks, self.chunks_per_segment
@@ -852,5 +846,5 @@ def scan_backward(
 def _groups(n_chunks: int, H: int, device: torch.device) -> int:
     """Groups of heads in `_gradients`: those that take the least time, in that of a head. Two programs a multiprocessor
     run at once, and besides its heads each has sums to write, which take about as long as one."""
-    rounds = {g: triton.cdiv(2 * n_chunks * g, 2 * _multiprocessors(device)) for g in range(1, H + 1) if H % g == 0}
+    rounds = {g: triton.cdiv(2 * n_chunks * g, 2 * multiprocessors(device)) for g in range(1, H + 1) if H % g == 0}
     return min(rounds, key=lambda g: rounds[g] * (H // g + 1))
