@@ -371,8 +371,8 @@ def forward_backward(
 class Trainee:
     """What is trained, and all that a step of it takes.
 
-    model: its weights in float32, whole or sharded. evaluated: an HNetLM that computes as training does and has these
-    weights, or copies of them.
+    model: its weights in float32, whole or sharded; in graphs they may have numbers inside `optimizer.whole()` alone.
+    evaluated: an HNetLM that computes as training does and has these weights, or copies of them.
     """
 
     def __init__(

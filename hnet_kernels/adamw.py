@@ -14,6 +14,7 @@ from torch import Tensor
 from hnet_kernels.dispatch import use_fast
 
 BLOCK = 1024
+NAN_BITS = 0x7FC00000
 
 
 def _fast(operation: str, device: torch.device, dtype: torch.dtype) -> bool:
@@ -46,16 +47,20 @@ def norms(g_KB: Tensor, first_P: Tensor, dtype: torch.dtype) -> Tensor:
 def halve(w: Tensor) -> tuple[Tensor, Tensor]:
     """(copy, rest) of float32 numbers: rounded to bfloat16, and the difference of their bits, int16.
 
-    Halfway between two bfloat16 numbers the larger in size is taken, so that every difference fits into 16 bits.
+    Halfway between two bfloat16 numbers the larger in size is taken, so that every difference fits into 16 bits. All
+    that is not a number becomes one nan, as others would be rounded to numbers.
     """
-    bits = w.view(torch.int32)
+    bits = torch.where(w.isnan(), NAN_BITS, w.view(torch.int32))
     copy = (bits + 2**15) >> 16
     return copy.to(torch.int16).view(torch.bfloat16), (bits - (copy << 16)).to(torch.int16)
 
 
-def join(copy: Tensor, rest: Tensor) -> Tensor:
-    """The float32 numbers that `halve` was given, bit by bit."""
-    return ((copy.view(torch.int16).to(torch.int32) << 16) + rest).view(torch.float32)
+def join(copy: Tensor, rest: Tensor, out: Tensor | None = None) -> Tensor:
+    """The float32 numbers that `halve` was given, bit by bit. out: where they go, else new memory."""
+    out = torch.empty_like(rest, dtype=torch.float32) if out is None else out
+    bits = out.view(torch.int32).copy_(copy.view(torch.int16))
+    bits.bitwise_left_shift_(16).add_(rest)
+    return out
 
 
 @torch.no_grad()

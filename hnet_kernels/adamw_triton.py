@@ -11,6 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hnet_kernels.adamw import NAN_BITS
+
+NAN = tl.constexpr(NAN_BITS)
+
 
 @triton.jit
 def _adamw(
@@ -39,7 +43,7 @@ def _adamw(
     w -= decay * w
     w -= step_size * m / (tl.sqrt(v) * unbias + EPS)
     if HALVED:
-        bits = w.to(tl.int32, bitcast=True)
+        bits = tl.where(w == w, w.to(tl.int32, bitcast=True), NAN)
         copy = (bits + 32768) >> 16
         tl.store(copy_ptr + at, copy.to(tl.int16), mask=finite)
         tl.store(rest_ptr + at, (bits - (copy << 16)).to(tl.int16), mask=finite)

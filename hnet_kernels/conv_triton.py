@@ -9,7 +9,8 @@ u = bias + the convolution and du = dy silu'(u),
     dx_t = sum_k weight[K - 1 - k] du_{t + k}    over the tokens of t's document
 
 so backward walks three tokens further, and hands each dx on when its last term has come. Sums for the weights and the
-bias stay in registers and are added up over the runs at the end: no atomics, the same bits every time.
+bias stay in registers and are added up over the runs at the end: no atomics, the same bits every time on one kind of
+GPU, whose multiprocessors decide how long the backward's runs are.
 
 Tokens come in groups of AHEAD. All rows of the next group are loaded before this one is computed: a load that came
 between this group's stores would wait for them, since the compiler cannot know that they write elsewhere. A group is

@@ -15,7 +15,7 @@ AddUp = Callable[[Tensor, torch.dtype], Tensor]  # parts_LNW -> sums_LW in a dty
 
 class Sums:
     """Gradients of weights that L layers have alike. Their parts lie in a slot for each layer, whose memory there is
-    from the first backward that asks for it to `total`."""
+    from the first backward that asks for it to `total`: some 165 MB for the norms of 27 blocks of 2,048 channels."""
 
     parts_LNW: Tensor | None = None
     add_up: AddUp

@@ -88,6 +88,9 @@ class Saver:
         for mesh in dict.fromkeys(p.device_mesh for p in model.parameters() if isinstance(p, DTensor)):
             on_cpu = mesh.device_type == "cpu"
             self._meshes[mesh] = mesh if on_cpu else DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
+        # on a GPU, where the thread puts halves together: when it does there may be no memory left
+        halves = [x.copy.numel() for x in self._state().values() if isinstance(x, Halves)]
+        self._scratch = torch.empty(max(halves, default=0), device=self._device)
         self._staging: Future | None = None
         self._written: Future | None = None
         self._step, self._stall = 0, 0.0
@@ -194,7 +197,7 @@ class Saver:
             ready.wait()
             self._lock_pages(state)
             for name, tensor in state.items():
-                self._host[name].copy_(as_tensor(_local(tensor)), non_blocking=True)
+                self._host[name].copy_(as_tensor(_local(tensor), self._scratch), non_blocking=True)
             self._stream.synchronize()
         return {name: self._like(tensor, self._host[name]) for name, tensor in state.items()}
 

@@ -102,12 +102,12 @@ def make_mesh(kind: str, size: int, replicate: int = 1) -> DeviceMesh:
 def too_large_for_copies(config: HNetConfig, world: World) -> str | None:
     """Why a model should rather be cut than copied to each process, or None; on every rank the same.
 
-    A copy takes 10 bytes a parameter: weights and gradients in float32, weights in bfloat16; and its part of 8 for the
+    A copy takes 8 bytes a parameter, for weights (see `FlatAdamW`) and gradients in float32; and its part of 8 for the
     moments. Half of a GPU's memory is left to activations.
     """
     with torch.device("meta"):
         parameters = sum(p.numel() for p in HNetLM(config).parameters())
-    takes = (10 + 8 / world.size) * parameters
+    takes = (8 + 8 / world.size) * parameters
     has = torch.cuda.mem_get_info(world.device)[1] if world.device.type == "cuda" else math.inf
     (large,) = anywhere(world, takes > has / 2)
     return (

@@ -3,7 +3,7 @@
 Several processes with the same parameters update a part each (ZeRO, arXiv 1910.02054, stage 1): a process gets the sums
 of its own parts' gradients alone, has moments of these alone, and hands out what it has updated.
 
-Legend: N elements, P parameters, G groups; K blocks of B elements.
+Legend: P parameters, G groups; K blocks of B elements.
 """
 
 import contextlib
@@ -40,8 +40,11 @@ class Halves(NamedTuple):
             old.copy_(new)
 
 
-def as_tensor(weight: Tensor | Halves) -> Tensor:
-    return join(*weight) if isinstance(weight, Halves) else weight
+def as_tensor(weight: Tensor | Halves, scratch: Tensor | None = None) -> Tensor:
+    """A weight as one tensor. scratch: float32 numbers, at least as many, in whose place those of halves come."""
+    if not isinstance(weight, Halves):
+        return weight
+    return join(*weight, None if scratch is None else scratch[: weight.copy.numel()].view(weight.shape))
 
 
 class FlatAdamW(torch.optim.AdamW):
@@ -57,7 +60,7 @@ class FlatAdamW(torch.optim.AdamW):
     narrow: which spans have gradients of the copies' dtype; the others have them of the weights'.
 
     `weights`, `copies`, `rests` and `gradients` have a tensor for each span, its parameters one after the other, each
-    filled up with zeros to whole blocks; or None. `spans` says which blocks of all these are. What was handed over
+    filled up with zeros to whole blocks; or None. `spans` has their places if all lay in a row. What was handed over
     becomes views of them: `p.data`, `p.grad` (with the gradient that was there, or zeros) and `copy.data`. So this must
     come before whatever keeps addresses, such as a CUDA graph, or shares the former memory, such as `p.detach()`.
 
@@ -134,6 +137,7 @@ class FlatAdamW(torch.optim.AdamW):
         self.gradients: list[Tensor] = []
         self._grads: dict[Tensor, Tensor] = {}
         self._halves: dict[Tensor, Halves] = {}
+        self._are_whole = False
         for i, (at, ps) in enumerate(zip(self.spans, of_span)):
             dtype = copies[0][0].dtype if ps and ps[0] in copy_of else None
             halved = (like["dtype"], dtype) == (torch.float32, torch.bfloat16)
@@ -199,17 +203,22 @@ class FlatAdamW(torch.optim.AdamW):
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
-        """Inside, parameters have their weights, which may be changed, on all processes alike."""
-        for p, halves in self._halves.items():
-            p.data = as_tensor(halves)
+        """Inside, parameters have their weights, which may be changed, on all processes alike. RuntimeError inside."""
+        if self._are_whole:
+            raise RuntimeError("FlatAdamW.whole: weights are whole already")
+        self._are_whole, made = True, []
         try:
+            for p, halves in self._halves.items():
+                p.data = as_tensor(halves)
+                made.append(p)
             yield
         finally:
             with torch.no_grad():
-                for p, halves in self._halves.items():
-                    halves.set_(p.data)
+                for p in made:
+                    self._halves[p].set_(p.data)
                     p.data = p.new_full((), math.nan).expand(p.shape)
                 self._refresh()
+            self._are_whole = False
 
     def add_up(self, span: int) -> None:
         """Begins to add up the gradients of a span over all processes, each of which gets the sums of what it updates.

@@ -80,7 +80,7 @@ def weight_statistics(optimizer: torch.optim.AdamW, stages: int, world: World) -
     """Of each stage, innermost network last: norm of its gradients, of its weights, and of the update over the latter.
 
     float32 ((S + 1) * 3,). After `optimizer.step()` and before gradients are cleared; gradients are as the optimizer
-    left them, that is clipped. The update is worked out from AdamW's state, so no copy of the weights is needed.
+    left them, that is clipped. The update is worked out from AdamW's state, so the former weights are not needed.
     """
     sharded, whole = torch.zeros(2, stages + 1, 3, device=world.device).unbind(0)
     cut = isinstance(optimizer, FlatAdamW) and optimizer.cut

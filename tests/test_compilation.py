@@ -116,7 +116,9 @@ def for_any_gpu() -> None:
         sums.total()
         y_TD = after[:, : 2 * D].contiguous()
         _, scale = norm_triton.gated_norm_forward(y_TD, z, gate, 1e-5)
-        norm_triton.gated_norm_backward(y_TD, y_TD, z, scale, gate, torch.empty_like(z), *Sums([[gate]]).slots())
+        for again in (True, False):
+            slots = Sums([[gate]]).slots()
+            norm_triton.gated_norm_backward(y_TD, y_TD, z, scale, gate, torch.empty_like(z), *slots, again)
     router_triton.add_rows_(p_T[:, None], start_C, router_triton.take_rows(p_T[:, None], start_C, None))
     b_T, counts, losses = new(T, dtype=torch.bool), new(2, dtype=torch.int64), new(3, dtype=WIDE)
     found = Boundaries(new(T + 1, dtype=WIDE), b_T, chunk_T, chunk_T, ends, position_T, counts, losses)

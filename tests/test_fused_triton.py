@@ -90,10 +90,15 @@ def gated_norm_case(new: Inputs, T: int, D: int):
     rows, y, weight, dx = new(T, 2 * D + 16), new(T, D), new(D), new(T, D)
     z = rows[:, 8 : 8 + D]
     x, scale = norm.gated_norm_forward(y, z, weight, EPS)
-    dz, sums = nan_like(z, longer=8), Sums([[weight]])
-    dy, again = norm.gated_norm_backward(dx, y, z, scale, weight, dz, *sums.slots())
-    (dweight,) = sums.total()
-    assert torch.equal(again, x)
+    dz, sums = nan_like(z, longer=8), Sums([[weight], [weight]])
+    slot, other = sums.slots()
+    dy, again = norm.gated_norm_backward(dx, y, z, scale, weight, dz, slot)
+    first = dz.clone()
+    only_dy, none = norm.gated_norm_backward(dx, y, z, scale, weight, dz.fill_(math.nan), other, again=False)
+    dweight, same = sums.total()
+    assert torch.equal(again, x) and none is None
+    assert all(map(torch.equal, (only_dy, dz, same), (dy, first, dweight)))
+    assert torch.equal(norm.gated_norm_forward(y, z, weight, EPS, keep_x=True)[0], x)
     leaves = [exact(t).requires_grad_() for t in (y, z, weight)]
     u = leaves[0] * torch.nn.functional.silu(leaves[1])
     scales = (u.square().mean(-1) + EPS).rsqrt()

@@ -208,7 +208,9 @@ def test_a_backward_reads_nothing_that_its_forward_left_outside_the_arena(stages
     monkeypatch.setattr(Segment, "_forward", spoil_after)
     graphed.forward_backward([pair])
     assert torch.equal(gradient(graphed), wanted) and wanted.isfinite().all()
-    assert len(spoiled) > 10 * stages and not any(arena.beside for arena in graphed.arenas.values())
+    assert len(spoiled) > (500 if DEVICE == "cpu" else 10) * stages and not any(
+        arena.beside for arena in graphed.arenas.values()
+    )
 
 
 def test_an_arena_gives_out_its_buffer_and_then_other_memory():
