@@ -37,7 +37,7 @@ def find_boundaries(
     """Chunks open where p > 0.5, or where a document begins and where forced_T (bool) says so. C is T or more.
 
     p_T: float32 or float64, 1 where a document begins. position_T: each token's place in its document.
-    cu_seqlens: int32 (B + 1,). N: of the ratio loss.
+    cu_seqlens: int32 (B + 1,). N: of the ratio loss (arXiv 2507.07955, eq. 10).
     The kernels add p up in an order of their own, always the same: G has other last bits than the definition's.
     """
     if _fast(p_T):

@@ -256,6 +256,7 @@ def sum_rows(parts_LND: Tensor, dtype: torch.dtype, turned: tuple[int, int] = (1
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; where there is none, as under Triton's interpreter, a few."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 

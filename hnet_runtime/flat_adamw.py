@@ -203,7 +203,7 @@ class FlatAdamW(torch.optim.AdamW):
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
-        """Inside, parameters have their weights, which may be changed, on all processes alike. RuntimeError inside."""
+        """Inside, parameters have their weights, which may be changed, on all processes alike. Not to be nested."""
         if self._are_whole:
             raise RuntimeError("FlatAdamW.whole: weights are whole already")
         self._are_whole, made = True, []

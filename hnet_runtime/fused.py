@@ -560,10 +560,11 @@ class MambaBranch(torch.autograd.Function):
         all_kept = ac == "none"
         x_TD, summed = stream.norm(delta_TD, norm, keep_x=all_kept)
         with keeping_if(ac != "block"):
-            mixed = MambaBranch.mix(packing, x_TD, all_kept, in_proj, *of_mixer)
-        *kept, after, gated_TD = mixed[:5]
-        kept = kept if ac != "block" else [None] * 3
-        kept += [after, gated_TD, x_TD, *mixed[5:]] if all_kept else [None] * 3
+            projected, y_TD, gate_scale_T, after, gated_TD, *states = MambaBranch.mix(
+                packing, x_TD, all_kept, in_proj, *of_mixer
+            )
+        kept = (projected, y_TD, gate_scale_T) if ac != "block" else (None,) * 3
+        kept += (after, gated_TD, x_TD, *states) if all_kept else (None,) * 3
         ctx.stream, ctx.packing, ctx.small, ctx.targets = stream, packing, small, _take_targets(in_proj, out_proj)
         ctx.save_for_backward(*summed, in_proj, out_proj, *kept)
         return gated_TD @ out_proj.T
@@ -590,9 +591,9 @@ class MambaBranch(torch.autograd.Function):
         summed, states, (norm, conv, heads, gate) = Summed(*summed), ctx.saved_tensors[11:], ctx.small
         (conv_D1K, conv_bias_D), (A_log_H, dt_bias_H, D_H), (gate_D,) = conv.weights, heads.weights, gate.weights
         if projected is None:
-            again = MambaBranch.mix(ctx.packing, summed.norm(norm), True, in_proj, conv, heads, gate)
-            projected, y_TD, gate_scale_T, after, gated_TD, *states = again
-            del again
+            projected, y_TD, gate_scale_T, after, gated_TD, *states = MambaBranch.mix(
+                ctx.packing, summed.norm(norm), True, in_proj, conv, heads, gate
+            )
         widths = [len(gate_D), len(conv_bias_D), len(D_H)]
         dprojected = torch.empty_like(projected)
         (z, before, raw_TH), (dz, dbefore, draw_TH) = (x.split(widths, dim=-1) for x in (projected, dprojected))
