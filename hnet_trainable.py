@@ -24,6 +24,7 @@ import json
 import logging
 import math
 import re
+import reprlib
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -48,6 +49,25 @@ N_GPT = 4.6  # bytes a token of GPT-2's tokenizer covers (section 2.3.2)
 
 class ConfigError(ValueError):
     """A model config that can't be used; the message names the key and says what is allowed."""
+
+
+# No model that fits into a machine comes near these bounds; a size beyond one is a slip of the keyboard.
+MAX_STAGES = 16
+MAX_LAYERS = 10_000  # in one layout
+MAX_PARAMETERS = 10**12
+MAX_VALUES = {
+    "vocab_size": 2**20,
+    "d_model": 2**16,
+    "d_intermediate": 2**20,
+    "N_compress": 10**6,
+    "ssm_cfg.chunk_size": 2**20,
+    "ssm_cfg.d_conv": 2**10,
+    "ssm_cfg.d_state": 2**16,
+    "ssm_cfg.expand": 2**8,
+    "attn_cfg.num_heads": 2**16,
+    "attn_cfg.rotary_emb_dim": 2**16,
+    "attn_cfg.window_size": 2**30,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +100,13 @@ def parse_layout(layout: str) -> list[Layer]:
     """`"T1m2"` -> one attention block with MLP and two Mamba-2 blocks without. Raises ConfigError on anything else."""
     if not isinstance(layout, str) or not re.fullmatch(r"([mMtT][0-9]+)+", layout):
         raise ConfigError(
-            f"arch_layout: {layout!r} is not a layout; write letters of m M t T, each with a count: 'T1m4'"
+            f"arch_layout: {_shown(layout)} is not a layout; write letters of m M t T, each with a count: 'T1m4'"
         )
-    found = re.findall(r"([mMtT])([0-9]+)", layout)
-    return [Layer(letter.lower(), letter.isupper()) for letter, count in found for _ in range(int(count))]
+    found = re.findall(r"([mMtT])0*([0-9]*)", layout)
+    counts = [int(count[:9] or 0) for _, count in found]  # of nine digits and more, the first nine are absurd
+    if sum(counts) > MAX_LAYERS:
+        raise ConfigError(f"arch_layout: {_shown(layout)} has too many layers; expected at most {MAX_LAYERS:,} in one")
+    return [Layer(letter.lower(), letter.isupper()) for (letter, _), count in zip(found, counts) for _ in range(count)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,9 +137,13 @@ class HNetConfig:
         if isinstance(source, Mapping):
             return cls._from_mapping({**source, **overrides})
         try:
-            raw = json.loads(Path(source).read_text())
+            raw = json.loads(Path(source).read_text(encoding="utf-8-sig"), parse_int=_parse_int)
         except OSError as error:
             raise ConfigError(f"{source}: no such config file ({error.strerror})") from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{source}: not JSON (byte {error.start} is not UTF-8)") from None
+        except RecursionError:
+            raise ConfigError(f"{source}: not a model config (its lists are nested too deep)") from None
         except ValueError as error:
             raise ConfigError(f"{source}: not JSON ({error})") from None
         if not isinstance(raw, dict):
@@ -135,7 +162,7 @@ class HNetConfig:
             for key in given:
                 if key not in _keys(kind):
                     place = f"{section}." if section else ""
-                    raise ConfigError(f"unknown key {place}{key}; known are {', '.join(_keys(kind))}")
+                    raise ConfigError(f"unknown key {place}{str(key)[:60]}; known are {', '.join(_keys(kind))}")
         for key in ("arch_layout", "d_model", "d_intermediate", "attn_cfg"):
             if key not in raw:
                 raise ConfigError(f"{key}: missing")
@@ -143,6 +170,8 @@ class HNetConfig:
         heads = {k: _numbers(v, f"attn_cfg.{k}") for k, v in raw["attn_cfg"].items()}
         ratios = _numbers(raw.get("N_compress", ()), "N_compress", whole=False)
         stages = len(lists["d_model"]) - 1
+        if stages < 0:
+            raise ConfigError("d_model: an empty list; expected one width per stage")
         if not ratios:
             if stages > 2:
                 raise ConfigError(
@@ -163,7 +192,7 @@ class HNetConfig:
             if len(values) != S + 1:
                 raise ConfigError(f"{key}: {len(values)} numbers for {S + 1} widths in d_model; give one a stage")
         if not isinstance(self.tie_embeddings, bool):
-            raise ConfigError(f"tie_embeddings: {self.tie_embeddings!r}; expected true or false")
+            raise ConfigError(f"tie_embeddings: {_shown(self.tie_embeddings)}; expected true or false")
         if _whole(self.vocab_size, "vocab_size") < 256:
             raise ConfigError(f"vocab_size: {self.vocab_size}; a byte model needs at least 256")
         for field in dataclasses.fields(SSMConfig):
@@ -179,9 +208,16 @@ class HNetConfig:
         for s in range(S + 1):
             wanted, form = (3, '["m4", [...], "m4"]') if s < S else (1, '["T12"]')
             if not isinstance(node, list | tuple) or len(node) != wanted:
-                raise ConfigError(f"arch_layout: {node!r} for stage {s} of {S + 1} widths in d_model; expected {form}")
+                raise ConfigError(
+                    f"arch_layout: {_shown(node)} for stage {s} of {S + 1} widths in d_model; expected {form}"
+                )
             self._check_stage(s, [layer for layout in node[::2] for layer in parse_layout(layout)])
             node = node[1] if s < S else None
+        if (count := self.count_parameters()) > MAX_PARAMETERS:
+            raise ConfigError(
+                f"d_model: with these widths and layers the model has {count:,} parameters; expected at most "
+                f"{MAX_PARAMETERS:,}"
+            )
 
     def _check_stage(self, s: int, layers: list[Layer]) -> None:
         width, heads, rotary = self.d_model[s], self.attn_cfg.num_heads[s], self.attn_cfg.rotary_emb_dim[s]
@@ -205,6 +241,24 @@ class HNetConfig:
                 raise ConfigError(
                     f"attn_cfg.window_size: {self.attn_cfg.window_size[s]} for stage {s}; expected -1 or more"
                 )
+
+    def count_parameters(self) -> int:
+        """The number of parameters of the model, computed without building it."""
+        N, d_conv = self.ssm_cfg.d_state, self.ssm_cfg.d_conv
+        total = self.vocab_size * self.d_model[0] * (1 if self.tie_embeddings else 2)
+        for s, D in enumerate(self.d_model):
+            d_inner, mlp = self.ssm_cfg.expand * D, -(-self.d_intermediate[s] // 128) * 128
+            channels, heads = d_inner + 2 * N, d_inner // HEADDIM
+            mamba = D * (d_inner + channels + heads) + channels * (d_conv + 1) + 3 * heads + d_inner + d_inner * D
+            for layout in self.layouts(s):
+                layers = parse_layout(layout)
+                total += D  # the final norm
+                total += sum((mamba if layer.mixer == "m" else 4 * D * D) + D for layer in layers)
+                total += sum(3 * D * mlp + D for layer in layers if layer.has_mlp)
+            if s < self.num_stages:
+                total += 3 * D * D + D  # the router and residual_proj
+            total += D - self.d_model[max(s - 1, 0)]  # pad_dimension
+        return total
 
     @property
     def num_stages(self) -> int:
@@ -234,19 +288,47 @@ def _keys(kind: type) -> list[str]:
 
 def _whole(value: Any, key: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ConfigError(f"{key}: {value!r}; expected a whole number")
-    return value
+        raise ConfigError(f"{key}: {_shown(value)}; expected a whole number")
+    return _bounded(value, key, _shown(value))
 
 
 def _numbers(values: Any, key: str, whole: bool = True) -> tuple:
     if not isinstance(values, list | tuple):
-        raise ConfigError(f"{key}: {values!r}; expected a list of numbers, one a stage")
+        raise ConfigError(f"{key}: {_shown(values)}; expected a list of numbers, one a stage")
+    if len(values) > MAX_STAGES + 1:
+        raise ConfigError(f"{key}: a list of {len(values):,} numbers; expected at most {MAX_STAGES + 1}, one a stage")
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-            raise ConfigError(f"{key}: {value!r} in the list; expected {'whole ' if whole else ''}numbers")
-        if not math.isfinite(value):
+            raise ConfigError(f"{key}: {_shown(value)} in the list; expected {'whole ' if whole else ''}numbers")
+        if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{key}: {value} in the list; expected finite numbers")
+        _bounded(value, key, f"{_shown(value)} in the list")
     return tuple(values)
+
+
+def _bounded(value: Any, key: str, shown: str) -> Any:
+    least, most = -1 if key == "attn_cfg.window_size" else 0, MAX_VALUES[key]
+    if abs(value) > most:
+        raise ConfigError(f"{key}: {shown}; expected {f'at most {most:,}' if value > 0 else f'{least} or more'}")
+    return value
+
+
+def _parse_int(digits: str) -> int:
+    """A whole number in JSON. Of thousands of digits, which Python refuses to read, the first thousand are absurd."""
+    return int(digits[:1000])
+
+
+class _Shown(reprlib.Repr):
+    """A value as a message shows it: short, whatever it is."""
+
+    maxlist = maxtuple = 8
+    maxstring = maxother = 60
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if abs(x) < 10**15 else f"a number of about {round(x.bit_length() * math.log10(2))} digits"
+
+
+_shown = _Shown().repr
 
 
 # ----------------------------------------------------------------------------------------------------- NJT operations
@@ -724,9 +806,10 @@ class HNetLM(nn.Module):
     def forward(self, iids: Tensor, labels: Tensor | None = None) -> HNetOutput:
         """`iids` and `labels`: NJTs (B, j0) of int64, at least one byte in all.
 
-        Raises ValueError for anything else, and where the documents of the two differ in length.
+        Raises ValueError for anything else, and where the documents of the two differ in length. Values beyond the
+        vocabulary are refused on the CPU; on another device the caller answers for them (see `check_documents`).
         """
-        check_documents(iids, labels)
+        check_documents(iids, labels, self.config.vocab_size)
         x_BjD, stages = self.backbone(self.embeddings(iids))
         logits = self.lm_head(x_BjD)
         logits_TV = logits.values()
@@ -736,21 +819,39 @@ class HNetLM(nn.Module):
         return HNetOutput(logits, ce, torch.stack(losses) if losses else logits_TV.new_zeros(0), stages)
 
 
-def check_documents(iids: Tensor, labels: Tensor | None) -> None:
-    """ValueError unless these are NJTs (B, j) of the same document lengths. Free where they share their offsets."""
+def check_documents(iids: Tensor, labels: Tensor | None, vocab_size: int = 256) -> None:
+    """ValueError unless these are NJTs (B, j) of int64, of the same document lengths, with values in 0..vocab_size - 1.
+
+    The values are looked at on the CPU alone: reading them from another device would wait for it. There a value beyond
+    the vocabulary stops the process, so check what you give, by calling this before the copy to the device. The bytes
+    of `fineweb.ByteStream`, of validation and of scripts/evaluate.py are uint8, which every vocabulary holds.
+    """
     for name, x in (("iids", iids), ("labels", labels)):
-        if x is not None and not (x.is_nested and x.layout == torch.jagged and x.dim() == 2):
+        if x is None and name == "labels":
+            continue
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name}: expected a nested tensor (B, j) of jagged layout, got {type(x).__name__}")
+        if not (x.is_nested and x.layout == torch.jagged and x.dim() == 2):
             kind = f"a nested tensor of layout {x.layout}" if x.is_nested else f"a tensor of shape {tuple(x.shape)}"
             raise ValueError(f"{name}: expected a nested tensor (B, j) of jagged layout, got {kind}")
+        if x.dtype != torch.int64:
+            raise ValueError(f"{name}: expected int64, got {str(x.dtype).removeprefix('torch.')}")
+        if x.lengths() is not None:
+            raise ValueError(f"{name}: expected documents without gaps between them; call .contiguous() first")
     if not iids.values().shape[0]:
         raise ValueError("iids: expected at least one byte, got none")
-    if labels is None or iids.offsets() is labels.offsets():
-        return
-    if iids.offsets().shape != labels.offsets().shape or not torch.equal(iids.offsets(), labels.offsets()):
+    same = labels is None or iids.offsets() is labels.offsets()
+    if not same and not (iids.offsets().shape == labels.offsets().shape and iids.offsets().equal(labels.offsets())):
         raise ValueError(
             f"labels: expected documents as long as those of iids; iids has {iids.shape[0]} of together "
             f"{iids.values().shape[0]} bytes, labels {labels.shape[0]} of together {labels.values().shape[0]}"
         )
+    for name, x in (("iids", iids), ("labels", labels)):
+        if x is not None and x.device.type == "cpu":
+            least, most = (int(bound) for bound in x.values().aminmax())
+            if least < 0 or most >= vocab_size:
+                value = least if least < 0 else most
+                raise ValueError(f"{name}: holds the value {value}; expected 0 to {vocab_size - 1}, the vocabulary")
 
 
 # ------------------------------------------------------------------------------------------------- what training needs

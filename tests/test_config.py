@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,7 @@ def test_a_config_file_builds_the_model_it_describes(path):
     with torch.device("meta"):
         model = H.HNetLM(config)
     count = sum(p.numel() for p in model.parameters())
-    assert count == parameters_by_hand(raw)
+    assert count == parameters_by_hand(raw) == config.count_parameters()
     low, high = (0, 20e6) if "tiny" in path.stem else (50e6, 500e6) if "small" in path.stem else (0.5e9, 2.5e9)
     assert low < count < high
     assert H.HNetConfig.load(config.to_dict()) == config
@@ -220,7 +221,7 @@ WRONG = [
     ("attn_cfg.window_size", ..., r"attn_cfg\.window_size: 0 numbers for 3 widths"),
     # lengths of lists
     ("d_model", [64, 128], "d_intermediate: 3 numbers for 2 widths in d_model"),
-    ("d_model", [], "d_intermediate: 3 numbers for 0 widths in d_model"),
+    ("d_model", [], "d_model: an empty list; expected one width per stage"),
     ("d_intermediate", [0, 128], "d_intermediate: 2 numbers for 3 widths in d_model"),
     ("d_intermediate", [0, 128, 256, 256], "d_intermediate: 4 numbers for 3 widths in d_model"),
     ("attn_cfg.num_heads", [2, 2], r"attn_cfg\.num_heads: 2 numbers for 3 widths"),
@@ -305,6 +306,68 @@ def test_what_is_wrong_is_named(path, value, message, tmp_path):
     file.write_text(json.dumps(raw))
     with pytest.raises(H.ConfigError, match=f"wrong.json: {message}"):
         H.HNetConfig.load(file)
+
+
+HUGE = [
+    ("d_model", [64, 64, 2**40], r"d_model: 1099511627776 in the list; expected at most 65,536"),
+    ("d_model", [64, 64, 10**5000], r"d_model: a number of about 5000 digits in the list; expected at most 65,536"),
+    ("d_model", [-(10**30)] * 3, r"d_model: a number of about 30 digits in the list; expected 0 or more"),
+    ("d_model", [64] * 100_000, r"d_model: a list of 100,000 numbers; expected at most 17"),
+    ("d_model", [64, 64, math.nan], "d_model: nan in the list; expected whole numbers"),
+    ("d_intermediate", [0, 0, 10**12], r"d_intermediate: 1000000000000 in the list; expected at most 1,048,576"),
+    ("vocab_size", 10**12, "vocab_size: 1000000000000; expected at most 1,048,576"),
+    ("vocab_size", math.inf, "vocab_size: inf; expected a whole number"),
+    ("arch_layout", ["m2", ["T1m1", ["T999999999"], "m1T1"], "m2"], "arch_layout: 'T999999999' .* at most 10,000"),
+    ("arch_layout", ["m2", ["T1m1", ["T" + "9" * 6000], "m1"], "m2"], "arch_layout: 'T9999.*' .* at most 10,000"),
+    ("arch_layout", ["m2", ["T1m1", ["m9000T9000"], "m1T1"], "m2"], "arch_layout: 'm9000T9000' .* at most 10,000"),
+    ("arch_layout", ["m2", ["x" * 10**6, ["T1"], "m1"], "m2"], r"arch_layout: 'x+\.\.\.x+' is not a layout"),
+    ("ssm_cfg.d_state", 2**40, r"ssm_cfg\.d_state: 1099511627776; expected at most 65,536"),
+    ("ssm_cfg.d_conv", 10**9, r"ssm_cfg\.d_conv: 1000000000; expected at most 1,024"),
+    ("ssm_cfg.expand", 10**9, r"ssm_cfg\.expand: 1000000000; expected at most 256"),
+    ("ssm_cfg.chunk_size", 10**9, r"ssm_cfg\.chunk_size: 1000000000; expected at most 1,048,576"),
+    ("ssm_cfg.d_state", math.nan, r"ssm_cfg\.d_state: nan; expected a whole number"),
+    ("attn_cfg.num_heads", [2, 2, 2**40], r"attn_cfg\.num_heads: 1099511627776 in the list; expected at most 65,536"),
+    ("attn_cfg.rotary_emb_dim", [16, 16, 2**40], r"attn_cfg\.rotary_emb_dim: 1099511627776 .* at most 65,536"),
+    ("attn_cfg.window_size", [7, 7, 10**18], r"attn_cfg\.window_size: a number of about 18 digits .* at most 1,073,7"),
+    ("attn_cfg.window_size", [7, 7, -(10**18)], r"attn_cfg\.window_size: a number of about 18 .* expected -1 or more"),
+    ("N_compress", [1, 3, 10**400], "N_compress: a number of about 400 digits in the list; expected at most 1,000,000"),
+    ("N_compress", [1, 3, math.nan], "N_compress: nan in the list; expected finite numbers"),
+    ("N_compress", [1, 3, 1e300], r"N_compress: 1e\+300 in the list; expected at most 1,000,000"),
+    ("tie_embeddings", "x" * 10**6, r"tie_embeddings: 'x+\.\.\.x+'; expected true or false"),
+]
+
+
+@pytest.mark.parametrize("path, value, message", HUGE, ids=lambda x: repr(x)[:30] if not isinstance(x, list) else None)
+def test_absurd_sizes_are_refused_at_once(path, value, message, tmp_path):
+    began = time.process_time()
+    raw = changed(GOOD, path, value)
+    with pytest.raises(H.ConfigError, match=f"^{message}") as refused:
+        H.HNetConfig.load(raw)
+    assert len(str(refused.value)) < 250
+    if "5000" not in message:  # json can't write that one
+        file = tmp_path / "huge.json"
+        file.write_text(json.dumps(raw))
+        with pytest.raises(H.ConfigError, match=f"huge.json: {message}"):
+            H.HNetConfig.load(file)
+    assert time.process_time() - began < 1
+
+
+def test_sizes_that_are_only_together_absurd_are_refused():
+    wide = changed(changed(GOOD, "d_model", [64, 64, 65_536]), "arch_layout", ["m2", ["m1", ["T9000"], "m1"], "m2"])
+    with pytest.raises(H.ConfigError, match="^d_model: with these widths and layers the model has .* parameters"):
+        H.HNetConfig.load(wide)
+
+
+def test_files_that_python_itself_would_not_read(tmp_path):
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(GOOD).replace('"vocab_size": 256', '"vocab_size": ' + "7" * 100_000))
+    with pytest.raises(H.ConfigError, match="model.json: vocab_size: a number of about 1000 digits; expected at most"):
+        H.HNetConfig.load(path)
+    path.write_text('{"arch_layout": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(H.ConfigError, match="model.json: not a model config .its lists are nested too deep"):
+        H.HNetConfig.load(path)
+    path.write_text("\ufeff" + json.dumps(GOOD), encoding="utf-8")  # as some editors begin a file
+    assert H.HNetConfig.load(path) == H.HNetConfig.load(GOOD)
 
 
 def test_three_stages_need_their_ratios():

@@ -401,3 +401,33 @@ def test_labels_of_another_shape_than_the_inputs_are_refused():
         model(iids.values())
     with pytest.raises(ValueError, match="iids"):
         model(iids.values(), labels)
+
+
+def test_what_is_no_nested_tensor_of_bytes_is_refused():
+    model = build(H, TWO_STAGES)
+    iids, labels = pack(random_documents([5, 3]))
+    for wrong, kind in (("hello", "str"), (b"hello", "bytes"), ([[1, 2]], "list"), (None, "NoneType"), (7, "int")):
+        with pytest.raises(ValueError, match=f"iids: expected a nested tensor .* got {kind}"):
+            model(wrong)
+        if wrong is not None:
+            with pytest.raises(ValueError, match=f"labels: expected a nested tensor .* got {kind}"):
+                model(iids, wrong)
+    for dtype, name in ((torch.float32, "float32"), (torch.uint8, "uint8"), (torch.bool, "bool")):
+        with pytest.raises(ValueError, match=f"iids: expected int64, got {name}"):
+            model(iids.to(dtype))
+    narrowed = torch.nested.narrow(
+        torch.zeros(2, 9, dtype=torch.int64), 1, torch.tensor([0, 1]), torch.tensor([5, 3]), layout=torch.jagged
+    )
+    with pytest.raises(ValueError, match="iids: expected documents without gaps"):
+        model(narrowed)
+
+
+@pytest.mark.parametrize("value", [-100, -1, 256, 300, 2**62])
+def test_values_beyond_the_vocabulary_are_refused_on_the_cpu_and_read_on_no_other_device(value):
+    model = build(H, TWO_STAGES)
+    iids, labels = pack(random_documents([5, 3]))
+    for name, wrong in (("iids", iids.clone()), ("labels", labels.clone())):
+        wrong.values()[6] = value
+        with pytest.raises(ValueError, match=f"^{name}: holds the value {value}; expected 0 to 255"):
+            model(wrong, labels) if name == "iids" else model(iids, wrong)
+        H.check_documents(wrong.to("meta"), None)  # whose values nobody can read

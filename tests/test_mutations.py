@@ -389,7 +389,7 @@ MUTATIONS = [
     mutation(
         "labels of any shape",
         test_model.test_labels_of_another_shape_than_the_inputs_are_refused,
-        "        check_documents(iids, labels)\n",
+        "        check_documents(iids, labels, self.config.vocab_size)\n",
         "        pass\n",
     ),
 ]
