@@ -4,6 +4,8 @@ import copy
 import json
 import math
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -415,3 +417,8 @@ def test_a_file_that_is_not_there(tmp_path):
 
 def test_a_config_error_is_a_value_error():
     assert issubclass(H.ConfigError, ValueError)
+
+
+def test_reading_a_config_loads_no_torch():
+    program = "import hnet_config, sys; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], cwd=FILES[0].parent.parent, check=True)

@@ -21,10 +21,11 @@ import test_njt_ops
 import test_training_parts
 import torch
 
+import hnet_config
 import hnet_kernels
 import hnet_trainable
 
-MODEL = Path(hnet_trainable.__file__)
+CONFIG, MODEL = Path(hnet_config.__file__), Path(hnet_trainable.__file__)
 KERNELS = Path(hnet_kernels.__file__).parent
 number = itertools.count()
 
@@ -91,11 +92,6 @@ def matmul_flops():
 
 def attention_flops():
     test_training_parts.test_attention_flops_equal_a_count_of_pairs(3)
-
-
-def junk_after_a_layout():
-    with pytest.raises(test_config.H.ConfigError):
-        test_config.H.parse_layout("T1m4junk")
 
 
 class Mutation(NamedTuple):
@@ -385,7 +381,6 @@ MUTATIONS = [
         "sum(stage_lengths[0]), config.attn_cfg",
     ),
     mutation("FLOPs without the window", attention_flops, "if window < 0 or window >= length:", "if True:"),
-    mutation("junk in a layout ignored", junk_after_a_layout, "re.fullmatch", "re.match"),
     mutation(
         "labels of any shape",
         test_model.test_labels_of_another_shape_than_the_inputs_are_refused,
@@ -400,6 +395,12 @@ def test_a_wrong_model_is_caught(mutation, monkeypatch):
     put_model(monkeypatch, mutant(monkeypatch, MODEL, *mutation.changes))
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         mutation.caught_by()
+
+
+def test_a_config_that_ignores_junk_in_a_layout_is_caught(monkeypatch):
+    monkeypatch.setattr(test_config, "H", mutant(monkeypatch, CONFIG, ("re.fullmatch", "re.match")))
+    with pytest.raises(pytest.fail.Exception):
+        test_config.test_junk_in_a_layout("T1m4junk")
 
 
 def test_an_unchanged_copy_passes(monkeypatch):

@@ -1,0 +1,302 @@
+"""The config of an H-Net: what the files in configs/ hold, checked. Imports no torch.
+
+`HNetConfig.load` reads a JSON file or a mapping. What is wrong with it ends in a ConfigError that names the key and
+says what is allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HEADDIM = 64  # channels per head of Mamba-2
+
+
+class ConfigError(ValueError):
+    """A model config that can't be used; the message names the key and says what is allowed."""
+
+
+# No model that fits into a machine comes near these bounds; a size beyond one is a slip of the keyboard.
+MAX_STAGES = 16
+MAX_LAYERS = 10_000  # in one layout
+MAX_PARAMETERS = 10**12
+MAX_VALUES = {
+    "vocab_size": 2**20,
+    "d_model": 2**16,
+    "d_intermediate": 2**20,
+    "N_compress": 10**6,
+    "ssm_cfg.chunk_size": 2**20,
+    "ssm_cfg.d_conv": 2**10,
+    "ssm_cfg.d_state": 2**16,
+    "ssm_cfg.expand": 2**8,
+    "attn_cfg.num_heads": 2**16,
+    "attn_cfg.rotary_emb_dim": 2**16,
+    "attn_cfg.window_size": 2**30,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SSMConfig:
+    """Mamba-2 layers. `chunk_size` is an official key that changes speed, never results; the kernels choose theirs."""
+
+    chunk_size: int = 256
+    d_conv: int = 4
+    d_state: int = 128
+    expand: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class AttnConfig:
+    """Attention layers, one entry a stage. `window_size` w lets position i see i - w..i; -1 means all before it."""
+
+    num_heads: tuple[int, ...] = ()
+    rotary_emb_dim: tuple[int, ...] = ()
+    window_size: tuple[int, ...] = ()
+
+
+class Layer(NamedTuple):
+    """One letter of a layout: `m` Mamba-2, `t` attention; upper case adds a SwiGLU."""
+
+    mixer: str  # "m" or "t"
+    has_mlp: bool
+
+
+def parse_layout(layout: str) -> list[Layer]:
+    """`"T1m2"` -> one attention block with MLP and two Mamba-2 blocks without. Raises ConfigError on anything else."""
+    if not isinstance(layout, str) or not re.fullmatch(r"([mMtT][0-9]+)+", layout):
+        raise ConfigError(
+            f"arch_layout: {_shown(layout)} is not a layout; write letters of m M t T, each with a count: 'T1m4'"
+        )
+    found = re.findall(r"([mMtT])0*([0-9]*)", layout)
+    counts = [int(count[:9] or 0) for _, count in found]  # of nine digits and more, the first nine are absurd
+    if sum(counts) > MAX_LAYERS:
+        raise ConfigError(f"arch_layout: {_shown(layout)} has too many layers; expected at most {MAX_LAYERS:,} in one")
+    return [Layer(letter.lower(), letter.isupper()) for (letter, _), count in zip(found, counts) for _ in range(count)]
+
+
+@dataclasses.dataclass(frozen=True)
+class HNetConfig:
+    """The official JSON keys plus `N_compress`. Stage 0 is outermost; a config of S + 1 widths has S chunking stages.
+
+    arch_layout: `["m4", ["T1m4", ["T26"], "m4T1"], "m4"]`: encoder, what is inside, decoder; innermost one string.
+    d_model, d_intermediate: a width per stage; d_intermediate is 0 where no layer has an MLP, and is rounded up to a
+        multiple of 128 (code).
+    N_compress: `(1, 3, 9)`: bytes per token that each stage should see; stage s aims at N[s + 1] / N[s] per chunk.
+    """
+
+    arch_layout: Any
+    d_model: tuple[int, ...]
+    d_intermediate: tuple[int, ...]
+    vocab_size: int = 256
+    ssm_cfg: SSMConfig = SSMConfig()
+    attn_cfg: AttnConfig = AttnConfig()
+    tie_embeddings: bool = False
+    N_compress: tuple[float, ...] = ()
+
+    @classmethod
+    def load(cls, source: str | Path | Mapping[str, Any], **overrides: Any) -> HNetConfig:
+        """A checked config from a JSON file or a mapping, with single keys replaced by `overrides`.
+
+        Raises ConfigError (naming the file and the key) for anything unknown, missing or impossible.
+        """
+        if isinstance(source, Mapping):
+            return cls._from_mapping({**source, **overrides})
+        try:
+            raw = json.loads(Path(source).read_text(encoding="utf-8-sig"), parse_int=_parse_int)
+        except OSError as error:
+            raise ConfigError(f"{source}: no such config file ({error.strerror})") from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{source}: not JSON (byte {error.start} is not UTF-8)") from None
+        except RecursionError:
+            raise ConfigError(f"{source}: not a model config (its lists are nested too deep)") from None
+        except ValueError as error:
+            raise ConfigError(f"{source}: not JSON ({error})") from None
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{source}: expected a JSON object with the keys {', '.join(_keys(cls))}")
+        try:
+            return cls._from_mapping({**raw, **overrides})
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
+
+    @classmethod
+    def _from_mapping(cls, raw: dict[str, Any]) -> HNetConfig:
+        for section, kind in (("", cls), ("ssm_cfg", SSMConfig), ("attn_cfg", AttnConfig)):
+            given = raw.get(section, {}) if section else raw
+            if not isinstance(given, Mapping):
+                raise ConfigError(f"{section}: expected an object with the keys {', '.join(_keys(kind))}")
+            for key in given:
+                if key not in _keys(kind):
+                    place = f"{section}." if section else ""
+                    raise ConfigError(f"unknown key {place}{str(key)[:60]}; known are {', '.join(_keys(kind))}")
+        for key in ("arch_layout", "d_model", "d_intermediate", "attn_cfg"):
+            if key not in raw:
+                raise ConfigError(f"{key}: missing")
+        lists = {k: _numbers(raw[k], k) for k in ("d_model", "d_intermediate")}
+        heads = {k: _numbers(v, f"attn_cfg.{k}") for k, v in raw["attn_cfg"].items()}
+        ratios = _numbers(raw.get("N_compress", ()), "N_compress", whole=False)
+        stages = len(lists["d_model"]) - 1
+        if stages < 0:
+            raise ConfigError("d_model: an empty list; expected one width per stage")
+        if not ratios:
+            if stages > 2:
+                raise ConfigError(
+                    f"N_compress: missing; it has no default for {stages} stages: give {stages + 1} numbers"
+                )
+            ratios = ((1,), (1, 6), (1, 3, 9))[stages]
+        ssm = SSMConfig(**{k: _whole(v, f"ssm_cfg.{k}") for k, v in raw.get("ssm_cfg", {}).items()})
+        fields = {**raw, **lists, "ssm_cfg": ssm, "attn_cfg": AttnConfig(**heads), "N_compress": ratios}
+        config = cls(**fields)
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        S = self.num_stages
+        attn, per_stage = self.attn_cfg, {"d_intermediate": self.d_intermediate, "N_compress": self.N_compress}
+        per_stage |= {f"attn_cfg.{f.name}": getattr(attn, f.name) for f in dataclasses.fields(attn)}
+        for key, values in per_stage.items():
+            if len(values) != S + 1:
+                raise ConfigError(f"{key}: {len(values)} numbers for {S + 1} widths in d_model; give one a stage")
+        if not isinstance(self.tie_embeddings, bool):
+            raise ConfigError(f"tie_embeddings: {_shown(self.tie_embeddings)}; expected true or false")
+        if _whole(self.vocab_size, "vocab_size") < 256:
+            raise ConfigError(f"vocab_size: {self.vocab_size}; a byte model needs at least 256")
+        for field in dataclasses.fields(SSMConfig):
+            if getattr(self.ssm_cfg, field.name) < 1:
+                raise ConfigError(f"ssm_cfg.{field.name}: {getattr(self.ssm_cfg, field.name)}; expected 1 or more")
+        if any(a > b for a, b in zip(self.d_model, self.d_model[1:])):
+            raise ConfigError(
+                f"d_model: {list(self.d_model)} shrinks; a stage is at least as wide as the one around it"
+            )
+        if self.N_compress[0] != 1 or any(a >= b for a, b in zip(self.N_compress, self.N_compress[1:])):
+            raise ConfigError(f"N_compress: {list(self.N_compress)}; expected 1 and then growing numbers, like 1, 3, 9")
+        node = self.arch_layout
+        for s in range(S + 1):
+            wanted, form = (3, '["m4", [...], "m4"]') if s < S else (1, '["T12"]')
+            if not isinstance(node, list | tuple) or len(node) != wanted:
+                raise ConfigError(
+                    f"arch_layout: {_shown(node)} for stage {s} of {S + 1} widths in d_model; expected {form}"
+                )
+            self._check_stage(s, [layer for layout in node[::2] for layer in parse_layout(layout)])
+            node = node[1] if s < S else None
+        if (count := self.count_parameters()) > MAX_PARAMETERS:
+            raise ConfigError(
+                f"d_model: with these widths and layers the model has {count:,} parameters; expected at most "
+                f"{MAX_PARAMETERS:,}"
+            )
+
+    def _check_stage(self, s: int, layers: list[Layer]) -> None:
+        width, heads, rotary = self.d_model[s], self.attn_cfg.num_heads[s], self.attn_cfg.rotary_emb_dim[s]
+        if width < 1:
+            raise ConfigError(f"d_model: {width} for stage {s}; expected 1 or more")
+        if any(layer.has_mlp for layer in layers) and self.d_intermediate[s] < 1:
+            raise ConfigError(
+                f"d_intermediate: {self.d_intermediate[s]} for stage {s}, whose M and T layers need 1 or more"
+            )
+        if any(layer.mixer == "m" for layer in layers) and width * self.ssm_cfg.expand % HEADDIM:
+            raise ConfigError(f"d_model: {width} * ssm_cfg.expand is no multiple of Mamba-2's head size {HEADDIM}")
+        if any(layer.mixer == "t" for layer in layers):
+            if heads < 1 or width % heads:
+                raise ConfigError(f"attn_cfg.num_heads: {heads} does not divide d_model {width} of stage {s}")
+            if rotary < 0 or rotary % 2 or rotary > width // heads:
+                raise ConfigError(
+                    f"attn_cfg.rotary_emb_dim: {rotary} for stage {s}; expected an even number from 0 to the head size "
+                    f"{width // heads}"
+                )
+            if self.attn_cfg.window_size[s] < -1:
+                raise ConfigError(
+                    f"attn_cfg.window_size: {self.attn_cfg.window_size[s]} for stage {s}; expected -1 or more"
+                )
+
+    def count_parameters(self) -> int:
+        """The number of parameters of the model, computed without building it."""
+        N, d_conv = self.ssm_cfg.d_state, self.ssm_cfg.d_conv
+        total = self.vocab_size * self.d_model[0] * (1 if self.tie_embeddings else 2)
+        for s, D in enumerate(self.d_model):
+            d_inner, mlp = self.ssm_cfg.expand * D, -(-self.d_intermediate[s] // 128) * 128
+            channels, heads = d_inner + 2 * N, d_inner // HEADDIM
+            mamba = D * (d_inner + channels + heads) + channels * (d_conv + 1) + 3 * heads + d_inner + d_inner * D
+            for layout in self.layouts(s):
+                layers = parse_layout(layout)
+                total += D  # the final norm
+                total += sum((mamba if layer.mixer == "m" else 4 * D * D) + D for layer in layers)
+                total += sum(3 * D * mlp + D for layer in layers if layer.has_mlp)
+            if s < self.num_stages:
+                total += 3 * D * D + D  # the router and residual_proj
+            total += D - self.d_model[max(s - 1, 0)]  # pad_dimension
+        return total
+
+    @property
+    def num_stages(self) -> int:
+        """S, the number of chunking stages: 0 for a plain isotropic model."""
+        return len(self.d_model) - 1
+
+    @property
+    def target_ratios(self) -> tuple[float, ...]:
+        """N of the ratio loss (eq. 10) for each chunking stage: how many of its tokens a chunk should hold."""
+        return tuple(inner / outer for outer, inner in zip(self.N_compress, self.N_compress[1:]))
+
+    def layouts(self, s: int) -> tuple[str, ...]:
+        """Stage s's layouts: (encoder, decoder), or (main network,) for the innermost."""
+        node = self.arch_layout
+        for _ in range(s):
+            node = node[1]
+        return tuple(node[::2])
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `load` reads, ready for JSON."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def _keys(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+def _whole(value: Any, key: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigError(f"{key}: {_shown(value)}; expected a whole number")
+    return _bounded(value, key, _shown(value))
+
+
+def _numbers(values: Any, key: str, whole: bool = True) -> tuple:
+    if not isinstance(values, list | tuple):
+        raise ConfigError(f"{key}: {_shown(values)}; expected a list of numbers, one a stage")
+    if len(values) > MAX_STAGES + 1:
+        raise ConfigError(f"{key}: a list of {len(values):,} numbers; expected at most {MAX_STAGES + 1}, one a stage")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+            raise ConfigError(f"{key}: {_shown(value)} in the list; expected {'whole ' if whole else ''}numbers")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{key}: {value} in the list; expected finite numbers")
+        _bounded(value, key, f"{_shown(value)} in the list")
+    return tuple(values)
+
+
+def _bounded(value: Any, key: str, shown: str) -> Any:
+    least, most = -1 if key == "attn_cfg.window_size" else 0, MAX_VALUES[key]
+    if abs(value) > most:
+        raise ConfigError(f"{key}: {shown}; expected {f'at most {most:,}' if value > 0 else f'{least} or more'}")
+    return value
+
+
+def _parse_int(digits: str) -> int:
+    """A whole number in JSON. Of thousands of digits, which Python refuses to read, the first thousand are absurd."""
+    return int(digits[:1000])
+
+
+class _Shown(reprlib.Repr):
+    """A value as a message shows it: short, whatever it is."""
+
+    maxlist = maxtuple = 8
+    maxstring = maxother = 60
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if abs(x) < 10**15 else f"a number of about {round(x.bit_length() * math.log10(2))} digits"
+
+
+_shown = _Shown().repr
