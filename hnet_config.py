@@ -1,7 +1,7 @@
 """The config of an H-Net: what the files in configs/ hold, checked. Imports no torch.
 
-`HNetConfig.load` reads a JSON file or a mapping. What is wrong with it ends in a ConfigError that names the key and
-says what is allowed.
+`HNetConfig.load` reads a JSON file, a config of configs/ by its name, or a mapping. What is wrong with it ends in a
+ConfigError that names the key and says what is allowed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HEADDIM = 64  # channels per head of Mamba-2
+_HERE = Path(__file__).resolve().parent
+CONFIGS = _HERE / "hnet_configs" if (_HERE / "hnet_configs").is_dir() else _HERE / "configs"  # installed, or a checkout
 
 
 class ConfigError(ValueError):
@@ -103,14 +105,16 @@ class HNetConfig:
     def load(cls, source: str | Path | Mapping[str, Any], **overrides: Any) -> HNetConfig:
         """A checked config from a JSON file or a mapping, with single keys replaced by `overrides`.
 
-        Raises ConfigError (naming the file and the key) for anything unknown, missing or impossible.
+        A file that is not there may be one of configs/, by its name: "hnet_1stage_tiny", from any folder. Raises
+        ConfigError (naming the file and the key) for anything unknown, missing or impossible.
         """
         if isinstance(source, Mapping):
             return cls._from_mapping({**source, **overrides})
         try:
-            raw = json.loads(Path(source).read_text(encoding="utf-8-sig"), parse_int=_parse_int)
+            raw = json.loads(find_config(source).read_text(encoding="utf-8-sig"), parse_int=_parse_int)
         except OSError as error:
-            raise ConfigError(f"{source}: no such config file ({error.strerror})") from None
+            names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.json")))
+            raise ConfigError(f"{source}: no such config file ({error.strerror}); known by name are {names}") from None
         except UnicodeDecodeError as error:
             raise ConfigError(f"{source}: not JSON (byte {error.start} is not UTF-8)") from None
         except RecursionError:
@@ -251,6 +255,14 @@ class HNetConfig:
     def to_dict(self) -> dict[str, Any]:
         """What `load` reads, ready for JSON."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def find_config(source: str | Path) -> Path:
+    """The file that `source` names: itself where there is one, else the file of configs/ with that name."""
+    path = Path(source)
+    ours = CONFIGS / f"{path.name.removesuffix('.json')}.json"
+    is_ours = path.parent in (Path("."), Path("configs")) and ours.is_file() and not path.is_file()
+    return ours if is_ours else path
 
 
 def _keys(kind: type) -> list[str]:

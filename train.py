@@ -65,7 +65,7 @@ from hnet_trainable import ConfigError, HNetConfig, HNetLM, compile_blocks, coun
 
 logger = logging.getLogger("hnet")
 
-DEFAULT_CONFIG = str(Path(__file__).resolve().parent / "configs" / "hnet_1stage_tiny.json")
+DEFAULT_CONFIG = "hnet_1stage_tiny"
 DEFAULT_DATA = "data/stdlib"  # prepared on first use from the running Python's own standard library
 
 
@@ -86,7 +86,7 @@ class TrainConfig:
     """The flags of a run."""
 
     config: Annotated[str, flag("-c")] = ""
-    """Model config, a JSON file. Empty: the checkpoint's own with -p, else configs/hnet_1stage_tiny.json."""
+    """Model config: a JSON file, or one of configs/ by name. Empty: that of -p, else hnet_1stage_tiny."""
     pt_ckpt: Annotated[str, flag("-p")] = ""
     """Weights to start from: an official .pt, safetensors, a checkpoint of ours, or hf:owner/name."""
     n_compression: Annotated[str, flag("-N")] = ""

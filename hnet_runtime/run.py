@@ -152,6 +152,8 @@ def code_revision() -> str:
     """The git revision of this checkout, with `+` where files differ from it; `unknown` outside git."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
+        is_ours = [*git, "ls-files", "--error-unmatch", __file__]  # an installed package may lie in another's checkout
+        subprocess.run(is_ours, capture_output=True, check=True)
         revision = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
         changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

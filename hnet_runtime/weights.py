@@ -26,6 +26,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from hnet_config import CONFIGS
 from hnet_runtime import UserError
 from hnet_runtime import checkpoint as own
 from hnet_runtime.checkpoint import CheckpointError, SafeReader
@@ -33,8 +34,6 @@ from hnet_runtime.distributed import PLAIN_FLOAT32
 from hnet_runtime.reports import write_whole
 from hnet_simple import HNetInference
 from hnet_trainable import ConfigError, HNetConfig, HNetLM, parse_layout
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"  # official checkpoints come without their config
 
 
 class Checkpoint(NamedTuple):
@@ -144,7 +143,7 @@ def _inside(path: Path, source: str) -> Path:
 def _config_beside(path: Path, source: str) -> HNetConfig | None:
     name = source.rsplit("/", 1)[-1]
     places = [path / "config.json"] if path.is_dir() else [path.parent / "config.json", path.with_suffix(".json")]
-    if not path.is_dir():
+    if not path.is_dir():  # official checkpoints come without their config
         places += [CONFIGS / f"{path.stem}.json", CONFIGS / f"{name}.json"]
     place = next((place for place in places if place.is_file()), None)
     if place is None:

@@ -37,7 +37,7 @@ def main() -> None:
     import torch
 
     for name in ("hnet_1stage_small", "hnet_1stage_L", "hnet_2stage_XL"):
-        config = HNetConfig.load(ROOT / "configs" / f"{name}.json")
+        config = HNetConfig.load(name)
         with torch.device("meta"):
             parameters = sum(p.numel() for p in HNetLM(config).parameters())
         print(f"\n{name}, {parameters / 1e6:,.0f} million parameters, {tokens:,} bytes a GPU and step\n")
