@@ -5,43 +5,51 @@ from __future__ import annotations
 import html
 import json
 import re
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hnet_config import ConfigError, HNetConfig
 from hnet_runtime import UserError
 from hnet_runtime.metrics import read_metrics
 from hnet_runtime.reports import write_whole
-from hnet_trainable import ConfigError, HNetConfig, lr_modulation
 
 TEMPLATE = Path(__file__).with_name("plots.html")
 POINTS = 1200  # of a curve; longer ones are thinned
-PANELS = (  # title, pattern of the keys, logarithmic
-    ("bits per byte", r"(val_)?bpb", False),
-    ("ratio loss (1 at the target)", r"stage\d+_ratio_loss", False),
-    ("tokens a chunk, and the target", r"stage\d+_(compression|target)", True),
-    ("chunk length: mean and longest", r"stage\d+_chunk_(mean|max)", True),
-    ("share of boundaries", r"stage0_at_(whitespace|punctuation|inside)", False),
-    ("learning rate", r"(stage\d+_)?lr", False),
-    ("gradient norm", r"(stage\d+_)?grad_norm", True),
-    ("update over weights", r"stage\d+_update_ratio", True),
-    ("bytes a second", r"bytes_per_s", False),
-    ("MFU", r"mfu", False),
-    ("held-out bits per byte by length of the document", r"val_bpb_(le_\d+|longer)", False),
-    ("held-out bits per byte by position in the document", r"val_bpb_at_\w+", False),
+FEW = 40  # a curve of fewer points is drawn with dots and is not smoothed
+PANELS = (  # title, pattern of the keys, logarithmic, smoothed
+    ("bits per byte", r"(val_)?bpb", False, True),
+    ("ratio loss (1 at the target)", r"stage\d+_ratio_loss", False, True),
+    ("tokens per chunk, and the target", r"stage\d+_(compression|target)", True, True),
+    ("chunk length: mean and longest", r"stage\d+_chunk_(mean|max)", True, False),
+    ("share of boundaries", r"stage0_at_(whitespace|punctuation|inside)", False, False),
+    ("learning rate", r"(stage\d+_)?lr", False, False),
+    ("gradient norm", r"(stage\d+_)?grad_norm", True, True),
+    ("update over weights", r"stage\d+_update_ratio", True, False),
+    ("bytes per second", r"bytes_per_s", False, True),
+    ("MFU", r"mfu", False, True),
+    ("held-out bits per byte by length of the document", r"val_bpb_(le_\d+|longer)", False, False),
+    ("held-out bits per byte by position in the document", r"val_bpb_at_\w+", False, False),
 )
 # apart for the colour-blind (Okabe and Ito)
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8a6d00")
-DASHES = ("", "6 3", "2 2", "8 3 2 3")
+DASHES = ("", "6 3", "8 3 2 3", "12 4")  # of the first eight curves of a panel, the next eight, and so on
+OF_TARGETS = "2 3"
+AXES = {"bytes": "bytes_so_far", "seconds": "seconds_so_far", "flops": "flops_so_far"}  # beside steps
 
 
 class Curve(NamedTuple):
     """One line of a panel. `dash` as SVG has it; `dots` where there are few points."""
 
     name: str
+    run: int
     colour: str
     dash: str
     dots: bool
     points: list[tuple[int, float]]  # step, value
+    means: list[float] | None  # of the last `window` points up to each; None where the curve is not smoothed
+    window: int
 
 
 class Panel(NamedTuple):
@@ -51,48 +59,85 @@ class Panel(NamedTuple):
 
 
 def read_run(run: str | Path) -> list[dict[str, Any]]:
-    """The records of a run's metrics.jsonl, with each stage's learning rate where config.json tells the multipliers.
+    """The records of a run's metrics.jsonl, with what config.json tells of them.
 
-    A last line that a crash tore is left out. Raises UserError naming the folder or the line.
+    Each has `bytes_so_far`, `seconds_so_far` (in steps, without validation and saving) and `flops_so_far` (of matrix
+    products, as MFU counts them) where they are known, and each stage's learning rate. A last line that a crash tore is
+    left out. Raises UserError naming the folder or the line.
     """
+    from hnet_trainable import lr_modulation  # imports torch
+
     path = Path(run) / "metrics.jsonl"
     records = read_metrics(path)
     if not records:
         what = "holds no whole record yet" if path.exists() else "no such file"
         raise UserError(f"{path}: {what}; expected the metrics of a run of train.py")
     try:
-        multipliers = lr_modulation(HNetConfig.load(Path(run) / "config.json"))
+        config = HNetConfig.load(Path(run) / "config.json")
+        multipliers = lr_modulation(config)
     except ConfigError:
-        multipliers = []
+        config, multipliers = None, []
     for record in records:
-        if record.get("lr") is not None:
+        if _is_number(record.get("lr")):
             record |= {f"stage{s}_lr": record["lr"] * m for s, m in enumerate(multipliers)}
+    _add_progress(records, config)
     return records
 
 
+def _add_progress(records: list[dict[str, Any]], config: HNetConfig | None) -> None:
+    """Adds what each step has reached. A step without a record counts like the one after it."""
+    from hnet_trainable import count_flops
+
+    stages = range(config.num_stages + 1) if config else ()
+    per_token = [count_flops(config, [[1] if i == s else [] for i in stages]).matmul for s in stages] if config else []
+    step, reached = 0, dict.fromkeys(AXES.values(), 0.0)
+    for record in records:
+        steps, step = record["step"] - step, record["step"]
+        if _is_number(record.get("bytes_seen")):
+            reached["bytes_so_far"] = record["bytes_seen"]
+            shares = [record.get(f"stage{s}_F") for s in stages[:-1]]  # of a stage's tokens, those the next one gets
+            if all(map(_is_number, shares)):
+                tokens = accumulate(shares, lambda n, share: n * share, initial=record["bytes_seen"] / max(step, 1))
+                reached["flops_so_far"] += steps * sum(n * flops for n, flops in zip(tokens, per_token))
+        if _is_number(record.get("step_ms")):
+            reached["seconds_so_far"] += steps * record["step_ms"] / 1000
+        record |= {name: value for name, value in reached.items() if value}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300  # so not NaN
+
+
 def panels_of(runs: dict[str, list[dict[str, Any]]]) -> list[Panel]:
-    """`runs`: records by name. A panel that no run has numbers for is left out, and so is a curve without numbers."""
+    """`runs`: records by name. A panel that no run has numbers for is left out, and so is a curve without numbers.
+
+    The curves of a panel differ in colour, those after the eighth in dashes. A target is a lighter, dotted line.
+    """
     panels = []
-    for title, pattern, logarithmic in PANELS:
-        keys = sorted({key for records in runs.values() for r in records for key in r if re.fullmatch(pattern, key)})
+    for title, pattern, logarithmic, smoothed in PANELS:
+        keys = {key for records in runs.values() for r in records for key in r if re.fullmatch(pattern, key)}
+        keys = sorted(keys, key=lambda key: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", key)])
         if "stage0_lr" in keys:
             keys.remove("lr")
-        curves = []
-        for n, (run, records) in enumerate(runs.items()):
-            for k, key in enumerate(keys):
+        found = []
+        for key in keys:
+            for n, (run, records) in enumerate(runs.items()):
                 points = [
-                    (r["step"], r[key])
-                    for r in records
-                    if isinstance(r.get(key), int | float) and (r[key] > 0 or not logarithmic)
+                    (r["step"], r[key]) for r in records if _is_number(r.get(key)) and (r[key] > 0 or not logarithmic)
                 ]
-                if not points:
-                    continue
-                several = len(runs) > 1
-                target = key.endswith("_target")
-                colour = "#777777" if target else COLOURS[(n if several else k) % len(COLOURS)]
-                dash = "2 4" if target else DASHES[k % len(DASHES)] if several else ""
-                name = f"{run}: {_words(key)}" if several else _words(key)
-                curves.append(Curve(name, colour, dash, len(points) < 40, _thinned(points)))
+                if points:
+                    found.append((key, f"{run}: {_words(key)}" if len(runs) > 1 else _words(key), n, points))
+        numbers = {(key, n): i for i, (key, _, n, _) in enumerate(x for x in found if not x[0].endswith("_target"))}
+        curves = []
+        for key, name, n, points in found:
+            is_target = key.endswith("_target")
+            i = numbers.get((key.replace("_target", "_compression"), n), 0)
+            colour, dash = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
+            if is_target:
+                colour, dash = _lighter(colour), OF_TARGETS
+            window = len(points) // FEW if smoothed and not is_target else 1
+            means = _thinned(_running_mean([value for _, value in points], window)) if window > 1 else None
+            curves.append(Curve(name, n, colour, dash, len(points) < FEW, _thinned(points), means, max(window, 1)))
         if curves:
             panels.append(Panel(title, logarithmic, curves))
     return panels
@@ -102,9 +147,33 @@ def _words(key: str) -> str:
     return re.sub(r"^stage(\d+)_", r"stage \1 ", key).replace("_", " ")
 
 
-def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+def _lighter(colour: str) -> str:
+    """Half way to white."""
+    return "#" + "".join(f"{(int(colour[i : i + 2], 16) + 255) // 2:02x}" for i in (1, 3, 5))
+
+
+def _running_mean(values: Sequence[float], window: int) -> list[float]:
+    """For each value the mean of it and those before it, `window` of them at most."""
+    sums = [0.0, *accumulate(values)]
+    firsts = [max(0, i - window) for i in range(1, len(sums))]
+    return [(sums[i] - sums[first]) / (i - first) for i, first in enumerate(firsts, 1)]
+
+
+def _thinned(points: list) -> list:
     step = -(-len(points) // POINTS)
     return points[::step] if step == 1 or (len(points) - 1) % step == 0 else [*points[::step], points[-1]]
+
+
+def about_smoothing(panels: list[Panel]) -> str:
+    """One sentence on what is drawn thick and what faint; empty where nothing is smoothed."""
+    windows = {curve.window for panel in panels for curve in panel.curves if curve.means}
+    if not windows:
+        return ""
+    steps = f"{min(windows):,}" if len(windows) == 1 else f"{min(windows):,} to {max(windows):,}"
+    return (
+        f"Curves are smoothed: a thick line is the mean of the last {steps} steps, a fortieth of the run. The faint "
+        "line behind it shows each step."
+    )
 
 
 def write_png(panels: list[Panel], path: Path) -> None:
@@ -121,7 +190,11 @@ def write_png(panels: list[Panel], path: Path) -> None:
             dash = (0, [float(x) for x in curve.dash.split()]) if curve.dash else "-"
             marker = "o" if curve.dots else None
             style = {"color": curve.colour, "linestyle": dash, "marker": marker, "markersize": 3, "linewidth": 1}
-            axis.plot(*zip(*curve.points), label=curve.name, **style)
+            steps, values = zip(*curve.points)
+            if curve.means:
+                axis.plot(steps, values, color=curve.colour, alpha=0.25, linewidth=0.7)
+                style["linewidth"] = 1.6
+            axis.plot(steps, curve.means or values, label=curve.name, **style)
         if panel.logarithmic:
             axis.set_yscale("log")
         axis.set_title(panel.title, fontsize=10)
@@ -130,15 +203,39 @@ def write_png(panels: list[Panel], path: Path) -> None:
         axis.set_xlabel("step", fontsize=8)
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
-    write_whole(path, lambda scratch: figure.savefig(scratch, format="png", dpi=100))
+    if about := about_smoothing(panels):
+        figure.text(0.5, 0.0, about, fontsize=7, ha="center", va="top", wrap=True)
+    write_whole(path, lambda scratch: figure.savefig(scratch, format="png", dpi=100, bbox_inches="tight"))
     plt.close(figure)
 
 
-def write_html(panels: list[Panel], title: str, path: Path) -> None:
-    data = json.dumps([panel._asdict() | {"curves": [c._asdict() for c in panel.curves]} for panel in panels])
-    content = (
-        TEMPLATE.read_text().replace("__TITLE__", html.escape(title)).replace("__DATA__", data.replace("<", "\\u003c"))
-    )
+def progress_table(runs: dict[str, list[dict[str, Any]]], panels: list[Panel]) -> list[dict[str, Any]]:
+    """For each run its `name`, the `steps` that its curves have points at, and for each of AXES what they reached.
+
+    None where a run does not tell.
+    """
+    tables = []
+    for n, (name, records) in enumerate(runs.items()):
+        used = {step for panel in panels for curve in panel.curves if curve.run == n for step, _ in curve.points}
+        at = [record for record in records if record["step"] in used]
+        table: dict[str, Any] = {"name": name, "steps": [record["step"] for record in at]}
+        for axis, key in AXES.items():
+            known = at and all(key in record for record in at)
+            table[axis] = [record[key] for record in at] if known else None
+        tables.append(table)
+    return tables
+
+
+def write_html(panels: list[Panel], runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    data = [panel._asdict() | {"curves": [c._asdict() for c in panel.curves]} for panel in panels]
+    parts = {
+        "TITLE": html.escape(", ".join(runs)),
+        "SMOOTHING": html.escape(about_smoothing(panels)),
+        "DATA": json.dumps(data).replace("<", "\\u003c"),
+        "RUNS": json.dumps(progress_table(runs, panels)).replace("<", "\\u003c"),
+    }
+    template = TEMPLATE.read_text(encoding="utf-8")
+    content = re.sub(f"__({'|'.join(parts)})__", lambda place: parts[place[1]], template)
     write_whole(path, lambda scratch: scratch.write_text(content, encoding="utf-8"))
 
 
@@ -147,10 +244,11 @@ def plot(runs: list[str | Path], out: Path) -> list[Path]:
     names = [Path(run).resolve().name for run in runs]
     if len(set(names)) < len(names):  # folders of one name in different places
         names = [str(run) for run in runs]
-    panels = panels_of({name: read_run(run) for name, run in zip(names, runs)})
+    records = {name: read_run(run) for name, run in zip(names, runs)}
+    panels = panels_of(records)
     if not panels:
         raise UserError(f"{runs[0]}: its metrics hold nothing to plot")
     files = [out.with_name(out.name + suffix) for suffix in (".png", ".html")]
     write_png(panels, files[0])
-    write_html(panels, ", ".join(names), files[1])
+    write_html(panels, records, files[1])
     return files

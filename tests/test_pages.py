@@ -15,7 +15,7 @@ from small_models import TWO_STAGES, build
 from test_scoring import ALONE, command
 
 import hnet_trainable
-from hnet_runtime import UserError, explorer, weights
+from hnet_runtime import UserError, explorer, plots, weights
 from hnet_runtime.evaluation import chunks_of
 
 ROOT = Path(__file__).parent.parent
@@ -33,8 +33,8 @@ def packed(text: str, kind: type = np.uint8) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text), kind)
 
 
-def data_of(page: str) -> dict:
-    return json.loads(page.split('type="application/json">')[1].split("</script>")[0])
+def data_of(page: str, part: int = 1) -> dict:
+    return json.loads(page.split('type="application/json">')[part].split("</script>")[0])
 
 
 # ------------------------------------------------------------------------------------------------------------ explorer
@@ -130,6 +130,67 @@ def test_runs_with_different_keys_and_a_torn_line_are_overlaid(tmp_path, capsys)
     assert rates == pytest.approx([3.03e-3, 1.43e-3, 0.715e-3], rel=5e-3)  # eq. 11 for 2-stage XL
     command("plot")([b])
     assert (tmp_path / "b" / "plots.png").exists() and (tmp_path / "b" / "plots.html").exists()
+
+
+@pytest.fixture
+def no_png(monkeypatch):
+    """Pages alone: a PNG takes a second."""
+    monkeypatch.setattr(plots, "write_png", lambda panels, path: None)
+
+
+def test_every_curve_of_a_panel_has_a_colour_of_its_own(tmp_path, no_png):
+    a, b = (write_run(tmp_path / name, records(n, stages=2)) for name, n in (("a", 90), ("b", 50)))
+    for runs in ([a], [a, b]):
+        command("plot")([*runs, "--out", str(tmp_path / "plots")])
+        for panel in data_of((tmp_path / "plots.html").read_text()):
+            colours = [curve["colour"] for curve in panel["curves"]]
+            assert len(set(colours)) == len(colours), panel["title"]
+
+
+def test_curves_are_smoothed_and_the_page_says_so(tmp_path, no_png):
+    rows = records(200)
+    for row in rows:
+        row["bpb"] = 2 + row["step"] % 2
+    command("plot")([write_run(tmp_path / "a", rows), "--out", str(tmp_path / "plots")])
+    page = (tmp_path / "plots.html").read_text()
+    assert "Curves are smoothed: a thick line is the mean of the last 5 steps" in page
+    (curve,) = data_of(page)[0]["curves"]
+    assert [value for _, value in curve["points"]] == [row["bpb"] for row in rows]  # each step's own, drawn faint
+    assert curve["means"][:3] == pytest.approx([3, 2.5, 8 / 3])
+    assert curve["means"][-2:] == pytest.approx([13 / 5, 12 / 5])
+    command("plot")([write_run(tmp_path / "short", rows[:20])])
+    assert "smoothed" not in (tmp_path / "short" / "plots.html").read_text()
+
+
+def progressing(n: int, bytes_per_step: int, ms: float) -> list[dict]:
+    rows = records(n)
+    for row in rows:
+        row |= {"bytes_seen": row["step"] * bytes_per_step, "step_ms": ms, "stage0_F": 0.2}
+    return rows
+
+
+def test_runs_can_be_laid_over_each_other_by_bytes_time_and_flops(tmp_path, no_png):
+    a, b, c = tmp_path / "a", tmp_path / "b", tmp_path / "c"
+    write_run(a, progressing(2500, 1000, 500))
+    write_run(b, progressing(10, 9000, 2000))
+    write_run(c, records(5))  # which tells steps alone
+    for run in (a, b):
+        shutil.copy(ROOT / "configs" / "hnet_1stage_tiny.json", run / "config.json")
+    command("plot")([str(a), str(b), str(c), "--out", str(tmp_path / "all")])
+    page = (tmp_path / "all.html").read_text()
+    tables = {table["name"]: table for table in data_of(page, 2)}
+    assert tables["c"] == {"name": "c", "steps": [1, 2, 3, 4, 5], "bytes": None, "seconds": None, "flops": None}
+    config = hnet_trainable.HNetConfig.load("hnet_1stage_tiny")
+    for name, size, seconds in (("a", 1000, 0.5), ("b", 9000, 2)):
+        table = tables[name]
+        flops = hnet_trainable.count_flops(config, [[size], [size / 5]]).matmul
+        assert len(table["steps"]) <= 1201 and table["steps"][-1] == {"a": 2500, "b": 10}[name]
+        assert table["bytes"] == [step * size for step in table["steps"]]
+        assert table["seconds"] == pytest.approx([step * seconds for step in table["steps"]])
+        assert table["flops"] == pytest.approx([step * flops for step in table["steps"]])
+        run = [table["name"] for table in data_of(page, 2)].index(name)
+        steps = {step for panel in data_of(page) for c in panel["curves"] if c["run"] == run for step, _ in c["points"]}
+        assert steps == set(table["steps"])  # the page finds each point of a curve in its own run's table
 
 
 def test_what_is_no_run_is_named(tmp_path):
@@ -366,9 +427,46 @@ def test_the_page_of_plots(browser, tmp_path):
     browser.open(tmp_path / "both.html")
     panels = data_of((tmp_path / "both.html").read_text())
     assert browser.evaluate("document.querySelectorAll('figure').length") == len(panels)
-    drawn = browser.evaluate("[...document.querySelectorAll('figure')].map(f => f.querySelectorAll('polyline').length)")
-    assert drawn == [len(panel["curves"]) for panel in panels]
+    for kind, wanted in (("curve", lambda c: True), ("faint", lambda c: c["means"])):
+        drawn = browser.evaluate(
+            f"[...document.querySelectorAll('figure')].map(f => f.querySelectorAll('polyline.{kind}').length)"
+        )
+        assert drawn == [len([c for c in panel["curves"] if wanted(c)]) for panel in panels]
     browser.hover("document.querySelector('figure svg')")
     assert "at step 1" in browser.evaluate("document.querySelector('.key').textContent")
     browser.shot("plots")
+    assert browser.complaints() == []
+
+
+HOVER = """(x => { const svg = document.querySelector('figure svg'), r = svg.getBoundingClientRect();
+    svg.dispatchEvent(new MouseEvent('mousemove', {clientX: r.left + (52 + x * (460 - 52 - 20)) / 460 * r.width}));
+    return [...document.querySelector('.key').children].map(e => e.textContent); })(%f)"""
+
+
+@pytest.mark.browser
+def test_the_page_shows_each_runs_own_value_at_the_step_under_the_mouse(browser, tmp_path):
+    write_run(tmp_path / "long", progressing(101, 1000, 500))
+    write_run(tmp_path / "short", progressing(21, 9000, 2000))
+    for run in ("long", "short"):
+        shutil.copy(ROOT / "configs" / "hnet_1stage_tiny.json", tmp_path / run / "config.json")
+    command("plot")([str(tmp_path / "long"), str(tmp_path / "short"), "--out", str(tmp_path / "both")])
+    browser.open(tmp_path / "both.html")
+    for step in (1, 7, 21):
+        values = browser.evaluate(HOVER % ((step - 1) / 100))
+        own = f"{8 / step:.4g}"
+        assert values[0].startswith(f"long: bpb {own} mean") and values[1].startswith(f"short: bpb {own}")
+        assert values[2] == f"at step {step}" and "(" not in "".join(values)
+    values = browser.evaluate(HOVER % 0.59)
+    assert values[0].startswith("long: bpb 0.1333 mean") and values[1:] == ["short: bpb - (ends at 21)", "at step 60"]
+    choose = "(s => { s.value = '%s'; s.dispatchEvent(new Event('change')); return s.options.length; })(axis)"
+    assert browser.evaluate(choose % "bytes") == 4
+    values = browser.evaluate(HOVER % 0)  # at the long run's first thousand bytes the short one had had no step
+    assert values[0].endswith("(step 1)") and values[1] == "short: bpb - (begins at 9 kB)", values
+    assert "at 1 kB" in values[-1]
+    values = browser.evaluate(HOVER % 1)
+    assert values[0] == "long: bpb - (ends at 101 kB)" and values[1] == f"short: bpb {8 / 21:.4g} (step 21)"
+    for axis, unit in (("seconds", "s"), ("flops", "TFLOP")):
+        browser.evaluate(choose % axis)
+        assert browser.evaluate(HOVER % 0.5)[-1].endswith(f" {unit}")
+        browser.shot(f"plots-{axis}")
     assert browser.complaints() == []
