@@ -25,13 +25,12 @@ import torch
 import torch.distributed as dist
 import tyro
 import yaml
-from rich.console import Console
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 import fineweb
 from hnet_runtime import UserError, activations, checkpoint, distributed, equivalence, graphs, statistics, weights
-from hnet_runtime.chunks import bars, render, to_html
+from hnet_runtime.chunks import bars, print_chunks, to_html
 from hnet_runtime.distributed import World
 from hnet_runtime.evaluation import chunks_of, validate
 from hnet_runtime.graphs import GraphedModel
@@ -767,12 +766,6 @@ def sample(inference: HNetInference, config: TrainConfig, world: World) -> dict[
     logger.info("the model writes, beginning with %r:", config.prompt)
     print_chunks(written.data, written.starts)
     return {"sample": bars(written.data, written.starts), "sample_html": to_html(written.data, written.starts)}
-
-
-def print_chunks(data: bytes, starts: Sequence[Sequence[bool]]) -> None:
-    """In colours where the terminal has them, else with bars."""
-    console = Console(highlight=False, markup=False)
-    console.print(render(data, starts) if console.color_system else bars(data, starts))
 
 
 def show_results(model: HNetLM, val_stream: fineweb.ByteStream, run: Path, world: World) -> None:

@@ -1,4 +1,4 @@
-"""Text with its chunks shown in a terminal: colours where there are any, bars where there are none.
+"""Text with its chunks shown in a terminal: colours where it has 256 or more, bars elsewhere.
 
 A chunk of the innermost chunking stage has one hue, its neighbours others; the chunks of stage 0 in it alternate
 between a lighter and a darker shade; with three stages or more, those in between alternate between underlined and not.
@@ -26,6 +26,7 @@ from hnet_simple import UTF8_NEXT
 HUES = (("#d6ecff", "#9ccbf5"), ("#ffe9bd", "#f7c35f"), ("#d3f2dc", "#8fd6ab"), ("#fbdcee", "#eda6cf"))
 INSIDE = "¦"
 BARS = "|‖⦀"  # before a chunk of stage 0, 1, 2; without colours
+ASCII_BARS = str.maketrans({"‖": "||", "⦀": "|||", INSIDE: "!"})  # where the encoding lacks them
 DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they would reorder the line
 _NEXT = UTF8_NEXT.tolist()
 
@@ -131,8 +132,32 @@ def _barred(piece: Piece, first: bool) -> str:
     return piece.text if piece.text == INSIDE and not piece.is_text else bar + piece.text
 
 
+def has_colours(console: Console) -> bool:
+    """Whether the console shows the shades of HUES: 16 colours have one for all of them, and NO_COLOR asks for none."""
+    return console.color_system in ("256", "truecolor") and not console.no_color
+
+
+def print_chunks(data: bytes, starts: Iterable[Sequence[bool]], console: Console | None = None) -> None:
+    """Print a finished text and end the line: in colours where `has_colours`, else with bars in unbroken lines."""
+    console = console or Console()
+    if has_colours(console):
+        console.print(render(data, starts), soft_wrap=True)
+    else:
+        _write(console, bars(data, starts) + "\n")
+
+
+def _write(console: Console, text: str) -> None:
+    """Past `rich`, which breaks lines at 80 columns where there is no terminal and makes spaces of tabs."""
+    try:
+        text.encode(console.encoding)
+    except UnicodeEncodeError:
+        text = text.translate(ASCII_BARS).encode(console.encoding, "backslashreplace").decode(console.encoding)
+    console.file.write(text)
+    console.file.flush()
+
+
 class Printer:
-    """Prints a stream byte by byte: in colours where the console has them, else with bars."""
+    """Prints a stream byte by byte: in colours where the console has enough of them, else with bars."""
 
     def __init__(self, console: Console):
         self.console, self.chunks, self.is_first = console, Chunks(), True
@@ -144,22 +169,24 @@ class Printer:
     def close(self) -> None:
         """Print what is left and end the line."""
         self._print(self.chunks.close())
-        self.console.print()
+        _write(self.console, "\n")
 
     def _print(self, pieces: list[Piece]) -> None:
         for piece in pieces:
-            if self.console.color_system:
-                shown = Text(piece.text, style=style_of(piece))
+            if has_colours(self.console):
+                self.console.print(Text(piece.text, style=style_of(piece)), end="", soft_wrap=True)
             else:
-                shown = Text(_barred(piece, self.is_first))
-            self.console.print(shown, end="", soft_wrap=True)
+                _write(self.console, _barred(piece, self.is_first))
             self.is_first = False
 
 
-def legend(stages: int) -> Text | str:
-    """One line that says what the colours mean."""
+def legend(stages: int, colours: bool = True) -> str:
+    """One line that says what the colours mean, or the bars."""
     if not stages:
         return "no chunks: the model has no chunking stage"
+    if not colours:
+        more = "".join(f", {bar} also one of stage {s}" for s, bar in enumerate(BARS[1:stages], 1))
+        return f"{BARS[0]} begins a chunk of stage 0{more}" if more else f"{BARS[0]} begins a chunk"
     if stages == 1:
         return "each chunk has a colour of its own"
     between = "; underlined or not: the stages between" if stages > 2 else ""

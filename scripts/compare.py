@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from hnet_runtime import UserError
-from hnet_runtime.chunks import bars, render
+from hnet_runtime.chunks import print_chunks
 from hnet_runtime.equivalence import Trace, trace_prefill, trace_steps, trace_training
 from hnet_runtime.weights import load_inference, load_training
 from hnet_trainable import BOS, ConfigError
@@ -79,9 +79,9 @@ def main(argv: Sequence[str]) -> int:
     console = Console(highlight=False)
     names = f"A: {options.a}, {options.how_a}", f"B: {b}, {options.how_b}"
     for name, trace in zip(names, sides):
-        console.print(name, markup=False)
+        console.print(name, markup=False, soft_wrap=True)
         if options.chunks:
-            console.print((render if console.color_system else bars)(text, byte_starts(trace)[1:]), markup=False)
+            print_chunks(text, byte_starts(trace)[1:], console)
     worst = report(console, text, *sides)
     return int(worst > options.tolerance)
 

@@ -4,7 +4,8 @@
     python scripts/generate.py model.pt --prompt-file story.txt   from a file; `-` is standard input
     python scripts/generate.py hf:cartesia-ai/hnet_1stage_L       a prompt a line, until Ctrl-D
 
-On a terminal the chunks have colours; into a pipe or a file goes the plain text (--show chunks puts bars in it).
+On a terminal the chunks have colours, or bars where it has only 16 colours or NO_COLOR is set. Into a pipe or a file
+goes the plain text (--show chunks puts bars in it).
 """
 
 import os
@@ -20,7 +21,7 @@ import tyro
 from rich.console import Console
 
 from hnet_runtime import UserError
-from hnet_runtime.chunks import Printer, bars, legend, render
+from hnet_runtime.chunks import Printer, has_colours, legend, print_chunks
 from hnet_runtime.weights import load_inference
 from hnet_simple import HNetInference, Sampling, generate, stream
 from hnet_trainable import BOS, EOS, ConfigError
@@ -131,13 +132,12 @@ def answer(model: HNetInference, prompt: bytes, sampling: Sampling, options: Opt
     console = Console(highlight=False)
     with_chunks = options.show == "chunks" or (options.show == "auto" and console.is_terminal)
     if with_chunks and console.is_terminal:
-        console.print(legend(model.config.num_stages), style="dim")
+        console.print(legend(model.config.num_stages, has_colours(console)), style="dim")
     if options.samples > 1:
         for n, made in enumerate(as_flags(lambda: generate(model, [prompt] * options.samples, **settings))):
             print(f"--- seed {options.seed + n}", flush=True)
             if with_chunks:
-                shown = render if console.color_system else bars
-                console.print(shown(made.data, made.starts), soft_wrap=True, markup=False)
+                print_chunks(made.data, made.starts, console)
             else:
                 write(made.data + b"\n")
         return

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.color import Color, ColorSystem
 from rich.console import Console
 from test_simple import config_of, random_model
 
@@ -88,8 +89,10 @@ def test_what_is_no_text_is_shown_by_number(data, shown):
         for byte in data:
             printer.feed(byte, (False,))
         printer.close()
-        plain = printed.getvalue() if color_system is None else without_colours(printed.getvalue())
-        assert plain == shown.expandtabs() + "\n"  # rich expands tabs
+        if color_system is None:
+            assert printed.getvalue() == shown + "\n"
+        else:
+            assert without_colours(printed.getvalue()) == shown.expandtabs() + "\n"  # rich expands tabs
 
 
 def without_colours(text: str) -> str:
@@ -103,6 +106,50 @@ def test_a_character_is_printed_as_soon_as_it_is_whole():
         printer.feed(byte, (False,))
         seen.append(printed.getvalue())
     assert seen == ["a", "a", "aé", "aé", "aé", "aé", "aé🙂"]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [{"color_system": "standard"}, {"color_system": "windows"}, {"color_system": "truecolor", "no_color": True}],
+    ids=lambda kind: "-".join(kind),
+)
+def test_chunks_are_seen_on_few_colours_and_on_none(kind):
+    data, starts = b"The cat sat", flags("20011002100")
+    printed, streamed = (Console(file=io.StringIO(), force_terminal=True, **kind) for _ in range(2))
+    chunks.print_chunks(data, starts, printed)
+    printer = Printer(streamed)
+    for byte, opens in zip(data, starts):
+        printer.feed(byte, opens)
+    printer.close()
+    assert printed.file.getvalue() == streamed.file.getvalue() == "The| |cat‖ |sat\n"
+    assert chunks.legend(2, chunks.has_colours(printed)) == "| begins a chunk of stage 0, ‖ also one of stage 1"
+
+
+def test_every_shade_is_another_one_of_256_colours():
+    shades = [Color.parse(shade).downgrade(ColorSystem.EIGHT_BIT).number for hue in chunks.HUES for shade in hue]
+    assert len(set(shades)) == 8
+
+
+def test_text_is_whole_where_there_is_no_terminal():
+    """No line is broken at rich's 80 columns, and tabs, markup and emoji codes stay what they are."""
+    data = b"\tx = [bold] :smile: " + b"abcdefgh " * 300
+    starts = [(True, False)] * len(data)
+    console = Console(file=io.StringIO())
+    chunks.print_chunks(data, starts, console)
+    assert console.file.getvalue() == bars(data, starts) + "\n"
+    printer = Printer(Console(file=io.StringIO()))
+    for byte, opens in zip(data, starts):
+        printer.feed(byte, opens)
+    printer.close()
+    assert printer.console.file.getvalue() == bars(data, starts) + "\n"
+
+
+@pytest.mark.parametrize("encoding, shown", [("ascii", "a||\\u65e5!"), ("utf-8", "a‖日¦"), ("latin-1", "a||\\u65e5!")])
+def test_bars_in_an_encoding_that_lacks_them(encoding, shown):
+    raw = io.BytesIO()
+    console = Console(file=io.TextIOWrapper(raw, encoding=encoding))
+    chunks.print_chunks("a日".encode(), flags("1210"), console)
+    assert raw.getvalue().decode(encoding) == shown + "\n"
 
 
 def test_colours_follow_the_stages():
@@ -339,6 +386,10 @@ def test_compare_command(checkpoint, tmp_path, capsys):
     assert compare([str(checkpoint), *text, "--how-b", "steps", "--chunks"]) == 0
     assert compare([str(checkpoint), *text, "--how-a", "prefill", "--how-b", "steps"]) == 0
     assert "chunk starts of stage 1" in capsys.readouterr().out
+    long = "tab\there " * 40
+    assert compare([str(checkpoint), "--prompt", long, "--how-b", "prefill", "--chunks"]) == 0
+    name, shown, *_ = capsys.readouterr().out.split("\n")  # not broken at 80 columns
+    assert name == f"A: {checkpoint}, training" and re.sub("[|‖]", "", shown) == long
     other = random_model(config_of(["m1", ["T1"], "m1"], [32, 64]), torch.float32, salt="other")
     weights.export(other, tmp_path / "other", "pt")
     assert compare([str(checkpoint), str(tmp_path / "other"), *text]) == 1
