@@ -145,8 +145,11 @@ def build_model(
     """An HNetLM with float32 masters that computes in `compute_dtype`, sharded (`shard_model`) where that is of use.
 
     It is built on the meta device. Every weight is drawn from (seed, name) alone, so it's the same at any world size,
-    or comes from `weights`, whole tensors by official name.
+    or comes from `weights`, whole tensors by official name. Raises UserError where the weights alone take more than the
+    machine's memory.
     """
+    if world.device.type == "cpu":
+        _require_memory(config, world)
     with torch.device("meta"):
         model = HNetLM(config)
     if world.shards > 1 or compute_dtype != torch.float32:  # else there is nothing to gather and nothing to cast
@@ -156,6 +159,16 @@ def build_model(
         for name, parameter in model.named_parameters():
             assign(parameter, weights[name] if weights else initial_weight(name, parameter.shape, config, seed))
     return model
+
+
+def _require_memory(config: HNetConfig, world: World) -> None:
+    count = config.count_parameters()
+    needed, memory = 4 * count / world.shards, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise UserError(
+            f"the model has {count:,} parameters, whose weights alone take {needed / 1e9:,.0f} GB per process; this "
+            f"machine has {memory / 1e9:,.0f} GB of memory: choose a smaller config"
+        )
 
 
 @torch.no_grad()

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import hnet_trainable as H
+from hnet_runtime import UserError, distributed
 
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.json"))
 GOOD = {
@@ -422,3 +424,12 @@ def test_a_config_error_is_a_value_error():
 def test_reading_a_config_loads_no_torch():
     program = "import hnet_config, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], cwd=FILES[0].parent.parent, check=True)
+
+
+def test_a_model_larger_than_the_machines_memory_is_refused_before_it_is_made():
+    layers = {"arch_layout": ["m1", ["T40"], "m1"], "d_model": [2**15] * 2, "d_intermediate": [0, 2**17]}
+    heads = {"num_heads": [2, 2], "rotary_emb_dim": [16, 16], "window_size": [-1, -1]}
+    config = H.HNetConfig.load({**layers, "attn_cfg": heads})
+    world = SimpleNamespace(device=torch.device("cpu"), shards=1)
+    with pytest.raises(UserError, match="the model has .* parameters, whose weights alone take .* GB per process"):
+        distributed.build_model(config, world, torch.float32, seed=0)
