@@ -6,6 +6,7 @@ import base64
 import html
 import json
 import math
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,10 +80,9 @@ def page(text: bytes, names: list[str], analyses: list[Analysis], targets: list[
         )
     data = json.dumps({"title": title, "text": _packed(np.frombuffer(text, np.uint8)), "models": models})
     parts = {"__TITLE__": html.escape(title), "__DATA__": data.replace("<", "\\u003c")}
-    content = TEMPLATE.read_text()
-    for mark, value in parts.items():
-        content = content.replace(mark, value)
-    return content
+    template = TEMPLATE.read_text(encoding="utf-8")
+    content = re.sub("|".join(parts), lambda mark: parts[mark[0]], template)
+    return content.encode(errors="backslashreplace").decode()  # a file's name may be no text
 
 
 def _packed(array: np.ndarray) -> str:

@@ -176,6 +176,11 @@ def about_smoothing(panels: list[Panel]) -> str:
     )
 
 
+def _label(name: str) -> str:
+    """A name as matplotlib shows it: whole, though a file may be called `_a`, which is hidden, or `$a$`, a formula."""
+    return " " * name.startswith("_") + name.encode(errors="backslashreplace").decode().replace("$", r"\$")
+
+
 def write_png(panels: list[Panel], path: Path) -> None:
     import matplotlib
 
@@ -194,7 +199,7 @@ def write_png(panels: list[Panel], path: Path) -> None:
             if curve.means:
                 axis.plot(steps, values, color=curve.colour, alpha=0.25, linewidth=0.7)
                 style["linewidth"] = 1.6
-            axis.plot(steps, curve.means or values, label=curve.name, **style)
+            axis.plot(steps, curve.means or values, label=_label(curve.name), **style)
         if panel.logarithmic:
             axis.set_yscale("log")
         axis.set_title(panel.title, fontsize=10)
@@ -236,7 +241,7 @@ def write_html(panels: list[Panel], runs: dict[str, list[dict[str, Any]]], path:
     }
     template = TEMPLATE.read_text(encoding="utf-8")
     content = re.sub(f"__({'|'.join(parts)})__", lambda place: parts[place[1]], template)
-    write_whole(path, lambda scratch: scratch.write_text(content, encoding="utf-8"))
+    write_whole(path, lambda scratch: scratch.write_bytes(content.encode(errors="backslashreplace")))
 
 
 def plot(runs: list[str | Path], out: Path) -> list[Path]:

@@ -95,6 +95,16 @@ def test_explore_as_a_command(model, tmp_path, capsys):
             command("explore")([str(source), *flags])
 
 
+def test_a_page_can_be_written_whatever_the_files_are_called(model, tmp_path):
+    odd = os.fsdecode(b"caf\xe9 __DATA__ <b>")
+    shown = "caf\\udce9 __DATA__ &lt;b&gt;"
+    page = explorer.page(b"text", [odd], [explorer.analyse(model, b"text", 8, 4)], [(3.0, 3.0)], odd)
+    assert shown in page.encode().decode() and data_of(page)["title"] == odd
+    runs = [write_run(tmp_path / name, records(3)) for name in (odd, "$\\frac$", "_hidden")]
+    command("plot")([*runs, "--out", str(tmp_path / "odd")])
+    assert shown in (tmp_path / "odd.html").read_text(encoding="utf-8")
+
+
 # --------------------------------------------------------------------------------------------------------------- plots
 
 
