@@ -29,7 +29,17 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 import fineweb
-from hnet_runtime import UserError, activations, checkpoint, distributed, equivalence, graphs, statistics, weights
+from hnet_runtime import (
+    UserError,
+    activations,
+    agreement,
+    checkpoint,
+    distributed,
+    equivalence,
+    graphs,
+    statistics,
+    weights,
+)
 from hnet_runtime.chunks import bars, print_chunks, to_html
 from hnet_runtime.distributed import World
 from hnet_runtime.evaluation import chunks_of, validate
@@ -553,10 +563,13 @@ def takes_graphs(config: TrainConfig, hnet: HNetConfig, dtype: torch.dtype, worl
             obstacle = too_large
         else:
             world = world._replace(mesh=distributed.make_mesh(world.device.type, world.size, world.size))
+    obstacle = obstacle or agreement.steps_as_graphs(hnet, config.ac)
     if obstacle and config.compile == "graph":
         raise UserError(f"--compile graph: {obstacle}; use eager or block")
     if obstacle:
         logger.info("steps do not run as graphs: %s", obstacle)
+    else:
+        logger.info("steps run as graphs; a toy of the config agrees with hnet_trainable.py in float64")
     return not obstacle, world
 
 
@@ -611,7 +624,11 @@ class Run:
         self.compilations = Compilations()
         if world.device.type == "cuda":
             logger.info("the first step compiles kernels, for up to a minute where Triton's cache has none of them")
-        self.inference = HNetInference.from_training(trainee.evaluated)  # borrows the weights: nothing is copied
+        self.inference = None  # where generation computes another model, no samples are written
+        if config.sample_bytes and (difference := agreement.generation(hnet)):
+            logger.warning("no samples: generation (hnet_simple.py) differs from hnet_trainable.py: %s", difference)
+        elif config.sample_bytes:
+            self.inference = HNetInference.from_training(trainee.evaluated)  # borrows the weights: nothing is copied
         self.interrupts, self.health = Interrupts(), RouterHealth(hnet.target_ratios, config.mbs)
         self.settled = time.perf_counter()
         self.last_line = self.settled, self.step
@@ -682,7 +699,7 @@ class Run:
         config, step = self.config, self.step
         is_last = step == config.steps
         validates = is_last or (config.val_every and step % config.val_every == 0)
-        samples = config.sample_bytes and (is_last or (config.sample_every and step % config.sample_every == 0))
+        samples = self.inference and (is_last or (config.sample_every and step % config.sample_every == 0))
         saves = saves or is_last or step % config.save_every == 0
         at_once = step == self.first_step + 1 or self.world.device.type == "cpu"
         if not (validates or samples or saves or at_once):

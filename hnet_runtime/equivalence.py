@@ -54,7 +54,7 @@ class Trace:
 
     @property
     def logits(self) -> list[Tensor]:
-        return self.layers["lm_head"]
+        return self.layers["logits"]
 
 
 @dataclasses.dataclass
@@ -184,6 +184,7 @@ def trace_training(model: HNetLM, documents: Sequence[bytes]) -> Trace:
         out = model(iids)
     b = [list(stage.boundary_mask.unbind()) for stage in out.stages]
     counts = [lengths.tolist(), *([int(mask.sum()) for mask in masks] for masks in b)]
+    heard["logits"] = [out.logits.values()]
     layers = {name: list(x[0].split(counts[_stage(name, model.config)])) for name, x in heard.items()}
     return Trace(layers, [list(stage.boundary_prob.unbind()) for stage in out.stages], b)
 
@@ -198,6 +199,7 @@ def trace_prefill(model: HNetInference, documents: Sequence[bytes]) -> Trace:
     def cut(x_BLX: Tensor, s: int) -> list[Tensor]:
         return [x_BLX[i, :n] for i, n in enumerate(counts[s])]
 
+    heard["logits"] = [out.logits_BLV]
     layers = {name: cut(x[0], _stage(name, model.config)) for name, x in heard.items()}
     return Trace(layers, *([cut(x, s) for s, x in enumerate(xs)] for xs in (out.probabilities, out.boundaries)))
 
@@ -212,6 +214,7 @@ def trace_steps(model: HNetInference, documents: Sequence[bytes]) -> Trace:
         heard: dict[str, list[Tensor]] = {}
         with _listening(model, heard):
             out = model.step(torch.tensor([d[min(t, len(d) - 1)] for d in documents], device=device), cache, active)
+        heard["logits"] = [out.logits_BV]
         for i in (i for i in range(B) if active[i]):
             reached = [True, *out.starts[i]]
             for name, x in heard.items():
@@ -322,7 +325,10 @@ def check(
         exact_extent = Comparable.of(reference, exact)
     config, rows, S = training.config, [], training.config.num_stages
     for name, theirs in reference.layers.items():
-        s, is_after = _stage(name, config), "decoder." in name or name.endswith("dechunk") or name == "lm_head"
+        s, is_after = (
+            _stage(name, config),
+            "decoder." in name or name.endswith("dechunk") or name in ("lm_head", "logits"),
+        )
         lengths = [(extent.after if is_after else extent.before)[s] for extent in extents]
         size, limit = _size(theirs), TOLERANCE[dtype]
         found = [_difference(o.layers[name], theirs, n, size) for o, n in zip(others, lengths)]

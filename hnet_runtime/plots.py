@@ -32,9 +32,10 @@ PANELS = (  # title, pattern of the keys, logarithmic, smoothed
     ("held-out bits per byte by length of the document", r"val_bpb_(le_\d+|longer)", False, False),
     ("held-out bits per byte by position in the document", r"val_bpb_at_\w+", False, False),
 )
-# apart for the colour-blind (Okabe and Ito)
+# apart for the colour-blind: eight of Okabe and Ito, four of Tol
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8a6d00")
-DASHES = ("", "6 3", "8 3 2 3", "12 4")  # of the first eight curves of a panel, the next eight, and so on
+COLOURS += ("#882255", "#44aa99", "#332288", "#999933")
+DASHES = ("", "6 3", "8 3 2 3", "12 4")  # of the first twelve curves of a panel, the next twelve, and so on
 OF_TARGETS = "2 3"
 AXES = {"bytes": "bytes_so_far", "seconds": "seconds_so_far", "flops": "flops_so_far"}  # beside steps
 
@@ -111,7 +112,7 @@ def _is_number(value: Any) -> bool:
 def panels_of(runs: dict[str, list[dict[str, Any]]]) -> list[Panel]:
     """`runs`: records by name. A panel that no run has numbers for is left out, and so is a curve without numbers.
 
-    The curves of a panel differ in colour, those after the eighth in dashes. A target is a lighter, dotted line.
+    The curves of a panel differ in colour, those after the twelfth in dashes. A target is a lighter, dotted line.
     """
     panels = []
     for title, pattern, logarithmic, smoothed in PANELS:

@@ -20,7 +20,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from hnet_runtime import UserError
+from hnet_runtime import UserError, agreement
 from hnet_runtime.chunks import Printer, has_colours, legend, print_chunks
 from hnet_runtime.weights import load_inference
 from hnet_simple import HNetInference, Sampling, generate, stream
@@ -80,6 +80,10 @@ def main(argv: Sequence[str]) -> None:
     device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
     dtype = ("bfloat16" if device == "cuda" else "float32") if options.dtype == "auto" else options.dtype
     model = load_inference(options.checkpoint, options.config or None, device, getattr(torch, dtype))
+    if difference := agreement.generation(model.config):
+        raise UserError(
+            f"generation (hnet_simple.py) differs from hnet_trainable.py, which has been edited: {difference}"
+        )
     if prompt is not None:
         answer(model, prompt, sampling, options)
         return
