@@ -34,7 +34,7 @@ def read_questions(path: str | Path) -> list[Question]:
     """
     questions = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # other line ends are part of the text
     except OSError as error:
         raise UserError(f"--choices {path}: can't be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
@@ -44,9 +44,16 @@ def read_questions(path: str | Path) -> list[Question]:
             continue
         try:
             raw = json.loads(line)
+            if not str(raw["label"]).isdecimal() or not isinstance(raw["endings"], list):
+                raise ValueError
             label, endings = int(raw["label"]), tuple(_clean(ending) for ending in raw["endings"])
             prompt = f"{raw['activity_label']}: {raw['ctx']}" if raw.get("activity_label") else raw["ctx"]
             questions.append(Question(_clean(prompt), endings, label))
+            "".join([questions[-1].prompt, *endings]).encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"--choices {path}, line {number}: holds half of a surrogate pair (\\ud800 to \\udfff); expected text"
+            ) from None
         except KeyError as error:
             raise UserError(f"--choices {path}, line {number}: has no {error}; expected ctx, endings, label") from None
         except (ValueError, TypeError, AttributeError):
@@ -135,6 +142,11 @@ def answers(model: Likelihoods, questions: list[Question]) -> tuple[list[bool], 
         plain.append(logs.index(max(logs)) == q.answer)
         per_byte.append(normed.index(max(normed)) == q.answer)
     return plain, per_byte
+
+
+def work(questions: list[Question]) -> int:
+    """How many endings `robustness` scores: of every question as it is, and perturbed in each way and part."""
+    return sum(len(q.endings) for q in questions) * (1 + len(PERTURBATIONS) * len(PARTS))
 
 
 def robustness(model: Likelihoods, questions: list[Question], seed: int = 0) -> dict[str, Any]:
