@@ -79,7 +79,7 @@ def page(text: bytes, names: list[str], analyses: list[Analysis], targets: list[
         )
     data = json.dumps({"title": title, "text": _packed(np.frombuffer(text, np.uint8)), "models": models})
     parts = {"__TITLE__": html.escape(title), "__DATA__": data.replace("<", "\\u003c")}
-    content = TEMPLATE.read_text()
+    content = TEMPLATE.read_text(encoding="utf-8")
     for mark, value in parts.items():
         content = content.replace(mark, value)
     return content
