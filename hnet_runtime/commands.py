@@ -8,7 +8,9 @@ import contextlib
 import errno
 import io
 import os
+import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, TextIO, TypeVar
 
@@ -25,11 +27,22 @@ _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 def parse(options: type[Options], argv: Sequence[str], about: str) -> Options:
     """The flags in `argv` as an instance of the dataclass `options`; `--help` shows `about` and ends the process.
 
-    Lines of `about` that are indented, such as examples, stay lines of their own. Wrong flags end it with status 2.
+    Paragraphs of `about` that have an indented line or a command (python, torchrun, hnet-...) are examples: their lines
+    stay lines of their own. Wrong flags end it with status 2.
     """
     import tyro
 
-    return tyro.cli(options, args=list(argv), description=about)
+    return tyro.cli(options, args=list(argv), description=_with_examples(about))
+
+
+def _with_examples(about: str) -> str:
+    """`about` with its examples indented, which tyro leaves as they are."""
+    paragraphs = re.split(r"\n\s*\n", about.strip("\n"))
+    is_example = re.compile(r"^( |python |torchrun |hnet-)", re.MULTILINE)
+    return "\n\n".join(
+        textwrap.indent(textwrap.dedent(paragraph), "    ") if is_example.search(paragraph) else paragraph
+        for paragraph in paragraphs
+    )
 
 
 def run(main: Callable[[list[str]], int | None], output_may_fail: bool = False) -> NoReturn:
@@ -47,6 +60,11 @@ def run(main: Callable[[list[str]], int | None], output_may_fail: bool = False) 
             sys.stdout.flush()
         except KeyboardInterrupt:
             status = INTERRUPTED
+        except SystemExit as ended:
+            if not isinstance(ended.__context__, BrokenPipeError):  # from which rich makes a status 1
+                raise
+            _discard_stdout()
+            status = READER_GONE
         except BrokenPipeError:
             _discard_stdout()
             status = READER_GONE
