@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hnet_runtime import UserError
-from hnet_runtime.progress import Progress
+from hnet_runtime.progress_bar import Progress
 from hnet_runtime.scoring import Likelihoods, in_batches
 from hnet_simple import HNetInference, Sampling, stream
 from hnet_trainable import HNetLM

@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
     import torch
 
     from hnet_runtime import choices, distributed, harness, scoring
-    from hnet_runtime.progress import Progress
+    from hnet_runtime.progress_bar import Progress
     from hnet_runtime.reports import markdown, write_whole
     from hnet_runtime.weights import load_training
 
@@ -124,14 +124,14 @@ def main(argv: Sequence[str]) -> None:
             options.include_path,
         )
     result["seconds"] = round(time.perf_counter() - began, 1)
-    if world.is_main:
-        page = markdown(result)
-        if options.out:  # before anything is printed: who reads that may be gone
-            for form, content in {"json": json.dumps(result, indent=1), "md": page}.items():
-                write = lambda scratch, content=content: scratch.write_text(content + "\n", encoding="utf-8")  # noqa: E731
-                write_whole(Path(f"{options.out}.{form}"), write)
-        print(page)
+    page = markdown(result) if world.is_main else ""
+    if options.out and world.is_main:
+        for form, content in {"json": json.dumps(result, indent=1), "md": page}.items():
+            content = (content + "\n").encode("utf-8", "backslashreplace")  # a file's name need be no UTF-8
+            write_whole(Path(f"{options.out}.{form}"), lambda scratch, content=content: scratch.write_bytes(content))
     distributed.stop()
+    if world.is_main:  # last, because who reads it may be gone
+        print(page)
 
 
 def check(options: Options) -> None:

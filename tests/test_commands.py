@@ -173,7 +173,7 @@ def test_prompts_are_edited_and_remembered():
 def test_progress_on_a_terminal(total):
     program = f"""
 import time
-from hnet_runtime.progress import Progress
+from hnet_runtime.progress_bar import Progress
 with Progress("scoring", {total}, "bytes") as progress:
     for _ in range(3):
         progress.advance(100)
@@ -184,17 +184,17 @@ with Progress("scoring", {total}, "bytes") as progress:
 
 
 def test_progress_elsewhere_is_a_line_now_and_then(monkeypatch, capsys):
-    from hnet_runtime import progress
+    from hnet_runtime import progress_bar
 
-    with progress.Progress("scoring", 300, "bytes") as bar:
+    with progress_bar.Progress("scoring", 300, "bytes") as bar:
         bar.advance(100)
     assert capsys.readouterr().err == ""  # not before ten seconds
-    monkeypatch.setattr(progress, "SECONDS", 0)
+    monkeypatch.setattr(progress_bar, "SECONDS", 0)
     for total, words in ((300, "scoring: 33%, "), (None, "scoring: 100 bytes, ")):
-        with progress.Progress("scoring", total, "bytes") as bar:
+        with progress_bar.Progress("scoring", total, "bytes") as bar:
             bar.advance(100)
         said = capsys.readouterr().err
         assert said.startswith(words) and "bytes/s" in said and said.count("\n") == 1
-    with progress.Progress("scoring", 300, "bytes", shown=False) as bar:
+    with progress_bar.Progress("scoring", 300, "bytes", shown=False) as bar:
         bar.advance(100)
     assert capsys.readouterr().err == ""

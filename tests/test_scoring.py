@@ -20,7 +20,7 @@ from small_models import TWO_STAGES, build
 
 import fineweb
 import hnet_trainable
-from hnet_runtime import UserError, checkpoint, choices, harness, progress, scoring, weights
+from hnet_runtime import UserError, checkpoint, choices, harness, progress_bar, scoring, weights
 from hnet_runtime.reports import markdown
 from hnet_runtime.scoring import Likelihoods, Tally, windows
 
@@ -429,7 +429,7 @@ def test_questions_in_the_hellaswag_format(tmp_path):
         ("[1]", "expected a JSON object"),
         ('{"ctx": "a", "label": 1, "endings": "ab"}', "expected a JSON object"),
         ('{"ctx": "a", "label": 1.5, "endings": ["a", "b"]}', "expected a JSON object"),
-        ('{"ctx": "\\ud800", "label": 1, "endings": ["a", "b"]}', "line 1: holds half of a surrogate pair"),
+        ('{"ctx": "\\ud800", "label": 1, "endings": ["a", "b"]}', "line 1: not UTF-8"),
         ("\n", "holds no questions"),
     ):
         (tmp_path / "bad.jsonl").write_text(text)
@@ -519,7 +519,7 @@ def test_a_limit_keeps_the_rows(saved, texts, monkeypatch, capsys):
     train = [row.labels.tobytes() for row in text_of("--split", "train").rows()]
     assert train and not {row.labels.tobytes() for row in rows} & set(train)
 
-    monkeypatch.setattr(progress, "SECONDS", 0)
+    monkeypatch.setattr(progress_bar, "SECONDS", 0)
     evaluate.main([str(saved), "--limit", "2", "--device", "cpu", "--batch", "1"])
     captured = capsys.readouterr()
     assert "Rows: as in training: all slices of 40" in captured.out and "bytes/s" in captured.out
