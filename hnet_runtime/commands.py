@@ -129,9 +129,11 @@ def _safe_streams(output_may_fail: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):
-            sys.stderr.flush()
+        sys.stderr.flush()
+        try:
             sys.stdout.flush()
+        except OSError:  # else Python tries again when it ends, and complains
+            _discard_stdout()
         sys.stdout, sys.stderr = before
 
 

@@ -26,6 +26,9 @@ def main(argv):
         raise UserError("--flag 3: expected 4")
     if what == "interrupt":
         raise KeyboardInterrupt
+    if what == "help":
+        print("usage")
+        raise SystemExit(0)
     if what == "bug":
         raise ValueError("a bug")
     for n in range(30_000):
@@ -73,6 +76,7 @@ def test_a_reader_that_goes(command, tmp_path):
     call = f"{sys.executable} {command}"
     assert shell(f"{call} lines {file} | head -1") == (141, "a line of text 0\n") and not file.exists()
     assert shell(f"{call} lines {file} --may-fail 2>&1 | head -1") == (3, "a line of text 0\n") and file.exists()
+    assert shell(f"{call} help {file} | sleep 0")[1] == ""
     file.unlink()
     assert shell(f"{call} stderr {file} 2>&1 >/dev/null | head -1") == (3, "a line of text 0\n") and file.exists()
 
