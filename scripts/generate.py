@@ -103,7 +103,7 @@ def main(argv: Sequence[str]) -> None:
         try:
             answer(model, line, sampling, options, console)
         except (KeyboardInterrupt, UserError) as error:
-            print(f"\n{error}" if str(error) else "", file=sys.stderr)
+            print(f"\nerror: {error}" if str(error) else "", file=sys.stderr)
 
 
 def read_prompt(options: Options) -> bytes | None:
