@@ -1,76 +1,207 @@
-"""An H-Net for lm-evaluation-harness (the extra `lm-eval`): log-likelihoods, rolling ones, and generation."""
+"""An H-Net for lm-evaluation-harness (the extra `lm_eval`): log-likelihoods, rolling ones, and generation."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Sequence
-from typing import Any
+import math
+import numbers
+import os
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from hnet_runtime import UserError
+from hnet_runtime.progress_bar import Progress
 from hnet_runtime.scoring import Likelihoods, in_batches
 from hnet_simple import HNetInference, Sampling, stream
 from hnet_trainable import HNetLM
 
+BYTES_PER_TOKEN = 4.0  # tasks limit answers in tokens; a token of common vocabularies has about four bytes of English
+DEFAULT_TOKENS = 256  # lm_eval's own limit for tasks that name none
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that is given counts
+UNDERSTOOD = {*LIMITS, "max_length", "until", "do_sample", "temperature", "top_k", "top_p", "min_p"}
+CHARACTER = 4  # most bytes of one
+STDERR_DRAWS = 1000  # bootstrap draws for the standard errors of metrics that are no means
+
+
+class Limit(NamedTuple):
+    """How many bytes an answer may have, and whether that is less than its task asks for."""
+
+    bytes: int
+    is_shortened: bool
+
 
 class Answers:
-    """What the harness asks of a model, on bytes and without the harness. No answer depends on `batch`."""
+    """What the harness asks of a model, on bytes and without the harness. No answer depends on `batch`.
 
-    def __init__(self, model: HNetLM, context: int, batch: int):
+    `counts` says how many requests there were, and what was cut from them.
+    """
+
+    def __init__(self, model: HNetLM, context: int, batch: int, bytes_per_token: float = BYTES_PER_TOKEN):
         self.likelihoods = Likelihoods(model, context, batch)
         self.inference = HNetInference.from_training(model).eval()
-        self.context, self.batch = context, batch
+        self.context, self.batch, self.bytes_per_token = context, batch, bytes_per_token
+        self.counts: Counter[str] = Counter()
+        self.ignored_options: set[str] = set()
+        self.seconds_generating = 0.0
 
-    def loglikelihood(self, requests: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[tuple[Any, Any]]) -> list[tuple[float, bool]]:
         """For each (context, continuation): nats, and whether greedy generation would give the continuation."""
-        return self.likelihoods.of_continuations([(a.encode(), b.encode()) for a, b in requests])
+        pairs = [(_text(a), _text(b)) for a, b in requests]
+        self.counts["loglikelihoods"] += len(pairs)
+        self.counts["loglikelihood_prompts_cut"] += sum(bool(a) and len(a) + len(b) > self.context for a, b in pairs)
+        with Progress("log-likelihoods", len(pairs), "requests") as progress:
+            self.likelihoods.advance = progress.advance
+            return self.likelihoods.of_continuations(pairs)
 
-    def loglikelihood_rolling(self, requests: Sequence[tuple[str]]) -> list[float]:
+    def loglikelihood_rolling(self, requests: Sequence[tuple[Any]]) -> list[float]:
         """For each text the nats of all of it."""
-        return self.likelihoods.of_texts([text.encode() for (text,) in requests])
+        texts = [_text(text) for (text,) in requests]
+        self.counts["rolling"] += len(texts)
+        self.counts["rolling_in_windows"] += sum(len(text) > self.context for text in texts)
+        with Progress("log-likelihoods of texts", len(texts), "texts") as progress:
+            self.likelihoods.advance = progress.advance
+            return self.likelihoods.of_texts(texts)
 
-    def generate_until(self, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+    def generate_until(self, requests: Sequence[tuple[Any, dict[str, Any]]]) -> list[str]:
         """For each (prompt, options): the continuation before the first of the texts in `until`, greedy unless asked.
 
-        Options as the harness has them: `until`, `max_gen_toks` (bytes here; 256), `do_sample`, `temperature`, `top_p`,
-        `top_k`. A prompt that is too long loses its beginning.
+        Options as the harness has them: `until`, `do_sample`, `temperature`, `top_p`, `top_k`, and a limit in tokens
+        under one of its names in LIMITS, or `max_length`, which counts the prompt too. A limit becomes bytes by
+        `bytes_per_token`, and is shortened where prompt and answer would exceed the context. Prompts are never cut:
+        raises UserError, before it generates anything, where some leave no room for an answer.
         """
+        prompts = [_text(prompt) for prompt, _ in requests]
+        samplings = [_sampling(options) for _, options in requests]
+        stops = [[stop.encode() for stop in _stops(options)] for _, options in requests]
+        limits = [self._limit(prompt, options) for prompt, (_, options) in zip(prompts, requests)]
+        if full := [len(prompt) for prompt, limit in zip(prompts, limits) if limit.bytes < 1]:
+            raise UserError(
+                f"--tasks: {len(full)} of {len(prompts)} prompts leave no room for an answer (the longest has "
+                f"{max(full):,} bytes, where --context is {self.context:,}); nothing was generated; use a larger "
+                "--context or fewer examples (--num-fewshot)"
+            )
+        for _, options in requests:
+            self.ignored_options |= options.keys() - UNDERSTOOD
+        self.counts["generations"] += len(requests)
+        self.counts["limits_shortened"] += sum(limit.is_shortened for limit in limits)
 
-        def settings(n: int) -> tuple[int, Sampling]:
-            options = requests[n][1]
-            sampled = options.get("do_sample", options.get("temperature", 0) > 0)
-            temperature = options.get("temperature", 1.0) if sampled else 0.0
-            sampling = Sampling(temperature, options.get("top_k", 0), options.get("top_p", 1.0))
-            return max(4, options.get("max_gen_toks", 256)), sampling  # a character that is cut off needs up to 3
+        def alike(n: int) -> tuple:
+            """Equal for requests that can run together: what is not shortened ends at its limit, to the byte."""
+            return samplings[n], limits[n].is_shortened, -1 if limits[n].is_shortened else limits[n].bytes
 
-        answers = [""] * len(requests)
-        alike = sorted(range(len(requests)), key=lambda n: str(settings(n)))
-        for _, group in itertools.groupby(alike, key=settings):
-            for some in in_batches(group, self.batch):
-                for n, answer in zip(some, self._generate([requests[n] for n in some], some, *settings(some[0]))):
-                    answers[n] = answer
+        answers, began = [""] * len(requests), time.perf_counter()
+        order = sorted(range(len(requests)), key=lambda n: (str(alike(n)), len(prompts[n])))
+        with Progress("generating", len(requests), "answers") as progress:
+            for _, group in itertools.groupby(order, key=alike):
+                for some in in_batches(group, self.batch):
+                    of_some = [[values[n] for n in some] for values in (prompts, stops, limits)]
+                    for n, answer in zip(some, self._generate(*of_some, samplings[some[0]], some)):
+                        answers[n] = answer
+                    progress.advance(len(some))
+        self.seconds_generating += time.perf_counter() - began
         return answers
 
-    def _generate(self, requests, seeds: list[int], max_bytes: int, sampling: Sampling) -> list[str]:
-        room = max(1, self.context - max_bytes)
-        prompts = [prompt.encode()[-room:] for prompt, _ in requests]
-        stops = [options.get("until") or [] for _, options in requests]
-        stops = [[until] if isinstance(until, str) else list(until) for until in stops]
-        stops = [[stop.encode() for stop in until if stop] for until in stops]
-        written, ends = [bytearray() for _ in requests], [-1] * len(requests)
-        for emitted in stream(self.inference, prompts, max_bytes, sampling, seeds, valid_utf8=True):
+    def _limit(self, prompt: bytes, options: dict[str, Any]) -> Limit:
+        """The limit of one answer; fewer than one byte where the prompt leaves no room."""
+        asked = next((options[name] for name in LIMITS if options.get(name) is not None), None)
+        if asked is None and options.get("max_length") is not None:
+            wanted = self._bytes("max_length", options["max_length"]) - len(prompt)
+        else:
+            name = next((name for name in LIMITS if options.get(name) is not None), LIMITS[0])
+            wanted = self._bytes(name, DEFAULT_TOKENS if asked is None else asked)
+        room = self.context - len(prompt)
+        # Answers of other lengths run beside a shortened one, so it can't be made to end at the end of a character
+        return Limit(wanted, False) if wanted <= room else Limit(room - (CHARACTER - 1), True)
+
+    def _bytes(self, name: str, tokens: Any) -> int:
+        try:
+            return math.ceil(max(1, int(tokens)) * self.bytes_per_token)
+        except (TypeError, ValueError, OverflowError):
+            raise UserError(f"--tasks: a task sets {name} to {tokens!r}; expected a number of tokens") from None
+
+    def _generate(
+        self, prompts: list[bytes], stops: list[list[bytes]], limits: list[Limit], sampling: Sampling, seeds: list[int]
+    ) -> list[str]:
+        at_most = max(limit.bytes for limit in limits) + (CHARACTER - 1) * limits[0].is_shortened
+        written, ends = [bytearray() for _ in prompts], [-1] * len(prompts)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a short prompt's limit beside a long prompt is no reason to warn
+            emitting = stream(self.inference, prompts, at_most, sampling, seeds, valid_utf8=True)
+        for emitted in emitting:
             b = emitted.sequence
             if ends[b] >= 0:
                 continue
             written[b].append(emitted.byte)
-            ends[b] = min((at for stop in stops[b] if (at := written[b].find(stop)) >= 0), default=-1)
+            self.counts["generated_bytes"] += 1
+            found = [len(stop) for stop in stops[b] if written[b].endswith(stop)]
+            if found:
+                ends[b] = len(written[b]) - max(found)
+            elif len(written[b]) == limits[b].bytes:
+                ends[b] = len(written[b])
+                self.counts["ended_at_limit"] += 1
             if all(end >= 0 for end in ends):
                 break
-        return [bytes(w[:end] if end >= 0 else w).decode(errors="replace") for w, end in zip(written, ends)]
+        # Only a shortened answer can end inside a character, which is left out
+        return [bytes(w[:end] if end >= 0 else w).decode(errors="ignore") for w, end in zip(written, ends)]
+
+    def report(self) -> dict[str, Any]:
+        """The counts as results: of each kind of request how many there were, and what was cut."""
+        n = self.counts
+        result: dict[str, Any] = {"context": self.context, "bytes_per_token": self.bytes_per_token}
+        if n["loglikelihoods"]:
+            cut = n["loglikelihood_prompts_cut"]
+            result["loglikelihood"] = {"requests": n["loglikelihoods"], "prompts_cut_on_the_left": cut}
+        if n["rolling"]:
+            result["loglikelihood_rolling"] = {"requests": n["rolling"], "read_in_windows": n["rolling_in_windows"]}
+        if n["generations"]:
+            result["generate_until"] = {
+                "requests": n["generations"],
+                "ended_at_limit": n["ended_at_limit"],
+                "limits_shortened_to_context": n["limits_shortened"],
+                "bytes": n["generated_bytes"],
+                "bytes_per_s": round(n["generated_bytes"] / max(self.seconds_generating, 1e-9), 1),
+            }
+        if self.ignored_options:
+            result["ignored_options"] = sorted(self.ignored_options)
+        return result
 
 
-def harness_model(model: HNetLM, context: int, batch: int) -> Any:
+def _text(value: Any) -> bytes:
+    """The bytes of what a task gives as text; tasks give numbers too. Half a surrogate pair becomes a question mark."""
+    return str(value).encode(errors="replace")
+
+
+def _stops(options: dict[str, Any]) -> list[str]:
+    until = options.get("until") or []
+    return [str(stop) for stop in ([until] if isinstance(until, str) else until) if stop]
+
+
+def _sampling(options: dict[str, Any]) -> Sampling:
+    try:
+        temperature = options.get("temperature")
+        is_drawn = options.get("do_sample")
+        if is_drawn is None:
+            is_drawn = float(temperature or 0) > 0
+        given = {name: float(options[name]) for name in ("top_p", "min_p") if options.get(name) is not None}
+        if not is_drawn:
+            return Sampling(0.0)
+        return Sampling(1.0 if temperature is None else float(temperature), int(options.get("top_k") or 0), **given)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--tasks: a task's generation options can't be used ({error})") from None
+
+
+# --------------------------------------------------------------------------------------------------------- the harness
+
+
+def harness_model(model: HNetLM, context: int, batch: int, bytes_per_token: float = BYTES_PER_TOKEN) -> Any:
     """An `lm_eval.api.model.LM` around `Answers`. Raises UserError where the harness isn't installed."""
     try:
         import lm_eval  # noqa: F401
@@ -82,32 +213,140 @@ def harness_model(model: HNetLM, context: int, batch: int) -> Any:
     class HarnessModel(LM):
         def __init__(self):
             super().__init__()
-            self.answers = Answers(model, context, batch)
+            self.answers, self.is_answering = Answers(model, context, batch, bytes_per_token), False
+
+        def _answer(self, call: Callable, requests) -> list:
+            self.is_answering = True
+            answers = call([request.args for request in requests])
+            self.is_answering = False
+            return answers
 
         def loglikelihood(self, requests, **_):
-            return self.answers.loglikelihood([request.args for request in requests])
+            return self._answer(self.answers.loglikelihood, requests)
 
         def loglikelihood_rolling(self, requests, **_):
-            return self.answers.loglikelihood_rolling([request.args for request in requests])
+            return self._answer(self.answers.loglikelihood_rolling, requests)
 
         def generate_until(self, requests, **_):
-            return self.answers.generate_until([request.args for request in requests])
+            return self._answer(self.answers.generate_until, requests)
 
     return HarnessModel()
 
 
-def run_tasks(model: HNetLM, tasks: list[str], context: int, batch: int, limit: int | None) -> dict[str, Any]:
-    """The harness's results by task: metric -> number. Raises UserError for a task it doesn't know."""
-    adapter = harness_model(model, context, batch)
+def run_tasks(
+    model: HNetLM,
+    tasks: Sequence[str],
+    context: int,
+    batch: int,
+    limit: int | None,
+    bytes_per_token: float = BYTES_PER_TOKEN,
+    num_fewshot: int | None = None,
+    include_path: str = "",
+) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+    """The harness's results by task (metric -> number, with standard errors), and how they came about.
+
+    tasks: names, patterns of names, or files; where there are none, all tasks of `include_path`, a file or folder whose
+    tasks are known beside the harness's own. Raises UserError for a task that isn't known or can't be loaded.
+    """
+    adapter = harness_model(model, context, batch, bytes_per_token)
     import lm_eval
+
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # bootstrap in this process: forks of one that has torch may hang
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the results
+        known, names = _find_tasks(tasks, include_path)
+        try:
+            with torch.no_grad():
+                out = lm_eval.simple_evaluate(
+                    model=adapter,
+                    tasks=names,
+                    num_fewshot=num_fewshot,
+                    limit=limit,
+                    task_manager=known,
+                    bootstrap_iters=STDERR_DRAWS,
+                    log_samples=False,
+                )
+        except UserError:
+            raise
+        except Exception as error:
+            if adapter.is_answering:
+                raise
+            raise UserError(f"--tasks {','.join(names)}: lm_eval stopped ({_reason(error)})") from error
+    metrics = {
+        task: {
+            name.removesuffix(",none"): float(value)
+            for name, value in values.items()
+            if isinstance(value, numbers.Real) and "," in name  # without a filter's name it is no metric: sample_len
+        }
+        for task, values in out["results"].items()
+    }
+    how: dict[str, Any] = {"lm_eval": lm_eval.__version__, "limit": limit} | adapter.answers.report()
+    how["num_fewshot"] = {task: n for task, n in out["n-shot"].items() if isinstance(n, int)}
+    for task, n in how["num_fewshot"].items():
+        if num_fewshot is not None and n != num_fewshot:
+            print(
+                f"warning: --num-fewshot {num_fewshot}: the task {task} does not let it be changed from {n}",
+                file=sys.stderr,
+            )
+    return metrics, how
+
+
+def _find_tasks(tasks: Sequence[str], include_path: str) -> tuple[Any, list[str]]:
+    """A manager that knows the harness's tasks and those of `include_path`; and the names that `tasks` stands for."""
     from lm_eval.tasks import TaskManager
 
-    known = TaskManager()
-    if unknown := [task for task in tasks if not known.match_tasks([task])]:
-        raise UserError(f"--tasks {','.join(tasks)}: lm_eval knows no task {unknown[0]}; `lm_eval ls tasks` lists them")
-    with torch.no_grad():
-        out = lm_eval.simple_evaluate(model=adapter, tasks=tasks, limit=limit, task_manager=known, bootstrap_iters=0)
-    keep = {}
-    for task, values in out["results"].items():
-        keep[task] = {k.removesuffix(",none"): v for k, v in values.items() if isinstance(v, int | float)}
-    return keep
+    class Known(TaskManager):
+        def load(self, task_list):
+            """As the harness does, but what goes wrong is told in a sentence that names the task."""
+            loaded: dict[str, dict] = {"tasks": {}, "groups": {}, "group_map": {}}
+            for task in task_list:
+                try:
+                    part = super().load([task])
+                except Exception as error:
+                    raise UserError(f"--tasks {task}: {_why_not_loaded(error)}") from error
+                for name in loaded:
+                    loaded[name] |= part.get(name) or {}
+            for name, task in loaded["tasks"].items():
+                if getattr(task, "UNSAFE_CODE", False):
+                    raise UserError(f"--tasks {name}: it runs code that the model writes, which isn't supported")
+                if getattr(task, "MULTIMODAL", False):
+                    raise UserError(f"--tasks {name}: it needs images or sound; expected a task of text")
+            return loaded
+
+    folder, own = Path(include_path), []
+    if include_path:
+        if not folder.exists():
+            raise UserError(f"--include-path {include_path}: no such file or folder")
+        if not tasks and folder.is_file():
+            own = [str(folder)]
+        elif not tasks:
+            own = TaskManager(include_path=include_path, include_defaults=False).all_subtasks
+            if not own:
+                raise UserError(f"--include-path {include_path}: holds no tasks; expected .yaml files of lm_eval")
+        folder = folder.parent if folder.is_file() else folder
+    # reading the harness's own tasks takes seconds, and what comes from files needs none of them
+    by_name = any(not Path(task).is_file() for task in tasks)
+    known = Known(include_path=str(folder) if include_path else None, include_defaults=by_name)
+    names = list(own)
+    for task in tasks:
+        found = [task] if Path(task).is_file() else known.match_tasks([task])
+        if not found:
+            raise UserError(f"--tasks {','.join(tasks)}: lm_eval knows no task {task}; `lm_eval ls tasks` lists them")
+        names += [name for name in found if name not in names]
+    return known, names
+
+
+def _why_not_loaded(error: Exception) -> str:
+    from datasets.exceptions import DatasetsError
+
+    is_absent = isinstance(error, OSError | DatasetsError) or "cache" in str(error).lower()
+    if is_absent or type(error).__module__.partition(".")[0] in ("httpx", "requests", "huggingface_hub"):
+        return (
+            f"its data can't be fetched ({_reason(error)}); where there is no network, run it once where there is one "
+            "and copy the cache (HF_HOME)"
+        )
+    return f"lm_eval can't load it ({_reason(error)})"
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -31,6 +31,8 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 def markdown(result: dict[str, Any]) -> str:
     """`result`: what scripts/evaluate.py writes as JSON."""
     lines = [f"# {result['checkpoint']}", "", f"{result['dtype']} on {result['device']}, {result['seconds']} s"]
+    if speed := result.get("bytes_per_s"):
+        lines[-1] += f", text scored at {speed:,.0f} bytes/s"
     if text := result.get("text"):
         lines += ["", f"## Bits per byte: {text['data']}", "", f"Rows: {text['rows']}. Each byte is scored once."]
         groups = [("all", text)]
@@ -56,11 +58,38 @@ def markdown(result: dict[str, Any]) -> str:
         table.append(("all five", "", "", "", "", _score(choices["robustness"])))
         lines += _table(table)
     if tasks := result.get("tasks"):
-        table = [("task", "metric", "value")]
+        table = [("task", "metric", "value", "standard error")]
         for task, metrics in tasks.items():
-            table += [(task, name, f"{value:.4f}") for name, value in metrics.items()]
-        lines += ["", "## lm-evaluation-harness", "", *_table(table)]
+            for name, value in metrics.items():
+                metric, comma, of_filter = name.partition(",")
+                if not metric.endswith("_stderr"):
+                    error = metrics.get(f"{metric}_stderr{comma}{of_filter}")
+                    table.append((task, name, f"{value:.4f}", "" if error is None else f"{error:.4f}"))
+        lines += ["", "## lm-evaluation-harness", "", *_table(table), "", *_of_requests(result.get("harness", {}))]
     return "\n".join(lines)
+
+
+def _of_requests(how: dict[str, Any]) -> list[str]:
+    """What was cut from a harness's requests, in sentences."""
+    lines = []
+    if made := how.get("loglikelihood"):
+        cut = made["prompts_cut_on_the_left"]
+        lines.append(f"{made['requests']:,} log-likelihoods; {cut:,} of their prompts lost their beginning.")
+    if made := how.get("loglikelihood_rolling"):
+        lines.append(
+            f"{made['requests']:,} log-likelihoods of whole texts; {made['read_in_windows']:,} read in windows."
+        )
+    if made := how.get("generate_until"):
+        lines.append(
+            f"{made['requests']:,} answers at {made['bytes_per_s']:,.0f} bytes/s; {made['ended_at_limit']:,} ended at "
+            f"their limit, a token being counted as {how['bytes_per_token']:g} bytes; "
+            f"{made['limits_shortened_to_context']:,} limits were shortened to fit the context."
+        )
+    if lines:
+        lines.append(f"Context: {how['context']:,} bytes.")
+    if ignored := how.get("ignored_options"):
+        lines.append(f"Generation options of tasks that were ignored: {', '.join(ignored)}.")
+    return lines
 
 
 def _score(score: float | None) -> str:

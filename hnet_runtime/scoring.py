@@ -11,7 +11,7 @@ import itertools
 import math
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,6 +57,21 @@ def windows(
         stop = min(at + context, n)
         yield Row(pairs[at:stop], pairs[at + 1 : stop + 1], scored - at, at, document)
         scored, at = stop, at + stride
+
+
+def labels_of(rows: Iterable[Row]) -> int:
+    """How many labels the rows score."""
+    return sum(len(row.labels) - row.skip for row in rows)
+
+
+def first_documents(rows: Iterable[Row], limit: int) -> Iterator[Row]:
+    """The rows of the first `limit` documents, which come one after the other; 0: all."""
+    seen: set[int] = set()
+    for row in rows:
+        seen.add(row.document)
+        if limit and len(seen) > limit:
+            return
+        yield row
 
 
 def training_rows(stream: fineweb.ByteStream, limit: int | None) -> Iterator[Row]:
@@ -133,22 +148,31 @@ class Tally(NamedTuple):
     bytes_at: np.ndarray
 
 
-def tally(model: HNetLM, rows: Iterable[Row], batch: int, world: World) -> dict[int, Tally]:
+def nothing(amount: float) -> None:
+    """What is told of progress where nobody wants to know."""
+
+
+def tally(
+    model: HNetLM, rows: Iterable[Row], batch: int, world: World, advance: Callable[[float], None] = nothing
+) -> dict[int, Tally]:
     """Scores all rows, `batch` at a time; every rank is given the same rows and gets every document's tally.
 
     Ranks take the batches in turn. The batches and the order of every sum are the same for any number of ranks, and so
-    are the results, to the last bit on one kind of device.
+    are the results, to the last bit on one kind of device. `advance` is told of the labels that all ranks have scored,
+    as far as this one can know.
     """
     parts = []  # (number of the batch, document, nats by position, text bytes by position)
     model.eval()
     for n, some in enumerate(in_batches(rows, batch)):
         if n % world.size != world.rank:
+            advance(labels_of(some))
             continue
         for row, (nats_T, _) in zip(some, score(model, some)):
             at_T = np.searchsorted(LENGTH_BUCKETS, np.arange(row.start + row.skip, row.start + len(nats_T)) + 1)
             is_text_T = (row.labels != EOS)[row.skip :]
             sums = [np.bincount(at_T, w, len(LENGTH_BUCKETS) + 1) for w in (nats_T[row.skip :], is_text_T)]
             parts.append((n, row.document, *sums))
+        advance(labels_of(some))
     if world.size > 1:
         everyone: list[Any] = [None] * world.size
         dist.all_gather_object(everyone, parts)
@@ -203,10 +227,14 @@ def summarise(tallies: dict[int, Tally], labels: dict[int, str]) -> dict[str, An
 
 
 class Likelihoods:
-    """Log-likelihoods (nats) of continuations and of whole texts; documents begin with BOS, as in training."""
+    """Log-likelihoods (nats) of continuations and of whole texts; documents begin with BOS, as in training.
+
+    `advance` is told how many of them are done, as they are.
+    """
 
     def __init__(self, model: HNetLM, context: int = CONTEXT, batch: int = 16):
         self.model, self.context, self.batch = model.eval(), context, batch
+        self.advance: Callable[[float], None] = nothing
 
     def of_continuations(self, pairs: list[tuple[bytes, bytes]]) -> list[tuple[float, bool]]:
         """For each (context, continuation): the log-likelihood, and whether each byte is the most likely one.
@@ -218,20 +246,23 @@ class Likelihoods:
 
     def of_texts(self, texts: list[bytes]) -> list[float]:
         """For each text the log-likelihood of all its bytes, without its end."""
-        return [
-            -float(nats) for nats, _ in self._sums([windows(t, self.context, self.stride, eos=False) for t in texts])
-        ]
+        requests = [windows(text, self.context, self.stride, eos=False) for text in texts]
+        return [-float(nats) for nats, _ in self._sums(requests)]
 
     @property
     def stride(self) -> int:
         return max(1, self.context // 2)
 
     def _sums(self, requests: list[Iterator[Row]]) -> list[list]:
+        """For each request the nats of its rows, and whether all their labels are the most likely ones."""
         rows = [row._replace(document=i) for i, request in enumerate(requests) for row in request]
         rows.sort(key=lambda row: len(row.inputs))  # rows of a batch alike
-        sums = [[0.0, True] for _ in requests]
+        sums, left = [[0.0, True] for _ in requests], Counter(row.document for row in rows)
+        self.advance(len(requests) - len(left))  # those without a label to score
         for some in in_batches(rows, self.batch):
             for row, (nats_T, best_T) in zip(some, score(self.model, some)):
                 sums[row.document][0] += nats_T[row.skip :].sum()
                 sums[row.document][1] &= best_T[row.skip :].all()
+                left[row.document] -= 1
+            self.advance(sum(not left[i] for i in {row.document for row in some}))
         return sums

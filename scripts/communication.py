@@ -1,24 +1,38 @@
 """Communication volume of a training step, computed from the configs: the tables of docs/SCALING.md.
 
-python scripts/communication.py [--bytes-per-gpu 32768]
+python scripts/communication.py --bytes-per-gpu 32768
 """
 
-import argparse
-import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hnet_runtime import UserError
+from hnet_runtime.commands import parse, run
+
+if TYPE_CHECKING:
+    from hnet_trainable import HNetConfig
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-from hnet_runtime.distributed import traffic  # noqa: E402 (run from anywhere)
-from hnet_trainable import HNetConfig, HNetLM, count_flops  # noqa: E402
-
 NVLINK, NETWORK = 450e9, 50e9  # bytes/s each way and GPU: NVLink 4 and 400 Gb/s InfiniBand, data sheets
 MATMUL = 400e12  # FLOP/s assumed for a step's matrix products, about half of what was measured for them alone
 LAYOUTS = (("2 GPUs", 2, 1, False), ("8 GPUs, one node", 8, 1, False), ("64 GPUs, FSDP over all", 64, 1, True))
 LAYOUTS += (("64 GPUs, --replicate 8", 8, 8, False),)
 
 
-def row(config: HNetConfig, layout: str, shards: int, replicate: int, crosses: bool, tokens: int) -> str:
+@dataclass
+class Options:
+    """What a step sends over links and network, for three of the official configs."""
+
+    bytes_per_gpu: int = 32768
+    """Bytes of text that each GPU reads in a step."""
+
+
+def row(config: "HNetConfig", layout: str, shards: int, replicate: int, crosses: bool, tokens: int) -> str:
+    from hnet_runtime.distributed import traffic
+    from hnet_trainable import count_flops
+
     sent = traffic(config, shards, replicate)
     within, across = sent.gathers + sent.scatters, sent.copies
     ms = 1000 * (within / (NETWORK if crosses else NVLINK) + across / NETWORK)
@@ -28,13 +42,13 @@ def row(config: HNetConfig, layout: str, shards: int, replicate: int, crosses: b
     return f"| {layout} | " + " | ".join(f"{x / 1e9:.2f}" for x in cells) + f" | {ms:.1f} | {compute_ms:.1f} |"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bytes-per-gpu", type=int, default=32768)
-    tokens = parser.parse_args().bytes_per_gpu
+def main(argv: Sequence[str]) -> None:
+    tokens = parse(Options, argv, __doc__).bytes_per_gpu
     if tokens < 1:
-        parser.error(f"--bytes-per-gpu {tokens}: expected 1 or more")
+        raise UserError(f"--bytes-per-gpu {tokens}: expected 1 or more")
     import torch
+
+    from hnet_trainable import HNetConfig, HNetLM
 
     for name in ("hnet_1stage_small", "hnet_1stage_L", "hnet_2stage_XL"):
         config = HNetConfig.load(name)
@@ -48,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

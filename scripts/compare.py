@@ -1,30 +1,29 @@
 """Run two checkpoints, or one in two ways, over the same text and show where they differ.
 
-python scripts/compare.py RUN_A RUN_B --text article.txt           two models: bits per byte, chunks, predictions
-python scripts/compare.py RUN --how-a training --how-b steps       one model: training forward against stepping
-python scripts/compare.py RUN --how-b prefill --tolerance 1e-3     ends with status 1 beyond the tolerance
+python scripts/compare.py RUN_A RUN_B --text article.txt
+    two models: bits per byte, chunks, predictions
+python scripts/compare.py RUN --how-a training --how-b steps
+    one model: training forward against stepping
+python scripts/compare.py RUN --how-b prefill --tolerance 1e-3
+    ends with status 1 beyond the tolerance
 """
 
 import math
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
-import torch.nn.functional as F
 import tyro
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
 
 from hnet_runtime import UserError
-from hnet_runtime.chunks import print_chunks
-from hnet_runtime.equivalence import Trace, trace_prefill, trace_steps, trace_training
-from hnet_runtime.weights import load_inference, load_training
-from hnet_trainable import BOS, ConfigError
+from hnet_runtime.commands import parse, run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from hnet_runtime.equivalence import Trace
 
 How = Literal["training", "prefill", "steps"]
 TEXT = "Grüße! The model reads bytes; where it begins a chunk is its own choice.\n" * 4
@@ -63,7 +62,7 @@ class Options:
 
 
 def main(argv: Sequence[str]) -> int:
-    options = tyro.cli(Options, args=argv, description=__doc__)
+    options = parse(Options, argv, __doc__)
     if options.text and options.prompt:
         raise UserError("--prompt: given with --text; give one of them")
     if options.limit < 1:
@@ -72,16 +71,20 @@ def main(argv: Sequence[str]) -> int:
     b, config_b = (options.b, options.config_b) if options.b else (options.a, options.config_a)
     if (options.a, options.how_a) == (b, options.how_b):
         raise UserError("nothing to compare: name a second checkpoint, or another --how-b")
+    from rich.console import Console
+
+    from hnet_runtime.chunks import print_chunks
+
     sides = [
-        run(options.a, options.config_a, options.how_a, text, options),
-        run(b, config_b, options.how_b, text, options),
+        trace(options.a, options.config_a, options.how_a, text, options),
+        trace(b, config_b, options.how_b, text, options),
     ]
     console = Console(highlight=False)
     names = f"A: {options.a}, {options.how_a}", f"B: {b}, {options.how_b}"
-    for name, trace in zip(names, sides):
+    for name, side in zip(names, sides):
         console.print(name, markup=False, soft_wrap=True)
         if options.chunks:
-            print_chunks(text, byte_starts(trace)[1:], console)
+            print_chunks(text, byte_starts(side)[1:], console)
     worst = report(console, text, *sides)
     return int(worst > options.tolerance)
 
@@ -98,18 +101,26 @@ def read_text(options: Options) -> bytes:
     return text
 
 
-def run(source: str, config: str, how: How, text: bytes, options: Options) -> Trace:
+def trace(source: str, config: str, how: How, text: bytes, options: Options) -> "Trace":
+    import torch
+
+    from hnet_runtime.equivalence import trace_prefill, trace_steps, trace_training
+    from hnet_runtime.weights import load_inference, load_training
+    from hnet_trainable import BOS
+
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here")
     device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
     load = load_training if how == "training" else load_inference
     model = load(source, config or None, device, getattr(torch, options.dtype))
-    trace = {"training": trace_training, "prefill": trace_prefill, "steps": trace_steps}[how]
-    return trace(model, [bytes([BOS]) + text])
+    run_model = {"training": trace_training, "prefill": trace_prefill, "steps": trace_steps}[how]
+    return run_model(model, [bytes([BOS]) + text])
 
 
-def byte_starts(trace: Trace) -> list[tuple[bool, ...]]:
+def byte_starts(trace: "Trace") -> list[tuple[bool, ...]]:
     """For BOS and each byte: does it open a chunk of stage 0, 1, ..."""
+    import torch
+
     n = len(trace.logits[0])
     at, masks = torch.arange(n), []
     for (b,) in trace.b:
@@ -118,8 +129,12 @@ def byte_starts(trace: Trace) -> list[tuple[bool, ...]]:
     return list(zip(*masks)) if masks else [()] * n
 
 
-def report(console: Console, text: bytes, a: Trace, b: Trace) -> float:
+def report(console: "Console", text: bytes, a: "Trace", b: "Trace") -> float:
     """Print the tables; returns the largest difference of logits."""
+    import torch
+    import torch.nn.functional as F
+    from rich.table import Table
+
     logits = [trace.logits[0][:, :256].double().cpu() for trace in (a, b)]
     log_p = [x.log_softmax(-1) for x in logits]
     labels = torch.tensor(list(text))
@@ -139,7 +154,7 @@ def report(console: Console, text: bytes, a: Trace, b: Trace) -> float:
     same = (logits[0].argmax(-1) == logits[1].argmax(-1)).double().mean()
     table.add_row("same most likely byte", f"{same:.2%}")
     for s in range(min(len(row[0]) for row in starts)):
-        masks: list[Tensor] = [torch.tensor([flags[s] for flags in row]) for row in starts]
+        masks = [torch.tensor([flags[s] for flags in row]) for row in starts]
         both, either = (masks[0] & masks[1]).sum().item(), (masks[0] | masks[1]).sum().item()
         first = next(iter((masks[0] != masks[1]).nonzero().flatten().tolist()), None)
         where = "" if first is None else f", first at byte {first}"
@@ -153,8 +168,4 @@ def report(console: Console, text: bytes, a: Trace, b: Trace) -> float:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (UserError, ConfigError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -1,30 +1,34 @@
 """Measure a checkpoint: bits per byte of any text, robustness on multiple-choice questions, lm-evaluation-harness.
 
-python scripts/evaluate.py RUN                                 the held-out text of the run, as training validates
-python scripts/evaluate.py RUN --data texts/ --stride 4096     any text that fineweb.py reads, whole documents
-python scripts/evaluate.py RUN --data a.jsonl --by language    bits per byte of each language
-python scripts/evaluate.py RUN --choices hellaswag_val.jsonl   accuracy and the five-perturbation robustness score
+python scripts/evaluate.py RUN
+    the held-out text of the run, as training validates
+python scripts/evaluate.py RUN --data texts/ --stride 4096
+    any text that fineweb.py reads, whole documents
+python scripts/evaluate.py RUN --data a.jsonl --by language
+    bits per byte of each language
+python scripts/evaluate.py RUN --choices hellaswag_val.jsonl
+    accuracy and the five-perturbation robustness score
 python scripts/evaluate.py RUN --tasks arc_easy,lambada_openai
-torchrun --nproc-per-node 8 scripts/evaluate.py ...            the same numbers, sooner
+    lm-evaluation-harness (the extra lm_eval)
+torchrun --nproc-per-node 8 scripts/evaluate.py ...
+    the same numbers, sooner
 """
 
 import json
 import os
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-import torch
 import tyro
 
-import fineweb
-from hnet_runtime import UserError, checkpoint, choices, distributed, harness, scoring
-from hnet_runtime.reports import markdown, write_whole
-from hnet_runtime.weights import load_training
-from hnet_trainable import ConfigError
+from hnet_runtime import UserError
+from hnet_runtime.commands import parse, run
+
+if TYPE_CHECKING:
+    from hnet_runtime import scoring
 
 
 @dataclass
@@ -49,7 +53,7 @@ class Options:
     stride: int = 0
     """Bytes that each row after a document's first scores, the others being context. 0: as many as --context."""
     limit: int = 0
-    """Score only so many documents (or questions, or items of each task); 0: all."""
+    """Score only the first so many documents (or questions, or items of each task), cut as without a limit; 0: all."""
     batch: int = 16
     """Rows that run together. Changes the speed alone."""
     choices: str = ""
@@ -57,7 +61,13 @@ class Options:
     seed: int = 0
     """Seed of the random perturbations."""
     tasks: str = ""
-    """Tasks of lm-evaluation-harness, joined by commas (needs the extra lm_eval)."""
+    """Tasks of lm-evaluation-harness, or .yaml files of tasks, joined by commas (needs the extra lm_eval)."""
+    include_path: str = ""
+    """A file or folder of tasks of your own (.yaml), known to --tasks. Without --tasks: all of them are run."""
+    num_fewshot: int | None = None
+    """Worked examples before each question of --tasks. None: as each task says."""
+    bytes_per_token: float = 4.0
+    """Tasks limit answers in tokens; an answer may have this many bytes for each of them."""
     out: str = ""
     """Write OUT.json and OUT.md."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -67,73 +77,139 @@ class Options:
 
 
 def main(argv: Sequence[str]) -> None:
-    options = tyro.cli(Options, args=argv, description=__doc__)
-    for name, least in (("context", 0), ("stride", 0), ("limit", 0), ("batch", 1)):
-        if getattr(options, name) < least:
-            raise UserError(f"--{name} {getattr(options, name)}: expected {least} or more")
-    if options.stride > (options.context or scoring.CONTEXT):
-        raise UserError(f"--stride {options.stride}: expected at most --context {options.context or scoring.CONTEXT}")
-    if options.out and not os.access(folder := Path(options.out).absolute().parent, os.W_OK):
-        raise UserError(f"--out {options.out}: {folder} is no folder that can be written to")
+    options = parse(Options, argv, __doc__)
+    check(options)
+    import torch
+
+    from hnet_runtime import choices, distributed, harness, scoring
+    from hnet_runtime.progress_bar import Progress
+    from hnet_runtime.reports import markdown, write_whole
+    from hnet_runtime.weights import load_training
+
     began = time.perf_counter()
-    questions = choices.read_questions(options.choices) if options.choices else []
+    questions = choices.read_questions(options.choices)[: options.limit or None] if options.choices else []
     world = distributed.start(options.device)
-    if options.tasks and world.size > 1:
+    tasks = [task.strip() for task in options.tasks.split(",") if task.strip()]
+    asks_harness = bool(tasks or options.include_path)
+    if asks_harness and world.size > 1:
         raise UserError(f"--tasks: runs on one process, not {world.size}")
     dtype = options.dtype if options.dtype != "auto" else "bfloat16" if world.device.type == "cuda" else "float32"
     model = load_training(options.checkpoint, options.config or None, world.device, getattr(torch, dtype)).eval()
+    context = options.context or scoring.CONTEXT
 
     result: dict[str, Any] = {"checkpoint": options.checkpoint, "dtype": dtype, "device": world.device.type}
-    if options.data or not (options.choices or options.tasks):
-        how, rows, labels = rows_to_score(options)
-        tallies = scoring.tally(model, rows, options.batch, world)
-        result["text"] = how | scoring.summarise(tallies, labels)
+    if options.data or not (options.choices or asks_harness):
+        text = text_to_score(options)
+        total = text.labels_in_all() if world.is_main else None
+        scoring_began = time.perf_counter()
+        with Progress("bits per byte", total, "bytes", world.is_main) as progress:
+            tallies = scoring.tally(model, text.rows(), options.batch, world, progress.advance)
+        seconds = time.perf_counter() - scoring_began
+        result["text"] = text.how | scoring.summarise(tallies, text.groups)
+        result["bytes_per_s"] = round(result["text"]["bytes"] / seconds, 1)
     if questions and world.is_main:
-        likelihoods = scoring.Likelihoods(model, options.context or scoring.CONTEXT, options.batch)
-        some = questions[: options.limit or None]
-        result["choices"] = {"file": options.choices} | choices.robustness(likelihoods, some, options.seed)
-    if options.tasks:
-        context = options.context or scoring.CONTEXT
-        result["tasks"] = harness.run_tasks(
-            model, options.tasks.split(","), context, options.batch, options.limit or None
+        likelihoods = scoring.Likelihoods(model, context, options.batch)
+        with Progress("multiple choice", choices.work(questions), "endings") as progress:
+            likelihoods.advance = progress.advance
+            result["choices"] = {"file": options.choices} | choices.robustness(likelihoods, questions, options.seed)
+    if asks_harness:
+        result["tasks"], result["harness"] = harness.run_tasks(
+            model,
+            tasks,
+            context,
+            options.batch,
+            options.limit or None,
+            options.bytes_per_token,
+            options.num_fewshot,
+            options.include_path,
         )
     result["seconds"] = round(time.perf_counter() - began, 1)
-    if world.is_main:
-        print(markdown(result))
-        if options.out:
-            pages = {"json": json.dumps(result, indent=1), "md": markdown(result)}
-            for form, text in pages.items():
-                write_whole(Path(f"{options.out}.{form}"), lambda scratch, text=text: scratch.write_text(text + "\n"))
+    page = markdown(result) if world.is_main else ""
+    if options.out and world.is_main:
+        for form, content in {"json": json.dumps(result, indent=1), "md": page}.items():
+            content = (content + "\n").encode("utf-8", "backslashreplace")  # a file's name need be no UTF-8
+            write_whole(Path(f"{options.out}.{form}"), lambda scratch, content=content: scratch.write_bytes(content))
     distributed.stop()
+    if world.is_main:  # last, because who reads it may be gone
+        print(page)
 
 
-def rows_to_score(options: Options) -> tuple[dict[str, Any], Iterator[scoring.Row], dict[int, str]]:
-    """What is scored and how, in words; the rows; and the documents' labels, filled as the rows are read."""
-    labels: dict[int, str] = {}
+def check(options: Options) -> None:
+    """Raises UserError for flags that can't be used."""
+    for name, least in (("context", 0), ("stride", 0), ("limit", 0), ("batch", 1), ("num_fewshot", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected {least} or more")
+    most = options.context or 8192
+    if options.stride > most:
+        raise UserError(f"--stride {options.stride}: expected at most --context {most}")
+    if not 0 < options.bytes_per_token < 1e6:
+        raise UserError(f"--bytes-per-token {options.bytes_per_token}: expected more than 0, such as 4")
+    if options.tasks and not options.tasks.replace(",", "").strip():
+        raise UserError(f"--tasks {options.tasks!r}: names no task")
+    if options.num_fewshot is not None and not (options.tasks or options.include_path):
+        raise UserError("--num-fewshot: expected --tasks, whose prompts it is for")
+    if options.out and not os.access(folder := Path(options.out).absolute().parent, os.W_OK):
+        raise UserError(f"--out {options.out}: {folder} is no folder that can be written to")
+
+
+class Text(NamedTuple):
+    """What is scored."""
+
+    how: dict[str, Any]  # where it comes from and how it is cut, in words
+    rows: "Callable[[], Iterator[scoring.Row]]"  # the same rows at each call
+    groups: dict[int, str]  # the documents' labels, filled as the rows are read
+    is_near: bool = True  # False for text that comes over the network, which is read only once
+
+    def labels_in_all(self) -> int | None:
+        """How many labels all rows score, from reading them once; None where that would fetch the text twice."""
+        from hnet_runtime.scoring import labels_of
+
+        return labels_of(self.rows()) if self.is_near else None
+
+
+def text_to_score(options: Options) -> Text:
+    """The text that the flags name. Raises UserError where they name none."""
+    import fineweb
+    from hnet_runtime import checkpoint, scoring
+
+    groups: dict[int, str] = {}
     trained = None if options.data else checkpoint.train_config_of(options.checkpoint)
     data = options.data or (trained or {}).get("data", "")
     if not data:
         raise UserError(f"--data: name the text to score; {options.checkpoint} is no run of train.py, which would know")
-    if not (options.data or options.context or options.stride or options.by or options.limit):
-        stream = fineweb.ByteStream(data, "validation", slice_bytes=trained["mbs"], max_doc=trained["max_doc"])
-        slices = trained["val_slices"]
-        rows = f"as in training: {slices or 'all'} slices of {trained['mbs']}, none beyond {trained['max_doc']} bytes"
-        return {"data": data, "rows": rows}, scoring.training_rows(stream, slices or None), labels
+    if trained and not (options.context or options.stride):
+        mbs, max_doc, slices = trained["mbs"], trained["max_doc"], trained["val_slices"]
+        stream = fineweb.ByteStream(data, options.split, slice_bytes=mbs, max_doc=max_doc)
+        if options.by:
+            groups |= {n: group_of(document, options) for n, document in enumerate(documents(data, options))}
+        how = f"as in training: {slices or 'all'} slices of {mbs}, none beyond {max_doc} bytes"
+        rows = lambda: scoring.first_documents(scoring.training_rows(stream, slices or None), options.limit)  # noqa: E731
+        return Text({"data": data, "rows": how}, rows, groups)
     context = options.context or scoring.CONTEXT
     stride = options.stride or context
-    how = {"data": data, "rows": f"whole documents, context {context} bytes, stride {stride} bytes"}
 
-    def rows() -> Iterator[scoring.Row]:
+    def rows() -> "Iterator[scoring.Row]":
         for n, document in enumerate(documents(data, options)):
             if options.limit and n == options.limit:
                 return
-            labels[n] = scoring.script_of(document.text) if options.by == "script" else document.label
+            groups[n] = group_of(document, options)
             yield from scoring.windows(document.text, context, stride, n)
 
-    return how, rows(), labels
+    how = f"whole documents, context {context} bytes, stride {stride} bytes"
+    return Text({"data": data, "rows": how}, rows, groups, not data.startswith("hf:"))
 
 
-def documents(data: str, options: Options) -> Iterator[scoring.Document]:
+def group_of(document: "scoring.Document", options: Options) -> str:
+    from hnet_runtime.scoring import script_of
+
+    return script_of(document.text) if options.by == "script" else document.label
+
+
+def documents(data: str, options: Options) -> "Iterator[scoring.Document]":
+    import fineweb
+    from hnet_runtime import scoring
+
     column = "" if options.by == "script" else options.by
     mixture = [data] if Path(data).exists() else [part.rsplit(":", 1)[0] for part in data.split(",")]
     if not all((Path(folder) / "manifest.json").exists() for folder in mixture):
@@ -153,10 +229,4 @@ def documents(data: str, options: Options) -> Iterator[scoring.Document]:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (UserError, ConfigError, fineweb.DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main)

@@ -1,24 +1,22 @@
 """See where a model cuts a text: one HTML file that needs no network.
 
-python scripts/explore.py RUN --text article.txt --out page.html
-python scripts/explore.py RUN_A RUN_B --text article.txt        two checkpoints side by side
+    python scripts/explore.py RUN --text article.txt --out page.html
+    python scripts/explore.py RUN_A RUN_B --text article.txt
+        two checkpoints side by side
 
 The page shows chunks of every stage, nested; boundary probabilities on hover; what each byte cost to predict, as heat.
 """
 
-import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 
-from hnet_runtime import UserError, explorer
-from hnet_runtime.reports import write_whole
-from hnet_runtime.weights import load_training
-from hnet_trainable import ConfigError
+from hnet_runtime import UserError
+from hnet_runtime.commands import parse, run
 
 TEXT = "Grüße! The model reads bytes; where it begins a chunk is its own choice.\n" * 4
 
@@ -48,24 +46,35 @@ class Options:
 
 
 def main(argv: Sequence[str]) -> None:
-    options = tyro.cli(Options, args=argv, description=__doc__)
+    options = parse(Options, argv, __doc__)
     if options.context < 2:
         raise UserError(f"--context {options.context}: expected 2 or more")
+    text = read_text(options.text)
+    import torch
+
+    from hnet_runtime import explorer
+    from hnet_runtime.reports import write_whole
+    from hnet_runtime.weights import load_training
+
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here")
     device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
-    text, sources = read_text(options.text), [(options.checkpoint, options.config)]
+    sources = [(options.checkpoint, options.config)]
     if options.other:
         sources.append((options.other, options.config_other))
-    analyses, targets = [], []
+    analyses, targets, seconds = [], [], 0.0
     for source, config in sources:
         model = load_training(source, config or None, device, getattr(torch, options.dtype))
+        began = time.perf_counter()
         analyses.append(explorer.analyse(model, text, options.context, options.context // 2))
+        seconds += time.perf_counter() - began
         targets.append(model.config.target_ratios)
     names = [source for source, _ in sources]
     page = explorer.page(text, names, analyses, targets, Path(options.text).name or "A few lines")
-    write_whole(Path(options.out), lambda scratch: scratch.write_text(page, encoding="utf-8"))
-    print(f"{options.out}: {len(text):,} bytes of text, {len(page) / 1e6:.1f} MB; open it in a browser")
+    write_whole(Path(options.out), lambda scratch: scratch.write_bytes(page.encode("utf-8", "backslashreplace")))
+    speed = len(text) * len(sources) / max(seconds, 1e-9)
+    size = f"{len(page) / 1e6:.1f} MB"
+    print(f"{options.out}: {len(text):,} bytes of text, read at {speed:,.0f} bytes/s, {size}; open it in a browser")
 
 
 def read_text(name: str) -> bytes:
@@ -81,8 +90,4 @@ def read_text(name: str) -> bytes:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (UserError, ConfigError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

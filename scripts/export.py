@@ -1,21 +1,18 @@
 """Write a model's weights for others: as the released code loads them (.pt), or as safetensors, with a config.json.
 
-python scripts/export.py RUN OUT                       both forms, in the dtype of the checkpoint
+python scripts/export.py RUN OUT
+    both forms, in the dtype of the checkpoint
 python scripts/export.py RUN OUT --form pt --dtype bfloat16
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 
-from hnet_runtime import UserError
-from hnet_runtime.weights import export, load
-from hnet_trainable import ConfigError
+from hnet_runtime.commands import parse, run
 
 
 @dataclass
@@ -35,18 +32,20 @@ class Options:
 
 
 def main(argv: Sequence[str]) -> None:
-    options = tyro.cli(Options, args=argv, description=__doc__)
+    options = parse(Options, argv, __doc__)
+    import torch
+
+    from hnet_runtime.weights import export, load
+
     checkpoint = load(options.checkpoint, options.config or None)
     dtype = None if options.dtype == "keep" else getattr(torch, options.dtype)
+    files = []
     for form in ("pt", "safetensors") if options.form == "both" else (options.form,):
         folder = options.out / form if options.form == "both" else options.out
-        for file in export(checkpoint, folder, form, dtype):
-            print(f"{file}  {file.stat().st_size:,} bytes")
+        files += export(checkpoint, folder, form, dtype)
+    for file in files:  # when all are written: who reads this may be gone
+        print(f"{file}  {file.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (UserError, ConfigError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -1,30 +1,37 @@
 """Continue text with an H-Net, byte by byte, its chunks coloured by stage.
 
-    python scripts/generate.py RUN --prompt "The quick brown"     one text, from a run of train.py
-    python scripts/generate.py model.pt --prompt-file story.txt   from a file; `-` is standard input
-    python scripts/generate.py hf:cartesia-ai/hnet_1stage_L       a prompt a line, until Ctrl-D
+    python scripts/generate.py RUN --prompt "The quick brown"
+        one text, from a run of train.py
+    python scripts/generate.py model.pt --prompt-file story.txt
+        from a file; `-` is standard input
+    python scripts/generate.py hf:cartesia-ai/hnet_1stage_L
+        a prompt a line, until Ctrl-D; on a terminal with line editing and history
 
 On a terminal the chunks have colours, or bars where it has only 16 colours or NO_COLOR is set. Into a pipe or a file
-goes the plain text (--show chunks puts bars in it).
+goes the plain text (--show chunks puts bars in it). How long it took goes to standard error.
 """
 
+import contextlib
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 import tyro
-from rich.console import Console
 
-from hnet_runtime import UserError, agreement
-from hnet_runtime.chunks import Printer, has_colours, legend, print_chunks
-from hnet_runtime.weights import load_inference
-from hnet_simple import HNetInference, Sampling, generate, stream
-from hnet_trainable import BOS, EOS, ConfigError
+from hnet_runtime import UserError
+from hnet_runtime.commands import parse, run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from hnet_simple import HNetInference, Sampling
+
+BOM = b"\xef\xbb\xbf"  # what some editors put before UTF-8
 
 
 @dataclass
@@ -66,17 +73,24 @@ class Options:
 
 
 def main(argv: Sequence[str]) -> None:
-    options = tyro.cli(Options, args=argv, description=__doc__)
+    options = parse(Options, argv, __doc__)
     if options.prompt is not None and options.prompt_file is not None:
         raise UserError("--prompt-file: given with --prompt; give one of them")
     if options.samples < 1:
         raise UserError(f"--samples: {options.samples}; expected 1 or more")
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    prompt = read_prompt(options)
+    import torch
+    from rich.console import Console
+
+    from hnet_runtime import agreement
+    from hnet_runtime.chunks import has_colours, legend
+    from hnet_runtime.weights import load_inference
+    from hnet_simple import Sampling
+
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here")
     sampling = as_flags(lambda: Sampling(options.temperature, options.top_k, options.top_p, options.min_p))
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    prompt = read_prompt(options)
-
     device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
     dtype = ("bfloat16" if device == "cuda" else "float32") if options.dtype == "auto" else options.dtype
     model = load_inference(options.checkpoint, options.config or None, device, getattr(torch, dtype))
@@ -84,17 +98,21 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(
             f"generation (hnet_simple.py) differs from hnet_trainable.py, which has been edited: {difference}"
         )
+    console = Console(highlight=False)
+    if shows_chunks(options, console) and console.is_terminal:
+        console.print(legend(model.config.num_stages, has_colours(console)), style="dim")
     if prompt is not None:
-        answer(model, prompt, sampling, options)
+        answer(model, prompt, sampling, options, console)
         return
     for line in lines():
         try:
-            answer(model, line, sampling, options)
+            answer(model, line, sampling, options, console)
         except (KeyboardInterrupt, UserError) as error:
-            print(f"\n{error}" if str(error) else "", file=sys.stderr)
+            print(f"\nerror: {error}" if str(error) else "", file=sys.stderr)
 
 
 def read_prompt(options: Options) -> bytes | None:
+    """The bytes to continue; None where prompts come a line each."""
     if options.prompt is not None:
         return os.fsencode(options.prompt)  # what the shell gave, though it be no UTF-8
     if options.prompt_file is None:
@@ -108,47 +126,93 @@ def read_prompt(options: Options) -> bytes | None:
         data.decode()
     except UnicodeDecodeError as error:
         warnings.warn(f"{name}: byte {error.start} is not UTF-8; the model reads the bytes as they are", stacklevel=2)
-    if BOS in data or EOS in data:
+    if b"\xfe" in data or b"\xff" in data:
         warnings.warn(f"{name}: holds a byte FE or FF, which to the model mean beginning and end of text", stacklevel=2)
+    if data.startswith(BOM):
+        warnings.warn(f"{name}: begins with a byte order mark, which the model reads as text", stacklevel=2)
     return data
 
 
 def lines() -> Iterator[bytes]:
-    """Prompts from standard input, a line each, without its end."""
-    asks = sys.stdin.isatty()
+    """Prompts from standard input, a line each, without its end (of Unix or Windows) or a byte order mark."""
+    ask = asks()
+    first = True
     while True:
-        if asks:
-            print("prompt> ", end="", file=sys.stderr, flush=True)
         try:
-            line = sys.stdin.buffer.readline()
+            line = ask()
         except KeyboardInterrupt:
             line = b""
         if not line:
-            print(file=sys.stderr) if asks else None
+            print(file=sys.stderr) if sys.stdin.isatty() else None
             return
-        yield line.removesuffix(b"\n")
+        if first:
+            line, first = line.removeprefix(BOM), False
+        yield line.removesuffix(b"\n").removesuffix(b"\r")
 
 
-def answer(model: HNetInference, prompt: bytes, sampling: Sampling, options: Options) -> None:
-    """Print the prompt with its continuation (or --samples of them)."""
+def asks():
+    """A function that returns the next line of standard input with its end, nothing at the end of it.
+
+    Where a person types it, there are a prompt and, where Python has the module readline, editing and history.
+    """
+    asking = sys.stdin.isatty()
+    if asking and sys.stdout.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 (input() uses it once it is imported)
+
+            sys.stdin.reconfigure(errors="surrogateescape")
+
+            def edited() -> bytes:
+                try:
+                    return input("prompt> ").encode("utf-8", "surrogateescape") + b"\n"
+                except EOFError:
+                    return b""
+
+            return edited
+
+    def plain() -> bytes:
+        if asking:
+            print("prompt> ", end="", file=sys.stderr, flush=True)
+        return sys.stdin.buffer.readline()
+
+    return plain
+
+
+def shows_chunks(options: Options, console: "Console") -> bool:
+    return options.show == "chunks" or (options.show == "auto" and console.is_terminal)
+
+
+def answer(model: "HNetInference", prompt: bytes, sampling: "Sampling", options: Options, console: "Console") -> None:
+    """Print the prompt with its continuation (or --samples of them), and to stderr how long that took."""
+    from hnet_runtime.chunks import Printer, print_chunks
+    from hnet_simple import generate, stream
+
     settings = {"max_bytes": options.max_bytes, "sampling": sampling, "seed": options.seed}
     settings |= {"valid_utf8": not options.any_bytes, "stop_at_eos": not options.past_eos}
-    console = Console(highlight=False)
-    with_chunks = options.show == "chunks" or (options.show == "auto" and console.is_terminal)
-    if with_chunks and console.is_terminal:
-        console.print(legend(model.config.num_stages, has_colours(console)), style="dim")
+    with_chunks, began = shows_chunks(options, console), time.perf_counter()
     if options.samples > 1:
-        for n, made in enumerate(as_flags(lambda: generate(model, [prompt] * options.samples, **settings))):
+        texts = as_flags(lambda: generate(model, [prompt] * options.samples, **settings))
+        seconds = time.perf_counter() - began
+        for n, made in enumerate(texts):
             print(f"--- seed {options.seed + n}", flush=True)
             if with_chunks:
                 print_chunks(made.data, made.starts, console)
             else:
                 write(made.data + b"\n")
+        tell_speed(sum(len(made.continuation) for made in texts), seconds)
         return
-    printer = Printer(console)
+    printer, emitted_bytes = Printer(console), 0
     for emitted in as_flags(lambda: stream(model, [prompt], echo=True, **settings)):
+        emitted_bytes += 1
         printer.feed(emitted.byte, emitted.starts) if with_chunks else write(bytes([emitted.byte]))
+        if emitted_bytes == len(prompt):  # it has been read; what follows is the continuation
+            began = time.perf_counter()
     printer.close() if with_chunks else write(b"\n")
+    tell_speed(emitted_bytes - len(prompt), time.perf_counter() - began)
+
+
+def tell_speed(size: int, seconds: float) -> None:
+    print(f"{size:,} bytes in {seconds:.2f} s, {size / max(seconds, 1e-9):,.0f} bytes/s", file=sys.stderr)
 
 
 def write(data: bytes) -> None:
@@ -166,13 +230,4 @@ def as_flags(make):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (UserError, ConfigError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    run(main)

@@ -1,10 +1,11 @@
 """Plot one or several runs over each other: a PNG and one HTML file that needs no network.
 
-python scripts/plot.py runs/a                       writes runs/a/plots.png and runs/a/plots.html
-python scripts/plot.py runs/a runs/b --out compared writes compared.png and compared.html
+python scripts/plot.py runs/a
+    writes runs/a/plots.png and runs/a/plots.html
+python scripts/plot.py runs/a runs/b --out compared
+    writes compared.png and compared.html
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import tyro
 
 from hnet_runtime import UserError
-from hnet_runtime.plots import plot
+from hnet_runtime.commands import parse, run
 
 
 @dataclass
@@ -26,16 +27,14 @@ class Options:
 
 
 def main(argv: Sequence[str]) -> None:
-    options = tyro.cli(Options, args=argv, description=__doc__)
+    options = parse(Options, argv, __doc__)
     if not options.runs:
         raise UserError("expected the folder of at least one run")
+    from hnet_runtime.plots import plot
+
     for file in plot(list(options.runs), Path(options.out or Path(options.runs[0]) / "plots")):
         print(file)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import os
 import re
 import runpy
 import sys
@@ -324,6 +325,45 @@ def test_generate_interactive(checkpoint, capfdbinary, monkeypatch):
     assert lines[0][:5] == b"first" and len(lines[0]) == 6
     assert captured.out.count(b"last") == 1 and b"cut off" not in captured.out
     assert captured.err.count(b"prompt> ") == 5 and b"--max-bytes: 1; a prompt ends in a character" in captured.err
+    assert captured.err.count(b"1 bytes in ") == 3 and b"bytes/s" in captured.err
+
+
+def test_prompts_of_a_windows_file(checkpoint, capfdbinary, monkeypatch):
+    """A byte order mark before the first line, and line ends of two bytes, are no part of the prompts."""
+    typed = b"\xef\xbb\xbffirst\r\nsecond\r\n"
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(typed), isatty=lambda: False))
+    script("generate").main([str(checkpoint), "--max-bytes", "1", "--past-eos", "--temperature", "0"])
+    out = capfdbinary.readouterr().out
+    assert out.startswith(b"first") and b"\nsecond" in out and b"\r" not in out
+
+
+def test_the_legend_comes_once(checkpoint, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    typed = types.SimpleNamespace(buffer=io.BytesIO(b"a\nb\nc\n"), isatty=lambda: False)
+    monkeypatch.setattr(sys, "stdin", typed)
+    script("generate").main([str(checkpoint), "--max-bytes", "1", "--past-eos"])
+    captured = capsys.readouterr()
+    assert without_colours(captured.out).replace("\n", " ").count("chunks of stage") == 2  # stages 1 and 0, one line
+    assert captured.err.count("bytes/s") == 3
+
+
+@pytest.mark.parametrize("name", ["generate", "explore", "export", "compare"])
+def test_a_reader_that_has_gone_ends_it_quietly(checkpoint, name, tmp_path, monkeypatch, capsys):
+    """Status 141, without a word; the files that were asked for are there."""
+    flags = {"generate": ["--prompt", "x", "--max-bytes", "3"], "explore": ["--out", str(tmp_path / "page.html")]}
+    flags |= {"export": [str(tmp_path / "out")], "compare": ["--how-b", "prefill", "--prompt", "some text"]}
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdout", open(writer, "w"))  # noqa: SIM115
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", str(checkpoint), *flags[name]])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
+    sys.stdout.close()
+    assert ended.value.code == 141 and "Error" not in capsys.readouterr().err
+    made = {"explore": ["page.html"], "export": ["pt", "safetensors"]}
+    assert sorted(path.name for path in (tmp_path / "out" if name == "export" else tmp_path).iterdir()) == made.get(
+        name, []
+    )
 
 
 @pytest.mark.parametrize(

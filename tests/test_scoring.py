@@ -20,7 +20,7 @@ from small_models import TWO_STAGES, build
 
 import fineweb
 import hnet_trainable
-from hnet_runtime import UserError, choices, harness, scoring, weights
+from hnet_runtime import UserError, checkpoint, choices, harness, progress_bar, scoring, weights
 from hnet_runtime.reports import markdown
 from hnet_runtime.scoring import Likelihoods, Tally, windows
 
@@ -29,10 +29,14 @@ ALONE = SimpleNamespace(rank=0, size=1)
 
 
 def command(name: str):
+    return script(name).main
+
+
+def script(name: str):
     spec = importlib.util.spec_from_file_location(f"scripts_{name}", ROOT / "scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.main
+    return module
 
 
 @pytest.fixture(scope="module")
@@ -176,14 +180,14 @@ def test_greedy_means_what_generation_does(model):
 
 def test_no_answer_of_the_harness_depends_on_the_batch(model):
     """Every kind of request, alone and with others of other lengths and settings."""
-    texts = ["a", "some text", "日本語", "x" * 150, ""]
-    pairs = [(a, b) for a in texts for b in ("next", "é")]
-    until = [{"until": ["e"], "max_gen_toks": 20}, {"until": "t", "max_gen_toks": 9}]
-    until += [{"do_sample": True, "temperature": 0.8, "max_gen_toks": 9}]
+    texts = ["a", "some text", "日本語", "x" * 30, ""]
+    pairs = [(a, b) for a in [*texts, "x" * 150] for b in ("next", "é")]
+    until = [{"until": ["e"], "max_gen_toks": 5}, {"until": "t", "max_gen_toks": 900}]  # the latter to the context
+    until += [{"do_sample": True, "temperature": 0.8, "max_gen_toks": 3}]
     prompts = [(text, options) for text in texts for options in until]
     results = []
     for batch in (1, 4, 64):
-        answers = harness.Answers(model, 96, batch)
+        answers = harness.Answers(model, 48, batch)
         results.append(
             (
                 answers.loglikelihood(pairs),
@@ -199,16 +203,76 @@ def test_no_answer_of_the_harness_depends_on_the_batch(model):
     assert all("e" not in text for text in results[0][2][::3])
 
 
-def test_the_harness_itself_where_it_is_installed(model, tmp_path):
-    """Tasks of its three kinds on a file of ours, at two batch sizes; and a task that it doesn't know."""
-    lm_eval = pytest.importorskip("lm_eval")
+def test_prompts_are_kept_whole_and_limits_count_tokens(model, monkeypatch):
+    """What the model is asked for, by the options that tasks of lm_eval give; the names are those that it knows."""
+    asked = []
+    monkeypatch.setattr(harness, "stream", lambda *args, **_: asked.append(args[1:3]) or iter(()))
+    prompt = "Problem: what do 5 apples cost? Grüße! Answer:"
+    size = len(prompt.encode())
+    for options, limit in (
+        ({}, 256 * 4),  # lm_eval's own limit
+        ({"max_gen_toks": 16}, 64),
+        ({"max_new_tokens": 16}, 64),
+        ({"max_tokens": 16}, 64),
+        ({"max_completion_tokens": "16"}, 64),
+        ({"max_tokens": 3, "max_gen_toks": 16}, 64),
+        ({"max_gen_toks": None, "max_new_tokens": 16}, 64),
+        ({"max_length": 100}, 400 - size),
+        ({"max_gen_toks": 32768}, 8192 - size),
+        ({"max_gen_toks": 2000}, 8000),
+        ({"max_gen_toks": 2040}, 8192 - size),
+    ):
+        answers = harness.Answers(model, 8192, 16)
+        assert answers.generate_until([(prompt, options | {"until": ["Q"]})]) == [""]
+        assert asked.pop() == ([prompt.encode()], limit) and not asked, options
+    harness.Answers(model, 8192, 1, bytes_per_token=2.5).generate_until([(prompt, {"max_gen_toks": 3})])
+    assert asked.pop()[1] == 8
+    requests = [("x" * n, {"max_gen_toks": 4}) for n in (100, 101, 300, 96, 92)]
+    with pytest.raises(UserError, match=r"3 of 5 prompts leave no room for an answer \(the longest has 300 bytes"):
+        harness.Answers(model, 99, 16).generate_until(requests[:3] + [("", {})] * 2)
+    assert not asked  # refused before anything is generated
+    for options, words in (
+        ({"max_gen_toks": "many"}, "sets max_gen_toks to 'many'; expected a number of tokens"),
+        ({"do_sample": True, "top_p": 7}, "options can't be used .*top_p"),
+    ):
+        with pytest.raises(UserError, match=words):
+            harness.Answers(model, 99, 16).generate_until([("a", options)])
+
+
+def test_what_was_cut_is_counted(model):
+    """Limits at, below and beyond the context: the prompt decides the answer, and a longer limit only adds to it."""
+    written = []
+    for tokens in (3, 40, 4000):
+        answers = harness.Answers(model, 64, 2)
+        written.append(answers.generate_until([("once ", {"max_gen_toks": tokens}), ("Grüße ", {"until": ["\0"]})])[0])
+        report = answers.report()["generate_until"]
+        assert report["requests"] == 2 and report["limits_shortened_to_context"] == 1 + (tokens > 3)
+        assert 0 <= report["ended_at_limit"] <= 2 and report["bytes_per_s"] > 0
+    assert written[1].startswith(written[0][:9]) and written[2] == written[1]
+    assert len(written[0].encode()) <= 12 and len(written[2].encode()) <= 64 - 5
+    answers = harness.Answers(model, 8, 4, bytes_per_token=1)
+    texts = answers.generate_until(
+        [("a", {"max_gen_toks": 2, "num_beams": 3}), ("a", {"max_gen_toks": 2, "until": "b"})]
+    )
+    assert answers.report()["generate_until"]["ended_at_limit"] == sum(len(text.encode()) == 2 for text in texts)
+    assert answers.report()["ignored_options"] == ["num_beams"]
+    answers.loglikelihood([("a" * 20, "b"), ("a", "b"), ("", "b" * 20), (1, 2)])  # tasks give numbers too
+    answers.loglikelihood_rolling([("a" * 9,), (7,)])
+    report = answers.report()
+    assert report["loglikelihood"] == {"requests": 4, "prompts_cut_on_the_left": 1}
+    assert report["loglikelihood_rolling"] == {"requests": 2, "read_in_windows": 1}
+
+
+def own_tasks(folder: Path) -> list[dict]:
+    """Tasks of lm_eval's three kinds on a file of ours, also written as a file of YAML (which JSON is) for each."""
     rows = [{"q": f"one {i} ", "a": ["two", "three", "four"], "gold": i % 3} for i in range(6)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}}}
-    data |= {"test_split": "test", "doc_to_text": "{{q}}"}
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}}}
+    data |= {"test_split": "test", "fewshot_split": "test", "doc_to_text": "{{q}}"}
     choice = {"output_type": "multiple_choice", "doc_to_choice": "{{a}}", "doc_to_target": "{{gold}}"}
     rolling = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{q}}"}
-    written = {"output_type": "generate_until", "doc_to_target": "x", "generation_kwargs": {"until": ["e"]}}
+    written = {"output_type": "generate_until", "doc_to_target": "x"}
+    written |= {"generation_kwargs": {"until": ["e"], "max_new_tokens": 9}}
     tasks = [
         data | {"task": name, "metric_list": [{"metric": metric}], **kind}
         for name, metric, kind in (
@@ -217,13 +281,63 @@ def test_the_harness_itself_where_it_is_installed(model, tmp_path):
             ("g", "exact_match", written),
         )
     ]
+    (folder / "tasks").mkdir()
+    for task in tasks:
+        (folder / "tasks" / f"{task['task']}.yaml").write_text(json.dumps(task))
+    return tasks
+
+
+def test_tasks_of_ones_own_as_a_command(saved, tmp_path, capsys):
+    """From a folder and from files with spaces between; with standard errors and counts; and data that isn't there."""
+    lm_eval = pytest.importorskip("lm_eval")
+    tasks = own_tasks(tmp_path)
+    flags = ["--device", "cpu", "--context", "64", "--out", str(tmp_path / "out")]
+    command("evaluate")([str(saved), "--include-path", str(tmp_path / "tasks"), *flags])
+    result = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert "text" not in result and result["tasks"].keys() == {"mc", "r", "g"}
+    assert result["tasks"]["mc"].keys() == {"acc", "acc_stderr"}  # and no sample_len
+    p = result["tasks"]["mc"]["acc"]
+    assert result["tasks"]["mc"]["acc_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 5))
+    how = result["harness"]
+    assert how["lm_eval"] == lm_eval.__version__ and how["bytes_per_token"] == 4 and how["context"] == 64
+    assert how["loglikelihood"] == {"requests": 18, "prompts_cut_on_the_left": 0}
+    assert how["generate_until"]["requests"] == 6 and how["generate_until"]["limits_shortened_to_context"] == 0
+    assert "ended at their limit" in capsys.readouterr().out
+    files = ", ".join(str(tmp_path / "tasks" / f"{name}.yaml") for name in ("mc", "g"))
+    command("evaluate")([str(saved), "--tasks", files, "--num-fewshot", "2", "--limit", "3", *flags[:2]])
+    page = capsys.readouterr().out
+    assert "| mc | acc |" in page and "9 log-likelihoods" in page and "3 answers" in page
+    tasks[0]["dataset_kwargs"]["data_files"]["test"] += ".gone"
+    (tmp_path / "gone.yaml").write_text(json.dumps(tasks[0]))
+    (tmp_path / "broken.yaml").write_text("task: [")
+    (tmp_path / "none").mkdir()
+    for flags, words in (
+        (["--tasks", str(tmp_path / "gone.yaml")], "gone.yaml: its data can't be fetched"),
+        (["--tasks", str(tmp_path / "broken.yaml")], "broken.yaml: lm_eval can't load it"),
+        (["--include-path", str(tmp_path / "none")], "none: holds no tasks"),
+        (["--include-path", str(tmp_path / "nowhere")], "nowhere: no such file or folder"),
+        (["--include-path", str(tmp_path / "tasks" / "g.yaml"), "--context", "5"], "6 of 6 prompts leave no room"),
+        (["--include-path", str(tmp_path / "tasks"), "--num-fewshot", "99"], "lm_eval stopped"),
+    ):
+        with pytest.raises(UserError, match=words) as error:
+            command("evaluate")([str(saved), *flags, "--device", "cpu"])
+        assert "\n" not in str(error.value)
+
+
+def test_the_harness_itself_where_it_is_installed(model, tmp_path):
+    """Tasks of its three kinds on a file of ours, at two batch sizes; and a task that it doesn't know."""
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager
+
+    tasks, nothing_else = own_tasks(tmp_path), TaskManager(include_defaults=False)
     results = []
     for batch in (1, 4):
         adapter = harness.harness_model(model, 64, batch)
-        out = lm_eval.simple_evaluate(model=adapter, tasks=tasks, bootstrap_iters=0)["results"]
+        out = lm_eval.simple_evaluate(model=adapter, tasks=tasks, bootstrap_iters=0, task_manager=nothing_else)
+        out = out["results"]
         results.append([out["mc"]["acc,none"], out["r"]["bits_per_byte,none"], out["g"]["exact_match,none"]])
     assert results[0] == pytest.approx(results[1], abs=1e-9)
-    texts = [row["q"].encode() for row in rows]
+    texts = [f"one {i} ".encode() for i in range(6)]
     nats = -sum(Likelihoods(model, 64).of_texts(texts))
     assert results[0][1] == pytest.approx(nats / math.log(2) / sum(map(len, texts)))
     with pytest.raises(UserError, match="lm_eval knows no task no_such_task"):
@@ -313,6 +427,9 @@ def test_questions_in_the_hellaswag_format(tmp_path):
         ),
         ('{"ctx": "a", "label": "x", "endings": ["a", "b"]}', "expected a JSON object"),
         ("[1]", "expected a JSON object"),
+        ('{"ctx": "a", "label": 1, "endings": "ab"}', "expected a JSON object"),
+        ('{"ctx": "a", "label": 1.5, "endings": ["a", "b"]}', "expected a JSON object"),
+        ('{"ctx": "\\ud800", "label": 1, "endings": ["a", "b"]}', "line 1: not UTF-8"),
         ("\n", "holds no questions"),
     ):
         (tmp_path / "bad.jsonl").write_text(text)
@@ -320,6 +437,12 @@ def test_questions_in_the_hellaswag_format(tmp_path):
             choices.read_questions(tmp_path / "bad.jsonl")
     with pytest.raises(UserError, match="can't be read"):
         choices.read_questions(tmp_path / "none.jsonl")
+    rows = [{"ctx": f"Water{mark} is", "endings": ["wet.", f"in {mark}it."], "label": 0} for mark in "\u2028\x85\x0c"]
+    text = "".join(json.dumps(row, ensure_ascii=False) + end for row, end in zip(rows, ("\n", "\r\n", "\n")))
+    (tmp_path / "marks.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    questions = choices.read_questions(tmp_path / "marks.jsonl")
+    assert [q.prompt for q in questions] == [row["ctx"] for row in rows]
+    assert questions[0].endings[1] == "in \u2028it."
     (tmp_path / "bad.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="not UTF-8"):
         choices.read_questions(tmp_path / "bad.jsonl")
@@ -371,6 +494,54 @@ def test_groups_by_label_and_by_script(saved, texts, tmp_path, capsys):
     assert ours["bpb"] == pytest.approx(theirs["bpb"], abs=1e-6)
 
 
+def test_a_limit_keeps_the_rows(saved, texts, monkeypatch, capsys):
+    """Of the run's own text: the first documents, in the rows of training. By group and of the other split too."""
+    trained = {"data": str(texts / "data"), "mbs": 40, "max_doc": 32, "val_slices": 0}
+    monkeypatch.setattr(checkpoint, "train_config_of", lambda source: trained)
+    evaluate = script("evaluate")
+
+    def text_of(*flags: str):
+        return evaluate.text_to_score(evaluate.parse(evaluate.Options, ["run", *flags], ""))
+
+    rows = list(text_of().rows())
+    assert rows[0].document == 0 and len({row.document for row in rows}) > 3
+    for flags, wanted in (
+        (("--limit", "3"), [row for row in rows if row.document < 3]),
+        (("--limit", "999"), rows),
+        (("--by", "script"), rows),
+        (("--by", "script", "--limit", "1"), [row for row in rows if row.document < 1]),
+    ):
+        text = text_of(*flags)
+        assert text.how == text_of().how and text.labels_in_all() == scoring.labels_of(wanted)
+        for row, other in zip(text.rows(), wanted, strict=True):
+            assert row.inputs.tobytes() == other.inputs.tobytes() and row[2:] == other[2:]
+    assert set(text_of("--by", "script").groups.values()) <= {"Latin", "Cyrillic", "Hiragana", "Cjk"}
+    train = [row.labels.tobytes() for row in text_of("--split", "train").rows()]
+    assert train and not {row.labels.tobytes() for row in rows} & set(train)
+
+    monkeypatch.setattr(progress_bar, "SECONDS", 0)
+    evaluate.main([str(saved), "--limit", "2", "--device", "cpu", "--batch", "1"])
+    captured = capsys.readouterr()
+    assert "Rows: as in training: all slices of 40" in captured.out and "bytes/s" in captured.out
+    lines = [line for line in captured.err.splitlines() if line.startswith("bits per byte: ")]
+    assert len(lines) > 1 and "s left" in lines[0] and lines[-1].startswith("bits per byte: 100%, ")
+
+
+def test_results_are_utf8_and_whole_when_the_reader_has_gone(saved, tmp_path):
+    """A process whose locale is ASCII and whose stdout and stderr nobody reads."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "日本語", "lang": "日本語"}\n{"text": "b", "lang": "Ü"}\n', "utf-8")
+    flags = ["--data", str(tmp_path / "rows.jsonl"), "--by", "lang", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"}
+    reader, writer = os.pipe()
+    os.close(reader)
+    called = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), str(saved), *flags]
+    assert subprocess.run(called, stdout=writer, stderr=writer, env=environment).returncode == 141
+    os.close(writer)
+    assert "| 日本語 |" in (tmp_path / "out.md").read_text(encoding="utf-8")
+    result = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert result["text"]["by_label"].keys() == {"日本語", "Ü"}
+
+
 def test_multiple_choice_as_a_command(saved, tmp_path, capsys):
     flags = ["--choices", str(questions_file(tmp_path)), "--limit", "2", "--out", str(tmp_path / "out")]
     command("evaluate")([str(saved), *flags, "--device", "cpu"])
@@ -397,6 +568,10 @@ def test_mistakes_end_in_one_sentence(saved, texts, tmp_path):
         (saved, ["--data", str(texts / "data"), "--by", "lang"], "prepared folders keep no labels"),
         (saved, ["--context", "8", "--stride", "9"], "--stride 9: expected at most"),
         (saved, ["--batch", "0"], "--batch 0: expected 1 or more"),
+        (saved, ["--tasks", " ,"], "names no task"),
+        (saved, ["--num-fewshot", "3"], "--num-fewshot: expected --tasks"),
+        (saved, ["--tasks", "a", "--num-fewshot", "-1"], "--num-fewshot -1: expected 0 or more"),
+        (saved, ["--tasks", "a", "--bytes-per-token", "0"], "--bytes-per-token 0.0: expected more than 0"),
         (bare, ["--data", "x"], "no config.json beside the weights"),
     ):
         with pytest.raises((UserError, fineweb.DataError), match=words) as error:
@@ -413,5 +588,7 @@ def test_a_text_of_one_byte(saved, tmp_path):
 
 def test_a_page_of_markdown_holds_every_part():
     result = {"checkpoint": "C", "dtype": "float32", "device": "cpu", "seconds": 1}
-    page = markdown(result | {"tasks": {"arc|easy": {"acc": 0.25}}})
-    assert page.startswith("# C\n") and "| arc/easy | acc | 0.2500 |" in page
+    metrics = {"acc": 0.25, "acc_stderr": 0.125, "em,strict": 1, "em_stderr,strict": 0.5, "alone": 2}
+    page = markdown(result | {"tasks": {"arc|easy": metrics}})
+    assert page.startswith("# C\n") and "| arc/easy | acc | 0.2500 | 0.1250 |" in page
+    assert "| arc/easy | em,strict | 1.0000 | 0.5000 |" in page and "| arc/easy | alone | 2.0000 |  |" in page

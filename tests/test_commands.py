@@ -1,0 +1,204 @@
+"""How commands start and end: --help, mistakes, readers that go, full disks, characters that a terminal lacks."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+COMMAND = """
+import sys
+import textwrap
+from hnet_runtime import UserError
+from hnet_runtime.commands import run
+
+def main(argv):
+    what, file = argv[:2]
+    if what == "mistake":
+        raise UserError("--flag 3: expected 4")
+    if what == "interrupt":
+        raise KeyboardInterrupt
+    if what == "help":
+        print("usage")
+        raise SystemExit(0)
+    if what == "bug":
+        raise ValueError("a bug")
+    for n in range(30_000):
+        print("a line of text", n, file=sys.stderr if what == "stderr" else sys.stdout)
+    print("日本")
+    open(file, "w").write("whole")
+    return 3
+
+run(main, "--may-fail" in sys.argv)
+"""
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("command") / "command.py"
+    file.write_text(COMMAND, encoding="utf-8")
+    return file
+
+
+def shell(line: str, encoding: str = "utf-8") -> tuple[int, str]:
+    """Status and output of a line of bash; the status of its first command, where it is a pipe."""
+    environment = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding, "PATH": "/usr/bin:/bin"}
+    line = f"{line}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, timeout=60)
+    return done.returncode, (done.stdout + done.stderr).decode(errors="replace")
+
+
+def test_statuses_and_what_is_said(command, tmp_path):
+    file = tmp_path / "file"
+    call = f"{sys.executable} {command}"
+    assert shell(f"{call} mistake {file}") == (2, "error: --flag 3: expected 4\n")
+    assert shell(f"{call} interrupt {file}") == (130, "")
+    status, said = shell(f"{call} bug {file}")
+    assert status == 1 and "ValueError: a bug" in said  # a bug of ours is no mistake of the user
+    assert shell(f"{call} lines {file} > /dev/full") == (
+        2,
+        "error: the output can't be written (No space left on device)\n",
+    )
+    assert shell(f"{call} lines {file} >&-")[0] == 3 and file.read_text() == "whole"
+
+
+def test_a_reader_that_goes(command, tmp_path):
+    """Quiet in any case. What goes to stderr never ends a command; with output_may_fail, neither does stdout."""
+    file = tmp_path / "file"
+    call = f"{sys.executable} {command}"
+    assert shell(f"{call} lines {file} | head -1") == (141, "a line of text 0\n") and not file.exists()
+    assert shell(f"{call} lines {file} --may-fail 2>&1 | head -1") == (3, "a line of text 0\n") and file.exists()
+    assert shell(f"{call} help {file} | sleep 0")[1] == ""
+    file.unlink()
+    assert shell(f"{call} stderr {file} 2>&1 >/dev/null | head -1") == (3, "a line of text 0\n") and file.exists()
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_characters_that_a_terminal_lacks(command, tmp_path, encoding):
+    for flag in ("", "--may-fail"):
+        status, said = shell(f"{sys.executable} {command} lines {tmp_path / 'file'} {flag} | tail -1", encoding)
+        assert (status, said) == (3, "\\u65e5\\u672c\n")
+
+
+# --------------------------------------------------------------------------------------------------------------- start
+
+HELP = """
+import contextlib, io, json, os, runpy, sys, time
+
+told = {}
+for path in sys.argv[1:]:
+    out, sys.argv = io.StringIO(), [path, "--help"]
+    began = time.process_time()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        runpy.run_path(path, run_name="__main__")
+    told[os.path.basename(path)] = out.getvalue(), time.process_time() - began
+heavy = sorted({"torch", "numpy", "datasets", "pyarrow", "matplotlib", "hnet_trainable"} & set(sys.modules))
+print(json.dumps([told, heavy]))
+"""
+
+
+@pytest.fixture(scope="module")
+def helps() -> tuple[dict[str, tuple[str, float]], list[str]]:
+    """What --help of each script says and the seconds it takes; the heavy modules that were imported for it."""
+    scripts = sorted(str(path) for path in (ROOT / "scripts").glob("*.py"))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
+    called = [sys.executable, "-c", HELP, *scripts]
+    done = subprocess.run(called, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def test_help_imports_nothing_heavy(helps):
+    told, heavy = helps
+    assert heavy == [] and len(told) >= 7
+    assert all(seconds < 0.7 for _, seconds in told.values())
+
+
+def test_help_has_the_examples_as_lines(helps):
+    for name, (text, _) in helps[0].items():
+        assert "usage: " in text and "options" in text, name
+        docstring = (ROOT / "scripts" / name).read_text(encoding="utf-8").split('"""')[1]
+        examples = next(part for part in docstring.split("\n\n") if f"python scripts/{name}" in part)
+        examples = textwrap.dedent(examples.strip("\n")).splitlines()
+        shown = [line.rstrip() for line in text.splitlines()]
+        at = next(n for n, line in enumerate(shown) if line.strip() == examples[0].strip())
+        indent = shown[at].index("p")
+        assert [line[indent:] for line in shown[at : at + len(examples)]] == examples, name
+        assert indent and all(len(line) <= 90 for line in shown[at : at + len(examples)]), name
+
+
+# ------------------------------------------------------------------------------------------------------------ terminal
+
+
+def on_a_terminal(program: str, talk: Callable[[int], None], streams: str = "in out err") -> str:
+    """What a program of Python prints on a terminal, to whose other end `talk` writes."""
+    master, slave = pty.openpty()
+    ends = [slave if name in streams.split() else subprocess.DEVNULL for name in ("in", "out", "err")]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}", "TERM": "xterm"}
+    called = [sys.executable, "-c", program]
+    process = subprocess.Popen(called, stdin=ends[0], stdout=ends[1], stderr=ends[2], env=environment)
+    os.close(slave)
+    talk(master)
+    said = bytearray()
+    try:
+        while block := os.read(master, 4096):
+            said += block
+    except OSError:  # the program has ended
+        pass
+    os.close(master)
+    assert process.wait(30) == 0, said
+    return said.decode(errors="replace")
+
+
+def test_prompts_are_edited_and_remembered():
+    """Left twice and a letter between; the line before again with the arrow up; a byte that is no UTF-8."""
+    pytest.importorskip("readline")
+    program = "import generate\nfor line in generate.lines(): print('GOT', line)"
+
+    def talk(master: int) -> None:
+        for typed in (b"abc\x1b[D\x1b[DX\n", b"\x1b[A!\n", "é\n".encode(), b"\x04"):
+            time.sleep(0.1)  # as a person would, after the prompt
+            os.write(master, typed)
+
+    said = on_a_terminal(program, talk)
+    assert "GOT b'aXbc'" in said and "GOT b'aXbc!'" in said and f"GOT {'é'.encode()!r}" in said
+    piped = on_a_terminal(program, lambda master: os.write(master, b"abc\n\x04"), "in err")
+    assert piped.count("prompt> ") == 2  # on stderr where stdout is a file or a pipe
+
+
+@pytest.mark.parametrize("total", [300, None])
+def test_progress_on_a_terminal(total):
+    program = f"""
+import time
+from hnet_runtime.progress_bar import Progress
+with Progress("scoring", {total}, "bytes") as progress:
+    for _ in range(3):
+        progress.advance(100)
+        time.sleep(0.15)
+"""
+    said = on_a_terminal(program, lambda master: None, "err")
+    assert "scoring" in said and "bytes/s" in said and ("100%" in said) == (total is not None)
+
+
+def test_progress_elsewhere_is_a_line_now_and_then(monkeypatch, capsys):
+    from hnet_runtime import progress_bar
+
+    with progress_bar.Progress("scoring", 300, "bytes") as bar:
+        bar.advance(100)
+    assert capsys.readouterr().err == ""  # not before ten seconds
+    monkeypatch.setattr(progress_bar, "SECONDS", 0)
+    for total, words in ((300, "scoring: 33%, "), (None, "scoring: 100 bytes, ")):
+        with progress_bar.Progress("scoring", total, "bytes") as bar:
+            bar.advance(100)
+        said = capsys.readouterr().err
+        assert said.startswith(words) and "bytes/s" in said and said.count("\n") == 1
+    with progress_bar.Progress("scoring", 300, "bytes", shown=False) as bar:
+        bar.advance(100)
+    assert capsys.readouterr().err == ""
