@@ -9,6 +9,7 @@ score says how much of the accuracy above chance is left, in percent:
 
 from __future__ import annotations
 
+import codecs
 import json
 import random
 import re
@@ -34,22 +35,27 @@ def read_questions(path: str | Path) -> list[Question]:
     """
     questions = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_bytes().split(b"\n")  # other ends of lines may stand in a text
     except OSError as error:
         raise UserError(f"--choices {path}: can't be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"--choices {path}: not UTF-8 ({error.reason} at byte {error.start})") from None
     for number, line in enumerate(lines, 1):
+        line = line.removeprefix(codecs.BOM_UTF8)
         if not line.strip():
             continue
         try:
-            raw = json.loads(line)
-            label, endings = int(raw["label"]), tuple(_clean(ending) for ending in raw["endings"])
+            raw = json.loads(line.decode())
+            label, endings = raw["label"], raw["endings"]
+            if isinstance(label, float) or not isinstance(endings, list):
+                raise ValueError
+            label, endings = int(label), tuple(_clean(ending) for ending in endings)
             prompt = f"{raw['activity_label']}: {raw['ctx']}" if raw.get("activity_label") else raw["ctx"]
             questions.append(Question(_clean(prompt), endings, label))
+            "".join([prompt, *endings]).encode()
         except KeyError as error:
             raise UserError(f"--choices {path}, line {number}: has no {error}; expected ctx, endings, label") from None
-        except (ValueError, TypeError, AttributeError):
+        except UnicodeError as error:
+            raise UserError(f"--choices {path}, line {number}: not UTF-8 ({error.reason})") from None
+        except (ValueError, TypeError, AttributeError, RecursionError):
             raise UserError(
                 f"--choices {path}, line {number}: expected a JSON object with a text ctx, a list of texts endings and "
                 "a number label"
