@@ -121,7 +121,7 @@ def lines() -> Iterator[bytes]:
         if not line:
             print(file=sys.stderr) if asks else None
             return
-        yield line.removesuffix(b"\n")
+        yield line.removesuffix(b"\n").removesuffix(b"\r")
 
 
 def answer(model: HNetInference, prompt: bytes, sampling: Sampling, options: Options) -> None:
