@@ -139,7 +139,7 @@ def write_html(panels: list[Panel], title: str, path: Path) -> None:
     content = (
         TEMPLATE.read_text().replace("__TITLE__", html.escape(title)).replace("__DATA__", data.replace("<", "\\u003c"))
     )
-    write_whole(path, lambda scratch: scratch.write_text(content, encoding="utf-8"))
+    write_whole(path, lambda scratch: scratch.write_bytes(content.encode(errors="backslashreplace")))
 
 
 def plot(runs: list[str | Path], out: Path) -> list[Path]:
