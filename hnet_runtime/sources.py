@@ -267,7 +267,9 @@ def _splits_of_folder(root: str) -> dict[str, str] | None:
         if card:
             raise
         return None
-    if not card and not (by_name and any(kind(name) not in ("", ".md") for name in splits.get("train", []))):
+    train = splits.get("train", [])
+    is_split = any(map(has_rows, train)) or (len(splits) > 1 and any(kind(name).startswith(".txt") for name in train))
+    if not card and not (by_name and is_split):
         return None
     require_train(in_words(root), splits)
     if len(here) < len(all_of_them):
