@@ -736,17 +736,20 @@ def _hold_out(job: _Job, holdout: float) -> tuple[Fraction, _Cut | None, str]:
     held, rest = both
     if held and rest and not rest < DEFAULT_SLICE <= held:
         return share, None, ""
-    tables = [(number, path, *_run_table(path)) for number, path in enumerate(_runs(job.work))]
-    keys = np.concatenate([table[:2].T for _, _, table, _ in tables])
-    lengths = np.concatenate([lengths for *_, lengths in tables])
-    places = [(path, table[2], i) for _, path, table, lengths in tables for i in range(len(lengths))]
+    runs = _runs(job.work)
+    tables = [_run_table(path) for path in runs]
+    keys = np.concatenate([table[:2].T for table, _ in tables])
+    lengths = np.concatenate([lengths for _, lengths in tables])
     order = _sort_unique(keys)
-    longest = max(order, key=lambda i: lengths[i])
+    longest = int(order[np.argmax(lengths[order])])
     size, total = int(lengths[longest]), int(lengths[order].sum())
     if 2 * size > total and size >= DEFAULT_SLICE:
-        path, ends, i = places[longest]
-        begin = _run_header(path)[1] + 24 * len(ends) + (int(ends[i - 1]) if i else 0)
-        if found := _find_cut(path, begin, size, holdout):
+        run, i = 0, longest
+        while i >= len(tables[run][1]):
+            i, run = i - len(tables[run][1]), run + 1
+        ends = tables[run][0][2]
+        begin = _run_header(runs[run])[1] + 24 * len(ends) + (int(ends[i - 1]) if i else 0)
+        if found := _find_cut(runs[run], begin, size, holdout):
             at, edge = found
             cut = _Cut(int(keys[longest, 0]), int(keys[longest, 1]), at)
             which = "the only document" if len(order) == 1 else f"the longest of {len(order)} documents"
@@ -992,8 +995,13 @@ def _begin(
     out: Path, scratch: Path, plan: dict, files: Iterable[tuple], run_bytes: int, report: sources.Report
 ) -> tuple[list[_Unit], Path]:
     """Lists the source; returns its units and the folder for their runs, which belongs to this plan alone."""
-    with open(scratch / "files", "wb") as sink:
-        units, plan["files"] = _make_units(files, sink, run_bytes)
+    try:
+        with open(scratch / "files", "wb") as sink:
+            units, plan["files"] = _make_units(files, sink, run_bytes)
+    except DataError:
+        if not list(out.glob(f"{WORK}/plan-*")):
+            shutil.rmtree(out / WORK)
+        raise
     if not units:
         shutil.rmtree(out / WORK)
         but = "; ".join(report.lines()[1:])
@@ -1198,7 +1206,7 @@ def main() -> int:
             _say(f"fineweb.py: {lack}", file=sys.stderr)
             return 1
     except DataError as e:
-        _say(f"fineweb.py: {e}", file=sys.stderr)
+        _say(f"fineweb.py: {documents.in_words(str(e))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         _say("fineweb.py: interrupted; the same command goes on from here", file=sys.stderr)

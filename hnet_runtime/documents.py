@@ -59,7 +59,8 @@ def is_divisible(name: str) -> bool:
 
 def in_words(path: str) -> str:
     """A path as messages show it: on one line, whatever bytes and control characters it has."""
-    return path if path.isprintable() else path.encode("unicode_escape", "surrogatepass").decode()
+    escaped = (c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in path)
+    return path if path.isprintable() else "".join(escaped)
 
 
 def first_line(e: Exception) -> str:
@@ -227,7 +228,7 @@ def _parse(line: bytes) -> Any:
     except UnicodeDecodeError as e:
         raise _NotText(f"it is not UTF-8 ({e.reason} at byte {e.start})") from None
     except ValueError as e:
-        raise _NotText(f"it is no JSON ({first_line(e)})") from None
+        raise _NotText(f"it is not JSON ({first_line(e)})") from None
     except RecursionError:
         raise _NotText("it is nested too deeply") from None
 

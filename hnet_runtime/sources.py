@@ -79,12 +79,15 @@ class Report:
             return f"{n:,} file" + "s" * (n != 1)
 
         def some(what: str) -> str:
-            return ", ".join([*self.examples[what], *["..."] * (self.left[what] > len(self.examples[what]))])
+            examples = self.examples[what][: 1 if len(self.left) > 3 else 3]
+            return ", ".join([*examples, *["..."] * (self.left[what] > len(examples))])
 
         counted = ", ".join(f"{n:,} {what}" for what, n in self.taken.most_common())
         lines = [f"takes {plural(self.taken.total())} ({counted or 'none of a kind that is read'})"]
         if self.left:
-            parts = [f"{what}: {n:,} ({some(what)})" for what, n in self.left.most_common()]
+            kinds = sorted(self.left.items(), key=lambda item: (not item[0].startswith("of the"), -item[1]))
+            parts = [f"{what}: {n:,} ({some(what)})" for what, n in kinds[:8]]
+            parts += [f"{len(kinds) - 8} more kinds"] * (len(kinds) > 8)
             lines.append(f"leaves out {plural(self.left.total())}: {'; '.join(parts)}")
         return lines + self.notes
 
@@ -195,17 +198,25 @@ def _of_stdlib(root: str, bad: Bad, report: Report) -> Iterator[File]:
 
 
 def _of_folder(root: str, column: str, bad: Bad, report: Report) -> Iterator[File]:
-    split_of = _splits_of_folder(root)
-    with_rows = set()  # folders below which there are rows: a README.md there is about them
+    with_rows: set[str] = set()  # folders below which there are rows: a README.md there is about them
+    texts = code = trains = False
     for file in _walk(root, _ignore, Report()):
-        if has_rows(file.path):
-            with_rows.update(str(folder) for folder in Path(file.path).parents)
+        found = kind(file.path)
+        texts, code = texts or found.startswith(".txt"), code or found == ".py"
+        trains = trains or "train" in file.path
+        if has_rows(file.path) and os.path.dirname(file.path) not in with_rows:
+            with_rows.update(map(str, Path(file.path).parents), [os.path.dirname(file.path)])
+    split_of, card = None, {}
+    if with_rows or texts:  # the library would take neither .py nor .md for text
+        card = _front_matter(os.path.join(root, CARD))
+    if "configs" in card or ((card or trains) and (with_rows or not code)):
+        split_of = _splits_of_folder(root, bool(card))
     held_out: dict[str, None] = {}
     for file in _walk(root, bad, report):
         folder, name = os.path.split(file.path)
         place, found = in_words(os.path.join(root, file.path)), kind(file.path)
         is_json = found.startswith(".json") and not found.startswith(".jsonl")
-        if name.lower() == CARD.lower() and ((folder or ".") in with_rows or (split_of and not folder)):
+        if name.lower() == CARD.lower() and (folder in with_rows or (split_of and not folder)):
             report.leave("dataset card", file.path)
         elif not found:
             report.leave(suffixes(file.path) or "without suffix", file.path)
@@ -241,18 +252,11 @@ def _named_like_held_out(path: str) -> Iterator[str]:
             return
 
 
-def _splits_of_folder(root: str) -> dict[str, str] | None:
-    """The split of each file of a local folder, where that is a dataset; None where it is to be taken whole."""
-    rows = texts = code = trains = False
-    for file in _walk(root, _ignore, Report()):
-        found = kind(file.path)
-        rows, texts, code = rows or has_rows(file.path), texts or found.startswith(".txt"), code or found == ".py"
-        trains = trains or "train" in file.path
-    if not (rows or texts):  # the library would take neither .py nor .md for text
-        return None
-    card = _front_matter(os.path.join(root, CARD))
-    if not (card or trains) or (code and not rows and "configs" not in card):
-        return None
+def _splits_of_folder(root: str, card: bool) -> dict[str, str] | None:
+    """The split of each file of a local folder, where that is a dataset; None where it is to be taken whole.
+
+    card: whether the folder has a dataset card.
+    """
     contents = {}
     for name in (CARD, *MORE_OF_CARD) if card else ():
         with contextlib.suppress(OSError):
@@ -322,10 +326,11 @@ def decide(
             configs = datasets.get_dataset_config_names(root)
             if not config and len(configs) > 1 and datasets.get_dataset_default_config_name(root) is None:
                 raise DataError(_one_of(spec, configs))
-            if config and config not in configs:
-                if configs != ["default"] or not os.path.isdir(os.path.join(root, config)):
-                    raise DataError(_one_of(spec, configs))
+            declared = "configs" in _front_matter(os.path.join(root, CARD))
+            if config and not declared and os.path.isdir(os.path.join(root, config)):
                 config, below = "", config
+            if config and config not in configs:
+                raise DataError(_one_of(spec, configs))
             cache = os.path.join(top, "cache")
             builder = datasets.load_dataset_builder(root, config or None, data_dir=below or None, cache_dir=cache)
             files = builder.config.data_files

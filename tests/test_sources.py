@@ -169,6 +169,14 @@ def test_what_is_no_training_text_is_refused_with_what_there_is(cached):
         taken("hf:o/many:c")
 
 
+def test_the_hubs_own_parquet_files_are_found_by_config(cached):
+    """The branch refs/convert/parquet has no card: a folder for each config, with one for each split."""
+    files = [f"{config}/{split}/0000.parquet" for config in ("default", "b") for split in ("train", "test")]
+    cached([*files, "b/partial-train/0001.parquet"])
+    assert taken("hf:o/n:default") == {"default/train/0000.parquet"}
+    assert taken("hf:o/n:b") == {"b/train/0000.parquet", "b/partial-train/0001.parquet"}
+
+
 def test_formats_that_differ_between_splits_are_no_obstacle(cached):
     cached(["train.jsonl", "test.csv"])
     assert taken("hf:o/n") == {"train.jsonl"}
@@ -183,7 +191,7 @@ def test_a_download_that_was_cut_short_is_named(cached, tmp_path, capsys):
     assert manifest["counts"]["bad"] == 1
     out = capsys.readouterr().out
     assert "taking the 1 files that the hub's cache holds" in out
-    assert "leaves out 2 files: dataset card: 1 (README.md); of the test split: 1 (data/test-0" in out
+    assert "leaves out 2 files: of the test split: 1 (data/test-00000-of-00001.parquet); dataset card: 1" in out
     assert "are missing: data/train-00000-of-00003.parquet, data/train-00002-of-00003.parquet" in out
 
 
@@ -229,6 +237,7 @@ def test_a_local_dataset_without_a_train_split_is_refused(tmp_path):
     (tmp_path / "in" / "README.md").write_text("---\nlicense: mit\n---\n")
     with pytest.raises(DataError, match="in: has no train split, only test"):
         prepare(str(tmp_path / "in"), tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_every_kind_of_text_is_read_and_the_rest_is_named(tmp_path, capsys):
@@ -255,7 +264,7 @@ def test_every_kind_of_text_is_read_and_the_rest_is_named(tmp_path, capsys):
         ".rst": 2, ".csv.gz": 1, "without suffix": 1, "hidden": 1, "dataset card": 1, ".json without rows": 2
     }  # fmt: skip
     out = capsys.readouterr().out
-    assert ".rst: 2 (l.rst, m.rst)" in out and "dataset card: 1 (README.md)" in out and "takes 13 files" in out
+    assert ".rst: 2 (l.rst, ...)" in out and "dataset card: 1 (README.md)" in out and "takes 13 files" in out
 
 
 def test_labels_of_a_dataset_with_a_card(tmp_path):
