@@ -29,6 +29,7 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -472,10 +473,23 @@ class ByteStream:
 
 
 def validation_stream(folder: str | Path, *, slice_bytes: int, max_doc: int = 8192) -> ByteStream | None:
-    """The held-out text of folders as `ByteStream` takes them, but for those that --holdout 0 left without; or None."""
-    mixture = [
-        (path, weight) for path, weight in _parse_mixture(folder) if not _without_validation(load_manifest(path))
-    ]
+    """The held-out text of folders as `ByteStream` takes them, but for those that --holdout 0 left without; or None.
+
+    Logs which are without.
+    """
+    mixture, without = [], []
+    for path, weight in _parse_mixture(folder):
+        if _without_validation(load_manifest(path)):
+            without.append(_named(path))
+        else:
+            mixture.append((path, weight))
+    if without:
+        how = (
+            f"validates on {', '.join(_named(path) for path, _ in mixture)} alone"
+            if mixture
+            else "trains without validation"
+        )
+        logging.getLogger("hnet").info(f"{how}: {', '.join(without)} prepared with --holdout 0")
     return ByteStream(mixture, "validation", slice_bytes=slice_bytes, max_doc=max_doc) if mixture else None
 
 

@@ -612,8 +612,6 @@ class Run:
             f"{self.train_stream.text_bytes / 1e6:.1f} MB of text; {config.steps} steps of "
             f"{config.mbs * config.global_slices:,} bytes; run folder {self.folder}"
         )
-        if self.val_stream is None:
-            logger.info(f"trains without validation: {config.data} was prepared with --holdout 0")
         self.compilations = Compilations()
         if world.device.type == "cuda":
             logger.info("the first step compiles kernels, for up to a minute where Triton's cache has none of them")

@@ -149,7 +149,7 @@ def test_training_without_validation_says_so(tmp_path):
     flags = f"-c {tmp_path}/model.json --data {tmp_path}/out --mbs 256 --steps 2 --val-every 1 --sample-bytes 4"
     done = run_train([*flags.split(), "--save-dir", "run", "--device", "cpu"], tmp_path, dict(os.environ))
     assert done.returncode == 0, done.stderr
-    assert f"trains without validation: {tmp_path}/out was prepared with --holdout 0" in done.stdout
+    assert f"trains without validation: {tmp_path}/out prepared with --holdout 0" in done.stdout
     assert "there was no held-out text to validate on" in done.stdout
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len([record for record in records if "bpb" in record]) == 2 and not any("val_bpb" in r for r in records)
