@@ -23,18 +23,16 @@ Training needs this file and numpy; whatever else is imported, is imported where
 """
 
 import argparse
-import codecs
 import contextlib
 import errno
-import fnmatch
 import functools
-import gzip
 import hashlib
-import io
 import itertools
 import json
+import logging
 import math
 import os
+import re
 import shutil
 import sys
 import threading
@@ -45,13 +43,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TextIO
 
 import numpy as np
 
+from hnet_runtime import DataError, documents, sources
+
 BOS, EOS = 0xFE, 0xFF  # neither occurs in UTF-8
 SPLITS = ("train", "validation")
-SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")
+DEFAULT_SLICE = 2048  # bytes that train.py takes at a time, by default
+MIXTURE_PART = re.compile(r"\s*(?P<path>.+?)\s*:\s*(?P<weight>[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)\s*(,|$)", re.I | re.S)
 MANIFEST, WORK = "manifest.json", ".work"
 MB = 1 << 20
 RUN_BYTES = 32 * MB  # text that a process gathers before it writes; memory is a small multiple of it
@@ -59,10 +60,6 @@ BLOCK_BYTES = 8 * MB  # unit of copying and hashing
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SECTION_DOCUMENTS = 1 << 16  # of the order by length, located together
 RUN_DOCUMENTS, SHARD_DOCUMENTS = 1 << 18, 1 << 20  # bounds for very short documents, whose digests outweigh them
-
-
-class DataError(Exception):
-    """A mistake in the data or the request, in one sentence that names the file, row or flag and what was expected."""
 
 
 # ---------------------------------------------------------------------------------------------------------- files
@@ -160,9 +157,9 @@ def _reindex(shard: Path, sha256: str) -> np.ndarray:
 def load_manifest(folder: str | Path) -> dict:
     """The manifest of a prepared folder. Raises DataError if there is none or a shard's size contradicts it."""
     folder = Path(folder)
-    if not folder.is_dir():
-        what = "a file" if folder.exists() else "no such folder"
-        raise DataError(f"{folder}: {what}; expected one made by fineweb.py prepare SOURCE --out {folder}")
+    if not os.path.isdir(folder):
+        what, name = "a file" if os.path.exists(folder) else "no such folder", documents.in_words(str(folder))
+        raise DataError(f"{name}: {what}; expected one made by fineweb.py prepare SOURCE --out {name}")
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         shards = [(shard["file"], shard["bytes"]) for split in manifest["splits"].values() for shard in split["shards"]]
@@ -301,10 +298,8 @@ class _Corpus:
         self.fingerprint = _fingerprint(shards)
         if not self.documents:
             n = sum(shard["documents"] for part in manifest["splits"].values() for shard in part["shards"])
-            raise DataError(
-                f"{folder}: no {split} documents among its {n}; prepare it from more (a file of plain text is one) or "
-                "with another --holdout"
-            )
+            why = "--holdout 0 kept it without" if _without_validation(manifest) else "prepare it from more text"
+            raise DataError(f"{_named(folder)}: no {split} documents among its {n}; {why}")
         indexed = [_read_index(path, header_only=True)[0].get("sha256") for path in self.paths]
         if stale := [i for i, sha256 in enumerate(self.hashes) if sha256 != indexed[i]]:
             self._reindex(stale)
@@ -316,7 +311,7 @@ class _Corpus:
         from concurrent.futures import ThreadPoolExecutor
 
         if (size := self.sizes[stale].sum()) > 1e9:
-            print(f"{self.folder}: checks {size / 1e9:.1f} GB of shards that are newer than their indexes", flush=True)
+            _say(f"{_named(self.folder)}: checks {size / 1e9:.1f} GB of shards that are newer than their indexes")
         with ThreadPoolExecutor() as pool:  # hashing and comparing release the GIL
             list(pool.map(lambda i: len(_reindex(self.paths[i], self.hashes[i])), stale))
 
@@ -477,19 +472,52 @@ class ByteStream:
         return piece
 
 
-def _parse_mixture(folder: str | Path) -> list[tuple[Path, float]]:
+def validation_stream(folder: str | Path, *, slice_bytes: int, max_doc: int = 8192) -> ByteStream | None:
+    """The held-out text of folders as `ByteStream` takes them, but for those that --holdout 0 left without; or None.
+
+    Logs which are without.
+    """
+    mixture, without = [], []
+    for path, weight in _parse_mixture(folder):
+        if _without_validation(load_manifest(path)):
+            without.append(_named(path))
+        else:
+            mixture.append((path, weight))
+    if without:
+        how = (
+            f"validates on {', '.join(_named(path) for path, _ in mixture)} alone"
+            if mixture
+            else "trains without validation"
+        )
+        logging.getLogger("hnet").info(f"{how}: {', '.join(without)} prepared with --holdout 0")
+    return ByteStream(mixture, "validation", slice_bytes=slice_bytes, max_doc=max_doc) if mixture else None
+
+
+def _without_validation(manifest: dict) -> bool:
+    """Whether a prepared folder has no validation split because that was asked for."""
+    asked = manifest.get("plan", {}).get("options", {}).get("holdout")
+    return asked == 0 and not manifest["splits"].get("validation", {}).get("shards")
+
+
+def _parse_mixture(folder: str | Path | list[tuple[Path, float]]) -> list[tuple[Path, float]]:
     """Folders and their shares, which sum to 1."""
+    if isinstance(folder, list):
+        total = sum(weight for _, weight in folder)
+        return [(path, weight / total) for path, weight in folder]
     text = str(folder)
     if os.path.exists(text) or not ("," in text or ":" in text):
         return [(Path(text), 1.0)]
-    try:
-        pairs = [part.strip().rsplit(":", 1) for part in text.split(",")]
-        mixture = [(Path(path), float(weight)) for path, weight in pairs]
-        total = sum(weight for _, weight in mixture)
-    except ValueError:
+    mixture, at = [], 0
+    while at < len(text) and (part := MIXTURE_PART.match(text, at)):  # a path may have commas and colons, too
+        mixture.append((Path(part["path"]), float(part["weight"])))
+        at = part.end()
+    total = sum(weight for _, weight in mixture)
+    if at < len(text) or any("," in str(path) and not os.path.isdir(path) for path, _ in mixture):
         mixture = []
     if not mixture or not all(0 < 1e-4 * total <= weight < math.inf for _, weight in mixture):
-        raise DataError(f"data {text!r}: expected a folder, or several with weights above 0, such as a:0.7,b:0.3")
+        raise DataError(
+            f"data {text!r}: no such folder; expected one, or several with weights above 0, such as a:0.7,b:0.3"
+        )
     return [(path, weight / total) for path, weight in mixture]
 
 
@@ -509,159 +537,6 @@ def _rotation(weights: list[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 # -------------------------------------------------------------------------------------------------------- sources
-#
-# A source is a root and a sorted list of files below it. A reader yields one file's documents, or one piece of a file,
-# as (where, bytes); `bad` is told of what can't be read and either raises or counts.
-
-
-def _list_source(source: str) -> tuple[str, Iterator[tuple[str, int, str | int]]]:
-    """Root and files of a source: path below the root, bytes, and what changes when the file does."""
-    if source == "stdlib":
-        import sysconfig
-
-        root = sysconfig.get_path("stdlib")
-        return root, (file for file in _walk(root, skip=("site-packages", "dist-packages")) if file[0].endswith(".py"))
-    if source.startswith("hf:"):
-        return _list_hub(source[3:])
-    if os.path.isfile(source):
-        if not source.lower().endswith(SUFFIXES):
-            raise DataError(f"{source}: expected one of {', '.join(SUFFIXES)}")
-        stat = os.stat(source)
-        return os.path.dirname(source), iter([(os.path.basename(source), stat.st_size, stat.st_mtime_ns)])
-    if not os.path.isdir(source):
-        raise DataError(f"{source}: no such file or folder (expected one, or stdlib, or hf:owner/name[:config])")
-    return source, _walk(source)
-
-
-def _walk(root: str, below: str = "", skip: tuple[str, ...] = (), above: tuple = ()) -> Iterator[tuple[str, int, int]]:
-    """Text files below a folder in sorted order, one folder's names in memory at a time; hidden ones are left out."""
-    folder = os.path.join(root, below)
-    try:
-        entries, stat = sorted(os.scandir(folder), key=lambda entry: entry.name), os.stat(folder)
-    except OSError as e:
-        raise DataError(f"{folder}: can't be read ({e.strerror})") from e
-    if (stat.st_dev, stat.st_ino) in above:  # a link to a folder above, which would never end
-        return
-    for entry in entries:
-        path = os.path.join(below, entry.name)
-        if entry.name.startswith(".") or entry.name in skip:
-            continue
-        if entry.is_dir():
-            yield from _walk(root, path, skip, (*above, (stat.st_dev, stat.st_ino)))
-        elif entry.name.lower().endswith(SUFFIXES) and entry.is_file():
-            yield path, entry.stat().st_size, entry.stat().st_mtime_ns
-
-
-def _list_hub(spec: str) -> tuple[str, Iterator[tuple[str, int, str]]]:
-    """Data files of a dataset on the hub, at one commit; without a network, those that the hub's cache holds."""
-    import huggingface_hub as hub
-    from huggingface_hub import errors
-
-    name, _, config = spec.partition(":")
-    repo, _, revision = name.partition("@")
-    try:
-        api = hub.HfApi()
-        info = api.dataset_info(repo, revision=revision or None)
-        names = [file.rfilename for file in info.siblings]
-        card = None
-        if "README.md" in names:
-            card = hub.hf_hub_download(repo, "README.md", repo_type="dataset", revision=info.sha)
-        chosen, sizes = _choose_files(spec, repo, config, names, card), {}
-        for i in range(0, len(chosen), 500):
-            found = api.get_paths_info(repo, chosen[i : i + 500], revision=info.sha, repo_type="dataset")
-            sizes |= {file.path: file.size for file in found}
-        return f"hf://datasets/{repo}@{info.sha}", ((name, sizes[name], info.sha) for name in chosen)
-    except DataError:
-        raise
-    except errors.HFValidationError as e:
-        raise DataError(f"hf:{spec}: not a dataset's name; expected hf:owner/name[@revision][:config]") from e
-    except errors.GatedRepoError as e:
-        raise DataError(f"hf:{spec}: accept its terms on the hub and log in (hf auth login), then try again") from e
-    except errors.RepositoryNotFoundError as e:
-        raise DataError(f"hf:{spec}: the hub has no dataset {repo} (or it is private: hf auth login)") from e
-    except errors.RevisionNotFoundError as e:
-        raise DataError(f"hf:{spec}: {repo} has no revision {revision}") from e
-    except Exception as e:  # offline, or what the HTTP library of this release of huggingface_hub raises
-        reason = _first_line(e)
-    with contextlib.suppress(errors.CacheNotFound):
-        for cached in (r for r in hub.scan_cache_dir().repos if (r.repo_type, r.repo_id) == ("dataset", repo)):
-            for commit in cached.revisions:
-                if (revision or "main") in (*commit.refs, commit.commit_hash):
-                    files = {str(f.file_path.relative_to(commit.snapshot_path)): f for f in commit.files}
-                    card = files["README.md"].file_path if "README.md" in files else None
-                    chosen = _choose_files(spec, repo, config, list(files), card)
-                    print(f"hf:{spec}: no network; taking the {len(chosen)} files that the hub's cache holds")
-                    listing = ((name, files[name].size_on_disk, commit.commit_hash) for name in chosen)
-                    return str(commit.snapshot_path), listing
-    raise DataError(f"hf:{spec}: not in the hub's cache, and the hub can't be reached ({reason})")
-
-
-def _choose_files(spec: str, repo: str, config: str, names: list[str], card: str | Path | None) -> list[str]:
-    """The training files of one config, as the dataset's card declares them; without a card, what can be read."""
-    from huggingface_hub import metadata_load
-
-    declared = (metadata_load(card) or {}).get("configs", []) if card else []
-    declared = {entry["config_name"]: entry for entry in declared if "data_files" in entry}
-    patterns = [f"{config}/*", f"*/{config}/*"] if config else ["*"]
-    if declared:
-        usual = [name for name, entry in declared.items() if entry.get("default") or name == "default"]
-        if not config and (usual or len(declared) == 1):
-            config = (usual or list(declared))[0]
-        if config not in declared:
-            some = ", ".join(sorted(declared)[:8]) + (", ..." if len(declared) > 8 else "")
-            raise DataError(f"hf:{spec}: expected hf:{repo}:CONFIG, with CONFIG one of {some}")
-        files = declared[config]["data_files"]
-        files = [f if isinstance(f, dict) else dict(path=f) for f in (files if isinstance(files, list) else [files])]
-        files = [f for f in files if f.get("split", "train") == "train"] or files
-        patterns = [p for f in files for p in ([f["path"]] if isinstance(f["path"], str) else f["path"])]
-    kinds = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
-    chosen = sorted(n for n in names if n.lower().endswith(kinds) and any(fnmatch.fnmatch(n, p) for p in patterns))
-    if not chosen:
-        raise DataError(f"hf:{spec}: no {', '.join(kinds)} files there; try hf:{repo}@refs/convert/parquet")
-    return chosen
-
-
-class _Remote(io.RawIOBase):
-    """A file on the hub. Its failures are the network's, never bad input to be skipped."""
-
-    def __init__(self, path: str):
-        from huggingface_hub import HfFileSystem
-
-        self.path = path
-        self.file = self._ask(lambda: HfFileSystem().open(path, "rb", block_size=BLOCK_BYTES))
-
-    def _ask(self, question: Callable):
-        try:
-            return question()
-        except Exception as e:
-            raise DataError(f"{self.path}: the hub stopped answering ({_first_line(e)}); run the command again") from e
-
-    def readinto(self, buffer) -> int:
-        data = self._ask(lambda: self.file.read(len(buffer)))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def seek(self, *where) -> int:
-        return self.file.seek(*where)
-
-    def tell(self) -> int:
-        return self.file.tell()
-
-    def readable(self) -> bool:
-        return True
-
-    seekable = readable
-
-
-def _open(path: str) -> io.BufferedIOBase:
-    if not path.startswith("hf://"):
-        return open(path, "rb")
-    from huggingface_hub import try_to_load_from_cache
-
-    repo, _, rest = path.removeprefix("hf://datasets/").partition("@")
-    commit, _, name = rest.partition("/")
-    cached = try_to_load_from_cache(repo, name, repo_type="dataset", revision=commit)
-    return open(cached, "rb") if isinstance(cached, str) else io.BufferedReader(_Remote(path), MB)
 
 
 class _Tally:
@@ -670,80 +545,32 @@ class _Tally:
     def __init__(self, skip: bool):
         self.skip, self.counts, self.examples = skip, dict(read=0, empty=0, bad=0), []
 
-    def bad(self, what: str) -> None:
+    def bad(self, what: str, count: int = 1) -> None:
         if not self.skip:
             raise DataError(f"{what} (--skip-bad counts such input and goes on)")
-        self.counts["bad"] += 1
+        self.counts["bad"] += count
         self.examples = [*self.examples, what][:5]
-
-
-class _LongText:
-    """A text file that is too long to hold: iterates over its blocks."""
-
-    def __init__(self, path: str, size: int):
-        self.path, self.size = path, size
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[bytes]:
-        left = self.size
-        with _open(self.path) as f:
-            while block := f.read(BLOCK_BYTES):
-                left -= len(block)
-                yield block
-        if left:
-            raise DataError(f"{self.path}: changed while it was being read; run the command again")
-
-
-def _digest(text: bytes | _LongText) -> bytes:
-    """16 bytes of SHA-256. Raises UnicodeDecodeError."""
-    if isinstance(text, bytes):
-        text.decode()
-        return hashlib.sha256(text).digest()[:16]
-    digest, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
-    for block in text:
-        decoder.decode(block)
-        digest.update(block)
-    decoder.decode(b"", final=True)
-    return digest.digest()[:16]
-
-
-def _read_documents(path: str, size: int, piece: int, pieces: int, column: str, bad: Callable) -> Iterator[tuple]:
-    """Documents of one piece of a file, as (where, text): a function that names the place, and bytes or _LongText."""
-    name = path.lower()
-    if name.endswith(".parquet"):
-        yield from _read_parquet(path, piece, pieces, column, bad)
-    elif name.endswith((".jsonl", ".jsonl.gz")):
-        yield from _read_jsonl(path, size * piece // pieces, size * (piece + 1) // pieces, column, bad)
-    else:
-        try:
-            with _open(path) as f:
-                text = f.read() if size <= RUN_BYTES else _LongText(path, size)
-        except OSError as e:
-            bad(f"{path}: can't be read ({e.strerror or e})")
-        else:
-            yield lambda: path, text
 
 
 def read_documents(source: str, text_column: str = "text", label_column: str = "") -> Iterator[tuple[str, bytes, str]]:
     """The documents of any source that `prepare` takes, in order, as (where, UTF-8 text, label); empty ones left out.
 
-    label: the text under `label_column` of a .jsonl or .parquet row; "" where no column is asked for. Duplicates stay.
-    Raises DataError, naming file and row, for what can't be read, is not UTF-8 or lacks its label.
+    label: the text under `label_column` of a row; "" where no column is asked for. Duplicates stay.
+    Says on standard error which files are left out. Raises DataError, naming file and row, for what can't be read, is
+    not UTF-8 or lacks its label.
     """
 
-    def bad(what: str) -> None:
+    def bad(what: str, count: int = 1) -> None:
         raise DataError(what)
 
-    root, files = _list_source(source)
+    report = sources.Report()
+    root, files = sources.find(source, text_column, bad, report)
     for name, size, _ in files:
         path = os.path.join(root, name)
-        has_rows = name.lower().endswith((".jsonl", ".jsonl.gz", ".parquet"))
-        if label_column and not has_rows:
-            raise DataError(f"{path}: has no {label_column!r}; only rows of .jsonl and .parquet carry labels")
-        texts = _read_documents(path, size, 0, 1, text_column, bad)
-        labels = _read_documents(path, size, 0, 1, label_column, bad) if label_column else itertools.repeat((None, b""))
+        if label_column and not documents.has_rows(path):
+            raise DataError(f"{documents.in_words(path)}: has no {label_column!r}; only rows carry labels")
+        texts = documents.read(path, size, text_column, bad)
+        labels = documents.read(path, size, label_column, bad) if label_column else itertools.repeat((None, b""))
         for (where, text), (_, label) in zip(texts, labels):
             place, text = where(), text if isinstance(text, bytes) else b"".join(text)
             try:
@@ -754,75 +581,20 @@ def read_documents(source: str, text_column: str = "text", label_column: str = "
                 raise DataError(f"{place}: {label_column!r} is empty; expected a label for every document")
             if text:
                 yield place, text, label.decode(errors="replace")
+    if report.left or report.notes:
+        _say(*(f"{documents.in_words(source)}: {line}" for line in report.lines()), file=sys.stderr)
 
 
-def _read_jsonl(path: str, start: int, stop: int, column: str, bad: Callable) -> Iterator[tuple]:
-    """The lines that begin in bytes [start, stop) of the file; all of them where it is gzipped."""
-    packed, number, at = path.lower().endswith(".gz"), 0, start
-
-    def where() -> str:
-        before = 0
-        if start:  # the lines of earlier pieces are counted only here, where a message needs them
-            with _open(path) as f:
-                before = sum(f.read(min(MB, begin - done)).count(b"\n") for done in range(0, begin, MB))
-        return f"{path}, line {before + number}"
-
+def _say(*lines: str, file: TextIO | None = None) -> None:
+    """Prints lines, also where the output can't encode all of their characters; nothing where it has no reader."""
+    file = file or sys.stdout
+    encoding = getattr(file, "encoding", None) or "utf-8"
     try:
-        with _open(path) as raw, gzip.open(raw) if packed else contextlib.nullcontext(raw) as f:
-            if start:  # a line that began before `start` belongs to the piece before
-                f.seek(start - 1)
-                at += len(f.readline()) - 1
-            begin = at
-            while (packed or at < stop) and (line := f.readline()):
-                at, number = at + len(line), number + 1
-                if line.isspace():
-                    continue
-                try:
-                    text = json.loads(line)[column]
-                    text = b"" if text is None else text.encode()
-                except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as e:
-                    why = f"there is no {column!r}" if isinstance(e, KeyError) else e
-                    bad(f"{where()}: expected a JSON object with text under {column!r} (--text-column), but {why}")
-                    continue
-                yield where, text
-    except (OSError, EOFError, zlib.error) as e:
-        bad(f"{where()}: the file can't be read after this line ({e})")
-
-
-def _read_parquet(path: str, piece: int, pieces: int, column: str, bad: Callable) -> Iterator[tuple]:
-    """The rows of the row groups in one of `pieces` equal parts, decoded a few megabytes at a time."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        f = pq.ParquetFile(_open(path), pre_buffer=False, buffer_size=MB, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as e:
-        if piece == 0:  # once for the file, not for each of its pieces
-            bad(f"{path}: not a whole parquet file ({_first_line(e)})")
-        return
-    if column not in f.schema_arrow.names:
-        raise DataError(f"{path}: no column {column!r}; --text-column must be one of {', '.join(f.schema_arrow.names)}")
-    kind = f.schema_arrow.field(column).type
-    if "string" not in str(kind) and "binary" not in str(kind):
-        raise DataError(f"{path}: column {column!r} holds {kind}; --text-column must name a column of text")
-    groups = [f.metadata.row_group(group) for group in range(f.num_row_groups)]
-    for group in range(len(groups) * piece // pieces, len(groups) * (piece + 1) // pieces):
-        row, rows = sum(g.num_rows for g in groups[:group]), groups[group].num_rows
-        last = row + rows - 1
-        batch_rows = max(1, min(4096, rows * BLOCK_BYTES // max(1, groups[group].total_byte_size)))
-        try:
-            for batch in f.iter_batches(batch_rows, [group], [column], use_threads=False):
-                texts = batch.column(0)
-                texts = texts.dictionary_decode() if pa.types.is_dictionary(kind) else texts
-                for text in texts.cast(pa.large_binary()).to_pylist():
-                    yield lambda: f"{path}, row {row} (counted from 0)", text or b""  # noqa: B023 (called at once)
-                    row += 1
-        except (pa.ArrowException, OSError) as e:
-            bad(f"{path}, rows {row} to {last} (counted from 0): row group {group} is damaged ({_first_line(e)})")
-
-
-def _first_line(e: Exception) -> str:
-    return str(e).strip().split("\n")[0][:200]
+        for line in lines:
+            print(line.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
+    except OSError:  # its reader is gone, which is no reason to stop; Python would try again at its end
+        with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), file.fileno())
 
 
 # ------------------------------------------------------------------------------------------------ scatter and merge
@@ -844,7 +616,7 @@ def _make_units(files: Iterable[tuple], sink, unit_bytes: int) -> tuple[list[_Un
     units, digest, offset = [], hashlib.sha256(), 0
     first, count, size = 0, 0, 0  # of the unit that is being filled with whole files
     for path, file_bytes, version in files:
-        pieces = -(-file_bytes // unit_bytes) if path.lower().endswith((".jsonl", ".parquet")) else 1
+        pieces = -(-file_bytes // unit_bytes) if documents.is_divisible(path) else 1
         if count and (pieces > 1 or size + file_bytes > unit_bytes or count == 10_000):
             units.append(_Unit(len(units), first, count, 0, 1, size))
             count = size = 0
@@ -882,9 +654,9 @@ def _scatter(job: _Job, unit: _Unit) -> int:
         files = [json.loads(f.readline())[:2] for _ in range(unit.files)]
     for name, file_bytes in files:
         path = os.path.join(job.root, name)
-        for where, text in _read_documents(path, file_bytes, unit.piece, unit.pieces, job.column, tally.bad):
+        for where, text in documents.read(path, file_bytes, job.column, tally.bad, unit.piece, unit.pieces):
             try:
-                digest = _digest(text)
+                digest = documents.digest(text)
             except UnicodeDecodeError as e:
                 tally.bad(f"{where()}: not UTF-8 ({e.reason})")
                 continue
@@ -933,20 +705,109 @@ def _run_header(path: Path) -> tuple[dict, int]:
         return json.loads(f.readline()), f.tell()
 
 
-def _shard_ranges(documents: int, size: int, holdout: float, shard_bytes: int) -> list[tuple[str, int, int]]:
-    """Name and range [low, high) of the digests' first 64 bits, for each shard."""
-    shards, holdout = [], Fraction(holdout)
+class _Cut(NamedTuple):
+    """A document of which the end is held out."""
+
+    high: int  # the digest
+    low: int
+    at: int  # bytes before the end that is held out
+    keeps_end: bool = False  # whether the end is meant, or what comes before it
+
+
+class _Range(NamedTuple):
+    """A shard: documents whose digests' first 64 bits are in [low, high); of one of them perhaps a part."""
+
+    name: str
+    low: int
+    high: int
+    cut: _Cut | None = None
+
+
+def _shard_ranges(documents: int, size: int, holdout: Fraction, shard_bytes: int) -> list[_Range]:
+    shards = []
     need = max(Fraction(size + documents, shard_bytes), Fraction(documents, SHARD_DOCUMENTS))
     for split, low, share in (("validation", Fraction(0), holdout), ("train", holdout, 1 - holdout)):
         n = max(1, math.ceil(need * share)) if share else 0
         edges = [int((low + share * i / max(1, n)) * 2**64) for i in range(n + 1)]
-        shards += [(f"{split}-{i:05d}.shard", *edge) for i, edge in enumerate(itertools.pairwise(edges))]
+        shards += [_Range(f"{split}-{i:05d}.shard", *edge) for i, edge in enumerate(itertools.pairwise(edges))]
     return shards
 
 
-def _merge(job: _Job, shard_range: tuple[str, int, int]) -> int:
+def _hold_out(job: _Job, holdout: float) -> tuple[Fraction, _Cut | None, str]:
+    """The share of digests that is held out, the document of which only the end is, and how that came, in words.
+
+    The share is `holdout` wherever that gives both splits something. Few documents may all be on one side: then one
+    document changes sides. One document that is longer than all others together would leave one split with next to
+    nothing, whichever it is in: then its end is held out, and nothing else, unless it is shorter than a slice.
+    """
+    share, both = Fraction(holdout), [0, 0]
+    if not holdout:
+        return share, None, ""
+    for path in _runs(job.work):
+        (high, _, _), lengths = _run_table(path)
+        held = high < np.uint64(int(share * 2**64))
+        both = [n + int((lengths[side] + 1).sum()) for n, side in zip(both, (held, ~held))]
+    held, rest = both
+    if held and rest and not rest < DEFAULT_SLICE <= held:
+        return share, None, ""
+    runs = _runs(job.work)
+    tables = [_run_table(path) for path in runs]
+    keys = np.concatenate([table[:2].T for table, _ in tables])
+    lengths = np.concatenate([lengths for _, lengths in tables])
+    order = _sort_unique(keys)
+    longest = int(order[np.argmax(lengths[order])])
+    size, total = int(lengths[longest]), int(lengths[order].sum())
+    if 2 * size > total and size >= DEFAULT_SLICE:
+        run, i = 0, longest
+        while i >= len(tables[run][1]):
+            i, run = i - len(tables[run][1]), run + 1
+        ends = tables[run][0][2]
+        begin = _run_header(runs[run])[1] + 24 * len(ends) + (int(ends[i - 1]) if i else 0)
+        if found := _find_cut(runs[run], begin, size, holdout):
+            at, edge = found
+            cut = _Cut(int(keys[longest, 0]), int(keys[longest, 1]), at)
+            which = "the only document" if len(order) == 1 else f"the longest of {len(order)} documents"
+            part = f"the last {size - at:,} of its {size:,} bytes, from the beginning of a {edge},"
+            return Fraction(0), cut, f"{which} has more than half of the text: {part} are held out for validation"
+    if len(order) < 2 or (held and rest):
+        return share, None, ""
+    side = Fraction(int(keys[order[0], 0]) + 1, 2**64) if rest else Fraction(int(keys[order[-1], 0]), 2**64)
+    one = "one is held out for validation" if rest else "one is left to train on"
+    none = "validation" if rest else "training"
+    return side, None, f"--holdout {holdout} leaves {none} none of {len(order)} documents by their hash: {one}"
+
+
+def _find_cut(path: Path, begin: int, size: int, holdout: float) -> tuple[int, str] | None:
+    """Where to cut a document of `size` bytes at `begin` of a run, and what begins there; None where nothing can."""
+    target = size - max(1, round(size * holdout))
+    tail = min(size - target, MB)
+    low, high = max(1, target - max(tail // 2, min(2000, size // 4))), min(size - 1, target + tail // 2)
+    with open(path, "rb", buffering=0) as f:
+        text = os.pread(f.fileno(), high - low + 1, begin + low)
+    for edge, mark in (
+        ("paragraph", rb"\n\s*\n(?=\S)"),
+        ("line", rb"\n(?=.)"),
+        ("word", rb"[ \t](?=\S)"),
+        ("character", rb"(?=[^\x80-\xbf])"),
+    ):
+        ends = [low + found.end() for found in re.finditer(mark, text, re.DOTALL)]
+        if ends := [end for end in ends if 0 < end < size]:
+            return min(ends, key=lambda end: abs(end - target)), edge
+    return None
+
+
+def _run_table(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Of a run's documents: digests (high halves, low halves) and ends, uint64 (3, n); lengths, int64 (n,)."""
+    header, base = _run_header(path)
+    with open(path, "rb") as f:
+        f.seek(base)
+        table = np.frombuffer(f.read(24 * header["documents"]), "<u8").reshape(3, -1)
+    return table, np.diff(table[2].astype(np.int64), prepend=0)
+
+
+def _merge(job: _Job, shard_range: _Range) -> int:
     """Writes one shard and its index: all documents with digests in [low, high), sorted, each text once."""
-    name, low, high = shard_range
+    name, low, high, cut = shard_range
     runs = _runs(job.work)
     keys, places = [np.empty((0, 2), np.uint64)], [np.empty((0, 3), np.int64)]  # place: run, offset, length
     for number, path in enumerate(runs):
@@ -957,12 +818,20 @@ def _merge(job: _Job, shard_range: tuple[str, int, int]) -> int:
             def column(i: int, a: int, b: int):
                 return np.frombuffer(os.pread(f.fileno(), 8 * (b - a), base + 8 * (i * n + a)), "<u8")  # noqa: B023
 
-            a, b = (int(np.searchsorted(column(0, 0, n), edge)) if edge < 2**64 else n for edge in (low, high))
+            digests = column(0, 0, n)
+            a, b = (int(np.searchsorted(digests, np.uint64(edge))) if edge < 2**64 else n for edge in (low, high))
             ends = np.concatenate([column(2, a - 1, a) if a else [0], column(2, a, b)]).astype(np.int64)
             keys.append(np.stack([column(0, a, b), column(1, a, b)], axis=1))
             places.append(np.stack([np.full(b - a, number), ends[:-1] + base + 24 * n, np.diff(ends)], axis=1))
     keys, places = np.concatenate(keys), np.concatenate(places)
-    places, read = places[_sort_unique(keys)], len(keys)
+    order, read = _sort_unique(keys), len(keys)
+    keys, places = keys[order], places[order]
+    if cut:
+        is_cut = (keys == np.array([cut.high, cut.low], np.uint64)).all(axis=1)
+        if cut.keeps_end:
+            places, read = places[is_cut] + [0, cut.at, -cut.at], 1
+        else:
+            places[is_cut, 2] = cut.at
     starts = np.concatenate([[0], np.cumsum(places[:, 2] + 1)])
 
     # Batches of documents that are read together, run by run; a long document is a batch of its own, read in blocks.
@@ -1016,11 +885,15 @@ def prepare(
     """Turns any text into a folder of shards; run again after an interruption, it goes on where it was.
 
     source: "stdlib" (the source text of the running Python's standard library; what isn't UTF-8 is skipped); a file,
-        or a folder searched recursively, of .txt .md .py (a document each), .jsonl[.gz] (a document a line) and
-        .parquet (a document a row); or "hf:owner/name[@revision][:config]", a dataset on the Hugging Face hub.
+        or a folder searched recursively, of .txt .md .py (a document each), .jsonl .ndjson .json (a document in each
+        line or element of an array) and .parquet (a document in each row), all but .parquet also with .gz, .zst or
+        .bz2; or "hf:owner/name[@revision][:config]", a dataset on the Hugging Face hub. Of a dataset the train split
+        alone is taken: see hnet_runtime/sources.py.
     out: the folder. While it is being made it needs room for the text twice.
-    text_column: where .jsonl and .parquet have their text.
-    holdout: share of documents that become the validation split, chosen by the hash of their text.
+    text_column: where rows have their text.
+    holdout: share of documents that become the validation split, chosen by the hash of their text. Where that would
+        leave a split empty, one document is held out, or the end of a document that is longer than all others
+        together. 0: no validation split.
     processes: default, one for each core; each takes less than 500 MB. The shards don't depend on it.
     part: "i/n", i from 1 to n, to prepare one corpus with n commands, also on several machines that share `out`.
         The shards don't depend on it; the command that finishes last writes them.
@@ -1038,18 +911,20 @@ def prepare(
         raise DataError(f"{name} {value}: expected 1 or more")
     processes = processes or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     run_bytes = min(RUN_BYTES, max(1, shard_bytes // 2))
-    if out.exists() and not out.is_dir():
+    if os.path.exists(out) and not os.path.isdir(out):
         raise DataError(f"--out {out}: a file; expected a folder, or a name for a new one")
     plan = dict(source=source, options=dict(text_column=text_column, holdout=holdout, shard_bytes=shard_bytes))
-    root, files = _list_source(source)
+    skip_bad = skip_bad or source == "stdlib"
+    listing, report = _Tally(skip_bad), sources.Report()
     try:
+        root, files = sources.find(source, text_column, listing.bad, report)
         if (out / MANIFEST).exists():
             with open(os.devnull, "wb") as sink:
                 plan["files"] = _make_units(files, sink, run_bytes)[1]
             manifest = load_manifest(out)
             _check_same(out, "holds", manifest["plan"], plan)
             shutil.rmtree(out / WORK, ignore_errors=True)  # what a kill after the manifest left
-            print(f"{out}: already prepared from {source}")
+            _say(f"{_named(out)}: already prepared from {_named(source)}")
             return manifest
         if out.is_dir() and not (out / WORK).is_dir() and any(out.iterdir()):
             raise DataError(f"{out}: not empty, and not made by prepare; choose another --out")
@@ -1058,24 +933,43 @@ def prepare(
         with _locked(out / WORK / f"part-{i}-of-{n}.lock", f"{out}: another prepare of part {part} is at work on it"):
             for left_over in scratch.iterdir():
                 left_over.unlink()
-            units, work = _begin(out, scratch, plan, files, run_bytes)
-            job = _Job(root, out, work, scratch, text_column, skip_bad or source == "stdlib", run_bytes)
+            units, work = _begin(out, scratch, plan, files, run_bytes, report)
+            if report.left or report.notes or report.taken.total() > 1:
+                _say(*(f"{_named(source)}: {line}" for line in report.lines()))
+            job = _Job(root, out, work, scratch, text_column, skip_bad, run_bytes)
             missing = _missing(work, units)
             if len(missing) < len(units):
-                print(f"{out}: goes on; {len(units) - len(missing)} of {len(units)} pieces were read before")
+                _say(f"{_named(out)}: goes on; {len(units) - len(missing)} of {len(units)} pieces were read before")
             mine = [unit for unit in missing if unit.number % n == i - 1]
             _parallel("reading", _scatter, job, mine, [unit.bytes for unit in mine], processes)
             if missing := _missing(work, units):
-                print(f"{out}: part {part} is read; {len(missing)} of {len(units)} pieces are left to other parts")
+                _say(
+                    f"{_named(out)}: part {part} is read; {len(missing)} of {len(units)} pieces are left to other parts"
+                )
                 return None
             with _locked(out / WORK / "merge.lock", f"{out}: another part is writing the shards; nothing to do here"):
-                manifest = _finish(job, plan, processes)
+                manifest = _finish(job, plan, processes, listing, report)
     except OSError as e:
         if e.errno in FULL:
             raise _disk_full(out, e) from e
-        raise DataError(f"{e.filename or out}: {e.strerror or e}") from e
-    print(f"{_summary(out, manifest)}; {time.monotonic() - begun:.0f} s")
+        raise DataError(f"{_named(e.filename or out)}: {e.strerror or e}") from e
+    _say(f"{_summary(out, manifest)}; {time.monotonic() - begun:.0f} s")
     return manifest
+
+
+def _named(path: str | Path) -> str:
+    return documents.in_words(os.fspath(path))
+
+
+def shortcoming(folder: str | Path, manifest: dict) -> str:
+    """Why `train.py` can't train on a prepared folder as it is called by default, in a sentence; "" where it can."""
+    pairs = {split: sum(s["bytes"] for s in manifest["splits"][split]["shards"]) for split in SPLITS}
+    if pairs["train"] < DEFAULT_SLICE:
+        less = f"{pairs['train']:,} bytes of training text are less than one slice of train.py ({DEFAULT_SLICE:,})"
+        return f"{_named(folder)}: {less}; prepare more text, or train with a shorter --mbs"
+    if not pairs["validation"] and manifest["plan"]["options"]["holdout"]:
+        return f"{_named(folder)}: has no validation text; prepare more text, or say --holdout 0 to train without"
+    return ""
 
 
 def _parse_part(part: str) -> tuple[int, int]:
@@ -1111,13 +1005,22 @@ def _check_same(out: Path, holds: str, old: dict, new: dict) -> None:
         raise DataError(f"{out}: {holds} {what}; delete it or choose another --out")
 
 
-def _begin(out: Path, scratch: Path, plan: dict, files: Iterable[tuple], run_bytes: int) -> tuple[list[_Unit], Path]:
+def _begin(
+    out: Path, scratch: Path, plan: dict, files: Iterable[tuple], run_bytes: int, report: sources.Report
+) -> tuple[list[_Unit], Path]:
     """Lists the source; returns its units and the folder for their runs, which belongs to this plan alone."""
-    with open(scratch / "files", "wb") as sink:
-        units, plan["files"] = _make_units(files, sink, run_bytes)
+    try:
+        with open(scratch / "files", "wb") as sink:
+            units, plan["files"] = _make_units(files, sink, run_bytes)
+    except DataError:
+        if not list(out.glob(f"{WORK}/plan-*")):
+            shutil.rmtree(out / WORK)
+        raise
     if not units:
         shutil.rmtree(out / WORK)
-        raise DataError(f"{plan['source']}: no text in it; expected files of {', '.join(SUFFIXES)}")
+        but = "; ".join(report.lines()[1:])
+        what = f"no text in it; expected files of {documents.KINDS}"
+        raise DataError(f"{_named(plan['source'])}: {what}{'; it ' + but if report.left else ''}")
     identity = json.dumps([plan["options"], plan["files"]], sort_keys=True)
     work = out / WORK / f"plan-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     for other in out.glob(f"{WORK}/plan-*/*.last"):
@@ -1134,9 +1037,9 @@ def _missing(work: Path, units: list[_Unit]) -> list[_Unit]:
     return [unit for unit in units if unit.number not in done]
 
 
-def _finish(job: _Job, plan: dict, processes: int) -> dict:
+def _finish(job: _Job, plan: dict, processes: int, listing: _Tally, report: sources.Report) -> dict:
     """Merges the runs into shards, writes the manifest and clears up."""
-    totals, examples = Counter(), []
+    totals, examples = Counter(bad=listing.counts["bad"]), list(listing.examples)
     for path in _runs(job.work):
         header = dict(_run_header(path)[0])
         examples += header.pop("examples", [])
@@ -1144,16 +1047,21 @@ def _finish(job: _Job, plan: dict, processes: int) -> dict:
     if not totals["documents"]:
         shutil.rmtree(job.out / WORK)
         bad = "".join(f", such as {example}" for example in examples[:1])
-        raise DataError(f"{plan['source']}: no text in it ({totals['empty']} empty, {totals['bad']} bad{bad})")
+        empty = f"{totals['empty']} empty, {totals['bad']} bad{bad}"
+        raise DataError(f"{_named(plan['source'])}: no text in it ({empty})")
     options = plan["options"]
-    ranges = _shard_ranges(totals["documents"], totals["bytes"], options["holdout"], options["shard_bytes"])
-    todo = [shard_range for shard_range in ranges if not _read_index(job.out / shard_range[0])[0]]
-    sizes = [totals["bytes"] * (high - low) >> 64 for _, low, high in todo]
+    share, cut, how = _hold_out(job, options["holdout"])
+    ranges = _shard_ranges(totals["documents"], totals["bytes"], share, options["shard_bytes"])
+    if cut:
+        ranges.insert(0, _Range("validation-00000.shard", cut.high, cut.high + 1, cut._replace(keeps_end=True)))
+        ranges = [r._replace(cut=cut) if r.low <= cut.high < r.high and not r.cut else r for r in ranges]
+    todo = [shard_range for shard_range in ranges if not _read_index(job.out / shard_range.name)[0]]
+    sizes = [totals["bytes"] * (shard_range.high - shard_range.low) >> 64 for shard_range in todo]
     _parallel("writing shards", _merge, job, todo, sizes, processes)
 
     counts = {name: totals[name] for name in ("read", "empty", "bad", "duplicates")}
     splits = {split: dict(documents=0, text_bytes=0, non_ascii=0, shards=[]) for split in SPLITS}
-    for name, _, _ in ranges:
+    for name in (shard_range.name for shard_range in ranges):
         header, _ = _read_index(job.out / name, header_only=True)
         split, documents = splits[name.partition("-")[0]], header["documents"]
         split["shards"].append(dict(file=name, bytes=header["bytes"], documents=documents, sha256=header["sha256"]))
@@ -1164,6 +1072,7 @@ def _finish(job: _Job, plan: dict, processes: int) -> dict:
     for split in splits.values():
         split["fingerprint"] = _fingerprint(split["shards"])
     manifest = dict(format="hnet shards 1", plan=plan, counts=counts, bad_examples=examples[:20], splits=splits)
+    manifest |= dict(source_files=report.as_dict(), held_out=how)
     _sync_folder(job.out)
     with _atomic(job.out / MANIFEST, job.scratch) as f:
         f.write(json.dumps(manifest, indent=1).encode() + b"\n")
@@ -1244,7 +1153,7 @@ class _Progress:
             self.bar.update(self.task, completed=self.done, speed=speed)
         elif now - self.said > 10:
             left = (now - self.begun) * (self.total - self.done) / max(self.done, 1)
-            print(f"{self.what}: {self.done / self.total:.0%}, {speed}, {left:.0f} s left", file=sys.stderr, flush=True)
+            _say(f"{self.what}: {self.done / self.total:.0%}, {speed}, {left:.0f} s left", file=sys.stderr)
             self.said = now
 
 
@@ -1255,17 +1164,17 @@ def _summary(out: Path, manifest: dict) -> str:
     splits, counts = manifest["splits"], manifest["counts"]
     parts = [f"{splits[s]['documents']:,} {s} documents ({splits[s]['text_bytes'] / 1e6:,.1f} MB)" for s in SPLITS]
     dropped = [f"{counts['duplicates']:,} duplicate", f"{counts['empty']:,} empty", f"{counts['bad']:,} unreadable"]
-    lacking = [split for split in SPLITS if not splits[split]["documents"]]
-    if lacking:
-        advice = "train.py refuses it: prepare it from more or with another --holdout"
-        dropped[-1] += f"; without {lacking[0]} documents {advice}"
-    return f"{out}: {' and '.join(parts)}; dropped {', '.join(dropped)}"
+    if manifest["plan"]["options"]["holdout"] == 0:
+        dropped[-1] += "; without validation, as --holdout 0 says"
+    if manifest.get("held_out"):
+        dropped[-1] += f"; {manifest['held_out']}"
+    return f"{_named(out)}: {' and '.join(parts)}; dropped {', '.join(dropped)}"
 
 
 def show(folder: str | Path, verify: bool = False) -> None:
     """Prints what a prepared folder holds. verify: also compares every byte with the checksums of the manifest."""
     folder, manifest = Path(folder), load_manifest(folder)
-    lines = [_summary(folder, manifest), f"source: {manifest['plan']['source']}"]
+    lines = [_summary(folder, manifest), f"source: {_named(manifest['plan']['source'])}"]
     lines += [f"unreadable: {example}" for example in manifest["bad_examples"]]
     for name, split in manifest["splits"].items():
         if not split["documents"]:
@@ -1285,17 +1194,17 @@ def show(folder: str | Path, verify: bool = False) -> None:
         first = corpus.read(0, min(401, corpus.pairs), corpus.pairs, "file")
         sample = first.inputs[1 : int(first.row_lengths[0])].tobytes().decode(errors="ignore")
         lines += ["  a sample:", *(f"  | {line}".rstrip() for line in sample.splitlines())]
-    print("\n".join([*lines, *["", "every byte is as prepared"] * verify]))
+    _say("\n".join([*lines, *["", "every byte is as prepared"] * verify]))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="fineweb.py", description="Text to shards of UTF-8 documents for training.")
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("prepare", help="text to shards", description=prepare.__doc__.split("\n")[0]).add_argument
-    add("source", help=f"stdlib, a file or folder of {' '.join(SUFFIXES)}, or hf:owner/name[@revision][:config]")
+    add("source", help=f"stdlib, hf:owner/name[@revision][:config], or a file or folder of {documents.KINDS}")
     add("--out", required=True, help="the folder to make; needs room for the text twice while it is made")
-    add("--text-column", default="text", help="where .jsonl and .parquet have their text (text)")
-    add("--holdout", type=float, default=0.02, help="share of documents for validation, chosen by hash (0.02)")
+    add("--text-column", default="text", help="where rows have their text (text)")
+    add("--holdout", type=float, default=0.02, help="share of documents for validation, chosen by hash (0.02); 0: none")
     add("--processes", type=int, help="default: one for each core")
     add("--part", default="1/1", metavar="I/N", help="prepare one corpus with N commands that share --out; I from 1")
     add("--skip-bad", action="store_true", help="count input that can't be read, and go on")
@@ -1305,12 +1214,16 @@ def main() -> int:
     add("--verify", action="store_true", help="compare every byte with the checksums")
     arguments = vars(parser.parse_args())
     try:
-        {"prepare": prepare, "show": show}[arguments.pop("command")](**arguments)
+        if arguments.pop("command") == "show":
+            show(**arguments)
+        elif (manifest := prepare(**arguments)) and (lack := shortcoming(arguments["out"], manifest)):
+            _say(f"fineweb.py: {lack}", file=sys.stderr)
+            return 1
     except DataError as e:
-        print(f"fineweb.py: {e}", file=sys.stderr)
+        _say(f"fineweb.py: {documents.in_words(str(e))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("fineweb.py: interrupted; the same command goes on from here", file=sys.stderr)
+        _say("fineweb.py: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
 

@@ -513,8 +513,11 @@ def progress_line(step: int, record: dict[str, Any], seconds_left: float, hnet: 
 # ------------------------------------------------------------------------------------------------------------ the run
 
 
-def open_data(config: TrainConfig, world: World) -> tuple[fineweb.ByteStream, fineweb.ByteStream]:
-    """(training stream, held-out stream). Prepares the default corpus on first use."""
+def open_data(config: TrainConfig, world: World) -> tuple[fineweb.ByteStream, fineweb.ByteStream | None]:
+    """(training stream, held-out stream). Prepares the default corpus on first use.
+
+    The held-out stream is None where the data was prepared with --holdout 0.
+    """
     if config.data == DEFAULT_DATA and world.is_main and not (Path(DEFAULT_DATA) / "manifest.json").exists():
         fineweb.prepare("stdlib", DEFAULT_DATA)
     dist.barrier()
@@ -524,7 +527,7 @@ def open_data(config: TrainConfig, world: World) -> tuple[fineweb.ByteStream, fi
     common = {"slice_bytes": config.mbs, "max_doc": config.max_doc}
     train = fineweb.ByteStream(config.data, "train", seed=config.seed, order=config.order, **common)
     train.require(config.mbs * config.global_slices)
-    return train, fineweb.ByteStream(config.data, "validation", **common)
+    return train, fineweb.validation_stream(config.data, **common)
 
 
 def check_continuation(source: Path, about: dict[str, Any]) -> int:
@@ -698,7 +701,7 @@ class Run:
         """Validates, samples and saves where it is time to; on a CPU, where numbers are there at once, reports them."""
         config, step = self.config, self.step
         is_last = step == config.steps
-        validates = is_last or (config.val_every and step % config.val_every == 0)
+        validates = self.val_stream and (is_last or (config.val_every and step % config.val_every == 0))
         samples = self.inference and (is_last or (config.sample_every and step % config.sample_every == 0))
         saves = saves or is_last or step % config.save_every == 0
         at_once = step == self.first_step + 1 or self.world.device.type == "cpu"
@@ -785,8 +788,13 @@ def sample(inference: HNetInference, config: TrainConfig, world: World) -> dict[
     return {"sample": bars(written.data, written.starts), "sample_html": to_html(written.data, written.starts)}
 
 
-def show_results(model: HNetLM, val_stream: fineweb.ByteStream, run: Path, world: World) -> None:
+def show_results(model: HNetLM, val_stream: fineweb.ByteStream | None, run: Path, world: World) -> None:
     """The last validation, the plot, and a piece of held-out text with the model's chunks in colours."""
+    if val_stream is None:
+        if world.is_main:
+            plot([run], run / "plots")
+            logger.info(f"curves in {run / 'plots.html'}; there was no held-out text to validate on")
+        return
     *_, piece = val_stream.slices_once(2)  # the first and one from the middle
     text = bytes(piece.labels[: piece.row_lengths[0]]).rstrip(b"\xff")[:800]
     opens = chunks_of(model, text, world)

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fineweb
-from fineweb import BOS, EOS, ByteStream, DataError, prepare, slice_numbers
+from fineweb import BOS, EOS, ByteStream, DataError, prepare, slice_numbers, validation_stream
 
 LAW = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -255,6 +255,27 @@ def test_a_turn_of_a_mixture_joins_the_next(tmp_path):
         alone = ByteStream(tmp_path / name, slice_bytes=4)
         i = 10_000 + int(np.flatnonzero(stream._rotation[0] == which)[0])
         assert np.array_equal(stream.slice(i).inputs, alone.slice(counts[which]).inputs)
+
+
+def test_validation_leaves_out_folders_that_have_none_on_purpose(tmp_path, caplog):
+    for name, holdout in (("a", 0), ("b", 0.5), ("c", 0)):
+        (tmp_path / name).mkdir()
+        for n in range(9):
+            (tmp_path / name / f"{n}.txt").write_text(f"{name} {n}")
+        prepare(str(tmp_path / name), tmp_path / f"{name}.out", holdout=holdout)
+    paths = {name: tmp_path / f"{name}.out" for name in "abc"}
+    alone = ByteStream(paths["b"], "validation", slice_bytes=8)
+    with caplog.at_level("INFO", "hnet"):
+        stream = validation_stream(f"{paths['a']}:0.5,{paths['b']}:0.2,{paths['c']}:0.3", slice_bytes=8)
+        assert [same(*pair) for pair in zip(stream.slices_once(), alone.slices_once())].count(True) > 1
+        assert stream.fingerprint == alone.fingerprint
+        assert validation_stream(paths["a"], slice_bytes=8) is None
+    assert f"validates on {paths['b']} alone: {paths['a']}, {paths['c']} prepared with --holdout 0" in caplog.messages
+    with pytest.raises(DataError, match="no validation documents among its 9; --holdout 0 kept it without"):
+        ByteStream(paths["a"], "validation", slice_bytes=8)
+    write_corpus(tmp_path / "d", [[b"lost its other split"]])
+    with pytest.raises(DataError, match="no validation documents"):  # nobody asked for that
+        validation_stream(tmp_path / "d", slice_bytes=8)
 
 
 @pytest.mark.parametrize("text", ["a:x,b:1", "a:0,b:1", "a,b", "a:-1,b:2", "a:1e-9,b:1"])

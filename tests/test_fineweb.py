@@ -8,6 +8,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +21,13 @@ from urllib.parse import parse_qs
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from processes import run_train
+from small_models import ONE_STAGE
 
 import fineweb
+import train
 from fineweb import ByteStream, DataError, prepare
+from hnet_runtime import documents as documents_module
 
 FINEWEB = Path(fineweb.__file__)
 
@@ -63,11 +68,114 @@ def command(*arguments, **options) -> subprocess.CompletedProcess:
 # ------------------------------------------------------------------------------------------------- what comes out
 
 
-def test_a_folder_that_lacks_a_split_says_so(tmp_path):
+def prepared(tmp_path: Path, documents: dict[str, str], *flags: str) -> tuple[int, dict, list[str], list[str]]:
+    """Status of the command, manifest, training and validation documents, of files with these names and texts."""
+    shutil.rmtree(tmp_path / "texts", ignore_errors=True)
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
     (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "a.txt").write_text("one document")
-    done = command("prepare", tmp_path / "texts", "--out", tmp_path / "out")
-    assert done.returncode == 0 and "prepare it from more or with another --holdout" in done.stdout
+    for name, text in documents.items():
+        (tmp_path / "texts" / name).write_bytes(text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["fineweb.py", "prepare", f"{tmp_path}/texts", "--out", f"{tmp_path}/out", *flags])
+        status = fineweb.main()
+    manifest, found = json.loads((tmp_path / "out" / "manifest.json").read_bytes()), {}
+    for split in ("train", "validation"):
+        names = [shard["file"] for shard in manifest["splits"][split]["shards"]]
+        data = b"".join((tmp_path / "out" / name).read_bytes() for name in names)
+        found[split] = [text.decode() for text in data.split(b"\xfe")[1:]]
+        assert manifest["splits"][split]["documents"] == len(found[split])
+    return status, manifest, found["train"], found["validation"]
+
+
+@pytest.mark.parametrize("holdout", ["0.02", "0.1", "0.5", "0.9"])
+@pytest.mark.parametrize("edge", ["paragraph", "line", "word", "character"])
+def test_a_lone_text_file_gives_both_splits(tmp_path, capsys, holdout, edge):
+    between = {"paragraph": "\r\n\r\n", "line": "\n", "word": " ", "character": ""}[edge]
+    whole = between.join(f"{n}-naïve-データ" for n in range(3000))
+    status, manifest, train, validation = prepared(tmp_path, {"input.txt": whole}, "--holdout", holdout)
+    size = len(whole.encode())
+    assert status == 0 and len(train) == len(validation) == 1 and train[0] + validation[0] == whole
+    assert train[0].endswith(between) and manifest["counts"]["duplicates"] == 0
+    held = len(validation[0].encode())
+    how = f"the last {held:,} of its {size:,} bytes, from the beginning of a {edge}, are held out"
+    assert abs(held / size - float(holdout)) < 0.3 * float(holdout)
+    assert how in capsys.readouterr().out and how in manifest["held_out"]
+    assert ByteStream(tmp_path / "out", "validation", slice_bytes=64).text_bytes == held
+    fineweb.show(tmp_path / "out", verify=True)
+    assert how in capsys.readouterr().out
+
+
+def test_a_document_longer_than_the_others_together_is_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents_module, "WHOLE_BYTES", 5000)
+    monkeypatch.setattr(fineweb, "RUN_BYTES", 5000)
+    whole = "".join(f"line {n}\n" for n in range(3000))
+    numbers = {hashlib.sha256(f"{n}\n{whole}".encode()).digest()[0] < 5: n for n in range(300)}
+    for n in numbers.values():  # also where by its hash it would be all that is held out
+        status, _, train, validation = prepared(tmp_path, {"a.txt": f"{n}\n{whole}", "b.txt": f"small {n}"})
+        assert status == 0 and f"small {n}" in train and len(validation) == 1 and len(train) == 2
+        assert any(text + validation[0] == f"{n}\n{whole}" for text in train)
+    assert len(numbers) == 2
+
+
+def test_few_documents_give_at_least_one_to_validate_on(tmp_path, capsys):
+    for n in (5, 20, 50, 109):
+        for seed in range(2):
+            files = {f"{i}.txt": text for i, text in enumerate(texts(n, seed))}
+            files |= {f"{i}.txt": files[f"{i}.txt"] + "x" * 2000 for i in range(2)}
+            _, manifest, train, validation = prepared(tmp_path, files)
+            assert validation and sorted([*train, *validation]) == sorted(files.values())
+            assert len(validation) == 1 or not manifest["held_out"]
+    assert "of 109 documents by their hash: one is held out for validation" in capsys.readouterr().out
+    _, _, train, validation = prepared(tmp_path, {f"{i}.txt": "x" * (i + 2000) for i in range(3)}, "--holdout", "0.999")
+    assert len(train) == 1 and len(validation) == 2
+
+
+def test_what_train_py_could_not_use_gives_status_1(tmp_path, capsys):
+    assert train.TrainConfig().mbs == fineweb.DEFAULT_SLICE
+    status, *_ = prepared(tmp_path, {"a.txt": "one document"})
+    assert status == 1 and "are less than one slice of train.py (2,048)" in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["fineweb.py", "prepare", f"{tmp_path}/texts", "--out", f"{tmp_path}/out"])
+        assert fineweb.main() == 1  # and again, where nothing is left to do
+    assert "already prepared" in capsys.readouterr().out
+    status, _, trained, validation = prepared(tmp_path, {"a.txt": "one document " * 300}, "--holdout", "0")
+    assert status == 0 and len(trained) == 1 and not validation
+    assert "without validation, as --holdout 0 says" in capsys.readouterr().out
+
+
+def test_training_without_validation_says_so(tmp_path):
+    prepared(tmp_path, {"a.txt": "a document to train on\n" * 50}, "--holdout", "0")
+    (tmp_path / "model.json").write_text(json.dumps(ONE_STAGE))
+    flags = f"-c {tmp_path}/model.json --data {tmp_path}/out --mbs 256 --steps 2 --val-every 1 --sample-bytes 4"
+    done = run_train([*flags.split(), "--save-dir", "run", "--device", "cpu"], tmp_path, dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    assert f"trains without validation: {tmp_path}/out prepared with --holdout 0" in done.stdout
+    assert "there was no held-out text to validate on" in done.stdout
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len([record for record in records if "bpb" in record]) == 2 and not any("val_bpb" in r for r in records)
+
+
+def test_neither_help_nor_prepare_imports_torch(tmp_path):
+    """And help nothing else that is slow."""
+    source = write_jsonl(tmp_path / "in.jsonl.gz", texts(40))
+    for argv, absent in (
+        (["--help"], {"torch", "pyarrow", "datasets", "huggingface_hub", "rich"}),
+        (["prepare", str(source), "--out", str(tmp_path / "out")], {"torch"}),
+    ):
+        code = "import runpy, sys\nsys.argv = sys.argv[1:]\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        code += "except SystemExit as e: assert not e.code\nprint(*{name.partition('.')[0] for name in sys.modules})"
+        done = subprocess.run([sys.executable, "-c", code, FINEWEB, *argv], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert not absent & set(done.stdout.splitlines()[-1].split())
+
+
+def test_show_ends_quietly_when_its_reader_is_gone(tmp_path):
+    prepare(str(write_jsonl(tmp_path / "in.jsonl", texts(40))), tmp_path / "out")
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, FINEWEB, "show", tmp_path / "out"], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert done.returncode == 0 and done.stderr == b""
 
 
 def test_the_standard_library_needs_no_download(tmp_path, capsys):

@@ -316,8 +316,11 @@ def test_generate_from_files(checkpoint, tmp_path, capfdbinary, monkeypatch):
 
 
 def test_generate_interactive(checkpoint, capfdbinary, monkeypatch):
-    """A line a prompt; an empty line is BOS alone; a prompt that can't be continued doesn't end the session."""
-    typed = b"first\n\n" + b"cut off \xe6\n" + b"last"
+    """A line a prompt; an empty line is BOS alone; a prompt that can't be continued doesn't end the session.
+
+    A Windows line end is no part of a prompt.
+    """
+    typed = b"first\r\n\n" + b"cut off \xe6\n" + b"last"
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(typed), isatty=lambda: True))
     script("generate").main([str(checkpoint), "--max-bytes", "1", "--past-eos"])
     captured = capfdbinary.readouterr()
