@@ -1,0 +1,125 @@
+"""What all commands share: reading flags, telling mistakes in one sentence, ending quietly. It imports no torch.
+
+    def main(argv: Sequence[str]) -> int | None:
+        options = parse(Options, argv, __doc__)
+        import torch                # what takes long to import comes after the flags, so that --help is fast
+
+    if __name__ == "__main__":
+        run(main)
+"""
+
+import contextlib
+import errno
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn, TextIO, TypeVar
+
+from hnet_runtime import UserError
+
+Options = TypeVar("Options")
+
+READER_GONE = 141  # what a shell reports of a process that SIGPIPE ended
+INTERRUPTED = 130
+_MISTAKES = {"hnet_runtime": "UserError", "fineweb": "DataError", "hnet_trainable": "ConfigError"}
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def parse(options: type[Options], argv: Sequence[str], about: str) -> Options:
+    """The flags in `argv` as an instance of the dataclass `options`; `--help` shows `about` and ends the process.
+
+    Lines of `about` that are indented, such as examples, stay lines of their own. Wrong flags end it with status 2.
+    """
+    import tyro
+
+    return tyro.cli(options, args=list(argv), description=about)
+
+
+def run(main: Callable[[list[str]], int | None], output_may_fail: bool = False) -> NoReturn:
+    """Runs `main` on this process's arguments and ends the process with the status that it returns (None: 0).
+
+    A mistake of the user (UserError, DataError, ConfigError) is one line on stderr, "error: ...", and status 2. Ctrl-C
+    is status 130. Where the reader of stdout has gone, as in `| head`, the command ends there without a word, with
+    status 141: write files before you print. With `output_may_fail` the command instead runs to its end, and what
+    nobody can read is dropped. What is printed to stderr never ends a command, nor does a character that the
+    terminal's encoding lacks: it is printed as its number (\\u65e5).
+    """
+    with _safe_streams(output_may_fail):
+        try:
+            status = main(sys.argv[1:])
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            status = INTERRUPTED
+        except BrokenPipeError:
+            _discard_stdout()
+            status = READER_GONE
+        except OSError as error:
+            if error.filename is not None or error.errno not in _UNWRITABLE:
+                raise
+            _discard_stdout()
+            status = tell(UserError(f"the output can't be written ({error.strerror})"))
+        except Exception as error:
+            if not isinstance(error, user_errors()):
+                raise
+            status = tell(error)
+    sys.exit(status)
+
+
+def tell(mistake: Exception) -> int:
+    """Prints a mistake of the user on stderr, in one write, and returns the status for it."""
+    sys.stderr.write(f"error: {mistake}\n")
+    return 2
+
+
+def user_errors() -> tuple[type[Exception], ...]:
+    """The exception classes that stand for a mistake of the user, of those modules that have been imported."""
+    modules = [(sys.modules.get(module), name) for module, name in _MISTAKES.items()]
+    modules += [(sys.modules.get("__main__"), name) for name in _MISTAKES.values()]
+    return tuple(getattr(module, name) for module, name in modules if hasattr(module, name))
+
+
+def unfailing(stream: TextIO) -> TextIO:
+    """A text stream to the same place that never raises: what can't be written there is dropped."""
+    try:
+        descriptor = stream.fileno()
+    except (OSError, ValueError):  # no file of the system's, as under a test
+        return stream
+    with contextlib.suppress(OSError):
+        stream.flush()
+    buffer = io.BufferedWriter(_Unfailing(descriptor, "w", closefd=False))
+    return io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=True)
+
+
+class _Unfailing(io.FileIO):
+    def write(self, data) -> int | None:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+@contextlib.contextmanager
+def _safe_streams(output_may_fail: bool) -> Iterator[None]:
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the shell (>&-)
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (until the process ends)
+    before = sys.stdout, sys.stderr
+    sys.stderr = unfailing(sys.stderr)
+    if output_may_fail:
+        sys.stdout = unfailing(sys.stdout)
+    elif isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+            sys.stdout.flush()
+        sys.stdout, sys.stderr = before
+
+
+def _discard_stdout() -> None:
+    """Sends to nowhere what is left in stdout's buffer, where writing it again would only fail again."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
