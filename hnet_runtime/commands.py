@@ -1,11 +1,7 @@
 """What all commands share: reading flags, telling mistakes in one sentence, ending quietly. It imports no torch.
 
-    def main(argv: Sequence[str]) -> int | None:
-        options = parse(Options, argv, __doc__)
-        import torch                # what takes long to import comes after the flags, so that --help is fast
-
-    if __name__ == "__main__":
-        run(main)
+A command has `def main(argv)`, which begins with `options = parse(Options, argv, __doc__)` and imports torch and the
+like only after that, so that --help is fast; and it ends with `if __name__ == "__main__": run(main)`.
 """
 
 import contextlib
