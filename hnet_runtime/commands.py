@@ -48,10 +48,12 @@ def run(main: Callable[[list[str]], int | None], output_may_fail: bool = False) 
         except KeyboardInterrupt:
             status = INTERRUPTED
         except BrokenPipeError:
+            if output_may_fail:  # then it was no output that failed
+                raise
             _discard_stdout()
             status = READER_GONE
         except OSError as error:
-            if error.filename is not None or error.errno not in _UNWRITABLE:
+            if output_may_fail or error.filename is not None or error.errno not in _UNWRITABLE:
                 raise
             _discard_stdout()
             status = tell(UserError(f"the output can't be written ({error.strerror})"))
