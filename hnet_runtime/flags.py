@@ -109,7 +109,7 @@ class TrainConfig:
     keep_every: int = 0
     """Checkpoints of every so many steps stay for good; 0: none."""
     val_every: int = -1
-    """Steps between validations; the last step is always validated. -1: a fifth of the run; 0: only the last."""
+    """Steps between validations; the last step is always validated. -1: a third of the run; 0: only the last."""
     val_slices: int = 64
     """Held-out slices to score; 0: all."""
     log_every: int = 20
@@ -186,7 +186,7 @@ def read_config(argv: Sequence[str]) -> TrainConfig:
         config = tyro.cli(TrainConfig, args=rest, default=TrainConfig(**earlier | given))
         config.global_slices = config.global_slices or earlier.get("global_slices", 0)
     if config.val_every == -1:
-        config.val_every = max(1, config.steps // 5)
+        config.val_every = max(1, config.steps // 3)
     config.check()
     return config
 

@@ -154,11 +154,11 @@ def code_revision() -> str:
     """The git revision of this checkout, with `+` where files differ from it; `unknown` outside git."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        revision = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        revision = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return revision.stdout.strip() + ("+" if changed.stdout.strip() else "")
+    return revision.stdout.decode().strip() + ("+" if changed.stdout.strip() else "")
 
 
 class Interrupts:
