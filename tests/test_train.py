@@ -348,7 +348,7 @@ def test_a_signal_saves_and_ends_well(corpus, undisturbed, tmp_path, number):
     while not (folder / "metrics.jsonl").exists() or (folder / "metrics.jsonl").read_text().count("\n") < 3:
         time.sleep(0.01)
     os.kill(process.pid, number)
-    process.join(60)
+    process.join(240)
     assert process.exitcode == 0 and "--resume auto" in logs[0].read_text(), logs[1].read_text()
     assert 3 <= len(records(folder)) < 20
     succeed(corpus, *flags, "--resume", "auto")
@@ -372,21 +372,18 @@ def test_a_closed_terminal_is_nothing_to_what_nohup_started():
 
 
 def test_output_that_nobody_reads_ends_no_run(corpus, tmp_path):
-    """Its reader goes after the first line, as in `| head -1`; then a resumed run has none from the start."""
+    """Its reader goes after the first line, as in `| head -1`; so it does when the run is resumed."""
     folder, pipe = tmp_path / "run", tmp_path / "pipe"
     os.mkfifo(pipe)
     flags = ["--save-every", "4", "--val-every", "3", "--save-dir", str(folder), "--log-every", "1"]
-    for more, lines in ((["--steps", "6"], 1), (["--steps", "8", "--resume", "auto"], 0)):
+    for more in (["--steps", "6"], ["--steps", "8", "--resume", "auto"]):
         reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
         process = start_train(command(corpus, *flags, *more)[2:], corpus, environment(), (pipe, tmp_path / "stderr"))
         os.set_blocking(reader, True)
-        while lines and b"\n" not in os.read(reader, 4096):
+        while b"\n" not in os.read(reader, 4096):
             time.sleep(0.01)  # it has not opened the pipe yet
-        if not lines:
-            while not (folder / ".lock").exists():
-                time.sleep(0.01)
         os.close(reader)
-        process.join(60)
+        process.join(240)
         assert (process.exitcode, (tmp_path / "stderr").read_text()) == (0, "")
         assert newest(folder).name == f"step_0000000{more[1]}"
         assert records(folder)[-1]["step"] == int(more[1]) and "sample" in records(folder)[-1]
