@@ -3,32 +3,43 @@
 One process and many run the same program: `torchrun --nproc-per-node 8 train.py ...`. `python train.py --help` lists
 the flags. A run's folder holds its configs, metrics.jsonl, checkpoints and plots.
 
-Read top to bottom: config -> one step -> what is reported -> the run -> `main`.
+Read top to bottom: config -> one step -> data -> model -> the run -> `main`.
 """
 
-import argparse
+from hnet_runtime import commands
+from hnet_runtime.flags import DEFAULT_DATA, OF_ONE_START, TrainConfig, read_config
+
+if __name__ == "__main__":
+
+    def program(argv: list[str]) -> int:
+        """Reads the flags before torch is imported, which takes seconds; then runs this file as the module `train`."""
+        config = read_config(argv)
+        import train
+
+        return train.main(config)
+
+    commands.run(program, output_may_fail=True)  # ends the process; without its output a run goes on
+
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import tyro
 import yaml
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 import fineweb
+from hnet_config import find_config
 from hnet_runtime import (
     UserError,
     activations,
@@ -40,20 +51,12 @@ from hnet_runtime import (
     statistics,
     weights,
 )
-from hnet_runtime.chunks import bars, print_chunks, to_html
+from hnet_runtime.chunks import print_chunks
 from hnet_runtime.distributed import World
-from hnet_runtime.evaluation import chunks_of, validate
+from hnet_runtime.evaluation import validate
 from hnet_runtime.graphs import GraphedModel
-from hnet_runtime.metrics import (
-    JsonlSink,
-    Metrics,
-    RouterHealth,
-    TensorBoardSink,
-    WandbSink,
-    duration,
-    read_metrics,
-)
-from hnet_runtime.plots import plot
+from hnet_runtime.metrics import JsonlSink, Metrics, RouterHealth, TensorBoardSink, WandbSink
+from hnet_runtime.progress import Progress, describe, sample, show_results, speed
 from hnet_runtime.reports import write_whole
 from hnet_runtime.run import (
     Compilations,
@@ -69,248 +72,38 @@ from hnet_runtime.run import (
 )
 from hnet_runtime.segments import memory_ran_out
 from hnet_runtime.watchdog import Watchdog
-from hnet_simple import HNetInference, generate
-from hnet_trainable import ConfigError, HNetConfig, HNetLM, compile_blocks, count_flops, parameter_groups
+from hnet_simple import HNetInference
+from hnet_trainable import ConfigError, HNetConfig, HNetLM, compile_blocks, parameter_groups
 
 logger = logging.getLogger("hnet")
 
 DEFAULT_CONFIG = "hnet_1stage_tiny"
-DEFAULT_DATA = "data/stdlib"  # prepared on first use from the running Python's own standard library
 
 
 # ------------------------------------------------------------------------------------------------------------- config
 
 
-def flag(*short: str):
-    return tyro.conf.arg(aliases=short)
-
-
-ABOUT = """Train an H-Net. Without flags: a tiny one, on the Python standard library, on this machine's best device.
-
---config-file FILE.yaml gives flags by their names with underscores, as a run's train.yaml does; flags win over it."""
-
-
-@dataclass
-class TrainConfig:
-    """The flags of a run."""
-
-    config: Annotated[str, flag("-c")] = ""
-    """Model config: a JSON file, or one of configs/ by name. Empty: that of -p, else hnet_1stage_tiny."""
-    pt_ckpt: Annotated[str, flag("-p")] = ""
-    """Weights to start from: an official .pt, safetensors, a checkpoint of ours, or hf:owner/name."""
-    n_compression: Annotated[str, flag("-N")] = ""
-    """Target compression, like 1-3-9: bytes per token that each stage should see. Empty: as the config says."""
-    data: str = DEFAULT_DATA
-    """Folder made by `fineweb.py prepare`, or a mixture of some: a:0.7,b:0.3."""
-    order: Literal["shuffle", "length"] = "shuffle"
-    """Order of the documents in an epoch; length goes from short to long."""
-    mbs: int = 2048
-    """Bytes in a slice, which is what a process runs at once (T)."""
-    global_slices: int = 0
-    """Slices in an optimizer step over all processes (G); the number of processes must divide it, and a run keeps it.
-    0: as many as processes."""
-    max_doc: int = 8192
-    """Longest row in bytes; a longer document goes on in further rows."""
-    steps: int = 900
-    """Optimizer steps of the whole run."""
-    seed: int = 0
-    """Seed of the initial weights and of the order of the data."""
-
-    optim: Annotated[Literal["adamw"], flag("-o")] = "adamw"
-    """Optimizer: AdamW with betas (0.9, 0.95)."""
-    lr: float = 4e-4
-    """Peak learning rate before the stages' multipliers (eq. 11 of the paper)."""
-    schedule: Literal["wsd", "wsd-linear", "cosine", "constant"] = "wsd-linear"
-    """After the warmup. wsd: constant, then down to zero over the last `decay` as 1 - sqrt (wsd-linear: linearly)."""
-    warmup: float = 0.1
-    """Share of the steps that warm up linearly."""
-    decay: float = 0.25
-    """Share of the steps that decay, with wsd and wsd-linear."""
-    weight_decay: float = 0.1
-    """AdamW's weight decay, on matrices and embeddings only."""
-    clip: float = 1.0
-    """Largest global gradient norm; 0: no clipping."""
-    alpha: float = 0.2
-    """Weight of the ratio losses. The paper's 0.03 is for long runs; in a short one it leaves chunks far from words."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes CUDA where torch has it."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype beside float32 masters. auto: bfloat16 on CUDA, float32 on the CPU."""
-    compile: Annotated[Literal["auto", "graph", "block", "eager"], flag("-C")] = "auto"
-    """graph: steps as CUDA graphs of fused kernels, on Hopper GPUs in bfloat16 with whole weights on each; by far the
-    fastest. block: each kind of block compiled by torch. auto: graph where it is possible on a GPU, else eager."""
-
-    replicate: int = 0
-    """Copies of the weights: as many as processes, 1 (FSDP2), or between (HSDP: with one for each node, weights are cut
-    within nodes and copied across). 0: as many as processes where steps then run as graphs and what each holds takes no
-    more than half of its GPU's memory, else 1."""
-    reshard: bool = True
-    """With several processes: free gathered weights after the forward and gather them again for the backward."""
-    ac: Literal["none", "block", "selective"] = "none"
-    """Activation checkpointing. block: keep only what enters a block and compute the rest again in the backward;
-    selective: also keep the results of matrix products, attention and the scan."""
-    max_chunks_per_rank: int = 0
-    """Where a router on any process opens more chunks than this in a micro-batch, all run its inner stages as with
-    --ac block. 0: no limit."""
-    timeout: float = 300
-    """Seconds without a sign of life or progress after which a process is taken for dead or hung and the job ends."""
-
-    save_dir: str = ""
-    """The run's folder. Empty: runs/<config>-<time>."""
-    resume: str = ""
-    """auto: go on from the newest complete checkpoint in save_dir, if there is one. Or a run's or checkpoint's folder.
-    Flags that are not given are those of that run."""
-    save_every: int = 250
-    """Steps between checkpoints; the last step is always saved."""
-    keep: int = 2
-    """How many of the newest checkpoints stay; 0: all."""
-    keep_every: int = 0
-    """Checkpoints of every so many steps stay for good; 0: none."""
-    val_every: int = 0
-    """Steps between validations; the last step is always validated. 0: only the last."""
-    val_slices: int = 64
-    """Held-out slices to score; 0: all."""
-    log_every: int = 20
-    """Steps between lines on the console; metrics.jsonl has every step."""
-    stats_every: int = 100
-    """Steps between statistics of routers and weights: chunk lengths, where boundaries lie, norms, updates. 0: none."""
-    on_collapse: Literal["warn", "stop"] = "warn"
-    """When a router has collapsed or is dead: say so, or save and stop with status 2. Oscillation is only named."""
-    sample_every: int = 0
-    """Steps between generated samples; the last step always gives one. 0: only the last."""
-    sample_bytes: int = 160
-    """Length of a sample; 0: none."""
-    prompt: str = ""
-    """What samples go on from."""
-    logger: Annotated[Literal["local", "wandb", "tensorboard", "neptune"], flag("-l")] = "local"
-    """Where metrics go beside metrics.jsonl."""
-    early_exit: Annotated[Literal["no", "generate", "dumpparams"], flag("-e")] = "no"
-    """generate: check that training forward, prefill and steps agree, and stop (status 1 if not). dumpparams: print the
-    modules and each parameter's shape, dtype, stage, multiplier and decay, and stop; LOVELY_TENSORS=1 in the
-    environment adds what is in them."""
-
-    def check(self) -> None:
-        """Raises UserError naming the first flag that is out of range."""
-        for name in ("mbs", "max_doc", "steps", "save_every", "log_every"):
-            self._expect(name, getattr(self, name) >= 1, "1 or more")
-        for name in (
-            "global_slices",
-            "replicate",
-            "val_every",
-            "val_slices",
-            "stats_every",
-            "sample_every",
-            "sample_bytes",
-            "keep",
-            "keep_every",
-            "max_chunks_per_rank",
-            "clip",
-            "alpha",
-            "weight_decay",
-        ):
-            self._expect(name, getattr(self, name) >= 0, "0 or more")
-        for name, value in vars(self).items():
-            self._expect(name, not isinstance(value, float) or math.isfinite(value), "a finite number")
-        for name in ("lr", "timeout"):
-            self._expect(name, getattr(self, name) > 0, "more than 0")
-        for name in ("warmup", "decay"):
-            self._expect(name, 0 <= getattr(self, name) <= 1, "a share from 0 to 1")
-        self._expect("decay", self.warmup + self.decay <= 1, f"at most 1 together with --warmup {self.warmup}")
-        self._expect("ac", self.ac != "selective" or self.compile != "block", "none or block with --compile block")
-        self._expect("logger", self.logger != "neptune", "wandb or tensorboard (neptune, which only printed, is gone)")
-        self._expect("seed", 0 <= self.seed < 2**63, "0 or more, below 2**63")
-        self._expect("resume", self.resume != "auto" or self.save_dir, "also --save-dir, the folder of the run")
-        if self.resume and self.early_exit != "no":
-            raise UserError(f"-e {self.early_exit} with --resume: expected -p, which names the weights to look at")
-        for name in ("wandb", "tensorboard"):
-            if self.logger == name and importlib.util.find_spec(name) is None:
-                raise UserError(f"--logger {name}: {name} is not installed; pip install -e '.[{name}]'")
-
-    def _expect(self, name: str, good: bool, expected: str) -> None:
-        if not good:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {expected}")
-
-
-def read_config(argv: Sequence[str]) -> TrainConfig:
-    """Flags over the YAML file of --config-file, over those of the run that --resume goes on with, over the defaults.
-
-    An unknown flag ends the program with status 2.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config-file", default="")
-    file, rest = parser.parse_known_args(argv)
-    given = _read_yaml(file.config_file) if file.config_file else {}
-    config = tyro.cli(TrainConfig, args=rest, default=TrainConfig(**given), description=ABOUT)
-    if earlier := _flags_of_the_run(config):
-        config = tyro.cli(TrainConfig, args=rest, default=TrainConfig(**earlier | given))
-        config.global_slices = config.global_slices or earlier.get("global_slices", 0)
-    config.check()
-    return config
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    try:
-        given = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: not a readable YAML file ({str(error).splitlines()[0]})") from None
-    kinds = get_type_hints(TrainConfig)
-    if not isinstance(given, dict):
-        raise UserError(f"{path}: expected flags and their values, like steps: 900")
-    for key, value in given.items():
-        if key not in kinds:
-            raise UserError(f"{path}: unknown key {key!r}; known are {', '.join(kinds)}")
-        kind, choices = kinds[key], get_args(kinds[key])
-        if kind is float and not isinstance(value, bool):  # 1e-3 is text to YAML, which wants 1.0e-3
-            with contextlib.suppress(TypeError, ValueError):
-                value = given[key] = float(value)
-        if choices and value not in choices:
-            raise UserError(f"{path}: {key}: {value!r}; expected one of {', '.join(choices)}")
-        if not choices and type(value) is not kind:
-            raise UserError(f"{path}: {key}: {value!r}; expected {kind.__name__}")
-    return given
-
-
-def _flags_of_the_run(config: TrainConfig) -> dict[str, Any]:
-    """The flags of the run that is resumed, if there is one; what they mean by now is for `TrainConfig.check`."""
-    folder = config.save_dir if config.resume == "auto" else config.resume
-    if not folder:
-        return {}
-    earlier = checkpoint.train_config_of(folder)
-    if earlier is None and (Path(folder) / "train.yaml").exists():  # it ended before its first checkpoint
-        earlier = _read_yaml(f"{folder}/train.yaml")
-    known = {field.name for field in dataclasses.fields(TrainConfig)} - set(OF_ONE_START)
-    return {name: value for name, value in (earlier or {}).items() if name in known}
-
-
-OF_ONE_START = ("save_dir", "resume", "early_exit")  # flags that are not the run's
-
-
 def read_model(config: TrainConfig) -> tuple[HNetConfig, dict[str, Tensor] | None]:
-    """The model's config, and the weights to start from where -p names some."""
-    overrides = {}
+    """Returns the model's config, and the weights to start from where -p names some."""
+    source, target = config.config or DEFAULT_CONFIG, {}
     if config.n_compression:
         try:
             numbers = [float(n) for n in config.n_compression.split("-")]
         except ValueError:
             raise UserError(f"-N {config.n_compression}: expected numbers joined by dashes, like 1-3-9") from None
-        overrides["N_compress"] = [int(n) if n.is_integer() else n for n in numbers]
-    named = config.config or DEFAULT_CONFIG
-    if config.resume and (config.pt_ckpt or not Path(named).exists()):
-        source = newest(Path(config.save_dir if config.resume == "auto" else config.resume))
-        if checkpoint.is_complete(source):  # it has all that is needed
-            return _load_config(str(source / "config.json"), overrides, config), None
-    if not config.pt_ckpt:
-        return _load_config(named, overrides, config), None
-    start = weights.load(config.pt_ckpt, _load_config(config.config, overrides, config) if config.config else None)
-    return _load_config(start.config.to_dict(), overrides, config), start.weights
-
-
-def _load_config(source: str | dict[str, Any], overrides: dict[str, Any], config: TrainConfig) -> HNetConfig:
+        target["N_compress"] = [int(n) if n.is_integer() else n for n in numbers]
+    from_weights = bool(config.pt_ckpt)
+    if config.resume and (from_weights or not find_config(source).exists()):
+        resumed = newest(Path(config.save_dir if config.resume == "auto" else config.resume))
+        if checkpoint.is_complete(resumed):  # it has all that is needed
+            source, from_weights = resumed / "config.json", False
     try:
-        return HNetConfig.load(source, **overrides)
+        if from_weights:
+            start = weights.load(config.pt_ckpt, config.config or None, **target)
+            return start.config, start.weights
+        return HNetConfig.load(source, **target), None
     except ConfigError as error:
-        if not overrides or "N_compress" not in str(error):
+        if not target or "N_compress" not in str(error):
             raise
         raise UserError(f"-N {config.n_compression}: {error}") from None
 
@@ -464,52 +257,6 @@ class Trainee:
         }
 
 
-# ------------------------------------------------------------------------------------------------- what is reported
-
-
-def describe(stats: list[float], hnet: HNetConfig, config: TrainConfig) -> dict[str, Any]:
-    """`forward_backward`'s numbers by their names in metrics.jsonl."""
-    S = hnet.num_stages
-    ce, text_bytes, rows, *rest = stats
-    record = {"bpb": ce * config.mbs / (text_bytes * math.log(2)), "ce": ce, "rows": rows}
-    rest, more = rest[: 4 * S], rest[4 * S :]
-    for s in range(S):
-        ratio, F, G, imbalance = rest[s::S]
-        record |= {f"stage{s}_ratio_loss": ratio, f"stage{s}_F": F, f"stage{s}_G": G}
-        record |= {f"stage{s}_compression": 1 / F, f"stage{s}_target": hnet.target_ratios[s]}
-        record |= {f"stage{s}_imbalance": imbalance}
-    return record | dict(zip(statistics.names(S), more))
-
-
-def speed(
-    record: dict[str, Any], seconds: float, hnet: HNetConfig, config: TrainConfig, world: World
-) -> dict[str, Any]:
-    """A step's speed. MFU counts matrix products alone, over the tokens that each stage really saw."""
-    tokens = [float(config.mbs * config.global_slices)]
-    for s in range(hnet.num_stages):
-        tokens.append(tokens[-1] * record[f"stage{s}_F"])
-    peak = distributed.peak_flops(world.device) * world.size
-    flops = count_flops(hnet, [[n] for n in tokens]).matmul
-    measured = {"step_ms": 1000 * seconds, "bytes_per_s": tokens[0] / seconds, "mfu": flops / seconds / peak}
-    if world.device.type == "cuda":
-        measured["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        measured["reserved_gib"] = torch.cuda.memory_reserved() / 2**30  # with what graphs use when replayed
-    return measured
-
-
-def progress_line(step: int, record: dict[str, Any], seconds_left: float, hnet: HNetConfig, config: TrainConfig) -> str:
-    parts = [f"step {step:>{len(str(config.steps))}}/{config.steps}", f"bpb {record['bpb']:.3f}"]
-    if stages := range(hnet.num_stages):
-        parts.append("ratio loss " + " ".join(f"{record[f'stage{s}_ratio_loss']:.2f}" for s in stages))
-        compression = " ".join(f"{record[f'stage{s}_compression']:.1f}/{hnet.target_ratios[s]:g}" for s in stages)
-        parts.append(f"bytes per chunk {compression}" if len(stages) == 1 else f"compression {compression}")
-    parts += [f"lr {record['lr']:.1e}", f"grad {record['grad_norm']:.2f}"]
-    parts += [f"{record['bytes_per_s'] / 1e3:.1f} kB/s", f"ETA {duration(seconds_left)}"]
-    if "val_bpb" in record:
-        parts.append(f"val bpb {record['val_bpb']:.3f}")
-    return "  ".join(parts)
-
-
 # ------------------------------------------------------------------------------------------------------------ the run
 
 
@@ -576,22 +323,6 @@ def takes_graphs(config: TrainConfig, hnet: HNetConfig, dtype: torch.dtype, worl
     return not obstacle, world
 
 
-def dump_parameters(model: HNetLM, groups: list[dict[str, Any]]) -> None:
-    """Prints modules and parameters; with LOVELY_TENSORS=1 also lovely-tensors' summary of each."""
-    lovely = None
-    if os.environ.get("LOVELY_TENSORS") == "1" and not (lovely := equivalence.lovely_summary()):
-        logger.warning("LOVELY_TENSORS=1: lovely-tensors is not installed; pip install -e '.[debug]'")
-    print(model)
-    group_of = {name: group for group in groups for name in group["names"]}
-    for name, p in model.named_parameters():
-        group, dtype = group_of[name], str(p.dtype).removeprefix("torch.")
-        decay = f"decay {group['weight_decay']:g}" if group["weight_decay"] else "no decay"
-        rate = f"stage {group['stage']}  lr x {group['multiplier']:.3f}"
-        summary = f"  {lovely(distributed.whole(p.detach()))}" if lovely else ""
-        print(f"{name:72} {str(tuple(p.shape)):14} {dtype}  {rate}  {decay}{summary}")
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-
-
 class Run:
     """A run from its first step, or where it goes on, to its last. Every rank has one and calls the same."""
 
@@ -624,6 +355,7 @@ class Run:
             f"{self.train_stream.text_bytes / 1e6:.1f} MB of text; {config.steps} steps of "
             f"{config.mbs * config.global_slices:,} bytes; run folder {self.folder}"
         )
+        logger.info("each line gives means over the steps since the line before")
         self.compilations = Compilations()
         if world.device.type == "cuda":
             logger.info("the first step compiles kernels, for up to a minute where Triton's cache has none of them")
@@ -633,8 +365,7 @@ class Run:
         elif config.sample_bytes:
             self.inference = HNetInference.from_training(trainee.evaluated)  # borrows the weights: nothing is copied
         self.interrupts, self.health = Interrupts(), RouterHealth(hnet.target_ratios, config.mbs)
-        self.settled = time.perf_counter()
-        self.last_line = self.settled, self.step
+        self.progress, self.settled = Progress(hnet, config, self.step), time.perf_counter()
         self.saver = checkpoint.Saver(self.folder, trainee.model, trainee.optimizer, config.keep, config.keep_every)
         # of the last step: its numbers, which the device has yet to deliver, and what the host has done for it
         self.waiting: tuple[distributed.Fetched, dict[str, int]] | None = None
@@ -693,7 +424,9 @@ class Run:
         wants_statistics = config.stats_every > 0 and (done + 1) % config.stats_every == 0
         numbers = trainee.step(slices, lr_scale(done, config), wants_statistics, self.saver.staged)
         if self.waiting:
-            self._report(done, self._settle(done, *self.waiting))
+            record = self._settle(done, *self.waiting)
+            self.metrics.log(done, record)
+            self._tell(done, record)
         done_by_host = {name: n - before[name] for name, n in trainee.counted().items()}
         self.waiting, self.step = (distributed.Fetched(numbers), done_by_host), done + 1
 
@@ -714,13 +447,19 @@ class Run:
         if validates:
             watch.at(step, "validation")
             record |= validate(self.trainee.evaluated, self.val_stream, self.world, config.val_slices or None)
+        written = None
         if samples:
             watch.at(step, "writing a sample")
-            record |= sample(self.inference, config, self.world)
-        self._report(step, record)
+            written = sample(self.inference, config, self.world)
+            record |= written.record() if written else {}
+        self.metrics.log(step, record)
         if saves:
             watch.at(step, "saving")
             self.saver.start(step, self.about)
+        self._tell(step, record)
+        if written:
+            logger.info("the model writes, beginning with %r:", config.prompt)
+            print_chunks(written.data, written.starts)
         self.settled = time.perf_counter()  # the next step's time begins here
 
     def _settle(self, done: int, arriving: distributed.Fetched, of_host: dict[str, int]) -> dict[str, Any]:
@@ -744,20 +483,16 @@ class Run:
         self.settled = now
         return record | speed(record, now - before, self.hnet, config, self.world)
 
-    def _report(self, done: int, record: dict[str, Any]) -> None:
-        config = self.config
+    def _tell(self, done: int, record: dict[str, Any]) -> None:
+        """Says on the console what a step has shown, once it has been recorded."""
         for trouble in self.health.look(done, record):
             logger.warning("step %d: %s", done, trouble)
-        self.metrics.log(done, record)
         if done == self.first_step + 1 and self.world.device.type == "cuda":
             logger.info(
                 f"the first step took {record['step_ms'] / 1000:.1f} s: {self.trainee.preparing(self.compilations)}"
             )
-        if done == config.steps or done % config.log_every == 0 or done == self.first_step + 1:
-            now, (before, step) = time.perf_counter(), self.last_line
-            self.last_line = now, done
-            seconds_left = (now - before) / (done - step) * (config.steps - done)  # at the pace since the last line
-            logger.info(progress_line(done, record, seconds_left, self.hnet, config))
+        if line := self.progress.add(done, record):
+            logger.info(line)
 
 
 def open_metrics(run: Path, step: int, about: dict, hnet: HNetConfig, config: TrainConfig, world: World) -> Metrics:
@@ -765,68 +500,57 @@ def open_metrics(run: Path, step: int, about: dict, hnet: HNetConfig, config: Tr
         return Metrics([])
     flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in OF_ONE_START}
     flags = yaml.safe_dump(flags, sort_keys=False)
-    write_whole(run / "train.yaml", lambda scratch: scratch.write_text(flags))
+    write_whole(run / "train.yaml", lambda scratch: scratch.write_text(flags, encoding="utf-8"))
     checkpoint.write_json(run / "config.json", hnet.to_dict())
     sinks = [JsonlSink(run / "metrics.jsonl", step)]
     if config.logger == "wandb":
-        sinks.append(WandbSink(run, about | {"model": hnet.to_dict()}))
+        sinks.append(WandbSink(run, step, about | {"model": hnet.to_dict()}))
     elif config.logger == "tensorboard":
         sinks.append(TensorBoardSink(run, step))
     return Metrics(sinks)
 
 
-def sample(inference: HNetInference, config: TrainConfig, world: World) -> dict[str, str]:
-    """Let the model write, print that, and return it with bars between chunks and in colours. Called by every rank."""
-    with inference.unsharded():  # gathers the weights of all ranks; then rank 0 alone generates
-        if not world.is_main:
-            return {}
-        written = generate(
-            inference, [os.fsencode(config.prompt)], max_bytes=config.sample_bytes, seed=config.seed, valid_utf8=True
-        )[0]
-    logger.info("the model writes, beginning with %r:", config.prompt)
-    print_chunks(written.data, written.starts)
-    return {"sample": bars(written.data, written.starts), "sample_html": to_html(written.data, written.starts)}
+def dump_parameters(model: HNetLM, groups: list[dict[str, Any]]) -> None:
+    """Prints modules and parameters; with LOVELY_TENSORS=1 also lovely-tensors' summary of each."""
+    lovely = None
+    if os.environ.get("LOVELY_TENSORS") == "1" and not (lovely := equivalence.lovely_summary()):
+        logger.warning("LOVELY_TENSORS=1: lovely-tensors is not installed; pip install -e '.[debug]'")
+    print(model)
+    group_of = {name: group for group in groups for name in group["names"]}
+    for name, p in model.named_parameters():
+        group, dtype = group_of[name], str(p.dtype).removeprefix("torch.")
+        decay = f"decay {group['weight_decay']:g}" if group["weight_decay"] else "no decay"
+        rate = f"stage {group['stage']}  lr x {group['multiplier']:.3f}"
+        summary = f"  {lovely(distributed.whole(p.detach()))}" if lovely else ""
+        print(f"{name:72} {str(tuple(p.shape)):14} {dtype}  {rate}  {decay}{summary}")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
 
 
-def show_results(model: HNetLM, val_stream: fineweb.ByteStream | None, run: Path, world: World) -> None:
-    """The last validation, the plot, and a piece of held-out text with the model's chunks in colours."""
-    if val_stream is None:
-        if world.is_main:
-            plot([run], run / "plots")
-            logger.info(f"curves in {run / 'plots.html'}; there was no held-out text to validate on")
-        return
-    *_, piece = val_stream.slices_once(2)  # the first and one from the middle
-    text = bytes(piece.labels[: piece.row_lengths[0]]).rstrip(b"\xff")[:800]
-    opens = chunks_of(model, text, world)
-    if not world.is_main:
-        return
-    plot([run], run / "plots")
-    records = [record for record in read_metrics(run / "metrics.jsonl") if "val_bpb" in record]
-    if not records:
-        return
-    last = records[-1]
-    if opens:
-        logger.info("held-out text in the chunks that the model cut:")
-        print_chunks(text, list(zip(*opens)))
-        share, base = last["val_edge_share"], last["val_edge_base"]
-        compared = f": {share / base:.1f} times as often as by chance" if base else ""
-        logger.info(
-            f"{share:.0%} of the chunks begin at the edge of a word, where {base:.0%} of all bytes do{compared}"
-        )
-    logger.info(
-        f"{last['val_bpb']:.3f} bits per byte on {last['val_bytes']:,} bytes of held-out text; "
-        f"curves in {run / 'plots.html'}"
-    )
+def main(config: TrainConfig) -> int:
+    """Trains as the flags say, and returns the exit status."""
+    try:
+        return train(config)
+    except (UserError, ConfigError, fineweb.DataError) as error:
+        status = commands.tell(error)  # at once: other ranks may say it too
+        if dist.is_initialized() and (dist.get_world_size() == 1 or not torch.cuda.is_available()):
+            dist.destroy_process_group()  # else NCCL adds a warning to the sentence; gloo's threads must be gone
+        return status
+    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+        if not memory_ran_out(error):
+            raise
+        commands.tell(UserError(f"{in_words(error)} ({str(error).splitlines()[0]})"))
+        return 1
 
 
-def main(argv: Sequence[str]) -> None:
-    config = read_config(argv)
+def train(config: TrainConfig) -> int:
+    """The same, but mistakes are raised as UserError, ConfigError or DataError."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s", stream=sys.stdout)
     hnet, start_weights = read_model(config)
     world = distributed.start(config.device, config.replicate or 1, max(600, 2 * config.timeout))
     config.global_slices = config.global_slices or world.size
-    logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s", stream=sys.stdout)
     if config.early_exit != "no" and not world.is_main:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (one process tells what all find)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (one process tells what all find)
     if world.device.type == "cpu":
         keep_freed_memory()
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU for what stays float32: residual_proj
@@ -835,7 +559,7 @@ def main(argv: Sequence[str]) -> None:
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         equal = equivalence.run(hnet, config.pt_ckpt or None, world.device, dtype, config.seed)
         distributed.stop()
-        sys.exit(not equal)
+        return 0 if equal else 1
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and world.device.type == "cuda")
     dtype = torch.bfloat16 if half else torch.float32
     graph, world = takes_graphs(config, hnet, dtype, world)
@@ -849,20 +573,4 @@ def main(argv: Sequence[str]) -> None:
     else:
         Run(Trainee(model, groups, graph, dtype, hnet, config, world)).train()
     distributed.stop()
-
-
-if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (UserError, ConfigError, fineweb.DataError) as error:
-        sys.stderr.write(f"train.py: {error}\n")  # at once: other ranks may say it too
-        if dist.is_initialized() and (dist.get_world_size() == 1 or not torch.cuda.is_available()):
-            dist.destroy_process_group()  # else NCCL adds a warning to the sentence; gloo's threads must be gone
-        sys.exit(2)
-    except KeyboardInterrupt:  # before training began; then a Ctrl-C saves
-        sys.exit(130)
-    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
-        if not memory_ran_out(error):
-            raise
-        print(f"train.py: {in_words(error)} ({str(error).splitlines()[0]})", file=sys.stderr)
-        sys.exit(1)
+    return 0

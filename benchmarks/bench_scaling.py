@@ -95,8 +95,8 @@ def launch(args: Benchmark, processes: int, script: str, *flags: str, gpu: str) 
     if not done.returncode:
         return ""
     lines = [line for line in done.stderr.strip().splitlines() if "ChildFailedError" not in line]
-    errors = [line for line in lines if "Error" in line and "train.py:" not in line][:1]
-    said = errors + [line for line in lines if "train.py:" in line][-1:]
+    errors = [line for line in lines if "Error" in line and "error: " not in line][:1]
+    said = errors + [line for line in lines if "error: " in line][-1:]
     return f"exit status {done.returncode}: {'; '.join(said or lines[-1:])}"
 
 

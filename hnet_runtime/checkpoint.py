@@ -13,7 +13,6 @@ import json
 import math
 import os
 import pickle
-import re
 import shutil
 import sys
 import time
@@ -38,18 +37,18 @@ from torch.distributed.tensor import DTensor
 
 from hnet_runtime import UserError
 from hnet_runtime.flat_adamw import FlatAdamW, Halves, as_tensor
-
-
-class CheckpointError(UserError):
-    """Weights that can't be read or don't fit; one sentence that names the file and what was expected."""
-
+from hnet_runtime.run_folder import (  # noqa: F401 (some are for those who import this module)
+    WITHOUT,
+    CheckpointError,
+    complete,
+    incomplete,
+    is_complete,
+    read_train,
+    step_folder,
+    train_config_of,
+)
 
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
-_WITHOUT = "without this folder, --resume auto goes on from the checkpoint before"
-
-
-def step_folder(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step_{step:08d}"
 
 
 class Saver:
@@ -303,7 +302,7 @@ def _reason(error: BaseException) -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that it's on disk when this returns."""
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
@@ -330,7 +329,7 @@ def check_contents(folder: Path) -> None:
     damaged = [damaged_file(folder) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(damaged)
     if damaged[0]:
-        raise CheckpointError(f"{folder / damaged[0]}: damaged, it is not as it was written; {_WITHOUT}")
+        raise CheckpointError(f"{folder / damaged[0]}: damaged, it is not as it was written; {WITHOUT}")
 
 
 def damaged_file(folder: Path) -> str | None:
@@ -339,55 +338,10 @@ def damaged_file(folder: Path) -> str | None:
     if not noted.exists():
         return None
     try:
-        digests = json.loads(noted.read_text())
+        digests = json.loads(noted.read_text(encoding="utf-8"))
         return next((name for name, digest in digests.items() if _sha256(folder / name) != digest), None)
     except (OSError, ValueError, AttributeError):
         return noted.name
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether the manifest is there and every file in it has its size."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        sizes_fit = all((folder / name).stat().st_size == size for name, size in manifest.items())
-        return sizes_fit and ".metadata" in manifest
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def _steps(run: Path) -> list[Path]:
-    return sorted(p for p in (run / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d{8,}(\.writing)?", p.name))
-
-
-def complete(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return [p for p in _steps(run) if p.suffix != ".writing" and is_complete(p)]
-
-
-def incomplete(run: Path) -> list[Path]:
-    """Folders that a crash left unfinished, or that were damaged since."""
-    return [p for p in _steps(run) if p.suffix == ".writing" or not is_complete(p)]
-
-
-def read_train(checkpoint: Path) -> dict[str, Any]:
-    """What `save` was given as `train`, plus `step`. Raises UserError for a folder that isn't a complete checkpoint."""
-    if not is_complete(checkpoint):
-        raise UserError(f"{checkpoint}: not a complete checkpoint (no manifest.json, or files that differ from it)")
-    try:
-        train = json.loads((checkpoint / "train.json").read_text())
-    except ValueError:
-        train = None
-    if not isinstance(train, dict) or not isinstance(train.get("config", {}), dict):
-        raise CheckpointError(f"{checkpoint / 'train.json'}: damaged, not what train.py writes; {_WITHOUT}")
-    return train
-
-
-def train_config_of(source: str) -> dict[str, Any] | None:
-    """The flags of train.py that a run or one of its checkpoints was made with; None for weights from elsewhere."""
-    folder = Path(source)
-    if found := complete(folder):
-        folder = found[-1]
-    return read_train(folder)["config"] if (folder / "train.json").exists() else None
 
 
 def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
@@ -396,7 +350,7 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
     Raises UserError where the checkpoint is incomplete or its model config is another one (naming the first keys).
     """
     read_train(checkpoint)
-    theirs, ours = json.loads((checkpoint / "config.json").read_text()), model.config.to_dict()
+    theirs, ours = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")), model.config.to_dict()
     differing = [f"{key} ({theirs.get(key)} there, {ours[key]} here)" for key in ours if theirs.get(key) != ours[key]]
     if differing:
         raise UserError(f"{checkpoint}: its model config differs in {'; '.join(differing[:3])}")
@@ -409,7 +363,7 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
     except dcp.CheckpointException as error:
         reason = _reason(error)
         raise CheckpointError(
-            f"{checkpoint}: can't be read ({'damaged' if 'weights_only' in reason else reason}); {_WITHOUT}"
+            f"{checkpoint}: can't be read ({'damaged' if 'weights_only' in reason else reason}); {WITHOUT}"
         ) from None
     set_model_state_dict(model, state["model"])
     if optimizer is not None:

@@ -1,9 +1,11 @@
 """What a run writes down: one JSON record a step, a line on the console, wandb or TensorBoard where asked for."""
 
+import itertools
 import json
 import logging
 import math
 import secrets
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,12 +24,19 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """`metrics.jsonl`: one line a step, each step once. A resumed run drops the lines past the step it starts from."""
+    """`metrics.jsonl`: one line a step, each step once. A resumed run drops the lines past the step it starts from.
+
+    A run that starts from the beginning renames the metrics that it finds, to metrics-1.jsonl, metrics-2.jsonl, ...
+    """
 
     def __init__(self, path: Path, first_step: int):
+        if first_step == 0 and path.exists() and path.stat().st_size:
+            kept_as = _free_name(path)
+            path.rename(kept_as)
+            logger.warning("%s: these metrics are of an earlier start; they are kept as %s", path, kept_as.name)
         kept = "".join(json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= first_step)
-        write_whole(path, lambda scratch: scratch.write_text(kept))
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 (lives as long as the run)
+        write_whole(path, lambda scratch: scratch.write_text(kept, encoding="utf-8"))
+        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (lives as long as the run)
 
     def log(self, step: int, record: dict[str, Any]) -> None:
         safe = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
@@ -43,11 +52,17 @@ class JsonlSink:
         self._file.close()
 
 
+def _free_name(path: Path) -> Path:
+    """`metrics-1.jsonl` beside `metrics.jsonl`, or the first number after 1 that nothing has."""
+    names = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in itertools.count(1))
+    return next(name for name in names if not name.exists())
+
+
 def read_lines(path: Path) -> list[str]:
     """The whole lines of a metrics file; a last line that a crash tore is left out. Empty if there is no file."""
     if not path.exists():
         return []
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     return text[: text.rfind("\n") + 1].splitlines()
 
 
@@ -77,21 +92,29 @@ def panel(key: str) -> str:
 
 
 class WandbSink:
-    """wandb, online or offline; the run's id is kept in its folder, so a resumed run goes on in the same curves."""
+    """wandb, online or offline; the run's id is kept in its folder, so a resumed run goes on in the same curves.
 
-    def __init__(self, run: Path, config: dict[str, Any]):
+    Curves go by `step`, the optimizer steps done. wandb's own step must grow from record to record, or its server drops
+    them, and a resumed run repeats steps: there it is the time since the run began, in ms.
+    """
+
+    def __init__(self, run: Path, first_step: int, config: dict[str, Any]):
         import wandb
 
         id_file = run / "wandb_id"
-        if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4))
-        keywords = dict(project="hnet", name=run.name, id=id_file.read_text(), resume="allow", dir=run, config=config)
+        if first_step == 0 or not id_file.exists():  # what starts from the beginning has curves of its own
+            id_file.write_text(secrets.token_hex(4), encoding="utf-8")
+        self._began, self._own_step = id_file.stat().st_mtime, 0
+        run_id = id_file.read_text(encoding="utf-8")
+        keywords = dict(project="hnet", name=run.name, id=run_id, resume="allow", dir=run, config=config)
         try:
             self._run = wandb.init(settings=wandb.Settings(init_timeout=30), **keywords)
         except Exception as error:  # whatever wandb raises, it must not stop training
             logger.warning("wandb: %s; this run is logged offline", str(error).strip().splitlines()[0])
             wandb.teardown()  # its service still holds the id
             self._run = wandb.init(mode="offline", **keywords)
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
         self._samples: list[list[Any]] = []
         self._table, self._html = wandb.Table, wandb.Html
 
@@ -100,7 +123,8 @@ class WandbSink:
         if record.get("sample_html"):
             self._samples.append([step, self._html(record["sample_html"])])
             values["samples"] = self._table(columns=["step", "sample, chunks in colours"], data=list(self._samples))
-        self._run.log(values, step=step)
+        self._own_step = max(self._own_step + 1, int(1000 * (time.time() - self._began)))
+        self._run.log({"step": step, **values}, step=self._own_step)
 
     def close(self) -> None:
         self._run.finish()
@@ -160,6 +184,7 @@ class RouterHealth:
     """
 
     PATIENCE, SWINGS, SPAN = 50, 4, 200
+    SMOOTHING = 0.1  # a mean over ten steps: a long document fills several small batches, and has chunks of its own
 
     def __init__(self, targets: Sequence[float], slice_bytes: int):
         self.targets, self.slice_bytes = targets, slice_bytes
@@ -194,7 +219,7 @@ class RouterHealth:
 
     def _swing(self, s: int, step: int, relative: float) -> list[str]:
         before = self.smooth[s]
-        self.smooth[s] = now = relative if before is None else before + 0.3 * (relative - before)
+        self.smooth[s] = now = relative if before is None else before + self.SMOOTHING * (relative - before)
         side = 1 if now > 1.25 else -1 if now < 0.8 else self.side[s]
         if self.side[s] and side != self.side[s]:
             self.swings[s].append(step)

@@ -36,7 +36,7 @@ def open_folder(save_dir: str, name: str, world: World) -> Path:
             run.mkdir(parents=True, exist_ok=True)
             if is_new:
                 _made.add(run)
-            lock = open(run / ".lock", "w")  # noqa: SIM115 (held until the process ends)
+            lock = open(run / ".lock", "wb")  # noqa: SIM115 (held until the process ends)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _locks.append(lock)
         except BlockingIOError:
@@ -94,13 +94,15 @@ def newest(path: Path) -> Path:
 
 def _choose_checkpoint(run: Path, resume: str) -> Path | None:
     found = checkpoint.complete(run)
+    holds_a_run = bool(found) or (run / "metrics.jsonl").exists()
     if resume:
         read_metrics(run / "metrics.jsonl")  # a damaged line is told now, to all ranks
     if resume == "auto":
         for folder in checkpoint.incomplete(run):
             logger.warning("passed over %s: not a complete checkpoint", folder)
+        if not found and holds_a_run:
+            logger.warning("%s: no complete checkpoint to resume from; the run starts from the beginning", run)
         return found[-1] if found else None
-    holds_a_run = bool(found) or (run / "metrics.jsonl").exists()
     if not resume and holds_a_run:
         raise UserError(f"--save-dir {run}: holds a run already; go on with --resume auto, or name another folder")
     if not resume:
@@ -154,20 +156,25 @@ def code_revision() -> str:
     try:
         is_ours = [*git, "ls-files", "--error-unmatch", __file__]  # an installed package may lie in another's checkout
         subprocess.run(is_ours, capture_output=True, check=True)
-        revision = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        revision = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return revision.stdout.strip() + ("+" if changed.stdout.strip() else "")
+    return revision.stdout.decode().strip() + ("+" if changed.stdout.strip() else "")
 
 
 class Interrupts:
-    """Ctrl-C, SIGTERM and SIGUSR1 ask for a save and an orderly end after this step; a second Ctrl-C ends at once."""
+    """Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP ask for a save and an orderly end after this step.
+
+    A second Ctrl-C ends at once. SIGHUP comes where a terminal is closed or ssh loses its connection; under nohup it is
+    ignored from the start, and stays so.
+    """
 
     def __init__(self):
         self.received: str | None = None
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._handle)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT and self.received == "SIGINT":

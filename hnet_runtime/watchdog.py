@@ -136,13 +136,13 @@ class Watchdog:
         if speaks:
             saved = checkpoint.complete(self.run)
             print(
-                f"train.py: {reason}; the job ends. The last good checkpoint: {saved[-1] if saved else 'none yet'}",
+                f"error: {reason}; the job ends. The last good checkpoint: {saved[-1] if saved else 'none yet'}",
                 file=sys.stderr,
                 flush=True,
             )
         folder = self.run / "failure"
         folder.mkdir(exist_ok=True)
-        with open(folder / f"rank{rank}.stacks", "w") as file:
+        with open(folder / f"rank{rank}.stacks", "w", encoding="utf-8") as file:
             faulthandler.dump_traceback(file)
         if self.world.device.type == "cuda" and hasattr(torch._C._distributed_c10d, "_dump_nccl_trace"):
             (folder / f"rank{rank}.nccl").write_bytes(torch._C._distributed_c10d._dump_nccl_trace())

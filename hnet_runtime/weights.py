@@ -1,7 +1,8 @@
 """Weights in and out: official .pt files, safetensors, our own checkpoints; by path or from the Hugging Face Hub.
 
 A source is one of
-    model.pt, model.safetensors        a file; its config lies beside it (config.json or model.json) or is given
+    model.pt, model.safetensors        a file; its config lies beside it (model.pt.json, config.json or
+                                       model.json, whichever comes first) or is given
     RUN/checkpoints/step_00000450      a checkpoint of train.py (torch's distributed checkpointing); or the folder RUN,
                                        which means its newest complete one
     FOLDER                             one that holds a .safetensors or .pt file
@@ -14,10 +15,11 @@ checkpoints, which torch would open with the full pickle module. Whatever is wro
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +28,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from hnet_config import CONFIGS
+from hnet_config import CONFIGS, find_config
 from hnet_runtime import UserError
 from hnet_runtime import checkpoint as own
 from hnet_runtime.checkpoint import CheckpointError, SafeReader
@@ -34,6 +36,8 @@ from hnet_runtime.distributed import PLAIN_FLOAT32
 from hnet_runtime.reports import write_whole
 from hnet_simple import HNetInference
 from hnet_trainable import ConfigError, HNetConfig, HNetLM, parse_layout
+
+logger = logging.getLogger("hnet")
 
 
 class Checkpoint(NamedTuple):
@@ -46,21 +50,37 @@ class Checkpoint(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------- loading
 
 
-def load(source: str | Path, config: HNetConfig | str | Path | None = None) -> Checkpoint:
+def load(
+    source: str | Path, config: HNetConfig | str | Path | None = None, N_compress: Sequence[float] | None = None
+) -> Checkpoint:
     """Read weights and config from a source as the module describes.
 
     config: a config or its file, for weights that come without one. Where they come with one, it must not differ in
-    anything that changes results. Raises CheckpointError, ConfigError for a config file that is none.
+    anything that changes results. N_compress: the target compression, instead of that of the config. Where nothing
+    names one, which configs for the released code do not, the default is taken, and the log says so.
+    Raises CheckpointError, ConfigError for a config file that is none.
     """
     path = fetch(str(source)) if str(source).startswith("hf:") else Path(source)
     path = _inside(path, str(source))
     given = HNetConfig.load(config) if isinstance(config, str | Path) else config
-    beside = _config_beside(path, str(source))
+    place = _config_beside(path, str(source))
+    beside = _load_beside(place, path) if place else None
     if given and beside:
         _check_configs(source, given, beside)
     chosen = given or beside
     if chosen is None:
         raise CheckpointError(f"{source}: no config.json beside the weights; name the model's config file")
+    if N_compress is None and not isinstance(config, HNetConfig):
+        named = next((file for file in (config, place) if file and names_target(file)), None)
+        if named is None and chosen.num_stages:
+            target = "-".join(f"{N:g}" for N in chosen.N_compress)
+            logger.warning(
+                f"{config or place}: no target compression (N_compress) there, the default {target} is taken"
+            )
+        elif named and named == place:
+            N_compress = beside.N_compress
+    if N_compress is not None:
+        chosen = HNetConfig.load(chosen.to_dict(), N_compress=N_compress)
     if path.is_dir():
         if damaged := own.damaged_file(path):
             raise CheckpointError(f"{path / damaged}: damaged, it is not as it was written (see sha256.json beside it)")
@@ -140,19 +160,27 @@ def _inside(path: Path, source: str) -> Path:
     raise CheckpointError(f"{source}: holds no checkpoint (.safetensors, .pt, or a step of train.py)")
 
 
-def _config_beside(path: Path, source: str) -> HNetConfig | None:
+def _config_beside(path: Path, source: str) -> Path | None:
+    """The config file of weights. The first that is tried is the whole config that `export` writes beside a .pt."""
     name = source.rsplit("/", 1)[-1]
-    places = [path / "config.json"] if path.is_dir() else [path.parent / "config.json", path.with_suffix(".json")]
+    places = [path / "config.json"]
     if not path.is_dir():  # official checkpoints come without their config
+        places = [path.with_name(f"{path.name}.json"), path.parent / "config.json", path.with_suffix(".json")]
         places += [CONFIGS / f"{path.stem}.json", CONFIGS / f"{name}.json"]
-    place = next((place for place in places if place.is_file()), None)
-    if place is None:
-        return None
+    return next((place for place in places if place.is_file()), None)
+
+
+def _load_beside(place: Path, path: Path) -> HNetConfig:
     try:
         return HNetConfig.load(place)
     except ConfigError as error:
         where = "in" if path.is_dir() else "beside"
         raise CheckpointError(f"{error}; it lies {where} {path.name}: name another config file") from None
+
+
+def names_target(config_file: str | Path) -> bool:
+    """Whether a config file, which has been read before, names the target compression."""
+    return bool(json.loads(find_config(config_file).read_text(encoding="utf-8-sig")).get("N_compress"))
 
 
 def _check_configs(source: str | Path, given: HNetConfig, theirs: HNetConfig) -> None:
@@ -344,29 +372,34 @@ def export(
 ) -> list[Path]:
     """Write weights and config.json into `folder`; returns the files. Nothing half-written keeps its name.
 
-    model: an unsharded HNetLM or HNetInference, or a Checkpoint. form: `pt`, a state dict as the released code loads
-    it, with a config.json of the keys that it knows; `safetensors`, with the whole config. dtype: as `cast` applies it.
+    model: an unsharded HNetLM or HNetInference, or a Checkpoint. form: `safetensors`, with the whole config; or `pt`, a
+    state dict as the released code loads it, with a config.json of the keys that it knows and the whole config in
+    model.pt.json. dtype: as `cast` applies it.
     """
     if form not in ("pt", "safetensors"):
         raise ValueError(f"form: {form!r}; expected pt or safetensors")
     config, weights = model if isinstance(model, Checkpoint) else (model.config, model.state_dict())
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     weights = cast(weights, dtype) if dtype else weights
-    keys = config.to_dict()
     folder = Path(folder)
-    file = folder / f"model.{form}"
+    file, whole = folder / f"model.{form}", config.to_dict()
+    configs = {"config.json": whole}
+    if form == "pt":
+        known = {key: value for key, value in whole.items() if key != "N_compress"}
+        configs = {"config.json": known, "model.pt.json": whole}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if form == "pt":
-            keys.pop("N_compress")
             write_whole(file, lambda temporary: torch.save(weights, temporary))
         else:
             from safetensors.torch import save_file
 
             separate = {name: tensor.clone() for name, tensor in weights.items()}  # tied weights would share memory
             write_whole(file, lambda temporary: save_file(separate, temporary, metadata={"format": "pt"}))
-        write_whole(folder / "config.json", lambda temporary: temporary.write_text(json.dumps(keys, indent=2) + "\n"))
+        for name, keys in configs.items():
+            text = json.dumps(keys, indent=2) + "\n"
+            write_whole(folder / name, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
     except (UserError, OSError, RuntimeError) as error:
         said = str(error).splitlines()[0] if isinstance(error, RuntimeError) else str(error)
         raise CheckpointError(f"{folder}: can't be written ({getattr(error, 'strerror', None) or said})") from None
-    return [file, folder / "config.json"]
+    return [file, *(folder / name for name in configs)]

@@ -26,7 +26,7 @@ class Options:
     config: Annotated[str, tyro.conf.arg(aliases=["-c"])] = ""
     """Model config, for weights that come without one."""
     form: Literal["both", "pt", "safetensors"] = "both"
-    """pt: for the released code, its config.json without N_compress, which that code refuses."""
+    """pt: for the released code, whose config.json must not have N_compress; model.pt.json has the whole config."""
     dtype: Literal["keep", "float32", "bfloat16"] = "keep"
     """Precision; A_log, dt_bias, D and residual_proj stay in at least float32."""
 

@@ -105,26 +105,36 @@ def program(*argv: str) -> None:
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def _alone(argv: Sequence[str], folder: Path, environment: dict[str, str], logs: tuple[str, str]) -> None:
+def _alone(argv: Sequence[str], folder: Path, environment: dict[str, str], logs: Sequence[str | Path]) -> None:
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
     os.environ.clear()
     os.environ.update(environment)
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     os.chdir(folder)
-    for stream, log in enumerate(logs, 1):
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    for name, descriptor, log in zip(("stdout", "stderr"), (1, 2), logs):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+        encoding = environment.get("PYTHONIOENCODING", "utf-8")
+        setattr(sys, name, open(descriptor, "w", encoding=encoding, closefd=False))  # noqa: SIM115
     program(*argv)
+
+
+def start_train(
+    argv: Sequence[str], folder: Path, environment: dict[str, str], logs: Sequence[str | Path]
+) -> multiprocessing.Process:
+    """train.py in `folder`, in a process of its own but without its start-up time; `logs` take stdout and stderr."""
+    start_server()
+    process = context.Process(target=_alone, args=(argv, folder, environment, logs), daemon=True)
+    process.start()
+    return process
 
 
 def run_train(
     argv: Sequence[str], folder: Path, environment: dict[str, str], timeout: float = 240
 ) -> subprocess.CompletedProcess:
-    """As subprocess.run of train.py, in `folder`, captured, in a process of its own but without its start-up time."""
-    start_server()
+    """As subprocess.run of train.py, captured; see `start_train`."""
     with tempfile.TemporaryDirectory() as scratch:
         logs = f"{scratch}/stdout", f"{scratch}/stderr"
-        process = context.Process(target=_alone, args=(argv, folder, environment, logs), daemon=True)
-        process.start()
+        process = start_train(argv, folder, environment, logs)
         process.join(timeout)
         if process.exitcode is None:
             process.kill()

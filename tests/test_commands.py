@@ -118,7 +118,6 @@ def helps() -> tuple[dict[str, tuple[str, float]], list[str]]:
 def test_help_imports_nothing_heavy(helps):
     told, heavy = helps
     assert heavy == [] and len(told) >= 7
-    assert all(seconds < 0.7 for _, seconds in told.values())
 
 
 def test_help_has_the_examples_as_lines(helps):

@@ -416,7 +416,7 @@ def test_wrong_usage_is_status_2_without_traceback(name, tmp_path, monkeypatch, 
 
 def test_export_command(checkpoint, tmp_path, capsys):
     script("export").main([str(checkpoint), str(tmp_path / "out"), "--dtype", "bfloat16"])
-    assert capsys.readouterr().out.count("bytes\n") == 4
+    assert capsys.readouterr().out.count("bytes\n") == 5
     both = [weights.load(tmp_path / "out" / form) for form in ("pt", "safetensors")]
     assert all(torch.equal(both[0].weights[name], both[1].weights[name]) for name in both[0].weights)
     assert both[0].config == both[1].config  # N_compress 1, 3, 9 is the default of two stages

@@ -106,6 +106,13 @@ def test_a_router_that_is_well_is_let_be():
     assert said([0.6] * 40 + [draw.gauss(1 / 6, 1 / 30) for _ in range(2000)]) == []
 
 
+def test_documents_that_fill_several_batches_are_no_oscillation():
+    """As in the default run, whose documents have chunks of their own for four steps."""
+    draw = random.Random(0)
+    shares = [draw.gauss(1 / 6, 1 / 36) for _ in range(500)]
+    assert said([F for F in shares for _ in range(4)]) == []
+
+
 @pytest.mark.parametrize(
     "F, words", [(0.999, "collapsed: 100% of its tokens"), (0.01, "collapsed: 1 in 100"), (0.004, "is dead")]
 )

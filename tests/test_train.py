@@ -16,13 +16,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from processes import run_train
+from processes import run_train, start_train
 
 import fineweb
 import train
 from hnet_runtime import UserError, checkpoint, distributed, statistics
-from hnet_runtime.metrics import GROUPS, JsonlSink, panel
-from hnet_runtime.run import Compilations, code_revision, in_words, newest
+from hnet_runtime.flags import read_config
+from hnet_runtime.metrics import GROUPS, JsonlSink, WandbSink, panel
+from hnet_runtime.run import Compilations, Interrupts, code_revision, in_words, newest
 from hnet_runtime.weights import export
 from hnet_trainable import ConfigError, HNetConfig, HNetLM, init_weights
 
@@ -100,6 +101,7 @@ def undisturbed(corpus) -> Path:
     folder = corpus / "undisturbed"
     output = succeed(corpus, "--steps", "20", "--save-every", "4", "--val-every", "10", "--save-dir", str(folder))
     assert "bits per byte" in output and "edge of a word" in output
+    (corpus / "undisturbed.log").write_text(output)
     return folder
 
 
@@ -119,6 +121,27 @@ def test_a_run_learns_and_leaves_its_records(undisturbed):
     assert json.loads((undisturbed / "config.json").read_text())["N_compress"] == [1, 6]
     saved = json.loads((undisturbed / "checkpoints" / "step_00000020" / "train.json").read_text())
     assert saved["step"] == 20 and saved["config"]["mbs"] == 256 and saved["code"] == code_revision()
+
+
+def test_lines_give_means_since_the_line_before(corpus, undisturbed):
+    rows, lines = records(undisturbed), (corpus / "undisturbed.log").read_text().splitlines()
+    found = [
+        re.match(r"step +(\d+)/20  bpb ([\d.]+)  ratio loss ([\d.]+)  bytes per chunk ([\d.]+)/6", x) for x in lines
+    ]
+    found = [[float(x) for x in line.groups()] for line in found if line]
+    assert [step for step, *_ in found] == [1, 5, 10, 15, 20]
+    for (before, *_), (step, bpb, ratio, chunk) in zip(found, found[1:]):
+        since = rows[int(before) : int(step)]
+        mean = {key: sum(row[key] for row in since) / len(since) for key in ("bpb", "stage0_ratio_loss", "stage0_F")}
+        assert bpb == pytest.approx(mean["bpb"], abs=6e-4)
+        assert ratio == pytest.approx(mean["stage0_ratio_loss"], abs=6e-3)
+        assert chunk == pytest.approx(1 / mean["stage0_F"], abs=6e-2)
+
+
+def test_a_run_validates_three_times_by_default(corpus, tmp_path):
+    output = succeed(corpus, "--steps", "9", "--log-every", "100", "--save-dir", str(tmp_path / "run"))
+    assert [row["step"] for row in records(tmp_path / "run") if "val_bpb" in row] == [3, 6, 9]
+    assert output.count("  val bpb ") == 3
 
 
 def test_statistics_come_every_so_many_steps(undisturbed):
@@ -317,21 +340,70 @@ def test_a_continuation_on_other_data_is_refused(corpus, undisturbed, tmp_path):
     assert "the text in --data" in message
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_saves_and_ends_well(corpus, undisturbed, tmp_path, number):
-    folder = tmp_path / "run"
+    folder, logs = tmp_path / "run", (tmp_path / "stdout", tmp_path / "stderr")
     flags = ["--steps", "20", "--save-every", "1000", "--val-every", "10", "--save-dir", str(folder)]
-    process = subprocess.Popen(
-        command(corpus, *flags), cwd=corpus, env=environment(), stdout=subprocess.PIPE, text=True
-    )
+    process = start_train(command(corpus, *flags)[2:], corpus, environment(), logs)
     while not (folder / "metrics.jsonl").exists() or (folder / "metrics.jsonl").read_text().count("\n") < 3:
         time.sleep(0.01)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "--resume auto" in output
+    os.kill(process.pid, number)
+    process.join(240)
+    assert process.exitcode == 0 and "--resume auto" in logs[0].read_text(), logs[1].read_text()
     assert 3 <= len(records(folder)) < 20
     succeed(corpus, *flags, "--resume", "auto")
     assert timeless(folder) == timeless(undisturbed)
+
+
+def test_a_closed_terminal_is_nothing_to_what_nohup_started():
+    """It arrives ignored; the other signals still ask for a save."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        interrupts = Interrupts()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert interrupts.received is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupts.received == "SIGTERM"
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_output_that_nobody_reads_ends_no_run(corpus, tmp_path):
+    """Its reader goes after the first line, as in `| head -1`; so it does when the run is resumed."""
+    folder, pipe = tmp_path / "run", tmp_path / "pipe"
+    os.mkfifo(pipe)
+    flags = ["--save-every", "4", "--val-every", "3", "--save-dir", str(folder), "--log-every", "1"]
+    for more in (["--steps", "6"], ["--steps", "8", "--resume", "auto"]):
+        reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        process = start_train(command(corpus, *flags, *more)[2:], corpus, environment(), (pipe, tmp_path / "stderr"))
+        os.set_blocking(reader, True)
+        while b"\n" not in os.read(reader, 4096):
+            time.sleep(0.01)  # it has not opened the pipe yet
+        os.close(reader)
+        process.join(240)
+        assert (process.exitcode, (tmp_path / "stderr").read_text()) == (0, "")
+        assert newest(folder).name == f"step_0000000{more[1]}"
+        assert records(folder)[-1]["step"] == int(more[1]) and "sample" in records(folder)[-1]
+        assert "val_bpb" in records(folder)[-1] and (folder / "plots.html").exists()
+
+
+def test_an_encoding_that_lacks_characters_ends_no_run(corpus, tmp_path):
+    """What cannot be shown is shown as its number; files are UTF-8, whatever the locale, or ASCII."""
+    folder = tmp_path / "run"
+    argv = command(corpus, "--steps", "2", "--prompt", "日本", "--sample-bytes", "4", "--save-dir", str(folder))
+    (tmp_path / "flags.yaml").write_text("prompt: 日本", encoding="utf-8")
+    argv += ["--config-file", str(tmp_path / "flags.yaml")]
+    more = {"PYTHONIOENCODING": "latin-1", "PYTHONWARNDEFAULTENCODING": "1"}  # warns where a file has the locale's
+    done = subprocess.run(argv, cwd=corpus, env=environment() | more, capture_output=True, timeout=100)
+    assert done.returncode == 0 and b"\\u65e5" in done.stdout, done.stderr[-2000:]
+    warnings = [line for line in done.stderr.decode().splitlines() if "EncodingWarning" in line]
+    ours = [line for line in warnings if line.startswith((f"{ROOT}/train.py", f"{ROOT}/hnet_runtime"))]
+    assert ours == []
+    assert "日本" in records(folder)[-1]["sample"].replace("|", "")
+    assert newest(folder).name == "step_00000002"
 
 
 def test_a_second_ctrl_c_ends_at_once():
@@ -373,8 +445,17 @@ def test_mistakes_in_flags_are_named(tmp_path, monkeypatch, flags, said):
     Path("run.yaml").write_text("step: 3\n")
     Path("type.yaml").write_text("steps: many\n")
     with pytest.raises((UserError, ConfigError)) as mistake:
-        train.main(flags)
+        train.train(read_config(flags))
     assert said in str(mistake.value) and "\n" not in str(mistake.value)
+
+
+@pytest.mark.parametrize("flags, status, said", [(["--help"], 0, "--val-every"), (["--logger", "neptune"], 2, "wandb")])
+def test_flags_are_answered_before_torch_is_imported(flags, status, said):
+    program = "import runpy, sys\ntry: runpy.run_path('train.py', run_name='__main__')\n"
+    program += "except SystemExit as end: print('status', end.code, 'torch' in sys.modules)"
+    argv = [sys.executable, "-c", program, *flags]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert f"status {status} False" in done.stdout and said in done.stdout + done.stderr
 
 
 def test_mistakes_end_in_one_sentence(corpus, undisturbed, tmp_path):
@@ -471,8 +552,11 @@ def test_a_run_goes_on_with_its_own_flags(corpus, tmp_path):
     done = run_train([*bare, "--steps", "3"], corpus, environment())
     assert done.returncode == 2 and "--steps 3" in done.stderr and "has done 5 steps" in done.stderr
     shutil.rmtree(folder / "checkpoints")  # as if it had died before its first save
+    earlier = (folder / "metrics.jsonl").read_bytes()
     done = run_train(["--device", "cpu", "--save-dir", str(folder), "--resume", "auto"], corpus, environment())
     assert done.returncode == 0 and len(records(folder)) == 5
+    assert f"{folder}: no complete checkpoint" in done.stdout and "metrics-1.jsonl" in done.stdout
+    assert (folder / "metrics-1.jsonl").read_bytes() == earlier, "nothing is overwritten"
     flags = (folder / "train.yaml").read_text()
     assert "alpha: 0.05" in flags and "save_dir" not in flags, "what another run can take from it"
     shutil.copytree(folder, tmp_path / "damaged")
@@ -499,13 +583,13 @@ def test_what_a_yaml_file_gives_wrong_is_named(tmp_path, text, said):
     (tmp_path / "flags.yaml").write_text(text)
     for argv in (["--config-file", str(tmp_path / "flags.yaml")], [f"--config-file={tmp_path}/flags.yaml"]):
         with pytest.raises(UserError, match=re.escape(said)) as error:
-            train.read_config(argv)
+            read_config(argv)
         assert "flags.yaml" in str(error.value)
 
 
 def test_a_yaml_file_may_write_numbers_in_any_way(tmp_path):
     (tmp_path / "flags.yaml").write_text("lr: 1e-3\nalpha: 1\nseed: 7")
-    config = train.read_config(["--config-file", str(tmp_path / "flags.yaml"), "--seed", "8"])
+    config = read_config(["--config-file", str(tmp_path / "flags.yaml"), "--seed", "8"])
     assert (config.lr, config.alpha, config.seed) == (1e-3, 1.0, 8)
 
 
@@ -606,6 +690,30 @@ def test_samples_are_printed_and_logged(corpus, tmp_path):
     assert rows[-1]["sample"].replace("|", "").startswith("the ")
 
 
+def test_curves_in_wandb_go_by_steps_of_our_own(tmp_path, monkeypatch):
+    """wandb drops records whose own step does not grow, which a resumed run repeats."""
+    logged, metrics, ids = [], {}, []
+    run = SimpleNamespace(
+        define_metric=lambda name, step_metric=None: metrics.update({name: step_metric}),
+        log=lambda values, step=None: logged.append((values["step"], step)),
+        finish=lambda: None,
+    )
+    wandb = SimpleNamespace(Settings=dict, Table=None, Html=None)
+    wandb.init = lambda **keywords: ids.append(keywords["id"]) or run
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for first, steps in ((0, range(1, 9)), (5, range(6, 11))):
+        sink = WandbSink(tmp_path, first, {})
+        for step in steps:
+            sink.log(step, {"bpb": 1.0})
+        time.sleep(0.02)  # a start takes longer
+    assert metrics == {"step": None, "*": "step"} and ids[0] == ids[1]
+    assert [step for step, _ in logged] == [*range(1, 9), *range(6, 11)]
+    own = [step for _, step in logged]
+    assert all(a < b for a, b in zip(own, own[1:]))
+    WandbSink(tmp_path, 0, {})
+    assert ids[2] != ids[0], "what starts over has curves of its own"
+
+
 def test_wandb_offline(corpus, tmp_path):
     pytest.importorskip("wandb")
     os.environ["WANDB_MODE"] = "offline"
@@ -633,10 +741,6 @@ def test_tensorboard(corpus, tmp_path):
     pytest.importorskip("tensorboard")
     succeed(corpus, "--steps", "2", "-l", "tensorboard", "--save-dir", str(tmp_path / "run"))
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
-
-
-def test_a_gone_logger_says_so(corpus):
-    assert "gone" in refused(corpus, "-l", "neptune")
 
 
 GB = 10**9

@@ -50,12 +50,12 @@ def test_export_and_load(tmp_path, form, tied):
         config_of(["m1", ["T1"], "M1"], [32, 64], tie_embeddings=tied, N_compress=[1, 5]), torch.float32
     )
     files = export(model, tmp_path / "out", form)
-    assert [file.name for file in files] == [f"model.{form}", "config.json"]
+    assert [file.name for file in files][:2] == [f"model.{form}", "config.json"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(file.name for file in files)
     for source in (tmp_path / "out", files[0]):
         got = load(source)
         assert same(got.weights, model.state_dict())
-    assert got.config.N_compress == ((1, 5) if form == "safetensors" else (1, 6))
+        assert got.config == model.config
     lm = load_inference(tmp_path / "out")
     assert (lm.lm_head.weight is lm.embeddings.weight) == tied
     theirs = HNetInference.from_training(model).prefill([b"\xfeabc"]).logits_BLV
@@ -74,6 +74,22 @@ def test_exported_pt_is_the_official_form(tmp_path, model):
     assert state["backbone.encoder.layers.0.mixer.A_log"].dtype == torch.float32
     official = "arch_layout d_model d_intermediate vocab_size ssm_cfg attn_cfg tie_embeddings"
     assert set(json.loads((tmp_path / "config.json").read_text())) == set(official.split())
+
+
+def test_a_default_target_compression_is_named(tmp_path, caplog):
+    """Weights whose config is for the released code alone; a config that is given; one that is given without it."""
+    model = random_model(config_of(["m1", ["T1"], "M1"], [32, 64], N_compress=[1, 5]), torch.float32)
+    weights, official, whole = export(model, tmp_path, "pt")
+    caplog.set_level("INFO", "hnet")
+    assert load(weights).config.N_compress == load(weights, official).config.N_compress == (1, 5)
+    assert caplog.messages == []
+    whole.rename(tmp_path / "named.json")
+    assert load(weights, N_compress=[1, 4]).config.N_compress == (1, 4)
+    assert load(weights, tmp_path / "named.json").config.N_compress == (1, 5)
+    assert caplog.messages == []
+    assert load(weights).config.N_compress == (1, 6)
+    (said,) = caplog.messages
+    assert str(official) in said and "N_compress" in said and "1-6" in said
 
 
 def test_own_checkpoint(tmp_path, model):
@@ -261,7 +277,7 @@ def test_sources_that_are_none(tmp_path, model):
         save_file({"x": torch.zeros(1)}, tmp_path / "two" / f"{name}.safetensors")
     (tmp_path / "run" / "checkpoints" / "step_00000001").mkdir(parents=True)
     (tmp_path / "bad").mkdir()
-    export(model, tmp_path / "bad", "pt")
+    export(model, tmp_path / "bad", "safetensors")
     (tmp_path / "bad" / "config.json").write_text('{"model_type": "other"}')
     for source, words in (
         (tmp_path / "nowhere", "no such file or folder"),

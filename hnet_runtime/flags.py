@@ -1,0 +1,225 @@
+"""The flags of train.py: what there is, how a command line, a YAML file and an earlier run give them.
+
+Nothing here imports torch, so that `--help` and a wrong flag are answered at once.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import tyro
+import yaml
+
+from hnet_runtime import UserError, run_folder
+
+DEFAULT_DATA = "data/stdlib"  # prepared on first use from the running Python's own standard library
+OF_ONE_START = ("save_dir", "resume", "early_exit")  # flags that are not the run's
+
+
+def flag(*short: str):
+    return tyro.conf.arg(aliases=short)
+
+
+ABOUT = """Train an H-Net. Without flags: a tiny one, on the Python standard library, on this machine's best device.
+
+--config-file FILE.yaml gives flags by their names with underscores, as a run's train.yaml does; flags win over it."""
+
+
+@dataclass
+class TrainConfig:
+    """The flags of a run."""
+
+    config: Annotated[str, flag("-c")] = ""
+    """Model config: a JSON file, or one of configs/ by name. Empty: that of -p, else hnet_1stage_tiny."""
+    pt_ckpt: Annotated[str, flag("-p")] = ""
+    """Weights to start from: an official .pt, safetensors, a checkpoint of ours, or hf:owner/name."""
+    n_compression: Annotated[str, flag("-N")] = ""
+    """Target compression, like 1-3-9: bytes per token that each stage should see. Empty: as the config says."""
+    data: str = DEFAULT_DATA
+    """Folder made by `fineweb.py prepare`, or a mixture of some: a:0.7,b:0.3."""
+    order: Literal["shuffle", "length"] = "shuffle"
+    """Order of the documents in an epoch; length goes from short to long."""
+    mbs: int = 2048
+    """Bytes in a slice, which is what a process runs at once (T)."""
+    global_slices: int = 0
+    """Slices in an optimizer step over all processes (G); the number of processes must divide it, and a run keeps it.
+    0: as many as processes."""
+    max_doc: int = 8192
+    """Longest row in bytes; a longer document goes on in further rows."""
+    steps: int = 900
+    """Optimizer steps of the whole run."""
+    seed: int = 0
+    """Seed of the initial weights and of the order of the data."""
+
+    optim: Annotated[Literal["adamw"], flag("-o")] = "adamw"
+    """Optimizer: AdamW with betas (0.9, 0.95)."""
+    lr: float = 4e-4
+    """Peak learning rate before the stages' multipliers (eq. 11 of the paper)."""
+    schedule: Literal["wsd", "wsd-linear", "cosine", "constant"] = "wsd-linear"
+    """After the warmup. wsd: constant, then down to zero over the last `decay` as 1 - sqrt (wsd-linear: linearly)."""
+    warmup: float = 0.1
+    """Share of the steps that warm up linearly."""
+    decay: float = 0.25
+    """Share of the steps that decay, with wsd and wsd-linear."""
+    weight_decay: float = 0.1
+    """AdamW's weight decay, on matrices and embeddings only."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+    alpha: float = 0.2
+    """Weight of the ratio losses. The paper's 0.03 is for long runs; in a short one it leaves chunks far from words."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes CUDA where torch has it."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute dtype beside float32 masters. auto: bfloat16 on CUDA, float32 on the CPU."""
+    compile: Annotated[Literal["auto", "graph", "block", "eager"], flag("-C")] = "auto"
+    """graph: steps as CUDA graphs of fused kernels, on Hopper GPUs in bfloat16 with whole weights on each; by far the
+    fastest. block: each kind of block compiled by torch. auto: graph where it is possible on a GPU, else eager."""
+
+    replicate: int = 0
+    """Copies of the weights: as many as processes, 1 (FSDP2), or between (HSDP: with one for each node, weights are cut
+    within nodes and copied across). 0: as many as processes where steps then run as graphs and what each holds takes no
+    more than half of its GPU's memory, else 1."""
+    reshard: bool = True
+    """With several processes: free gathered weights after the forward and gather them again for the backward."""
+    ac: Literal["none", "block", "selective"] = "none"
+    """Activation checkpointing. block: keep only what enters a block and compute the rest again in the backward;
+    selective: also keep the results of matrix products, attention and the scan."""
+    max_chunks_per_rank: int = 0
+    """Where a router on any process opens more chunks than this in a micro-batch, all run its inner stages as with
+    --ac block. 0: no limit."""
+    timeout: float = 300
+    """Seconds without a sign of life or progress after which a process is taken for dead or hung and the job ends."""
+
+    save_dir: str = ""
+    """The run's folder. Empty: runs/<config>-<time>."""
+    resume: str = ""
+    """auto: go on from the newest complete checkpoint in save_dir, if there is one. Or a run's or checkpoint's folder.
+    Flags that are not given are those of that run."""
+    save_every: int = 250
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """How many of the newest checkpoints stay; 0: all."""
+    keep_every: int = 0
+    """Checkpoints of every so many steps stay for good; 0: none."""
+    val_every: int = -1
+    """Steps between validations; the last step is always validated. -1: a third of the run; 0: only the last."""
+    val_slices: int = 64
+    """Held-out slices to score; 0: all."""
+    log_every: int = 20
+    """Steps between lines on the console, which give their means; metrics.jsonl has every step."""
+    stats_every: int = 100
+    """Steps between statistics of routers and weights: chunk lengths, where boundaries lie, norms, updates. 0: none."""
+    on_collapse: Literal["warn", "stop"] = "warn"
+    """When a router has collapsed or is dead: say so, or save and stop with status 2. Oscillation is only named."""
+    sample_every: int = 0
+    """Steps between generated samples; the last step always gives one. 0: only the last."""
+    sample_bytes: int = 160
+    """Length of a sample; 0: none."""
+    prompt: str = ""
+    """What samples go on from."""
+    logger: Annotated[Literal["local", "wandb", "tensorboard"], flag("-l")] = "local"
+    """Where metrics go beside metrics.jsonl."""
+    early_exit: Annotated[Literal["no", "generate", "dumpparams"], flag("-e")] = "no"
+    """generate: check that training forward, prefill and steps agree, and stop (status 1 if not). dumpparams: print the
+    modules and each parameter's shape, dtype, stage, multiplier and decay, and stop; LOVELY_TENSORS=1 in the
+    environment adds what is in them."""
+
+    def check(self) -> None:
+        """Raises UserError naming the first flag that is out of range."""
+        for name in ("mbs", "max_doc", "steps", "save_every", "log_every"):
+            self._expect(name, getattr(self, name) >= 1, "1 or more")
+        for name in (
+            "global_slices",
+            "replicate",
+            "val_every",
+            "val_slices",
+            "stats_every",
+            "sample_every",
+            "sample_bytes",
+            "keep",
+            "keep_every",
+            "max_chunks_per_rank",
+            "clip",
+            "alpha",
+            "weight_decay",
+        ):
+            self._expect(name, getattr(self, name) >= 0, "0 or more")
+        for name, value in vars(self).items():
+            self._expect(name, not isinstance(value, float) or math.isfinite(value), "a finite number")
+        for name in ("lr", "timeout"):
+            self._expect(name, getattr(self, name) > 0, "more than 0")
+        for name in ("warmup", "decay"):
+            self._expect(name, 0 <= getattr(self, name) <= 1, "a share from 0 to 1")
+        self._expect("decay", self.warmup + self.decay <= 1, f"at most 1 together with --warmup {self.warmup}")
+        self._expect("ac", self.ac != "selective" or self.compile != "block", "none or block with --compile block")
+        self._expect("seed", 0 <= self.seed < 2**63, "0 or more, below 2**63")
+        self._expect("resume", self.resume != "auto" or self.save_dir, "also --save-dir, the folder of the run")
+        if self.resume and self.early_exit != "no":
+            raise UserError(f"-e {self.early_exit} with --resume: expected -p, which names the weights to look at")
+        for name in ("wandb", "tensorboard"):
+            if self.logger == name and importlib.util.find_spec(name) is None:
+                raise UserError(f"--logger {name}: {name} is not installed; pip install -e '.[{name}]'")
+
+    def _expect(self, name: str, good: bool, expected: str) -> None:
+        if not good:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {expected}")
+
+
+def read_config(argv: Sequence[str]) -> TrainConfig:
+    """Flags over the YAML file of --config-file, over those of the run that --resume goes on with, over the defaults.
+
+    An unknown flag ends the program with status 2.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-file", default="")
+    file, rest = parser.parse_known_args(argv)
+    given = _read_yaml(file.config_file) if file.config_file else {}
+    config = tyro.cli(TrainConfig, args=rest, default=TrainConfig(**given), description=ABOUT)
+    if earlier := _flags_of_the_run(config):
+        config = tyro.cli(TrainConfig, args=rest, default=TrainConfig(**earlier | given))
+        config.global_slices = config.global_slices or earlier.get("global_slices", 0)
+    if config.val_every == -1:
+        config.val_every = max(1, config.steps // 3)
+    config.check()
+    return config
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        given = yaml.safe_load(Path(path).read_bytes()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not a readable YAML file ({str(error).splitlines()[0]})") from None
+    kinds = get_type_hints(TrainConfig)
+    if not isinstance(given, dict):
+        raise UserError(f"{path}: expected flags and their values, like steps: 900")
+    for key, value in given.items():
+        if key not in kinds:
+            raise UserError(f"{path}: unknown key {key!r}; known are {', '.join(kinds)}")
+        kind, choices = kinds[key], get_args(kinds[key])
+        if kind is float and not isinstance(value, bool):  # 1e-3 is text to YAML, which wants 1.0e-3
+            with contextlib.suppress(TypeError, ValueError):
+                value = given[key] = float(value)
+        if choices and value not in choices:
+            raise UserError(f"{path}: {key}: {value!r}; expected one of {', '.join(choices)}")
+        if not choices and type(value) is not kind:
+            raise UserError(f"{path}: {key}: {value!r}; expected {kind.__name__}")
+    return given
+
+
+def _flags_of_the_run(config: TrainConfig) -> dict[str, Any]:
+    """The flags of the run that is resumed, if there is one; what they mean by now is for `TrainConfig.check`."""
+    folder = config.save_dir if config.resume == "auto" else config.resume
+    if not folder:
+        return {}
+    earlier = run_folder.train_config_of(folder)
+    if earlier is None and (Path(folder) / "train.yaml").exists():  # it ended before its first checkpoint
+        earlier = _read_yaml(f"{folder}/train.yaml")
+    known = {field.name for field in dataclasses.fields(TrainConfig)} - set(OF_ONE_START)
+    return {name: value for name, value in (earlier or {}).items() if name in known}

@@ -1,0 +1,144 @@
+"""What a training run says: a step's numbers by name, lines on the console, samples, and what it learned."""
+
+import logging
+import math
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fineweb import ByteStream
+from hnet_runtime import distributed, statistics
+from hnet_runtime.chunks import bars, print_chunks, to_html
+from hnet_runtime.distributed import World
+from hnet_runtime.evaluation import chunks_of
+from hnet_runtime.flags import TrainConfig
+from hnet_runtime.metrics import duration, read_metrics
+from hnet_runtime.plots import plot
+from hnet_simple import HNetInference, generate
+from hnet_trainable import HNetConfig, HNetLM, count_flops
+
+logger = logging.getLogger("hnet")
+
+
+def describe(stats: list[float], hnet: HNetConfig, config: TrainConfig) -> dict[str, Any]:
+    """Returns the numbers of train.py's `forward_backward` and the statistics by their names in metrics.jsonl."""
+    S = hnet.num_stages
+    ce, text_bytes, rows, *rest = stats
+    record = {"bpb": ce * config.mbs / (text_bytes * math.log(2)), "ce": ce, "rows": rows}
+    rest, more = rest[: 4 * S], rest[4 * S :]
+    for s in range(S):
+        ratio, F, G, imbalance = rest[s::S]
+        record |= {f"stage{s}_ratio_loss": ratio, f"stage{s}_F": F, f"stage{s}_G": G}
+        record |= {f"stage{s}_compression": 1 / F, f"stage{s}_target": hnet.target_ratios[s]}
+        record |= {f"stage{s}_imbalance": imbalance}
+    return record | dict(zip(statistics.names(S), more))
+
+
+def speed(
+    record: dict[str, Any], seconds: float, hnet: HNetConfig, config: TrainConfig, world: World
+) -> dict[str, Any]:
+    """Returns a step's speed. MFU counts matrix products alone, over the tokens that each stage really saw."""
+    tokens = [float(config.mbs * config.global_slices)]
+    for s in range(hnet.num_stages):
+        tokens.append(tokens[-1] * record[f"stage{s}_F"])
+    peak = distributed.peak_flops(world.device) * world.size
+    flops = count_flops(hnet, [[n] for n in tokens]).matmul
+    measured = {"step_ms": 1000 * seconds, "bytes_per_s": tokens[0] / seconds, "mfu": flops / seconds / peak}
+    if world.device.type == "cuda":
+        measured["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        measured["reserved_gib"] = torch.cuda.memory_reserved() / 2**30  # with what graphs use when replayed
+    return measured
+
+
+class Progress:
+    """The lines on the console. Each gives means over the steps since the line before it: single batches vary a lot."""
+
+    def __init__(self, hnet: HNetConfig, config: TrainConfig, first_step: int):
+        self.hnet, self.config, self.first_step = hnet, config, first_step
+        self._records: list[dict[str, Any]] = []
+        self._last_line = time.perf_counter(), first_step
+
+    def add(self, step: int, record: dict[str, Any]) -> str | None:
+        """Takes a step's record. Returns a line where one is due: every --log-every steps, and with a validation."""
+        self._records.append(record)
+        is_due = step in (self.first_step + 1, self.config.steps) or step % self.config.log_every == 0
+        if not is_due and "val_bpb" not in record:
+            return None
+        now, (then, before) = time.perf_counter(), self._last_line
+        seconds_left = (now - then) / (step - before) * (self.config.steps - step)  # at the pace since the last line
+        line = self._line(step, record, seconds_left)
+        self._records, self._last_line = [], (now, step)
+        return line
+
+    def _line(self, step: int, record: dict[str, Any], seconds_left: float) -> str:
+        parts = [f"step {step:>{len(str(self.config.steps))}}/{self.config.steps}", f"bpb {self._mean('bpb'):.3f}"]
+        if stages := range(self.hnet.num_stages):
+            parts.append("ratio loss " + " ".join(f"{self._mean(f'stage{s}_ratio_loss'):.2f}" for s in stages))
+            found = [f"{1 / self._mean(f'stage{s}_F'):.1f}/{self.hnet.target_ratios[s]:g}" for s in stages]
+            parts.append(f"{'bytes per chunk' if len(found) == 1 else 'compression'} {' '.join(found)}")
+        parts += [f"lr {record['lr']:.1e}", f"grad {self._mean('grad_norm'):.2f}"]
+        rate = self.config.mbs * self.config.global_slices / self._mean("step_ms")  # bytes in a ms, which is kB in a s
+        parts += [f"{rate:.1f} kB/s", f"ETA {duration(seconds_left)}"]
+        if "val_bpb" in record:
+            parts.append(f"val bpb {record['val_bpb']:.3f}")
+        return "  ".join(parts)
+
+    def _mean(self, key: str) -> float:
+        return sum(record[key] for record in self._records) / len(self._records)
+
+
+class Sample(NamedTuple):
+    """What the model wrote: bytes, and for each of them where each stage's chunks start."""
+
+    data: bytes
+    starts: Sequence[Sequence[bool]]
+
+    def record(self) -> dict[str, str]:
+        """Returns the sample with bars between chunks and in colours, for the metrics."""
+        return {"sample": bars(self.data, self.starts), "sample_html": to_html(self.data, self.starts)}
+
+
+def sample(inference: HNetInference, config: TrainConfig, world: World) -> Sample | None:
+    """Returns what the model writes on rank 0, elsewhere None. Called by every rank."""
+    with inference.unsharded():  # gathers the weights of all ranks; then rank 0 alone generates
+        if not world.is_main:
+            return None
+        written = generate(
+            inference, [os.fsencode(config.prompt)], max_bytes=config.sample_bytes, seed=config.seed, valid_utf8=True
+        )[0]
+    return Sample(written.data, written.starts)
+
+
+def show_results(model: HNetLM, val_stream: ByteStream | None, run: Path, world: World) -> None:
+    """Prints the last validation and held-out text with the model's chunks in colours; writes the run's plots."""
+    if val_stream is None:
+        if world.is_main:
+            plot([run], run / "plots")
+            logger.info(f"curves in {run / 'plots.html'}; there was no held-out text to validate on")
+        return
+    *_, piece = val_stream.slices_once(2)  # the first and one from the middle
+    text = bytes(piece.labels[: piece.row_lengths[0]]).rstrip(b"\xff")[:800]
+    opens = chunks_of(model, text, world)
+    if not world.is_main:
+        return
+    plot([run], run / "plots")
+    records = [record for record in read_metrics(run / "metrics.jsonl") if "val_bpb" in record]
+    if not records:
+        return
+    last = records[-1]
+    if opens:
+        logger.info("held-out text in the chunks that the model cut:")
+        print_chunks(text, list(zip(*opens)))
+        share, base = last["val_edge_share"], last["val_edge_base"]
+        compared = f": {share / base:.1f} times as often as by chance" if base else ""
+        logger.info(
+            f"{share:.0%} of the chunks begin at the edge of a word, where {base:.0%} of all bytes do{compared}"
+        )
+    logger.info(
+        f"{last['val_bpb']:.3f} bits per byte on {last['val_bytes']:,} bytes of held-out text; "
+        f"curves in {run / 'plots.html'}"
+    )

@@ -1,0 +1,67 @@
+"""The checkpoints in a run's folder: which there are, which are complete, and the flags and steps they were saved with.
+
+Nothing here imports torch: train.py reads the flags of a run that it resumes before anything else.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from hnet_runtime import UserError
+
+WITHOUT = "without this folder, --resume auto goes on from the checkpoint before"
+
+
+class CheckpointError(UserError):
+    """Weights that can't be read or don't fit; one sentence that names the file and what was expected."""
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """The folder of the checkpoint of `step` steps done."""
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the manifest is there and every file in it has its size."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        sizes_fit = all((folder / name).stat().st_size == size for name, size in manifest.items())
+        return sizes_fit and ".metadata" in manifest
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _steps(run: Path) -> list[Path]:
+    return sorted(p for p in (run / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d{8,}(\.writing)?", p.name))
+
+
+def complete(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return [p for p in _steps(run) if p.suffix != ".writing" and is_complete(p)]
+
+
+def incomplete(run: Path) -> list[Path]:
+    """Folders that a crash left unfinished, or that were damaged since."""
+    return [p for p in _steps(run) if p.suffix == ".writing" or not is_complete(p)]
+
+
+def read_train(checkpoint: Path) -> dict[str, Any]:
+    """What `save` was given as `train`, plus `step`. Raises UserError for a folder that isn't a complete checkpoint."""
+    if not is_complete(checkpoint):
+        raise UserError(f"{checkpoint}: not a complete checkpoint (no manifest.json, or files that differ from it)")
+    try:
+        train = json.loads((checkpoint / "train.json").read_text(encoding="utf-8"))
+    except ValueError:
+        train = None
+    if not isinstance(train, dict) or not isinstance(train.get("config", {}), dict):
+        raise CheckpointError(f"{checkpoint / 'train.json'}: damaged, not what train.py writes; {WITHOUT}")
+    return train
+
+
+def train_config_of(source: str) -> dict[str, Any] | None:
+    """The flags of train.py that a run or one of its checkpoints was made with; None for weights from elsewhere."""
+    folder = Path(source)
+    if found := complete(folder):
+        folder = found[-1]
+    return read_train(folder)["config"] if (folder / "train.json").exists() else None
