@@ -24,6 +24,10 @@ class ConfigError(ValueError):
     """A model config that can't be used; the message names the key and says what is allowed."""
 
 
+# The registry of mixers: a letter of layouts and its class, see hnet_trainable.py, which enters its own.
+MIXERS: dict[str, Any] = {}
+
+
 # No model that fits into a machine comes near these bounds; a size beyond one is a slip of the keyboard.
 MAX_STAGES = 16
 MAX_LAYERS = 10_000  # in one layout
@@ -63,19 +67,22 @@ class AttnConfig:
 
 
 class Layer(NamedTuple):
-    """One letter of a layout: `m` Mamba-2, `t` attention; upper case adds a SwiGLU."""
+    """One letter of a layout, in lower case: `m` Mamba-2, `t` attention, or another of MIXERS."""
 
-    mixer: str  # "m" or "t"
-    has_mlp: bool
+    mixer: str
+    has_mlp: bool  # the letter was upper case: a SwiGLU follows the mixer
 
 
 def parse_layout(layout: str) -> list[Layer]:
     """`"T1m2"` -> one attention block with MLP and two Mamba-2 blocks without. Raises ConfigError on anything else."""
-    if not isinstance(layout, str) or not re.fullmatch(r"([mMtT][0-9]+)+", layout):
+    known = "".join(MIXERS or "mt")
+    letters = f"[{known}{known.upper()}]"
+    if not isinstance(layout, str) or not re.fullmatch(f"({letters}[0-9]+)+", layout):
+        written = " ".join(f"{letter} {letter.upper()}" for letter in known)
         raise ConfigError(
-            f"arch_layout: {_shown(layout)} is not a layout; write letters of m M t T, each with a count: 'T1m4'"
+            f"arch_layout: {_shown(layout)} is not a layout; write letters of {written}, each with a count: 'T1m4'"
         )
-    found = re.findall(r"([mMtT])0*([0-9]*)", layout)
+    found = re.findall(f"({letters})0*([0-9]*)", layout)
     counts = [int(count[:9] or 0) for _, count in found]  # of nine digits and more, the first nine are absurd
     if sum(counts) > MAX_LAYERS:
         raise ConfigError(f"arch_layout: {_shown(layout)} has too many layers; expected at most {MAX_LAYERS:,} in one")
@@ -218,7 +225,7 @@ class HNetConfig:
                 )
 
     def count_parameters(self) -> int:
-        """The number of parameters of the model, computed without building it."""
+        """The number of parameters of the model, computed without building it; without those of other mixers' own."""
         N, d_conv = self.ssm_cfg.d_state, self.ssm_cfg.d_conv
         total = self.vocab_size * self.d_model[0] * (1 if self.tie_embeddings else 2)
         for s, D in enumerate(self.d_model):
@@ -228,7 +235,7 @@ class HNetConfig:
             for layout in self.layouts(s):
                 layers = parse_layout(layout)
                 total += D  # the final norm
-                total += sum((mamba if layer.mixer == "m" else 4 * D * D) + D for layer in layers)
+                total += sum({"m": mamba, "t": 4 * D * D}.get(layer.mixer, 0) + D for layer in layers)
                 total += sum(3 * D * mlp + D for layer in layers if layer.has_mlp)
             if s < self.num_stages:
                 total += 3 * D * D + D  # the router and residual_proj

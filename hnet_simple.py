@@ -24,30 +24,18 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 
-from hnet_kernels import attention, ema_forward, ssd
-from hnet_trainable import (
-    BOS,
-    EMA_CLAMP,
-    EOS,
-    HEADDIM,
-    GatedRMSNorm,
-    HNetConfig,
-    Layer,
-    RMSNorm,
-    SwiGLU,
-    parse_layout,
-    rotate,
-)
+from hnet_kernels import Chunks, ema_forward
+from hnet_kernels.generation import KVState, Span, even_documents, ring_slots, take
+from hnet_trainable import BOS, EMA_CLAMP, EOS, HNet, HNetConfig, HNetLM, Isotropic, rotary_tables
 
 TRAINED_LENGTH = 8192  # bytes of a training document in the paper's recipe; longer inputs get a warning
-MIN_SLOTS = 64  # a key-value ring starts with as many
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -57,74 +45,74 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 # ------------------------------------------------------------------------------------------------------------- caches
 
 
-class Span(NamedTuple):
-    """Where new tokens of one stage stand: sequence b adds length[b] of them, from position start[b].
-
-    In a step L = 1, and sequences of length 0 are those that are not active: they keep all their state.
-    """
-
-    is_step: bool
-    start_B: Tensor  # int64
-    length_B: Tensor  # int64
-    valid_BL: Tensor  # bool; the rest is padding, always on the right, so that causality hides it
-    past: int  # the most tokens that any sequence had before
-    cos_TR: Tensor  # T = B * L
-    sin_TR: Tensor
-
-
-@dataclasses.dataclass
-class MambaState:
-    """The last inputs of the convolution and the state of the recurrence."""
-
-    conv_BWC: Tensor  # W = d_conv - 1, compute dtype
-    ssm_BHPN: Tensor  # at least float32
-
-
-@dataclasses.dataclass
-class KVState:
-    """Rotated keys and values in a ring: position i lies in slot i mod W, where W >= positions or W = window + 1."""
-
-    k_BWHP: Tensor
-    v_BWHP: Tensor
-    window: int  # -1: everything before is visible, and the ring never turns
-
-    def reserve(self, tokens: int) -> None:
-        """Grow to `ring_slots(tokens, window)` slots, if there are fewer. Until it is full, slot i is position i."""
-        more = ring_slots(tokens, self.window) - self.k_BWHP.shape[1]
-        if more > 0:
-            self.k_BWHP, self.v_BWHP = (F.pad(t, (0, 0, 0, 0, 0, more)) for t in (self.k_BWHP, self.v_BWHP))
-
-
-def ring_slots(tokens: int, window: int) -> int:
-    """Slots for `tokens` positions: the next power of two from MIN_SLOTS on, but no more than the window shows."""
-    slots = max(MIN_SLOTS, 1 << max(tokens - 1, 0).bit_length())
-    return slots if window < 0 else min(slots, window + 1)
+class GenerationError(RuntimeError):
+    """A mixer that cannot generate."""
 
 
 @dataclasses.dataclass
 class StageState:
-    """What one stage remembers of its tokens. The innermost has only `inner`; the others the rest."""
+    """What one stage remembers of its tokens."""
 
     position_B: Tensor  # int64: tokens seen, so the position of the next one
     tokens: list[int]  # the same on the host
-    encoder: list[MambaState | KVState] = dataclasses.field(default_factory=list)
-    decoder: list[MambaState | KVState] = dataclasses.field(default_factory=list)
-    inner: list[MambaState | KVState] = dataclasses.field(default_factory=list)
-    last_hidden_state_BD: Tensor | None = None  # the router's x_{t-1}
-    ema_BD: Tensor | None = None  # the smoothing's z of the chunk at hand, at least float32
+    layers: dict[nn.Module, Any]  # a state for each mixer
+    dtype: torch.dtype  # that of the computation
+    last_hidden_state_BD: Tensor | None = None  # the router's x_{t-1}; not innermost
+    ema_BD: Tensor | None = None  # the smoothing's z of the chunk at hand, at least float32; not innermost
+    tables: tuple[Tensor, Tensor] | None = None  # rotary, of as many positions as were reserved
 
-    @property
-    def layers(self) -> list[MambaState | KVState]:
-        return [*self.encoder, *self.inner, *self.decoder]
+    @classmethod
+    def new(cls, stage: HNet, batch: int) -> StageState:
+        stacks = [stack for stack in stage.children() if isinstance(stack, Isotropic)]
+        mixers = [layer.mixer for stack in stacks for layer in stack.layers]
+        for mixer in mixers:
+            if lacks := [name for name in ("new_state", "prefill", "step") if not hasattr(mixer, name)]:
+                raise GenerationError(
+                    f"{type(mixer).__name__} trains, but cannot generate: it has no {' and no '.join(lacks)}"
+                )
+        some = stacks[0].rmsnorm.weight
+        layers = {mixer: mixer.new_state(batch) for mixer in mixers}
+        state = cls(some.new_zeros(batch, dtype=torch.int64), [0] * batch, layers, some.dtype)
+        if not stage.is_innermost:
+            state.last_hidden_state_BD = some.new_zeros(batch, len(some))
+            state.ema_BD = some.new_zeros(batch, len(some), dtype=at_least_float32(some.dtype))
+        return state
 
-    def reserve(self, tokens: int) -> None:
-        for layer in self.layers:
+    def reserve(self, tokens: int, stage: HNet) -> None:
+        """Room for so many tokens of each sequence."""
+        if self.tables is None or len(self.tables[0]) < tokens:
+            dtype = at_least_float32(self.dtype)
+            self.tables = rotary_tables(ring_slots(tokens, -1), stage.rotary_dim, dtype, self.position_B.device)
+        for layer in self.layers.values():
             if isinstance(layer, KVState):
                 layer.reserve(tokens)
+
+    def span(self, length_B: Tensor, L: int) -> Span:
+        """L new tokens of each sequence, length_B of which are real."""
+        offset_L = torch.arange(L, device=length_B.device)
+        return Span(self.position_B.clone(), length_B, offset_L < length_B[:, None], max(self.tokens), *self.tables)
 
     def advance(self, tokens: Sequence[int | bool], tokens_B: Tensor) -> None:
         self.tokens = [old + new for old, new in zip(self.tokens, tokens)]
         self.position_B += tokens_B
+
+
+class Continued(NamedTuple):
+    """What generation hands to modules where training hands them a Packing: texts go on from a cache."""
+
+    state: StageState
+    span: Span
+    is_step: bool
+
+    def mix(self, mixer: nn.Module, x_TD: Tensor) -> Tensor:
+        method = mixer.step if self.is_step else mixer.prefill
+        return method(x_TD, self.state.layers[mixer], self.span)
+
+
+class Rows(NamedTuple):
+    """What the router needs of a Packing."""
+
+    position_T: Tensor
 
 
 @dataclasses.dataclass
@@ -149,286 +137,52 @@ class Cache:
     def cache_bytes(self) -> int:
         """Bytes of all buffers on the device; the class's docstring has the formula."""
         tensors = [t for stage in self.stages for t in (stage.position_B, stage.last_hidden_state_BD, stage.ema_BD)]
-        for layer in (layer for stage in self.stages for layer in stage.layers):
+        for layer in (layer for stage in self.stages for layer in stage.layers.values()):
             tensors += [t for t in vars(layer).values() if isinstance(t, Tensor)]
         return sum(t.nbytes for t in tensors if t is not None)
 
 
-# ------------------------------------------------------------------------------------------------------------- layers
+# -------------------------------------------------------------------------------------------------------------- stages
 #
-# Each takes x_BLD, its state and the Span that says where the tokens stand, and brings the state up to date.
+# All that is computed for each token alone runs on flat rows, as in training: T = B L of them.
 
 
-class CausalConv1d(nn.Module):
-    """Depthwise causal convolution with bias; the W = width - 1 inputs before the first come in front of `x`."""
-
-    def __init__(self, channels: int, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels, 1, width))
-        self.bias = nn.Parameter(torch.empty(channels))
-
-    def forward(self, x_BXC: Tensor) -> Tensor:
-        """X = W + L inputs -> L outputs."""
-        dtype = at_least_float32(x_BXC.dtype)
-        x, taps_XC = x_BXC.to(dtype), self.weight.to(dtype).squeeze(1).T  # the last tap meets the newest input
-        L = x.shape[1] - len(taps_XC) + 1
-        return (self.bias + sum(tap_C * x[:, k : k + L] for k, tap_C in enumerate(taps_XC))).to(x_BXC.dtype)
+def route(stage: HNet, x_TD: Tensor, state: StageState, span: Span) -> Tensor:
+    """p (B, L) of new tokens, each compared with the one before, of which the first is in the state."""
+    B, L = span.shape
+    x_BXD = torch.cat([state.last_hidden_state_BD[:, None], x_TD.unflatten(0, (B, L))], dim=1)
+    state.last_hidden_state_BD.copy_(take(x_BXD, span.length_B[:, None])[:, 0])
+    position_BX = span.start_B[:, None] + torch.arange(-1, L, device=x_TD.device)
+    p_T = stage.routing_module(x_BXD.flatten(0, 1), Rows(position_BX.flatten()))
+    return p_T.unflatten(0, (B, 1 + L))[:, 1:]
 
 
-class Mamba2(nn.Module):
-    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, y_t = h_t C_t + D x_t (arXiv 2405.21060)."""
-
-    def __init__(self, config: HNetConfig, s: int):
-        super().__init__()
-        width, ssm = config.d_model[s], config.ssm_cfg
-        self.d_inner, self.d_state, self.d_conv = ssm.expand * width, ssm.d_state, ssm.d_conv
-        self.n_heads, self.conv_dim = self.d_inner // HEADDIM, self.d_inner + 2 * ssm.d_state
-        self.in_proj = nn.Linear(width, self.d_inner + self.conv_dim + self.n_heads, bias=False)  # z, x, B, C, dt
-        self.conv1d = CausalConv1d(self.conv_dim, ssm.d_conv)
-        self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
-        self.A_log = nn.Parameter(torch.empty(self.n_heads))
-        self.D = nn.Parameter(torch.empty(self.n_heads))
-        self.norm = GatedRMSNorm(self.d_inner)
-        self.out_proj = nn.Linear(self.d_inner, width, bias=False)
-
-    def new_state(self, batch: int) -> MambaState:
-        weight, dtype = self.in_proj.weight, at_least_float32(self.dt_bias.dtype)
-        return MambaState(
-            weight.new_zeros(batch, self.d_conv - 1, self.conv_dim),
-            weight.new_zeros(batch, self.n_heads, HEADDIM, self.d_state, dtype=dtype),
-        )
-
-    def forward(self, x_BLD: Tensor, state: MambaState, span: Span) -> Tensor:
-        z, xBC, dt = self.in_proj(x_BLD).split([self.d_inner, self.conv_dim, self.n_heads], dim=-1)
-        x, B, C = self.convolve(xBC, state, span).split([self.d_inner, self.d_state, self.d_state], dim=-1)
-        x = x.unflatten(-1, (self.n_heads, HEADDIM))
-        dt = F.softplus(dt.to(at_least_float32(self.dt_bias.dtype)) + self.dt_bias)
-        scan = self.scan_step if span.is_step else self.scan_prefill
-        y = scan(x, dt, -self.A_log.to(dt.dtype).exp(), B, C, state, span) + self.D[:, None] * x
-        return self.out_proj(self.norm(y.flatten(-2), z))
-
-    def convolve(self, x_BLC: Tensor, state: MambaState, span: Span) -> Tensor:
-        x_BXC = torch.cat([state.conv_BWC, x_BLC], dim=1)
-        last_BW = span.length_B[:, None] + torch.arange(self.d_conv - 1, device=x_BLC.device)
-        state.conv_BWC.copy_(take(x_BXC, last_BW))
-        return F.silu(self.conv1d(x_BXC))
-
-    def scan_prefill(self, x_BLHP, dt_BLH, A_H, B_BLN, C_BLN, state: MambaState, span: Span) -> Tensor:
-        """The training kernel from h = 0, plus what the state before contributes: the recurrence is linear."""
-        B, L = dt_BLH.shape[:2]
-        rows = [t.flatten(0, 1).contiguous() for t in (x_BLHP, dt_BLH, B_BLN, C_BLN)]
-        y_BLHP = ssd(*rows[:2], A_H, *rows[2:], even_documents(B, L, x_BLHP.device)).unflatten(0, (B, L))
-        h_BHPN, dtype = state.ssm_BHPN, state.ssm_BHPN.dtype
-        dt_BLH = dt_BLH * span.valid_BL[..., None]  # padding neither decays the state nor adds to it
-        sum_BLH = (dt_BLH * A_H).double().cumsum(1)
-        kept_BLHP = torch.einsum("bln,bhpn->blhp", C_BLN.to(dtype), h_BHPN) * sum_BLH.exp().to(dtype)[..., None]
-        gain_BLH = (sum_BLH[:, -1:] - sum_BLH).exp().to(dtype) * dt_BLH
-        added_BHPN = torch.einsum("blhp,bln->bhpn", x_BLHP.to(dtype) * gain_BLH[..., None], B_BLN.to(dtype))
-        h_BHPN.mul_(sum_BLH[:, -1].exp().to(dtype)[..., None, None]).add_(added_BHPN)
-        return (y_BLHP + kept_BLHP).to(x_BLHP.dtype)
-
-    def scan_step(self, x_B1HP, dt_B1H, A_H, B_B1N, C_B1N, state: MambaState, span: Span) -> Tensor:
-        h_BHPN, dtype = state.ssm_BHPN, state.ssm_BHPN.dtype
-        dt_BH = (dt_B1H * span.valid_BL[..., None])[:, 0]  # dt = 0 leaves h as it is
-        added_BHP = x_B1HP[:, 0].to(dtype) * dt_BH[..., None]
-        h_BHPN.mul_((dt_BH * A_H).exp()[..., None, None]).add_(added_BHP[..., None] * B_B1N.to(dtype)[:, :, None])
-        return torch.einsum("bhpn,bln->blhp", h_BHPN, C_B1N.to(dtype)).to(x_B1HP.dtype)
+def smooth_prefill(y_BKD: Tensor, p_BL: Tensor, b_BL: Tensor, kept_BK: Tensor, state: StageState) -> Tensor:
+    """Eq. 5 and 8: z_k = P_k y_k + (1 - P_k) z_{k-1}, and the z of its chunk for each of the L tokens."""
+    B, K = kept_BK.shape
+    z_BXD = state.ema_BD[:, None]  # X = 1 + K: tokens before the first new chunk still belong to the one before
+    if K:
+        P_BK = p_BL.gather(1, kept_BK).clamp(EMA_CLAMP, 1 - EMA_CLAMP)
+        z_CD = ema_forward(y_BKD.flatten(0, 1), P_BK.flatten(), even_documents(B, K, y_BKD.device))
+        carried_BK1 = torch.log1p(-P_BK).cumsum(1).exp()[..., None]
+        z_BXD = torch.cat([z_BXD, z_CD.unflatten(0, (B, K)) + carried_BK1 * z_BXD], dim=1)
+    z_BLD = take(z_BXD, b_BL.cumsum(1))
+    state.ema_BD.copy_(z_BLD[:, -1])
+    return z_BLD
 
 
-class Attention(nn.Module):
-    """Causal attention with partial rotary embeddings; position i sees i - window..i, or all before where it is -1."""
-
-    def __init__(self, config: HNetConfig, s: int):
-        super().__init__()
-        width = config.d_model[s]
-        self.n_heads, self.window = config.attn_cfg.num_heads[s], config.attn_cfg.window_size[s]
-        self.Wqkv = nn.Linear(width, 3 * width, bias=False)
-        self.out_proj = nn.Linear(width, width, bias=False)
-
-    def new_state(self, batch: int) -> KVState:
-        heads = (self.n_heads, self.out_proj.in_features // self.n_heads)
-        return KVState(*(self.Wqkv.weight.new_zeros(batch, 0, *heads) for _ in "kv"), self.window)
-
-    def forward(self, x_BLD: Tensor, state: KVState, span: Span) -> Tensor:
-        q_THP, k_THP, v_THP = self.Wqkv(x_BLD).flatten(0, 1).unflatten(-1, (3, self.n_heads, -1)).unbind(1)
-        q_THP, k_THP = (rotate(t, span.cos_TR, span.sin_TR) for t in (q_THP, k_THP))
-        q, k, v = (t.unflatten(0, x_BLD.shape[:2]) for t in (q_THP, k_THP, v_THP))
-        attend = self.step if span.is_step else self.prefill
-        return self.out_proj(attend(q, k, v, state, span).flatten(-2))
-
-    def prefill(self, q_BLHP: Tensor, k_BLHP: Tensor, v_BLHP: Tensor, state: KVState, span: Span) -> Tensor:
-        """The training kernel over [what was before | what is new], with empty queries for what was before.
-
-        Sequences that have less before them than the longest have junk at the front: a document of its own.
-        """
-        B, L = q_BLHP.shape[:2]
-        W, device = state.k_BWHP.shape[1], q_BLHP.device
-        past = span.past if self.window < 0 else min(span.past, self.window)
-        before_BX = span.start_B[:, None] - torch.arange(past, 0, -1, device=device)
-        both = (state.k_BWHP, k_BLHP), (state.v_BWHP, v_BLHP)
-        k, v = (torch.cat([take(ring, before_BX % W), new], dim=1) for ring, new in both)
-        q = F.pad(q_BLHP, (0, 0, 0, 0, past, 0))
-        junk_B = (past - span.start_B).clamp_min(0).to(torch.int32)
-        cu = even_documents(B, past + L, device)
-        cu = torch.cat([torch.stack([cu[:-1], cu[:-1] + junk_B], 1).flatten(), cu[-1:]])
-        o = attention(*(t.flatten(0, 1).contiguous() for t in (q, k, v)), cu, past + L, self.window)
-
-        # each slot keeps the last position that falls on it; those from `start` on are new
-        end_B1, slot_W = (span.start_B + span.length_B)[:, None], torch.arange(W, device=device)
-        new_BW = end_B1 - 1 - (end_B1 - 1 - slot_W) % W - span.start_B[:, None]
-        for ring, new in both:
-            ring.copy_(torch.where((new_BW >= 0)[..., None, None], take(new, new_BW.clamp_min(0)), ring))
-        return o.unflatten(0, (B, past + L))[:, past:]
-
-    def step(self, q_B1HP: Tensor, k_B1HP: Tensor, v_B1HP: Tensor, state: KVState, span: Span) -> Tensor:
-        """Writes for all: a sequence that is not active overwrites only its next slot, which nothing sees till then."""
-        (B, W), device = state.k_BWHP.shape[:2], q_B1HP.device
-        everyone_B, slot_B = torch.arange(B, device=device), span.start_B % W
-        state.k_BWHP[everyone_B, slot_B] = k_B1HP[:, 0]
-        state.v_BWHP[everyone_B, slot_B] = v_B1HP[:, 0]
-        seen_BW = torch.arange(W, device=device) <= span.start_B[:, None]
-        q, k, v = (t.transpose(1, 2) for t in (q_B1HP, state.k_BWHP, state.v_BWHP))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen_BW[:, None, None]).transpose(1, 2)
+def smooth_step(y_BD: Tensor, p_B: Tensor, b_B1: Tensor, state: StageState) -> None:
+    P_B1 = p_B.clamp(EMA_CLAMP, 1 - EMA_CLAMP)[:, None]
+    z_BD = P_B1 * y_BD.to(p_B.dtype) + (1 - P_B1) * state.ema_BD
+    state.ema_BD.copy_(torch.where(b_B1, z_BD, state.ema_BD))
 
 
-class Block(nn.Module):
-    """Pre-norm residual block; the residual stream is at least float32."""
-
-    def __init__(self, layer: Layer, config: HNetConfig, s: int):
-        super().__init__()
-        self.norm1 = RMSNorm(config.d_model[s])
-        self.mixer = (Mamba2 if layer.mixer == "m" else Attention)(config, s)
-        if layer.has_mlp:
-            self.norm2 = RMSNorm(config.d_model[s])
-            self.mlp = SwiGLU(config.d_model[s], config.d_intermediate[s])
-        self.has_mlp = layer.has_mlp
-
-    def forward(self, residual: Tensor, state: MambaState | KVState, span: Span) -> Tensor:
-        residual = residual + self.mixer(self.norm1(residual), state, span)
-        return residual + self.mlp(self.norm2(residual)) if self.has_mlp else residual
-
-
-class Isotropic(nn.Module):
-    """A stack of blocks and a final norm: an encoder, a decoder or the innermost network."""
-
-    def __init__(self, layout: str, config: HNetConfig, s: int):
-        super().__init__()
-        self.layers = nn.ModuleList(Block(layer, config, s) for layer in parse_layout(layout))
-        self.rmsnorm = RMSNorm(config.d_model[s])
-
-    def new_state(self, batch: int) -> list[MambaState | KVState]:
-        return [layer.mixer.new_state(batch) for layer in self.layers]
-
-    def forward(self, x: Tensor, states: list[MambaState | KVState], span: Span) -> Tensor:
-        residual = x.to(at_least_float32(x.dtype))
-        for layer, state in zip(self.layers, states):
-            residual = layer(residual, state, span)
-        return self.rmsnorm(residual)
-
-
-def take(x_BLX: Tensor, index_BK: Tensor) -> Tensor:
-    """Rows of each sequence: x[b, index[b, k]] for x (B, L, ...) -> (B, K, ...)."""
-    return x_BLX[torch.arange(len(x_BLX), device=x_BLX.device)[:, None], index_BK]
-
-
-def even_documents(B: int, L: int, device: torch.device) -> Tensor:
-    """cu_seqlens, int32 (B + 1,), of B documents of L rows each."""
-    return torch.arange(B + 1, dtype=torch.int32, device=device) * L
-
-
-# ------------------------------------------------------------------------------------------------------ router, stages
-
-
-class RoutingModule(nn.Module):
-    """p_t = (1 - cos(W_q x_{t-1}, W_k x_t)) / 2 (eq. 4), 1 at a sequence's first token; returns it in >= float32."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.q_proj_layer = nn.Linear(width, width, bias=False)
-        self.k_proj_layer = nn.Linear(width, width, bias=False)
-
-    def forward(self, x_BLD: Tensor, state: StageState, span: Span) -> Tensor:
-        x_BXD, dtype = torch.cat([state.last_hidden_state_BD[:, None], x_BLD], dim=1), at_least_float32(x_BLD.dtype)
-        state.last_hidden_state_BD.copy_(take(x_BXD, span.length_B[:, None])[:, 0])
-        first = span.start_B[:, None] + torch.arange(x_BLD.shape[1], device=x_BLD.device) == 0
-        q, k = self.q_proj_layer(x_BXD[:, :-1]).to(dtype), self.k_proj_layer(x_BLD).to(dtype)
-        cos = (F.normalize(q, dim=-1, eps=1e-12) * F.normalize(k, dim=-1, eps=1e-12)).sum(-1)
-        return ((1 - cos) / 2).clamp(0, 1).masked_fill(first, 1.0)
-
-
-class HNet(nn.Module):
-    """The weights of stage s and of all inside it, and what a stage computes around the one inside."""
-
-    def __init__(self, config: HNetConfig, s: int = 0):
-        super().__init__()
-        self.outer_width, width = config.d_model[max(s - 1, 0)], config.d_model[s]
-        layouts = config.layouts(s)
-        attends = any(layer.mixer == "t" for layout in layouts for layer in parse_layout(layout))
-        self.rotary_dim = config.attn_cfg.rotary_emb_dim[s] if attends else 0
-        wider = width > self.outer_width
-        self.pad_dimension = nn.Parameter(torch.empty(width - self.outer_width)) if wider else None
-        self.is_innermost = s == config.num_stages
-        if self.is_innermost:
-            self.main_network = Isotropic(layouts[0], config, s)
-            return
-        self.encoder = Isotropic(layouts[0], config, s)
-        self.routing_module = RoutingModule(width)
-        self.residual_proj = nn.Linear(width, width)
-        self.main_network = HNet(config, s + 1)
-        self.decoder = Isotropic(layouts[1], config, s)
-
-    def new_state(self, batch: int) -> StageState:
-        some = (self.main_network if self.is_innermost else self.encoder).rmsnorm.weight
-        state = StageState(some.new_zeros(batch, dtype=torch.int64), [0] * batch)
-        if self.is_innermost:
-            state.inner = self.main_network.new_state(batch)
-            return state
-        state.encoder, state.decoder = self.encoder.new_state(batch), self.decoder.new_state(batch)
-        state.last_hidden_state_BD = some.new_zeros(batch, len(some))
-        state.ema_BD = some.new_zeros(batch, len(some), dtype=at_least_float32(some.dtype))
-        return state
-
-    def enter(self, x: Tensor) -> Tensor:
-        """To this stage's width: the learned `pad_dimension` behind the outer stage's channels."""
-        if self.pad_dimension is None:
-            return x
-        return torch.cat([x, self.pad_dimension.to(x.dtype).expand(*x.shape[:-1], -1)], dim=-1)
-
-    def span(self, state: StageState, x_BLD: Tensor, length_B: Tensor, is_step: bool = False) -> Span:
-        start_B, offset_L = state.position_B.clone(), torch.arange(x_BLD.shape[1], device=x_BLD.device)
-        tables = rotary_tables((start_B[:, None] + offset_L).flatten(), self.rotary_dim, x_BLD.dtype)
-        return Span(is_step, start_B, length_B, offset_L < length_B[:, None], max(state.tokens), *tables)
-
-    def smooth_prefill(self, y_BKD: Tensor, p_BL: Tensor, b_BL: Tensor, kept_BK: Tensor, state: StageState) -> Tensor:
-        """Eq. 5 and 8: z_k = P_k y_k + (1 - P_k) z_{k-1}, and the z of its chunk for each of the L tokens."""
-        B, K = kept_BK.shape
-        z_BXD = state.ema_BD[:, None]  # X = 1 + K: tokens before the first new chunk still belong to the one before
-        if K:
-            P_BK = p_BL.gather(1, kept_BK).clamp(EMA_CLAMP, 1 - EMA_CLAMP)
-            z_CD = ema_forward(y_BKD.flatten(0, 1), P_BK.flatten(), even_documents(B, K, y_BKD.device))
-            carried_BK1 = torch.log1p(-P_BK).cumsum(1).exp()[..., None]
-            z_BXD = torch.cat([z_BXD, z_CD.unflatten(0, (B, K)) + carried_BK1 * z_BXD], dim=1)
-        z_BLD = take(z_BXD, b_BL.cumsum(1))
-        state.ema_BD.copy_(z_BLD[:, -1])
-        return z_BLD
-
-    def smooth_step(self, y_BD: Tensor, p_B: Tensor, b_B1: Tensor, state: StageState) -> None:
-        P_B1 = p_B.clamp(EMA_CLAMP, 1 - EMA_CLAMP)[:, None]
-        z_BD = P_B1 * y_BD.to(p_B.dtype) + (1 - P_B1) * state.ema_BD
-        state.ema_BD.copy_(torch.where(b_B1, z_BD, state.ema_BD))
-
-    def decode(self, z: Tensor, x: Tensor, state: StageState, span: Span) -> Tensor:
-        """Eq. 9 with a straight-through confidence of 1, the decoder, and back to the outer stage's width."""
-        z = z + self.residual_proj(x.to(self.residual_proj.weight.dtype))
-        return self.decoder(z.to(x.dtype), state.decoder, span)[..., : self.outer_width]
-
-
-def rotary_tables(position_T: Tensor, rotary_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (T, R) of the angles that `position_T` turns by, in at least float32."""
-    dtype = at_least_float32(dtype)
-    exponent_R = torch.arange(0, rotary_dim, 2, device=position_T.device, dtype=dtype) / max(rotary_dim, 1)
-    angle_TR = position_T.to(dtype)[:, None] * 10000.0**-exponent_R
-    return angle_TR.cos(), angle_TR.sin()
+def leave(stage: HNet, z_TD: Tensor, p_BL: Tensor, b_BL: Tensor, x_TD: Tensor, how: Continued) -> Tensor:
+    """Eq. 6 to 9, where each token has a z of its own, and the decoder."""
+    each_T = torch.arange(len(z_TD), device=z_TD.device)
+    chunks = Chunks(None, b_BL.flatten(), each_T, each_T, *[None] * 4)
+    residual_TD = stage.residual_proj(x_TD)
+    return stage.decode(stage.upsample(z_TD, p_BL.flatten(), chunks, residual_TD, x_TD.dtype), how)
 
 
 # -------------------------------------------------------------------------------------------------------------- model
@@ -461,20 +215,14 @@ class Step:
     probabilities: list[Tensor]  # (B,) a stage, at least float32; meaningless where the stage was not active
 
 
-class HNetInference(nn.Module):
-    """The language model for generation. Parameters carry the official names; built with uninitialised weights.
+class HNetInference(HNetLM):
+    """The language model for generation: an HNetLM that reads texts piece by piece.
 
-    Load a state dict (`hnet_runtime.weights` does), or borrow those of a training model with `from_training`.
+    Load a state dict (`hnet_runtime.weights` does), or borrow the modules of a training model with `from_training`.
     """
 
     def __init__(self, config: HNetConfig):
-        super().__init__()
-        self.config = config
-        self.embeddings = nn.Embedding(config.vocab_size, config.d_model[0])
-        self.backbone = HNet(config)
-        self.lm_head = nn.Linear(config.d_model[0], config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.lm_head.weight = self.embeddings.weight
+        super().__init__(config)
         self._training_model: list[nn.Module] = []  # in a list, so that it is no submodule
 
     @property
@@ -493,9 +241,9 @@ class HNetInference(nn.Module):
         """
         if batch < 1:
             raise ValueError(f"batch: {batch}; expected 1 or more")
-        cache = Cache([stage.new_state(batch) for stage in self.stages])
-        for s, state in enumerate(cache.stages):
-            state.reserve(max_len if isinstance(max_len, int) else max_len[s])
+        cache = Cache([StageState.new(stage, batch) for stage in self.stages])
+        for s, (stage, state) in enumerate(zip(self.stages, cache.stages)):
+            state.reserve(max_len if isinstance(max_len, int) else max_len[s], stage)
         return cache
 
     @torch.no_grad()
@@ -510,35 +258,39 @@ class HNetInference(nn.Module):
         device = self.embeddings.weight.device
         cache, lengths = cache or self.new_cache(len(rows)), [len(row) for row in rows]
         byte_BL = pad_sequence(rows, batch_first=True).to(device, non_blocking=True)
-        (B, L), tokens, x = byte_BL.shape, lengths, self.embeddings(byte_BL)
+        (B, L), tokens, x_TD = byte_BL.shape, lengths, self.embed(byte_BL.flatten())
         origin_BL = torch.arange(L, device=device).expand(B, L)  # the byte at which each token of the stage begins
         starts_BLS = torch.zeros(B, L, self.config.num_stages, dtype=torch.bool, device=device)
-        probabilities, boundaries, way_back, y = [], [], [], None
+        probabilities, boundaries, way_back, y_TD = [], [], [], None
         for s, (stage, state) in enumerate(zip(self.stages, cache.stages)):
-            if not x.shape[1]:  # no chunk began: the stages inside have nothing to do
+            if not len(x_TD):  # no chunk began: the stages inside have nothing to do
                 probabilities += [] if stage.is_innermost else [probabilities[-1][:, :0]]
                 boundaries += [] if stage.is_innermost else [boundaries[-1][:, :0]]
                 continue
-            x, tokens_B = stage.enter(x), torch.tensor(tokens).to(device, non_blocking=True)
-            span = stage.span(state, x, tokens_B)
-            state.reserve(max(map(sum, zip(state.tokens, tokens))))
+            tokens_B = torch.tensor(tokens).to(device, non_blocking=True)
+            state.reserve(max(map(sum, zip(state.tokens, tokens))), stage)
+            span = state.span(tokens_B, len(x_TD) // B)
             state.advance(tokens, tokens_B)
+            how = Continued(state, span, is_step=False)
             if stage.is_innermost:
-                y = stage.main_network(x, state.inner, span)[..., : stage.outer_width]
+                y_TD = stage.run_innermost(x_TD, how)
                 break
-            x = stage.encoder(x, state.encoder, span)
-            p_BL = stage.routing_module(x, state, span)
-            b_BL = (p_BL > 0.5) & span.valid_BL
+            x_TD = stage.encode(x_TD, how)
+            p_BL = route(stage, x_TD, state, span)
+            b_BL = stage.routing_module.opens(p_BL) & span.valid_BL
             tokens = b_BL.sum(1).tolist()  # the stage's only wait
             kept_BK = b_BL.logical_not().to(torch.int8).argsort(dim=1, stable=True)[:, : max(tokens)]
             starts_BLS[..., s].scatter_(1, origin_BL, b_BL)
-            way_back.append((stage, state, span, x, p_BL, b_BL, kept_BK))
+            way_back.append((stage, how, x_TD, p_BL, b_BL, kept_BK))
             probabilities.append(p_BL)
             boundaries.append(b_BL)
-            x, origin_BL = take(x, kept_BK), origin_BL.gather(1, kept_BK)
-        for stage, state, span, x, p_BL, b_BL, kept_BK in reversed(way_back):
-            y = stage.decode(stage.smooth_prefill(y, p_BL, b_BL, kept_BK, state), x, state, span)
-        return Prefill(self.lm_head(y), lengths, probabilities, boundaries, starts_BLS, cache)
+            x_TD, origin_BL = take(x_TD.unflatten(0, span.shape), kept_BK).flatten(0, 1), origin_BL.gather(1, kept_BK)
+        for stage, how, x_TD, p_BL, b_BL, kept_BK in reversed(way_back):
+            y_BKD = None if y_TD is None else y_TD.unflatten(0, kept_BK.shape)
+            z_BLD = smooth_prefill(y_BKD, p_BL, b_BL, kept_BK, how.state)
+            y_TD = leave(stage, z_BLD.flatten(0, 1), p_BL, b_BL, x_TD, how)
+        logits_BLV = self.head(y_TD).unflatten(0, (B, L))
+        return Prefill(logits_BLV, lengths, probabilities, boundaries, starts_BLS, cache)
 
     @torch.no_grad()
     def step(self, byte_B: Tensor, cache: Cache, active: Sequence[bool] | None = None) -> Step:
@@ -553,32 +305,32 @@ class HNetInference(nn.Module):
         if not any(active):
             raise ValueError("active: every sequence is False; a step needs one that goes on")
         new_B = torch.tensor(active).to(byte_B.device, non_blocking=True).long()
-        x, way_back, probabilities = self.embeddings(byte_B)[:, None], [], []
+        x_BD, way_back, probabilities, y_BD = self.embed(byte_B), [], [], None
         for stage, state in zip(self.stages, cache.stages):
-            x = stage.enter(x)
-            state.reserve(max(state.tokens) + 1)
-            span = stage.span(state, x, new_B, is_step=True)
+            state.reserve(max(state.tokens) + 1, stage)
+            how = Continued(state, state.span(new_B, 1), is_step=True)
+            p_B1 = None
             if not stage.is_innermost:
-                x = stage.encoder(x, state.encoder, span)
-                p_BL = stage.routing_module(x, state, span)
-                probabilities.append(p_BL[:, 0])
-                new_B = ((p_BL > 0.5) & span.valid_BL)[:, 0].long()
-            way_back.append((stage, state, span, x))
-        reached = torch.stack([byte_B, *(span.length_B for _, _, span, _ in way_back[1:])]).tolist()  # the only wait
+                x_BD = stage.encode(x_BD, how)
+                p_B1 = route(stage, x_BD, state, how.span)
+                probabilities.append(p_B1[:, 0])
+                new_B = (stage.routing_module.opens(p_B1) & how.span.valid_BL)[:, 0].long()
+            way_back.append((stage, how, x_BD, p_B1))
+        reached = torch.stack([byte_B, *(how.span.length_B for _, how, _, _ in way_back[1:])]).tolist()  # the only wait
         fed, reached = reached[0], [active, *([bool(b) for b in row] for row in reached[1:])]
-        y = None
-        for s, (stage, state, span, x) in reversed(list(enumerate(way_back))):
+        for s, (stage, how, x_BD, p_B1) in reversed(list(enumerate(way_back))):
             if not any(reached[s]):
                 continue
             if stage.is_innermost:
-                y = stage.main_network(x, state.inner, span)[..., : stage.outer_width]
+                y_BD = stage.run_innermost(x_BD, how)
             else:
-                if y is not None:
-                    stage.smooth_step(y[:, 0], probabilities[s], way_back[s + 1][2].valid_BL, state)
-                y = stage.decode(state.ema_BD[:, None], x, state, span)
-            state.advance(reached[s], span.length_B)
+                opens_B1 = way_back[s + 1][1].span.valid_BL
+                if any(reached[s + 1]):
+                    smooth_step(y_BD, p_B1[:, 0], opens_B1, how.state)
+                y_BD = leave(stage, how.state.ema_BD, p_B1, opens_B1, x_BD, how)
+            how.state.advance(reached[s], how.span.length_B)
         starts = list(zip(*reached[1:])) if reached[1:] else [()] * cache.batch
-        return Step(self.lm_head(y)[:, 0], fed, starts, probabilities)
+        return Step(self.head(y_BD), fed, starts, probabilities)
 
     def _check(self, iids, cache: Cache | None) -> list[Tensor]:
         self._check_weights()
@@ -600,14 +352,18 @@ class HNetInference(nn.Module):
     # ------------------------------------------------------------------------- weights borrowed from a training model
 
     @classmethod
-    def from_training(cls, model: nn.Module) -> HNetInference:
+    def from_training(cls, model: HNetLM) -> HNetInference:
         """An inference model whose parameters *are* those of the HNetLM `model`: no memory, and always up to date.
 
-        Where `model` is sharded (FSDP2), its whole weights exist only inside `with inference.unsharded():`.
+        Its modules are those of `model`, too. But where that is sharded (FSDP2) they are other ones, which only have
+        its whole weights inside `with inference.unsharded():`.
         """
         with torch.device("meta"):
             inference = cls(model.config)
         inference._training_model.append(model)
+        if not any(isinstance(module, FSDPModule) for module in model.modules()):
+            for name, child in model.named_children():
+                setattr(inference, name, child)
         inference._point_to_training()
         return inference
 
@@ -618,8 +374,6 @@ class HNetInference(nn.Module):
         Every rank must enter and leave (both gather and release); what happens inside needs no other rank. The weights
         have the dtype in which training computes. Does nothing where the model is not sharded or none was borrowed.
         """
-        from torch.distributed.fsdp import FSDPModule
-
         modules = self._training_model[0].modules() if self._training_model else []
         sharded = [module for module in modules if isinstance(module, FSDPModule)]
         try:
@@ -634,9 +388,8 @@ class HNetInference(nn.Module):
 
     def _point_to_training(self) -> None:
         for model in self._training_model:
-            modules = dict(self.named_modules())
+            modules = dict(self.named_modules(remove_duplicate=False))
             for name, parameter in model.named_parameters(remove_duplicate=False):
-                name = name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
                 place, _, leaf = name.rpartition(".")
                 modules[place]._parameters[leaf] = parameter
 

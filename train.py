@@ -23,6 +23,7 @@ if __name__ == "__main__":
 import contextlib
 import dataclasses
 import functools
+import gc
 import logging
 import math
 import os
@@ -30,7 +31,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -73,7 +74,7 @@ from hnet_runtime.run import (
 from hnet_runtime.segments import memory_ran_out
 from hnet_runtime.watchdog import Watchdog
 from hnet_simple import HNetInference
-from hnet_trainable import ConfigError, HNetConfig, HNetLM, compile_blocks, parameter_groups
+from hnet_trainable import ConfigError, HNetConfig, HNetLM, parameter_groups, training_loss
 
 logger = logging.getLogger("hnet")
 
@@ -154,7 +155,7 @@ def forward_backward(
             model.set_is_last_backward(i == len(slices) - 1)
         iids, labels = piece.nested(world.device)
         out = model(iids, labels)
-        loss = out.ce + config.alpha * out.ratio_losses.sum()
+        loss = training_loss(out.ce, out.ratio_losses, config.alpha)
         (loss / len(slices)).backward()
         numbers = [out.ce, *(torch.full_like(out.ce, n) for n in (piece.text_bytes, len(piece.row_lengths)))]
         numbers += out.ratio_losses
@@ -173,7 +174,7 @@ def forward_backward(
 class Trainee:
     """What is trained, and all that a step of it takes.
 
-    model: its weights in float32, whole or sharded; in graphs they may have numbers inside `optimizer.whole()` alone.
+    model: its weights in float32; unsharded ones can be read and changed inside `optimizer.whole()` alone.
     evaluated: an HNetLM that computes as training does and has these weights, or copies of them.
     """
 
@@ -181,40 +182,42 @@ class Trainee:
         self,
         model: HNetLM,
         groups: list[dict[str, Any]],
-        graph: bool,
+        how: Literal["graph", "eager", "sharded"],
         dtype: torch.dtype,
         hnet: HNetConfig,
         config: TrainConfig,
         world: World,
     ):
-        """groups: as `parameter_groups` gives them. graph: steps run as graphs. dtype: of what is computed."""
-        self.model, self.graph, self.dtype = model, graph, dtype
+        """groups: as `parameter_groups` gives them. dtype: of what is computed.
+
+        how: with unsharded weights as graphs or eagerly; or as the model is, sharded or in float32.
+        """
+        self.model, self.unsharded, self.dtype = model, how != "sharded", dtype
         self.parameters = list(model.parameters())  # now: after a forward FSDP shows gathered ones in their place
         self.hnet, self.config, self.world = hnet, config, world
-        if config.compile == "block":
-            compile_blocks(model)
-        limit = config.max_chunks_per_rank
-        if not graph and (config.ac != "none" or limit):
-            activations.recompute(model, config.ac)
-        self.guard = activations.ChunkGuard(model, limit, world) if limit else None
-        groups = distributed.optimizer_groups(groups)
-        if graph:
+        groups, limit = distributed.optimizer_groups(groups), config.max_chunks_per_rank
+        if self.unsharded:
             accumulates = config.global_slices > world.size
-            self.runner = GraphedModel(model, dtype, config.alpha, world, groups, config.ac, accumulates)
+            self.runner = GraphedModel(
+                model, dtype, config.alpha, world, groups, config.ac, accumulates, captures=how == "graph"
+            )
             self.evaluated, self.optimizer = self.runner.model, self.runner.optimizer
         else:
             self.runner = self.evaluated = model
             self.optimizer = torch.optim.AdamW(groups, betas=distributed.BETAS, fused=True)
+        if how != "graph" and (config.ac != "none" or limit):
+            activations.recompute(self.evaluated, config.ac)
+        self.guard = activations.ChunkGuard(self.evaluated, limit, world) if limit else None
         model.train()
 
     def load(self, source: Path) -> None:
         """Weights and optimizer of a checkpoint."""
-        with self.optimizer.whole() if self.graph else contextlib.nullcontext():
+        with self.optimizer.whole() if self.unsharded else contextlib.nullcontext():
             checkpoint.load(source, self.model, self.optimizer)
 
     def make_room(self) -> None:
         """For what runs between steps."""
-        if self.graph:
+        if self.unsharded:
             self.runner.make_room()
 
     def step(
@@ -230,30 +233,30 @@ class Trainee:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * group["multiplier"] * scale
         stats = forward_backward(self.runner, slices, self.config, self.world, more)
-        if not self.graph:
+        if not self.unsharded:
             distributed.reduce_plain_gradients(self.parameters, self.world)
         norm = distributed.clip_in_optimizer(self.optimizer, self.parameters, self.config.clip, self.world, stats[0])
         before_update()
         self.optimizer.step()
         if more is not None:
             count = functools.partial(statistics.weight_statistics, self.optimizer, self.hnet.num_stages, self.world)
-            more.append(self.runner.with_room(count) if self.graph else count())
-        if not self.graph:  # graphs write every gradient anew
+            more.append(self.runner.with_room(count) if self.unsharded else count())
+        if not self.unsharded:  # else each step writes every gradient anew
             self.optimizer.zero_grad()
         return torch.cat([stats, norm[None], *(more or [])])
 
     def preparing(self, compilations: Compilations) -> str:
         """What a first step has had to do before others, in words."""
-        captures = (
-            f", {self.runner.capture_seconds:.1f} s for {self.runner.captured} parts captured" if self.graph else ""
-        )
+        captures = ""
+        if self.unsharded and self.runner.captured:
+            captures = f", {self.runner.capture_seconds:.1f} s for {self.runner.captured} parts captured"
         return f"{compilations}{captures}"
 
     def counted(self) -> dict[str, int]:
         """What the host has done so far, beside the steps."""
         return {
             **({"recomputed_micro_batches": self.guard.count} if self.guard else {}),
-            **({"graphs_captured": self.runner.captured} if self.graph else {}),
+            **({"graphs_captured": self.runner.captured} if self.unsharded else {}),
         }
 
 
@@ -315,11 +318,9 @@ def takes_graphs(config: TrainConfig, hnet: HNetConfig, dtype: torch.dtype, worl
             world = world._replace(mesh=distributed.make_mesh(world.device.type, world.size, world.size))
     obstacle = obstacle or agreement.steps_as_graphs(hnet, config.ac)
     if obstacle and config.compile == "graph":
-        raise UserError(f"--compile graph: {obstacle}; use eager or block")
+        raise UserError(f"--compile graph: {obstacle}; use eager")
     if obstacle:
         logger.info("steps do not run as graphs: %s", obstacle)
-    else:
-        logger.info("steps run as graphs; a toy of the config agrees with hnet_trainable.py in float64")
     return not obstacle, world
 
 
@@ -427,6 +428,9 @@ class Run:
             record = self._settle(done, *self.waiting)
             self.metrics.log(done, record)
             self._tell(done, record)
+        if done == self.first_step:  # what is there by now stays: garbage collection need not look at it again
+            gc.collect()
+            gc.freeze()
         done_by_host = {name: n - before[name] for name, n in trainee.counted().items()}
         self.waiting, self.step = (distributed.Fetched(numbers), done_by_host), done + 1
 
@@ -562,15 +566,32 @@ def train(config: TrainConfig) -> int:
         return 0 if equal else 1
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and world.device.type == "cuda")
     dtype = torch.bfloat16 if half else torch.float32
+    agreement.choose_implementations(world.device, dtype, hnet)
     graph, world = takes_graphs(config, hnet, dtype, world)
-    # graphs have bfloat16 copies of their own beside a whole float32 model
-    model = distributed.build_model(
-        hnet, world, torch.float32 if graph else dtype, config.seed, start_weights, config.reshard
-    )
-    groups = parameter_groups(model, config.lr, config.weight_decay)
-    if config.early_exit == "dumpparams":
-        dump_parameters(model, groups)
-    else:
-        Run(Trainee(model, groups, graph, dtype, hnet, config, world)).train()
+
+    def build(graph: bool) -> Trainee:
+        unsharded = graph or (half and world.device.type == "cuda" and world.shards == 1)
+        # unsharded models compute with weights in the compute dtype of their own, beside the float32 ones
+        own_dtype = torch.float32 if unsharded else dtype
+        model = distributed.build_model(hnet, world, own_dtype, config.seed, start_weights, config.reshard)
+        groups = parameter_groups(model, config.lr, config.weight_decay)
+        if config.early_exit == "dumpparams":
+            dump_parameters(model, groups)
+            distributed.stop()
+            sys.exit(0)
+        how = "graph" if graph else "eager" if unsharded else "sharded"
+        return Trainee(model, groups, how, dtype, hnet, config, world)
+
+    trainee = build(graph)
+    alone = world.device.type == "cuda" and world.size == 1
+    if graph and alone and (difference := agreement.captured(trainee.runner)):
+        if config.compile == "graph":
+            raise UserError(f"--compile graph: {difference}; use eager")
+        logger.info("steps do not run as graphs: %s", difference)
+        del trainee  # its memory goes first
+        trainee = build(graph := False)
+    if graph:
+        logger.info("steps run as graphs, and compute what hnet_trainable.py says: checked on a toy of this config")
+    Run(trainee).train()
     distributed.stop()
     return 0

@@ -25,7 +25,7 @@ except ModuleNotFoundError:
 
 from hnet_kernels import attention as torch_attention
 from hnet_kernels import attention_triton, conv_triton, ema_triton, norm, norm_triton, pointwise, router, ssd_triton
-from hnet_kernels.sums import Sums
+from hnet_kernels.gradients import PartialSums
 
 HALF, WIDE = torch.bfloat16, torch.float32
 
@@ -108,7 +108,7 @@ def cases(T: int, C: int) -> dict[str, tuple[Callable, float, float]]:
         delta, weight = rand(rows, width), rand(width)
         residual = norm.part(rand(rows, width, dtype=WIDE), delta.dtype)
         _, _, scale = norm.add_norm_forward(residual, delta, weight, 1e-5)
-        moved, (slot,) = 2 * size(*residual, delta), Sums([[weight]]).slots()
+        moved, slot = 2 * size(*residual, delta), PartialSums().slot(weight)
         found[f"add_norm {stage}"] = lambda a=(residual, delta, weight, 1e-5): norm.add_norm_forward(*a), moved, 0
         found[f"add_norm {stage} backward"] = (
             lambda a=(delta, residual, residual, scale, weight, slot): norm.add_norm_backward(*a),
@@ -122,14 +122,14 @@ def cases(T: int, C: int) -> dict[str, tuple[Callable, float, float]]:
     _, scale = norm.gated_norm_forward(y, z, gate, 1e-5)
     dz = torch.empty_like(projected)[:, : 2 * D]
     found["gated_norm"] = lambda: norm.gated_norm_forward(y, z, gate, 1e-5), 3 * size(y), 0
-    (slot,) = Sums([[gate]]).slots()
+    slot = PartialSums().slot(gate)
     found["gated_norm backward"] = lambda: norm.gated_norm_backward(y, y, z, scale, gate, dz, slot), 6 * size(y), 0
     cu, position = documents(T, 8192)
     weight, bias = rand(2 * D + 2 * N, 1, 4), rand(2 * D + 2 * N)
     found["conv"] = lambda: conv_triton.conv_silu_forward(xBC, weight, bias, position), 2 * size(xBC), 0
-    out, taps = torch.empty_like(projected)[:, 2 * D : 4 * D + 2 * N], Sums([[weight, bias]])
+    out, taps = torch.empty_like(projected)[:, 2 * D : 4 * D + 2 * N], PartialSums().slot(weight, bias)
     found["conv backward"] = (
-        lambda: conv_triton.conv_silu_backward(xBC, xBC, weight, bias, position, *taps.slots(), out), 3 * size(xBC), 0,
+        lambda: conv_triton.conv_silu_backward(xBC, xBC, weight, bias, position, taps, out), 3 * size(xBC), 0,
     )  # fmt: skip
     x, B, Cs = rand(T, 2 * D + 2 * N).split([2 * D, N, N], dim=-1)
     x, dt, A, skip = x.unflatten(-1, (16, 64)), rand(T, 16, dtype=WIDE).exp() * 0.01, -rand(16, dtype=WIDE).exp(), gate
@@ -166,10 +166,10 @@ def cases(T: int, C: int) -> dict[str, tuple[Callable, float, float]]:
     found["router backward"] = lambda: router.boundary_backward(dp, q, k, position), 4 * size(q), 0
     start = torch.linspace(0, T - 1, C, device="cuda").long()
     chunk = torch.bucketize(torch.arange(T, device="cuda"), start, right=True) - 1
-    zs, residual = rand(C, D, dtype=WIDE), rand(T, D, dtype=WIDE)
-    found["upsample"] = lambda: router.upsample_forward(zs, chunk, residual, HALF), size(zs, residual, q), 0
+    zs, residual, scale = rand(C, D, dtype=WIDE), rand(T, D, dtype=WIDE), rand(T, dtype=WIDE)
+    found["upsample"] = lambda: router.upsample_forward(zs, scale, chunk, residual, HALF), size(zs, residual, q), 0
     found["upsample backward"] = (
-        lambda: router.upsample_backward(q, zs, chunk, start), 2 * size(q) + 2 * size(zs), 0,
+        lambda: router.upsample_backward(q, zs, scale, chunk, start), 2 * size(q) + 2 * size(zs), 0,
     )  # fmt: skip
     ys, p = rand(C, D), torch.rand(C, device="cuda")
     found["smoothing"] = lambda: ema_triton.ema_forward(ys, p, inner_cu), 2 * size(ys) + size(zs), 0

@@ -75,8 +75,8 @@ class Benchmark:
 MEMORY = ("peak_gib", "reserved_gib")
 WAYS = {
     "copies": ["--compile", "graph"],
-    "sharded": ["--compile", "block"],
-    "kept": ["--compile", "block", "--no-reshard"],
+    "sharded": ["--compile", "eager"],
+    "kept": ["--compile", "eager", "--no-reshard"],
 }
 
 

@@ -10,6 +10,7 @@ of the time that the GPU was busy. With --profile FOLDER also a trace, the top k
 """
 
 import cProfile
+import gc
 import io
 import json
 import platform
@@ -33,11 +34,7 @@ from hnet_trainable import (
     HNetConfig,
     HNetLM,
     RoutingModule,
-    StageOutput,
-    compile_blocks,
-    nested_like,
     parameter_groups,
-    positions,
 )
 
 
@@ -60,7 +57,7 @@ class Benchmark:
     steps: int = 20
     """Steps timed, and then as many again without waiting for each, as training runs (step_ms_overlapped)."""
     compile: str = "eager"
-    """eager, block (each kind of block compiled) or graph (whole steps as CUDA graphs)."""
+    """eager or graph (whole steps as CUDA graphs)."""
     ac: str = "none"
     """Activation checkpointing as train.py has it: none, block or selective."""
     device: str = "auto"
@@ -78,7 +75,7 @@ class Benchmark:
 def force_boundaries(runner: HNetLM | GraphedModel, rates: list[float], T: int, seed: int = 0) -> Callable[[], None]:
     """Replace every router's decisions, not its probabilities, by random ones; documents still open with a chunk.
 
-    Returns what draws new ones: they lie in one place, where a CUDA graph finds them.
+    Returns what draws new ones: they are stored in one place, where a CUDA graph finds them.
     """
     model = runner.model if isinstance(runner, GraphedModel) else runner
     routers = [m for m in model.modules() if isinstance(m, RoutingModule)]
@@ -87,16 +84,8 @@ def force_boundaries(runner: HNetLM | GraphedModel, rates: list[float], T: int, 
     device = next(model.parameters()).device
     generator, rate_S1 = torch.Generator(device).manual_seed(seed), torch.tensor(rates, device=device)[:, None]
     forced = torch.zeros(len(rates), T, dtype=torch.bool, device=device)
-    if isinstance(runner, GraphedModel):
-        runner.forced = forced
     for forced_T, router in zip(forced, routers):
-
-        def hook(module, inputs, stage: StageOutput, forced_T=forced_T) -> StageOutput:
-            first_T = positions(stage.boundary_prob) == 0
-            b_T = forced_T[: len(first_T)] | first_T
-            return stage._replace(boundary_mask=nested_like(b_T, stage.boundary_prob), F=b_T.float().mean())
-
-        router.register_forward_hook(hook)
+        router.opens = lambda p_T, forced_T=forced_T: forced_T[: len(p_T)]
     return lambda: torch.lt(torch.rand(forced.shape, generator=generator, device=device), rate_S1, out=forced)
 
 
@@ -113,31 +102,33 @@ def main(args: Benchmark) -> None:
     on_gpu = world.device.type == "cuda"
     torch.set_float32_matmul_precision("high")
     half, graphs = torch.bfloat16 if on_gpu else torch.float32, args.compile == "graph"
-    model = distributed.build_model(hnet, world, torch.float32 if graphs else half, 0, None, args.reshard)
+    unsharded = graphs or (on_gpu and world.shards == 1)
+    own = torch.float32 if unsharded else half
+    model = distributed.build_model(hnet, world, own, 0, None, args.reshard)
     parameters = list(model.parameters())
     groups = distributed.optimizer_groups(parameter_groups(model, 3e-4, config.weight_decay))
-    runner = GraphedModel(model, half, config.alpha, world, groups, args.ac) if graphs else model
-    inner = runner.model if graphs else model
-    if args.compile == "block":
-        compile_blocks(inner)
+    runner = model
+    if unsharded:
+        runner = GraphedModel(model, half, config.alpha, world, groups, args.ac, captures=graphs)
+    inner = runner.model if unsharded else model
     if args.ac != "none" and not graphs:
         activations.recompute(inner, args.ac)
     draw = lambda: None  # noqa: E731
     if args.boundaries != "learned":
         rates = [float(r) for r in args.boundaries.removeprefix("forced:").split(",")]
         draw = force_boundaries(runner, rates, args.mbs, world.rank)
-    optimizer = runner.optimizer if graphs else torch.optim.AdamW(groups, betas=distributed.BETAS, fused=True)
+    optimizer = runner.optimizer if unsharded else torch.optim.AdamW(groups, betas=distributed.BETAS, fused=True)
     stream = fineweb.ByteStream(args.data, slice_bytes=args.mbs, max_doc=args.max_doc)
 
     def step(i: int) -> torch.Tensor:
         draw()
         slices = list(stream.step(i, world.size, world.rank, world.size))
         stats = train.forward_backward(runner, slices, config, world)
-        if not graphs:
+        if not unsharded:
             distributed.reduce_plain_gradients(parameters, world)
         distributed.clip_in_optimizer(optimizer, parameters, 1.0, world)
         optimizer.step()
-        if not graphs:
+        if not unsharded:
             optimizer.zero_grad()
         return stats
 
@@ -151,6 +142,7 @@ def main(args: Benchmark) -> None:
     first_step_s = time.perf_counter() - program_start
     for i in range(1, args.warmup):
         step(i)
+    gc.freeze()  # as train.py does once a run has begun
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     synchronize()

@@ -10,8 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hnet_kernels.dispatch import use_fast
-from hnet_kernels.kept import keep
+from hnet_kernels.dispatch import operation, use_fast
+from hnet_kernels.pointwise import rotate_
+from hnet_kernels.recompute import Recomputed, mode, recomputed, recomputed_of
+from hnet_kernels.saved import keep, keeping_if
 
 QUERY_BLOCK = 128  # queries at a time in the definition: bounds the memory of one block of scores
 
@@ -189,4 +191,85 @@ def packed_attention_backward(
 
         return attention_triton.attention_backward(do_THP, qkv_T3HP, *attended[:2], order, window)
     *leaves, o_THP = attended.graph
-    return torch.stack(torch.autograd.grad(o_THP, leaves, do_THP), dim=1)
+    return torch.stack(torch.autograd.grad(o_THP, leaves, do_THP, retain_graph=True), dim=1)
+
+
+@operation
+def rotary_attention(
+    qkv_TX: Tensor, n_heads: int, window: int, cos_MR: Tensor, sin_MR: Tensor, position_T: Tensor, cu_seqlens: Tensor,
+    order: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`attention` of q, k and v that lie side by side (T, 3 H P), with q and k turned by their positions' angles.
+
+    cos_MR, sin_MR: of positions 0 ... M - 1, no document being longer than M. order: `tile_order` of the documents,
+    which all layers of a stack can share. Returns (T, H P). The fast implementation turns q and k in place: nobody else
+    may read qkv afterwards, and autograd refuses to have saved it.
+    """
+    q_THP, k_THP, v_THP = qkv_TX.unflatten(-1, (3, n_heads, -1)).unbind(1)
+    cos_TR, sin_TR = cos_MR[position_T], sin_MR[position_T]
+    q_THP, k_THP = (rotate(x, cos_TR, sin_TR) for x in (q_THP, k_THP))
+    return attention(q_THP, k_THP, v_THP, cu_seqlens, len(cos_MR), window).flatten(1)
+
+
+def rotate(x_THP: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    """Partial RoPE, halves rotated: of each head, dimensions [0, R) turn against [R, 2R); the rest stays."""
+    cos, sin = cos_TR[:, None], sin_TR[:, None]
+    R = cos.shape[-1]
+    a, b, rest = x_THP[..., :R], x_THP[..., R : 2 * R], x_THP[..., 2 * R :]
+    turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_THP.dtype)
+    return torch.cat([turned, rest], dim=-1)
+
+
+class RotaryAttention(torch.autograd.Function):
+    """Gradient: of qkv."""
+
+    @staticmethod
+    def forward(ctx, qkv_TX: Tensor, how, packing: tuple[Tensor, ...], result: list):
+        mode_, n_heads, window = how
+        *angles, cu_seqlens, order = packing
+        before = recomputed_of(qkv_TX) if mode_ == "block" else None
+
+        def attend(qkv_TX: Tensor) -> tuple[Tensor, Attended]:
+            qkv_T3HP = qkv_TX.unflatten(-1, (3, n_heads, -1))
+            rotate_(qkv_T3HP, *angles)
+            torch.autograd.graph.increment_version(qkv_TX)  # which a kernel does not do
+            return qkv_T3HP, packed_attention(qkv_T3HP, cu_seqlens, len(angles[0]), window, order)
+
+        with keeping_if(mode_ != "block"):
+            qkv_T3HP, attended = attend(qkv_TX.detach())
+        ctx.again = None
+        if before is not None:
+            before.users += 1
+            ctx.again = Recomputed(lambda: attend(before.get() if before.users <= 1 else before.get().clone()))
+            ctx.again.users += 1
+            ctx.save_for_backward()
+        else:
+            ctx.save_for_backward(qkv_T3HP, attended.o_THP, attended.lse_HT)
+            ctx.graph = attended.graph
+        ctx.angles, ctx.order, ctx.window = angles, order, window
+        result.append(ctx.again)
+        return attended.o_THP.flatten(1)
+
+    @staticmethod
+    def backward(ctx, do_TD: Tensor):
+        if ctx.again is not None:
+            qkv_T3HP, attended = ctx.again.get()
+        else:
+            qkv_T3HP, o_THP, lse_HT = ctx.saved_tensors
+            attended = Attended(o_THP, lse_HT, ctx.graph)
+        do_THP = do_TD.reshape(attended.o_THP.shape)
+        dqkv_T3HP = packed_attention_backward(do_THP, qkv_T3HP, attended, ctx.window, ctx.order)
+        return rotate_(dqkv_T3HP, *ctx.angles, back=True).flatten(1), None, None, None
+
+
+@rotary_attention.fast
+def _(qkv_TX, n_heads, window, cos_MR, sin_MR, position_T, cu_seqlens, order=None) -> Tensor:
+    how, again = mode(), []
+    if order is None:
+        order = tile_order(qkv_TX, qkv_TX.shape[1] // (3 * n_heads), cu_seqlens)
+    packing = tuple(None if x is None else keep(x) for x in (cos_MR, sin_MR, position_T, cu_seqlens, order))
+    o_TD = RotaryAttention.apply(qkv_TX, (how, n_heads, window), packing, again)
+    if again[0] is not None:
+        again[0].users += 1
+        recomputed(o_TD, lambda: again[0].get()[1].o_THP.flatten(1))
+    return o_TD

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hnet_kernels.kept import kept_empty
+from hnet_kernels.saved import kept_empty
 from hnet_kernels.triton_math import LOG2_E
 
 

@@ -1,4 +1,4 @@
-"""Where chunks begin, from the router's probabilities, and what follows from that: one pass over all tokens.
+"""Where chunks begin, and what follows from that: one pass over all tokens.
 
 Legend: T tokens, C chunks that there could be, B documents. Tokens behind the last document fill up; they open nothing.
 
@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hnet_kernels.dispatch import obstacle_anywhere, use_fast
+from hnet_kernels.dispatch import obstacle_anywhere, operation, use_fast
 
 
-class Boundaries(NamedTuple):
-    """Where `find_boundaries` writes what it finds: contiguous, but for `losses`."""
+class Chunks(NamedTuple):
+    """Where chunks begin. `cut` writes it: contiguous tensors, but for `shares`."""
 
     p_T: Tensor  # (T + 1,), p and a zero behind it
     b_T: Tensor  # bool: which tokens open a chunk
@@ -24,29 +24,73 @@ class Boundaries(NamedTuple):
     cu_seqlens: Tensor  # int32 (B + 1,): the documents, in chunks
     position_C: Tensor  # int32: each chunk's place in its document; those that are no chunks count as one document
     counts: Tensor  # int64: of all chunks, and of the longest document's
-    losses: Tensor  # (3,), p's dtype: the ratio loss, F and G as in hnet_trainable.py, of all but what fills up
+    shares: Tensor  # (2,), p's dtype: F, the share of tokens that open a chunk, and G, the mean of p; of real tokens
+
+    @classmethod
+    def empty(cls, p_T: Tensor, documents: int) -> "Chunks":
+        """Memory for what `cut` finds among T tokens."""
+        T, device = len(p_T), p_T.device
+        return cls(
+            p_T.new_empty(T + 1),
+            torch.empty(T, dtype=torch.bool, device=device),
+            *(torch.empty(T, dtype=torch.int64, device=device) for _ in "ts"),
+            torch.empty(documents + 1, dtype=torch.int32, device=device),
+            torch.empty(T, dtype=torch.int32, device=device),
+            torch.empty(2, dtype=torch.int64, device=device),
+            p_T.new_empty(2),
+        )
+
+
+@operation
+def cut(
+    p_T: Tensor, b_T: Tensor, position_T: Tensor, cu_seqlens: Tensor, to: Chunks | None = None
+) -> tuple[Tensor, Tensor, Chunks]:
+    """Opens a chunk where b_T (bool) says so, and where a document begins. Returns (p_T, G, chunks).
+
+    p_T: float32 or float64; returned as it is stored in `chunks`. G: the mean of p over real tokens; gradient of p.
+    position_T: each token's place in its document. cu_seqlens: int32 (B + 1,), the documents. to: where to write what
+    is found, for C chunks that there could be, T or more of them.
+    """
+    to = to or Chunks.empty(p_T, len(cu_seqlens) - 1)
+    find_chunks(p_T.detach(), b_T, position_T, cu_seqlens, to)
+    real_T = torch.arange(len(p_T), device=p_T.device) < cu_seqlens[-1]
+    return p_T, (p_T * real_T).sum() / cu_seqlens[-1], to
+
+
+class Cut(torch.autograd.Function):
+    """Gradient: of p."""
+
+    @staticmethod
+    def forward(ctx, p_T: Tensor, b_T: Tensor, position_T: Tensor, cu_seqlens: Tensor, to: Chunks):
+        find_chunks(p_T, b_T, position_T, cu_seqlens, to)
+        ctx.save_for_backward(cu_seqlens)
+        return to.p_T[:-1].detach(), to.shares[1].detach()
+
+    @staticmethod
+    def backward(ctx, dp_T: Tensor, dmean: Tensor):
+        return add_mean_gradient(dp_T, dmean, *ctx.saved_tensors), None, None, None, None
+
+
+@cut.fast
+def _(p_T: Tensor, b_T: Tensor, position_T: Tensor, cu_seqlens: Tensor, to: Chunks | None = None):
+    to = to or Chunks.empty(p_T, len(cu_seqlens) - 1)
+    return *Cut.apply(p_T, b_T, position_T, cu_seqlens, to), to
 
 
 def _fast(p_T: Tensor) -> bool:
     return use_fast("boundaries", p_T.device.type, p_T.dtype, obstacle_anywhere(p_T))
 
 
-def find_boundaries(
-    p_T: Tensor, position_T: Tensor, cu_seqlens: Tensor, N: float, to: Boundaries, forced_T: Tensor | None = None
-) -> None:
-    """Chunks open where p > 0.5, or where a document begins and where forced_T (bool) says so. C is T or more.
-
-    p_T: float32 or float64, 1 where a document begins. position_T: each token's place in its document.
-    cu_seqlens: int32 (B + 1,). N: of the ratio loss (arXiv 2507.07955, eq. 10).
-    The kernels add p up in an order of their own, always the same: G has other last bits than the definition's.
-    """
+def find_chunks(p_T: Tensor, b_T: Tensor, position_T: Tensor, cu_seqlens: Tensor, to: Chunks) -> None:
+    """`cut` without gradients. The kernels add p up in an order of their own, always the same: G has other last bits
+    than the definition's."""
     if _fast(p_T):
         from hnet_kernels import boundaries_triton  # not above: triton is not everywhere
 
-        return boundaries_triton.find_boundaries(p_T, position_T, cu_seqlens, N, to, forced_T)
+        return boundaries_triton.find_chunks(p_T, b_T, position_T, cu_seqlens, to)
     T, C, tokens = len(p_T), len(to.start_C), cu_seqlens[-1]
     real_T = torch.arange(T, device=p_T.device) < tokens
-    b_T = real_T & (p_T > 0.5 if forced_T is None else forced_T | (position_T == 0))
+    b_T = real_T & (b_T | (position_T == 0))
     to.p_T.copy_(F.pad(p_T, (0, 1)))
     to.b_T.copy_(b_T)
     until_T = b_T.cumsum(0)
@@ -56,17 +100,14 @@ def find_boundaries(
     to.cu_seqlens.copy_(inside)
     to.position_C.copy_(k - inside[torch.bucketize(k, inside[1:], right=True)])
     to.counts.copy_(torch.stack([inside[-1], inside.diff().max()]))
-    share, mean = b_T.to(p_T.dtype).sum() / tokens, (p_T * real_T).sum() / tokens
-    ratio = N / (N - 1) * ((N - 1) * share * mean + (1 - share) * (1 - mean))
-    to.losses.copy_(torch.stack([ratio, share, mean]))
+    to.shares.copy_(torch.stack([b_T.to(p_T.dtype).sum() / tokens, (p_T * real_T).sum() / tokens]))
 
 
-def add_ratio_gradient(dp_T: Tensor, dratio: Tensor, losses: Tensor, cu_seqlens: Tensor, N: float) -> Tensor:
-    """dp_T + the ratio loss's gradient of p, which reaches p through G alone."""
+def add_mean_gradient(dp_T: Tensor, dmean: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """dp_T + the gradient of p that comes through its mean over real tokens."""
     if _fast(dp_T):
         from hnet_kernels import boundaries_triton
 
-        return boundaries_triton.add_ratio_gradient(dp_T, dratio, losses, cu_seqlens, N)
-    _, share, _ = losses
+        return boundaries_triton.add_mean_gradient(dp_T, dmean, cu_seqlens)
     real_T = torch.arange(len(dp_T), device=dp_T.device) < cu_seqlens[-1]
-    return dp_T + real_T * (dratio * (N / (N - 1)) * (N * share - 1) / cu_seqlens[-1])
+    return dp_T + real_T * (dmean / cu_seqlens[-1])

@@ -11,25 +11,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hnet_kernels.boundaries import Boundaries
+from hnet_kernels.boundaries import Chunks
 
 BLOCK = 1024  # tokens, chunks or documents that a program takes at once
 
 
 @triton.jit(do_not_specialize=["T"])
 def _count(
-    p_ptr, position_ptr, forced_ptr, tokens_ptr, p_out_ptr, b_ptr, counts_ptr, sums_ptr, T,
-    FORCED: tl.constexpr, BLOCK: tl.constexpr,
+    p_ptr, position_ptr, opens_ptr, tokens_ptr, p_out_ptr, b_ptr, counts_ptr, sums_ptr, T,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """b, a copy of p with a zero behind it; counts_K: how many chunks a block opens; sums_K: of its p."""
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     real = t < tl.load(tokens_ptr)
     p = tl.load(p_ptr + t, mask=t < T, other=0.0)
-    if FORCED:
-        position = tl.load(position_ptr + t, mask=real, other=1)
-        opens = (tl.load(forced_ptr + t, mask=real, other=0) != 0) | (position == 0)
-    else:
-        opens = p > 0.5
+    position = tl.load(position_ptr + t, mask=real & (t < T), other=1)
+    opens = (tl.load(opens_ptr + t, mask=real & (t < T), other=0) != 0) | (position == 0)
     opens = (opens & real).to(tl.int32)
     tl.store(p_out_ptr + t, p, mask=t <= T)
     tl.store(b_ptr + t, opens, mask=t < T)
@@ -39,10 +36,10 @@ def _count(
 
 @triton.jit(do_not_specialize=["T", "C", "K"])
 def _number(
-    b_ptr, counts_ptr, sums_ptr, tokens_ptr, chunk_ptr, start_ptr, losses_ptr, losses_stride, N, T, C, K,
+    b_ptr, counts_ptr, sums_ptr, tokens_ptr, chunk_ptr, start_ptr, shares_ptr, shares_stride, T, C, K,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """chunk_T and start_C of a block of tokens, and of chunks: T where there is none. The first program: the losses."""
+    """chunk_T and start_C of a block of tokens, and of chunks: T where there is none. The first program: F and G."""
     block = tl.program_id(0)
     before = tl.full((), 0, tl.int32)
     chunks = tl.full((), 0, tl.int32)
@@ -61,11 +58,8 @@ def _number(
     tl.store(start_ptr + t, T, mask=(t >= chunks) & (t < C))
     if block == 0:
         tokens = tl.load(tokens_ptr).to(tl.float32)
-        share, mean = chunks.to(tl.float32) / tokens, total_p / tokens
-        ratio = N / (N - 1) * ((N - 1) * share * mean + (1 - share) * (1 - mean))
-        tl.store(losses_ptr, ratio)
-        tl.store(losses_ptr + losses_stride, share)
-        tl.store(losses_ptr + 2 * losses_stride, mean)
+        tl.store(shares_ptr, chunks.to(tl.float32) / tokens)
+        tl.store(shares_ptr + shares_stride, total_p / tokens)
 
 
 @triton.jit
@@ -100,31 +94,24 @@ def _documents(
 
 
 @triton.jit(do_not_specialize=["T"])
-def _add_ratio_gradient(
-    dp_ptr, dratio_ptr, share_ptr, tokens_ptr, out_ptr, N, T,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
+def _add_mean_gradient(dp_ptr, dmean_ptr, tokens_ptr, out_ptr, T, BLOCK: tl.constexpr):
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tokens = tl.load(tokens_ptr)
-    slope = tl.load(dratio_ptr) * (N / (N - 1)) * (N * tl.load(share_ptr) - 1) / tokens.to(tl.float32)
+    share = tl.load(dmean_ptr) / tokens.to(tl.float32)
     dp = tl.load(dp_ptr + t, mask=t < T, other=0.0)
-    tl.store(out_ptr + t, tl.where(t < tokens, dp + slope, dp), mask=t < T)
+    tl.store(out_ptr + t, tl.where(t < tokens, dp + share, dp), mask=t < T)
 
 
-def find_boundaries(
-    p_T: Tensor, position_T: Tensor, cu_seqlens: Tensor, N: float, to: Boundaries, forced_T: Tensor | None
-) -> None:
-    """`find_boundaries` of boundaries.py."""
+def find_chunks(p_T: Tensor, opens_T: Tensor, position_T: Tensor, cu_seqlens: Tensor, to: Chunks) -> None:
+    """`find_chunks` of boundaries.py."""
     T, C, B, tokens = len(p_T), len(to.start_C), len(cu_seqlens) - 1, cu_seqlens[-1]
     K, p_T, b_T = triton.cdiv(T + 1, BLOCK), p_T.contiguous(), to.b_T.view(torch.uint8)
     counts_K, sums_K = p_T.new_empty(K, dtype=torch.int32), p_T.new_empty(K)
-    forced = (b_T, False) if forced_T is None else (forced_T.view(torch.uint8), True)
+    opens_T = opens_T.contiguous().view(torch.uint8)
     with torch.cuda.device_of(p_T):
-        _count[(K,)](
-            p_T, position_T, forced[0], tokens, to.p_T, b_T, counts_K, sums_K, T, FORCED=forced[1], BLOCK=BLOCK
-        )
+        _count[(K,)](p_T, position_T, opens_T, tokens, to.p_T, b_T, counts_K, sums_K, T, BLOCK=BLOCK)
         _number[(triton.cdiv(C, BLOCK),)](
-            b_T, counts_K, sums_K, tokens, to.chunk_T, to.start_C, to.losses, to.losses.stride(0), N, T, C, K,
+            b_T, counts_K, sums_K, tokens, to.chunk_T, to.start_C, to.shares, to.shares.stride(0), T, C, K,
             BLOCK=BLOCK,
         )  # fmt: skip
         _documents[(1 + triton.cdiv(C, BLOCK),)](
@@ -133,11 +120,9 @@ def find_boundaries(
         )  # fmt: skip
 
 
-def add_ratio_gradient(dp_T: Tensor, dratio: Tensor, losses: Tensor, cu_seqlens: Tensor, N: float) -> Tensor:
-    """`add_ratio_gradient` of boundaries.py."""
+def add_mean_gradient(dp_T: Tensor, dmean: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """`add_mean_gradient` of boundaries.py."""
     dp_T, out_T = dp_T.contiguous(), dp_T.new_empty(len(dp_T))
     with torch.cuda.device_of(dp_T):
-        _add_ratio_gradient[(triton.cdiv(len(dp_T), BLOCK),)](
-            dp_T, dratio, losses[1], cu_seqlens[-1], out_T, N, len(dp_T), BLOCK=BLOCK
-        )
+        _add_mean_gradient[(triton.cdiv(len(dp_T), BLOCK),)](dp_T, dmean, cu_seqlens[-1], out_T, len(dp_T), BLOCK=BLOCK)
     return out_T

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hnet_kernels.dispatch import use_fast
-from hnet_kernels.sums import Slot, Sums
+from hnet_kernels.gradients import PartialSums, Slot
 
 MAX_TAPS = 4
 
@@ -92,10 +92,9 @@ def causal_conv_silu_backward(
     if use_fast("causal_conv_silu", x_TD.device.type, x_TD.dtype, _obstacle(x_TD, weight_D1K.shape[-1])):
         from hnet_kernels import conv_triton
 
-        sums = Sums([(weight_D1K, bias_D)])
-        dx_TD = conv_triton.conv_silu_backward(dy_TD, x_TD, weight_D1K, bias_D, position_T, *sums.slots())
-        dweight_D1K, dbias_D = sums.total()
-        return dx_TD, dweight_D1K, dbias_D.clone()  # what an operation returns must not share memory
+        slot = PartialSums().slot(weight_D1K, bias_D)
+        dx_TD = conv_triton.conv_silu_backward(dy_TD, x_TD, weight_D1K, bias_D, position_T, slot)
+        return dx_TD, *(x.clone() for x in slot.gradients())  # what an operation returns must not share memory
     before_TD = conv_forward(x_TD, weight_D1K, bias_D, position_T)
     dbefore_TD = torch.ops.aten.silu_backward(dy_TD, before_TD)
     return tuple(grad.contiguous() for grad in conv_backward(dbefore_TD, x_TD, weight_D1K, position_T))

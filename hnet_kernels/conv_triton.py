@@ -32,9 +32,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hnet_kernels.kept import kept_empty
+from hnet_kernels.gradients import Slot
 from hnet_kernels.norm_triton import multiprocessors, sum_rows
-from hnet_kernels.sums import Slot
+from hnet_kernels.saved import kept_empty
 
 FORWARD = (32, 128, 1)  # a program's tokens, a multiple of a turn's, and channels; warps
 BACKWARD = (16, 128, 1)  # programs a multiprocessor, a program's channels, warps; all run at once, see `_run`

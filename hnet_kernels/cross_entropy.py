@@ -6,15 +6,42 @@ This file has the definition and the choice; the Triton kernels that run on a GP
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from hnet_kernels.dispatch import obstacle_anywhere, use_fast
+from hnet_kernels.dispatch import obstacle_anywhere, operation, use_fast
 
 MOST = 4096  # classes: a row must fit into the registers of one program
 
 
 def _fast(logits_TV: Tensor) -> bool:
     return use_fast("cross_entropy", logits_TV.device.type, logits_TV.dtype, obstacle_anywhere(logits_TV, MOST))
+
+
+@operation
+def cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
+    """The mean over tokens of -log softmax of the label: a scalar in at least float32. labels_T: int64, 0 to V - 1."""
+    return F.cross_entropy(logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32)), labels_T)
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Gradient: of the logits."""
+
+    @staticmethod
+    def forward(ctx, logits_TV: Tensor, labels_T: Tensor) -> Tensor:
+        loss_T, lse_T = cross_entropy_forward(logits_TV.contiguous(), labels_T)
+        ctx.save_for_backward(logits_TV, labels_T, lse_T)
+        return loss_T.mean()
+
+    @staticmethod
+    def backward(ctx, dloss: Tensor):
+        logits_TV, labels_T, lse_T = ctx.saved_tensors
+        return cross_entropy_backward(dloss / len(labels_T), logits_TV.contiguous(), labels_T, lse_T), None
+
+
+@cross_entropy.fast
+def _(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
+    return CrossEntropy.apply(logits_TV, labels_T.contiguous())
 
 
 def cross_entropy_forward(logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:

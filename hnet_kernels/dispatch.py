@@ -1,12 +1,16 @@
-"""Which implementation of an operation runs: chosen once for each (operation, device type, dtype), logged once.
+"""Which implementation of an operation runs, and in which dtype a definition computes.
 
-And in which dtype a definition computes.
+An `Operation` is a definition in plain torch with a fast implementation beside it. Inside fast implementations,
+`use_fast` chooses Triton kernels: once for each (kernel, device type, dtype), logged once.
 """
 
+import contextlib
 import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +37,61 @@ def requested() -> str:
     if choice not in CHOICES:
         raise KernelError(f"HNET_KERNELS={choice}: expected one of {', '.join(CHOICES)}")
     return choice
+
+
+OPERATIONS: dict[str, "Operation"] = {}
+_forced: list[bool] = []  # by `forcing`, the last one counts
+
+
+class Operation:
+    """A definition in plain torch, through which autograd goes, and a fast implementation with its own backward.
+
+    Called, it runs the fast one on CUDA devices but in float64, and the definition elsewhere and where
+    `HNET_KERNELS=reference`. `uses_definition`: set where a check has found that the two differ. `fast_everywhere`: the
+    definition takes too long, or too much memory, for more than checks.
+    """
+
+    fast_everywhere = False
+
+    def __init__(self, definition: Callable[..., Any]):
+        functools.update_wrapper(self, definition)
+        self.definition, self.name, self.uses_definition = definition, definition.__name__, False
+        OPERATIONS[self.name] = self
+
+    def fast(self, implementation: Callable[..., Any]) -> Callable[..., Any]:
+        """Decorator: what runs on CUDA devices; takes what the definition takes."""
+        self.implementation = implementation
+        return implementation
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        first = args[0] if args else next(iter(kwargs.values()))
+        chosen = self.implementation if self.runs_fast(first) else self.definition
+        return chosen(*args, **kwargs)
+
+    def runs_fast(self, x: Tensor) -> bool:
+        if self.uses_definition:
+            return False
+        if _forced:
+            return _forced[-1]
+        if self.fast_everywhere or (x.is_cuda and x.dtype != torch.float64):
+            return requested() != "reference"
+        return requested() == "triton"  # which then says what it lacks
+
+
+def operation(definition: Callable[..., Any]) -> Operation:
+    """Decorator over a definition: see `Operation`."""
+    return Operation(definition)
+
+
+@contextlib.contextmanager
+def forcing(fast: bool) -> Iterator[None]:
+    """Operations inside run their fast implementations, or their definitions, on any device. For checks and tests:
+    without a GPU a fast implementation is its own backward over kernels' definitions."""
+    _forced.append(fast)
+    try:
+        yield
+    finally:
+        _forced.pop()
 
 
 def obstacle_anywhere(x: Tensor, widest: int | None = None) -> str | None:

@@ -10,7 +10,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from hnet_kernels.dispatch import use_fast
+from hnet_kernels.dispatch import operation, use_fast
 from hnet_kernels.ssd import document_ids, scan_forward
 
 
@@ -30,6 +30,41 @@ def _fast(x: Tensor, compute: Tensor) -> bool:
     elif importlib.util.find_spec("triton") is None:
         obstacle = "no triton"
     return use_fast("ema", x.device.type, x.dtype, obstacle)
+
+
+@operation
+def smooth(y_CD: Tensor, p_C: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Smoothing (arXiv 2507.07955, eq. 5): z_k = p_k y_k + (1 - p_k) z_{k-1}, with z = 0 before each document.
+
+    y_CD: any floating dtype. p_C: float32 or float64, strictly between 0 and 1. Returns z_CD in p's dtype.
+    """
+    document_C, k_C = document_ids(cu_seqlens, len(p_C)), torch.arange(len(p_C), device=p_C.device)
+    counts_CC = (k_C[:, None] >= k_C) & (document_C[:, None] == document_C)  # y_j in z_k
+    log_C = torch.log1p(-p_C).double().cumsum(0)
+    fading_CC = (log_C[:, None] - log_C).masked_fill(~counts_CC, -torch.inf).exp().to(p_C.dtype)
+    return (fading_CC * p_C) @ y_CD.to(p_C.dtype)
+
+
+smooth.fast_everywhere = True  # the definition takes C^2 memory
+
+
+class Smooth(torch.autograd.Function):
+    """Gradients: of y and p."""
+
+    @staticmethod
+    def forward(ctx, y_CD: Tensor, p_C: Tensor, cu_seqlens: Tensor) -> Tensor:
+        z_CD = ema_forward(y_CD, p_C, cu_seqlens)
+        ctx.save_for_backward(y_CD, p_C, z_CD, cu_seqlens)
+        return z_CD
+
+    @staticmethod
+    def backward(ctx, dz_CD: Tensor):
+        return *ema_backward(dz_CD, *ctx.saved_tensors), None
+
+
+@smooth.fast
+def _(y_CD: Tensor, p_C: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return Smooth.apply(y_CD, p_C, cu_seqlens)
 
 
 def ema_forward(y_CD: Tensor, p_C: Tensor, cu_seqlens: Tensor) -> Tensor:

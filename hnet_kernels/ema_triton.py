@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hnet_kernels.kept import kept_empty
+from hnet_kernels.saved import kept_empty
 
 RUN, CHANNELS, WARPS = 32, 128, 1  # chunks and channels of a program
 SUM_CHUNKS, SUM_CHANNELS, SUM_WARPS = 4, 512, 4  # of a program that adds up the tokens of some chunks, side by side
@@ -138,7 +138,8 @@ def _smooth_gradient(
 
 @triton.jit(do_not_specialize=["T", "C", "spare"])
 def _sum_chunks(
-    x_ptr, start_ptr, sum_ptr, T, C, D, spare, CHUNKS: tl.constexpr, BLOCK_D: tl.constexpr
+    x_ptr, scale_ptr, start_ptr, sum_ptr, T, C, D, spare,
+    SCALED: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     k_first = tl.program_id(0) * CHUNKS  # CUDA allows 65,535 programs on the second axis
     if tl.load(start_ptr + k_first - spare, mask=k_first >= spare, other=-1) >= T:
@@ -153,7 +154,10 @@ def _sum_chunks(
         for j in tl.static_range(4):  # of each chunk, so that one token need not wait for the other
             t = first + i + j
             x = tl.load(x_ptr + t[:, None] * D + d[None, :], mask=(t < end)[:, None] & in_D, other=0.0)
-            total += x.to(tl.float32)
+            x = x.to(tl.float32)
+            if SCALED:
+                x *= tl.load(scale_ptr + t, mask=t < end, other=0.0)[:, None]
+            total += x
     tl.store(sum_ptr + k.to(tl.int64)[:, None] * D + d[None, :], total, mask=(k < C)[:, None] & in_D)
 
 
@@ -202,13 +206,17 @@ def ema_backward(dz_CD: Tensor, y_CD: Tensor, p_C: Tensor, z_CD: Tensor, cu_seql
     return dy_CD, dp_PC.sum(0)
 
 
-def sum_chunks(x_TD: Tensor, start_C: Tensor, out_CD: Tensor | None = None, spare: int | None = None) -> Tensor:
-    """(C, D), float32, of `sum_chunks` in ema.py. x_TD: float32 or of 16 bits."""
+def sum_chunks(
+    x_TD: Tensor, start_C: Tensor, out_CD: Tensor | None = None, spare: int | None = None,
+    scale_T: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """(C, D), float32, of `sum_chunks` in ema.py, of x * scale. x_TD: float32 or of 16 bits."""
     (T, D), C = x_TD.shape, len(start_C)
     x_TD, sum_CD = x_TD.contiguous(), x_TD.new_empty(C, D, dtype=torch.float32) if out_CD is None else out_CD
     with torch.cuda.device_of(x_TD):
         _sum_chunks[(triton.cdiv(C, SUM_CHUNKS), triton.cdiv(D, SUM_CHANNELS))](
-            x_TD, start_C, sum_CD, T, C, D, C if spare is None else spare,
+            x_TD, x_TD if scale_T is None else scale_T.contiguous(), start_C, sum_CD, T, C, D,
+            C if spare is None else spare, SCALED=scale_T is not None,
             CHUNKS=SUM_CHUNKS, BLOCK_D=SUM_CHANNELS, num_warps=SUM_WARPS,
         )  # fmt: skip
     return sum_CD

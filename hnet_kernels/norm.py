@@ -11,15 +11,34 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from hnet_kernels.dispatch import obstacle_anywhere, use_fast, wide
-from hnet_kernels.sums import Slot
+from hnet_kernels.dispatch import obstacle_anywhere, operation, use_fast, wide
+from hnet_kernels.gradients import Slot, slot_of
+from hnet_kernels.recompute import mode, recomputed
+from hnet_kernels.saved import keep, keeping_if
 
 WIDEST = 8192  # channels: a row must fit into the registers of one program
 
 
 def _fast(operation: str, x_TD: Tensor) -> bool:
     return use_fast(operation, x_TD.device.type, x_TD.dtype, obstacle_anywhere(x_TD, WIDEST))
+
+
+def rms_norm(x_TD: "Tensor | Residual", weight_D: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight, computed in at least float32, returned in the weight's dtype (the compute dtype).
+
+    A `Residual` is also brought up to date by it, in the same pass over memory.
+    """
+    if isinstance(x_TD, Residual):
+        return x_TD.norm(weight_D, eps)
+    return _norm(wide(x_TD), weight_D, eps)[0]
+
+
+@operation
+def residual_stream(x_TD: Tensor) -> "Tensor | Residual":
+    """What blocks add to, beginning with x: a tensor in at least float32, or a `Residual`, which acts like one."""
+    return x_TD.to(torch.promote_types(x_TD.dtype, torch.float32), copy=True)
 
 
 def _norm(u_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -147,3 +166,202 @@ def gated_norm_backward(
     dz_TD.copy_(torch.ops.aten.silu_backward(du_TD * y, z))
     dweight.fill(dweight_D)
     return (du_TD * gate_TD).to(y_TD.dtype), x_TD if again else None
+
+
+class _Total:
+    """A sum along a residual stream: the tensor that autograd knows, and what it does not.
+
+    x: in bfloat16 where the compute dtype is that; `rest` has the next 8 bits. So has its gradient. Autograd hands on
+    the first part and would add up gradients in it; so whoever reads the sum leaves its whole gradient in `gradients`,
+    where the backward that made the sum finds them all. With each is the number of the backward pass that left it.
+    """
+
+    def __init__(self):
+        self.x: Tensor | None = None
+        self.rest: Tensor | None = None
+        self.gradients: list[tuple[int, Parted | Tensor]] = []
+
+
+def _leave(gradients: list[tuple[int, Parted | Tensor]], gradient: Parted | Tensor) -> None:
+    gradients.append((torch._C._current_graph_task_id(), gradient))
+
+
+def _collected(gradients: list[tuple[int, Parted | Tensor]], dx_TD: Tensor) -> Parted:
+    """Their sum, in parts where dx_TD is bfloat16. Empties the list.
+
+    dx_TD: what autograd hands on. What this pass has not left counts only where it is that tensor: then the backward
+    pass is one that goes on where another ended. The rest is of passes that did not get this far.
+    """
+    now, dtype = torch._C._current_graph_task_id(), dx_TD.dtype
+    found = [x for number, x in gradients if number == now]
+    if not found:
+        same = (x for _, x in reversed(gradients) if isinstance(x, Parted) and x.x.data_ptr() == dx_TD.data_ptr())
+        found = [x for x in [next(same, None)] if x is not None]
+    gradients.clear()
+    if not found:
+        raise RuntimeError("a residual stream's sum was read by something else than rms_norm and Residual.value")
+    if len(found) == 1 and isinstance(found[0], Parted):
+        return found[0]
+    wide_dtype = torch.promote_types(dtype, torch.float32)
+    tensors = [whole(*x, wide_dtype) if isinstance(x, Parted) else x for x in found]
+    return part(sum(tensors), dtype)
+
+
+class AddNorm(torch.autograd.Function):
+    """Adds delta to a sum and returns the norm of that. Gradients: of the sum, of delta and of the weight."""
+
+    @staticmethod
+    def forward(ctx, how, before: _Total | None, after: _Total, _, delta_TD: Tensor, weight_D: Tensor):
+        eps, saves_x = how
+        ctx.set_materialize_grads(False)
+        residual = None if before is None else Parted(before.x.detach(), before.rest)
+        with keeping_if(saves_x is not None):
+            sum_, x_TD, scale_T = add_norm_forward(residual, delta_TD.detach(), weight_D, eps, bool(saves_x))
+        if saves_x is not None:
+            sum_, scale_T = Parted(*(None if x is None else keep(x) for x in sum_)), keep(scale_T)
+        if sum_.x.data_ptr() == delta_TD.data_ptr():  # an output must not be an input
+            sum_ = Parted(sum_.x.clone(), sum_.rest)
+        after.rest, after.scale_T = sum_.rest, scale_T
+        ctx.save_for_backward(sum_.x, sum_.rest, scale_T, weight_D)
+        ctx.before, ctx.after = None if before is None else before.gradients, after.gradients
+        ctx.slot = slot_of("norm", weight_D)
+        return x_TD, sum_.x
+
+    @staticmethod
+    def backward(ctx, dx_TD: Tensor | None, dsum_TD: Tensor | None):
+        sum_TD, rest_TD, scale_T, weight_D = ctx.saved_tensors
+        dsum = None if dsum_TD is None else _collected(ctx.after, dsum_TD)
+        if dx_TD is None:
+            dboth, dweight_D = dsum, None
+        else:
+            sum_ = Parted(sum_TD, rest_TD)
+            dboth, _ = add_norm_backward(dx_TD, dsum, sum_, scale_T, weight_D, ctx.slot, again=False)
+            (dweight_D,) = ctx.slot.gradients()
+        if ctx.before is None:
+            return None, None, None, None, dboth.x, dweight_D
+        _leave(ctx.before, dboth)
+        return None, None, None, dboth.x, dboth.x, dweight_D
+
+
+class ReadTotal(torch.autograd.Function):
+    """A sum along a residual stream as a tensor in at least float32."""
+
+    @staticmethod
+    def forward(ctx, total: _Total, x_TD: Tensor):
+        ctx.gradients, ctx.dtype = total.gradients, x_TD.dtype
+        return whole(x_TD, total.rest, torch.promote_types(x_TD.dtype, torch.float32))
+
+    @staticmethod
+    def backward(ctx, dx_TD: Tensor):
+        _leave(ctx.gradients, dx_TD)
+        return None, dx_TD.to(ctx.dtype)
+
+
+class Renamed(torch.autograd.Function):
+    """The sum of `before` as `after` has it, where somebody put another tensor in its place: FSDP's hooks, or the cut
+    between two backward parts. Gradient: of that tensor, collected, so that it is one for `before`."""
+
+    @staticmethod
+    def forward(ctx, before: _Total, after: _Total, x_TD: Tensor) -> Tensor:
+        ctx.before, ctx.after = before.gradients, after.gradients
+        return x_TD.view_as(x_TD)
+
+    @staticmethod
+    def backward(ctx, dx_TD: Tensor):
+        gradient = _collected(ctx.after, dx_TD)
+        _leave(ctx.before, gradient)
+        return None, None, gradient.x
+
+
+class Residual:
+    """A residual stream: what blocks have added up so far, and what the last one adds.
+
+    It acts like the tensor in at least float32 that `value` returns. But the addition waits for the next `rms_norm`,
+    which does it in the same pass; and with bfloat16 the sum takes three bytes an element in memory, not four.
+    """
+
+    def __init__(self, delta_TD: Tensor | None, total: _Total | None = None):
+        self._delta_TD, self._total = delta_TD, total
+
+    def value(self) -> Tensor:
+        """The stream as a tensor in at least float32, with its gradient."""
+        if self._total is None:
+            return self._delta_TD.to(torch.promote_types(self._delta_TD.dtype, torch.float32), copy=True)
+        total_TD = ReadTotal.apply(self._total, self._total.x)
+        return total_TD if self._delta_TD is None else total_TD + self._delta_TD
+
+    def norm(self, weight_D: Tensor, eps: float) -> Tensor:
+        """`rms_norm` of the stream. What the last block added is then part of the sum."""
+        if self._delta_TD is None:
+            return rms_norm(self.value(), weight_D, eps)
+        after, how = _Total(), mode()
+        saves_x = {"none": True, "selective": False, "block": False}[how] if torch.is_grad_enabled() else None
+        x = None if self._total is None else self._total.x
+        x_TD, after.x = AddNorm.apply((eps, saves_x), self._total, after, x, self._delta_TD, weight_D)
+        if how != "none":
+            sum_, scale_T = Parted(after.x.detach(), after.rest), after.scale_T
+            weight_D = keep(weight_D.detach())
+            recomputed(x_TD, lambda: norm_again(sum_, scale_T, weight_D))
+        del after.scale_T
+        self._delta_TD, self._total = None, after
+        return x_TD
+
+    def __add__(self, other):
+        like = self._total.x if self._delta_TD is None else self._delta_TD
+        if self._delta_TD is None and isinstance(other, Tensor) and other.dtype == like.dtype:
+            return Residual(other, self._total) if other.shape == like.shape else self.value() + other
+        return self.value() + (other.value() if isinstance(other, Residual) else other)
+
+    __radd__ = __add__
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.value(), name)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function in (torch.add, Tensor.add, Tensor.__add__) and len(args) == 2 and not kwargs:
+            return args[1] + args[0] if isinstance(args[1], Residual) else args[0] + args[1]
+        args, kwargs = pytree.tree_map_only(
+            Residual, Residual.value, (args, kwargs or {}), is_leaf=lambda x: isinstance(x, Residual)
+        )
+        return function(*args, **kwargs)
+
+
+def _as_tensor(name: str):
+    def call(self, *args):
+        return getattr(self.value(), name)(*(x.value() if isinstance(x, Residual) else x for x in args))
+
+    return call
+
+
+for _name in (
+    *("__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__", "__rtruediv__", "__pow__", "__neg__", "__matmul__"),
+    *("__getitem__", "__len__", "__lt__", "__le__", "__gt__", "__ge__", "__float__", "__bool__"),
+):
+    setattr(Residual, _name, _as_tensor(_name))
+
+# FSDP looks for the tensors in what modules take and return
+pytree.register_pytree_node(
+    Residual,
+    lambda residual: (
+        [residual._delta_TD, None if residual._total is None else residual._total.x],
+        residual._total,
+    ),
+    lambda tensors, total: Residual(tensors[0], _with_x(total, tensors[1])),
+)
+
+
+def _with_x(total: _Total | None, x: Tensor | None) -> _Total | None:
+    if total is None or x is total.x:
+        return total
+    other = _Total()
+    other.rest = total.rest
+    other.x = Renamed.apply(total, other, x)
+    return other
+
+
+@residual_stream.fast
+def _(x_TD: Tensor) -> Residual:
+    return Residual(x_TD)

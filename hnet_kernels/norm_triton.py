@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hnet_kernels.kept import kept_empty
-from hnet_kernels.sums import Slot
+from hnet_kernels.gradients import Slot
+from hnet_kernels.saved import kept_empty
 from hnet_kernels.triton_math import sigmoid
 
 TILE = 2048  # elements of a program's rows, forwards

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hnet_kernels.dispatch import obstacle_anywhere, use_fast, wide
+from hnet_kernels.dispatch import obstacle_anywhere, operation, use_fast, wide
+from hnet_kernels.recompute import mode, recomputed_from, save, saved
+from hnet_kernels.saved import keeping_if
 
 
 def _fast(operation: str, x: Tensor) -> bool:
@@ -26,6 +28,36 @@ def to_float32(x: Tensor) -> Tensor:
 
         return pointwise_triton.to_float32(x)
     return x.float()
+
+
+@operation
+def swiglu(both_T2I: Tensor) -> Tensor:
+    """silu(gate) * value of rows (value, gate): (T, 2 I) -> (T, I)."""
+    value_TI, gate_TI = both_T2I.chunk(2, dim=-1)
+    return F.silu(gate_TI) * value_TI
+
+
+class SwiGLU(torch.autograd.Function):
+    """Gradient: of both halves."""
+
+    @staticmethod
+    def forward(ctx, both_T2I: Tensor, is_kept: bool) -> Tensor:
+        save(ctx, both_T2I)
+        with keeping_if(is_kept):
+            return swiglu_forward(both_T2I)
+
+    @staticmethod
+    def backward(ctx, dh_TI: Tensor):
+        return swiglu_backward(dh_TI, *saved(ctx), again=False)[0], None
+
+
+@swiglu.fast
+def _(both_T2I: Tensor) -> Tensor:
+    if both_T2I.ndim != 2:
+        return swiglu.definition(both_T2I)
+    how = mode()
+    h_TI = SwiGLU.apply(both_T2I, how == "none")
+    return h_TI if how == "none" else recomputed_from(h_TI, both_T2I, swiglu_forward)
 
 
 def swiglu_forward(both_T2I: Tensor) -> Tensor:

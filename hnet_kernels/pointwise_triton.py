@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hnet_kernels.kept import kept_empty
+from hnet_kernels.saved import kept_empty
 from hnet_kernels.triton_math import sigmoid
 
 ELEMENTS = 1024  # a program of SwiGLU

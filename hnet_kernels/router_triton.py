@@ -58,13 +58,17 @@ def _boundary_backward(
 
 
 @triton.jit(do_not_specialize=["T"])
-def _upsample(z_ptr, chunk_ptr, residual_ptr, out_ptr, T, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+def _upsample(
+    z_ptr, scale_ptr, chunk_ptr, residual_ptr, out_ptr, T,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)[None, :]
     inside = (t < T)[:, None] & (d < D)
     row = t.to(tl.int64)[:, None]
     chunk = tl.load(chunk_ptr + t, mask=t < T, other=0)[:, None]
-    out = tl.load(z_ptr + chunk * D + d, mask=inside, other=0.0)
+    scale = tl.load(scale_ptr + t, mask=t < T, other=0.0)[:, None]
+    out = tl.load(z_ptr + chunk * D + d, mask=inside, other=0.0) * scale
     out += tl.load(residual_ptr + row * D + d, mask=inside, other=0.0)
     tl.store(out_ptr + row * D + d, out.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -85,7 +89,7 @@ def _upsample_backward(
 
 
 @triton.jit(do_not_specialize=["C"])
-def _take_rows(
+def _gather_rows(
     x_ptr, place_ptr, pad_ptr, rows_ptr, C, x_width,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -138,34 +142,40 @@ def boundary_backward(dp_T: Tensor, q_TD: Tensor, k_TD: Tensor, position_T: Tens
     return dq_TD, dk_TD
 
 
-def upsample_forward(z_CD: Tensor, chunk_T: Tensor, residual_TD: Tensor, dtype: torch.dtype) -> Tensor:
+def upsample_forward(z_CD: Tensor, scale_T: Tensor, chunk_T: Tensor, residual_TD: Tensor, dtype: torch.dtype) -> Tensor:
     """`upsample_forward` of router.py."""
     residual_TD, out_TD = residual_TD.contiguous(), residual_TD.new_empty(residual_TD.shape, dtype=dtype)
     grid, blocks = _blocks(residual_TD)
     with torch.cuda.device_of(z_CD):
-        _upsample[grid](z_CD.contiguous(), chunk_T, residual_TD, out_TD, len(chunk_T), **blocks)
+        _upsample[grid](z_CD.contiguous(), scale_T.contiguous(), chunk_T, residual_TD, out_TD, len(chunk_T), **blocks)
     return out_TD
 
 
 def upsample_backward(
-    dout_TD: Tensor, z_CD: Tensor, chunk_T: Tensor, start_C: Tensor, dz_CD: Tensor | None, spare: int | None = None
+    dout_TD: Tensor,
+    z_CD: Tensor,
+    scale_T: Tensor,
+    chunk_T: Tensor,
+    start_C: Tensor,
+    dz_CD: Tensor | None,
+    spare: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`upsample_backward` of router.py."""
     dout_TD, dscale_T = dout_TD.contiguous(), z_CD.new_empty(len(dout_TD))
     grid, blocks = _blocks(dout_TD)
     with torch.cuda.device_of(z_CD):
         _upsample_backward[grid](dout_TD, z_CD.contiguous(), chunk_T, dscale_T, len(chunk_T), **blocks)
-    return dscale_T, sum_chunks(dout_TD, start_C, dz_CD, spare)
+    return dscale_T, sum_chunks(dout_TD, start_C, dz_CD, spare, scale_T)
 
 
-def take_rows(x_TD: Tensor, place_C: Tensor, pad_E: Tensor | None) -> Tensor:
-    """`take_rows` of router.py."""
+def gather_rows(x_TD: Tensor, place_C: Tensor, pad_E: Tensor | None) -> Tensor:
+    """`gather_rows` of router.py."""
     assert x_TD.is_contiguous()
     width = x_TD.shape[1]
     rows_CD = x_TD.new_empty(len(place_C), width + (0 if pad_E is None else len(pad_E)))
     grid, blocks = _blocks(rows_CD)
     with torch.cuda.device_of(x_TD):
-        _take_rows[grid](x_TD, place_C, x_TD if pad_E is None else pad_E, rows_CD, len(rows_CD), width, **blocks)
+        _gather_rows[grid](x_TD, place_C, x_TD if pad_E is None else pad_E, rows_CD, len(rows_CD), width, **blocks)
     return rows_CD
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad, softplus
 
 from hnet_kernels.dispatch import use_fast
-from hnet_kernels.sums import Slot
+from hnet_kernels.gradients import Slot
 
 MIN_CHUNK = 32  # tokens; the work inside a chunk grows with it, the work between chunks shrinks
 MAX_CHUNKS = 256  # beyond this many the chunks get longer: states are handed on one chunk at a time

@@ -34,9 +34,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hnet_kernels.kept import keeping_if, kept_empty
+from hnet_kernels.gradients import Slot
 from hnet_kernels.norm_triton import multiprocessors, sum_rows
-from hnet_kernels.sums import Slot
+from hnet_kernels.saved import keeping_if, kept_empty
 from hnet_kernels.triton_math import LOG2_E
 
 SUM, SOURCE, GAIN, START, END = (tl.constexpr(i) for i in range(5))  # of vectors_5HT, see _prepare

@@ -1,7 +1,8 @@
-"""Activation checkpointing: what a block's backward needs is computed again instead of kept.
+"""Activation checkpointing of steps that run eagerly: what a block's backward needs is recomputed instead of saved.
 
 Around the block's computation and inside FSDP's hooks, so that the collective operations, and their order, are the same
-with and without it.
+with and without it. Fast implementations of operations do it themselves (hnet_kernels/recompute.py); where definitions
+run, torch's checkpointing does.
 """
 
 import functools
@@ -13,8 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from hnet_kernels import Residual
+from hnet_kernels.recompute import recomputing
 from hnet_runtime.distributed import World
-from hnet_trainable import Block, HNet, HNetLM, StageOutput
+from hnet_trainable import Block, HNet, HNetLM, RoutingModule
 
 
 def _operations(*names: str) -> set[Any]:
@@ -47,18 +50,22 @@ class _Recomputing:
         self.forward, self.mode, self.switched_on = forward, mode, False
 
     def __call__(self, *args: Any) -> Tensor:
-        if not torch.is_grad_enabled() or (self.mode == "none" and not self.switched_on):
+        mode = "block" if self.switched_on else self.mode
+        if not torch.is_grad_enabled() or mode == "none":
             return self.forward(*args)
+        if isinstance(args[0], Residual):
+            with recomputing(mode):
+                return self.forward(*args)
         more = {}
-        if self.mode == "selective" and not self.switched_on:
+        if mode == "selective":
             more["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
-        return checkpoint(self.forward, *args, use_reentrant=False, preserve_rng_state=False, **more)
+        return checkpoint(self.forward, *args, use_reentrant=False, preserve_rng_state=True, **more)
 
 
 def recompute(model: HNetLM, mode: str) -> None:
-    """Make every block's backward recompute what it needs. Gradients stay the same. After `compile_blocks`, if at all.
+    """Make every block's backward recompute what it needs. Gradients stay the same.
 
-    mode: `none`; `block` keeps a block's input alone; `selective` also what is costly to compute (`kept_operations`).
+    mode: `none`; `block` saves a block's input alone; `selective` also what is costly to compute (`kept_operations`).
     """
     for module in model.modules():
         if isinstance(module, Block):
@@ -83,9 +90,9 @@ class ChunkGuard:
         inside = [m.forward for m in stage.main_network.modules() if isinstance(m, Block)]
         pending: list[tuple[Tensor, Any]] = []
 
-        def ask(module: nn.Module, inputs: Any, output: StageOutput) -> None:
+        def ask(module: RoutingModule, inputs: Any, p_T: Tensor) -> None:
             if torch.is_grad_enabled():
-                chunks = output.boundary_mask.values().sum()
+                chunks = module.opens(p_T).sum()
                 alone = self.world.size == 1
                 pending.append((chunks, None if alone else dist.all_reduce(chunks, dist.ReduceOp.MAX, async_op=True)))
 

@@ -1,10 +1,17 @@
-"""Does what runs compute what hnet_trainable.py says? Small models that answer before a run begins.
+"""Does what runs compute what the files say? Small checks that answer before a run begins.
 
-Steps as graphs (graphs.py) and generation (hnet_simple.py) compute the model in other ways than `HNetLM.forward`. An
-edit of hnet_trainable.py that they do not follow must not be ignored in silence. So a toy with the config's stages,
-letters and options runs both ways before step 1, and what differs first is named.
+- `operations`: each operation of hnet_kernels has a fast implementation beside its definition. Where the two differ,
+  as when somebody has edited a definition, the definition runs.
+- `steps_as_graphs`: the graphs call the parts of the model, not its forward. A toy with the config's stages, letters
+  and options runs both ways, in float64 on the CPU.
+- `captured`: the run's own model on its device, captured and replayed, against the same model run eagerly.
+- `generation`: prefill and steps go on from a cache, where training reads whole documents.
+
+What differs first is named, and the run takes the next slower way that agrees.
 """
 
+import logging
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,29 +20,212 @@ import torch
 from torch import Tensor
 from torch.nested import nested_tensor_from_jagged
 
+import hnet_kernels as K
+from hnet_kernels.dispatch import OPERATIONS, forcing
 from hnet_runtime import equivalence
 from hnet_runtime.graphs import GraphedModel
 from hnet_simple import HNetInference
-from hnet_trainable import BOS, HNetConfig, HNetLM, nested_like
+from hnet_trainable import BOS, NORM_EPS, HNetConfig, HNetLM, nested_like, rotary_tables, training_loss
 
-ALPHA = 0.3  # weight of the ratio losses in the toy's loss; any value would do that lets both parts matter
+logger = logging.getLogger("hnet")
+
+ALPHA = 0.3  # weight of the ratio losses in a check; any value would do that lets both parts matter
 EXACT = 1e-9  # float64: sums in another order, over some hundred tokens, differ by 1e-12; a wrong formula by far more
+# bfloat16 against float64: each output and each operand of a product is rounded by up to 2^-9, 1e-3 in the mean; a
+# mixer chains some of those
+ROUNDED = 2e-2
+# two ways of rounding the same sums, captured with padding and without: at most 4.5e-3 of all gradients on an H200
+CAPTURED = 3e-2
 
 # Two batches of as many bytes and other document lengths: rows of one byte, and inner stages that need padding
 BATCHES = ([37, 1, 58], [2] * 8 + [80])
 
 
-def toy_config(config: HNetConfig, width: int | None = 64) -> HNetConfig:
-    """A config with the same stages, letters and options, but few layers; each stage `width` wide (None: as wide as
-    config has it), or twice, three times ... as wide where the config's stages widen."""
+def _gap(found: Tensor, wanted: Tensor) -> float:
+    """The distance of two tensors in units of the second's size; infinite where one is not finite."""
+    gap = (found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-9)
+    return gap.nan_to_num(nan=torch.inf, posinf=torch.inf).item()
+
+
+def _failure(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+# ---------------------------------------------------------------------------------------------------------- operations
+
+
+class _Draw:
+    """Inputs for an operation: random tensors that want a gradient, and documents of 1, 40 and 23 tokens."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.generator, self.device, self.dtype = torch.Generator().manual_seed(0), device, dtype
+        self.wide = torch.promote_types(dtype, torch.float32)
+        self.cu = torch.tensor([0, 1, 41, 64], dtype=torch.int32, device=device)
+        self.position = torch.cat([torch.arange(n) for n in (1, 40, 23)]).to(device, torch.int32)
+        self.tables = rotary_tables(64, 16, self.wide, device)
+
+    def __call__(self, *shape: int, wide: bool = False, around: float = 0.0, scale: float = 1.0) -> Tensor:
+        x = around + scale * torch.randn(*shape, generator=self.generator)
+        return x.to(self.device, self.wide if wide else self.dtype).requires_grad_()
+
+    def whole(self, high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=self.generator).to(self.device)
+
+
+def _stream(x: Tensor, delta: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    residual = K.residual_stream(x)
+    h = K.rms_norm(residual, first, NORM_EPS)
+    residual = residual + delta * h
+    return K.rms_norm(residual, second, NORM_EPS) + residual.mean()
+
+
+def _cut(p: Tensor, position: Tensor, cu: Tensor) -> list[Tensor]:
+    p, G, chunks = K.cut(p, p.detach() > 0.5, position, cu)
+    C = int(chunks.counts[0])
+    return [p * 1, G, chunks.b_T, chunks.chunk_T, chunks.start_C[:C], chunks.cu_seqlens, chunks.shares[0]]
+
+
+def _chunks(draw: _Draw) -> tuple[Tensor, Tensor]:
+    """(chunk_T, start_C) of 64 tokens in chunks of four."""
+    token_T = torch.arange(64, device=draw.device)
+    return token_T // 4, token_T[::4].contiguous()
+
+
+# Of each operation: its name in OPERATIONS, what to call and with which inputs. d: how to draw those.
+EXAMPLES: dict[str, Callable[[_Draw], tuple[Callable[..., Any], list[Any]]]] = {
+    "embed": lambda d: (K.embed, [d.whole(256, 64), d(256, 64)]),
+    "linear": lambda d: (K.linear, [d(64, 64), d(48, 64, scale=0.1)]),
+    "wide_linear": lambda d: (K.wide_linear, [d(64, 64), d(64, 64, wide=True, scale=0.1), d(64, wide=True)]),
+    "widen": lambda d: (K.widen, [d(64, 48), d(16)]),
+    "residual_stream": lambda d: (_stream, [d(64, 64), d(64, 64), d(64, around=1), d(64, around=1)]),
+    "swiglu": lambda d: (K.swiglu, [d(64, 128)]),
+    "rotary_attention": lambda d: (
+        lambda qkv: K.rotary_attention(qkv * 1, 2, 7, *d.tables, d.position, d.cu),
+        [d(64, 192)],
+    ),
+    "mamba2_inner": lambda d: (
+        lambda *x: K.mamba2_inner(*x, d.position, d.cu, NORM_EPS),
+        [
+            d(64, 1064, scale=0.5),
+            d(544, 1, 4, scale=0.3),
+            d(544, scale=0.3),
+            *(d(8, wide=True, around=a) for a in (-2, 0, 1)),
+            d(512, around=1, scale=0.1),
+        ],  # fmt: skip
+    ),
+    "boundary_probability": lambda d: (
+        lambda q, k: K.boundary_probability(q, k, d.position),
+        [d(64, 64), d(64, 64)],
+    ),
+    "take_rows": lambda d: (K.take_rows, [d(64, 64), _chunks(d)[1]]),
+    "cut": lambda d: (lambda p: _cut(p.sigmoid(), d.position, d.cu), [d(64, wide=True)]),
+    "smooth": lambda d: (
+        lambda y, p: K.smooth(y, p.sigmoid(), d.cu),
+        [d(64, 64), d(64, wide=True)],
+    ),
+    "upsample": lambda d: (
+        lambda z, scale, residual: K.upsample(z, scale, *_chunks(d), residual, d.dtype),
+        [d(16, 64, wide=True), d(64, wide=True), d(64, 64, wide=True)],
+    ),
+    "cross_entropy": lambda d: (K.cross_entropy, [d(64, 256), d.whole(256, 64)]),
+}
+
+
+def _outputs_and_gradients(name: str, draw: _Draw, values: list[Any] | None, fast: bool) -> tuple[list[Tensor], list]:
+    """What an operation's example gives; then its inputs. values: what the inputs are, in another dtype."""
+    call, inputs = EXAMPLES[name](draw)
+    if values is not None:
+        for x, value in zip(inputs, values):
+            x.data.copy_(value)
+    with forcing(fast):
+        found = call(*inputs)
+        outputs = [x for x in (found if isinstance(found, list) else [found])]
+        ends = [x for x in outputs if x.requires_grad]
+        weights = torch.Generator().manual_seed(1)
+        doutputs = [torch.randn(x.shape, generator=weights).to(x.device, x.dtype) for x in ends]
+        leaves = [x for x in inputs if x.requires_grad]
+        gradients = torch.autograd.grad(ends, leaves, doutputs)
+    return [*(x.detach() for x in outputs), *gradients], [x.detach() for x in inputs]
+
+
+def operations(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """The operations whose fast implementation differs from the definition, each with how.
+
+    Outputs and the gradient of every input are compared with those of the definition in float64, on the same inputs.
+    """
+    limit, found = EXACT if dtype == torch.float64 else ROUNDED, {}
+    for name in EXAMPLES:
+        if OPERATIONS[name].uses_definition:
+            continue
+        try:
+            fast, inputs = _outputs_and_gradients(name, _Draw(device, dtype), None, True)
+            exact, _ = _outputs_and_gradients(name, _Draw(device, torch.float64), inputs, False)
+            gaps = [_gap(a, b) for a, b in zip(fast, exact, strict=True)]
+        except Exception as error:  # of code that somebody has changed: anything
+            found[name] = _failure(error)
+            continue
+        if max(gaps) > limit:
+            found[name] = f"off by {max(gaps):.1e}"
+    return found
+
+
+def choose_implementations(device: torch.device, dtype: torch.dtype, config: HNetConfig | None = None) -> list[str]:
+    """Lets definitions run where their fast implementations differ from them, on the device or in float64 on the CPU.
+
+    And where a toy of the config does, as when it reads what a fast implementation has changed in place, or recomputes
+    a block. Returns their names, and says so in a line.
+    """
+    differing = operations(torch.device("cpu"), torch.float64)
+    if device.type == "cuda" and OPERATIONS["linear"].runs_fast(torch.empty(0, dtype=dtype, device=device)):
+        differing |= operations(device, dtype)
+    for name, how in differing.items():
+        OPERATIONS[name].uses_definition = True
+        logger.warning("%s: its definition in hnet_kernels runs, as its fast implementation differs (%s)", name, how)
+    if config and (difference := _fast_steps(config)):
+        for name in (*sorted(OPERATIONS, key=["residual_stream", "rotary_attention"].__contains__, reverse=True), None):
+            chosen = [name] if name else list(OPERATIONS)
+            before = {one: OPERATIONS[one].uses_definition for one in chosen}
+            for one in chosen:
+                OPERATIONS[one].uses_definition = True
+            if name is None or not _fast_steps(config):
+                break
+            for one in chosen:
+                OPERATIONS[one].uses_definition = before[one]
+        logger.warning("%s: definitions in hnet_kernels run, as %s", ", ".join(chosen), difference)
+        differing |= dict.fromkeys(chosen, difference)
+    return list(differing)
+
+
+def _fast_steps(config: HNetConfig) -> str | None:
+    """What a toy's forward and backward do with fast implementations that they do not with definitions, in float64."""
+    pair = _batch(BATCHES[0], torch.device("cpu"))
+    try:
+        model = equivalence.random_model(toy_config(config), 0, "cpu", torch.float64).train()
+        with forcing(False):
+            wanted = _plain_step(model, pair)
+            if _draws_random_numbers(lambda: model(*pair)) or _difference(_plain_step(model, pair), wanted, "", ""):
+                return None  # two runs differ anyway
+    except Exception:  # of code that somebody has changed; the run will say more
+        return None
+    try:
+        with forcing(True):
+            return _difference(_plain_step(model, pair), wanted, "with fast operations", "with definitions")
+    except Exception as error:
+        return f"a toy of the config fails with {_failure(error)}"
+
+
+# ----------------------------------------------------------------------------------------------------- steps as graphs
+
+
+def toy_config(config: HNetConfig) -> HNetConfig:
+    """A config with the same stages, letters and options, but few layers and small sizes: each stage 64 wide, or twice,
+    three times ... as wide where the config's stages widen."""
     raw = config.to_dict()
     raw["arch_layout"] = _few_layers(raw["arch_layout"])
-    if width is None:
-        return HNetConfig.load(raw)
     growths = [0]
     for outer, inner in zip(config.d_model, config.d_model[1:]):
         growths.append(growths[-1] + (inner > outer))
-    raw["d_model"] = [width * (1 + growth) for growth in growths]
+    raw["d_model"] = [64 * (1 + growth) for growth in growths]
     raw["d_intermediate"] = [128 * (n > 0) for n in config.d_intermediate]
     raw["ssm_cfg"]["d_state"] = 16
     attn = config.attn_cfg
@@ -62,10 +252,13 @@ def _batch(lengths: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
     return iids, nested_like(iids.values().roll(-1), iids)
 
 
-def _plain_step(model: HNetLM, pair: tuple[Tensor, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Losses and gradients by autograd."""
+Step = tuple[dict[str, Tensor], dict[str, Tensor]]  # losses, and gradients by weight
+
+
+def _plain_step(model: HNetLM, pair: tuple[Tensor, Tensor]) -> Step:
+    """Losses and gradients by autograd through the model's forward."""
     out = model(*pair)
-    loss = out.ce + ALPHA * out.ratio_losses.sum()
+    loss = training_loss(out.ce, out.ratio_losses, ALPHA)
     weights = dict(model.named_parameters())
     gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
     losses = {"the cross entropy": out.ce.detach()}
@@ -75,7 +268,7 @@ def _plain_step(model: HNetLM, pair: tuple[Tensor, Tensor]) -> tuple[dict[str, T
     return losses, dict(zip(weights, gradients))
 
 
-def _graph_step(graphed: GraphedModel, pair: tuple[Tensor, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _graph_step(graphed: GraphedModel, pair: tuple[Tensor, Tensor]) -> Step:
     for gradient in graphed.optimizer.gradients:
         gradient.fill_(torch.nan)  # so that one that nobody writes is found
     found = graphed.forward_backward([pair])
@@ -86,22 +279,14 @@ def _graph_step(graphed: GraphedModel, pair: tuple[Tensor, Tensor]) -> tuple[dic
     return losses, {name: p.grad.clone() for name, p in graphed.masters.named_parameters()}
 
 
-def _gap(found: Tensor, wanted: Tensor) -> float:
-    """The distance of two tensors in units of the second's size; infinite where one is not finite."""
-    gap = (found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-9)
-    return gap.nan_to_num(nan=torch.inf, posinf=torch.inf).item()
-
-
-def _randomness(call: Callable[[], Any]) -> bool:
-    """Whether `call` draws random numbers."""
-    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
+def _draws_random_numbers(call: Callable[[], Any]) -> bool:
+    before = torch.get_rng_state()
     call()
-    after = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
-    return any(not torch.equal(a, b) for a, b in zip(states, after))
+    return not torch.equal(before, torch.get_rng_state())
 
 
 def steps_as_graphs(config: HNetConfig, ac: str = "none") -> str | None:
-    """What a toy's steps as graphs do that its plain forward under autograd does not, in float64 on the CPU; or None.
+    """What a toy's steps as graphs do that its forward under autograd does not, in float64 on the CPU; or None.
 
     Compared are losses, F and G, and the gradient of every weight, to 1e-9, over two batches of other lengths.
     """
@@ -109,35 +294,73 @@ def steps_as_graphs(config: HNetConfig, ac: str = "none") -> str | None:
     try:
         model = equivalence.random_model(toy_config(config), 0, "cpu", torch.float64).train()
         plain = [_plain_step(model, pair) for pair in pairs]
-        if _randomness(lambda: model(*pairs[0])):
+        if _draws_random_numbers(lambda: model(*pairs[0])):
             return "the model draws random numbers, which a graph would draw but once"
         again, _ = _plain_step(model, pairs[0])
         if changed := [name for name, x in again.items() if not torch.equal(x, plain[0][0][name])]:
             return f"{changed[0]} is another when a batch comes again, and a graph repeats what was captured"
         graphed = GraphedModel(model, torch.float64, ALPHA, ac=ac)
-        for (losses, gradients), pair in zip(plain, pairs):
-            if difference := _difference(*_graph_step(graphed, pair), losses, gradients):
+        for step, pair in zip(plain, pairs):
+            if difference := _difference(_graph_step(graphed, pair), step, "in graphs", "by hnet_trainable.py"):
                 return difference
     except Exception as error:  # of code that somebody has changed: anything
-        return _failure(error)
+        return f"a toy of the config fails with {_failure(error)}"
     return None
 
 
-def _failure(error: Exception) -> str:
-    return f"a toy of the config fails with {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
-def _difference(losses, gradients, wanted_losses, wanted_gradients) -> str | None:
-    for name, wanted in wanted_losses.items():
-        if name not in losses or _gap(losses[name], wanted) > EXACT:
-            found = f"{losses[name].item():.6g}" if name in losses else "missing"
-            return f"{name} is {found} in graphs and {wanted.item():.6g} by hnet_trainable.py"
-    for name, wanted in wanted_gradients.items():
+def _difference(found: Step, wanted: Step, here: str, there: str) -> str | None:
+    (losses, gradients), (wanted_losses, wanted_gradients) = found, wanted
+    for name, x in wanted_losses.items():
+        if name not in losses or _gap(losses[name], x) > EXACT:
+            said = f"{losses[name].item():.6g}" if name in losses else "missing"
+            return f"{name} is {said} {here} and {x.item():.6g} {there}"
+    for name, x in wanted_gradients.items():
         if name not in gradients:
             return f"the weight {name} is not in the graphs' model"
-        if (gap := _gap(gradients[name], wanted)) > EXACT:
+        if (gap := _gap(gradients[name], x)) > EXACT:
             return f"the gradient of {name} differs by {gap:.1e} of its size"
     return None
+
+
+def captured(graphed: GraphedModel, tokens: int = 1024) -> str | None:
+    """What graphs of the run's own model do, captured and replayed, that the model does not when run eagerly; or None.
+
+    Both run the same operations in the compute dtype, over two batches of some documents. Where rounding turns a
+    boundary a batch says nothing, so a difference counts if other documents have it, too.
+    """
+    found = None
+    for seed in range(2):
+        documents = [[tokens - 2 - seed, 1, 1 + seed], [2] * 16 + [tokens - 32 - seed, seed + 0][: 1 + (seed > 0)]]
+        pairs = [_batch([n for n in lengths if n], graphed.device) for lengths in documents]
+        try:
+            for pair in (*pairs, pairs[0]):
+                losses, gradients = _graph_step(graphed, pair)
+                wanted_losses, wanted = _plain_step(graphed.model, pair)
+                found = _roughly(losses, gradients, wanted_losses, wanted)
+                if found:
+                    break
+        except Exception as error:
+            found = f"the capture fails with {_failure(error)}"
+        if not found:
+            break
+    for gradient in graphed.optimizer.gradients:  # also between weights, where no step writes
+        gradient.zero_()
+    graphed.forget()
+    return found
+
+
+def _roughly(losses, gradients, wanted_losses, wanted) -> str | None:
+    for name in ("the cross entropy", *(n for n in wanted_losses if n.startswith("the ratio loss"))):
+        if not math.isclose(losses[name].item(), wanted_losses[name].item(), rel_tol=CAPTURED):
+            return f"{name} is {losses[name].item():.6g} in graphs and {wanted_losses[name].item():.6g} eagerly"
+    both = [torch.cat([x[name].float().flatten() for name in wanted]) for x in (gradients, wanted)]
+    if (gap := _gap(*both)) > CAPTURED:
+        worst = max(wanted, key=lambda name: _gap(gradients[name], wanted[name]))
+        return f"the gradient differs by {gap:.1e} of its size, most of all that of {worst}"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------- generation
 
 
 def generation(config: HNetConfig) -> str | None:
@@ -147,5 +370,5 @@ def generation(config: HNetConfig) -> str | None:
         inference = HNetInference.from_training(training)
         report = equivalence.check(training, inference, (b"", b"one, two", b"a longer line\n"), new_bytes=2)
     except Exception as error:
-        return _failure(error)
+        return f"a toy of the config fails with {_failure(error)}"
     return report.first_disagreement

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hnet_runtime import UserError
 from hnet_runtime.flat_adamw import FlatAdamW
-from hnet_trainable import Block, HNet, HNetConfig, HNetLM, Isotropic, RoutingModule, initial_weight
+from hnet_trainable import HNet, HNetConfig, HNetLM, Isotropic, RoutingModule, initial_weight
 
 logger = logging.getLogger("hnet")
 # Its advice is against in-place operations on what a sharded module returns; there are none
@@ -155,6 +155,7 @@ def build_model(
     if world.shards > 1 or compute_dtype != torch.float32:  # else there is nothing to gather and nothing to cast
         shard_model(model, world.mesh, compute_dtype, reshard)
     model.to_empty(device=world.device)
+    _fill_other_tensors(model, config, world.device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             assign(parameter, weights[name] if weights else initial_weight(name, parameter.shape, config, seed))
@@ -169,6 +170,25 @@ def _require_memory(config: HNetConfig, world: World) -> None:
             f"the model has {count:,} parameters, whose weights alone take {needed / 1e9:,.0f} GB per process; this "
             f"machine has {memory / 1e9:,.0f} GB of memory: choose a smaller config"
         )
+
+
+def _fill_other_tensors(model: HNetLM, config: HNetConfig, device: torch.device) -> None:
+    """Gives buffers, and tensors that are attributes of modules, the values that their modules gave them.
+
+    On the meta device they had none. Our own modules have no such tensors; those of a changed model may.
+    """
+    found = [
+        (name, kind, key)
+        for name, module in model.named_modules()
+        for kind, tensors in (("_buffers", module._buffers), ("__dict__", vars(module)))
+        for key, value in tensors.items()
+        if isinstance(value, Tensor)
+    ]
+    if not found:
+        return
+    twin = dict(HNetLM(config).named_modules())
+    for name, kind, key in found:
+        getattr(model.get_submodule(name), kind)[key] = getattr(twin[name], kind)[key].to(device)
 
 
 @torch.no_grad()
@@ -187,7 +207,8 @@ def whole(parameter: Tensor) -> Tensor:
 
 
 def shard_model(model: HNetLM, mesh: DeviceMesh, compute_dtype: torch.dtype, reshard: bool = True) -> None:
-    """FSDP2: one group a block, a router and a residual projection (kept in float32), and one for the rest.
+    """FSDP2: one group for BLOCKS_PER_GROUP blocks of a stack, one for a router, one for a residual projection (kept in
+    float32), and one for the rest.
 
     Masters, gradients and their reduction are float32; weights are gathered in `compute_dtype`. Inputs are not cast:
     the residual stream stays float32 across blocks. A_log, dt_bias and D, a few numbers a layer, stay whole and float32
@@ -201,13 +222,16 @@ def shard_model(model: HNetLM, mesh: DeviceMesh, compute_dtype: torch.dtype, res
     plain = {p for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] in PLAIN_FLOAT32}
     alone = mesh.size() == 1
 
-    def wrap(module: nn.Module, dtype: torch.dtype) -> None:
+    def wrap(module: nn.Module | list[nn.Module], dtype: torch.dtype) -> None:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         keep = {"reshard_after_forward": False} if alone or not reshard else {}
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=plain, **keep)
 
     for module in model.modules():
-        if isinstance(module, Isotropic if alone else Block | RoutingModule):
+        if isinstance(module, Isotropic):
+            for group in [module] if alone else block_groups(module):
+                wrap(group, compute_dtype)
+        elif isinstance(module, RoutingModule) and not alone:
             wrap(module, compute_dtype)
         elif isinstance(module, HNet) and not module.is_innermost:
             wrap(module.residual_proj, torch.float32)
@@ -226,18 +250,27 @@ def shard_model(model: HNetLM, mesh: DeviceMesh, compute_dtype: torch.dtype, res
     # in the forward relies on the CPU running ahead, which it cannot where a stage waits for its number of chunks.
     order = list(groups_in_order(model.backbone))
     for group, following in zip(order, order[1:]):
-        group.set_modules_to_forward_prefetch([following])
+        group[0].set_modules_to_forward_prefetch([following[0]])
 
 
-def groups_in_order(hnet: HNet) -> Iterator[nn.Module]:
+BLOCKS_PER_GROUP = 4  # of XL's main network 0.4 GB in bfloat16; with smaller groups the CPU falls behind
+
+
+def block_groups(stack: Isotropic) -> list[list[nn.Module]]:
+    """The blocks of a stack, those of a group together."""
+    layers = list(stack.layers)
+    return [layers[i : i + BLOCKS_PER_GROUP] for i in range(0, len(layers), BLOCKS_PER_GROUP)]
+
+
+def groups_in_order(hnet: HNet) -> Iterator[list[nn.Module]]:
     """The modules that `shard_model` makes groups of, without the root, as a forward reaches them."""
     if hnet.is_innermost:
-        yield from hnet.main_network.layers
+        yield from block_groups(hnet.main_network)
         return
-    yield from hnet.encoder.layers
-    yield from (hnet.routing_module, hnet.residual_proj)
+    yield from block_groups(hnet.encoder)
+    yield from ([hnet.routing_module], [hnet.residual_proj])
     yield from groups_in_order(hnet.main_network)
-    yield from hnet.decoder.layers
+    yield from block_groups(hnet.decoder)
 
 
 class Traffic(NamedTuple):
@@ -259,7 +292,7 @@ def traffic(
     """
     with torch.device("meta"):
         model = HNetLM(config)
-    groups = {id(p) for module in groups_in_order(model.backbone) for p in module.parameters()}
+    groups = {id(p) for group in groups_in_order(model.backbone) for module in group for p in module.parameters()}
     gathered, total = 0, 0
     for name, p in model.named_parameters():
         if name.rsplit(".", 1)[-1] not in PLAIN_FLOAT32:

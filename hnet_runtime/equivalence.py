@@ -23,6 +23,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nested import nested_tensor_from_jagged
 
+from hnet_kernels import Residual
 from hnet_runtime import weights
 from hnet_simple import HNetInference, Noise, Sampling, generate
 from hnet_trainable import BOS, HNetConfig, HNetLM, RoutingModule, init_weights, stage_of
@@ -149,7 +150,8 @@ def _listening(model: nn.Module, heard: dict[str, list[Tensor]]) -> Iterator[Non
     def listen(name: str, to_input: bool):
         def hook(module, args, *output):
             x = args[0] if to_input else output[0]
-            heard.setdefault(name, []).append((x.values() if x.is_nested else x).detach().clone())
+            x = x.value() if isinstance(x, Residual) else x
+            heard.setdefault(name, []).append(x.detach().clone())
 
         return hook
 
@@ -199,8 +201,9 @@ def trace_prefill(model: HNetInference, documents: Sequence[bytes]) -> Trace:
     def cut(x_BLX: Tensor, s: int) -> list[Tensor]:
         return [x_BLX[i, :n] for i, n in enumerate(counts[s])]
 
-    heard["logits"] = [out.logits_BLV]
-    layers = {name: cut(x[0], _stage(name, model.config)) for name, x in heard.items()}
+    heard["logits"] = [out.logits_BLV.flatten(0, 1)]
+    rows = {name: x[0].unflatten(0, (len(documents), -1)) for name, x in heard.items()}
+    layers = {name: cut(x, _stage(name, model.config)) for name, x in rows.items()}
     return Trace(layers, *([cut(x, s) for s, x in enumerate(xs)] for xs in (out.probabilities, out.boundaries)))
 
 

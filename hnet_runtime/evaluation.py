@@ -59,9 +59,9 @@ def validate(model: HNetLM, stream: ByteStream, world: World, limit: int | None)
         for into, where_T in ((sums, bucket_T), (sums_at, np.searchsorted(LENGTH_BUCKETS, at_T))):
             into[0].index_add_(0, torch.from_numpy(where_T), nats_T * weight)
             into[1].index_add_(0, torch.from_numpy(where_T), is_text_T * weight)
-        counts += weight * torch.tensor([len(nats_T), *(float(s.boundary_mask.values().sum()) for s in out.stages)])
+        counts += weight * torch.tensor([len(nats_T), *(float(s.b_T.sum()) for s in out.stages)])
         if S:
-            edge_T, b_T = word_edges(iids).cpu(), out.stages[0].boundary_mask.values().cpu().clone()
+            edge_T, b_T = word_edges(iids).cpu(), out.stages[0].b_T.cpu().clone()
             inner_T = torch.ones_like(b_T)
             inner_T[iids.offsets()[:-1].cpu()] = False
             b_T &= inner_T
@@ -107,7 +107,7 @@ def chunks_of(model: HNetLM, text: bytes, world: World) -> list[np.ndarray]:
     model.train()
     opens, at = [], np.arange(len(ids))  # bytes that reach the stage at hand
     for stage in stages:
-        at = at[stage.boundary_mask.values().cpu().numpy()]
+        at = at[stage.b_T.cpu().numpy()]
         mask = np.isin(np.arange(1, len(ids)), at)
         mask[:1] = True
         opens.append(mask)

@@ -48,8 +48,8 @@ def analyse(model: HNetLM, text: bytes, context: int, stride: int) -> Analysis:
         bits[first:stop] = nats_T[row.skip :][: stop - first] / math.log(2)
         at = np.arange(len(nats_T)) + row.start - 1  # the byte that each input is; -1 is BOS
         for s, stage in enumerate(out.stages):
-            p_T = stage.boundary_prob.values().float().cpu().numpy()
-            b_T = stage.boundary_mask.values().cpu().numpy()
+            p_T = stage.p_T.float().cpu().numpy()
+            b_T = stage.b_T.cpu().numpy()
             new = at >= max(first - 1, 0)  # the rows before had the inputs up to byte first - 2
             p[s, at[new]] = p_T[new]
             starts[s, at[new & b_T]] = True

@@ -78,9 +78,9 @@ class TrainConfig:
     """Where to train; auto takes CUDA where torch has it."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype beside float32 masters. auto: bfloat16 on CUDA, float32 on the CPU."""
-    compile: Annotated[Literal["auto", "graph", "block", "eager"], flag("-C")] = "auto"
-    """graph: steps as CUDA graphs of fused kernels, on Hopper GPUs in bfloat16 with whole weights on each; by far the
-    fastest. block: each kind of block compiled by torch. auto: graph where it is possible on a GPU, else eager."""
+    compile: Annotated[Literal["auto", "graph", "eager"], flag("-C")] = "auto"
+    """graph: steps as CUDA graphs, on Hopper GPUs in bfloat16 with unsharded weights on each; the fastest. eager: one
+    operation after the other, by the same kernels. auto: graph where it is possible on a GPU, else eager."""
 
     replicate: int = 0
     """Copies of the weights: as many as processes, 1 (FSDP2), or between (HSDP: with one for each node, weights are cut
@@ -158,7 +158,6 @@ class TrainConfig:
         for name in ("warmup", "decay"):
             self._expect(name, 0 <= getattr(self, name) <= 1, "a share from 0 to 1")
         self._expect("decay", self.warmup + self.decay <= 1, f"at most 1 together with --warmup {self.warmup}")
-        self._expect("ac", self.ac != "selective" or self.compile != "block", "none or block with --compile block")
         self._expect("seed", 0 <= self.seed < 2**63, "0 or more, below 2**63")
         self._expect("resume", self.resume != "auto" or self.save_dir, "also --save-dir, the folder of the run")
         if self.resume and self.early_exit != "no":

@@ -10,10 +10,11 @@ reads the number and launches what is next. Backwards it comes after `leave`.
 
 Each part is a `Segment` for fixed sizes: one graph for its forward, one for its backward. A graph holds fixed sizes and
 addresses. So the documents of an inner stage are filled up to one of a few sizes with a document of zeros that reaches
-no output, statistic or gradient; rows without documents are empty documents. What goes from one part to another lies
-in a `Crossing`, whatever the sizes, and so do the gradients on their way back; how the tokens of a stage fall into
-documents, in its `Packing`. Everything is flat. The weights that a segment reads are copies of the float32 masters in
-the compute dtype, which the optimizer writes; it writes each weight's gradient to where the optimizer reads it.
+no output, statistic or gradient; rows without documents are empty documents. What goes from one part to another is
+stored in `StageBuffers`, whatever the sizes, and so are the gradients on their way back; how the tokens of a stage fall
+into documents, in its `Packing`. Everything is flat. The weights that a segment reads are in the compute dtype, written
+by the optimizer from the float32 master weights; a segment writes each weight's gradient to where the optimizer reads
+it.
 
 All graphs share their memory but for what forwards keep for their backwards, see segments.py.
 
@@ -24,6 +25,9 @@ Legend: T tokens, C chunks (the T of the stage inside), B documents, M the longe
 fills them up, but B without the document of zeros. D width, s a stage.
 """
 
+import collections
+import contextlib
+import copy
 import functools
 import gc
 import importlib.util
@@ -38,26 +42,15 @@ import torch
 from torch import Tensor, nn
 from torch.nested import nested_tensor_from_jagged
 
-from hnet_kernels.boundaries import Boundaries
+from hnet_kernels import Chunks, cross_entropy, cut, take_rows
 from hnet_kernels.conv import MAX_TAPS
-from hnet_kernels.dispatch import requested
+from hnet_kernels.dispatch import forcing, requested
+from hnet_kernels.gradients import Destinations, settle, writing_to
+from hnet_kernels.recompute import recomputing
 from hnet_runtime.distributed import BETAS, PLAIN_FLOAT32, Fetched, World
 from hnet_runtime.flat_adamw import FlatAdamW, Span
-from hnet_runtime.fused import (
-    Cut,
-    Embed,
-    HeadLoss,
-    Put,
-    ResidualProjection,
-    Route,
-    Smooth,
-    Take,
-    Upsample,
-    fuse,
-)
-from hnet_runtime.segments import Arena, Ends, Leaf, Piece, Segment, memory_ran_out
+from hnet_runtime.segments import BackwardPart, Leaf, Outputs, SavedPool, Segment, memory_ran_out
 from hnet_trainable import (
-    EMA_CLAMP,
     Block,
     HNet,
     HNetConfig,
@@ -65,9 +58,10 @@ from hnet_trainable import (
     Isotropic,
     Packing,
     StageOutput,
-    nested_like,
     positions,
+    ratio_loss,
     rotary_tables,
+    training_loss,
 )
 
 logger = logging.getLogger("hnet")
@@ -85,8 +79,6 @@ def obstacle(config: HNetConfig, device: torch.device, dtype: torch.dtype) -> st
 
     On a GPU each operation must have a fast kernel: some of the definitions wait for the device, which ends a capture.
     """
-    if config.tie_embeddings:
-        return "they do not know tied embeddings"
     if device.type != "cuda":
         return None
     if requested() == "reference":
@@ -120,6 +112,12 @@ def _filled_up(T: int) -> int:
     return -(-T // _step(T)) * _step(T)
 
 
+def _weights(module: nn.Module | nn.Parameter | None) -> list[nn.Parameter]:
+    if module is None:
+        return []
+    return list(module.parameters()) if isinstance(module, nn.Module) else [module]
+
+
 class Sizes(NamedTuple):
     """What a segment is captured for."""
 
@@ -128,24 +126,54 @@ class Sizes(NamedTuple):
     M: int
 
 
-class Crossing:
-    """Where stage s, of at most T tokens, meets the one inside, whose tokens are its chunks, at most C.
+class StageBuffers:
+    """What goes from one segment to another at stage s, of at most T tokens and, in the stage inside, C chunks.
 
-    Rows of `x_TD` and `p_T` at `start_C` are what the stage inside takes. Where it has no chunk, start_C is the size
-    that stage s has, one row past its tokens, and that row is zero.
+    Rows of `x_TD` and `p_T` at `start_C` are what the stage inside takes. Where there is no chunk, start_C is the size
+    that stage s has, one row past its tokens, and that row is zero. Names with a d are gradients.
     """
 
-    def __init__(self, T: int, C: int, D: int, dtype: torch.dtype, residual: torch.dtype, device: torch.device):
-        at = {"device": device}
-        wide = at | {"dtype": torch.promote_types(dtype, torch.float32)}
-        self.x_TD, self.dx_TD = (torch.zeros(T + 1, D, dtype=dtype, **at) for _ in "xd")  # after the encoder
-        self.p_T, self.dp_T = (torch.zeros(T + 1, **wide) for _ in "pd")
-        self.b_T = torch.zeros(T, dtype=torch.bool, **at)
-        self.chunk_T, self.start_C = (torch.zeros(n, dtype=torch.int64, **at) for n in (T, C))
-        # past the inner stage; the gradient has the dtype of what the residual is added up to
-        self.residual_TD, self.dresidual_TD = (torch.zeros(T, D, dtype=kind, **at) for kind in (residual, dtype))
-        self.z_CD = torch.zeros(C, D, **wide)  # what comes from inside, smoothed; then the gradient of that
-        self.counts = torch.zeros(2, dtype=torch.int64, **at)  # of all chunks, and of the longest document's
+    def __init__(self, T: int, C: int, D: int, dtype: torch.dtype, shares: Tensor, inner: Packing):
+        """shares: where F and G go. inner: how the chunks fall into documents."""
+        device = shares.device
+        wide = {"dtype": torch.promote_types(dtype, torch.float32), "device": device}
+        self.x_TD, self.dx_TD = (torch.zeros(T + 1, D, dtype=dtype, device=device) for _ in "xd")  # after the encoder
+        p_T, self.dp_T = (torch.zeros(T + 1, **wide) for _ in "pd")
+        self.residual_TD, self.dresidual_TD = (torch.zeros(T, D, **wide) for _ in "rd")
+        self.z_CD, self.dz_CD = (torch.zeros(C, D, **wide) for _ in "zd")  # what comes from inside, smoothed
+        self.chunks = Chunks(
+            p_T,
+            torch.zeros(T, dtype=torch.bool, device=device),
+            *(torch.zeros(n, dtype=torch.int64, device=device) for n in (T, C)),
+            inner.cu_seqlens,
+            inner.position_T,
+            torch.zeros(2, dtype=torch.int64, device=device),
+            shares,
+        )
+
+    def of(self, T: int, C: int, B: int) -> Chunks:
+        """The chunks of T tokens, C with what fills them up, in B documents."""
+        all_ = self.chunks
+        tokens = {"p_T": all_.p_T[: T + 1], "b_T": all_.b_T[:T], "chunk_T": all_.chunk_T[:T]}
+        return all_._replace(
+            **tokens, start_C=all_.start_C[:C], cu_seqlens=all_.cu_seqlens[: B + 1], position_C=all_.position_C[:C]
+        )
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*self.chunks, *(x for x in vars(self).values() if isinstance(x, Tensor))]
+
+
+class CopyTo(torch.autograd.Function):
+    """Moves x to a fixed address, where the forward goes on with it."""
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, place_TD: Tensor) -> Tensor:
+        return place_TD.copy_(x_TD)
+
+    @staticmethod
+    def backward(ctx, dx_TD: Tensor):
+        return dx_TD, None
 
 
 class Losses(NamedTuple):
@@ -160,10 +188,11 @@ class Losses(NamedTuple):
 class GraphedModel:
     """Runs the training steps of an HNetLM on one process as graphs.
 
-    `masters`: the HNetLM whose float32 parameters are trained. `model`: an HNetLM of copies in the compute dtype, for
-    whoever evaluates or generates; it computes as fused.py writes it, with activation checkpointing as `ac` says there.
-    Gradients go to the masters' `grad`. Those of bfloat16 copies are float32 where they are added up, over processes or
-    (`accumulates`) over the micro-batches of a step; else bfloat16, rounded once, at the end of their product.
+    `masters`: the HNetLM whose float32 parameters are trained. `model`: the same object with its weights in the compute
+    dtype, whose parts the graphs capture, and which evaluates and generates. ac: activation checkpointing, see
+    hnet_kernels/recompute.py. Gradients go to the masters' `grad`. Those of bfloat16 weights are float32 where they are
+    added up, over processes or (`accumulates`) over the micro-batches of a step; else bfloat16, rounded once, at the
+    end of their product.
 
     `optimizer` is what changes the masters, and the copies with them; groups: its parameter groups, by default one.
     Whatever else reads or changes the masters does so inside `optimizer.whole()`.
@@ -171,11 +200,11 @@ class GraphedModel:
     world: where several processes have a copy of the weights each, gradients are averaged over them, those of a piece
     while the backward of others goes on, and each process updates a part of the weights: see FlatAdamW.
 
-    `captured`: how many segments have been made so far, in `capture_seconds`; each took a tenth of a second or some.
-    `forced`: for benchmarks, (S, T) of bool: which tokens open chunks, instead of those whose p is above 0.5.
-    """
+    captures: else every step runs the model's own forward, one operation after the other, and all that is said here of
+    weights and gradients holds; nothing is cut into parts, and activation checkpointing is the caller's.
 
-    forced: Tensor | None = None
+    `captured`: how many segments have been made so far, in `capture_seconds`; each took a tenth of a second or some.
+    """
 
     def __init__(
         self,
@@ -186,63 +215,71 @@ class GraphedModel:
         groups: Sequence[dict[str, Any]] | None = None,
         ac: str = "none",
         accumulates: bool = False,
+        captures: bool = True,
     ):
         config: HNetConfig = masters.config
         self.masters, self.alpha, self.S = masters, alpha, config.num_stages
         self.size, self.accumulates = world.size if world else 1, accumulates
         self.dtype, self.device = compute_dtype, masters.lm_head.weight.device
-        if reason := obstacle(config, self.device, compute_dtype):
+        self.captures, self.found_stages = captures, None
+        if captures and (reason := obstacle(config, self.device, compute_dtype)):
             raise ValueError(f"steps as graphs: {reason}")
-        with torch.device("meta"):
-            self.model = HNetLM(config)
+        parameters, copies = dict(masters.named_parameters()), []  # copies: (in the compute dtype, master)
+        computed: dict[int, Any] = {id(x): x for x in (config, *masters.buffers())}  # buffers are the masters' own
+        for name, p in parameters.items():
+            computed[id(p)] = p
+            if not _stays_float32(name) and p.dtype != compute_dtype:
+                computed[id(p)] = nn.Parameter(p.detach().to(compute_dtype), p.requires_grad)
+                copies.append((computed[id(p)], p))
+        self.model: HNetLM = copy.deepcopy(masters, computed)
         self.levels: list[HNet] = [self.model.backbone]
         for _ in range(self.S):
             self.levels.append(self.levels[-1].main_network)
         names = {p: name for name, p in self.model.named_parameters()}
+        modules = self._modules()
+        uses = collections.Counter(p for found in modules.values() for module in found for p in _weights(module))
+        self.shared = [name for p, name in names.items() if uses[p] != 1]  # any part may read those
         spans = itertools.count() if self.size > 1 else itertools.repeat(0)
         self.weights = {
-            part: [(block, [names[p] for p in weights], next(spans)) for block, weights in pieces]
-            for part, pieces in self._pieces().items()
+            part: [
+                (block, [names[p] for p in weights if uses[p] == 1], next(spans)) for block, weights in self._cut(found)
+            ]
+            for part, found in modules.items()
         }
-        parameters = dict(masters.named_parameters())
-        copies: list[tuple[Tensor, Tensor]] = []  # (copy, master)
-        for name, p in parameters.items():
-            path, _, leaf = name.rpartition(".")
-            whole = _stays_float32(name) or p.dtype == compute_dtype
-            used = p if whole else nn.Parameter(p.detach().to(compute_dtype))
-            if not whole:
-                copies.append((used, p))
-            self.model.get_submodule(path)._parameters[leaf] = used
         everything = {"params": list(parameters.values())}
         spans, rank = self._spans(parameters), world.rank if world else 0
         narrow = [0] if self.size == 1 and not accumulates and compute_dtype == torch.bfloat16 else []
         self.optimizer = FlatAdamW(groups or [everything], spans, BETAS, copies=copies, rank=rank, narrow=narrow)
+        own = [name for name in parameters if name not in self.shared]
+        self.all_places = self._places(own), self._places(self.shared)
         # of micro-batches' gradients; there from the start, so that graphs do not take its memory
         self.sums = [torch.zeros_like(gradient) for gradient in self.optimizer.gradients] if accumulates else []
         # for captures, and nobody else's: torch's own for them is one of the 32 that it hands out to all (see
         # github.com/pytorch/pytorch/blob/main/c10/cuda/CUDAStream.h)
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        fuse(self.model, ac)
+        self.ac = ac
         wide = {"dtype": torch.promote_types(compute_dtype, torch.float32), "device": self.device}
-        self.losses = torch.zeros(1 + 3 * self.S, **wide)  # ce, ratio losses, F, G
-        self.share, (self.dce, self.dratio) = 0.0, torch.zeros(2, **wide)
+        self.losses, self.dlosses = torch.zeros(2, 1 + 3 * self.S, **wide)  # ce, ratio losses, F, G
+        self.share, self.dloss = 0.0, torch.zeros((), **wide)
         self.kept: dict[str, tuple[int, int]] = {}  # bytes that a part's forward kept for most tokens, and these tokens
         self.captured, self.capture_seconds = 0, 0.0
         self.room = 0  # of how many bytes the steps may be
         self.forget()
 
-    def _pieces(self) -> dict[str, list[tuple[Block | None, list[Tensor]]]]:
-        """The model's weights by the part and piece that use them; the backward goes through them in reverse."""
+    def _modules(self) -> dict[str, list[nn.Module | nn.Parameter | None]]:
+        """The modules that each part runs, in the order of the forward."""
         found: dict[str, list[Any]] = {}
         for s, hnet in enumerate(self.levels):
-            parts = [hnet.encoder, hnet.routing_module] if s < self.S else [hnet.main_network]
-            found[f"enter {s}" if s < self.S else f"inner {s}"] = [hnet.pad_dimension, *parts]
+            if s == self.S:
+                found[f"inner {s}"] = [hnet.pad_dimension, hnet.main_network]
+            else:
+                found[f"enter {s}"] = [hnet.pad_dimension, hnet.encoder, hnet.routing_module]
         for s in reversed(range(self.S)):
             found[f"pass {s}"], found[f"leave {s}"] = [self.levels[s].residual_proj], [self.levels[s].decoder]
         first, last = next(iter(found)), list(found)[-1]
         found[first].insert(0, self.model.embeddings)
         found[last].append(self.model.lm_head)
-        return {part: self._cut(modules) for part, modules in found.items()}
+        return found
 
     def _cut(self, modules: Sequence[nn.Module | nn.Parameter | None]) -> list[tuple[Block | None, list[Tensor]]]:
         pieces: list[tuple[Block | None, list[Tensor]]] = [(None, [])]
@@ -251,14 +288,14 @@ class GraphedModel:
                 many = sum(p.numel() for p in pieces[-1][1]) >= PIECE
                 if self.size > 1 and many and isinstance(one, Block):
                     pieces.append((one, []))
-                if one is not None:
-                    pieces[-1][1].extend(one.parameters() if isinstance(one, nn.Module) else [one])
+                pieces[-1][1].extend(_weights(one))
         return pieces
 
     def _spans(self, parameters: dict[str, nn.Parameter]) -> list[Span]:
         """How parameters lie in the optimizer's memory: with several processes a span for each piece, cut into a part
         for each of them; and then what stays float32, which is little and which a forward reads as it is."""
         small = [p for name, p in parameters.items() if _stays_float32(name)]
+        others = [p for name, p in parameters.items() if name in self.shared and not _stays_float32(name)]
         if self.size == 1:
             spans: list[Span] = [[[p for name, p in parameters.items() if not _stays_float32(name)]]]
         else:
@@ -269,6 +306,8 @@ class GraphedModel:
                 for p in sorted(large, key=torch.numel, reverse=True):
                     min(parts, key=lambda part: sum(map(torch.numel, part))).append(p)
                 spans.append(parts)
+            if others:  # what any part may read is complete with the backward of the first part's first blocks
+                spans[0][0] += others
         return [*spans, [small]] if small else spans
 
     def forget(self) -> None:
@@ -276,11 +315,11 @@ class GraphedModel:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # none is being replayed
         self.segments: dict[str, OrderedDict[Sizes, Segment]] = {part: OrderedDict() for part in self.weights}
-        self.arenas: dict[str, Arena] = {}
+        self.pools: dict[str, SavedPool] = {}
         # What a part's forward keeps is no longer needed when another segment of that part runs, so they share an
         # arena; all else is only needed while one graph runs, so they all share a pool. The last part's backward
         # follows its forward at once. A new pool: torch takes none that all graphs have left.
-        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self.graph_pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self.most_B, self.most_M = DOCUMENTS, [LONGEST] * (self.S + 1)
         gc.collect()
         if self.device.type == "cuda":
@@ -311,22 +350,24 @@ class GraphedModel:
         """What segments read and write, for steps of at most T bytes."""
         self.room = 0
         self.forget()
-        dtypes = self.dtype, self.masters.lm_head.weight.dtype
-        documents = _power(max(T, DOCUMENTS))
+        documents, wide = _power(max(T, DOCUMENTS)), self.losses.dtype
         self.iids_T, self.labels_T = torch.zeros(2, T, dtype=torch.int64, device=self.device)
-        self.crossings: list[Crossing] = []
+        sizes = [T]
+        while len(sizes) <= self.S:
+            sizes.append(_filled_up(sizes[-1]))
         self.packings: list[Packing] = []
-        for s, D in enumerate(self.masters.config.d_model):
-            ends, position_T = (torch.zeros(n, dtype=torch.int32, device=self.device) for n in (documents + 2, T))
-            rotary_dim = max(stack.rotary_dim for stack in self.levels[s].children() if isinstance(stack, Isotropic))
-            tables = rotary_tables(_power(max(T, LONGEST)), rotary_dim, self.losses.dtype, self.device)
+        for hnet, n in zip(self.levels, sizes):
+            ends, position_T = (torch.zeros(m, dtype=torch.int32, device=self.device) for m in (documents + 2, n))
+            tables = rotary_tables(_power(max(n, LONGEST)), hnet.rotary_dim, wide, self.device)
             self.packings.append(Packing(ends, position_T, *tables))
-            if s < self.S:
-                self.crossings.append(Crossing(T, _filled_up(T), D, *dtypes, self.device))
-                T = _filled_up(T)
-        static = [*self.optimizer.weights, *self.optimizer.copies, self.iids_T, self.labels_T, self.losses]
-        static += [x for packing in self.packings for x in packing]
-        static += [x for crossing in self.crossings for x in vars(crossing).values()]
+        shares_S2 = self.losses[1 + self.S :].view(2, -1).T
+        self.buffers = [
+            StageBuffers(sizes[s], sizes[s + 1], D, self.dtype, shares_S2[s], self.packings[s + 1])
+            for s, D in enumerate(self.masters.config.d_model[:-1])
+        ]
+        static = [*self.model.parameters(), *self.optimizer.weights, *self.optimizer.copies]
+        static += [self.iids_T, self.labels_T, self.losses, *(x for at in self.buffers for x in at.tensors)]
+        static += [x for packing in self.packings for x in vars(packing).values() if isinstance(x, Tensor)]
         self.static = frozenset(x.untyped_storage().data_ptr() for x in static if x is not None)
         self.room = len(self.iids_T)
 
@@ -335,64 +376,63 @@ class GraphedModel:
     def _packing(self, s: int, sizes: Sizes) -> Packing:
         """How stage s's tokens fall into documents, of which the last of an inner stage is that of zeros."""
         T, B, M = sizes
-        ends, position_T, cos_MR, sin_MR = self.packings[s]
-        return Packing(ends[: B + 1 + (s > 0)], position_T[:T], cos_MR[:M], sin_MR[:M])
+        at = self.packings[s]
+        return Packing(at.cu_seqlens[: B + 1 + (s > 0)], at.position_T[:T], at.cos_MR[:M], at.sin_MR[:M])
 
     def _begin(self, s: int, sizes: Sizes, leaf: Leaf) -> Tensor:
-        """What enters stage s."""
+        """What enters stage s: bytes, or the tokens of the stage outside that open chunks."""
         T, B, _ = sizes
         if s == 0:
-            return Embed.apply(self.iids_T[:T], self.model.embeddings.weight)
-        outer = self.crossings[s - 1]
+            return self.model.embed(self.iids_T[:T])
+        outer = self.buffers[s - 1]
         self.packings[s].cu_seqlens[B + 1].fill_(T)
-        return Take.apply(leaf(outer.x_TD, outer.dx_TD), outer.start_C[:T], self.levels[s].pad_dimension)
+        return take_rows(leaf(outer.x_TD, outer.dx_TD, adds=True), outer.chunks.start_C[:T])
 
-    def _end(self, s: int, x_TD: Tensor, packing: Packing, leaf: Leaf) -> Ends:
+    def _end(self, s: int, x_TD: Tensor, packing: Packing, leaf: Leaf) -> Outputs:
         """What leaves stage s: smoothed, to the stage outside; or to the loss."""
-        x_TD = self.levels[s].narrow(x_TD)
         if s == 0:
-            ce = HeadLoss.apply(x_TD, self.model.lm_head.weight, self.labels_T[: len(x_TD)])
+            ce = cross_entropy(self.model.head(x_TD), self.labels_T[: len(x_TD)])
             self.losses[0].copy_(ce.detach())
-            return [(ce, self.dce)]
-        outer, C = self.crossings[s - 1], len(x_TD)
-        P_C = Take.apply(leaf(outer.p_T, outer.dp_T), outer.start_C[:C], None).clamp(EMA_CLAMP, 1 - EMA_CLAMP)
-        z_CD = Smooth.apply(x_TD, P_C, packing.cu_seqlens)
+            of_stages = slice(1, 1 + self.S)  # this is the last part, so all ratio losses are there
+            ratio_losses = leaf(self.losses[of_stages], self.dlosses[of_stages])
+            return [(training_loss(ce, ratio_losses, self.alpha), self.dloss)]
+        outer, C = self.buffers[s - 1], len(x_TD)
+        p_C = take_rows(leaf(outer.chunks.p_T, outer.dp_T, adds=True), outer.chunks.start_C[:C])
+        z_CD = self.levels[s - 1].smooth(x_TD, p_C, packing.cu_seqlens)
         outer.z_CD[:C].copy_(z_CD.detach())
-        return [(z_CD, outer.z_CD[:C])]
+        return [(z_CD, outer.dz_CD[:C])]
 
-    def _enter(self, s: int, sizes: Sizes, leaf: Leaf) -> Ends:
-        hnet, to, (T, B, _), C = self.levels[s], self.crossings[s], sizes, _filled_up(sizes.T)
-        packing, inner = self._packing(s, sizes), self.packings[s + 1]
-        x_TD = hnet.encoder(self._begin(s, sizes, leaf), packing)
+    def _enter(self, s: int, sizes: Sizes, leaf: Leaf) -> Outputs:
+        hnet, to, T = self.levels[s], self.buffers[s], sizes.T
+        packing, N = self._packing(s, sizes), self.masters.config.target_ratios[s]
+        x_TD = hnet.encode(self._begin(s, sizes, leaf), packing)
         to.x_TD[T].zero_()
-        x_TD = Put.apply(x_TD, to.x_TD[:T])
-        router = hnet.routing_module
-        p_T = Route.apply(x_TD, packing.position_T, router.q_proj_layer.weight, router.k_proj_layer.weight)
-        of_tokens = to.p_T[: T + 1], to.b_T[:T], to.chunk_T[:T]
-        of_chunks = to.start_C[:C], inner.cu_seqlens[: B + 1], inner.position_T[:C], to.counts
-        found = Boundaries(*of_tokens, *of_chunks, self.losses[1:].view(3, -1)[:, s])
-        N, forced_T = self.masters.config.target_ratios[s], None if self.forced is None else self.forced[s, :T]
-        p_T, ratio = Cut.apply(p_T, packing.position_T, packing.cu_seqlens[: B + 1], N, found, forced_T)
-        return [(x_TD, to.dx_TD[:T]), (p_T, to.dp_T[:T]), (ratio, self.dratio)]
+        x_TD = CopyTo.apply(x_TD, to.x_TD[:T])
+        p_T = hnet.routing_module(x_TD, packing)
+        documents = packing.cu_seqlens[: sizes.B + 1]
+        b_T = hnet.routing_module.opens(p_T)
+        p_T, G, chunks = cut(p_T, b_T, packing.position_T, documents, to.of(T, _filled_up(T), sizes.B))
+        ratio = ratio_loss(StageOutput(p_T, chunks.b_T, chunks.shares[0], G, None), N)
+        self.losses[1 + s].copy_(ratio.detach())
+        return [(x_TD, to.dx_TD[:T]), (p_T, to.dp_T[:T]), (ratio, self.dlosses[1 + s])]
 
-    def _inner(self, s: int, sizes: Sizes, leaf: Leaf) -> Ends:
+    def _inner(self, s: int, sizes: Sizes, leaf: Leaf) -> Outputs:
         packing = self._packing(s, sizes)
-        return self._end(s, self.levels[s].main_network(self._begin(s, sizes, leaf), packing), packing, leaf)
+        return self._end(s, self.levels[s].run_innermost(self._begin(s, sizes, leaf), packing), packing, leaf)
 
-    def _pass(self, s: int, sizes: Sizes, leaf: Leaf) -> Ends:
-        linear, at, T = self.levels[s].residual_proj, self.crossings[s], sizes.T
-        x_TD = leaf(at.x_TD[:T], at.dx_TD[:T])
-        proxy_TD = ResidualProjection.apply(x_TD, linear.weight, linear.bias, at.residual_TD[:T])
-        return [(proxy_TD, at.dresidual_TD[:T])]
+    def _pass(self, s: int, sizes: Sizes, leaf: Leaf) -> Outputs:
+        hnet, at, T = self.levels[s], self.buffers[s], sizes.T
+        residual_TD = hnet.residual_proj(leaf(at.x_TD[:T], at.dx_TD[:T]))
+        at.residual_TD[:T].copy_(residual_TD.detach())
+        return [(residual_TD, at.dresidual_TD[:T])]
 
-    def _leave(self, s: int, sizes: Sizes, leaf: Leaf) -> Ends:
-        hnet, at, T, C = self.levels[s], self.crossings[s], sizes.T, _filled_up(sizes.T)
-        p_T, z_CD = leaf(at.p_T[:T], at.dp_T[:T]), leaf(at.z_CD[:C], at.z_CD[:C])
-        proxy_TD = leaf(at.dresidual_TD[:T], at.dresidual_TD[:T])
-        of_chunks = at.b_T[:T], at.chunk_T[:T], at.start_C[:C]
-        x_TD = Upsample.apply(z_CD, p_T, *of_chunks, at.residual_TD[:T], proxy_TD, self.dtype, _step(T))
-        packing = self._packing(s, sizes)
-        return self._end(s, hnet.decoder(x_TD, packing), packing, leaf)
+    def _leave(self, s: int, sizes: Sizes, leaf: Leaf) -> Outputs:
+        hnet, at, T, C = self.levels[s], self.buffers[s], sizes.T, _filled_up(sizes.T)
+        chunks, packing = at.of(T, C, sizes.B), self._packing(s, sizes)
+        p_T, z_CD = leaf(chunks.p_T[:T], at.dp_T[:T]), leaf(at.z_CD[:C], at.dz_CD[:C])
+        residual_TD = leaf(at.residual_TD[:T], at.dresidual_TD[:T])
+        x_TD = hnet.upsample(z_CD, p_T, chunks, residual_TD, self.dtype, _step(T))
+        return self._end(s, hnet.decode(x_TD, packing), packing, leaf)
 
     # ----------------------------------------------------------------------------------------- finding and making them
 
@@ -411,14 +451,11 @@ class GraphedModel:
                 segments.popitem(last=False)
             kind, s = part.split()
             run = {"enter": self._enter, "pass": self._pass, "inner": self._inner, "leave": self._leave}[kind]
-            pieces = []
-            for block, names, span in self.weights[part]:
-                masters = [self.masters.get_parameter(name) for name in names]
-                targets = {self.model.get_parameter(name): p.grad for name, p in zip(names, masters)}
-                pieces.append(Piece(block, targets, span))
             last = part == list(self.weights)[-1]
-            arena = None if last else self.arenas.setdefault(part, Arena(self.static, self.device))
-            segment = Segment(functools.partial(run, int(s), sizes), pieces, arena)
+            pool = None if last else self.pools.setdefault(part, SavedPool(self.static, self.device))
+            parts = [BackwardPart(block, self._places(names), span) for block, names, span in self.weights[part]]
+            run = functools.partial(self._run, functools.partial(run, int(s), sizes))
+            segment = Segment(run, parts, self._places(self.shared), pool)
             if self.device.type == "cuda":
                 self._capture(part, sizes, segment)
             segments[sizes] = segment
@@ -426,27 +463,36 @@ class GraphedModel:
         segments.move_to_end(sizes)
         return segments[sizes]
 
+    def _places(self, names: Sequence[str]) -> dict[Tensor, Tensor]:
+        """The model's weights of these names, and where their gradients go."""
+        return {self.model.get_parameter(name): self.masters.get_parameter(name).grad for name in names}
+
+    def _run(self, run: Callable[[Leaf], Outputs], leaf: Leaf) -> Outputs:
+        on_cpu = forcing(True) if self.device.type == "cpu" else contextlib.nullcontext()
+        with recomputing(self.ac), on_cpu:
+            return run(leaf)
+
     def _capture(self, part: str, sizes: Sizes, segment: Segment) -> None:
-        arena = segment.arena
+        pool = segment.pool
         if part not in self.kept:
             segment.try_out(self.stream)
-            self.kept[part] = (arena.used if arena else 0), sizes.T
+            self.kept[part] = (pool.used if pool else 0), sizes.T
         began = time.perf_counter()
         used, T = self.kept[part]
         self._make_room_in(part, used * sizes.T / T)
-        while not segment.capture(self.pool, self.stream):  # as where a longer document makes larger tables
-            self._make_room_in(part, arena.used)
+        while not segment.capture(self.graph_pool, self.stream):  # as where a longer document makes larger tables
+            self._make_room_in(part, pool.used)
         self.capture_seconds += time.perf_counter() - began
-        if arena and sizes.T >= T:
-            self.kept[part] = arena.used, sizes.T
+        if pool and sizes.T >= T:
+            self.kept[part] = pool.used, sizes.T
 
     def _make_room_in(self, part: str, need: float) -> None:
-        """Room for so many bytes in a part's arena."""
-        arena = self.arenas.get(part)
-        if arena and need > len(arena.buffer):
+        """Room for so many bytes in a part's pool."""
+        pool = self.pools.get(part)
+        if pool and need > len(pool.buffer):
             torch.cuda.synchronize(self.device)  # none of those that know the former buffer is being replayed
             self.segments[part].clear()
-            arena.grow(need)
+            pool.grow(need)
 
     # ---------------------------------------------------------------------------------------------------------- a step
 
@@ -461,8 +507,7 @@ class GraphedModel:
         share = 1 / (len(batches) * self.size)
         if share != self.share:
             self.share = share
-            self.dce.fill_(share)
-            self.dratio.fill_(share * self.alpha)
+            self.dloss.fill_(share)
         gradients, losses = self.optimizer.gradients, []
         for pair in earlier:  # the next one writes to the same place
             add = torch._foreach_add_ if losses else torch._foreach_copy_
@@ -484,10 +529,33 @@ class GraphedModel:
 
     def _micro_batch(self, iids: Tensor, labels: Tensor, finished: Callable[[int], None] = lambda span: None) -> Tensor:
         """Its losses, as they lie in `losses`. finished: as `Segment.backward` says."""
+        if not self.captures:
+            losses = self._eagerly(iids, labels)
+            for span in reversed(range(sum(map(len, self.weights.values())) if self.size > 1 else 0)):
+                finished(span)
+            return losses
         segments = self.with_room(functools.partial(self._forward, iids, labels))
+        for name in self.shared:  # every part adds to those
+            self.masters.get_parameter(name).grad.zero_()
         for segment in reversed(segments):
             segment.backward(finished)
         return self.losses.clone()  # the next micro-batch writes to the same place
+
+    def _eagerly(self, iids: Tensor, labels: Tensor) -> Tensor:
+        """A micro-batch through the model's own forward."""
+        own, shared = self.all_places
+        destinations = Destinations(own)
+        for place in shared.values():
+            place.zero_()
+        with writing_to(destinations):
+            out = self.model(iids, labels)
+        loss = training_loss(out.ce, out.ratio_losses, self.alpha)
+        wanted = [*destinations.places, *shared]
+        gradients = torch.autograd.grad(loss, wanted, self.dloss.to(loss.dtype), allow_unused=True)
+        settle(destinations, dict(zip(wanted, gradients)), shared)
+        self.found_stages = [stage.detach() for stage in out.stages]
+        shares = [stage.F for stage in self.found_stages] + [stage.G for stage in self.found_stages]
+        return torch.cat([out.ce.detach()[None], out.ratio_losses.detach(), *(x[None] for x in shares)])
 
     def _forward(self, iids: Tensor, labels: Tensor) -> list[Segment]:
         """A micro-batch's forward. Returns the segments that have run, in the order whose reverse is the backward's."""
@@ -496,7 +564,7 @@ class GraphedModel:
             self._allocate(T)
         self.iids_T[:T].copy_(iids.values())
         self.labels_T[:T].copy_(labels.values())
-        ends, position_T, *_ = self.packings[0]
+        ends, position_T = self.packings[0].cu_seqlens, self.packings[0].position_T
         position_T[:T].copy_(positions(iids))
         ends[: len(offsets)].copy_(offsets)
         ends[len(offsets) :].fill_(T)
@@ -512,7 +580,7 @@ class GraphedModel:
         found, way_in, passed = [], [], []
         for s in range(self.S):
             found.append(run(f"enter {s}", sizes))
-            counts = Fetched(self.crossings[s].counts)
+            counts = Fetched(self.buffers[s].chunks.counts)
             passed.append(run(f"pass {s}", sizes))
             way_in.append(sizes)
             C, longest = counts.numbers().tolist()  # the one wait of a stage
@@ -525,10 +593,11 @@ class GraphedModel:
 
     def stages(self) -> list[StageOutput]:
         """What the routers decided in the last micro-batch; to be read before the next writes to the same places."""
+        if not self.captures:
+            return self.found_stages
         found = []
-        for s, (at, T) in enumerate(zip(self.crossings, self.tokens)):
+        for s, (at, T) in enumerate(zip(self.buffers, self.tokens)):
             offsets = self.packings[s].cu_seqlens[: self.documents + 1].to(torch.int64)
-            p_Bj = nested_tensor_from_jagged(at.p_T[:T], offsets, min_seqlen=0, max_seqlen=self.most_M[s])
-            _, F_, G = self.losses[1:].view(3, -1)[:, s]
-            found.append(StageOutput(p_Bj, nested_like(at.b_T[:T], p_Bj), F_, G))
+            p_Bj = nested_tensor_from_jagged(at.chunks.p_T[:T], offsets, min_seqlen=0, max_seqlen=self.most_M[s])
+            found.append(StageOutput(at.chunks.p_T[:T], at.chunks.b_T[:T], *at.chunks.shares, p_Bj))
         return found

@@ -87,7 +87,7 @@ def read_run(run: str | Path) -> list[dict[str, Any]]:
 
 def _add_progress(records: list[dict[str, Any]], config: HNetConfig | None) -> None:
     """Adds what each step has reached. A step without a record counts like the one after it."""
-    from hnet_trainable import count_flops
+    from hnet_runtime.flops import count_flops
 
     stages = range(config.num_stages + 1) if config else ()
     per_token = [count_flops(config, [[1] if i == s else [] for i in stages]).matmul for s in stages] if config else []

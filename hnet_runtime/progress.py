@@ -16,10 +16,11 @@ from hnet_runtime.chunks import bars, print_chunks, to_html
 from hnet_runtime.distributed import World
 from hnet_runtime.evaluation import chunks_of
 from hnet_runtime.flags import TrainConfig
+from hnet_runtime.flops import count_flops
 from hnet_runtime.metrics import duration, read_metrics
 from hnet_runtime.plots import plot
 from hnet_simple import HNetInference, generate
-from hnet_trainable import HNetConfig, HNetLM, count_flops
+from hnet_trainable import HNetConfig, HNetLM
 
 logger = logging.getLogger("hnet")
 

@@ -55,7 +55,7 @@ def router_statistics(iids: Tensor, stages: Sequence[StageOutput]) -> Tensor:
     at_C = index_T  # the byte at which each token of the stage begins
     found: list[Tensor] = []
     for s, stage in enumerate(stages):
-        p_C, b_C = stage.boundary_prob.values().float(), stage.boundary_mask.values()
+        p_C, b_C = stage.p_T.float(), stage.b_T
         starts_T = torch.zeros(T, dtype=torch.bool, device=device).index_copy_(0, at_C, b_C)
         # a byte's distance to the start of its chunk; summed over a chunk of L bytes it is L (L - 1) / 2
         away_T = index_T - torch.where(starts_T, index_T, 0).cummax(0).values
@@ -71,7 +71,7 @@ def router_statistics(iids: Tensor, stages: Sequence[StageOutput]) -> Tensor:
         lengths = [mean, (square / mean**2 - 1).clamp_min(0).sqrt(), away_T.max() + 1]
         found += [torch.stack([x.float() for x in lengths]), kinds[1:4], spread.sqrt()[None], shares]
         if s + 1 < len(stages):  # how many tokens the next stage has is known from its shape
-            at_C = torch.nonzero_static(starts_T, size=len(stages[s + 1].boundary_mask.values())).squeeze(1)
+            at_C = torch.nonzero_static(starts_T, size=len(stages[s + 1].b_T)).squeeze(1)
     return torch.cat(found) if found else torch.zeros(0, device=device)
 
 

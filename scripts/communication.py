@@ -31,7 +31,7 @@ class Options:
 
 def row(config: "HNetConfig", layout: str, shards: int, replicate: int, crosses: bool, tokens: int) -> str:
     from hnet_runtime.distributed import traffic
-    from hnet_trainable import count_flops
+    from hnet_runtime.flops import count_flops
 
     sent = traffic(config, shards, replicate)
     within, across = sent.gathers + sent.scatters, sent.copies

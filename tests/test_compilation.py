@@ -82,26 +82,27 @@ def for_any_gpu() -> None:
         pointwise_triton,
         router_triton,
     )
-    from hnet_kernels.boundaries import Boundaries
-    from hnet_kernels.sums import Sums
+    from hnet_kernels.boundaries import Chunks
+    from hnet_kernels.gradients import PartialSums
 
     T, C, N = 512, 100, 128
     position_T, start_C, chunk_T = new(T, dtype=torch.int32), torch.arange(C), new(T, dtype=torch.int64)
     for D, inner in ((512, 2688), (1536, 4096), (2048, 5504)):
         residual, delta, weight, z_CD = new(T, D, dtype=WIDE), new(T, D), new(D), new(C, D, dtype=WIDE)
-        sums = Sums([[weight]] * 2)
-        for before, slot in zip(((None, None), (delta, new(T, D, dtype=torch.int8))), sums.slots()):
+        sums = PartialSums()
+        slots = [sums.slot(weight) for _ in range(2)]
+        for before, slot in zip(((None, None), (delta, new(T, D, dtype=torch.int8))), slots):
             *total, _, scale = norm_triton.add_norm_forward(*before, delta, weight, 1e-5)
             norm_triton.add_norm_backward(delta, *before, *total, scale, weight, slot)
             norm_triton.norm_again(*total, scale, weight)
         sums.total()
         p_T = router_triton.boundary_forward(delta, delta, position_T)
         router_triton.boundary_backward(p_T, delta, delta, position_T)
-        router_triton.upsample_forward(z_CD, chunk_T, residual, HALF)
-        router_triton.upsample_backward(delta, z_CD, chunk_T, start_C, None)
+        router_triton.upsample_forward(z_CD, p_T, chunk_T, residual, HALF)
+        router_triton.upsample_backward(delta, z_CD, p_T, chunk_T, start_C, None)
         router_triton.add_rows_(delta, start_C, new(C, D))
         for pad in (None, new(512)):
-            router_triton.take_rows(delta, start_C, pad)
+            router_triton.gather_rows(delta, start_C, pad)
         ends = torch.tensor([0, C], dtype=torch.int32)
         ema_triton.ema_backward(ema_triton.ema_forward(z_CD.to(HALF), p_T[:C], ends), z_CD, p_T[:C], z_CD, ends)
         both = new(T, 2 * inner)
@@ -111,20 +112,20 @@ def for_any_gpu() -> None:
         z, xBC, _ = projected.split([2 * D, 2 * D + 2 * N, H], -1)
         taps, bias, gate = new(2 * D + 2 * N, 1, 4), new(2 * D + 2 * N), new(2 * D)
         after = conv_triton.conv_silu_forward(xBC, taps, bias, position_T)
-        sums = Sums([[taps, bias]])
-        conv_triton.conv_silu_backward(after, xBC, taps, bias, position_T, *sums.slots(), torch.empty_like(xBC))
+        sums = PartialSums()
+        slot = sums.slot(taps, bias)
+        conv_triton.conv_silu_backward(after, xBC, taps, bias, position_T, slot, torch.empty_like(xBC))
         sums.total()
         y_TD = after[:, : 2 * D].contiguous()
         _, scale = norm_triton.gated_norm_forward(y_TD, z, gate, 1e-5)
         for again in (True, False):
-            slots = Sums([[gate]]).slots()
-            norm_triton.gated_norm_backward(y_TD, y_TD, z, scale, gate, torch.empty_like(z), *slots, again)
-    router_triton.add_rows_(p_T[:, None], start_C, router_triton.take_rows(p_T[:, None], start_C, None))
-    b_T, counts, losses = new(T, dtype=torch.bool), new(2, dtype=torch.int64), new(3, dtype=WIDE)
-    found = Boundaries(new(T + 1, dtype=WIDE), b_T, chunk_T, chunk_T, ends, position_T, counts, losses)
-    for forced in (None, b_T):
-        boundaries_triton.find_boundaries(p_T, position_T, ends, 3.0, found, forced)
-    boundaries_triton.add_ratio_gradient(p_T, losses[0], losses, ends, 3.0)
+            slot = PartialSums().slot(gate)
+            norm_triton.gated_norm_backward(y_TD, y_TD, z, scale, gate, torch.empty_like(z), slot, again)
+    ema_triton.sum_chunks(residual, start_C)
+    router_triton.add_rows_(p_T[:, None], start_C, router_triton.gather_rows(p_T[:, None], start_C, None))
+    found = Chunks.empty(p_T, documents=1)
+    boundaries_triton.find_chunks(p_T, found.b_T, position_T, ends, found)
+    boundaries_triton.add_mean_gradient(p_T, found.shares[1], ends)
     qkv, table = new(T, 3, 16, 64), new(T, 16, dtype=WIDE)
     for back in (False, True):
         pointwise_triton.rotate_(qkv, table, table, position_T, back)
@@ -141,7 +142,7 @@ def for_any_gpu() -> None:
 
 def for_hopper() -> None:
     from hnet_kernels import attention_triton, ssd_triton
-    from hnet_kernels.sums import Sums
+    from hnet_kernels.gradients import PartialSums
 
     T, N = 512, 128
     cu = torch.tensor([0, 100, T, T], dtype=torch.int32)
@@ -153,7 +154,7 @@ def for_hopper() -> None:
         ssd_triton.scan_backward(y, x, dt, A, B, C, cu)
         raw = new(T, H + 8, dtype=dtype)[:, 8:]
         y, kept = ssd_triton.scan_forward(x, raw, A, B, C, cu, A, keep=True, bias_H=A)
-        (slot,) = Sums([[A, A, A]]).slots()
+        slot = PartialSums().slot(A, A, A)
         ssd_triton.scan_backward(y, x, raw, A, B, C, cu, A, kept=kept, bias_H=A, dweights=slot)
     order = attention_triton.tile_order(T, cu)
     for P, window in ((64, -1), (64, 1023), (96, 1023), (128, -1)):

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from hnet_kernels import causal_conv_silu, dispatch  # noqa: E402
-from hnet_kernels.sums import Sums  # noqa: E402
+from hnet_kernels.gradients import PartialSums  # noqa: E402
 
 definition = importlib.import_module("hnet_kernels.conv")
 
@@ -68,9 +68,10 @@ def distances(case: Case, dtype: torch.dtype, device: str) -> dict[str, float]:
     torch.Tensor.new_empty = poisoned
     try:
         y = conv_triton.conv_silu_forward(x, weight, bias, position)
-        sums = Sums([[weight, bias]] * 2)  # two layers of the same weights
-        first, _ = (conv_triton.conv_silu_backward(dy, x, weight, bias, position, slot) for slot in sums.slots())
-        dweight, dbias, *second = sums.total()
+        sums = PartialSums()
+        slots = [sums.slot(weight, bias) for _ in range(2)]  # two layers of the same weights
+        first, _ = (conv_triton.conv_silu_backward(dy, x, weight, bias, position, slot) for slot in slots)
+        dweight, dbias, *second = (gradient for _, gradient in sums.total())
         assert torch.equal(dweight, second[0]) and torch.equal(dbias, second[1])
         ours = y, first, dweight, dbias
     finally:

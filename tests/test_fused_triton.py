@@ -23,13 +23,14 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from hnet_kernels import boundaries, cross_entropy, norm, pointwise, router, ssd  # noqa: E402
+from hnet_kernels import boundaries, norm, pointwise, router, ssd  # noqa: E402
 from hnet_kernels.conv import causal_conv_silu_backward_to  # noqa: E402
+from hnet_kernels.gradients import PartialSums  # noqa: E402
 from hnet_kernels.ssd import mamba2_scan_backward, mamba2_scan_forward, scan_backward  # noqa: E402
-from hnet_kernels.sums import Sums  # noqa: E402
-from hnet_trainable import StageOutput, chunk_offsets, ratio_loss  # noqa: E402
+from hnet_trainable import StageOutput, ratio_loss  # noqa: E402
 
-attention = importlib.import_module("hnet_kernels.attention")
+# the package exports operations under the names of their files
+attention, cross_entropy = (importlib.import_module(f"hnet_kernels.{name}") for name in ("attention", "cross_entropy"))
 AWKWARD = [1, 2, 63, 64, 65, 257]
 EPS = 1e-5
 # Elementwise float32, sums of up to some thousand terms of both signs: 1e-7 each, 1e-6 together; the scan's decays come
@@ -53,6 +54,10 @@ def exact(x: Tensor) -> Tensor:
     return x.detach().double()
 
 
+def gradients_in(sums: PartialSums) -> list[Tensor]:
+    return [gradient for _, gradient in sums.total()]
+
+
 def nan_like(x: Tensor, longer: int = 0) -> Tensor:
     """NaNs of x's shape, as parts of rows that are `longer`."""
     width = math.prod(x.shape[1:])
@@ -64,12 +69,12 @@ def add_norm_case(new: Inputs, T: int, D: int, first: bool) -> dict[str, tuple[T
     delta, weight, dx = new(T, D), new(D), new(T, D)
     residual, dsum = (norm.part(new(T, D, wide=True) * (not first), dx.dtype) for _ in "rd")
     sum_, x, scale = norm.add_norm_forward(None if first else residual, delta, weight, EPS)
-    sums = Sums([[weight], [weight]])
-    slot, other = sums.slots()
+    sums = PartialSums()
+    slot, other = sums.slot(weight), sums.slot(weight)
     arguments = dx, None if first else dsum, sum_, scale, weight
     dboth, again = norm.add_norm_backward(*arguments, slot)
     same, none = norm.add_norm_backward(*arguments, other, again=False)
-    dweight, same_dweight = sums.total()
+    dweight, same_dweight = gradients_in(sums)
     assert none is None and torch.equal(same.x, dboth.x) and torch.equal(same_dweight, dweight)
     assert same.rest is dboth.rest is None or torch.equal(same.rest, dboth.rest)
     assert torch.equal(again, x) and torch.equal(norm.norm_again(sum_, scale, weight), x)
@@ -90,12 +95,12 @@ def gated_norm_case(new: Inputs, T: int, D: int):
     rows, y, weight, dx = new(T, 2 * D + 16), new(T, D), new(D), new(T, D)
     z = rows[:, 8 : 8 + D]
     x, scale = norm.gated_norm_forward(y, z, weight, EPS)
-    dz, sums = nan_like(z, longer=8), Sums([[weight], [weight]])
-    slot, other = sums.slots()
+    dz, sums = nan_like(z, longer=8), PartialSums()
+    slot, other = sums.slot(weight), sums.slot(weight)
     dy, again = norm.gated_norm_backward(dx, y, z, scale, weight, dz, slot)
     first = dz.clone()
     only_dy, none = norm.gated_norm_backward(dx, y, z, scale, weight, dz.fill_(math.nan), other, again=False)
-    dweight, same = sums.total()
+    dweight, same = gradients_in(sums)
     assert torch.equal(again, x) and none is None
     assert all(map(torch.equal, (only_dy, dz, same), (dy, first, dweight)))
     assert torch.equal(norm.gated_norm_forward(y, z, weight, EPS, keep_x=True)[0], x)
@@ -199,7 +204,7 @@ def router_case(new: Inputs, lengths: list[int], D: int):
     return {"p": p, "dq": rest[0], "dk": dk}, {"p": wanted, "dq": rest[1], "dk": gradients[1]}
 
 
-def boundaries_case(new: Inputs, lengths: list[int], zeros: int, spare: int, forced: bool = False):
+def chunks_case(new: Inputs, lengths: list[int], zeros: int, spare: int, forced: bool = False):
     """With `zeros` tokens that fill up, and room for `spare` chunks more than there are tokens; empty documents too."""
     lengths, N = [0, *lengths, 0, 0], 3.5
     tokens, T = sum(lengths), sum(lengths) + zeros
@@ -207,22 +212,24 @@ def boundaries_case(new: Inputs, lengths: list[int], zeros: int, spare: int, for
     position = torch.cat([torch.arange(n, dtype=torch.int32) for n in (*lengths, zeros)]).to(new.device)
     ends = torch.tensor([0, *lengths], device=new.device).cumsum(0)
     p = new(T, wide=True).sigmoid().masked_fill(position == 0, 1.0)
-    p[T // 2] = 0.5 if position[T // 2] else 1.0  # a tie is no boundary
-    drawn = new(T, wide=True) > 1 if forced else None
-    kinds = dict(zip(boundaries.Boundaries._fields, (T + 1, T, T, C, B + 1, C, 2, 3)))
-    dtypes = dict.fromkeys(kinds, torch.int64) | dict.fromkeys(("cu_seqlens", "position_C"), torch.int32)
-    dtypes |= {"p_T": p.dtype, "b_T": torch.bool, "losses": p.dtype}
-    to = {name: torch.full((n,), 7, dtype=dtypes[name], device=new.device) for name, n in kinds.items()}
-    to["losses"] = torch.full((3, 2), 7.0, device=new.device)[:, 1]
-    to, cu = boundaries.Boundaries(**to), ends.to(torch.int32)
-    boundaries.find_boundaries(p, position, cu, N, to, drawn)
-    dp, dratio = new(T, wide=True), torch.tensor(0.3 * tokens, device=new.device)  # the gradient is no less than dp
-    found = to._asdict() | {"dp": boundaries.add_ratio_gradient(dp, dratio, to.losses, cu, N)}
+    opens = new(T, wide=True) > 1 if forced else p > 0.5  # forced: not where a document begins, and where none is
+    dtypes = dict.fromkeys(boundaries.Chunks._fields, torch.int64) | {"b_T": torch.bool, "p_T": p.dtype}
+    dtypes |= dict.fromkeys(("cu_seqlens", "position_C"), torch.int32)
+    sizes = dict(zip(dtypes, (T + 1, T, T, C, B + 1, C, 2)))
+    to = {name: torch.full((n,), 7, dtype=dtypes[name], device=new.device) for name, n in sizes.items()}
+    to["shares"] = torch.full((2, 2), 7.0, device=new.device)[:, 1]
+    to, cu = boundaries.Chunks(**to), ends.to(torch.int32)
+    boundaries.find_chunks(p, opens, position, cu, to)
     leaf = exact(p).requires_grad_()
-    b = (leaf > 0.5) if drawn is None else drawn | (position == 0)
-    b = torch.cat([b[:tokens], torch.zeros_like(b[tokens:])])
-    stage = StageOutput(None, None, b[:tokens].double().mean(), leaf[:tokens].mean())
-    ratio, starts, inside = ratio_loss(stage, N), b.nonzero().squeeze(1), chunk_offsets(b, ends)
+    b = torch.cat([(opens | (position == 0))[:tokens], torch.zeros(zeros, dtype=torch.bool, device=new.device)])
+    F, G = b[:tokens].double().mean(), leaf[:tokens].mean()
+    # as G's gradient in training; that of p is no less than dp
+    (dmean,) = torch.autograd.grad(
+        0.3 * tokens * ratio_loss(StageOutput(None, None, F, G, None), N), G, retain_graph=True
+    )
+    dp = new(T, wide=True)
+    found = to._asdict() | {"dp": boundaries.add_mean_gradient(dp, dmean.float(), cu)}
+    inside, starts = torch.nn.functional.pad(b.cumsum(0), (1, 0))[ends], b.nonzero().squeeze(1)
     places = [*(torch.arange(n) for n in inside.diff().tolist()), torch.arange(C - len(starts))]
     wanted = {
         "p_T": torch.nn.functional.pad(exact(p), (0, 1)),
@@ -232,18 +239,18 @@ def boundaries_case(new: Inputs, lengths: list[int], zeros: int, spare: int, for
         "cu_seqlens": inside,
         "position_C": torch.cat(places).to(new.device),
         "counts": torch.stack([inside[-1], inside.diff().max()]),
-        "losses": torch.stack([ratio, stage.F, stage.G]),
-        "dp": exact(dp) + 0.3 * tokens * torch.autograd.grad(ratio, leaf, retain_graph=True)[0],
+        "shares": torch.stack([F, G]),
+        "dp": exact(dp) + torch.autograd.grad(G, leaf, dmean, retain_graph=True)[0],
     }
     return found, {name: exact(x) for name, x in wanted.items()}
 
 
-def take_rows_case(new: Inputs, T: int, D: int, E: int):
+def gather_rows_case(new: Inputs, T: int, D: int, E: int):
     """E = 0: no pad."""
     place = torch.randint(T, (2 * T,), generator=new.generator).to(new.device)
     x, pad = new(T, D), new(E) if E else None
     wanted = torch.cat([x[place], *([pad.expand(2 * T, -1)] if E else [])], 1)
-    return {"rows": router.take_rows(x, place, pad)}, {"rows": exact(wanted)}
+    return {"rows": router.gather_rows(x, place, pad)}, {"rows": exact(wanted)}
 
 
 def upsample_case(new: Inputs, T: int, C: int, D: int, spare: int):
@@ -252,13 +259,16 @@ def upsample_case(new: Inputs, T: int, C: int, D: int, spare: int):
     start = start.sort().values.to(new.device)
     chunk = torch.bucketize(torch.arange(T, device=new.device), start, right=True) - 1
     z, residual, dout = new(C + spare, D, wide=True), new(T, D, wide=True), new(T, D)
+    scale = new(T, wide=True)
     start = torch.nn.functional.pad(start, (0, spare), value=T)
-    out = router.upsample_forward(z, chunk, residual, new.dtype)
-    found = {"out": out} | dict(zip(("dscale", "dz"), router.upsample_backward(dout, z, chunk, start)))
-    leaves = [t.requires_grad_() for t in (torch.ones(T, dtype=torch.float64, device=new.device), exact(z))]
+    out = router.upsample_forward(z, scale, chunk, residual, new.dtype)
+    dscale, dz = router.upsample_backward(dout, z, scale, chunk, start)
+    leaves = [exact(t).requires_grad_() for t in (scale, z)]
     wanted = leaves[1][chunk] * leaves[0][:, None] + exact(residual)
     gradients = torch.autograd.grad(wanted, leaves, exact(dout))
-    return found, {"out": wanted} | dict(zip(("dscale", "dz"), gradients))
+    same_dscale, same_dz = router.upsample_backward(dout, z, scale, chunk, start, z)  # over what it read
+    assert same_dz is z and torch.equal(same_dscale, dscale) and torch.equal(z, dz)
+    return {"out": out, "dscale": dscale, "dz": dz}, {"out": wanted} | dict(zip(("dscale", "dz"), gradients))
 
 
 def scan_case(new: Inputs, lengths: list[int], H: int, N: int, K: int = 4, spread: float = 1, A_log: float = 0):
@@ -276,14 +286,13 @@ def scan_case(new: Inputs, lengths: list[int], H: int, N: int, K: int = 4, sprea
     dx, dB, dC = out.split(split, -1)
     y, kept = mamba2_scan_forward(x, raw, bias_H, A_log, B, C, D, cu, keep=True)
     out = dx.unflatten(-1, (H, P)), dB, dC, draw
-    sums = Sums([[A_log, bias_H, D]])
-    mamba2_scan_backward(dy, x, raw, bias_H, A_log, B, C, D, cu, out, *sums.slots(), kept)
-    dA_log, dbias_H, dD = sums.total()
+    sums = PartialSums()
+    mamba2_scan_backward(dy, x, raw, bias_H, A_log, B, C, D, cu, out, sums.slot(A_log, bias_H, D), kept)
+    dA_log, dbias_H, dD = gradients_in(sums)
     gain = kept[0][2][:, :T].T if kept else torch.nn.functional.softplus(exact(raw) + exact(bias_H))
     weight, bias, dafter = new(rows.shape[1], 1, K), new(rows.shape[1]), new(T, rows.shape[1])
-    sums = Sums([[weight, bias]])
-    causal_conv_silu_backward_to(dconv, dafter, rows, weight, bias, position, *sums.slots())
-    dweight, dbias = sums.total()
+    causal_conv_silu_backward_to(dconv, dafter, rows, weight, bias, position, sums.slot(weight, bias))
+    dweight, dbias = gradients_in(sums)
     found = {"y": y, "dx": dx, "draw": draw, "dbias_H": dbias_H, "dA_log": dA_log}
     found |= {"dB": dB, "dC": dC, "dD": dD}
     found |= {"dbefore": dconv, "dweight": dweight, "dbias": dbias}
@@ -298,9 +307,9 @@ def scan_case(new: Inputs, lengths: list[int], H: int, N: int, K: int = 4, sprea
     found["dt"], wanted["dt"] = 1 + 10 * errors, torch.ones_like(errors)
     wanted["dx"] = wanted["dx"].flatten(1)
     convolved = [exact(t) for t in (dafter, rows, weight, bias)]
-    before, sums = torch.empty_like(convolved[1]), Sums([convolved[2:]])
-    causal_conv_silu_backward_to(before, *convolved, position, *sums.slots())
-    dweight, dbias = sums.total()
+    before = torch.empty_like(convolved[1])
+    causal_conv_silu_backward_to(before, *convolved, position, sums.slot(*convolved[2:]))
+    dweight, dbias = gradients_in(sums)
     wanted |= {"dbefore": before, "dweight": dweight, "dbias": dbias}
     # dA is a sum of terms that cancel: its errors are relative to them, as test_ssd_triton.py explains
     x_, dt_, A_, B_, C_ = (t.detach() for t in (x_, dt_, A_, B_, C_))
@@ -350,14 +359,14 @@ CASES = {
     "attention to itself and the one before": lambda new: attention_case(new, [130], H=1, P=16, window=1, empty=0),
     "attention, no rows": lambda new: attention_case(new, [0], H=2, P=16),
     "router": lambda new: router_case(new, AWKWARD[:4], D=48),
-    "boundaries": lambda new: boundaries_case(new, [*AWKWARD, 3000], zeros=70, spare=58),
-    "boundaries, no zeros": lambda new: boundaries_case(new, [5, 1, 1018], zeros=0, spare=0),
-    "boundaries, forced": lambda new: boundaries_case(new, [1023, 1, 2000], zeros=1, spare=1100, forced=True),
-    "boundaries, many documents": lambda new: boundaries_case(new, [1, 2] * 600, zeros=1000, spare=8),
-    "boundaries, one token": lambda new: boundaries_case(new, [1], zeros=0, spare=127),
-    "rows taken": lambda new: take_rows_case(new, 33, D=96, E=0),
-    "rows taken and padded": lambda new: take_rows_case(new, 33, D=64, E=24),
-    "numbers taken": lambda new: take_rows_case(new, 50, D=1, E=0),
+    "chunks": lambda new: chunks_case(new, [*AWKWARD, 3000], zeros=70, spare=58),
+    "chunks, no zeros": lambda new: chunks_case(new, [5, 1, 1018], zeros=0, spare=0),
+    "chunks, forced": lambda new: chunks_case(new, [1023, 1, 2000], zeros=1, spare=1100, forced=True),
+    "chunks, many documents": lambda new: chunks_case(new, [1, 2] * 600, zeros=1000, spare=8),
+    "chunks, one token": lambda new: chunks_case(new, [1], zeros=0, spare=127),
+    "rows taken": lambda new: gather_rows_case(new, 33, D=96, E=0),
+    "rows taken and padded": lambda new: gather_rows_case(new, 33, D=64, E=24),
+    "numbers taken": lambda new: gather_rows_case(new, 50, D=1, E=0),
     "rows added": lambda new: add_rows_case(new, 50, D=96, spare=5),
     "numbers added": lambda new: add_rows_case(new, 50, D=1, spare=0),
     "upsample": lambda new: upsample_case(new, 90, 30, D=48, spare=0),
@@ -383,10 +392,10 @@ LARGE = {
     "attention in a window, heads of 96": lambda new: attention_case(new, [1, 700, 300], H=2, P=96, window=100),
     "attention, heads of 128": lambda new: attention_case(new, [700, 300], H=4, P=128),
     "router, large": lambda new: router_case(new, [*AWKWARD, 3000], D=512),
-    "boundaries, more blocks than a program looks at at once": lambda new: boundaries_case(
+    "chunks, more blocks than a program looks at at once": lambda new: chunks_case(
         new, [*AWKWARD, 300_000] * 5, zeros=70_000, spare=58
     ),
-    "rows taken and padded, large": lambda new: take_rows_case(new, 5000, D=1024, E=512),
+    "rows taken and padded, large": lambda new: gather_rows_case(new, 5000, D=1024, E=512),
     "upsample, large": lambda new: upsample_case(new, 4000, 700, D=768, spare=68),
     "upsample, more chunks than a grid's second axis": lambda new: upsample_case(new, 70_000, 66_000, D=64, spare=0),
     "sums of rows, large": lambda new: sum_rows_case(new, L=55, N=396, D=2048),

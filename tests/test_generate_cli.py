@@ -16,6 +16,7 @@ from rich.console import Console
 from test_simple import config_of, random_model
 
 import hnet_simple
+from hnet_kernels import generation
 from hnet_runtime import UserError, chunks, equivalence, weights
 from hnet_runtime.chunks import Printer, bars, render
 from hnet_runtime.equivalence import check, run
@@ -245,9 +246,9 @@ def test_bfloat16_hides_no_small_mistake():
 def test_a_step_that_differs_is_found(pair, monkeypatch):
     """A window that only decoding ignores."""
     model, copy = pair
-    right = hnet_simple.ring_slots
+    right = generation.ring_slots
     monkeypatch.setattr(
-        hnet_simple, "ring_slots", lambda tokens, window: right(tokens, window + 3 if window > 0 else -1)
+        generation, "ring_slots", lambda tokens, window: right(tokens, window + 3 if window > 0 else -1)
     )
     report = check(model, copy, documents=(b"a" * 8, bytes(range(65, 95))), new_bytes=2)
     (row,) = [row for row in report.rows if row.layer == report.first_disagreement]
@@ -421,7 +422,7 @@ def test_export_command(checkpoint, tmp_path, capsys):
     assert all(torch.equal(both[0].weights[name], both[1].weights[name]) for name in both[0].weights)
     assert both[0].config == both[1].config  # N_compress 1, 3, 9 is the default of two stages
     script("export").main([str(checkpoint), str(tmp_path / "one"), "--form", "pt"])
-    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["config.json", "model.pt"]
+    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["config.json", "model.pt", "model.pt.json"]
 
 
 def test_compare_command(checkpoint, tmp_path, capsys):

@@ -13,12 +13,17 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hnet_kernels.sums import Sums
+import hnet_trainable
+from hnet_kernels import norm
+from hnet_kernels.dispatch import forcing
+from hnet_kernels.gradients import PartialSums
+from hnet_kernels.linear import Linear
+from hnet_kernels.recompute import MODES, recomputing
 from hnet_runtime import graphs
 from hnet_runtime.distributed import World
 from hnet_runtime.flat_adamw import FlatAdamW
-from hnet_runtime.fused import CHECKPOINTING, HeadLoss, ResidualStream
-from hnet_runtime.graphs import STEPS, TOKENS, Arena, GraphedModel, Piece, Segment, _filled_up, _step
+from hnet_runtime.graphs import STEPS, TOKENS, GraphedModel, _filled_up, _step
+from hnet_runtime.segments import BackwardPart, SavedPool, Segment
 from hnet_runtime.statistics import router_statistics
 from hnet_trainable import HNetConfig, HNetLM, init_weights, nested_like
 
@@ -129,7 +134,8 @@ def test_matrices_have_gradients_that_are_rounded_once_at_most_and_whoever_runs_
     pair = batch(BATCHES[0], 0)
     graphed.forward_backward([pair])
     masters, written = dict(graphed.masters.named_parameters()), gradient(graphed)
-    _, returned = eager(graphed.model, *pair)
+    with forcing(True):
+        _, returned = eager(graphed.model, *pair)
     assert torch.equal(gradient(graphed), written)
     for name, its in returned.items():
         grad, dtype = masters[name].grad, graphed.model.get_parameter(name).dtype
@@ -158,13 +164,14 @@ def saved_bytes(run) -> int:
 def test_activation_checkpointing_keeps_less_and_gives_the_same_bits(stages):
     pair, dtype = batch(BATCHES[0], 0), torch.bfloat16
     gradients, kept = {}, {}
-    for ac in CHECKPOINTING:
+    for ac in MODES:
         graphed = GraphedModel(build(LAYOUTS[stages], torch.float32), dtype, ALPHA, ac=ac)
         for _ in range(2):  # on a GPU captured, then replayed
             spoil(graphed)
             graphed.forward_backward([pair])
         gradients[ac] = torch.cat([p.grad.flatten() for p in graphed.masters.parameters()])
-        kept[ac] = saved_bytes(lambda graphed=graphed: graphed.model(*pair))
+        with forcing(True), recomputing(ac):
+            kept[ac] = saved_bytes(lambda graphed=graphed: graphed.model(*pair))
     assert torch.equal(gradients["none"], gradients["selective"]) and torch.equal(gradients["none"], gradients["block"])
     assert kept["none"] > kept["selective"] > kept["block"]
 
@@ -182,10 +189,25 @@ class Made(TorchDispatchMode):
         return found
 
 
-@pytest.mark.parametrize("ac", CHECKPOINTING)
-@pytest.mark.parametrize("stages", [1, 2])
-def test_a_backward_reads_nothing_that_its_forward_left_outside_the_arena(stages, ac, monkeypatch):
-    """Other graphs write there meanwhile. Here the test does, as soon as a forward is over."""
+@pytest.mark.parametrize("ac", MODES)
+@pytest.mark.parametrize("stages", [1, 2, "edited"])
+def test_a_backward_reads_nothing_that_its_forward_left_outside_the_pool(stages, ac, monkeypatch):
+    """Other graphs write there meanwhile. Here the test does, as soon as a forward is over.
+
+    edited: the model computes weights in its forward, where those of others stay as they are.
+    """
+    if stages == "edited":
+        weights, stages = hnet_trainable.Mamba2.weights, 2
+        changed = {"conv_C1K": lambda w: 2 * w, "A_log_H": lambda w: w + 1, "D_H": lambda w: None}
+        monkeypatch.setattr(
+            hnet_trainable.Mamba2,
+            "weights",
+            lambda self: (w := weights(self))._replace(**{n: f(getattr(w, n)) for n, f in changed.items()}),
+        )
+        norm_ = hnet_trainable.rms_norm
+        monkeypatch.setattr(hnet_trainable, "rms_norm", lambda x, weight, eps: norm_(x, 1 + weight, eps))
+        linear = hnet_trainable.linear
+        monkeypatch.setattr(hnet_trainable, "linear", lambda x, weight, saved: linear(x, 1.5 * weight, saved))
     model = build(LAYOUTS[stages], torch.float32)
     graphed, pair = GraphedModel(model, torch.bfloat16, ALPHA, ac=ac), batch(BATCHES[0], 0)
     graphed.forward_backward([pair])
@@ -195,74 +217,74 @@ def test_a_backward_reads_nothing_that_its_forward_left_outside_the_arena(stages
     def spoil_after(segment, *args):
         with Made() as made:
             forward(segment, *args)
-        for x in made.tensors if segment.arena else []:
-            if x.untyped_storage().data_ptr() not in segment.arena.known:
+        for x in made.tensors if segment.pool else []:
+            if x.untyped_storage().data_ptr() not in segment.pool.known:
                 x.data.fill_(torch.nan if x.is_floating_point() else 1)
                 spoiled.append(x)
 
-    used = {part: arena.used for part, arena in graphed.arenas.items()}
+    used = {part: pool.used for part, pool in graphed.pools.items()}
     graphed.forget()
     for part, size in used.items():
-        graphed.arenas[part] = Arena(graphed.static, torch.device(DEVICE))
-        graphed.arenas[part].grow(size)
+        graphed.pools[part] = SavedPool(graphed.static, torch.device(DEVICE))
+        graphed.pools[part].grow(size)
     monkeypatch.setattr(Segment, "_forward", spoil_after)
     graphed.forward_backward([pair])
     assert torch.equal(gradient(graphed), wanted) and wanted.isfinite().all()
     assert len(spoiled) > (500 if DEVICE == "cpu" else 10) * stages and not any(
-        arena.beside for arena in graphed.arenas.values()
+        pool.beside for pool in graphed.pools.values()
     )
 
 
-def test_an_arena_gives_out_its_buffer_and_then_other_memory():
-    arena, stays = Arena([], torch.device(DEVICE)), torch.zeros(3, device=DEVICE)
-    arena.static = {stays.untyped_storage().data_ptr()}
-    arena.grow(3000)
-    assert len(arena.buffer) == 2**20, "whole MiB"
-    arena.begin()
-    a, b = arena.empty((100, 2), torch.float32, stays.device), arena.empty((3,), torch.int64, stays.device)
+def test_an_pool_gives_out_its_buffer_and_then_other_memory():
+    pool, stays = SavedPool([], torch.device(DEVICE)), torch.zeros(3, device=DEVICE)
+    pool.static = {stays.untyped_storage().data_ptr()}
+    pool.grow(3000)
+    assert len(pool.buffer) == 2**20, "whole MiB"
+    pool.begin()
+    a, b = pool.empty((100, 2), torch.float32, stays.device), pool.empty((3,), torch.int64, stays.device)
     assert (a.shape, a.dtype, b.shape, b.dtype) == ((100, 2), torch.float32, (3,), torch.int64)
-    begin = arena.buffer.data_ptr()
-    assert (a.data_ptr(), b.data_ptr(), arena.used) == (begin, begin + 1024, 1536) and not arena.beside
-    assert arena.keep(a[1:]).data_ptr() == a[1:].data_ptr() and arena.keep(stays).data_ptr() == stays.data_ptr()
+    begin = pool.buffer.data_ptr()
+    assert (a.data_ptr(), b.data_ptr(), pool.used) == (begin, begin + 1024, 1536) and not pool.beside
+    assert pool.keep(a[1:]).data_ptr() == a[1:].data_ptr() and pool.keep(stays).data_ptr() == stays.data_ptr()
     other = torch.arange(5.0, device=DEVICE, requires_grad=True)
-    kept = arena.keep(other)
+    kept = pool.keep(other)
     assert kept.tolist() == other.tolist() and not kept.requires_grad and kept.data_ptr() == begin + 1536
-    large = arena.empty((2**20,), torch.uint8, stays.device)
-    assert len(large) == 2**20 and arena.beside == [large] and arena.keep(large).data_ptr() == large.data_ptr()
+    large = pool.empty((2**20,), torch.uint8, stays.device)
+    assert len(large) == 2**20 and pool.beside == [large] and pool.keep(large).data_ptr() == large.data_ptr()
 
 
 @given(st.lists(st.tuples(st.integers(0, 3000), st.sampled_from([torch.uint8, torch.bfloat16, torch.float64]))))
-def test_what_an_arena_gives_out_does_not_overlap_and_lies_there_again_next_time(wanted):
-    arena = Arena([], torch.device("cpu"))
-    arena.grow(16_384)
+def test_what_an_pool_gives_out_does_not_overlap_and_lies_there_again_next_time(wanted):
+    pool = SavedPool([], torch.device("cpu"))
+    pool.grow(16_384)
     seen = []
     for _ in range(2):
-        arena.begin()
-        parts = [arena.empty((n,), dtype, torch.device("cpu")) for n, dtype in wanted]
+        pool.begin()
+        parts = [pool.empty((n,), dtype, torch.device("cpu")) for n, dtype in wanted]
         for i, part in enumerate(parts):
             part.fill_(i + 1)
         assert all((part == i + 1).all() for i, part in enumerate(parts))
-        inside = [x for x in parts if x.untyped_storage().data_ptr() == arena.buffer.untyped_storage().data_ptr()]
-        assert all(x.data_ptr() % arena.ALIGNED == arena.buffer.data_ptr() % arena.ALIGNED for x in inside if len(x))
-        assert len(inside) + len(arena.beside) == len(parts)
+        inside = [x for x in parts if x.untyped_storage().data_ptr() == pool.buffer.untyped_storage().data_ptr()]
+        assert all(x.data_ptr() % pool.ALIGNED == pool.buffer.data_ptr() % pool.ALIGNED for x in inside if len(x))
+        assert len(inside) + len(pool.beside) == len(parts)
         seen.append([x.data_ptr() for x in inside])
     assert seen[0] == seen[1]
 
 
-def test_a_segment_that_finds_no_room_in_its_arena_is_captured_again_with_more(monkeypatch):
-    """Else what lies beside the arena is overwritten by graphs that were captured before, as in one run it was."""
+def test_a_segment_that_finds_no_room_in_its_pool_is_captured_again_with_more(monkeypatch):
+    """Else what lies beside the pool is overwritten by graphs that were captured before, as in one run it was."""
     graphed, room = GraphedModel(build(ONE_STAGE, torch.float32), torch.float32, ALPHA), []
-    arena = graphed.arenas["inner 1"] = Arena([], torch.device("cpu"))
+    pool = graphed.pools["inner 1"] = SavedPool([], torch.device("cpu"))
 
     class Captured(Segment):
         """As on a GPU, but for the graphs."""
 
         def capture(self, pool, stream):
-            room.append(len(self.arena.buffer))
-            self.arena.begin()
+            room.append(len(self.pool.buffer))
+            self.pool.begin()
             for size in self.run:
-                self.arena.empty((size,), torch.uint8, torch.device("cpu"))
-            return not self.arena.beside
+                self.pool.empty((size,), torch.uint8, torch.device("cpu"))
+            return not self.pool.beside
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     graphed.segments["inner 1"]["former"] = None
@@ -274,8 +296,8 @@ def test_a_segment_that_finds_no_room_in_its_arena_is_captured_again_with_more(m
         (128, [2**20, 3], [5 * 2**20]),
     ):
         room.clear()
-        graphed._capture("inner 1", graphs.Sizes(T, 1, 1), Captured(sizes, [], arena))
-        assert room == rooms and not arena.beside
+        graphed._capture("inner 1", graphs.Sizes(T, 1, 1), Captured(sizes, [], {}, pool))
+        assert room == rooms and not pool.beside
     assert graphed.kept["inner 1"] == (5 * 2**20, 256), "of the most tokens"
     assert not graphed.segments["inner 1"], "those that knew the former buffer are gone"
 
@@ -291,7 +313,7 @@ def test_graphs_of_many_sizes_give_the_bits_of_new_ones():
         for model in (graphed, fresh):
             model.forward_backward([pair])
         assert torch.equal(gradient(graphed), gradient(fresh))
-        assert all(arena.used <= len(arena.buffer) and not arena.beside for arena in graphed.arenas.values())
+        assert all(pool.used <= len(pool.buffer) and not pool.beside for pool in graphed.pools.values())
 
 
 def test_graphs_of_other_sizes_go_where_memory_runs_out(monkeypatch):
@@ -350,32 +372,38 @@ def test_memory_that_runs_out_while_buffers_are_made_is_asked_for_again(monkeypa
     graphed = GraphedModel(build(TWO_STAGES, torch.float32), torch.float32, ALPHA)
     wanted, made = graphed.forward_backward([batch([1024], 0)]).ce.item(), []
 
-    class Full(graphs.Crossing):
+    class Full(graphs.StageBuffers):
         def __init__(self, *args):
             made.append(args)
             if len(made) == 2:
                 raise torch.OutOfMemoryError("as if")
             super().__init__(*args)
 
-    monkeypatch.setattr(graphs, "Crossing", Full)
+    monkeypatch.setattr(graphs, "StageBuffers", Full)
     graphed.forward_backward([batch([3000], 1)])
     assert len(made) == 4
     assert graphed.forward_backward([batch([1024], 0)]).ce.item() == wanted
 
 
-@pytest.mark.parametrize("uses", [0, 2])
-def test_a_segment_refuses_weights_that_are_not_used_once(uses):
+@pytest.mark.parametrize("uses", [0, 1, 2])
+@pytest.mark.parametrize("shared", [False, True])
+def test_gradients_of_weights_add_up_however_often_they_are_read(uses, shared):
     x_TD, weight = torch.randn(8, 4), nn.Parameter(torch.randn(6, 4))
-    labels_T, target = torch.arange(8) % 6, torch.zeros(6, 4)
+    place, dx_TD = torch.full((6, 4), 5.0 if shared else torch.nan), torch.zeros(8, 4)
 
     def run(leaf):
-        x = leaf(x_TD, torch.zeros(8, 4))
-        return [(x.sum() + sum(HeadLoss.apply(x, weight, labels_T) for _ in range(uses)), torch.ones(()))]
+        x = leaf(x_TD, dx_TD)
+        return [(x.sum() + sum(Linear.apply(x, weight, False).square().sum() for _ in range(uses)), torch.ones(()))]
 
-    segment = Segment(run, [Piece(None, {weight: target}, 0)], None)
-    segment.forward()
-    with pytest.raises(RuntimeError, match="not used, or twice"):
+    own, others = ({}, {weight: place}) if shared else ({weight: place}, {})
+    segment = Segment(run, [BackwardPart(None, own, 0)], others, None)
+    for _ in range(2):
+        segment.forward()
         segment.backward()
+    wanted = torch.zeros(6, 4)
+    if uses:
+        (wanted,) = torch.autograd.grad(uses * (x_TD @ weight.T).square().sum(), [weight])
+    assert torch.allclose(place, 5 + 2 * wanted if shared else wanted), "others have added to a shared one before"
 
 
 def test_micro_batches_add_up():
@@ -426,7 +454,7 @@ def test_a_backward_in_pieces_gives_the_same_bits(monkeypatch):
             assert torch.equal(2 * p.grad, q.grad)
 
 
-@pytest.mark.parametrize("ac", CHECKPOINTING)
+@pytest.mark.parametrize("ac", MODES)
 @pytest.mark.parametrize("cut", [False, True], ids=["whole", "in pieces"])
 def test_gradients_of_small_weights_are_added_up_once_a_kind_and_piece(cut, ac, monkeypatch):
     """And are those of the model, as all others."""
@@ -435,19 +463,20 @@ def test_gradients_of_small_weights_are_added_up_once_a_kind_and_piece(cut, ac, 
         monkeypatch.setattr(FlatAdamW, "add_up", lambda self, span: None)
     model, size = build(TWO_STAGES, torch.float64), 1 + cut
     graphed = GraphedModel(model, torch.float64, ALPHA, world=World(0, size, torch.device(DEVICE), None), ac=ac)
-    added, total = [], Sums.total
+    added, total = [], PartialSums.total
 
     def counted(sums):
-        added.append((sums, len(sums.layers)))
+        added.append((sums, len(sums.slots)))
         return total(sums)
 
-    monkeypatch.setattr(Sums, "total", counted)
+    monkeypatch.setattr(PartialSums, "total", counted)
     pair = batch(BATCHES[0], 0)
     graphed.forward_backward([pair])
-    # leave 0, leave 1, inner 2, enter 1, enter 0: norms, with those at the ends of stacks; then what Mamba-2 has
+    # leave 0, pass 0, leave 1, pass 1, inner 2, enter 1, enter 0: a pad_dimension, norms, with those at the ends of
+    # stacks, then what Mamba-2 has; in `pass` a bias
     mamba = [1, 1, 1]
-    whole = [2], [4, *mamba], [4, *mamba], [4, *mamba], [2, *mamba]
-    pieces = [2], [3], [1, *mamba], [3, *mamba], [1], [2, *mamba], [2], [2, *mamba]
+    whole = [2], [1], [4, *mamba], [1], [4, *mamba], [1, 4, *mamba], [2, *mamba]
+    pieces = [2], [1], [3], [1, *mamba], [1], [3, *mamba], [1], [2, *mamba], [2], [1], [2, *mamba]
     assert [layers for _, layers in added] == sum(pieces if cut else whole, [])
     assert all(sums.parts_LNW is None for sums, _ in added), "their memory is free again"
     _, wanted = eager(model, *pair)
@@ -568,18 +597,18 @@ def test_a_deep_stacks_residual_stream_and_gradient_are_better_than_bfloat16(los
     exact.double().load_state_dict(graphed.model.state_dict())
     _, wanted = eager(exact, *pair)
 
-    def backward(self, *args, its=ResidualStream.norm_backward, **options):
-        if lost == "gradient" and self.drest_TD is not None:
-            self.drest_TD = torch.zeros_like(self.drest_TD)
-        return its(self, *args, **options)
+    def backward(dx, dsum, *args, its=norm.add_norm_backward, **options):
+        if lost == "gradient" and dsum is not None:
+            dsum = dsum._replace(rest=torch.zeros_like(dsum.rest))
+        return its(dx, dsum, *args, **options)
 
-    def forward(self, *args, its=ResidualStream.norm, **options):
-        if lost == "sum" and self.sum is not None:
-            self.sum = self.sum._replace(rest=torch.zeros_like(self.sum.rest))
-        return its(self, *args, **options)
+    def forward(residual, *args, its=norm.add_norm_forward, **options):
+        if lost == "sum" and residual is not None:
+            residual = residual._replace(rest=torch.zeros_like(residual.rest))
+        return its(residual, *args, **options)
 
-    monkeypatch.setattr(ResidualStream, "norm_backward", backward)
-    monkeypatch.setattr(ResidualStream, "norm", forward)
+    monkeypatch.setattr(norm, "add_norm_backward", backward)
+    monkeypatch.setattr(norm, "add_norm_forward", forward)
     graphed.forward_backward([pair])
     error = {n: distance(model.get_parameter(n).grad.double(), wanted[n]) for n in wanted}
     # bfloat16 is off by 2e-3 at most, a number; measured: 2.5e-3 and 1.9e-3, and 6e-3 where something is lost

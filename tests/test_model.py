@@ -17,6 +17,7 @@ from small_models import (
 )
 
 import hnet_trainable as H
+from hnet_kernels import cut, mamba2
 
 EXACT = 1e-9  # float64: sums in another order differ by 1e-13 or so, and a deep model with sharp gates amplifies it
 
@@ -151,7 +152,7 @@ def test_ratio_loss_and_target_ratios_take_each_stage_its_own_n():
 
 def test_ratio_loss_is_one_at_its_target_and_below_it_for_confident_probabilities():
     def loss(F_, G_, N):
-        return H.ratio_loss(H.StageOutput(None, None, torch.tensor(F_), torch.tensor(G_)), N).item()
+        return H.ratio_loss(H.StageOutput(None, None, torch.tensor(F_), torch.tensor(G_), None), N).item()
 
     for N in (1.5, 3.0, 6.0):
         assert loss(1 / N, 1 / N, N) == pytest.approx(1)
@@ -226,14 +227,15 @@ def test_router_compares_the_query_of_one_position_with_the_key_of_the_next():
         router.q_proj_layer.weight.copy_(torch.eye(2))
         router.k_proj_layer.weight.copy_(torch.tensor([[0.0, 1.0], [-1.0, 0.0]]))  # turns (a, b) into (b, -a)
     x = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0], [-1.0, 0.0], [-1.0, 0.0], [0.0, -5.0]]).double()
-    nested = torch.nested.nested_tensor_from_jagged(x, torch.tensor([0, 4, 6]))
-    stage = router(nested)
+    packing = H.Packing.of(torch.nested.nested_tensor_from_jagged(x, torch.tensor([0, 4, 6])), 0)
+    p_T = router(x, packing)
+    p_T, G, chunks = cut(p_T, router.opens(p_T), packing.position_T, packing.cu_seqlens)
     # keys: (0,-1), (2,0), (0,-3), (0,1) | (0,1), (-5,0); cosines with the query before: -, 1, 0, 0 | -, 1
     # and one more turn: the fourth key (0,1) meets the query (3,0), a tie
-    assert stage.boundary_prob.values().tolist() == [1.0, 0.0, 1.0, 0.5, 1.0, 0.0]
-    assert stage.boundary_mask.values().tolist() == [True, False, True, False, True, False]
-    assert stage.F.item() == 0.5
-    assert stage.G.item() == pytest.approx(3.5 / 6)
+    assert p_T.tolist() == [1.0, 0.0, 1.0, 0.5, 1.0, 0.0]
+    assert chunks.b_T.tolist() == [True, False, True, False, True, False]
+    assert chunks.shares[0].item() == 0.5
+    assert G.item() == chunks.shares[1].item() == pytest.approx(3.5 / 6)
 
 
 # ----------------------------------------------------------------------------------------------------- long documents
@@ -319,12 +321,13 @@ def test_parameters_left_in_float32_keep_their_precision_beside_bfloat16_ones(mo
     for name, parameter in model.named_parameters():
         if not (name.endswith(("A_log", "dt_bias", ".D")) or "residual_proj" in name):
             parameter.data = parameter.data.bfloat16()
-    scans, real_ssd = [], H.ssd
-    monkeypatch.setattr(H, "ssd", lambda *args: scans.append(args) or real_ssd(*args))
+    scans, real_ssd = [], mamba2.ssd
+    monkeypatch.setattr(mamba2, "ssd", lambda *args: scans.append(args) or real_ssd(*args))
     projected = record(model.backbone.residual_proj, torch.nn.Linear)
     documents = pack(random_documents([30, 5]))
     out = model(*documents)
     assert dtypes(projected) == {torch.float32}
+    assert len(scans) == 4
     for x, dt, A, B, C, _ in scans:
         assert dtypes([dt, A]) == {torch.float32} and dtypes([x, B, C]) == {torch.bfloat16}
     assert out.logits.dtype == torch.bfloat16 and out.ce.isfinite()

@@ -17,6 +17,7 @@ from test_scoring import ALONE, command
 import hnet_trainable
 from hnet_runtime import UserError, explorer, plots, weights
 from hnet_runtime.evaluation import chunks_of
+from hnet_runtime.flops import count_flops
 
 ROOT = Path(__file__).parent.parent
 ARTEFACTS = ROOT / "artefacts"
@@ -193,7 +194,7 @@ def test_runs_can_be_laid_over_each_other_by_bytes_time_and_flops(tmp_path, no_p
     config = hnet_trainable.HNetConfig.load("hnet_1stage_tiny")
     for name, size, seconds in (("a", 1000, 0.5), ("b", 9000, 2)):
         table = tables[name]
-        flops = hnet_trainable.count_flops(config, [[size], [size / 5]]).matmul
+        flops = count_flops(config, [[size], [size / 5]]).matmul
         assert len(table["steps"]) <= 1201 and table["steps"][-1] == {"a": 2500, "b": 10}[name]
         assert table["bytes"] == [step * size for step in table["steps"]]
         assert table["seconds"] == pytest.approx([step * seconds for step in table["steps"]])

@@ -12,6 +12,7 @@ from small_models import TWO_STAGES, build, random_documents
 from torch import nn
 
 import hnet_trainable as H
+from hnet_runtime import flops
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -276,8 +277,7 @@ def test_matmul_flops_equal_what_the_linear_layers_really_compute(name):
 
     def count(module, args, out):
         nonlocal counted
-        x = args[0].values() if args[0].is_nested else args[0]
-        counted += 2 * x.shape[0] * module.in_features * module.out_features
+        counted += 2 * args[0].shape[0] * module.in_features * module.out_features
 
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -285,45 +285,57 @@ def test_matmul_flops_equal_what_the_linear_layers_really_compute(name):
     iids, labels = pack(random_documents([70, 1, 33]))
     lengths = stage_lengths_of(model(iids, labels), iids)
     assert all(sum(inner) < sum(outer) for outer, inner in zip(lengths, lengths[1:]))
-    flops = H.count_flops(model.config, lengths)
-    assert flops.matmul == 3 * counted
-    assert flops.total == flops.matmul + flops.attention + flops.scan
+    found = flops.count_flops(model.config, lengths)
+    assert found.matmul == 3 * counted
+    assert found.total == found.matmul + found.mixing
 
 
 @pytest.mark.parametrize("window", [-1, 0, 1, 3, 7, 8, 100])
 def test_attention_flops_equal_a_count_of_pairs(window):
     """4 x width for each pair of a query and a key it sees (score, and weighted sum), and twice that backwards."""
     attn = {**TWO_STAGES["attn_cfg"], "window_size": [window, window, window]}
-    config = two_stages(attn_cfg=attn)
+    config = two_stages(attn_cfg=attn, arch_layout=["t1", ["T1", ["t1"], "T2"], "t1"])
     lengths = [[9, 1, 0, 8], [7, 1, 0, 3], [2, 1, 0, 1]]
-    layers, widths, wanted = (1, 2, 1), (32, 64, 64), 0
+    layers, widths, wanted = (2, 3, 1), (32, 64, 64), 0
     for s in range(3):
         pairs = 0
         for length in lengths[s]:
             pairs += sum(1 for i in range(length) for j in range(i + 1) if window < 0 or i - j <= window)
         wanted += 3 * 4 * widths[s] * pairs * layers[s]
-    assert H.count_flops(config, lengths).attention == wanted
+    assert flops.count_flops(config, lengths).mixing == wanted
 
 
 def test_scan_flops_by_hand():
     """Per token, channel and state: decay and add (2 + 2: h = a h + B x), read out (2); and twice that backwards."""
-    config = two_stages()
+    config = two_stages(arch_layout=["m1", ["M1", ["m1"], "m2"], "m0"])
     lengths = [[10, 5], [4, 1], [2, 1]]
-    # stage 0: m1 of width 32, stage 1: two of width 64, stage 2: one; expand 2, 16 states
-    per_token = [1 * 64 * 16, 2 * 128 * 16, 1 * 128 * 16]
+    # stage 0: m1 of width 32, stage 1: three of width 64, stage 2: one; expand 2, 16 states
+    per_token = [1 * 64 * 16, 3 * 128 * 16, 1 * 128 * 16]
     wanted = sum(3 * 6 * n * sum(lengths[s]) for s, n in enumerate(per_token))
-    assert H.count_flops(config, lengths).scan == wanted
+    assert flops.count_flops(config, lengths).mixing == wanted
+
+
+def test_mixing_flops_add_up_over_letters():
+    """Each mixer says what it computes: a model of both letters has the sum of models of one each."""
+    lengths = [[10, 5], [4, 1], [2, 1]]
+    layouts = (
+        ["m1", ["M1t1", ["t1"], "m2"], "t1"],
+        ["m1", ["M1", ["t0"], "m2"], "m0"],
+        ["m0", ["t1", ["t1"], "m0"], "t1"],
+    )
+    both, scans, attention = (flops.count_flops(two_stages(arch_layout=x), lengths).mixing for x in layouts)
+    assert both == scans + attention and scans and attention
 
 
 def test_inner_stages_count_the_tokens_they_see():
     """Half the chunks, half the inner stages' operations; the outer stage's stay."""
     config = two_stages()
     many, few = ([[64], [32], [16]], [[64], [32], [8]])
-    alone = H.count_flops(config, [[64], [32], [0]])
-    gap = [H.count_flops(config, lengths).matmul - alone.matmul for lengths in (many, few)]
+    alone = flops.count_flops(config, [[64], [32], [0]])
+    gap = [flops.count_flops(config, lengths).matmul - alone.matmul for lengths in (many, few)]
     assert gap[0] == 2 * gap[1] > 0
 
 
 def test_flops_need_a_list_a_stage():
     with pytest.raises(ValueError, match="stage_lengths: 2 lists for 3 stages"):
-        H.count_flops(two_stages(), [[5], [3]])
+        flops.count_flops(two_stages(), [[5], [3]])

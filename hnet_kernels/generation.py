@@ -1,0 +1,202 @@
+"""What mixers do when a text goes on: they read L new tokens of each of B sequences, after those that a state holds.
+
+Legend: B sequences, L new tokens of each (padded on the right; 1 in a step), T = B L rows, H heads, P channels a head,
+N state size, C channels of a convolution, W slots of a key-value ring or of a convolution's past, R half the rotary
+dimensions.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hnet_kernels.attention import attention, rotate
+from hnet_kernels.dispatch import wide
+from hnet_kernels.ssd import ssd
+
+MIN_SLOTS = 64  # a key-value ring starts with as many
+
+
+class Span(NamedTuple):
+    """Where new tokens of one stage stand: sequence b adds length[b] of them, from position start[b].
+
+    In a step L = 1, and sequences of length 0 are those that are not active: they keep all their state.
+    """
+
+    start_B: Tensor  # int64
+    length_B: Tensor  # int64
+    valid_BL: Tensor  # bool; the rest is padding, always on the right, so that causality hides it
+    past: int  # the most tokens that any sequence had before
+    cos_MR: Tensor  # rotary tables of positions 0 ... M - 1, at least as many as there are
+    sin_MR: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.valid_BL.shape
+
+    def position_T(self) -> Tensor:
+        offset_L = torch.arange(self.shape[1], device=self.start_B.device)
+        return (self.start_B[:, None] + offset_L).flatten().clamp_max(len(self.cos_MR) - 1)  # padding may lie beyond
+
+
+def take(x_BLX: Tensor, index_BK: Tensor) -> Tensor:
+    """Rows of each sequence: x[b, index[b, k]] for x (B, L, ...) -> (B, K, ...)."""
+    return x_BLX[torch.arange(len(x_BLX), device=x_BLX.device)[:, None], index_BK]
+
+
+def even_documents(B: int, L: int, device: torch.device) -> Tensor:
+    """cu_seqlens, int32 (B + 1,), of B documents of L rows each."""
+    return torch.arange(B + 1, dtype=torch.int32, device=device) * L
+
+
+# ------------------------------------------------------------------------------------------------------------- Mamba-2
+
+
+@dataclasses.dataclass
+class MambaState:
+    """The last inputs of the convolution and the state of the recurrence."""
+
+    conv_BWC: Tensor  # W = taps - 1, compute dtype
+    ssm_BHPN: Tensor  # at least float32
+
+
+class MambaWeights(NamedTuple):
+    """A Mamba-2 mixer's weights between its projections, as `mamba2_inner` takes them."""
+
+    conv_C1K: Tensor
+    conv_bias_C: Tensor
+    dt_bias_H: Tensor | None
+    A_log_H: Tensor
+    D_H: Tensor | None
+    norm_D: Tensor
+
+
+def mamba2_prefill(projected_TX: Tensor, weights: MambaWeights, state: MambaState, span: Span, eps: float) -> Tensor:
+    """`mamba2_inner` of sequences that go on from a state, which is brought up to date. Returns (T, D)."""
+    return _mamba2(projected_TX, weights, state, span, eps, _scan_prefill)
+
+
+def mamba2_step(projected_TX: Tensor, weights: MambaWeights, state: MambaState, span: Span, eps: float) -> Tensor:
+    """`mamba2_prefill` of one token each."""
+    return _mamba2(projected_TX, weights, state, span, eps, _scan_step)
+
+
+def _mamba2(projected_TX, weights: MambaWeights, state: MambaState, span: Span, eps: float, scan) -> Tensor:
+    conv_C1K, conv_bias_C, dt_bias_H, A_log_H, D_H, norm_D = weights
+    H, D, conv_dim = len(A_log_H), len(norm_D), len(conv_bias_C)
+    N = (conv_dim - D) // 2
+    z, xBC, dt = projected_TX.unflatten(0, span.shape).split([D, conv_dim, H], dim=-1)
+    x, B, C = _convolve(xBC, conv_C1K, conv_bias_C, state, span).split([D, N, N], dim=-1)
+    x, A_H = x.unflatten(-1, (H, D // H)), -wide(A_log_H).exp()
+    dt = F.softplus(dt.to(A_H.dtype) + (0 if dt_bias_H is None else dt_bias_H))
+    y = scan(x, dt, A_H, B, C, state, span)
+    y = y if D_H is None else y + D_H[:, None] * x
+    u_TD = (wide(y.flatten(-2)) * F.silu(wide(z))).flatten(0, 1)
+    return (u_TD * torch.rsqrt(u_TD.square().mean(-1, keepdim=True) + eps) * norm_D).to(norm_D.dtype)
+
+
+def _convolve(x_BLC: Tensor, conv_C1K: Tensor, bias_C: Tensor, state: MambaState, span: Span) -> Tensor:
+    """Depthwise causal convolution and SiLU; what the state has of the inputs before comes in front."""
+    x_BXC, L, W = torch.cat([state.conv_BWC, x_BLC], dim=1), span.shape[1], state.conv_BWC.shape[1]
+    state.conv_BWC.copy_(take(x_BXC, span.length_B[:, None] + torch.arange(W, device=x_BLC.device)))
+    x, taps_KC = wide(x_BXC), wide(conv_C1K).squeeze(1).T  # the last tap meets the newest input
+    convolved = bias_C + sum(tap_C * x[:, k : k + L] for k, tap_C in enumerate(taps_KC))
+    return F.silu(convolved.to(x_BLC.dtype))
+
+
+def _scan_prefill(x_BLHP, dt_BLH, A_H, B_BLN, C_BLN, state: MambaState, span: Span) -> Tensor:
+    """The training kernel from h = 0, plus what the state before contributes: the recurrence is linear."""
+    B, L = dt_BLH.shape[:2]
+    rows = [t.flatten(0, 1).contiguous() for t in (x_BLHP, dt_BLH, B_BLN, C_BLN)]
+    y_BLHP = ssd(*rows[:2], A_H, *rows[2:], even_documents(B, L, x_BLHP.device)).unflatten(0, (B, L))
+    h_BHPN, dtype = state.ssm_BHPN, state.ssm_BHPN.dtype
+    dt_BLH = dt_BLH * span.valid_BL[..., None]  # padding neither decays the state nor adds to it
+    sum_BLH = (dt_BLH * A_H).double().cumsum(1)
+    kept_BLHP = torch.einsum("bln,bhpn->blhp", C_BLN.to(dtype), h_BHPN) * sum_BLH.exp().to(dtype)[..., None]
+    gain_BLH = (sum_BLH[:, -1:] - sum_BLH).exp().to(dtype) * dt_BLH
+    added_BHPN = torch.einsum("blhp,bln->bhpn", x_BLHP.to(dtype) * gain_BLH[..., None], B_BLN.to(dtype))
+    h_BHPN.mul_(sum_BLH[:, -1].exp().to(dtype)[..., None, None]).add_(added_BHPN)
+    return (y_BLHP + kept_BLHP).to(x_BLHP.dtype)
+
+
+def _scan_step(x_B1HP, dt_B1H, A_H, B_B1N, C_B1N, state: MambaState, span: Span) -> Tensor:
+    h_BHPN, dtype = state.ssm_BHPN, state.ssm_BHPN.dtype
+    dt_BH = (dt_B1H * span.valid_BL[..., None])[:, 0]  # dt = 0 leaves h as it is
+    added_BHP = x_B1HP[:, 0].to(dtype) * dt_BH[..., None]
+    h_BHPN.mul_((dt_BH * A_H).exp()[..., None, None]).add_(added_BHP[..., None] * B_B1N.to(dtype)[:, :, None])
+    return torch.einsum("bhpn,bln->blhp", h_BHPN, C_B1N.to(dtype)).to(x_B1HP.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------- attention
+
+
+@dataclasses.dataclass
+class KVState:
+    """Rotated keys and values in a ring: position i is in slot i mod W, where W >= positions or W = window + 1."""
+
+    k_BWHP: Tensor
+    v_BWHP: Tensor
+    window: int  # -1: everything before is visible, and the ring never turns
+
+    def reserve(self, tokens: int) -> None:
+        """Grow to `ring_slots(tokens, window)` slots, if there are fewer. Until it is full, slot i is position i."""
+        more = ring_slots(tokens, self.window) - self.k_BWHP.shape[1]
+        if more > 0:
+            self.k_BWHP, self.v_BWHP = (F.pad(t, (0, 0, 0, 0, 0, more)) for t in (self.k_BWHP, self.v_BWHP))
+
+
+def ring_slots(tokens: int, window: int) -> int:
+    """Slots for `tokens` positions: the next power of two from MIN_SLOTS on, but no more than the window shows."""
+    slots = max(MIN_SLOTS, 1 << max(tokens - 1, 0).bit_length())
+    return slots if window < 0 else min(slots, window + 1)
+
+
+def attention_prefill(qkv_TX: Tensor, n_heads: int, state: KVState, span: Span) -> Tensor:
+    """`rotary_attention` of sequences that go on from a state, which is brought up to date. Returns (T, H P).
+
+    The training kernel over [what was before | what is new], with empty queries for what was before. Sequences that
+    have less before them than the longest have junk at the front: a document of its own.
+    """
+    q_BLHP, k_BLHP, v_BLHP = _rotated(qkv_TX, n_heads, span)
+    (B, L), W, window, device = span.shape, state.k_BWHP.shape[1], state.window, qkv_TX.device
+    past = span.past if window < 0 else min(span.past, window)
+    before_BX = span.start_B[:, None] - torch.arange(past, 0, -1, device=device)
+    both = (state.k_BWHP, k_BLHP), (state.v_BWHP, v_BLHP)
+    k, v = (torch.cat([take(ring, before_BX % W), new], dim=1) for ring, new in both)
+    q = F.pad(q_BLHP, (0, 0, 0, 0, past, 0))
+    junk_B = (past - span.start_B).clamp_min(0).to(torch.int32)
+    cu = even_documents(B, past + L, device)
+    cu = torch.cat([torch.stack([cu[:-1], cu[:-1] + junk_B], 1).flatten(), cu[-1:]])
+    o = attention(*(t.flatten(0, 1).contiguous() for t in (q, k, v)), cu, past + L, window)
+
+    # each slot keeps the last position that falls on it; those from `start` on are new
+    end_B1, slot_W = (span.start_B + span.length_B)[:, None], torch.arange(W, device=device)
+    new_BW = end_B1 - 1 - (end_B1 - 1 - slot_W) % W - span.start_B[:, None]
+    for ring, new in both:
+        ring.copy_(torch.where((new_BW >= 0)[..., None, None], take(new, new_BW.clamp_min(0)), ring))
+    return o.unflatten(0, (B, past + L))[:, past:].flatten(0, 1).flatten(1)
+
+
+def attention_step(qkv_TX: Tensor, n_heads: int, state: KVState, span: Span) -> Tensor:
+    """`attention_prefill` of one token each.
+
+    Writes for all: a sequence that is not active overwrites only its next slot, which nothing sees till then.
+    """
+    q_B1HP, k_B1HP, v_B1HP = _rotated(qkv_TX, n_heads, span)
+    (B, W), device = state.k_BWHP.shape[:2], qkv_TX.device
+    everyone_B, slot_B = torch.arange(B, device=device), span.start_B % W
+    state.k_BWHP[everyone_B, slot_B] = k_B1HP[:, 0]
+    state.v_BWHP[everyone_B, slot_B] = v_B1HP[:, 0]
+    seen_BW = torch.arange(W, device=device) <= span.start_B[:, None]
+    q, k, v = (t.transpose(1, 2) for t in (q_B1HP, state.k_BWHP, state.v_BWHP))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen_BW[:, None, None]).transpose(1, 2).flatten(1)
+
+
+def _rotated(qkv_TX: Tensor, n_heads: int, span: Span) -> list[Tensor]:
+    """q, k and v, each (B, L, H, P)."""
+    q, k, v = qkv_TX.unflatten(-1, (3, n_heads, -1)).unbind(1)
+    position_T = span.position_T()
+    cos_TR, sin_TR = span.cos_MR[position_T], span.sin_MR[position_T]
+    return [t.unflatten(0, span.shape) for t in (rotate(q, cos_TR, sin_TR), rotate(k, cos_TR, sin_TR), v)]

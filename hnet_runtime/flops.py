@@ -1,0 +1,56 @@
+"""Floating-point operations of a training step, from the lengths that each stage really saw."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from hnet_config import HNetConfig
+from hnet_trainable import Block, HNetLM, stage_of
+
+
+class Flops(NamedTuple):
+    """Floating-point operations of one forward and backward (a multiply-add counts two)."""
+
+    matmul: float  # 6 x parameters of matrix products x tokens that really reach them
+    mixing: float  # what mixers compute beside: attention's scores and their use, Mamba-2's recurrence
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+@functools.cache
+def _parts(config: HNetConfig) -> tuple[list[int], list[list[torch.nn.Module]]]:
+    """Of each stage: the elements of its matrices, and its mixers."""
+    with torch.device("meta"):
+        model = HNetLM(config)
+    elements, mixers = [0] * (config.num_stages + 1), [[] for _ in range(config.num_stages + 1)]
+    elements[0] += model.lm_head.weight.numel()
+    for name, parameter in model.backbone.named_parameters(prefix="backbone"):
+        elements[stage_of(name, config)] += parameter.numel() if parameter.ndim == 2 else 0
+    for name, module in model.named_modules():
+        if isinstance(module, Block):
+            mixers[stage_of(name + ".", config)].append(module.mixer)
+    return elements, mixers
+
+
+def count_flops(config: HNetConfig, stage_lengths: Sequence[Sequence[int]]) -> Flops:
+    """FLOPs of a training step from the lengths really seen. `stage_lengths[s]` holds stage s's document lengths.
+
+    Model FLOPs: what is computed again (recomputation, activation checkpointing) does not count.
+    """
+    if len(stage_lengths) != config.num_stages + 1:
+        raise ValueError(f"stage_lengths: {len(stage_lengths)} lists for {config.num_stages + 1} stages")
+    hashable = dataclasses.replace(config, arch_layout=_with_tuples(config.arch_layout))
+    matmul = mixing = 0.0
+    for lengths, elements, mixers in zip(stage_lengths, *_parts(hashable)):
+        matmul += 6 * elements * sum(lengths)
+        mixing += sum(3 * mixer.flops(lengths) for mixer in mixers if hasattr(mixer, "flops"))
+    return Flops(matmul, mixing)
+
+
+def _with_tuples(layout: Any) -> Any:
+    return tuple(map(_with_tuples, layout)) if isinstance(layout, list | tuple) else layout

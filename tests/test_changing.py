@@ -1,0 +1,231 @@
+"""docs/CHANGING.md says what is so: its Python blocks run and do what the text around them promises, and the files,
+names and messages that it mentions exist."""
+
+import inspect
+import json
+import math
+import re
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from processes import Job, program
+from small_models import ONE_STAGE
+from test_edits import losses, set_  # noqa: F401 (a fixture)
+from torch import nn
+
+import fineweb
+import hnet_trainable as H
+from hnet_config import MIXERS
+from hnet_kernels.dispatch import OPERATIONS
+from hnet_runtime import agreement, flops
+from hnet_trainable import HNetConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "docs" / "CHANGING.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+PLACE = re.compile(r"# hnet_trainable\.py(?:, class (\w+))?\n")  # such a block replaces a function there
+EDITS = [block for block in BLOCKS if PLACE.match(block)]
+(MIXER,) = (block for block in BLOCKS if "MIXERS[" in block)
+(OPERATION,) = (block for block in BLOCKS if "@operation" in block)
+LETTER = ONE_STAGE | {"arch_layout": ["c1m1", ["T1C1"], "m1c1"]}
+CPU = torch.device("cpu")
+
+
+def execute(block: str) -> SimpleNamespace:
+    """What a block defines. One that stands in hnet_trainable.py knows the names of that file."""
+    names = {"__name__": "changing"} | (dict(vars(H)) if PLACE.match(block) else {})
+    before = dict(names)
+    exec(compile(block, "docs/CHANGING.md", "exec"), names)
+    return SimpleNamespace(**{name: x for name, x in names.items() if x is not before.get(name)})
+
+
+@pytest.fixture
+def run():
+    """`execute`, but what a block registers is taken back when the test ends."""
+    registries = [(registry, dict(registry)) for registry in (MIXERS, OPERATIONS, agreement.EXAMPLES)]
+    yield execute
+    for registry, before in registries:
+        registry.clear()
+        registry.update(before)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_block_runs(block, run):
+    assert vars(run(block))
+
+
+def test_edits_of_formulas_take_effect_and_stay_in_graphs(run, set_):  # noqa: F811
+    config = HNetConfig.load(ONE_STAGE)
+    found = [losses(config)]
+    assert len(EDITS) == 4
+    for block in EDITS:
+        where = PLACE.match(block)[1]
+        owner = getattr(H, where) if where else H
+        for name, function in vars(run(block)).items():
+            if inspect.isfunction(function):
+                assert hasattr(owner, name)
+                set_(owner, name, function)
+        found.append(losses(config))
+        assert found[-1] != pytest.approx(found[-2], rel=1e-4), block
+    assert agreement.steps_as_graphs(config) is None
+    assert agreement.generation(config) is None
+
+
+# ------------------------------------------------------------------------------------------------------------- a mixer
+
+
+def test_the_mixer_runs_as_graphs_and_generates(run):
+    run(MIXER)
+    config = HNetConfig.load(LETTER)
+    assert "c" in str(agreement.toy_config(config).arch_layout), "the toy has it"
+    assert agreement.steps_as_graphs(config) is None
+    assert agreement.generation(config) is None
+
+
+def test_a_wrong_prefill_of_the_mixer_is_named(run, monkeypatch):
+    mixer = run(MIXER).ShortConv
+    monkeypatch.setattr(mixer, "prefill", lambda self, x_TD, state, span: self.in_proj(x_TD)[:, : x_TD.shape[1]])
+    assert agreement.generation(HNetConfig.load(LETTER)) == "backbone.encoder.layers.0"
+
+
+def test_without_methods_for_generation_the_mixer_trains_and_a_sentence_says_what_it_lacks(run, monkeypatch):
+    mixer = run(MIXER).ShortConv
+    for name in ("new_state", "prefill", "step", "flops"):
+        monkeypatch.delattr(mixer, name)
+    config = HNetConfig.load(LETTER | {"vocab_size": 300})  # which no other test counts, as counts are cached
+    assert agreement.steps_as_graphs(config) is None
+    said = agreement.generation(config)
+    assert said.endswith("it has no new_state and no prefill and no step")
+    assert f"    no samples: generation (hnet_simple.py) differs from hnet_trainable.py: {said}\n" in TEXT
+    assert (
+        flops.count_flops(config, [[5], [2]]).mixing == flops.count_flops(HNetConfig.load(ONE_STAGE), [[5], [2]]).mixing
+    )
+
+
+def test_the_mixers_flops_are_counted(run):
+    """Of each: products with 4 D^2 weights, and 2 * 4 taps a channel; three times, for forward and backward."""
+    run(MIXER)
+    D, inner, tokens, chunks = 64, 128, 100, 30
+    before, after = (flops.count_flops(HNetConfig.load(raw), [[tokens], [chunks]]) for raw in (ONE_STAGE, LETTER))
+    mlp = 3 * D * inner
+    assert after.matmul - before.matmul == 6 * (2 * tokens * 4 * D * D + chunks * (4 * D * D + mlp))
+    assert after.mixing - before.mixing == 3 * (2 * tokens + chunks) * 2 * 4 * D
+
+
+def test_initial_weights_of_the_mixer_go_by_name(run):
+    run(MIXER)
+    config = HNetConfig.load(LETTER | {"d_model": [256, 256]})
+    model = H.init_weights(H.HNetLM(config), 0)
+    mixer, branches = model.backbone.decoder.layers[1].mixer, 4
+    assert mixer.in_proj.weight.std().item() == pytest.approx(0.02, rel=0.01)
+    assert mixer.out_proj.weight.std().item() == pytest.approx(0.02 / math.sqrt(branches), rel=0.02)
+    assert 0.49 < mixer.conv1d.weight.abs().max() <= 0.5, "uniform, up to the root of one over four taps"
+    decays = {name: group["weight_decay"] for group in H.parameter_groups(model, 1.0, 0.1) for name in group["names"]}
+    assert {x for name, x in decays.items() if "decoder.layers.1.mixer" in name} == {0.1}
+
+
+def train_with_the_mixer(folder: str) -> None:
+    execute(MIXER)
+    flags = f"-c {folder}/model.json --data {folder}/data --mbs 256 --steps 3 --device cpu -C graph --sample-bytes 8"
+    program(*flags.split(), "--save-dir", f"{folder}/run", "--val-slices", "1")
+
+
+def test_the_mixer_trains_validates_and_writes_a_sample(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for i in range(8):
+        (tmp_path / "texts" / f"{i}.txt").write_text(f"the quick brown fox number {i} jumps over lazy dogs. " * 8)
+    fineweb.prepare(str(tmp_path / "texts"), str(tmp_path / "data"), holdout=0.2)
+    (tmp_path / "model.json").write_text(json.dumps(LETTER | {"d_intermediate": [0, 64]}))
+    printed = Job(tmp_path / "logs", 1, train_with_the_mixer, lambda rank: (str(tmp_path),)).succeed()
+    assert "steps run as graphs, and compute what hnet_trainable.py says" in printed and "no samples" not in printed
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 3 and math.isfinite(last["val_bpb"]) and "the model writes" in printed
+
+
+# ------------------------------------------------------------------------------------------------------------ a weight
+
+
+def test_a_new_weight_is_drawn_by_name_until_a_line_says_how():
+    config, draw = HNetConfig.load(ONE_STAGE), {}
+    lines = textwrap.dedent(re.search(r"^```diff\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)[1]).splitlines()
+    old, new = ("\n".join(line[1:] for line in lines if line[0] in kinds) for kinds in (" ", " +"))
+    source = inspect.getsource(H.initial_weight)
+    assert source.count(old) == 1
+    exec(source.replace(old, new), dict(vars(H)), draw)
+    plain, edited = (f("backbone.encoder.gain", (4000,), config, 0) for f in (H.initial_weight, draw["initial_weight"]))
+    assert plain.std().item() == pytest.approx(0.02, rel=0.05) and abs(plain.mean()) < 0.002
+    assert torch.equal(edited, torch.ones(4000))
+    assert H.has_weight_decay("backbone.encoder.gain") and not H.has_weight_decay("backbone.encoder.norm.gain")
+
+
+# -------------------------------------------------------------------------------------------------------- an operation
+
+
+def test_the_operation_agrees_with_its_definition(run, monkeypatch, set_):  # noqa: F811
+    made = run(OPERATION)
+    only = {"scale_channels": agreement.EXAMPLES["scale_channels"]}
+    monkeypatch.setattr(agreement, "EXAMPLES", only)
+    assert agreement.choose_implementations(CPU, torch.float32) == []
+
+    def forward(self, residual_TD, packing):
+        mixed_TD = packing.mix(self.mixer, self.norm1(residual_TD))
+        mixed_TD = made.scale_channels(made.scale_channels(mixed_TD, self.gain), self.norm1.weight)
+        return residual_TD + mixed_TD
+
+    init = H.Block.__init__
+
+    def __init__(self, layer, config, s):
+        init(self, layer, config, s)
+        self.gain = nn.Parameter(torch.ones(config.d_model[s]))
+
+    set_(H.Block, "__init__", __init__)
+    set_(H.Block, "forward", forward)
+    assert agreement.steps_as_graphs(HNetConfig.load(ONE_STAGE | {"arch_layout": ["m1", ["t1"], "m1"]})) is None
+
+
+def test_an_edit_of_the_operations_definition_is_announced_as_the_table_says(run, monkeypatch, caplog):
+    made = run(OPERATION)
+    monkeypatch.setattr(agreement, "EXAMPLES", {"scale_channels": agreement.EXAMPLES["scale_channels"]})
+    monkeypatch.setattr(made.scale_channels, "definition", lambda x_TD, weight_D: 1.1 * x_TD * weight_D)
+    assert agreement.choose_implementations(CPU, torch.float32) == ["scale_channels"]
+    assert any(re.fullmatch(pattern, caplog.messages[-1]) for pattern in map(as_pattern, messages()))
+
+
+# ---------------------------------------------------------------------------------------------------- what it mentions
+
+
+def messages() -> list[str]:
+    """The lines of the table of messages; dots stand for what differs from run to run."""
+    return re.findall(
+        r"^\| `(.*?)` \|", TEXT.partition("## What the checks say")[2].partition("\n## ")[0], re.MULTILINE
+    )
+
+
+def as_pattern(message: str) -> str:
+    return ".+".join(map(re.escape, message.split("...")))
+
+
+def test_its_messages_are_those_of_the_code():
+    files = [ROOT / "train.py", *(ROOT / "hnet_runtime").glob("*.py"), ROOT / "hnet_simple.py"]
+    source = re.sub(r'"\n\s+f?"', "", "".join(file.read_text(encoding="utf-8") for file in files))
+    quoted = re.findall(r"^    (steps run .*)$", TEXT, re.MULTILINE)
+    known = messages()
+    assert len(known) >= 10 and len(quoted) == 1
+    for message in known + quoted:
+        for words in re.split(r"\.\.\.|: (?=the cross entropy)|(?=off by)|(?<=entropy) (?=is)", message):
+            if len(words.split()) > 1:
+                assert words.strip(" ()") in source, words
+
+
+def test_its_files_and_names_exist():
+    code = re.sub(r"^```.*?^```$", "", TEXT, flags=re.MULTILINE | re.DOTALL)
+    for path in re.findall(r"\b(?:hnet_\w+/|tests/|scripts/)?\w+\.py\b", code):
+        assert (ROOT / path).exists(), path
+    for owner, name in re.findall(r"`(H?\w+)\.(\w+)`", code):
+        if hasattr(H, owner):
+            assert hasattr(getattr(H, owner), name), f"{owner}.{name}"
+    for name in re.findall(r"`([a-zA-Z_]\w+)`", code.partition("Edit the function")[2].partition("Each of these")[0]):
+        assert hasattr(H, name) or name in ("forward", "prefill", "step", "residual_proj"), name
