@@ -9,8 +9,9 @@ which no chunk begins keep their state. So buffers have fixed shapes, no layer w
 to the host once: the byte and who begins a chunk, after the last router and before the inner network, which can be
 left out when nobody does.
 
-Read in this order: caches, layers, router, HNet, HNetInference (prefill, step, weights borrowed from training),
-sampling, UTF-8, generate.
+The layers are those of hnet_trainable.py: its modules run on flat rows in generation as in training, and each mixer has
+a `prefill` and a `step` of its own. Read in this order: caches, stages, HNetInference (prefill, step, weights borrowed
+from training), sampling, UTF-8, generate.
 
 Shape legend, as suffixes of names: B sequences, L new tokens of a stage (padded in a prefill, 1 in a step), K those of
 the stage inside, D width, C channels of a convolution, H heads, P channels a head, N state size, W slots of a key-value

@@ -197,8 +197,8 @@ class GraphedModel:
     `optimizer` is what changes the masters, and the copies with them; groups: its parameter groups, by default one.
     Whatever else reads or changes the masters does so inside `optimizer.whole()`.
 
-    world: where several processes have a copy of the weights each, gradients are averaged over them, those of a piece
-    while the backward of others goes on, and each process updates a part of the weights: see FlatAdamW.
+    world: where several processes have a copy of the weights each, gradients are averaged over them, those of a
+    backward part while the next one runs, and each process updates a part of the weights: see FlatAdamW.
 
     captures: else every step runs the model's own forward, one operation after the other, and all that is said here of
     weights and gradients holds; nothing is cut into parts, and activation checkpointing is the caller's.
@@ -261,7 +261,7 @@ class GraphedModel:
         wide = {"dtype": torch.promote_types(compute_dtype, torch.float32), "device": self.device}
         self.losses, self.dlosses = torch.zeros(2, 1 + 3 * self.S, **wide)  # ce, ratio losses, F, G
         self.share, self.dloss = 0.0, torch.zeros((), **wide)
-        self.kept: dict[str, tuple[int, int]] = {}  # bytes that a part's forward kept for most tokens, and these tokens
+        self.saved: dict[str, tuple[int, int]] = {}  # of a part: bytes for its most tokens, and these
         self.captured, self.capture_seconds = 0, 0.0
         self.room = 0  # of how many bytes the steps may be
         self.forget()
@@ -292,15 +292,15 @@ class GraphedModel:
         return pieces
 
     def _spans(self, parameters: dict[str, nn.Parameter]) -> list[Span]:
-        """How parameters lie in the optimizer's memory: with several processes a span for each piece, cut into a part
-        for each of them; and then what stays float32, which is little and which a forward reads as it is."""
+        """How parameters are stored in the optimizer's memory: with several processes a span for each backward part,
+        divided among them; and then what stays float32, which is little and which a forward reads as it is."""
         small = [p for name, p in parameters.items() if _stays_float32(name)]
         others = [p for name, p in parameters.items() if name in self.shared and not _stays_float32(name)]
         if self.size == 1:
             spans: list[Span] = [[[p for name, p in parameters.items() if not _stays_float32(name)]]]
         else:
             spans = []
-            for _, names, _ in [piece for pieces in self.weights.values() for piece in pieces]:
+            for _, names, _ in itertools.chain.from_iterable(self.weights.values()):
                 parts: list[list[nn.Parameter]] = [[] for _ in range(self.size)]
                 large = [parameters[name] for name in names if not _stays_float32(name)]
                 for p in sorted(large, key=torch.numel, reverse=True):
@@ -316,9 +316,9 @@ class GraphedModel:
             torch.cuda.synchronize(self.device)  # none is being replayed
         self.segments: dict[str, OrderedDict[Sizes, Segment]] = {part: OrderedDict() for part in self.weights}
         self.pools: dict[str, SavedPool] = {}
-        # What a part's forward keeps is no longer needed when another segment of that part runs, so they share an
-        # arena; all else is only needed while one graph runs, so they all share a pool. The last part's backward
-        # follows its forward at once. A new pool: torch takes none that all graphs have left.
+        # What a part's forward saves is no longer needed when another segment of that part runs, so they share a
+        # SavedPool; all else is only needed while one graph runs, so all graphs share a memory pool. The last part's
+        # backward follows its forward at once. A new pool: torch takes none that all graphs have left.
         self.graph_pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self.most_B, self.most_M = DOCUMENTS, [LONGEST] * (self.S + 1)
         gc.collect()
@@ -474,17 +474,17 @@ class GraphedModel:
 
     def _capture(self, part: str, sizes: Sizes, segment: Segment) -> None:
         pool = segment.pool
-        if part not in self.kept:
+        if part not in self.saved:
             segment.try_out(self.stream)
-            self.kept[part] = (pool.used if pool else 0), sizes.T
+            self.saved[part] = (pool.used if pool else 0), sizes.T
         began = time.perf_counter()
-        used, T = self.kept[part]
+        used, T = self.saved[part]
         self._make_room_in(part, used * sizes.T / T)
         while not segment.capture(self.graph_pool, self.stream):  # as where a longer document makes larger tables
             self._make_room_in(part, pool.used)
         self.capture_seconds += time.perf_counter() - began
         if pool and sizes.T >= T:
-            self.kept[part] = pool.used, sizes.T
+            self.saved[part] = pool.used, sizes.T
 
     def _make_room_in(self, part: str, need: float) -> None:
         """Room for so many bytes in a part's pool."""

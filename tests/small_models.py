@@ -33,7 +33,7 @@ def draw_weights(model: nn.Module, seed: int = 0) -> None:
 
 
 def build(module: ModuleType, raw: dict, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """An HNetLM of `module` (hnet_trainable, or a mutant of it)."""
+    """An HNetLM of `module`, which is hnet_trainable."""
     model = module.HNetLM(module.HNetConfig.load(raw)).to(dtype)
     draw_weights(model, seed)
     return model

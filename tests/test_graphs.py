@@ -288,7 +288,7 @@ def test_a_segment_that_finds_no_room_in_its_pool_is_captured_again_with_more(mo
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     graphed.segments["inner 1"]["former"] = None
-    graphed.kept["inner 1"] = 2**21, 128
+    graphed.saved["inner 1"] = 2**21, 128
     for T, sizes, rooms in (
         (128, [2**20, 2**20], [2**21]),  # as known
         (256, [2**21, 2**20], [2**22]),  # less than twice as much
@@ -298,7 +298,7 @@ def test_a_segment_that_finds_no_room_in_its_pool_is_captured_again_with_more(mo
         room.clear()
         graphed._capture("inner 1", graphs.Sizes(T, 1, 1), Captured(sizes, [], {}, pool))
         assert room == rooms and not pool.beside
-    assert graphed.kept["inner 1"] == (5 * 2**20, 256), "of the most tokens"
+    assert graphed.saved["inner 1"] == (5 * 2**20, 256), "of the most tokens"
     assert not graphed.segments["inner 1"], "those that knew the former buffer are gone"
 
 
