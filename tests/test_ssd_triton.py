@@ -147,7 +147,9 @@ def changed_by_keeping(case: Case, dtype: torch.dtype, device: str) -> list[str]
     inputs = *inputs.values(), cu_seqlens
     changed = []
     some = torch.linspace(-1, 1, case.heads, device=device)
-    for skip, bias in ((None, None), (some, None), (some, some)):
+    # as Mamba-2 has it; the interpreter takes long, and does the other ways for short cases
+    ways = [(some, some)] if device == "cpu" and len(inputs[0]) > 100 else [(None, None), (some, None), (some, some)]
+    for skip, bias in ways:
         y, kept = ssd_triton.scan_forward(*inputs, skip, keep=True, bias_H=bias)
         plain, nothing = ssd_triton.scan_forward(*inputs, skip, bias_H=bias)
         assert nothing is None and (kept.states_CHPN != 0).any() == (len(kept.document_T) > ssd_triton.CHUNK[dtype])
