@@ -1217,13 +1217,13 @@ def main() -> int:
         if arguments.pop("command") == "show":
             show(**arguments)
         elif (manifest := prepare(**arguments)) and (lack := shortcoming(arguments["out"], manifest)):
-            _say(f"fineweb.py: {lack}", file=sys.stderr)
+            _say(f"error: {lack}", file=sys.stderr)
             return 1
     except DataError as e:
-        _say(f"fineweb.py: {documents.in_words(str(e))}", file=sys.stderr)
+        _say(f"error: {documents.in_words(str(e))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        _say("fineweb.py: interrupted; the same command goes on from here", file=sys.stderr)
+        _say("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
 

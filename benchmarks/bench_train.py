@@ -234,5 +234,5 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Benchmark))
     except UserError as error:
-        print(f"bench_train.py: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -201,3 +201,14 @@ def test_progress_elsewhere_is_a_line_now_and_then(monkeypatch, capsys):
     with progress_bar.Progress("scoring", 300, "bytes", shown=False) as bar:
         bar.advance(100)
     assert capsys.readouterr().err == ""
+
+
+def test_every_command_begins_a_mistake_alike(tmp_path):
+    """Those that are scripts of their own: the others share `run`."""
+    for command, *flags in (
+        ("fineweb.py", "prepare", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")),
+        ("train.py", "--steps", "0"),
+        ("scripts/evaluate.py", str(tmp_path / "nowhere")),
+    ):
+        done = subprocess.run([sys.executable, str(ROOT / command), *flags], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stderr[:7], done.stderr.count("\n")) == (2, "error: ", 1), (command, done.stderr)
