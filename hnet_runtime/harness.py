@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
+import json
 import math
 import numbers
 import os
@@ -17,11 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hnet_runtime import UserError
+from hnet_runtime import UserError, agreement
 from hnet_runtime.progress_bar import Progress
 from hnet_runtime.scoring import Likelihoods, in_batches
 from hnet_simple import HNetInference, Sampling, stream
-from hnet_trainable import HNetLM
+from hnet_trainable import HNetConfig, HNetLM
 
 BYTES_PER_TOKEN = 4.0  # tasks limit answers in tokens; a token of common vocabularies has about four bytes of English
 DEFAULT_TOKENS = 256  # lm_eval's own limit for tasks that name none
@@ -36,6 +38,11 @@ class Limit(NamedTuple):
 
     bytes: int
     is_shortened: bool
+
+
+@functools.cache
+def _generation_differs(config: str) -> str | None:
+    return agreement.generation(HNetConfig.load(json.loads(config)))
 
 
 class Answers:
@@ -78,6 +85,8 @@ class Answers:
         `bytes_per_token`, and is shortened where prompt and answer would exceed the context. Prompts are never cut:
         raises UserError, before it generates anything, where some leave no room for an answer.
         """
+        if difference := _generation_differs(json.dumps(self.inference.config.to_dict())):
+            raise UserError(f"--tasks: these generate text, which differs from hnet_trainable.py: {difference}")
         prompts = [_text(prompt) for prompt, _ in requests]
         samplings = [_sampling(options) for _, options in requests]
         stops = [[stop.encode() for stop in _stops(options)] for _, options in requests]

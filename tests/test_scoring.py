@@ -203,6 +203,16 @@ def test_no_answer_of_the_harness_depends_on_the_batch(model):
     assert all("e" not in text for text in results[0][2][::3])
 
 
+def test_answers_of_another_model_than_the_files_are_refused(model, monkeypatch):
+    """As where a mixer's `step` differs from its `forward`, or lacks."""
+    harness._generation_differs.cache_clear()
+    step = hnet_trainable.Mamba2.step
+    monkeypatch.setattr(hnet_trainable.Mamba2, "step", lambda *args: 2 * step(*args))
+    with pytest.raises(UserError, match="differs from hnet_trainable.py: backbone"):
+        harness.Answers(model, 8192, 1).generate_until([("a", {"max_gen_toks": 3})])
+    harness._generation_differs.cache_clear()
+
+
 def test_prompts_are_kept_whole_and_limits_count_tokens(model, monkeypatch):
     """What the model is asked for, by the options that tasks of lm_eval give; the names are those that it knows."""
     asked = []
