@@ -26,7 +26,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fineweb import BOS, ByteStream, _write_index, load_manifest, prepare  # noqa: E402
+from fineweb import BOS, ByteStream, load_manifest, prepare, write_index  # noqa: E402
 
 
 def documents(folder: Path):
@@ -125,7 +125,7 @@ def bench_index(args, work: Path) -> None:
         with open(path, "wb") as f:
             f.truncate(int(starts[-1]))
         sha256 = hashlib.sha256(path.name.encode()).hexdigest()
-        _write_index(path, starts, sha256)
+        write_index(path, starts, sha256)
         shards.append(dict(file=path.name, bytes=int(starts[-1]), documents=len(lengths), sha256=sha256))
         left -= len(lengths)
     (work / "manifest.json").write_text(json.dumps(dict(splits=dict(train=dict(shards=shards)))))

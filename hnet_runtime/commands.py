@@ -14,13 +14,12 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, TextIO, TypeVar
 
-from hnet_runtime import UserError
+from hnet_runtime import DataError, UserError
 
 Options = TypeVar("Options")
 
 READER_GONE = 141  # what a shell reports of a process that SIGPIPE ended
 INTERRUPTED = 130
-_MISTAKES = {"hnet_runtime": "UserError", "fineweb": "DataError", "hnet_config": "ConfigError"}
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -89,10 +88,9 @@ def tell(mistake: Exception) -> int:
 
 
 def user_errors() -> tuple[type[Exception], ...]:
-    """The exception classes that stand for a mistake of the user, of those modules that have been imported."""
-    modules = [(sys.modules.get(module), name) for module, name in _MISTAKES.items()]
-    modules += [(sys.modules.get("__main__"), name) for name in _MISTAKES.values()]
-    return tuple(getattr(module, name) for module, name in modules if hasattr(module, name))
+    """The exception classes that stand for a mistake of the user; ConfigError once its module has been imported."""
+    config = sys.modules.get("hnet_config")
+    return (UserError, DataError, *([config.ConfigError] if config else []))
 
 
 def unfailing(stream: TextIO) -> TextIO:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fineweb import ByteStream
 from hnet_runtime import distributed, statistics
 from hnet_runtime.chunks import bars, print_chunks, to_html
 from hnet_runtime.distributed import World
@@ -19,6 +18,7 @@ from hnet_runtime.flags import TrainConfig
 from hnet_runtime.flops import count_flops
 from hnet_runtime.metrics import duration, read_metrics
 from hnet_runtime.plots import plot
+from hnet_runtime.stream import ByteStream
 from hnet_simple import HNetInference, generate
 from hnet_trainable import HNetConfig, HNetLM
 

@@ -23,8 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fineweb import DataError
-from hnet_runtime import UserError, checkpoint
+from hnet_runtime import DataError, UserError, checkpoint
 from hnet_runtime.distributed import World
 from hnet_runtime.run import in_words
 from hnet_trainable import ConfigError

@@ -14,7 +14,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import fineweb
 from fineweb import BOS, EOS, ByteStream, DataError, prepare, slice_numbers, validation_stream
 
 LAW = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -24,7 +23,7 @@ LAW = settings(max_examples=50, deadline=None, suppress_health_check=[HealthChec
 def small_sections():
     """So that the order by length has several of them here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fineweb, "SECTION_DOCUMENTS", 4)
+        patch.setattr("hnet_runtime.stream.SECTION_DOCUMENTS", 4)
         yield
 
 

@@ -284,7 +284,7 @@ def test_parts_on_several_machines_make_one_corpus(many, tmp_path, capsys):
 
 def test_long_documents_are_read_in_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(fineweb, "RUN_BYTES", 5000)
-    monkeypatch.setattr(fineweb, "BLOCK_BYTES", 1001)
+    monkeypatch.setattr("hnet_runtime.stream.BLOCK_BYTES", 1001)
     monkeypatch.setattr(fineweb, "MB", 997)
     t = ["é" * 9000, "x" * 20_000, *texts(80), "y" * 5000, "z" * 5001]
     (tmp_path / "in").mkdir()

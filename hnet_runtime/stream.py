@@ -1,0 +1,528 @@
+"""Shards and the batches that training reads from them. See fineweb.py, which makes shards from text.
+
+    stream = ByteStream("DIR", slice_bytes=32768)   shards become micro-batches
+    inputs, labels = stream.slice(0).nested("cuda")
+
+`ByteStream` is a pure function of the shards, the seed and the sizes: to resume is to know the step.
+"""
+
+import contextlib
+import errno
+import functools
+import hashlib
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import sys
+import threading
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, TextIO
+
+import numpy as np
+
+from hnet_runtime import DataError, documents
+
+BOS, EOS = 0xFE, 0xFF  # neither occurs in UTF-8
+SPLITS = ("train", "validation")
+MIXTURE_PART = re.compile(r"\s*(?P<path>.+?)\s*:\s*(?P<weight>[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)\s*(,|$)", re.I | re.S)
+MANIFEST, WORK = "manifest.json", ".work"
+MB = 1 << 20
+BLOCK_BYTES = 8 * MB  # unit of copying and hashing
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SECTION_DOCUMENTS = 1 << 16  # of the order by length, located together
+
+
+# ---------------------------------------------------------------------------------------------------------- files
+
+
+def named(path: str | Path) -> str:
+    return documents.in_words(os.fspath(path))
+
+
+def say(*lines: str, file: TextIO | None = None) -> None:
+    """Prints lines, also where the output can't encode all of their characters; nothing where it has no reader."""
+    file = file or sys.stdout
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    try:
+        for line in lines:
+            print(line.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
+    except OSError:  # its reader is gone, which is no reason to stop; Python would try again at its end
+        with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), file.fileno())
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, scratch: Path | None = None):
+    """A binary file that appears as `path` only when it is complete and on disk; `scratch` is where it grows."""
+    temporary = (scratch or path.parent) / f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp"
+    try:
+        with open(temporary, "wb", buffering=MB) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(e, OSError) and e.errno in FULL:
+            raise disk_full(path, e) from e
+        raise
+
+
+def sync_folder(path: Path) -> None:
+    """Makes renames in a folder outlast a power cut."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def disk_full(path: Path, e: OSError) -> DataError:
+    return DataError(f"{path}: no room to write it ({e.strerror}); make room and run the same command again")
+
+
+def write_table(path: Path, header: dict, blocks: Iterable[bytes], scratch: Path | None = None) -> None:
+    """One line of JSON, then raw little-endian data: the format of indexes and runs."""
+    with atomic_file(path, scratch) as f:
+        f.write(json.dumps(header, separators=(",", ":")).encode() + b"\n")
+        for block in blocks:
+            f.write(block)
+
+
+# -------------------------------------------------------------------------------------------------- shards, indexes
+
+
+def write_index(shard: Path, starts: np.ndarray, sha256: str, scratch: Path | None = None, **extra) -> None:
+    """`starts` int64 (documents + 1,): where each document's BOS is, then the size of the shard.
+
+    The header ties the index to one state of the shard file, by size and time; `crc32` guards the index itself.
+    """
+    stat, body = shard.stat(), starts.astype("<i8").tobytes()
+    header = dict(bytes=stat.st_size, mtime_ns=stat.st_mtime_ns, sha256=sha256, crc32=zlib.crc32(body), **extra)
+    write_table(shard.with_suffix(".index"), header, [body], scratch)
+
+
+def read_index(shard: Path, header_only: bool = False) -> tuple[dict, np.ndarray | None]:
+    """Header and starts of a shard's index; the header is empty where it is missing, torn or older than the shard."""
+    try:
+        stat = shard.stat()
+        with open(shard.with_suffix(".index"), "rb") as f:
+            header = json.loads(f.readline(4096))
+            if (header["bytes"], header["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
+                if header_only:
+                    return header, None
+                if zlib.crc32(body := f.read()) == header["crc32"]:
+                    return header, np.frombuffer(body, "<i8")
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return {}, None
+
+
+def _scan(shard: Path) -> tuple[np.ndarray, str]:
+    """Starts and SHA-256 of a shard from its bytes alone, a block at a time."""
+    found, position, digest = [], 0, hashlib.sha256()
+    with open(shard, "rb") as f:
+        while block := f.read(BLOCK_BYTES):
+            digest.update(block)
+            found.append(np.flatnonzero(np.frombuffer(block, np.uint8) == BOS) + position)
+            position += len(block)
+    return np.concatenate([*found, [position]]).astype(np.int64), digest.hexdigest()
+
+
+def reindex(shard: Path, sha256: str) -> np.ndarray:
+    """Starts of a shard whose index is missing or stale: proves the contents first, then caches if it can."""
+    starts, found = _scan(shard)
+    if found != sha256:
+        raise DataError(f"{shard}: its contents changed after prepare wrote it; prepare the folder again")
+    with contextlib.suppress(OSError, DataError):  # a read-only or full disk costs a scan each time, nothing else
+        write_index(shard, starts, sha256)
+    return starts
+
+
+def load_manifest(folder: str | Path) -> dict:
+    """The manifest of a prepared folder. Raises DataError if there is none or a shard's size contradicts it."""
+    folder = Path(folder)
+    if not os.path.isdir(folder):
+        what, name = "a file" if os.path.exists(folder) else "no such folder", documents.in_words(str(folder))
+        raise DataError(f"{name}: {what}; expected one made by fineweb.py prepare SOURCE --out {name}")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        shards = [(shard["file"], shard["bytes"]) for split in manifest["splits"].values() for shard in split["shards"]]
+    except FileNotFoundError:
+        what = "an unfinished prepare (run its command again)" if (folder / WORK).is_dir() else "not a prepared folder"
+        raise DataError(f"{folder}: {what}: it has no {MANIFEST}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"{folder / MANIFEST}: damaged; prepare the folder again") from None
+    for name, wanted in shards:
+        size = (folder / name).stat().st_size if (folder / name).exists() else None
+        if size is None:
+            raise DataError(f"{folder / name}: missing, though {MANIFEST} lists it; prepare the folder again")
+        if size != wanted:
+            raise DataError(f"{folder / name}: torn, {size:,} bytes where {MANIFEST} says {wanted:,}; prepare it again")
+    return manifest
+
+
+def fingerprint(shards: list[dict]) -> str:
+    return hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest()[:16]
+
+
+# ----------------------------------------------------------------------------------------------------- ByteStream
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One micro-batch: T byte pairs, cut into B rows. A row lies inside one document."""
+
+    inputs: np.ndarray  # uint8 (T,); 0xFE where a document starts
+    labels: np.ndarray  # uint8 (T,); the byte after each input, 0xFF where the document ends
+    row_lengths: np.ndarray  # int64 (B,), sums to T
+    documents: np.ndarray  # int64 (B,), number of the row's document in file order, unique over the stream
+    document_bytes: np.ndarray  # int64 (B,), text bytes of that whole document
+    offsets: np.ndarray  # int64 (B,), inputs of the document before this row; 0 where the row starts with BOS
+
+    @property
+    def text_bytes(self) -> int:
+        """Labels that are text: T less the ends of documents. What bits per byte are divided by."""
+        return int(np.count_nonzero(self.labels != EOS))
+
+    def nested(self, device="cpu"):
+        """`(iids, labels)`: two NJTs (B, j0), int64, sharing one offsets tensor; nothing waits for the device."""
+        import torch
+
+        pin = torch.device(device).type == "cuda"
+
+        def put(array):
+            tensor = torch.from_numpy(array)
+            return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=pin)
+
+        offsets = put(np.concatenate([[0], np.cumsum(self.row_lengths)]))
+        shape = dict(offsets=offsets, min_seqlen=int(self.row_lengths.min()), max_seqlen=int(self.row_lengths.max()))
+        values = (put(self.inputs).long(), put(self.labels).long())
+        return tuple(torch.nested.nested_tensor_from_jagged(v, **shape) for v in values)
+
+
+def slice_numbers(step: int, global_slices: int, rank: int = 0, world: int = 1) -> range:
+    """The slices that `rank` of `world` takes in a step: r, r+W, ... of [step*G, (step+1)*G). W must divide G."""
+    if global_slices % world:
+        raise DataError(f"{world} processes can't share {global_slices} slices a step evenly; use a divisor of that")
+    return range(step * global_slices + rank, (step + 1) * global_slices, world)
+
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def _mix(x):
+    """The finaliser of splitmix64, a bijection of 64-bit words: of an int, or of a uint64 array in place."""
+    if isinstance(x, int):
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+        return x ^ (x >> 31)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        x ^= x >> np.uint64(shift)
+        x *= np.uint64(factor)
+    return x
+
+
+def _permutation(n: int, *key: int) -> np.ndarray:
+    """A permutation of range(n), int64, from the key alone, also under another numpy: distinct words, sorted."""
+    state = 0
+    for word in key:
+        state = _mix((state + word + _GOLDEN) & _MASK)
+    words = np.arange(1, n + 1, dtype=np.uint64)
+    words *= np.uint64(_GOLDEN)
+    words += np.uint64(state)
+    return np.argsort(_mix(words))
+
+
+class _Section(NamedTuple):
+    """Consecutive documents of an order; pairs [bounds[d], bounds[d+1]) of the section are those of document d."""
+
+    documents: np.ndarray  # int64 (n,), global numbers
+    shards: np.ndarray  # int (n,)
+    starts: np.ndarray  # int64 (n,), where BOS is in its shard
+    bounds: np.ndarray  # int64 (n + 1,)
+
+
+class _File:
+    """An open shard, which closes itself when the cache lets go of it."""
+
+    def __init__(self, path: Path):
+        self.path, self.fd = path, os.open(path, os.O_RDONLY)
+
+    def __del__(self, close=os.close):
+        close(self.fd)
+
+    def announce(self, offset: int, length: int) -> None:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_WILLNEED)
+
+    def read(self, offset: int, length: int) -> np.ndarray:
+        data = np.frombuffer(os.pread(self.fd, length, offset), np.uint8)
+        if len(data) < length:
+            raise DataError(f"{self.path}: became shorter while it was being read; prepare the folder again")
+        return data
+
+
+class Corpus:
+    """One split of one prepared folder: pairs in file order, in an epoch's order, or by length.
+
+    A document of n bytes has n + 1 pairs and takes n + 1 bytes of its shard, so pairs are counted in shard bytes.
+    """
+
+    def __init__(self, folder: Path, split: str, seed: int = 0):
+        manifest = load_manifest(folder)
+        shards = manifest["splits"].get(split, {"shards": []})["shards"]
+        self.folder, self.seed = folder, int(seed)
+        self.paths = [folder / shard["file"] for shard in shards]
+        self.hashes = [shard["sha256"] for shard in shards]
+        self.sizes = np.array([shard["bytes"] for shard in shards], np.int64)
+        self.counts = np.array([shard["documents"] for shard in shards], np.int64)
+        self.first = np.cumsum(self.counts) - self.counts  # number of each shard's first document
+        self.pairs, self.documents = int(self.sizes.sum()), int(self.counts.sum())
+        self.fingerprint = fingerprint(shards)
+        if not self.documents:
+            n = sum(shard["documents"] for part in manifest["splits"].values() for shard in part["shards"])
+            why = "--holdout 0 kept it without" if _without_validation(manifest) else "prepare it from more text"
+            raise DataError(f"{named(folder)}: no {split} documents among its {n}; {why}")
+        indexed = [read_index(path, header_only=True)[0].get("sha256") for path in self.paths]
+        if stale := [i for i, sha256 in enumerate(self.hashes) if sha256 != indexed[i]]:
+            self._reindex(stale)
+        self._file = functools.lru_cache(maxsize=64)(lambda shard: _File(self.paths[shard]))
+        self._layout = functools.lru_cache(maxsize=4)(self._make_layout)
+        self._section = functools.lru_cache(maxsize=4)(self._make_section)
+
+    def _reindex(self, stale: list[int]) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
+        if (size := self.sizes[stale].sum()) > 1e9:
+            say(f"{named(self.folder)}: checks {size / 1e9:.1f} GB of shards that are newer than their indexes")
+        with ThreadPoolExecutor() as pool:  # hashing and comparing release the GIL
+            list(pool.map(lambda i: len(reindex(self.paths[i], self.hashes[i])), stale))
+
+    def starts(self, shard: int) -> np.ndarray:
+        """int64 (documents + 1,)"""
+        starts = read_index(self.paths[shard])[1]
+        if starts is None:
+            starts = reindex(self.paths[shard], self.hashes[shard])
+        if len(starts) != self.counts[shard] + 1 or starts[-1] != self.sizes[shard]:
+            raise DataError(f"{self.paths[shard]}: its index doesn't match {MANIFEST}; prepare the folder again")
+        return starts
+
+    @functools.cached_property
+    def _by_length(self) -> tuple[np.ndarray, np.ndarray]:
+        """Document numbers, short ones first and equal ones in file order, uint32; the pairs of each section."""
+        lengths = np.concatenate([np.diff(self.starts(shard)) for shard in range(len(self.paths))])
+        order = np.argsort(lengths, kind="stable").astype(np.uint32)
+        return order, np.add.reduceat(lengths[order], np.arange(0, len(order), SECTION_DOCUMENTS))
+
+    def _make_layout(self, order: str, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The sections of an epoch, in order, and the pairs before each, int64 (sections + 1,)."""
+        if order == "length":
+            sizes = self._by_length[1]
+            ids = np.arange(len(sizes))
+        else:
+            ids = _permutation(len(self.paths), self.seed, epoch) if order == "shuffle" else np.arange(len(self.paths))
+            sizes = self.sizes[ids]
+        return ids, np.concatenate([[0], np.cumsum(sizes)])
+
+    def _make_section(self, order: str, epoch: int, i: int) -> _Section:
+        if order == "length":
+            documents = self._by_length[0][i * SECTION_DOCUMENTS :][:SECTION_DOCUMENTS].astype(np.int64)
+            shards = np.searchsorted(self.first, documents, side="right") - 1
+            starts, lengths = np.empty_like(documents), np.empty_like(documents)
+            for shard in np.unique(shards):
+                mine, table = np.flatnonzero(shards == shard), self.starts(shard)
+                local = documents[mine] - self.first[shard]
+                starts[mine], lengths[mine] = table[local], table[local + 1] - table[local]
+        else:
+            table = self.starts(i)
+            local = np.arange(len(table) - 1)
+            if order == "shuffle":
+                local = _permutation(len(local), self.seed, epoch, i)
+            documents, shards = local + self.first[i], np.broadcast_to(np.int64(i), len(local))
+            starts, lengths = table[local], table[local + 1] - table[local]
+        return _Section(documents, shards, starts, np.concatenate([[0], np.cumsum(lengths)]))
+
+    def read(self, start: int, count: int, max_doc: int, order: str) -> Slice:
+        """Pairs [start, start + count) of the endless sequence of epochs."""
+        inputs, labels, rows, done = np.empty(count, np.uint8), np.empty(count, np.uint8), [], 0
+        while done < count:  # a turn for each section
+            epoch, p = divmod(start + done, self.pairs)
+            epoch = epoch if order == "shuffle" else 0  # the other orders are the same in every epoch
+            ids, before = self._layout(order, epoch)
+            j = int(np.searchsorted(before, p, side="right")) - 1
+            section, p = self._section(order, epoch, int(ids[j])), p - int(before[j])
+            stop = min(p + count - done, int(section.bounds[-1]))
+            a, b = np.searchsorted(section.bounds, (p + 1, stop)) - (1, 0)  # documents [a, b) hold pairs [p, stop)
+            pieces = []
+            for d in range(a, b):
+                low, high = (int(bound) for bound in section.bounds[d : d + 2])
+                text = (self._file(int(section.shards[d])), int(section.starts[d]), int(section.documents[d]))
+                pieces.append((*text, high - low, max(p, low) - low, min(stop, high) - low))
+            for file, where, _, _, begin, end in pieces:  # all of them first, so that a cold disk serves them at once
+                file.announce(where + begin, end - begin)
+            for file, where, document, pairs, begin, end in pieces:
+                text = file.read(where + begin, end - begin + (end < pairs))  # and the last label, unless it is EOS
+                if begin == 0 and text[0] != BOS:
+                    raise DataError(f"{file.path}: changed while it was being read; prepare the folder again")
+                n = end - begin
+                inputs[done : done + n] = text[:n]
+                labels[done : done + n - 1] = text[1:n]
+                labels[done + n - 1] = text[n] if end < pairs else EOS
+                edges = [begin, *range(begin - begin % max_doc + max_doc, end, max_doc), end]
+                rows += [(high - low, document, pairs - 1, low) for low, high in itertools.pairwise(edges)]
+                done += n
+        return Slice(inputs, labels, *np.array(rows, np.int64).T.copy())
+
+
+class ByteStream:
+    """Endless slices of byte pairs from prepared folders; slice i is a pure function of the arguments and i.
+
+    folder: a folder made by `prepare`, or a weighted mixture "a:0.7,b:0.3". In a mixture each slice belongs wholly to
+        one folder, in a fixed rotation of 10,000 slices that is as even as the weights allow; each folder goes
+        through its own epochs.
+    slice_bytes: T, pairs in a slice. max_doc: longest row; a longer document goes on in further rows, without BOS.
+    order: "shuffle" draws an order of shards and of documents within them from (seed, epoch); "length" takes short
+        documents first, the same in every epoch.
+
+    pairs_per_epoch, text_bytes, documents: totals over the folders. fingerprint: changes when any shard's bytes do.
+    Raises DataError for a folder that is missing, unfinished, empty, torn or changed.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str = "train",
+        *,
+        slice_bytes: int,
+        max_doc: int = 8192,
+        seed: int = 0,
+        order: Literal["shuffle", "length"] = "shuffle",
+    ):
+        if split not in SPLITS:
+            raise DataError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
+        if order not in ("shuffle", "length"):
+            raise DataError(f"order {order!r}: expected shuffle or length")
+        if slice_bytes < 1 or max_doc < 1:
+            raise DataError(f"slice_bytes {slice_bytes} and max_doc {max_doc} must be at least 1")
+        self.slice_bytes, self.max_doc, self.order = slice_bytes, max_doc, order
+        mixture = _parse_mixture(folder)
+        self._corpora = [Corpus(path, split, seed) for path, _ in mixture]
+        self._weights = [weight for _, weight in mixture]
+        self._rotation = _rotation(self._weights)
+        self.pairs_per_epoch = sum(corpus.pairs for corpus in self._corpora)
+        self.documents = sum(corpus.documents for corpus in self._corpora)
+        self.text_bytes = self.pairs_per_epoch - self.documents
+        prints = [corpus.fingerprint for corpus in self._corpora]
+        mixed = json.dumps([prints, self._weights]).encode()
+        self.fingerprint = prints[0] if len(prints) == 1 else hashlib.sha256(mixed).hexdigest()[:16]
+
+    def slice(self, i: int) -> Slice:
+        """Slice i >= 0: pairs [iT, (i+1)T). Epochs join without a gap, so a slice may end one and begin the next."""
+        if i < 0:
+            raise IndexError(f"slice {i}: expected a number from 0")
+        turn, r = divmod(i, len(self._rotation[0]))
+        which, nth, per_turn = (int(column[r]) for column in self._rotation)
+        return self._read(which, (turn * per_turn + nth) * self.slice_bytes, self.slice_bytes, self.order)
+
+    def step(self, k: int, global_slices: int, rank: int = 0, world: int = 1) -> Iterator[Slice]:
+        """The slices of step k that belong to `rank` of `world`: see `slice_numbers`."""
+        return map(self.slice, slice_numbers(k, global_slices, rank, world))
+
+    def slices_once(self, limit: int | None = None, rank: int = 0, world: int = 1) -> Iterator[Slice]:
+        """Every pair of the split exactly once, in file order, T at a time; the last slice of a folder may be shorter.
+
+        limit: so many slices only, the same ones each time, evenly spaced. Ranks take turns.
+        """
+        T, counts = self.slice_bytes, [-(-corpus.pairs // self.slice_bytes) for corpus in self._corpora]
+        total = sum(counts)
+        taken = total if limit is None else min(limit, total)
+        for n in range(rank, taken, world):
+            c, at = 0, n * total // taken
+            while at >= counts[c]:
+                at, c = at - counts[c], c + 1
+            yield self._read(c, at * T, min(T, self._corpora[c].pairs - at * T), "file")
+
+    def require(self, pairs: int) -> None:
+        """Raises DataError if a batch of so many pairs would hold some of them twice."""
+        for corpus, weight in zip(self._corpora, self._weights):
+            if corpus.pairs < (need := int(pairs * weight)):
+                less = f"{corpus.pairs:,} bytes are less than one batch ({need:,})"
+                raise DataError(f"{corpus.folder}: {less}; use more text, or fewer or shorter slices")
+
+    def _read(self, which: int, start: int, count: int, order: str) -> Slice:
+        piece = self._corpora[which].read(start, count, self.max_doc, order)
+        piece.documents[:] += sum(corpus.documents for corpus in self._corpora[:which])
+        return piece
+
+
+def validation_stream(folder: str | Path, *, slice_bytes: int, max_doc: int = 8192) -> ByteStream | None:
+    """The held-out text of folders as `ByteStream` takes them, but for those that --holdout 0 left without; or None.
+
+    Logs which are without.
+    """
+    mixture, without = [], []
+    for path, weight in _parse_mixture(folder):
+        if _without_validation(load_manifest(path)):
+            without.append(named(path))
+        else:
+            mixture.append((path, weight))
+    if without:
+        how = (
+            f"validates on {', '.join(named(path) for path, _ in mixture)} alone"
+            if mixture
+            else "trains without validation"
+        )
+        logging.getLogger("hnet").info(f"{how}: {', '.join(without)} prepared with --holdout 0")
+    return ByteStream(mixture, "validation", slice_bytes=slice_bytes, max_doc=max_doc) if mixture else None
+
+
+def _without_validation(manifest: dict) -> bool:
+    """Whether a prepared folder has no validation split because that was asked for."""
+    asked = manifest.get("plan", {}).get("options", {}).get("holdout")
+    return asked == 0 and not manifest["splits"].get("validation", {}).get("shards")
+
+
+def _parse_mixture(folder: str | Path | list[tuple[Path, float]]) -> list[tuple[Path, float]]:
+    """Folders and their shares, which sum to 1."""
+    if isinstance(folder, list):
+        total = sum(weight for _, weight in folder)
+        return [(path, weight / total) for path, weight in folder]
+    text = str(folder)
+    if os.path.exists(text) or not ("," in text or ":" in text):
+        return [(Path(text), 1.0)]
+    mixture, at = [], 0
+    while at < len(text) and (part := MIXTURE_PART.match(text, at)):  # a path may have commas and colons, too
+        mixture.append((Path(part["path"]), float(part["weight"])))
+        at = part.end()
+    total = sum(weight for _, weight in mixture)
+    if at < len(text) or any("," in str(path) and not os.path.isdir(path) for path, _ in mixture):
+        mixture = []
+    if not mixture or not all(0 < 1e-4 * total <= weight < math.inf for _, weight in mixture):
+        raise DataError(
+            f"data {text!r}: no such folder; expected one, or several with weights above 0, such as a:0.7,b:0.3"
+        )
+    return [(path, weight / total) for path, weight in mixture]
+
+
+def _rotation(weights: list[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each slice of a turn: its folder, its number among that folder's slices, and how many those are in a turn."""
+    if len(weights) == 1:
+        return np.zeros(1, int), np.zeros(1, int), np.ones(1, int)
+    turn = 10_000
+    exact = np.array(weights) * turn
+    counts = np.floor(exact).astype(int)
+    counts[np.argsort(counts - exact, kind="stable")[: turn - counts.sum()]] += 1
+    which = np.repeat(np.arange(len(counts)), counts)
+    nth = np.concatenate([np.arange(count) for count in counts])
+    # A folder's slices at even distances over the turn, the folders interleaved
+    order = np.argsort((2 * nth + 1) / (2 * counts[which]), kind="stable")
+    return which[order], nth[order], counts[which[order]]
