@@ -1,3 +1,4 @@
+import signal
 import sys
 from pathlib import Path
 
@@ -6,6 +7,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)  # tests run in parallel processes; two threads for small tensors mostly wait for each other
+
+# nohup and a shell's background jobs ignore these signals, and so would every program that a test starts and signals.
+# A handler that does nothing protects this process as well, and programs start with the default instead.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 
 
 def pytest_collection_modifyitems(items):

@@ -356,11 +356,7 @@ def test_workers_die_with_the_command(many, tmp_path):
 def test_ctrl_c_is_one_line_and_can_be_continued(many, tmp_path):
     line = [sys.executable, FINEWEB, "prepare", many / "in", "--out", tmp_path / "out", "--shard-bytes", "150000"]
     process = subprocess.Popen(
-        [*line, "--processes", "1"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+        [*line, "--processes", "1"], stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL
     )
     while not list(tmp_path.glob("out/.work/plan-*/*.last")) and process.poll() is None:
         time.sleep(0.005)
