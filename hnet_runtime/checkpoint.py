@@ -47,6 +47,7 @@ from hnet_runtime.run_folder import (  # noqa: F401 (some are for those who impo
     step_folder,
     train_config_of,
 )
+from hnet_runtime.stream import sync_folder
 
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -181,7 +182,7 @@ class Saver:
                 if final.exists():
                     shutil.rmtree(final)
                 os.replace(scratch, final)
-                _sync(final.parent)
+                sync_folder(final.parent)
                 self._remove_old()
             written.set_result(final)
         except BaseException as failure:  # told by `finish`
@@ -306,14 +307,6 @@ def write_json(path: Path, content: Any) -> None:
         json.dump(content, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:
