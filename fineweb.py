@@ -44,8 +44,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hnet_runtime import DataError, documents, sources
-from hnet_runtime.stream import (  # noqa: F401 (ByteStream, Slice and others are for those who import this file)
+from hnet_runtime import DataError
+from hnet_runtime.data import documents, sources
+from hnet_runtime.data.stream import (  # noqa: F401 (ByteStream, Slice and others are for those who import this file)
     BOS,
     EOS,
     FULL,
@@ -416,7 +417,7 @@ def prepare(
         or a folder searched recursively, of .txt .md .py (a document each), .jsonl .ndjson .json (a document in each
         line or element of an array) and .parquet (a document in each row), all but .parquet also with .gz, .zst or
         .bz2; or "hf:owner/name[@revision][:config]", a dataset on the Hugging Face hub. Of a dataset the train split
-        alone is taken: see hnet_runtime/sources.py.
+        alone is taken: see hnet_runtime/data/sources.py.
     out: the folder. While it is being made it needs room for the text twice.
     text_column: where rows have their text.
     holdout: share of documents that become the validation split, chosen by the hash of their text. Where that would

@@ -219,7 +219,7 @@ class Step:
 class HNetInference(HNetLM):
     """The language model for generation: an HNetLM that reads texts piece by piece.
 
-    Load a state dict (`hnet_runtime.weights` does), or borrow the modules of a training model with `from_training`.
+    Load a state dict (see `hnet_runtime.runs.weights`), or borrow the modules of a training model with `from_training`.
     """
 
     def __init__(self, config: HNetConfig):

@@ -7,7 +7,7 @@ Read top to bottom: config -> one step -> data -> model -> the run -> `main`.
 """
 
 from hnet_runtime import commands
-from hnet_runtime.flags import DEFAULT_DATA, OF_ONE_START, TrainConfig, read_config
+from hnet_runtime.runs.flags import DEFAULT_DATA, OF_ONE_START, TrainConfig, read_config
 
 if __name__ == "__main__":
 
@@ -41,25 +41,16 @@ from torch.distributed.fsdp import FSDPModule
 
 import fineweb
 from hnet_config import find_config
-from hnet_runtime import (
-    UserError,
-    activations,
-    agreement,
-    checkpoint,
-    distributed,
-    equivalence,
-    graphs,
-    statistics,
-    weights,
-)
-from hnet_runtime.chunks import print_chunks
+from hnet_runtime import UserError, distributed
+from hnet_runtime.checks import agreement, equivalence
 from hnet_runtime.distributed import World
-from hnet_runtime.evaluation import validate
-from hnet_runtime.graphs import GraphedModel
-from hnet_runtime.metrics import JsonlSink, Metrics, RouterHealth, TensorBoardSink, WandbSink
-from hnet_runtime.progress import Progress, describe, sample, show_results, speed
-from hnet_runtime.reports import write_whole
-from hnet_runtime.run import (
+from hnet_runtime.evaluation.validation import validate
+from hnet_runtime.pages.chunks import print_chunks
+from hnet_runtime.pages.reports import write_whole
+from hnet_runtime.runs import checkpoint, statistics, weights
+from hnet_runtime.runs.metrics import JsonlSink, Metrics, RouterHealth, TensorBoardSink, WandbSink
+from hnet_runtime.runs.progress import Progress, describe, sample, show_results, speed
+from hnet_runtime.runs.run import (
     Compilations,
     Interrupts,
     checkpoint_to_resume,
@@ -71,8 +62,10 @@ from hnet_runtime.run import (
     of_main,
     open_folder,
 )
-from hnet_runtime.segments import memory_ran_out
-from hnet_runtime.watchdog import Watchdog
+from hnet_runtime.runs.watchdog import Watchdog
+from hnet_runtime.steps import activations, graphs
+from hnet_runtime.steps.graphs import GraphedModel
+from hnet_runtime.steps.segments import memory_ran_out
 from hnet_simple import HNetInference
 from hnet_trainable import ConfigError, HNetConfig, HNetLM, parameter_groups, training_loss
 

@@ -31,7 +31,7 @@ import tyro
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from hnet_runtime.metrics import read_metrics  # noqa: E402 (run from anywhere)
+from hnet_runtime.runs.metrics import read_metrics  # noqa: E402 (run from anywhere)
 
 
 @dataclass

@@ -28,8 +28,9 @@ import tyro
 import fineweb
 import train
 from hnet_kernels import kernel_report
-from hnet_runtime import UserError, activations, distributed
-from hnet_runtime.graphs import GraphedModel
+from hnet_runtime import UserError, distributed
+from hnet_runtime.steps import activations
+from hnet_runtime.steps.graphs import GraphedModel
 from hnet_trainable import (
     HNetConfig,
     HNetLM,

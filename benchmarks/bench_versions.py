@@ -44,8 +44,9 @@ def work(args: argparse.Namespace) -> None:
 
     import fineweb
     import train
-    from hnet_runtime import activations, distributed
-    from hnet_runtime.graphs import GraphedModel
+    from hnet_runtime import distributed
+    from hnet_runtime.steps import activations
+    from hnet_runtime.steps.graphs import GraphedModel
     from hnet_trainable import HNetConfig, parameter_groups
 
     assert Path(train.__file__).parent == root, train.__file__

@@ -1,4 +1,14 @@
-"""What `train.py` and the scripts share: devices and processes, checkpoints, metrics, evaluation."""
+"""What `train.py` and the scripts share, by room.
+
+    data/          text files into documents, shards into batches
+    steps/         training steps as CUDA graphs, the optimizer over flat memory, activation checkpointing
+    checks/        whether what runs is what the model file says; training against generation
+    runs/          a run's flags, folder, checkpoints, metrics, console, and what watches over it
+    evaluation/    validation, scoring of texts, multiple-choice questions, lm-evaluation-harness
+    pages/         chunks in a terminal, curves, the explorer, reports, progress bars
+
+Beside them: processes and sharding (`distributed.py`), FLOPs, what commands share, the console commands.
+"""
 
 
 class UserError(Exception):

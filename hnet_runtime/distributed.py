@@ -17,7 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hnet_runtime import UserError
-from hnet_runtime.flat_adamw import FlatAdamW
+from hnet_runtime.steps.flat_adamw import FlatAdamW
 from hnet_trainable import HNet, HNetConfig, HNetLM, Isotropic, RoutingModule, initial_weight
 
 logger = logging.getLogger("hnet")

@@ -23,7 +23,7 @@ from hnet_runtime.commands import parse, run
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from hnet_runtime.equivalence import Trace
+    from hnet_runtime.checks.equivalence import Trace
 
 How = Literal["training", "prefill", "steps"]
 TEXT = "Grüße! The model reads bytes; where it begins a chunk is its own choice.\n" * 4
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("nothing to compare: name a second checkpoint, or another --how-b")
     from rich.console import Console
 
-    from hnet_runtime.chunks import print_chunks
+    from hnet_runtime.pages.chunks import print_chunks
 
     sides = [
         trace(options.a, options.config_a, options.how_a, text, options),
@@ -104,8 +104,8 @@ def read_text(options: Options) -> bytes:
 def trace(source: str, config: str, how: How, text: bytes, options: Options) -> "Trace":
     import torch
 
-    from hnet_runtime.equivalence import trace_prefill, trace_steps, trace_training
-    from hnet_runtime.weights import load_inference, load_training
+    from hnet_runtime.checks.equivalence import trace_prefill, trace_steps, trace_training
+    from hnet_runtime.runs.weights import load_inference, load_training
     from hnet_trainable import BOS
 
     if options.device == "cuda" and not torch.cuda.is_available():

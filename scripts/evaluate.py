@@ -28,7 +28,7 @@ from hnet_runtime import UserError
 from hnet_runtime.commands import parse, run
 
 if TYPE_CHECKING:
-    from hnet_runtime import scoring
+    from hnet_runtime.evaluation import scoring
 
 
 @dataclass
@@ -81,10 +81,11 @@ def main(argv: Sequence[str]) -> None:
     check(options)
     import torch
 
-    from hnet_runtime import choices, distributed, harness, scoring
-    from hnet_runtime.progress_bar import Progress
-    from hnet_runtime.reports import markdown, write_whole
-    from hnet_runtime.weights import load_training
+    from hnet_runtime import distributed
+    from hnet_runtime.evaluation import choices, harness, scoring
+    from hnet_runtime.pages.progress_bar import Progress
+    from hnet_runtime.pages.reports import markdown, write_whole
+    from hnet_runtime.runs.weights import load_training
 
     began = time.perf_counter()
     questions = choices.read_questions(options.choices)[: options.limit or None] if options.choices else []
@@ -163,7 +164,7 @@ class Text(NamedTuple):
 
     def labels_in_all(self) -> int | None:
         """How many labels all rows score, from reading them once; None where that would fetch the text twice."""
-        from hnet_runtime.scoring import labels_of
+        from hnet_runtime.evaluation.scoring import labels_of
 
         return labels_of(self.rows()) if self.is_near else None
 
@@ -171,7 +172,8 @@ class Text(NamedTuple):
 def text_to_score(options: Options) -> Text:
     """The text that the flags name. Raises UserError where they name none."""
     import fineweb
-    from hnet_runtime import checkpoint, scoring
+    from hnet_runtime.evaluation import scoring
+    from hnet_runtime.runs import checkpoint
 
     groups: dict[int, str] = {}
     trained = None if options.data else checkpoint.train_config_of(options.checkpoint)
@@ -201,14 +203,14 @@ def text_to_score(options: Options) -> Text:
 
 
 def group_of(document: "scoring.Document", options: Options) -> str:
-    from hnet_runtime.scoring import script_of
+    from hnet_runtime.evaluation.scoring import script_of
 
     return script_of(document.text) if options.by == "script" else document.label
 
 
 def documents(data: str, options: Options) -> "Iterator[scoring.Document]":
     import fineweb
-    from hnet_runtime import scoring
+    from hnet_runtime.evaluation import scoring
 
     column = "" if options.by == "script" else options.by
     mixture = [data] if Path(data).exists() else [part.rsplit(":", 1)[0] for part in data.split(",")]

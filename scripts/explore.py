@@ -52,9 +52,9 @@ def main(argv: Sequence[str]) -> None:
     text = read_text(options.text)
     import torch
 
-    from hnet_runtime import explorer
-    from hnet_runtime.reports import write_whole
-    from hnet_runtime.weights import load_training
+    from hnet_runtime.pages import explorer
+    from hnet_runtime.pages.reports import write_whole
+    from hnet_runtime.runs.weights import load_training
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here")

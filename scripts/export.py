@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
     options = parse(Options, argv, __doc__)
     import torch
 
-    from hnet_runtime.weights import export, load
+    from hnet_runtime.runs.weights import export, load
 
     checkpoint = load(options.checkpoint, options.config or None)
     dtype = None if options.dtype == "keep" else getattr(torch, options.dtype)

@@ -83,9 +83,9 @@ def main(argv: Sequence[str]) -> None:
     import torch
     from rich.console import Console
 
-    from hnet_runtime import agreement
-    from hnet_runtime.chunks import has_colours, legend
-    from hnet_runtime.weights import load_inference
+    from hnet_runtime.checks import agreement
+    from hnet_runtime.pages.chunks import has_colours, legend
+    from hnet_runtime.runs.weights import load_inference
     from hnet_simple import Sampling
 
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -184,7 +184,7 @@ def shows_chunks(options: Options, console: "Console") -> bool:
 
 def answer(model: "HNetInference", prompt: bytes, sampling: "Sampling", options: Options, console: "Console") -> None:
     """Print the prompt with its continuation (or --samples of them), and to stderr how long that took."""
-    from hnet_runtime.chunks import Printer, print_chunks
+    from hnet_runtime.pages.chunks import Printer, print_chunks
     from hnet_simple import generate, stream
 
     settings = {"max_bytes": options.max_bytes, "sampling": sampling, "seed": options.seed}

@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     options = parse(Options, argv, __doc__)
     if not options.runs:
         raise UserError("expected the folder of at least one run")
-    from hnet_runtime.plots import plot
+    from hnet_runtime.pages.plots import plot
 
     for file in plot(list(options.runs), Path(options.out or Path(options.runs[0]) / "plots")):
         print(file)

@@ -28,10 +28,12 @@ from small_models import ONE_STAGE  # noqa: E402
 
 from hnet_kernels import adamw  # noqa: E402
 from hnet_kernels.adamw import BLOCK, adamw_, halve, join, norms  # noqa: E402
-from hnet_runtime import checkpoint, distributed, flat_adamw  # noqa: E402
-from hnet_runtime.flat_adamw import FlatAdamW, as_tensor  # noqa: E402
-from hnet_runtime.graphs import GraphedModel  # noqa: E402
-from hnet_runtime.statistics import weight_statistics  # noqa: E402
+from hnet_runtime import distributed  # noqa: E402
+from hnet_runtime.runs import checkpoint  # noqa: E402
+from hnet_runtime.runs.statistics import weight_statistics  # noqa: E402
+from hnet_runtime.steps import flat_adamw  # noqa: E402
+from hnet_runtime.steps.flat_adamw import FlatAdamW, as_tensor  # noqa: E402
+from hnet_runtime.steps.graphs import GraphedModel  # noqa: E402
 from hnet_trainable import HNetConfig, HNetLM, nested_like, parameter_groups  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -23,7 +23,7 @@ LAW = settings(max_examples=50, deadline=None, suppress_health_check=[HealthChec
 def small_sections():
     """So that the order by length has several of them here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hnet_runtime.stream.SECTION_DOCUMENTS", 4)
+        patch.setattr("hnet_runtime.data.stream.SECTION_DOCUMENTS", 4)
         yield
 
 

@@ -176,7 +176,7 @@ def test_prompts_are_edited_and_remembered():
 def test_progress_on_a_terminal(total):
     program = f"""
 import time
-from hnet_runtime.progress_bar import Progress
+from hnet_runtime.pages.progress_bar import Progress
 with Progress("scoring", {total}, "bytes") as progress:
     for _ in range(3):
         progress.advance(100)
@@ -187,7 +187,7 @@ with Progress("scoring", {total}, "bytes") as progress:
 
 
 def test_progress_elsewhere_is_a_line_now_and_then(monkeypatch, capsys):
-    from hnet_runtime import progress_bar
+    from hnet_runtime.pages import progress_bar
 
     with progress_bar.Progress("scoring", 300, "bytes") as bar:
         bar.advance(100)

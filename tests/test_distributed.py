@@ -28,10 +28,12 @@ from torch.distributed.fsdp import FSDPModule
 
 import fineweb
 import train
-from hnet_runtime import activations, checkpoint, distributed, graphs
+from hnet_runtime import distributed
 from hnet_runtime.distributed import World
-from hnet_runtime.graphs import GraphedModel
-from hnet_runtime.weights import load_own_checkpoint
+from hnet_runtime.runs import checkpoint
+from hnet_runtime.runs.weights import load_own_checkpoint
+from hnet_runtime.steps import activations, graphs
+from hnet_runtime.steps.graphs import GraphedModel
 from hnet_trainable import Block, HNetConfig, HNetLM, init_weights, parameter_groups
 
 WORLDS = {"1": (1, 1), "2": (2, 1), "4": (4, 1), "2x2": (4, 2), "2 copies": (2, 2)}  # processes, copies of the weights

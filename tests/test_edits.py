@@ -19,8 +19,9 @@ from torch import nn
 import hnet_simple
 import hnet_trainable as H
 from hnet_kernels.dispatch import OPERATIONS, forcing
-from hnet_runtime import agreement, distributed, equivalence
-from hnet_runtime.graphs import GraphedModel
+from hnet_runtime import distributed
+from hnet_runtime.checks import agreement, equivalence
+from hnet_runtime.steps.graphs import GraphedModel
 from hnet_trainable import HNetConfig
 
 CONFIG = HNetConfig.load(TWO_STAGES)
@@ -508,7 +509,7 @@ definition("rotary_attention", lambda o: 0.9 * o)
 def set_(monkeypatch):
     """setattr until the test ends; of a name in hnet_trainable.py wherever it has been imported, as an edit would."""
     holders = [H, hnet_simple, agreement]
-    from hnet_runtime import graphs
+    from hnet_runtime.steps import graphs
 
     def set_everywhere(owner, name, value, *_):
         if isinstance(owner, dict):

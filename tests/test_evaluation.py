@@ -9,7 +9,7 @@ from test_simple import config_of, random_model
 
 import fineweb
 from hnet_runtime.distributed import World
-from hnet_runtime.evaluation import _same_number_each, chunks_of, validate, word_edges
+from hnet_runtime.evaluation.validation import _same_number_each, chunks_of, validate, word_edges
 from hnet_simple import HNetInference
 from hnet_trainable import BOS, EOS
 

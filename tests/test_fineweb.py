@@ -27,7 +27,7 @@ from small_models import ONE_STAGE
 import fineweb
 import train
 from fineweb import ByteStream, DataError, prepare
-from hnet_runtime import documents as documents_module
+from hnet_runtime.data import documents as documents_module
 
 FINEWEB = Path(fineweb.__file__)
 
@@ -284,7 +284,7 @@ def test_parts_on_several_machines_make_one_corpus(many, tmp_path, capsys):
 
 def test_long_documents_are_read_in_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(fineweb, "RUN_BYTES", 5000)
-    monkeypatch.setattr("hnet_runtime.stream.BLOCK_BYTES", 1001)
+    monkeypatch.setattr("hnet_runtime.data.stream.BLOCK_BYTES", 1001)
     monkeypatch.setattr(fineweb, "MB", 997)
     t = ["é" * 9000, "x" * 20_000, *texts(80), "y" * 5000, "z" * 5001]
     (tmp_path / "in").mkdir()

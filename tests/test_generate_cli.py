@@ -17,9 +17,12 @@ from test_simple import config_of, random_model
 
 import hnet_simple
 from hnet_kernels import generation
-from hnet_runtime import UserError, chunks, equivalence, weights
-from hnet_runtime.chunks import Printer, bars, render
-from hnet_runtime.equivalence import check, run
+from hnet_runtime import UserError
+from hnet_runtime.checks import equivalence
+from hnet_runtime.checks.equivalence import check, run
+from hnet_runtime.pages import chunks
+from hnet_runtime.pages.chunks import Printer, bars, render
+from hnet_runtime.runs import weights
 from hnet_simple import HNetInference, generate
 from hnet_trainable import HNetLM
 

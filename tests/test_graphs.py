@@ -19,12 +19,12 @@ from hnet_kernels.dispatch import forcing
 from hnet_kernels.gradients import PartialSums
 from hnet_kernels.linear import Linear
 from hnet_kernels.recompute import MODES, recomputing
-from hnet_runtime import graphs
 from hnet_runtime.distributed import World
-from hnet_runtime.flat_adamw import FlatAdamW
-from hnet_runtime.graphs import STEPS, TOKENS, GraphedModel, _filled_up, _step
-from hnet_runtime.segments import BackwardPart, SavedPool, Segment
-from hnet_runtime.statistics import router_statistics
+from hnet_runtime.runs.statistics import router_statistics
+from hnet_runtime.steps import graphs
+from hnet_runtime.steps.flat_adamw import FlatAdamW
+from hnet_runtime.steps.graphs import STEPS, TOKENS, GraphedModel, _filled_up, _step
+from hnet_runtime.steps.segments import BackwardPart, SavedPool, Segment
 from hnet_trainable import HNetConfig, HNetLM, init_weights, nested_like
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))

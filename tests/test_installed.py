@@ -61,9 +61,11 @@ def commands(installed: Path) -> dict[str, str]:
 
 
 def test_the_wheel_holds_every_module_page_and_config(installed):
+    rooms = ["hnet_runtime", *(f"hnet_runtime/{room.name}" for room in (ROOT / "hnet_runtime").glob("[a-z]*/"))]
+    assert len(rooms) == 7
     for folder, name, pattern in (
         (".", ".", "*.py"),
-        ("hnet_runtime", "hnet_runtime", "*"),
+        *((room, room, "*") for room in rooms),
         ("hnet_kernels", "hnet_kernels", "*"),
         ("scripts", "hnet_scripts", "*.py"),
         ("configs", "hnet_configs", "*.json"),

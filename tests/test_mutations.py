@@ -35,7 +35,8 @@ import hnet_trainable as H
 from hnet_kernels.dispatch import forcing
 from hnet_kernels.gradients import Destinations, writing_to
 from hnet_kernels.recompute import recomputing
-from hnet_runtime import agreement, flops
+from hnet_runtime import flops
+from hnet_runtime.checks import agreement
 
 # by import_module, as the package exports functions under the names of some of these files
 attention, boundaries, cross_entropy, ema, gradients, linear, mamba2, norm, pointwise, router, ssd = (

@@ -15,9 +15,11 @@ from small_models import TWO_STAGES, build
 from test_scoring import ALONE, command
 
 import hnet_trainable
-from hnet_runtime import UserError, explorer, plots, weights
-from hnet_runtime.evaluation import chunks_of
+from hnet_runtime import UserError
+from hnet_runtime.evaluation.validation import chunks_of
 from hnet_runtime.flops import count_flops
+from hnet_runtime.pages import explorer, plots
+from hnet_runtime.runs import weights
 
 ROOT = Path(__file__).parent.parent
 ARTEFACTS = ROOT / "artefacts"

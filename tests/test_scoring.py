@@ -20,9 +20,12 @@ from small_models import TWO_STAGES, build
 
 import fineweb
 import hnet_trainable
-from hnet_runtime import UserError, checkpoint, choices, harness, progress_bar, scoring, weights
-from hnet_runtime.reports import markdown
-from hnet_runtime.scoring import Likelihoods, Tally, windows
+from hnet_runtime import UserError
+from hnet_runtime.evaluation import choices, harness, scoring
+from hnet_runtime.evaluation.scoring import Likelihoods, Tally, windows
+from hnet_runtime.pages import progress_bar
+from hnet_runtime.pages.reports import markdown
+from hnet_runtime.runs import checkpoint, weights
 
 ROOT = Path(__file__).parent.parent
 ALONE = SimpleNamespace(rank=0, size=1)

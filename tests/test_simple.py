@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hnet_simple
-from hnet_runtime.weights import load
+from hnet_runtime.runs.weights import load
 from hnet_simple import HNetInference, Sampling, Utf8Guard, generate, ring_slots, stream, utf8_state
 from hnet_trainable import BOS, EOS, HNetConfig, HNetLM, parse_layout
 
@@ -358,7 +358,8 @@ def test_allocates_no_parameter_memory():
 
 def sharded_worker(rank: int, world_size: int, port: int, folder: Path) -> None:
     """What a rank of a sharded training does; an assertion that fails fails the test."""
-    from hnet_runtime import checkpoint, distributed
+    from hnet_runtime import distributed
+    from hnet_runtime.runs import checkpoint
 
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -626,7 +627,7 @@ def test_goldens_on_cuda(name):
 @pytest.mark.gpu
 def test_windows_on_cuda_in_bfloat16(capsys):
     """Flash attention in prefill against the ring in steps; boundaries that rounding turns are excused and counted."""
-    from hnet_runtime.equivalence import check, random_model
+    from hnet_runtime.checks.equivalence import check, random_model
 
     config = config_of(
         ["m1t1", ["T1m1", ["T2"], "m1T1"], "m1"],

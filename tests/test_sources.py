@@ -16,7 +16,9 @@ import pytest
 
 import fineweb
 from fineweb import DataError, prepare
-from hnet_runtime import UserError, choices, documents, sources
+from hnet_runtime import UserError
+from hnet_runtime.data import documents, sources
+from hnet_runtime.evaluation import choices
 
 COMMIT = "d" * 40
 

@@ -10,8 +10,8 @@ from golden_io import pack
 from small_models import TWO_STAGES, build
 
 import hnet_trainable
-from hnet_runtime import statistics
-from hnet_runtime.metrics import RouterHealth
+from hnet_runtime.runs import statistics
+from hnet_runtime.runs.metrics import RouterHealth
 from hnet_trainable import parameter_groups
 
 WORLD = SimpleNamespace(size=1, shards=1, device=torch.device("cpu"))

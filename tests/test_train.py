@@ -20,11 +20,12 @@ from processes import run_train, start_train
 
 import fineweb
 import train
-from hnet_runtime import UserError, checkpoint, distributed, statistics
-from hnet_runtime.flags import read_config
-from hnet_runtime.metrics import GROUPS, JsonlSink, WandbSink, panel
-from hnet_runtime.run import Compilations, Interrupts, code_revision, in_words, newest
-from hnet_runtime.weights import export
+from hnet_runtime import UserError, distributed
+from hnet_runtime.runs import checkpoint, statistics
+from hnet_runtime.runs.flags import read_config
+from hnet_runtime.runs.metrics import GROUPS, JsonlSink, WandbSink, panel
+from hnet_runtime.runs.run import Compilations, Interrupts, code_revision, in_words, newest
+from hnet_runtime.runs.weights import export
 from hnet_trainable import ConfigError, HNetConfig, HNetLM, init_weights
 
 ROOT = Path(__file__).parent.parent
@@ -408,7 +409,8 @@ def test_an_encoding_that_lacks_characters_ends_no_run(corpus, tmp_path):
 
 def test_a_second_ctrl_c_ends_at_once():
     """In the program itself, so that the second signal can't be merged with the first."""
-    program = "import os, signal; from hnet_runtime.run import Interrupts; Interrupts(); print('set', flush=True); "
+    program = "import os, signal; from hnet_runtime.runs.run import Interrupts; "
+    program += "Interrupts(); print('set', flush=True); "
     program += "os.kill(os.getpid(), signal.SIGINT); print('asked', flush=True); "
     program += "os.kill(os.getpid(), signal.SIGINT); print('too late', flush=True)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -11,8 +11,9 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from test_simple import config_of, random_model
 
-from hnet_runtime import UserError, weights
-from hnet_runtime.weights import Checkpoint, CheckpointError, cast, export, load, load_inference, load_training
+from hnet_runtime import UserError
+from hnet_runtime.runs import weights
+from hnet_runtime.runs.weights import Checkpoint, CheckpointError, cast, export, load, load_inference, load_training
 from hnet_simple import HNetInference
 from hnet_trainable import HNetLM
 

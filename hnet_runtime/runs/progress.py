@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hnet_runtime import distributed, statistics
-from hnet_runtime.chunks import bars, print_chunks, to_html
+from hnet_runtime import distributed
+from hnet_runtime.data.stream import ByteStream
 from hnet_runtime.distributed import World
-from hnet_runtime.evaluation import chunks_of
-from hnet_runtime.flags import TrainConfig
+from hnet_runtime.evaluation.validation import chunks_of
 from hnet_runtime.flops import count_flops
-from hnet_runtime.metrics import duration, read_metrics
-from hnet_runtime.plots import plot
-from hnet_runtime.stream import ByteStream
+from hnet_runtime.pages.chunks import bars, print_chunks, to_html
+from hnet_runtime.pages.plots import plot
+from hnet_runtime.runs import statistics
+from hnet_runtime.runs.flags import TrainConfig
+from hnet_runtime.runs.metrics import duration, read_metrics
 from hnet_simple import HNetInference, generate
 from hnet_trainable import HNetConfig, HNetLM
 

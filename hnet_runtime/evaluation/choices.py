@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hnet_runtime import UserError
-from hnet_runtime.scoring import Likelihoods
+from hnet_runtime.evaluation.scoring import Likelihoods
 
 
 class Question(NamedTuple):

@@ -103,7 +103,7 @@ def pieces_of(data: bytes, starts: Iterable[Sequence[bool]]) -> list[Piece]:
 def render(data: bytes, starts: Iterable[Sequence[bool]]) -> Text:
     """The text in colours, for `rich` to print. ValueError unless there's one entry of `starts` for each byte.
 
-    A list of masks, one a stage (as `hnet_runtime.evaluation.chunks_of` gives them), becomes `starts` by zip(*masks).
+    Masks, one for each stage, as `evaluation.validation.chunks_of` returns them, become `starts` by zip(*masks).
     """
     runs = itertools.groupby(pieces_of(data, starts), style_of)
     return Text.assemble(*(("".join(piece.text for piece in run), style) for style, run in runs))

@@ -26,7 +26,8 @@ from typing import Literal, NamedTuple, TextIO
 
 import numpy as np
 
-from hnet_runtime import DataError, documents
+from hnet_runtime import DataError
+from hnet_runtime.data import documents
 
 BOS, EOS = 0xFE, 0xFF  # neither occurs in UTF-8
 SPLITS = ("train", "validation")

@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from hnet_runtime import UserError, checkpoint
+from hnet_runtime import UserError
 from hnet_runtime.distributed import World
-from hnet_runtime.metrics import read_metrics
-from hnet_runtime.segments import memory_ran_out
+from hnet_runtime.runs import checkpoint
+from hnet_runtime.runs.metrics import read_metrics
+from hnet_runtime.steps.segments import memory_ran_out
 
 logger = logging.getLogger("hnet")
 Returned = TypeVar("Returned")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from hnet_runtime.scoring import pack, windows
+from hnet_runtime.evaluation.scoring import pack, windows
 from hnet_trainable import HNetLM
 
 TEMPLATE = Path(__file__).with_name("explorer.html")

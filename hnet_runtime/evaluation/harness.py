@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hnet_runtime import UserError, agreement
-from hnet_runtime.progress_bar import Progress
-from hnet_runtime.scoring import Likelihoods, in_batches
+from hnet_runtime import UserError
+from hnet_runtime.checks import agreement
+from hnet_runtime.evaluation.scoring import Likelihoods, in_batches
+from hnet_runtime.pages.progress_bar import Progress
 from hnet_simple import HNetInference, Sampling, stream
 from hnet_trainable import HNetConfig, HNetLM
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nested import nested_tensor_from_jagged
 
 from hnet_kernels import Residual
-from hnet_runtime import weights
+from hnet_runtime.runs import weights
 from hnet_simple import HNetInference, Noise, Sampling, generate
 from hnet_trainable import BOS, HNetConfig, HNetLM, RoutingModule, init_weights, stage_of
 

@@ -23,9 +23,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from hnet_runtime import DataError, UserError, checkpoint
+from hnet_runtime import DataError, UserError
 from hnet_runtime.distributed import World
-from hnet_runtime.run import in_words
+from hnet_runtime.runs import checkpoint
+from hnet_runtime.runs.run import in_words
 from hnet_trainable import ConfigError
 
 logger = logging.getLogger("hnet")

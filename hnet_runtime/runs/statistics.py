@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hnet_runtime.distributed import World
-from hnet_runtime.flat_adamw import FlatAdamW, as_tensor
+from hnet_runtime.steps.flat_adamw import FlatAdamW, as_tensor
 from hnet_trainable import StageOutput
 
 BINS = 10  # of the histogram of boundary probabilities

@@ -36,8 +36,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from hnet_runtime import UserError
-from hnet_runtime.flat_adamw import FlatAdamW, Halves, as_tensor
-from hnet_runtime.run_folder import (  # noqa: F401 (some are for those who import this module)
+from hnet_runtime.data.stream import sync_folder
+from hnet_runtime.runs.run_folder import (  # noqa: F401 (some are for those who import this module)
     WITHOUT,
     CheckpointError,
     complete,
@@ -47,7 +47,7 @@ from hnet_runtime.run_folder import (  # noqa: F401 (some are for those who impo
     step_folder,
     train_config_of,
 )
-from hnet_runtime.stream import sync_folder
+from hnet_runtime.steps.flat_adamw import FlatAdamW, Halves, as_tensor
 
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 

@@ -22,8 +22,8 @@ from torch.nested import nested_tensor_from_jagged
 
 import hnet_kernels as K
 from hnet_kernels.dispatch import OPERATIONS, forcing
-from hnet_runtime import equivalence
-from hnet_runtime.graphs import GraphedModel
+from hnet_runtime.checks import equivalence
+from hnet_runtime.steps.graphs import GraphedModel
 from hnet_simple import HNetInference
 from hnet_trainable import BOS, NORM_EPS, HNetConfig, HNetLM, nested_like, rotary_tables, training_loss
 

@@ -24,7 +24,7 @@ from torch.nested import nested_tensor_from_jagged
 import fineweb
 from hnet_runtime import UserError
 from hnet_runtime.distributed import World
-from hnet_runtime.evaluation import LENGTH_BUCKETS
+from hnet_runtime.evaluation.validation import LENGTH_BUCKETS
 from hnet_trainable import BOS, EOS, HNetLM
 
 CONTEXT = 8192  # bytes of a training document in the paper's recipe

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hnet_runtime import DataError
-from hnet_runtime.documents import KINDS, Bad, first_line, has_rows, in_words, is_settings, kind, suffixes
+from hnet_runtime.data.documents import KINDS, Bad, first_line, has_rows, in_words, is_settings, kind, suffixes
 
 CARD, MORE_OF_CARD = "README.md", (".huggingface.yaml", "dataset_infos.json")  # what `datasets` reads beside the card
 NAMED_LIKE = "takes folders and files that are named like a held-out split, too"

@@ -9,8 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from hnet_runtime.data.stream import ByteStream
 from hnet_runtime.distributed import World
-from hnet_runtime.stream import ByteStream
 from hnet_trainable import BOS, EOS, HNetLM
 
 LENGTH_BUCKETS = (256, 1024, 4096, 16384)  # text bytes of the whole document: val_bpb_le_256, ..., val_bpb_longer

@@ -16,7 +16,8 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import tyro
 import yaml
 
-from hnet_runtime import UserError, run_folder
+from hnet_runtime import UserError
+from hnet_runtime.runs import run_folder
 
 DEFAULT_DATA = "data/stdlib"  # prepared on first use from the running Python's own standard library
 OF_ONE_START = ("save_dir", "resume", "early_exit")  # flags that are not the run's

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from hnet_config import ConfigError, HNetConfig
 from hnet_runtime import UserError
-from hnet_runtime.metrics import read_metrics
-from hnet_runtime.reports import write_whole
+from hnet_runtime.pages.reports import write_whole
+from hnet_runtime.runs.metrics import read_metrics
 
 TEMPLATE = Path(__file__).with_name("plots.html")
 POINTS = 1200  # of a curve; longer ones are thinned

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hnet_runtime import UserError
-from hnet_runtime.reports import write_whole
+from hnet_runtime.pages.reports import write_whole
 
 logger = logging.getLogger("hnet")
 

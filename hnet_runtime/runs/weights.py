@@ -30,10 +30,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from hnet_config import CONFIGS, find_config
 from hnet_runtime import UserError
-from hnet_runtime import checkpoint as own
-from hnet_runtime.checkpoint import CheckpointError, SafeReader
 from hnet_runtime.distributed import PLAIN_FLOAT32
-from hnet_runtime.reports import write_whole
+from hnet_runtime.pages.reports import write_whole
+from hnet_runtime.runs import checkpoint as own
+from hnet_runtime.runs.checkpoint import CheckpointError, SafeReader
 from hnet_simple import HNetInference
 from hnet_trainable import ConfigError, HNetConfig, HNetLM, parse_layout
 

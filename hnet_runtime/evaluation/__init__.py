@@ -1,0 +1,1 @@
+"""How good a model is: bits per byte, multiple-choice questions, lm-evaluation-harness."""
