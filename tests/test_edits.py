@@ -5,6 +5,7 @@ edited model; `definition` where one operation's fast implementation no longer a
 too; `eager` where the check says what differs, so that the run takes eager steps. And whether generation follows it.
 """
 
+import contextlib
 import types
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -21,6 +22,7 @@ import hnet_trainable as H
 from hnet_kernels.dispatch import OPERATIONS, forcing
 from hnet_runtime import distributed
 from hnet_runtime.checks import agreement, equivalence
+from hnet_runtime.steps import graphs
 from hnet_runtime.steps.graphs import GraphedModel
 from hnet_trainable import HNetConfig
 
@@ -505,22 +507,29 @@ definition("rotary_attention", lambda o: 0.9 * o)
 # --------------------------------------------------------------------------------------------------------------- tests
 
 
-@pytest.fixture
-def set_(monkeypatch):
-    """setattr until the test ends; of a name in hnet_trainable.py wherever it has been imported, as an edit would."""
-    holders = [H, hnet_simple, agreement]
-    from hnet_runtime.steps import graphs
+@contextlib.contextmanager
+def edits_undone():
+    """A setattr that lasts until the end; of a name in hnet_trainable.py wherever it is imported, as an edit would."""
+    holders = [H, hnet_simple, agreement, graphs]
 
-    def set_everywhere(owner, name, value, *_):
-        if isinstance(owner, dict):
-            return monkeypatch.setitem(owner, name, value)
-        for place in holders + [graphs] if owner is H else [owner]:
-            if owner is not H or hasattr(place, name):
-                monkeypatch.setattr(place, name, value)
+    with pytest.MonkeyPatch.context() as patch:
 
-    yield set_everywhere
+        def set_everywhere(owner, name, value, *_):
+            if isinstance(owner, dict):
+                return patch.setitem(owner, name, value)
+            for place in holders if owner is H else [owner]:
+                if owner is not H or hasattr(place, name):
+                    patch.setattr(place, name, value)
+
+        yield set_everywhere
     for operation in OPERATIONS.values():
         operation.uses_definition = False
+
+
+@pytest.fixture
+def set_():
+    with edits_undone() as set_everywhere:
+        yield set_everywhere
 
 
 def toy(config: HNetConfig) -> H.HNetLM:
