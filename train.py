@@ -576,8 +576,10 @@ def train(config: TrainConfig) -> int:
         return Trainee(model, groups, how, dtype, hnet, config, world)
 
     trainee = build(graph)
-    alone = world.device.type == "cuda" and world.size == 1
-    if graph and alone and (difference := agreement.captured(trainee.runner)):
+    difference = None
+    if graph and world.device.type == "cuda":
+        difference = distributed.first_answer(world, agreement.captured(trainee.runner))
+    if difference:
         if config.compile == "graph":
             raise UserError(f"--compile graph: {difference}; use eager")
         logger.info("steps do not run as graphs: %s", difference)

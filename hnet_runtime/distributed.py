@@ -392,6 +392,15 @@ def anywhere(world: World, *flags: bool) -> list[bool]:
     return asked.bool().tolist()
 
 
+def first_answer(world: World, answer: str | None) -> str | None:
+    """The answer of the lowest rank that has one; every rank gets the same."""
+    if world.size == 1:
+        return answer
+    answers: list[str | None] = [None] * world.size
+    dist.all_gather_object(answers, answer)
+    return next((found for found in answers if found), None)
+
+
 def gather_slices(values: Tensor, world: World) -> Tensor:
     """Numbers of this rank's n slices (n, K) -> those of all slices of the step (n * size, K), in their order.
 

@@ -29,6 +29,7 @@ from torch.distributed.fsdp import FSDPModule
 import fineweb
 import train
 from hnet_runtime import distributed
+from hnet_runtime.checks import agreement
 from hnet_runtime.distributed import World
 from hnet_runtime.runs import checkpoint
 from hnet_runtime.runs.weights import load_own_checkpoint
@@ -113,6 +114,13 @@ def scenario(corpus: Path, name: str, folder: Path) -> None:
     if run.world.shards == 1:  # as train.py does with --compile graph: averaged while the backward goes on
         graphs.PIECE = 10_000  # of weights: so that some backwards are cut
         graphed = GraphedModel(run.model(), torch.float32, run.config.alpha, run.world, accumulates=True)
+        found["checked"] = [distributed.first_answer(run.world, agreement.captured(graphed, tokens=200))]
+        doubles = run.world.rank == run.world.size - 1  # an edit of the forward, which graphs don't call, on one rank
+        forward = graphed.model.forward
+        graphed.model.forward = lambda *args: (out := forward(*args))._replace(ce=out.ce * (1 + doubles))
+        answer = agreement.captured(graphed, tokens=200)
+        del graphed.model.forward
+        found["checked"].append(distributed.first_answer(run.world, answer))
         train.forward_backward(
             graphed, list(run.stream.step(0, G, run.world.rank, run.world.size)), run.config, run.world
         )
@@ -237,6 +245,12 @@ def test_graphs_average_gradients_over_copies(worlds):
         assert gap < 1e-5, (parameter, gap)
     assert worlds["2 copies"]["graphed norm"] == pytest.approx(worlds["1"]["graphed norm"], rel=1e-5)
     assert worlds["2 copies"]["spans"] > 6 and 0 < worlds["2 copies"]["owned"] < len(one)
+
+
+def test_all_processes_learn_what_the_check_of_one_finds(worlds):
+    for name in ("1", "2 copies"):
+        nothing, something = worlds[name]["checked"]
+        assert nothing is None and "eagerly" in something, name
 
 
 @pytest.mark.parametrize("name", ["2", "4", "2x2", "2 copies"])

@@ -271,7 +271,7 @@ def _plain_step(model: HNetLM, pair: tuple[Tensor, Tensor]) -> Step:
 def _graph_step(graphed: GraphedModel, pair: tuple[Tensor, Tensor]) -> Step:
     for gradient in graphed.optimizer.gradients:
         gradient.fill_(torch.nan)  # so that one that nobody writes is found
-    found = graphed.forward_backward([pair])
+    found = graphed.forward_backward([pair], reduces=False)
     losses = {"the cross entropy": found.ce.clone()}
     losses |= {f"the ratio loss of stage {s}": x.clone() for s, x in enumerate(found.ratio)}
     losses |= {f"F of stage {s}": x.clone() for s, x in enumerate(found.F)}
@@ -326,7 +326,8 @@ def captured(graphed: GraphedModel, tokens: int = 1024) -> str | None:
     """What graphs of the run's own model do, captured and replayed, that the model does not when run eagerly; or None.
 
     Both run the same operations in the compute dtype, over two batches of some documents. Where rounding turns a
-    boundary a batch says nothing, so a difference counts if other documents have it, too.
+    boundary a batch says nothing, so a difference counts if other documents have it, too. Every process of a run does
+    this on its own; `distributed.first_answer` brings their answers together.
     """
     found = None
     for seed in range(2):

@@ -496,15 +496,18 @@ class GraphedModel:
 
     # ---------------------------------------------------------------------------------------------------------- a step
 
-    def forward_backward(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Losses:
+    def forward_backward(self, batches: Sequence[tuple[Tensor, Tensor]], reduces: bool = True) -> Losses:
         """Mean losses of some micro-batches; puts the gradient of ce + alpha * ratio losses into the masters' `grad`.
 
         batches: NJTs (iids, labels), each (B, j) of int64; more than one with `accumulates` alone.
+        reduces: the gradients become the mean over all processes, each of which gets that of the weights it updates;
+        otherwise they are those of this process's micro-batches.
         """
+        reduces = reduces and self.size > 1
         *earlier, last = batches
         if earlier and not self.accumulates:
             raise ValueError(f"steps as graphs: {len(batches)} micro-batches, but not `accumulates`")
-        share = 1 / (len(batches) * self.size)
+        share = 1 / (len(batches) * (self.size if reduces else 1))
         if share != self.share:
             self.share = share
             self.dloss.fill_(share)
@@ -517,10 +520,11 @@ class GraphedModel:
         def finished(span: int) -> None:
             if earlier:
                 gradients[span] += self.sums[span]
-            self.optimizer.add_up(span)
+            if reduces:
+                self.optimizer.add_up(span)
 
-        losses.append(self._micro_batch(*last, finished if self.size > 1 else lambda span: None))
-        pieces = sum(map(len, self.weights.values())) if self.size > 1 else 0
+        losses.append(self._micro_batch(*last, finished if reduces else lambda span: None))
+        pieces = sum(map(len, self.weights.values())) if reduces else 0
         for span in range(pieces, len(self.optimizer.spans)):  # all of it, or what stays float32
             finished(span)
         self.optimizer.added_up()
