@@ -67,7 +67,7 @@ def nan_like(x: Tensor, longer: int = 0) -> Tensor:
 
 def add_norm_case(new: Inputs, T: int, D: int, first: bool) -> dict[str, tuple[Tensor, Tensor]]:
     delta, weight, dx = new(T, D), new(D), new(T, D)
-    residual, dsum = (norm.part(new(T, D, wide=True) * (not first), dx.dtype) for _ in "rd")
+    residual, dsum = (norm.split24(new(T, D, wide=True) * (not first), dx.dtype) for _ in "rd")
     sum_, x, scale = norm.add_norm_forward(None if first else residual, delta, weight, EPS)
     sums = PartialSums()
     slot, other = sums.slot(weight), sums.slot(weight)
@@ -75,19 +75,19 @@ def add_norm_case(new: Inputs, T: int, D: int, first: bool) -> dict[str, tuple[T
     dboth, again = norm.add_norm_backward(*arguments, slot)
     same, none = norm.add_norm_backward(*arguments, other, again=False)
     dweight, same_dweight = gradients_in(sums)
-    assert none is None and torch.equal(same.x, dboth.x) and torch.equal(same_dweight, dweight)
-    assert same.rest is dboth.rest is None or torch.equal(same.rest, dboth.rest)
+    assert none is None and torch.equal(same.high, dboth.high) and torch.equal(same_dweight, dweight)
+    assert same.low is dboth.low is None or torch.equal(same.low, dboth.low)
     assert torch.equal(again, x) and torch.equal(norm.norm_again(sum_, scale, weight), x)
-    leaves = [exact(t).requires_grad_() for t in (norm.whole(*residual, torch.float32), delta, weight)]
+    leaves = [exact(t).requires_grad_() for t in (norm.join24(*residual, torch.float32), delta, weight)]
     wide = leaves[0] + leaves[1]
     scales = (wide.square().mean(-1) + EPS).rsqrt()
     outputs = wide * scales[:, None] * leaves[2]
-    loss = (outputs * exact(dx)).sum() + (wide * exact(norm.whole(*dsum, torch.float32))).sum()
+    loss = (outputs * exact(dx)).sum() + (wide * exact(norm.join24(*dsum, torch.float32))).sum()
     _, wanted_dboth, wanted_dweight = torch.autograd.grad(loss, leaves)
-    for parted, wanted in ((sum_, wide), (dboth, wanted_dboth)):
+    for split, wanted in ((sum_, wide), (dboth, wanted_dboth)):
         # float32 does better, but 16 bits are kept, whose rounding is 2^-16 at most, but for a few numbers
-        assert (exact(norm.whole(*parted, torch.float32)) - wanted).norm() <= 1e-5 * wanted.norm()
-    found = {"x": x, "scale": scale, "dboth": dboth.x, "dweight": dweight}
+        assert (exact(norm.join24(*split, torch.float32)) - wanted).norm() <= 1e-5 * wanted.norm()
+    found = {"x": x, "scale": scale, "dboth": dboth.high, "dweight": dweight}
     return found, {"x": outputs, "scale": scales, "dboth": wanted_dboth, "dweight": wanted_dweight}
 
 
@@ -433,9 +433,9 @@ def check(found: dict[str, float], tolerance: float, case: str = "") -> None:
 @example(2.0**-149).via("next to zero")
 def test_a_number_and_what_rounding_took_of_it_are_the_number_again_to_16_bits(number):
     x = torch.tensor(number)
-    y = norm.whole(*norm.part(x, torch.bfloat16), torch.float32)
+    y = norm.join24(*norm.split24(x, torch.bfloat16), torch.float32)
     if x.abs() < 2.0**127:
-        bound = 2**-15 if norm.part(x, torch.bfloat16).rest == 127 else 2**-16
+        bound = 2**-15 if norm.split24(x, torch.bfloat16).low == 127 else 2**-16
         assert (exact(x) - exact(y)).abs() <= bound * exact(x).abs().clamp_min(
             torch.finfo(torch.float32).smallest_normal
         )

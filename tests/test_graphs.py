@@ -599,12 +599,12 @@ def test_a_deep_stacks_residual_stream_and_gradient_are_better_than_bfloat16(los
 
     def backward(dx, dsum, *args, its=norm.add_norm_backward, **options):
         if lost == "gradient" and dsum is not None:
-            dsum = dsum._replace(rest=torch.zeros_like(dsum.rest))
+            dsum = dsum._replace(low=torch.zeros_like(dsum.low))
         return its(dx, dsum, *args, **options)
 
     def forward(residual, *args, its=norm.add_norm_forward, **options):
         if lost == "sum" and residual is not None:
-            residual = residual._replace(rest=torch.zeros_like(residual.rest))
+            residual = residual._replace(low=torch.zeros_like(residual.low))
         return its(residual, *args, **options)
 
     monkeypatch.setattr(norm, "add_norm_backward", backward)
