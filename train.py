@@ -167,7 +167,7 @@ def forward_backward(
 class Trainee:
     """What is trained, and all that a step of it takes.
 
-    model: its weights in float32; unsharded ones can be read and changed inside `optimizer.whole()` alone.
+    model: its weights in float32; unsharded ones can be read and changed inside `optimizer.full_precision()` alone.
     evaluated: an HNetLM that computes as training does and has these weights, or copies of them.
     """
 
@@ -205,7 +205,7 @@ class Trainee:
 
     def load(self, source: Path) -> None:
         """Weights and optimizer of a checkpoint."""
-        with self.optimizer.whole() if self.unsharded else contextlib.nullcontext():
+        with self.optimizer.full_precision() if self.unsharded else contextlib.nullcontext():
             checkpoint.load(source, self.model, self.optimizer)
 
     def make_room(self) -> None:

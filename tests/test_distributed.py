@@ -117,7 +117,7 @@ def scenario(corpus: Path, name: str, folder: Path) -> None:
             graphed, list(run.stream.step(0, G, run.world.rank, run.world.size)), run.config, run.world
         )
         found["graphed norm"] = graphed.optimizer.grad_norm().item()
-        graphed.optimizer.share(graphed.optimizer.gradients)  # each has the sums of its own part
+        graphed.optimizer.all_gather(graphed.optimizer.gradients)  # each has the sums of its own part
         found["graphed"] = {n: p.grad for n, p in graphed.masters.named_parameters()}
         found["spans"], found["owned"] = len(graphed.optimizer.spans), len(graphed.optimizer.owned)
 

@@ -128,7 +128,7 @@ def test_matrices_have_gradients_that_are_rounded_once_at_most_and_whoever_runs_
 
     One process has them in bfloat16, too. Several add them up, in float32: there the products have not been rounded.
     """
-    monkeypatch.setattr(FlatAdamW, "add_up", lambda self, span: None)
+    monkeypatch.setattr(FlatAdamW, "reduce_gradients", lambda self, span: None)
     world = World(0, processes, torch.device(DEVICE), None)
     graphed = GraphedModel(build(ONE_STAGE, torch.float32), torch.bfloat16, ALPHA, world=world)
     pair = batch(BATCHES[0], 0)
@@ -441,7 +441,7 @@ def test_a_backward_in_pieces_gives_the_same_bits(monkeypatch):
         "enter 0": 2, "enter 1": 3, "inner 2": 2, "pass 1": 1, "leave 1": 2, "pass 0": 1, "leave 0": 1,
     }  # fmt: skip
     parts, summed = cut.optimizer.gradients, {}
-    monkeypatch.setattr(cut.optimizer, "add_up", lambda i: summed.update({i: parts[i].clone()}))
+    monkeypatch.setattr(cut.optimizer, "reduce_gradients", lambda i: summed.update({i: parts[i].clone()}))
     for step in (pairs[:1], pairs[1:], pairs[:1]):  # captured, several micro-batches, replayed
         summed.clear()
         cut.optimizer.zero_grad()
@@ -460,7 +460,7 @@ def test_gradients_of_small_weights_are_added_up_once_a_kind_and_piece(cut, ac, 
     """And are those of the model, as all others."""
     if cut:
         monkeypatch.setattr(graphs, "PIECE", 1)
-        monkeypatch.setattr(FlatAdamW, "add_up", lambda self, span: None)
+        monkeypatch.setattr(FlatAdamW, "reduce_gradients", lambda self, span: None)
     model, size = build(TWO_STAGES, torch.float64), 1 + cut
     graphed = GraphedModel(model, torch.float64, ALPHA, world=World(0, size, torch.device(DEVICE), None), ac=ac)
     added, total = [], PartialSums.total
@@ -489,7 +489,7 @@ def test_weights_that_changed_are_used():
     graphed = GraphedModel(model, torch.bfloat16, ALPHA)
     pair = batch(BATCHES[0], 0)
     before = graphed.forward_backward([pair]).ce.item()
-    with graphed.optimizer.whole(), torch.no_grad():
+    with graphed.optimizer.full_precision(), torch.no_grad():
         for p in model.parameters():
             p *= 1.5
         changed = copy.deepcopy(model)

@@ -83,8 +83,8 @@ def weight_statistics(optimizer: torch.optim.AdamW, stages: int, world: World) -
     left them, that is clipped. The update is worked out from AdamW's state, so the former weights are not needed.
     """
     sharded, whole = torch.zeros(2, stages + 1, 3, device=world.device).unbind(0)
-    cut = isinstance(optimizer, FlatAdamW) and optimizer.cut
-    owned = optimizer.owned if cut else frozenset()
+    shards_updates = isinstance(optimizer, FlatAdamW) and optimizer.shards_updates
+    owned = optimizer.owned if shards_updates else frozenset()
     for group in optimizer.param_groups:
         states = [optimizer.state.get(p) for p in group["params"]]
         found = [(p, state) for p, state in zip(group["params"], states) if p.grad is not None and state]
@@ -97,7 +97,7 @@ def weight_statistics(optimizer: torch.optim.AdamW, stages: int, world: World) -
             squares = [torch.stack(norms).float().square().sum() for norms in wide]
             squares[2] = squares[2] * group["lr"] ** 2
             into[group["stage"]] += torch.stack(squares)
-    if cut:
+    if shards_updates:
         dist.all_reduce(sharded)
     elif world.shards > 1:  # over one copy of the weights: with HSDP, other ranks hold the same shards
         dist.all_reduce(sharded, group=world.mesh.get_group("shard"))
@@ -107,7 +107,7 @@ def weight_statistics(optimizer: torch.optim.AdamW, stages: int, world: World) -
 
 
 def _weight(optimizer: torch.optim.AdamW, p: Tensor) -> Tensor:
-    return as_tensor(optimizer.held(p)) if isinstance(optimizer, FlatAdamW) else p
+    return as_tensor(optimizer.master_weight(p)) if isinstance(optimizer, FlatAdamW) else p
 
 
 def _pieces(

@@ -195,7 +195,7 @@ class GraphedModel:
     end of their product.
 
     `optimizer` is what changes the masters, and the copies with them; groups: its parameter groups, by default one.
-    Whatever else reads or changes the masters does so inside `optimizer.whole()`.
+    Whatever else reads or changes the masters does so inside `optimizer.full_precision()`.
 
     world: where several processes have a copy of the weights each, gradients are averaged over them, those of a
     backward part while the next one runs, and each process updates a part of the weights: see FlatAdamW.
@@ -249,7 +249,9 @@ class GraphedModel:
         everything = {"params": list(parameters.values())}
         spans, rank = self._spans(parameters), world.rank if world else 0
         narrow = [0] if self.size == 1 and not accumulates and compute_dtype == torch.bfloat16 else []
-        self.optimizer = FlatAdamW(groups or [everything], spans, BETAS, copies=copies, rank=rank, narrow=narrow)
+        self.optimizer = FlatAdamW(
+            groups or [everything], spans, BETAS, compute_weights=copies, rank=rank, narrow=narrow
+        )
         own = [name for name in parameters if name not in self.shared]
         self.all_places = self._places(own), self._places(self.shared)
         # of micro-batches' gradients; there from the start, so that graphs do not take its memory
@@ -365,7 +367,7 @@ class GraphedModel:
             StageBuffers(sizes[s], sizes[s + 1], D, self.dtype, shares_S2[s], self.packings[s + 1])
             for s, D in enumerate(self.masters.config.d_model[:-1])
         ]
-        static = [*self.model.parameters(), *self.optimizer.weights, *self.optimizer.copies]
+        static = [*self.model.parameters(), *self.optimizer.weights, *self.optimizer.compute_weights]
         static += [self.iids_T, self.labels_T, self.losses, *(x for at in self.buffers for x in at.tensors)]
         static += [x for packing in self.packings for x in vars(packing).values() if isinstance(x, Tensor)]
         self.static = frozenset(x.untyped_storage().data_ptr() for x in static if x is not None)
@@ -517,13 +519,13 @@ class GraphedModel:
         def finished(span: int) -> None:
             if earlier:
                 gradients[span] += self.sums[span]
-            self.optimizer.add_up(span)
+            self.optimizer.reduce_gradients(span)
 
         losses.append(self._micro_batch(*last, finished if self.size > 1 else lambda span: None))
         pieces = sum(map(len, self.weights.values())) if self.size > 1 else 0
         for span in range(pieces, len(self.optimizer.spans)):  # all of it, or what stays float32
             finished(span)
-        self.optimizer.added_up()
+        self.optimizer.wait_for_gradients()
         ce, *of_stages = torch.stack(losses).mean(0).split([1, self.S, self.S, self.S])
         return Losses(ce.squeeze(0), *of_stages)
 
