@@ -13,7 +13,7 @@ from torch import Tensor
 from hnet_kernels.dispatch import operation, use_fast
 from hnet_kernels.pointwise import rotate_
 from hnet_kernels.recompute import Recomputed, mode, recomputed, recomputed_of
-from hnet_kernels.saved import keep, keeping_if
+from hnet_kernels.saved import save_if, save_tensor
 
 QUERY_BLOCK = 128  # queries at a time in the definition: bounds the memory of one block of scores
 
@@ -179,7 +179,7 @@ def packed_attention(
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in qkv_T3HP.unbind(1)]
         o_THP = attention(*leaves, cu_seqlens, max_seqlen, window)
-    return Attended(keep(o_THP.detach()), None, (*leaves, o_THP))
+    return Attended(save_tensor(o_THP.detach()), None, (*leaves, o_THP))
 
 
 def packed_attention_backward(
@@ -235,7 +235,7 @@ class RotaryAttention(torch.autograd.Function):
             torch.autograd.graph.increment_version(qkv_TX)  # which a kernel does not do
             return qkv_T3HP, packed_attention(qkv_T3HP, cu_seqlens, len(angles[0]), window, order)
 
-        with keeping_if(mode_ != "block"):
+        with save_if(mode_ != "block"):
             qkv_T3HP, attended = attend(qkv_TX.detach())
         ctx.again = None
         if before is not None:
@@ -267,7 +267,7 @@ def _(qkv_TX, n_heads, window, cos_MR, sin_MR, position_T, cu_seqlens, order=Non
     how, again = mode(), []
     if order is None:
         order = tile_order(qkv_TX, qkv_TX.shape[1] // (3 * n_heads), cu_seqlens)
-    packing = tuple(None if x is None else keep(x) for x in (cos_MR, sin_MR, position_T, cu_seqlens, order))
+    packing = tuple(None if x is None else save_tensor(x) for x in (cos_MR, sin_MR, position_T, cu_seqlens, order))
     o_TD = RotaryAttention.apply(qkv_TX, (how, n_heads, window), packing, again)
     if again[0] is not None:
         again[0].users += 1

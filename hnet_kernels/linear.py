@@ -11,7 +11,7 @@ from hnet_kernels.dispatch import operation
 from hnet_kernels.gradients import place_of, slot_of, write_product
 from hnet_kernels.pointwise import to_float32
 from hnet_kernels.recompute import mode, recomputed_from, recomputed_of, save, saved
-from hnet_kernels.saved import keep, kept_empty
+from hnet_kernels.saved import save_tensor, saved_empty
 
 
 @operation
@@ -28,12 +28,12 @@ class Linear(torch.autograd.Function):
     """Gradients: of x and W."""
 
     @staticmethod
-    def forward(ctx, x_TI: Tensor, weight_OI: Tensor, is_kept: bool) -> Tensor:
+    def forward(ctx, x_TI: Tensor, weight_OI: Tensor, is_saved: bool) -> Tensor:
         save(ctx, x_TI, weight_OI)
         ctx.place = place_of(weight_OI) if ctx.needs_input_grad[1] else None
-        if not is_kept:
+        if not is_saved:
             return x_TI @ weight_OI.T
-        return torch.mm(x_TI, weight_OI.T, out=kept_empty(x_TI, len(x_TI), len(weight_OI)))
+        return torch.mm(x_TI, weight_OI.T, out=saved_empty(x_TI, len(x_TI), len(weight_OI)))
 
     @staticmethod
     def backward(ctx, dy_TO: Tensor):
@@ -50,7 +50,7 @@ def _(x_TI: Tensor, weight_OI: Tensor, is_saved: bool = False) -> Tensor:
     how = mode()
     y_TO = Linear.apply(x_TI, weight_OI, is_saved and how != "block")
     if is_saved and how == "block" and recomputed_of(x_TI):
-        weight_OI = keep(weight_OI.detach())
+        weight_OI = save_tensor(weight_OI.detach())
         return recomputed_from(y_TO, x_TI, lambda x_TI: x_TI @ weight_OI.T)
     return y_TO
 

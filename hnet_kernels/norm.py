@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from hnet_kernels.dispatch import obstacle_anywhere, operation, use_fast, wide
 from hnet_kernels.gradients import Slot, slot_of
 from hnet_kernels.recompute import mode, recomputed
-from hnet_kernels.saved import keep, keeping_if
+from hnet_kernels.saved import save_if, save_tensor
 
 WIDEST = 8192  # channels: a row must fit into the registers of one program
 
@@ -80,18 +80,18 @@ def join24(x: Tensor, low: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def add_norm_forward(
-    residual: Split24 | None, delta_TD: Tensor, weight_D: Tensor, eps: float, keep_x: bool = False
+    residual: Split24 | None, delta_TD: Tensor, weight_D: Tensor, eps: float, save_x: bool = False
 ) -> tuple[Split24, Tensor, Tensor]:
     """(sum, x_TD, scale_T): sum = residual + delta, x = sum * scale * weight, scale = 1 / rms(sum).
 
     residual: None for zeros. It and the sum are in parts where delta is bfloat16, else at least float32; scale_T is at
-    least float32. x_TD has weight_D's dtype. keep_x: a backward will need x_TD too.
+    least float32. x_TD has weight_D's dtype. save_x: a backward will need x_TD too.
     """
     if _fast("add_norm", delta_TD):
         from hnet_kernels import norm_triton  # not above: triton is not everywhere
 
         sum_TD, low_TD, *others = norm_triton.add_norm_forward(
-            *(residual or (None, None)), delta_TD, weight_D, eps, keep_x
+            *(residual or (None, None)), delta_TD, weight_D, eps, save_x
         )
         return Split24(sum_TD, low_TD), *others
     # without a residual, the sum of what is not bfloat16 may be delta itself
@@ -134,17 +134,17 @@ def add_norm_backward(
 
 
 def gated_norm_forward(
-    y_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float, keep_x: bool = False
+    y_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float, save_x: bool = False
 ) -> tuple[Tensor, Tensor]:
     """(x_TD, scale_T): the norm of u = y silu(z), x = u * scale * weight, scale = 1 / rms(u).
 
-    y_TD, z_TD: one floating dtype; rows of z_TD may be parts of longer ones. x_TD has weight_D's dtype. keep_x: a
+    y_TD, z_TD: one floating dtype; rows of z_TD may be parts of longer ones. x_TD has weight_D's dtype. save_x: a
     backward will need it too.
     """
     if _fast("gated_norm", y_TD):
         from hnet_kernels import norm_triton
 
-        return norm_triton.gated_norm_forward(y_TD, z_TD, weight_D, eps, keep_x)
+        return norm_triton.gated_norm_forward(y_TD, z_TD, weight_D, eps, save_x)
     return _norm(wide(y_TD) * F.silu(wide(z_TD)), weight_D, eps)
 
 
@@ -215,10 +215,10 @@ class AddNorm(torch.autograd.Function):
         eps, saves_x = how
         ctx.set_materialize_grads(False)
         residual = None if before is None else Split24(before.high.detach(), before.low)
-        with keeping_if(saves_x is not None):
+        with save_if(saves_x is not None):
             sum_, x_TD, scale_T = add_norm_forward(residual, delta_TD.detach(), weight_D, eps, bool(saves_x))
         if saves_x is not None:
-            sum_, scale_T = Split24(*(None if x is None else keep(x) for x in sum_)), keep(scale_T)
+            sum_, scale_T = Split24(*(None if x is None else save_tensor(x) for x in sum_)), save_tensor(scale_T)
         if sum_.high.data_ptr() == delta_TD.data_ptr():  # an output must not be an input
             sum_ = Split24(sum_.high.clone(), sum_.low)
         after.low, after.scale_T = sum_.low, scale_T
@@ -300,7 +300,7 @@ class Residual:
         x_TD, after.high = AddNorm.apply((eps, saves_x), self._sum, after, x, self._delta_TD, weight_D)
         if how != "none":
             sum_, scale_T = Split24(after.high.detach(), after.low), after.scale_T
-            weight_D = keep(weight_D.detach())
+            weight_D = save_tensor(weight_D.detach())
             recomputed(x_TD, lambda: norm_again(sum_, scale_T, weight_D))
         del after.scale_T
         self._delta_TD, self._sum = None, after

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hnet_kernels.gradients import Slot
-from hnet_kernels.saved import kept_empty
+from hnet_kernels.saved import saved_empty
 from hnet_kernels.triton_math import sigmoid
 
 TILE = 2048  # elements of a program's rows, forwards
@@ -277,15 +277,15 @@ def _dense_rows(x_TD: Tensor) -> Tensor:
 
 def add_norm_forward(
     residual_TD: Tensor | None, residual_low_TD: Tensor | None, delta_TD: Tensor, weight_D: Tensor, eps: float,
-    keep_x: bool = False,
+    save_x: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
     """(sum_TD, its low bits, x_TD, scale_T) of `add_norm_forward` in norm.py."""
     (T, D), delta_TD = delta_TD.shape, _dense_rows(delta_TD)
     split, blocks = delta_TD.dtype == torch.bfloat16, _blocks(D)
-    sum_TD = kept_empty(delta_TD, T, D, dtype=torch.bfloat16 if split else torch.float32)
-    low_TD = kept_empty(delta_TD, T, D, dtype=torch.int8) if split else None
-    x_TD = kept_empty(weight_D, T, D) if keep_x else weight_D.new_empty(T, D)
-    scale_T = kept_empty(delta_TD, T, dtype=torch.float32)
+    sum_TD = saved_empty(delta_TD, T, D, dtype=torch.bfloat16 if split else torch.float32)
+    low_TD = saved_empty(delta_TD, T, D, dtype=torch.int8) if split else None
+    x_TD = saved_empty(weight_D, T, D) if save_x else weight_D.new_empty(T, D)
+    scale_T = saved_empty(delta_TD, T, dtype=torch.float32)
     with torch.cuda.device_of(delta_TD):
         _add_norm[(triton.cdiv(T, blocks["ROWS"]),)](
             residual_TD, residual_low_TD, delta_TD, weight_D.contiguous(), sum_TD, low_TD, x_TD, scale_T, T,
@@ -325,13 +325,13 @@ def add_norm_backward(
 
 
 def gated_norm_forward(
-    y_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float, keep_x: bool = False
+    y_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float, save_x: bool = False
 ) -> tuple[Tensor, Tensor]:
     """(x_TD, scale_T) of `gated_norm_forward` in norm.py."""
     T, D = y_TD.shape
     y_TD, z_TD = _dense_rows(y_TD), _dense_rows(z_TD)
-    x_TD = kept_empty(weight_D, T, D) if keep_x else weight_D.new_empty(T, D)
-    scale_T, blocks = kept_empty(y_TD, T, dtype=torch.float32), _blocks(D)
+    x_TD = saved_empty(weight_D, T, D) if save_x else weight_D.new_empty(T, D)
+    scale_T, blocks = saved_empty(y_TD, T, dtype=torch.float32), _blocks(D)
     with torch.cuda.device_of(y_TD):
         _gated_norm[(triton.cdiv(T, blocks["ROWS"]),)](
             y_TD, z_TD, weight_D.contiguous(), x_TD, scale_T, T, y_TD.stride(0), z_TD.stride(0), eps, **blocks

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hnet_kernels.dispatch import obstacle_anywhere, operation, use_fast, wide
 from hnet_kernels.recompute import mode, recomputed_from, save, saved
-from hnet_kernels.saved import keeping_if
+from hnet_kernels.saved import save_if
 
 
 def _fast(operation: str, x: Tensor) -> bool:
@@ -41,9 +41,9 @@ class SwiGLU(torch.autograd.Function):
     """Gradient: of both halves."""
 
     @staticmethod
-    def forward(ctx, both_T2I: Tensor, is_kept: bool) -> Tensor:
+    def forward(ctx, both_T2I: Tensor, is_saved: bool) -> Tensor:
         save(ctx, both_T2I)
-        with keeping_if(is_kept):
+        with save_if(is_saved):
             return swiglu_forward(both_T2I)
 
     @staticmethod

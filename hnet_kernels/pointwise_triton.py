@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hnet_kernels.saved import kept_empty
+from hnet_kernels.saved import saved_empty
 from hnet_kernels.triton_math import sigmoid
 
 ELEMENTS = 1024  # a program of SwiGLU
@@ -84,7 +84,7 @@ def to_float32(x: Tensor) -> Tensor:
 def swiglu_forward(both_T2I: Tensor) -> Tensor:
     """h_TI of `swiglu_forward` in pointwise.py."""
     T, inner, both_T2I = len(both_T2I), both_T2I.shape[1] // 2, both_T2I.contiguous()
-    h_TI = kept_empty(both_T2I, T, inner)
+    h_TI = saved_empty(both_T2I, T, inner)
     with torch.cuda.device_of(h_TI):
         _swiglu[(T, triton.cdiv(inner, ELEMENTS))](both_T2I, h_TI, inner, BLOCK=ELEMENTS)
     return h_TI

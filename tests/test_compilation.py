@@ -149,13 +149,13 @@ def for_hopper() -> None:
     for H, dtype in ((16, HALF), (48, HALF), (3, HALF), (16, WIDE)):
         x, B, C = new(T, H * 64 + 2 * N, dtype=dtype).split([H * 64, N, N], -1)
         x, dt, A = x.unflatten(-1, (H, 64)), new(T, H, dtype=WIDE), new(H, dtype=WIDE)
-        y, kept = ssd_triton.scan_forward(x, dt, A, B, C, cu, A, keep=True)
-        ssd_triton.scan_backward(y, x, dt, A, B, C, cu, A, kept=kept)
+        y, kept = ssd_triton.scan_forward(x, dt, A, B, C, cu, A, save=True)
+        ssd_triton.scan_backward(y, x, dt, A, B, C, cu, A, saved=kept)
         ssd_triton.scan_backward(y, x, dt, A, B, C, cu)
         raw = new(T, H + 8, dtype=dtype)[:, 8:]
-        y, kept = ssd_triton.scan_forward(x, raw, A, B, C, cu, A, keep=True, bias_H=A)
+        y, kept = ssd_triton.scan_forward(x, raw, A, B, C, cu, A, save=True, bias_H=A)
         slot = PartialSums().slot(A, A, A)
-        ssd_triton.scan_backward(y, x, raw, A, B, C, cu, A, kept=kept, bias_H=A, dweights=slot)
+        ssd_triton.scan_backward(y, x, raw, A, B, C, cu, A, saved=kept, bias_H=A, dweights=slot)
     order = attention_triton.tile_order(T, cu)
     for P, window in ((64, -1), (64, 1023), (96, 1023), (128, -1)):
         qkv = new(T, 3, 16, P)

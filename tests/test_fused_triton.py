@@ -103,7 +103,7 @@ def gated_norm_case(new: Inputs, T: int, D: int):
     dweight, same = gradients_in(sums)
     assert torch.equal(again, x) and none is None
     assert all(map(torch.equal, (only_dy, dz, same), (dy, first, dweight)))
-    assert torch.equal(norm.gated_norm_forward(y, z, weight, EPS, keep_x=True)[0], x)
+    assert torch.equal(norm.gated_norm_forward(y, z, weight, EPS, save_x=True)[0], x)
     leaves = [exact(t).requires_grad_() for t in (y, z, weight)]
     u = leaves[0] * torch.nn.functional.silu(leaves[1])
     scales = (u.square().mean(-1) + EPS).rsqrt()
@@ -284,7 +284,7 @@ def scan_case(new: Inputs, lengths: list[int], H: int, N: int, K: int = 4, sprea
     x = x.unflatten(-1, (H, P))
     out, draw, dconv = nan_like(rows), nan_like(raw, longer=8), nan_like(rows, longer=8)
     dx, dB, dC = out.split(split, -1)
-    y, kept = mamba2_scan_forward(x, raw, bias_H, A_log, B, C, D, cu, keep=True)
+    y, kept = mamba2_scan_forward(x, raw, bias_H, A_log, B, C, D, cu, save=True)
     out = dx.unflatten(-1, (H, P)), dB, dC, draw
     sums = PartialSums()
     mamba2_scan_backward(dy, x, raw, bias_H, A_log, B, C, D, cu, out, sums.slot(A_log, bias_H, D), kept)

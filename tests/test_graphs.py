@@ -245,12 +245,12 @@ def test_an_pool_gives_out_its_buffer_and_then_other_memory():
     assert (a.shape, a.dtype, b.shape, b.dtype) == ((100, 2), torch.float32, (3,), torch.int64)
     begin = pool.buffer.data_ptr()
     assert (a.data_ptr(), b.data_ptr(), pool.used) == (begin, begin + 1024, 1536) and not pool.beside
-    assert pool.keep(a[1:]).data_ptr() == a[1:].data_ptr() and pool.keep(stays).data_ptr() == stays.data_ptr()
+    assert pool.save(a[1:]).data_ptr() == a[1:].data_ptr() and pool.save(stays).data_ptr() == stays.data_ptr()
     other = torch.arange(5.0, device=DEVICE, requires_grad=True)
-    kept = pool.keep(other)
+    kept = pool.save(other)
     assert kept.tolist() == other.tolist() and not kept.requires_grad and kept.data_ptr() == begin + 1536
     large = pool.empty((2**20,), torch.uint8, stays.device)
-    assert len(large) == 2**20 and pool.beside == [large] and pool.keep(large).data_ptr() == large.data_ptr()
+    assert len(large) == 2**20 and pool.beside == [large] and pool.save(large).data_ptr() == large.data_ptr()
 
 
 @given(st.lists(st.tuples(st.integers(0, 3000), st.sampled_from([torch.uint8, torch.bfloat16, torch.float64]))))
@@ -538,7 +538,7 @@ def test_a_new_number_of_chunks_makes_segments_of_its_stage_alone():
 
 
 def test_batches_of_about_one_size_share_segments_and_old_ones_go(monkeypatch):
-    monkeypatch.setattr(graphs, "KEPT", 2)
+    monkeypatch.setattr(graphs, "CACHED", 2)
     graphed = GraphedModel(build(ONE_STAGE, torch.float32), torch.float32, ALPHA)
     for lengths in ([600, 1, 423], [512, 512], [1024]):
         graphed.forward_backward([batch(lengths, 0)])

@@ -69,7 +69,7 @@ Returned = TypeVar("Returned")
 
 TOKENS, STEPS = 128, 32  # an inner T is rounded up to a multiple of TOKENS, and to one of STEPS sizes an octave
 DOCUMENTS, LONGEST = 16, 1024  # the least room for documents and for a document; more is a power of two
-KEPT = 32  # segments of a part: the sizes last used, an octave of them
+CACHED = 32  # segments of a part: the sizes last used, an octave of them
 PIECE = 1 << 28  # with several processes, a backward is cut before a block once so many weights have been used: 1 GiB
 ROOM = 8  # of a GPU's memory, one part in so many is kept free for validation, samples and saving
 
@@ -449,7 +449,7 @@ class GraphedModel:
         """The segment of a part for these sizes, made on first use."""
         segments = self.segments[part]
         if sizes not in segments:
-            if len(segments) == KEPT:
+            if len(segments) == CACHED:
                 segments.popitem(last=False)
             kind, s = part.split()
             run = {"enter": self._enter, "pass": self._pass, "inner": self._inner, "leave": self._leave}[kind]

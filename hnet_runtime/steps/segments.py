@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hnet_kernels.gradients import Destinations, settle, switch_to, writing_to
-from hnet_kernels.saved import keeping
+from hnet_kernels.saved import save_in
 from hnet_trainable import Block
 
 
@@ -67,7 +67,7 @@ class SavedPool:
         x = torch.empty(0, dtype=dtype, device=device)
         return x.set_(self.buffer.untyped_storage(), begin // dtype.itemsize, torch.Size(shape))
 
-    def keep(self, x: Tensor) -> Tensor:
+    def save(self, x: Tensor) -> Tensor:
         """x, or a copy of it where it would be overwritten; without its gradient, which would keep it alive."""
         x = x.detach()
         if x.is_nested:  # autograd saves an NJT for its shape alone
@@ -150,8 +150,8 @@ class Segment:
         stack = contextlib.ExitStack()
         if self.pool:
             self.pool.begin()
-            stack.enter_context(keeping(self.pool))
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self.pool.keep, lambda x: x))
+            stack.enter_context(save_in(self.pool))
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self.pool.save, lambda x: x))
         return stack
 
     def _forward(self, trial: bool = False) -> None:
