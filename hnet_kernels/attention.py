@@ -237,23 +237,23 @@ class RotaryAttention(torch.autograd.Function):
 
         with save_if(mode_ != "block"):
             qkv_T3HP, attended = attend(qkv_TX.detach())
-        ctx.again = None
+        ctx.recompute = None
         if before is not None:
             before.users += 1
-            ctx.again = Recomputed(lambda: attend(before.get() if before.users <= 1 else before.get().clone()))
-            ctx.again.users += 1
+            ctx.recompute = Recomputed(lambda: attend(before.get() if before.users <= 1 else before.get().clone()))
+            ctx.recompute.users += 1
             ctx.save_for_backward()
         else:
             ctx.save_for_backward(qkv_T3HP, attended.o_THP, attended.lse_HT)
             ctx.graph = attended.graph
         ctx.angles, ctx.order, ctx.window = angles, order, window
-        result.append(ctx.again)
+        result.append(ctx.recompute)
         return attended.o_THP.flatten(1)
 
     @staticmethod
     def backward(ctx, do_TD: Tensor):
-        if ctx.again is not None:
-            qkv_T3HP, attended = ctx.again.get()
+        if ctx.recompute is not None:
+            qkv_T3HP, attended = ctx.recompute.get()
         else:
             qkv_T3HP, o_THP, lse_HT = ctx.saved_tensors
             attended = Attended(o_THP, lse_HT, ctx.graph)
@@ -264,12 +264,12 @@ class RotaryAttention(torch.autograd.Function):
 
 @rotary_attention.fast
 def _(qkv_TX, n_heads, window, cos_MR, sin_MR, position_T, cu_seqlens, order=None) -> Tensor:
-    how, again = mode(), []
+    how, recompute = mode(), []
     if order is None:
         order = tile_order(qkv_TX, qkv_TX.shape[1] // (3 * n_heads), cu_seqlens)
     packing = tuple(None if x is None else save_tensor(x) for x in (cos_MR, sin_MR, position_T, cu_seqlens, order))
-    o_TD = RotaryAttention.apply(qkv_TX, (how, n_heads, window), packing, again)
-    if again[0] is not None:
-        again[0].users += 1
-        recomputed(o_TD, lambda: again[0].get()[1].o_THP.flatten(1))
+    o_TD = RotaryAttention.apply(qkv_TX, (how, n_heads, window), packing, recompute)
+    if recompute[0] is not None:
+        recompute[0].users += 1
+        recomputed(o_TD, lambda: recompute[0].get()[1].o_THP.flatten(1))
     return o_TD

@@ -100,21 +100,21 @@ def add_norm_forward(
     return sum_, *_norm(join24(*sum_, wide_TD.dtype), weight_D, eps)
 
 
-def norm_again(sum_: Split24, scale_T: Tensor, weight_D: Tensor) -> Tensor:
+def recompute_norm(sum_: Split24, scale_T: Tensor, weight_D: Tensor) -> Tensor:
     """x_TD of `add_norm_forward`, the same bits."""
     if _fast("add_norm", sum_.high):
         from hnet_kernels import norm_triton
 
-        return norm_triton.norm_again(*sum_, scale_T, weight_D)
+        return norm_triton.recompute_norm(*sum_, scale_T, weight_D)
     return (join24(*sum_, scale_T.dtype) * scale_T[:, None] * weight_D).to(weight_D.dtype)
 
 
 def add_norm_backward(
     dx_TD: Tensor, dsum: Split24 | None, sum_: Split24, scale_T: Tensor, weight_D: Tensor, dweight: Slot,
-    again: bool = True,
+    recompute_x: bool = True,
 ) -> tuple[Split24, Tensor | None]:  # fmt: skip
     """(dboth, x_TD) of `add_norm_forward`: the gradient of residual and of delta, which is that of their sum; and x_TD,
-    the same bits as there, or None if not wanted `again`. Fills the slot of weight_D's gradient.
+    the same bits as there, or None if `recompute_x` is False. Fills the slot of weight_D's gradient.
 
     dsum: the gradient of the sum but for what comes through x_TD, None for zeros. It and dboth are in parts where dx_TD
     is bfloat16, so along a residual stream they are not rounded to that at each step; else they have dx_TD's dtype.
@@ -123,14 +123,14 @@ def add_norm_backward(
         from hnet_kernels import norm_triton
 
         dboth_TD, low_TD, x_TD = norm_triton.add_norm_backward(
-            dx_TD, *(dsum or (None, None)), *sum_, scale_T, weight_D, dweight, again
+            dx_TD, *(dsum or (None, None)), *sum_, scale_T, weight_D, dweight, recompute_x
         )
         return Split24(dboth_TD, low_TD), x_TD
     d_TD, dweight_D, x_TD = _norm_backward(dx_TD, join24(*sum_, scale_T.dtype), scale_T, weight_D)
     if dsum is not None:
         d_TD = d_TD + join24(*dsum, d_TD.dtype)
     dweight.fill(dweight_D)
-    return split24(d_TD, dx_TD.dtype), x_TD if again else None
+    return split24(d_TD, dx_TD.dtype), x_TD if recompute_x else None
 
 
 def gated_norm_forward(
@@ -150,22 +150,22 @@ def gated_norm_forward(
 
 def gated_norm_backward(
     dx_TD: Tensor, y_TD: Tensor, z_TD: Tensor, scale_T: Tensor, weight_D: Tensor, dz_TD: Tensor, dweight: Slot,
-    again: bool = True,
+    recompute_x: bool = True,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """(dy_TD, x_TD) of `gated_norm_forward`, the latter the same bits as there, or None if not wanted `again`.
+    """(dy_TD, x_TD) of `gated_norm_forward`, the latter the same bits as there, or None if `recompute_x` is False.
 
     Writes z's gradient to dz_TD, perhaps parts of longer rows, and fills the slot of weight_D's.
     """
     if _fast("gated_norm", y_TD):
         from hnet_kernels import norm_triton
 
-        return norm_triton.gated_norm_backward(dx_TD, y_TD, z_TD, scale_T, weight_D, dz_TD, dweight, again)
+        return norm_triton.gated_norm_backward(dx_TD, y_TD, z_TD, scale_T, weight_D, dz_TD, dweight, recompute_x)
     y, z = wide(y_TD), wide(z_TD)
     gate_TD = F.silu(z)
     du_TD, dweight_D, x_TD = _norm_backward(dx_TD, y * gate_TD, scale_T, weight_D)
     dz_TD.copy_(torch.ops.aten.silu_backward(du_TD * y, z))
     dweight.fill(dweight_D)
-    return (du_TD * gate_TD).to(y_TD.dtype), x_TD if again else None
+    return (du_TD * gate_TD).to(y_TD.dtype), x_TD if recompute_x else None
 
 
 class _StreamSum:
@@ -235,7 +235,7 @@ class AddNorm(torch.autograd.Function):
             dboth, dweight_D = dsum, None
         else:
             sum_ = Split24(sum_TD, low_TD)
-            dboth, _ = add_norm_backward(dx_TD, dsum, sum_, scale_T, weight_D, ctx.slot, again=False)
+            dboth, _ = add_norm_backward(dx_TD, dsum, sum_, scale_T, weight_D, ctx.slot, recompute_x=False)
             (dweight_D,) = ctx.slot.gradients()
         if ctx.before is None:
             return None, None, None, None, dboth.high, dweight_D
@@ -301,7 +301,7 @@ class Residual:
         if how != "none":
             sum_, scale_T = Split24(after.high.detach(), after.low), after.scale_T
             weight_D = save_tensor(weight_D.detach())
-            recomputed(x_TD, lambda: norm_again(sum_, scale_T, weight_D))
+            recomputed(x_TD, lambda: recompute_norm(sum_, scale_T, weight_D))
         del after.scale_T
         self._delta_TD, self._sum = None, after
         return x_TD

@@ -99,7 +99,7 @@ def _add_norm(
 
 
 @triton.jit(do_not_specialize=["T"])
-def _norm_again(
+def _recompute_norm(
     sum_ptr, low_ptr, scale_ptr, weight_ptr, x_ptr, T,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -126,7 +126,7 @@ def _add_norm_backward(
     dx_ptr, dsum_ptr, dsum_low_ptr, sum_ptr, sum_low_ptr, scale_ptr, weight_ptr, dboth_ptr, low_ptr, dweight_ptr,
     x_ptr, T, per_program,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_DSUM: tl.constexpr, SPLIT: tl.constexpr,
-    AGAIN: tl.constexpr,
+    RECOMPUTE_X: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
@@ -156,7 +156,7 @@ def _add_norm_backward(
             if SPLIT:
                 next_dsum_low = _load_rows(dsum_low_ptr, t + ROWS, D, end, D, BLOCK_D)
         next_scale = tl.load(scale_ptr + t + ROWS, mask=t + ROWS < end, other=0.0)
-        if AGAIN:
+        if RECOMPUTE_X:
             tl.store(x_ptr + at, (unit * weight[None, :]).to(x_ptr.dtype.element_ty), mask=inside)
         dweight += tl.sum(dx * unit, 0)
         g = dx * weight[None, :]
@@ -196,7 +196,7 @@ def _gated_norm(
 def _gated_norm_backward(
     dx_ptr, y_ptr, z_ptr, scale_ptr, weight_ptr, dy_ptr, dz_ptr, dweight_ptr, x_ptr, T, per_program,
     y_stride, z_stride, dz_stride,
-    AGAIN: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    RECOMPUTE_X: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
@@ -219,7 +219,7 @@ def _gated_norm_backward(
         next_scale = tl.load(scale_ptr + t + ROWS, mask=t + ROWS < end, other=0.0)
         gate, dgate = _silu_parts(z)
         unit = y * gate * scale[:, None]
-        if AGAIN:
+        if RECOMPUTE_X:
             tl.store(x_ptr + row * D + d[None, :], (unit * weight[None, :]).to(x_ptr.dtype.element_ty), mask=inside)
         dweight += tl.sum(dx * unit, 0)
         g = dx * weight[None, :]
@@ -294,12 +294,12 @@ def add_norm_forward(
     return sum_TD, low_TD, x_TD, scale_T
 
 
-def norm_again(sum_TD: Tensor, low_TD: Tensor | None, scale_T: Tensor, weight_D: Tensor) -> Tensor:
+def recompute_norm(sum_TD: Tensor, low_TD: Tensor | None, scale_T: Tensor, weight_D: Tensor) -> Tensor:
     """x_TD of `add_norm_forward`."""
     (T, D), x_TD = sum_TD.shape, weight_D.new_empty(sum_TD.shape)
     blocks = _blocks(D)
     with torch.cuda.device_of(sum_TD):
-        _norm_again[(triton.cdiv(T, blocks["ROWS"]),)](
+        _recompute_norm[(triton.cdiv(T, blocks["ROWS"]),)](
             sum_TD, low_TD, scale_T, weight_D.contiguous(), x_TD, T, SPLIT=low_TD is not None, **blocks
         )
     return x_TD
@@ -307,7 +307,7 @@ def norm_again(sum_TD: Tensor, low_TD: Tensor | None, scale_T: Tensor, weight_D:
 
 def add_norm_backward(
     dx_TD: Tensor, dsum_TD: Tensor | None, dsum_low_TD: Tensor | None, sum_TD: Tensor, sum_low_TD: Tensor | None,
-    scale_T: Tensor, weight_D: Tensor, dweight: Slot, again: bool = True,
+    scale_T: Tensor, weight_D: Tensor, dweight: Slot, recompute_x: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(dboth_TD, its low bits, x_TD) of `add_norm_backward` in norm.py."""
     (T, D), dx_TD = dx_TD.shape, dx_TD.contiguous()
@@ -315,11 +315,11 @@ def add_norm_backward(
     dboth_TD, blocks, split = dx_TD.new_empty(T, D), _blocks(D, tile, warps), dx_TD.dtype == torch.bfloat16
     low_TD = dx_TD.new_empty(T, D, dtype=torch.int8) if split else None
     programs, rows = _shares(T, blocks["ROWS"], programs, dx_TD.device)
-    dweight_ND, x_TD = dweight.rows(programs, sum_rows), weight_D.new_empty(T, D) if again else None
+    dweight_ND, x_TD = dweight.rows(programs, sum_rows), weight_D.new_empty(T, D) if recompute_x else None
     with torch.cuda.device_of(dx_TD):
         _add_norm_backward[(programs,)](
             dx_TD, dsum_TD, dsum_low_TD, sum_TD, sum_low_TD, scale_T, weight_D.contiguous(), dboth_TD, low_TD,
-            dweight_ND, x_TD, T, rows, HAS_DSUM=dsum_TD is not None, SPLIT=split, AGAIN=again, **blocks,
+            dweight_ND, x_TD, T, rows, HAS_DSUM=dsum_TD is not None, SPLIT=split, RECOMPUTE_X=recompute_x, **blocks,
         )  # fmt: skip
     return dboth_TD, low_TD, x_TD
 
@@ -341,7 +341,7 @@ def gated_norm_forward(
 
 def gated_norm_backward(
     dx_TD: Tensor, y_TD: Tensor, z_TD: Tensor, scale_T: Tensor, weight_D: Tensor, dz_TD: Tensor, dweight: Slot,
-    again: bool = True,
+    recompute_x: bool = True,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(dy_TD, x_TD) of `gated_norm_backward` in norm.py; fills dz_TD, whose rows are dense."""
     T, D = y_TD.shape
@@ -349,10 +349,10 @@ def gated_norm_backward(
     tile, programs, warps = _walk_gated_norm(D)
     dy_TD, blocks = y_TD.new_empty(T, D), _blocks(D, tile, warps)
     programs, rows = _shares(T, blocks["ROWS"], programs, dx_TD.device)
-    dweight_ND, x_TD = dweight.rows(programs, sum_rows), weight_D.new_empty(T, D) if again else None
+    dweight_ND, x_TD = dweight.rows(programs, sum_rows), weight_D.new_empty(T, D) if recompute_x else None
     with torch.cuda.device_of(dx_TD):
         _gated_norm_backward[(programs,)](
             dx_TD, y_TD, z_TD, scale_T, weight_D.contiguous(), dy_TD, dz_TD, dweight_ND, x_TD, T, rows,
-            y_TD.stride(0), z_TD.stride(0), dz_TD.stride(0), AGAIN=again, **blocks,
+            y_TD.stride(0), z_TD.stride(0), dz_TD.stride(0), RECOMPUTE_X=recompute_x, **blocks,
         )  # fmt: skip
     return dy_TD, x_TD

@@ -796,7 +796,7 @@ def scan_backward(
     dweights: Slot | None = None,
 ) -> Gradients:
     """Gradients of `scan_forward`. `out`: where dx, dB, dC, see `can_write`, and ddt go. `saved`: from the forward of
-    the same inputs; without it decays and states are computed again, to the same bits. `dweights`: for those of A, bias
+    the same inputs; without it decays and states are recomputed to the same bits. `dweights`: for those of A, bias
     and D, which are not returned then."""
     dx_THP, dB_TN, dC_TN, ddt_TH = out or tuple(t.new_empty(t.shape) for t in (x_THP, B_TN, C_TN, dt_TH))
     assert ddt_TH.stride(1) == 1
@@ -807,10 +807,10 @@ def scan_backward(
             dweights.rows(0, sum_rows)
         none = {name: torch.zeros_like(x) for name, x in of_heads.items()}
         return Gradients(dx_THP, ddt_TH, dB_TN=dB_TN, dC_TN=dC_TN, **none)
-    plan, again = _Plan(x_THP, B_TN, C_TN), saved is None
+    plan, recompute = _Plan(x_THP, B_TN, C_TN), saved is None
     H, P, N, Q, n_chunks = plan.H, plan.P, plan.N, plan.Q, plan.n_chunks
     groups = _groups(n_chunks, H, x_THP.device)
-    saved = plan.empty(A_H, with_states=True) if again else saved
+    saved = plan.empty(A_H, with_states=True) if recompute else saved
     dstates_CHPN = x_THP.new_empty(saved.states_CHPN.shape)
     states, dstates = (_described(x, P, N) for x in (saved.states_CHPN, dstates_CHPN))
     dscores_GCQQ = _described(x_THP.new_empty(groups * n_chunks * Q, Q), Q, Q)
@@ -823,7 +823,7 @@ def scan_backward(
     sums_CW = A_H.new_zeros(n_chunks, len(of_heads) * H) if dweights is None else dweights.rows(n_chunks, sum_rows)
     through_CHP = A_H.new_empty(n_chunks, H, P)
     with torch.cuda.device_of(x_THP):
-        if again:
+        if recompute:
             plan.prepare(saved, dt_TH, bias_H, A_H, cu_seqlens, scores_CQQ=None)
             plan.states(x_THP, plan.B, saved, saved.states_CHPN, reverse=False)
         plan.states(dy_THP, plan.C, saved, dstates_CHPN, reverse=True)

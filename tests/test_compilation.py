@@ -94,7 +94,7 @@ def for_any_gpu() -> None:
         for before, slot in zip(((None, None), (delta, new(T, D, dtype=torch.int8))), slots):
             *total, _, scale = norm_triton.add_norm_forward(*before, delta, weight, 1e-5)
             norm_triton.add_norm_backward(delta, *before, *total, scale, weight, slot)
-            norm_triton.norm_again(*total, scale, weight)
+            norm_triton.recompute_norm(*total, scale, weight)
         sums.total()
         p_T = router_triton.boundary_forward(delta, delta, position_T)
         router_triton.boundary_backward(p_T, delta, delta, position_T)
@@ -118,9 +118,9 @@ def for_any_gpu() -> None:
         sums.total()
         y_TD = after[:, : 2 * D].contiguous()
         _, scale = norm_triton.gated_norm_forward(y_TD, z, gate, 1e-5)
-        for again in (True, False):
+        for recompute_x in (True, False):
             slot = PartialSums().slot(gate)
-            norm_triton.gated_norm_backward(y_TD, y_TD, z, scale, gate, torch.empty_like(z), slot, again)
+            norm_triton.gated_norm_backward(y_TD, y_TD, z, scale, gate, torch.empty_like(z), slot, recompute_x)
     ema_triton.sum_chunks(residual, start_C)
     router_triton.add_rows_(p_T[:, None], start_C, router_triton.gather_rows(p_T[:, None], start_C, None))
     found = Chunks.empty(p_T, documents=1)

@@ -72,12 +72,12 @@ def add_norm_case(new: Inputs, T: int, D: int, first: bool) -> dict[str, tuple[T
     sums = PartialSums()
     slot, other = sums.slot(weight), sums.slot(weight)
     arguments = dx, None if first else dsum, sum_, scale, weight
-    dboth, again = norm.add_norm_backward(*arguments, slot)
-    same, none = norm.add_norm_backward(*arguments, other, again=False)
+    dboth, recomputed = norm.add_norm_backward(*arguments, slot)
+    same, none = norm.add_norm_backward(*arguments, other, recompute_x=False)
     dweight, same_dweight = gradients_in(sums)
     assert none is None and torch.equal(same.high, dboth.high) and torch.equal(same_dweight, dweight)
     assert same.low is dboth.low is None or torch.equal(same.low, dboth.low)
-    assert torch.equal(again, x) and torch.equal(norm.norm_again(sum_, scale, weight), x)
+    assert torch.equal(recomputed, x) and torch.equal(norm.recompute_norm(sum_, scale, weight), x)
     leaves = [exact(t).requires_grad_() for t in (norm.join24(*residual, torch.float32), delta, weight)]
     wide = leaves[0] + leaves[1]
     scales = (wide.square().mean(-1) + EPS).rsqrt()
@@ -97,11 +97,11 @@ def gated_norm_case(new: Inputs, T: int, D: int):
     x, scale = norm.gated_norm_forward(y, z, weight, EPS)
     dz, sums = nan_like(z, longer=8), PartialSums()
     slot, other = sums.slot(weight), sums.slot(weight)
-    dy, again = norm.gated_norm_backward(dx, y, z, scale, weight, dz, slot)
+    dy, recomputed = norm.gated_norm_backward(dx, y, z, scale, weight, dz, slot)
     first = dz.clone()
-    only_dy, none = norm.gated_norm_backward(dx, y, z, scale, weight, dz.fill_(math.nan), other, again=False)
+    only_dy, none = norm.gated_norm_backward(dx, y, z, scale, weight, dz.fill_(math.nan), other, recompute_x=False)
     dweight, same = gradients_in(sums)
-    assert torch.equal(again, x) and none is None
+    assert torch.equal(recomputed, x) and none is None
     assert all(map(torch.equal, (only_dy, dz, same), (dy, first, dweight)))
     assert torch.equal(norm.gated_norm_forward(y, z, weight, EPS, save_x=True)[0], x)
     leaves = [exact(t).requires_grad_() for t in (y, z, weight)]
@@ -117,10 +117,10 @@ def swiglu_case(new: Inputs, T: int, inner: int):
     both, dh = new(T, 2 * inner, scale=3), new(T, inner)
     leaf = exact(both).requires_grad_()
     h = torch.nn.functional.silu(leaf[:, inner:]) * leaf[:, :inner]
-    h_, (dboth, again) = pointwise.swiglu_forward(both), pointwise.swiglu_backward(dh, both)
-    same, none = pointwise.swiglu_backward(dh, both, again=False)
+    h_, (dboth, recomputed) = pointwise.swiglu_forward(both), pointwise.swiglu_backward(dh, both)
+    same, none = pointwise.swiglu_backward(dh, both, recompute_h=False)
     assert none is None and torch.equal(same, dboth)
-    assert torch.equal(again, h_)
+    assert torch.equal(recomputed, h_)
     found = {"h": h_, "dboth": dboth}
     return found, {"h": h, "dboth": torch.autograd.grad(h, leaf, exact(dh))[0]}
 

@@ -117,7 +117,7 @@ ROLES: dict[str, tuple[Any, str]] = {
     "adding to the residual backward": (norm, "add_norm_backward"),
     "gradients of the residual": (norm, "_total_gradient"),
     "reading the residual backward": (norm.ReadSum, "backward"),
-    "recomputed norm": (norm, "norm_again"),
+    "recomputed norm": (norm, "recompute_norm"),
     "recomputed product": (linear, "recomputed_from"),
     "recomputed gated MLP": (pointwise, "recomputed_from"),
     "router probability backward": (router, "boundary_backward"),
