@@ -253,7 +253,7 @@ class GraphedModel:
             groups or [everything], spans, BETAS, compute_weights=copies, rank=rank, narrow=narrow
         )
         own = [name for name in parameters if name not in self.shared]
-        self.all_places = self._places(own), self._places(self.shared)
+        self.all_gradients = self._gradients(own), self._gradients(self.shared)
         # of micro-batches' gradients; there from the start, so that graphs do not take its memory
         self.sums = [torch.zeros_like(gradient) for gradient in self.optimizer.gradients] if accumulates else []
         # for captures, and nobody else's: torch's own for them is one of the 32 that it hands out to all (see
@@ -455,9 +455,9 @@ class GraphedModel:
             run = {"enter": self._enter, "pass": self._pass, "inner": self._inner, "leave": self._leave}[kind]
             last = part == list(self.weights)[-1]
             pool = None if last else self.pools.setdefault(part, SavedPool(self.static, self.device))
-            parts = [BackwardPart(block, self._places(names), span) for block, names, span in self.weights[part]]
+            parts = [BackwardPart(block, self._gradients(names), span) for block, names, span in self.weights[part]]
             run = functools.partial(self._run, functools.partial(run, int(s), sizes))
-            segment = Segment(run, parts, self._places(self.shared), pool)
+            segment = Segment(run, parts, self._gradients(self.shared), pool)
             if self.device.type == "cuda":
                 self._capture(part, sizes, segment)
             segments[sizes] = segment
@@ -465,7 +465,7 @@ class GraphedModel:
         segments.move_to_end(sizes)
         return segments[sizes]
 
-    def _places(self, names: Sequence[str]) -> dict[Tensor, Tensor]:
+    def _gradients(self, names: Sequence[str]) -> dict[Tensor, Tensor]:
         """The model's weights of these names, and where their gradients go."""
         return {self.model.get_parameter(name): self.masters.get_parameter(name).grad for name in names}
 
@@ -545,14 +545,14 @@ class GraphedModel:
 
     def _eagerly(self, iids: Tensor, labels: Tensor) -> Tensor:
         """A micro-batch through the model's own forward."""
-        own, shared = self.all_places
+        own, shared = self.all_gradients
         destinations = Destinations(own)
-        for place in shared.values():
-            place.zero_()
+        for gradient in shared.values():
+            gradient.zero_()
         with writing_to(destinations):
             out = self.model(iids, labels)
         loss = training_loss(out.ce, out.ratio_losses, self.alpha)
-        wanted = [*destinations.places, *shared]
+        wanted = [*destinations.by_tensor, *shared]
         gradients = torch.autograd.grad(loss, wanted, self.dloss.to(loss.dtype), allow_unused=True)
         settle(destinations, dict(zip(wanted, gradients)), shared)
         self.found_stages = [stage.detach() for stage in out.stages]

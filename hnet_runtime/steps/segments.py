@@ -26,7 +26,7 @@ def memory_ran_out(error: BaseException) -> bool:
 
 
 Outputs = Sequence[tuple[Tensor, Tensor]]  # each with where its gradient will be
-Leaf = Callable[..., Tensor]  # (tensor, place of its gradient, adds=False)
+Leaf = Callable[..., Tensor]  # (tensor, memory of its gradient, adds=False)
 
 
 class SavedPool:
@@ -81,7 +81,7 @@ class BackwardPart(NamedTuple):
     """One backward graph of a segment: from `block` (None: the start) to where the next one begins."""
 
     block: Block | None
-    places: dict[Tensor, Tensor]  # the weights that are read there, and where their gradients go
+    gradients: dict[Tensor, Tensor]  # the weights that are read there, and where their gradients go
     span: int  # of the optimizer's
 
 
@@ -156,7 +156,7 @@ class Segment:
 
     def _forward(self, trial: bool = False) -> None:
         """trial: gradients of what comes from other segments go nowhere, so that theirs stay."""
-        self.destinations = [Destinations(part.places) for part in self.parts]
+        self.destinations = [Destinations(part.gradients) for part in self.parts]
         # where one backward part ends and the next begins: outputs of the blocks before, and the leaves in their place
         self.cuts: list[list[tuple[Tensor, Tensor]]] = []
 
@@ -186,7 +186,7 @@ class Segment:
         outputs, doutputs = zip(*self.outputs)
         i = len(self.cuts)
         destinations, cut = self.destinations[i], self.cuts.pop() if self.cuts else []
-        wanted = [*destinations.places, *self.shared, *(leaf for _, leaf in cut)]
+        wanted = [*destinations.by_tensor, *self.shared, *(leaf for _, leaf in cut)]
         gradients = dict(zip(wanted, torch.autograd.grad(outputs, wanted, doutputs, allow_unused=True)))
         self.outputs = [(x, gradients[leaf]) for x, leaf in cut if gradients[leaf] is not None]
         settle(destinations, gradients, self.shared)
