@@ -208,10 +208,10 @@ class TrainState:
         with self.optimizer.full_precision() if self.unsharded else contextlib.nullcontext():
             checkpoint.load(source, self.model, self.optimizer)
 
-    def make_room(self) -> None:
+    def free_memory(self) -> None:
         """For what runs between steps."""
         if self.unsharded:
-            self.runner.make_room()
+            self.runner.free_memory()
 
     def step(
         self, slices: list[fineweb.Slice], scale: float, wants_statistics: bool, before_update: Callable[[], None]
@@ -233,7 +233,7 @@ class TrainState:
         self.optimizer.step()
         if more is not None:
             count = functools.partial(statistics.weight_statistics, self.optimizer, self.hnet.num_stages, self.world)
-            more.append(self.runner.with_room(count) if self.unsharded else count())
+            more.append(self.runner.retry_without_graphs(count) if self.unsharded else count())
         if not self.unsharded:  # else each step writes every gradient anew
             self.optimizer.zero_grad()
         return torch.cat([stats, norm[None], *(more or [])])
@@ -336,7 +336,7 @@ class Run:
         self.about, self.folder = about, open_folder(config.save_dir, name, world)
         parameters = sum(p.numel() for p in state.parameters)
         try:
-            of_main(lambda: checkpoint.require_room(self.folder, parameters), world)
+            of_main(lambda: checkpoint.require_disk_space(self.folder, parameters), world)
             self.step = self._go_on()
         except UserError:
             leave_unused(self.folder, world)
@@ -440,7 +440,7 @@ class Run:
         assert self.waiting
         record, self.waiting = self._settle(step, *self.waiting), None
         if validates or samples or saves:
-            self.state.make_room()
+            self.state.free_memory()
         if validates:
             watch.at(step, "validation")
             record |= validate(self.state.evaluated, self.val_stream, self.world, config.val_slices or None)

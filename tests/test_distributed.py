@@ -516,9 +516,9 @@ def test_a_step_has_a_slice_for_each_process_unless_told_otherwise(corpus, tmp_p
 
 
 def test_a_disk_without_room_is_refused(tmp_path):
-    checkpoint.require_room(tmp_path, 1000)
+    checkpoint.require_disk_space(tmp_path, 1000)
     with pytest.raises(checkpoint.UserError, match="MB are free and a checkpoint takes 12,000,000,000.0"):
-        checkpoint.require_room(tmp_path, 10**15)
+        checkpoint.require_disk_space(tmp_path, 10**15)
 
 
 def test_what_is_saved_has_torchs_names(tmp_path):

@@ -111,11 +111,11 @@ class Saver:
             except OSError as failure:
                 error = failure
         self._raise_together(error)
-        state, copies, ready, room = self._state(), {}, None, _room(self._device)
+        state, copies, ready, free = self._state(), {}, None, _free_gpu_memory(self._device)
         for name, tensor in state.items():
             size = _local(tensor).nbytes
-            if size <= room:
-                room -= size
+            if size <= free:
+                free -= size
                 copies[name] = tensor.clone()
         if self._device.type == "cuda":
             ready = torch.cuda.current_stream().record_event()
@@ -267,7 +267,7 @@ def _local(tensor: Tensor | SplitFloat32) -> Tensor | SplitFloat32:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _room(device: torch.device) -> float:
+def _free_gpu_memory(device: torch.device) -> float:
     """Bytes that nobody has reserved on a GPU, less an eighth of all: what a step needs varies with the chunks.
 
     What torch has reserved without using it may belong to graphs, which alone can use it.
@@ -287,7 +287,7 @@ def save(
     return saver.finish()
 
 
-def require_room(run: Path, parameters: int) -> None:
+def require_disk_space(run: Path, parameters: int) -> None:
     """Raises UserError unless the disk of `run` has room for a checkpoint: float32 weights and two moments of each."""
     needed, free = 12 * parameters, shutil.disk_usage(run).free
     if free < needed:

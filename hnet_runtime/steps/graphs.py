@@ -71,7 +71,7 @@ TOKENS, STEPS = 128, 32  # an inner T is rounded up to a multiple of TOKENS, and
 DOCUMENTS, LONGEST = 16, 1024  # the least room for documents and for a document; more is a power of two
 CACHED = 32  # segments of a part: the sizes last used, an octave of them
 PIECE = 1 << 28  # with several processes, a backward is cut before a block once so many weights have been used: 1 GiB
-ROOM = 8  # of a GPU's memory, one part in so many is kept free for validation, samples and saving
+FREE_SHARE = 8  # of a GPU's memory, one part in so many is kept free for validation, samples and saving
 
 
 def obstacle(config: HNetConfig, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -265,7 +265,7 @@ class GraphedModel:
         self.share, self.dloss = 0.0, torch.zeros((), **wide)
         self.saved: dict[str, tuple[int, int]] = {}  # of a part: bytes for its most tokens, and these
         self.captured, self.capture_seconds = 0, 0.0
-        self.room = 0  # of how many bytes the steps may be
+        self.capacity = 0  # the most bytes of a micro-batch for which memory is allocated
         self.forget()
 
     def _modules(self) -> dict[str, list[nn.Module | nn.Parameter | None]]:
@@ -327,17 +327,17 @@ class GraphedModel:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def make_room(self) -> None:
+    def free_memory(self) -> None:
         """Drops all graphs where they leave too little of the GPU's memory to what runs between steps.
 
         A young router may have needed far larger ones than are needed now.
         """
         if self.device.type == "cuda":
             free, everything = torch.cuda.mem_get_info(self.device)
-            if free < everything // ROOM:
+            if free < everything // FREE_SHARE:
                 self.forget()
 
-    def with_room(self, call: Callable[[], Returned]) -> Returned:
+    def retry_without_graphs(self, call: Callable[[], Returned]) -> Returned:
         """What `call` returns; where the GPU's memory is too full for it, of a second call, without any graphs."""
         try:
             return call()
@@ -350,7 +350,7 @@ class GraphedModel:
 
     def _allocate(self, T: int) -> None:
         """What segments read and write, for steps of at most T bytes."""
-        self.room = 0
+        self.capacity = 0
         self.forget()
         documents, wide = _power(max(T, DOCUMENTS)), self.losses.dtype
         self.iids_T, self.labels_T = torch.zeros(2, T, dtype=torch.int64, device=self.device)
@@ -371,7 +371,7 @@ class GraphedModel:
         static += [self.iids_T, self.labels_T, self.losses, *(x for at in self.buffers for x in at.tensors)]
         static += [x for packing in self.packings for x in vars(packing).values() if isinstance(x, Tensor)]
         self.static = frozenset(x.untyped_storage().data_ptr() for x in static if x is not None)
-        self.room = len(self.iids_T)
+        self.capacity = len(self.iids_T)
 
     # ------------------------------------------------------------------------------------------- what segments compute
 
@@ -481,14 +481,14 @@ class GraphedModel:
             self.saved[part] = (pool.used if pool else 0), sizes.T
         began = time.perf_counter()
         used, T = self.saved[part]
-        self._make_room_in(part, used * sizes.T / T)
+        self._grow_pool(part, used * sizes.T / T)
         while not segment.capture(self.graph_pool, self.stream):  # as where a longer document makes larger tables
-            self._make_room_in(part, pool.used)
+            self._grow_pool(part, pool.used)
         self.capture_seconds += time.perf_counter() - began
         if pool and sizes.T >= T:
             self.saved[part] = pool.used, sizes.T
 
-    def _make_room_in(self, part: str, need: float) -> None:
+    def _grow_pool(self, part: str, need: float) -> None:
         """Room for so many bytes in a part's pool."""
         pool = self.pools.get(part)
         if pool and need > len(pool.buffer):
@@ -536,7 +536,7 @@ class GraphedModel:
             for span in reversed(range(sum(map(len, self.weights.values())) if self.size > 1 else 0)):
                 finished(span)
             return losses
-        segments = self.with_room(functools.partial(self._forward, iids, labels))
+        segments = self.retry_without_graphs(functools.partial(self._forward, iids, labels))
         for name in self.shared:  # every part adds to those
             self.masters.get_parameter(name).grad.zero_()
         for segment in reversed(segments):
@@ -562,7 +562,7 @@ class GraphedModel:
     def _forward(self, iids: Tensor, labels: Tensor) -> list[Segment]:
         """A micro-batch's forward. Returns the segments that have run, in the order whose reverse is the backward's."""
         T, offsets = len(iids.values()), iids.offsets()
-        if self.room < T:
+        if self.capacity < T:
             self._allocate(T)
         self.iids_T[:T].copy_(iids.values())
         self.labels_T[:T].copy_(labels.values())
