@@ -299,22 +299,22 @@ def takes_graphs(config: TrainConfig, hnet: HNetConfig, dtype: torch.dtype, worl
     """
     if config.compile not in ("auto", "graph") or (config.compile == "auto" and world.device.type != "cuda"):
         return False, world
-    obstacle = graphs.obstacle(hnet, world.device, dtype)
+    reason = graphs.why_unsupported(hnet, world.device, dtype)
     if config.max_chunks_per_rank:
-        obstacle = "graphs do not know --max-chunks-per-rank"
-    if world.shards > 1 and not obstacle:
+        reason = "graphs do not support --max-chunks-per-rank"
+    if world.shards > 1 and not reason:
         if config.replicate:
-            obstacle = f"graphs need whole weights on each process: with {world.size}, --replicate {world.size}"
+            reason = f"graphs need unsharded weights: with {world.size} processes, --replicate {world.size}"
         elif too_large := distributed.too_large_for_copies(hnet, world):
-            obstacle = too_large
+            reason = too_large
         else:
             world = world._replace(mesh=distributed.make_mesh(world.device.type, world.size, world.size))
-    obstacle = obstacle or agreement.steps_as_graphs(hnet, config.ac)
-    if obstacle and config.compile == "graph":
-        raise UserError(f"--compile graph: {obstacle}; use eager")
-    if obstacle:
-        logger.info("steps do not run as graphs: %s", obstacle)
-    return not obstacle, world
+    reason = reason or agreement.steps_as_graphs(hnet, config.ac)
+    if reason and config.compile == "graph":
+        raise UserError(f"--compile graph: {reason}; use eager")
+    if reason:
+        logger.info("steps do not run as graphs: %s", reason)
+    return not reason, world
 
 
 class Run:

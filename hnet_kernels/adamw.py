@@ -18,14 +18,14 @@ NAN_BITS = 0x7FC00000
 
 
 def _fast(operation: str, device: torch.device, dtype: torch.dtype) -> bool:
-    obstacle = None
+    reason = None
     if device.type != "cuda":
-        obstacle = "no CUDA device"
+        reason = "no CUDA device"
     elif dtype != torch.float32:
-        obstacle = f"dtype {str(dtype).removeprefix('torch.')}"
+        reason = f"dtype {str(dtype).removeprefix('torch.')}"
     elif importlib.util.find_spec("triton") is None:
-        obstacle = "no triton"
-    return use_fast(operation, device.type, dtype, obstacle)
+        reason = "no triton"
+    return use_fast(operation, device.type, dtype, reason)
 
 
 def norms(g_KB: Tensor, first_P: Tensor, dtype: torch.dtype) -> Tensor:

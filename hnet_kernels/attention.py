@@ -100,7 +100,7 @@ attention_definition.register_autograd(_backward, setup_context=_setup)
 
 
 @torch.compiler.assume_constant_result
-def _flash_obstacle(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
+def _why_no_flash(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
     if device_type != "cuda":
         return "no CUDA device"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -121,7 +121,7 @@ def attention(
     document. Returns o_THP. On CUDA in 16 bits this is torch's varlen flash attention, else `attention_definition`.
     """
     kind = q_THP.device.type, q_THP.dtype
-    if use_fast("attention", *kind, _flash_obstacle(*kind, q_THP.shape[-1])):
+    if use_fast("attention", *kind, _why_no_flash(*kind, q_THP.shape[-1])):
         from torch.nn.attention.varlen import varlen_attn
 
         size = (window, 0) if window >= 0 else (-1, 0)
@@ -129,11 +129,11 @@ def attention(
     return attention_definition(q_THP, k_THP, v_THP, cu_seqlens, window)
 
 
-def _packed_obstacle(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
+def _why_no_packed(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why the kernels of attention_triton.py cannot run on these, or None."""
-    obstacle = _flash_obstacle(device_type, dtype, head_dim)
-    if obstacle:
-        return obstacle
+    reason = _why_no_flash(device_type, dtype, head_dim)
+    if reason:
+        return reason
     if head_dim % 16 or head_dim > 128:
         return f"head size {head_dim}, not a multiple of 16 up to 128"
     capability = torch.cuda.get_device_capability()
@@ -157,7 +157,7 @@ def tile_order(x_TD: Tensor, head_dim: int, cu_seqlens: Tensor) -> Tensor | None
     v. None where their kernels cannot run.
     """
     kind = x_TD.device.type, x_TD.dtype
-    if not use_fast("packed_attention", *kind, _packed_obstacle(*kind, head_dim)):
+    if not use_fast("packed_attention", *kind, _why_no_packed(*kind, head_dim)):
         return None
     from hnet_kernels import attention_triton  # not above: triton is not everywhere
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from hnet_kernels.dispatch import obstacle_anywhere, operation, use_fast, wide
+from hnet_kernels.dispatch import operation, use_fast, why_unsupported, wide
 from hnet_kernels.gradients import Slot, slot_of
 from hnet_kernels.recompute import mode, recomputed
 from hnet_kernels.saved import save_if, save_tensor
@@ -22,7 +22,7 @@ WIDEST = 8192  # channels: a row must fit into the registers of one program
 
 
 def _fast(operation: str, x_TD: Tensor) -> bool:
-    return use_fast(operation, x_TD.device.type, x_TD.dtype, obstacle_anywhere(x_TD, WIDEST))
+    return use_fast(operation, x_TD.device.type, x_TD.dtype, why_unsupported(x_TD, WIDEST))
 
 
 def rms_norm(x_TD: "Tensor | Residual", weight_D: Tensor, eps: float) -> Tensor:

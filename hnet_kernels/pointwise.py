@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hnet_kernels.dispatch import obstacle_anywhere, operation, use_fast, wide
+from hnet_kernels.dispatch import operation, use_fast, why_unsupported, wide
 from hnet_kernels.recompute import mode, recomputed_from, save, saved
 from hnet_kernels.saved import save_if
 
 
 def _fast(operation: str, x: Tensor) -> bool:
-    return use_fast(operation, x.device.type, x.dtype, obstacle_anywhere(x))
+    return use_fast(operation, x.device.type, x.dtype, why_unsupported(x))
 
 
 def to_float32(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ This file has the definitions and the choice; the Triton kernels that run on a G
 import torch
 from torch import Tensor
 
-from hnet_kernels.dispatch import obstacle_anywhere, operation, use_fast, wide
+from hnet_kernels.dispatch import operation, use_fast, why_unsupported, wide
 from hnet_kernels.ema import sum_chunks
 from hnet_kernels.gradients import destination_of
 from hnet_kernels.recompute import save, saved
@@ -18,7 +18,7 @@ WIDEST = 8192  # channels: a row must fit into the registers of one program
 
 
 def _fast(operation: str, x_TD: Tensor) -> bool:
-    return use_fast(operation, x_TD.device.type, x_TD.dtype, obstacle_anywhere(x_TD, WIDEST))
+    return use_fast(operation, x_TD.device.type, x_TD.dtype, why_unsupported(x_TD, WIDEST))
 
 
 def _units(q_TD: Tensor, k_TD: Tensor) -> tuple[Tensor, ...]:

@@ -181,7 +181,7 @@ def scan_backward(
     return dx_THP, dgain_TH, dlog_a_TH.to(dtype), dB_TN.to(B_TN.dtype), dC_TN.to(C_TN.dtype)
 
 
-def _obstacle(x_THP: Tensor, B_TN: Tensor) -> str | None:
+def _why_unsupported(x_THP: Tensor, B_TN: Tensor) -> str | None:
     """Why the kernels of ssd_triton.py cannot run on these, or None."""
     P, N = x_THP.shape[-1], B_TN.shape[-1]
     if x_THP.device.type != "cuda":
@@ -208,7 +208,7 @@ def ssd(x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TN: Tensor, C_TN: Tensor, c
     float64 with float64 inputs. cu_seqlens: int32 or int64 (B + 1,). Returns y_THP in x's dtype; the skip D x and the
     gate are the caller's. Keeps only its inputs for the backward, which computes the states again.
     """
-    if use_fast("ssd", x_THP.device.type, x_THP.dtype, _obstacle(x_THP, B_TN)):
+    if use_fast("ssd", x_THP.device.type, x_THP.dtype, _why_unsupported(x_THP, B_TN)):
         from hnet_kernels import ssd_triton  # not above: triton is not everywhere
 
         return ssd_triton.scan_forward(x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens)[0]
@@ -225,7 +225,7 @@ def ssd_backward(
     dy_THP: Tensor, x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TN: Tensor, C_TN: Tensor, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `ssd` for x, dt, A, B and C, given the gradient dy_THP of its output."""
-    if use_fast("ssd", x_THP.device.type, x_THP.dtype, _obstacle(x_THP, B_TN)):
+    if use_fast("ssd", x_THP.device.type, x_THP.dtype, _why_unsupported(x_THP, B_TN)):
         from hnet_kernels import ssd_triton
 
         return ssd_triton.scan_backward(dy_THP, x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens)[:5]
@@ -264,7 +264,7 @@ def mamba2_scan_forward(
     Returns y_THP, and where `save` is set what `mamba2_scan_backward` can take to compute less again: H P N numbers for
     64 tokens (32 in float32) in x's dtype, and a little; nothing from the definition.
     """
-    if use_fast("ssd", x_THP.device.type, x_THP.dtype, _obstacle(x_THP, B_TN)):
+    if use_fast("ssd", x_THP.device.type, x_THP.dtype, _why_unsupported(x_THP, B_TN)):
         from hnet_kernels import ssd_triton
 
         y_THP, saved = ssd_triton.scan_forward(x_THP, raw_TH, A_log_H, B_TN, C_TN, cu_seqlens, D_H, save, bias_H)
@@ -293,7 +293,7 @@ def mamba2_scan_backward(
 
     `saved`: what the forward saved, or nothing; the same bits either way.
     """
-    if use_fast("ssd", x_THP.device.type, x_THP.dtype, _obstacle(x_THP, B_TN)):
+    if use_fast("ssd", x_THP.device.type, x_THP.dtype, _why_unsupported(x_THP, B_TN)):
         from hnet_kernels import ssd_triton
 
         if ssd_triton.can_write(out[:3]):

@@ -543,5 +543,5 @@ def test_large_and_without_waiting():
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") == "1"
     torch.set_num_threads(1)
-    adamw.use_fast = lambda operation, device, dtype, obstacle: dtype != torch.float64
+    adamw.use_fast = lambda operation, device, dtype, reason: dtype != torch.float64
     print(json.dumps({name: gaps(name, "cpu") for name in CASES}))

@@ -18,7 +18,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-HOPPER = {"attention_triton", "ssd_triton"}  # they run nowhere else, see the `_obstacle`s beside the definitions
+HOPPER = {"attention_triton", "ssd_triton"}  # they run nowhere else, see the `_why_unsupported`s beside the definitions
 OTHERS = {
     "adamw_triton", "boundaries_triton", "conv_triton", "cross_entropy_triton", "ema_triton", "norm_triton",
     "pointwise_triton", "router_triton",

@@ -491,5 +491,5 @@ if __name__ == "__main__":
         *(importlib.import_module(f"hnet_kernels.{n}") for n in ("ssd", "conv")),
         attention,
     ):
-        module.use_fast = lambda operation, device, dtype, obstacle: dtype != torch.float64
+        module.use_fast = lambda operation, device, dtype, reason: dtype != torch.float64
     print(json.dumps({name: distances(name, torch.float32, "cpu") for name in CASES}))

@@ -191,11 +191,11 @@ def test_interpreted_kernels_find_the_same_with_what_the_forward_kept():
     assert interpreted("changed_by_keeping") == {name: [] for name in SMALL}
 
 
-def test_obstacles():
+def test_the_reason_why_there_is_no_kernel():
     x, B = torch.empty(1, 1, 64), torch.empty(1, 16)
-    assert definition._obstacle(x, B) == "no CUDA device"
+    assert definition._why_unsupported(x, B) == "no CUDA device"
     x = x.to("meta")
-    assert definition._obstacle(x, B) == "no CUDA device"
+    assert definition._why_unsupported(x, B) == "no CUDA device"
 
 
 # ----------------------------------------------------------------------------------------------------------- real GPUs

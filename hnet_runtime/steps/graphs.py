@@ -74,7 +74,7 @@ PIECE = 1 << 28  # with several processes, a backward is cut before a block once
 FREE_SHARE = 8  # of a GPU's memory, one part in so many is kept free for validation, samples and saving
 
 
-def obstacle(config: HNetConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+def why_unsupported(config: HNetConfig, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a model's steps cannot run as graphs on a device, computing in dtype; None where they can.
 
     On a GPU each operation must have a fast kernel: some of the definitions wait for the device, which ends a capture.
@@ -222,7 +222,7 @@ class GraphedModel:
         self.size, self.accumulates = world.size if world else 1, accumulates
         self.dtype, self.device = compute_dtype, masters.lm_head.weight.device
         self.captures, self.found_stages = captures, None
-        if captures and (reason := obstacle(config, self.device, compute_dtype)):
+        if captures and (reason := why_unsupported(config, self.device, compute_dtype)):
             raise ValueError(f"steps as graphs: {reason}")
         parameters, copies = dict(masters.named_parameters()), []  # copies: (in the compute dtype, master)
         computed: dict[int, Any] = {id(x): x for x in (config, *masters.buffers())}  # buffers are the masters' own
