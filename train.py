@@ -134,7 +134,7 @@ def forward_backward(
     `routers`, where given, gets the `router_statistics` of this rank's last slice.
     """
     if isinstance(model, GraphedModel):
-        batches = [piece.nested(world.device) for piece in slices]
+        batches = [slice_.nested(world.device) for slice_ in slices]
         losses = model.forward_backward(batches)
         counted = (sum(n) / len(slices) for n in zip(*((p.text_bytes, len(p.row_lengths)) for p in slices)))
         numbers = [losses.ce, *(torch.full_like(losses.ce, n) for n in counted)]
@@ -142,15 +142,15 @@ def forward_backward(
         (iids, _), slices = batches[-1], []
     else:
         stats = []
-    for i, piece in enumerate(slices):
+    for i, slice_ in enumerate(slices):
         if isinstance(model, FSDPModule):  # gradients are reduced once a step, with those of the last slice
             model.set_requires_gradient_sync(i == len(slices) - 1)
             model.set_is_last_backward(i == len(slices) - 1)
-        iids, labels = piece.nested(world.device)
+        iids, labels = slice_.nested(world.device)
         out = model(iids, labels)
         loss = training_loss(out.ce, out.ratio_losses, config.alpha)
         (loss / len(slices)).backward()
-        numbers = [out.ce, *(torch.full_like(out.ce, n) for n in (piece.text_bytes, len(piece.row_lengths)))]
+        numbers = [out.ce, *(torch.full_like(out.ce, n) for n in (slice_.text_bytes, len(slice_.row_lengths)))]
         numbers += out.ratio_losses
         numbers += [stage.F for stage in out.stages] + [stage.G for stage in out.stages]
         stats.append(torch.stack([n.detach().float() for n in numbers]))
@@ -420,7 +420,7 @@ class Run:
         if self.waiting:
             record = self._settle(done, *self.waiting)
             self.metrics.log(done, record)
-            self._tell(done, record)
+            self._print_step(done, record)
         if done == self.first_step:  # what is there by now stays: garbage collection need not look at it again
             gc.collect()
             gc.freeze()
@@ -453,7 +453,7 @@ class Run:
         if saves:
             watch.at(step, "saving")
             self.saver.start(step, self.about)
-        self._tell(step, record)
+        self._print_step(step, record)
         if written:
             logger.info("the model writes, beginning with %r:", config.prompt)
             print_chunks(written.data, written.starts)
@@ -480,7 +480,7 @@ class Run:
         self.settled = now
         return record | speed(record, now - before, self.hnet, config, self.world)
 
-    def _tell(self, done: int, record: dict[str, Any]) -> None:
+    def _print_step(self, done: int, record: dict[str, Any]) -> None:
         """Says on the console what a step has shown, once it has been recorded."""
         for trouble in self.health.look(done, record):
             logger.warning("step %d: %s", done, trouble)
@@ -528,14 +528,14 @@ def main(config: TrainConfig) -> int:
     try:
         return train(config)
     except (UserError, ConfigError, fineweb.DataError) as error:
-        status = commands.tell(error)  # at once: other ranks may say it too
+        status = commands.print_error(error)  # at once: other ranks may say it too
         if dist.is_initialized() and (dist.get_world_size() == 1 or not torch.cuda.is_available()):
             dist.destroy_process_group()  # else NCCL adds a warning to the sentence; gloo's threads must be gone
         return status
     except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
         if not memory_ran_out(error):
             raise
-        commands.tell(UserError(f"{in_words(error)} ({str(error).splitlines()[0]})"))
+        commands.print_error(UserError(f"{in_words(error)} ({str(error).splitlines()[0]})"))
         return 1
 
 

@@ -111,7 +111,7 @@ def scenario(corpus: Path, name: str, folder: Path) -> None:
             found["guarded"] = guard.count
 
     if run.world.shards == 1:  # as train.py does with --compile graph: averaged while the backward goes on
-        graphs.PIECE = 10_000  # of weights: so that some backwards are cut
+        graphs.WEIGHTS_PER_PART = 10_000  # of weights: so that some backwards are cut
         graphed = GraphedModel(run.model(), torch.float32, run.config.alpha, run.world, accumulates=True)
         train.forward_backward(
             graphed, list(run.stream.step(0, G, run.world.rank, run.world.size)), run.config, run.world

@@ -434,7 +434,7 @@ def test_a_backward_in_pieces_gives_the_same_bits(monkeypatch):
     """Two processes cut it where weights are many, add up each piece's gradients as it ends, and each weigh half."""
     pairs, dtype = [batch(lengths, i) for i, lengths in enumerate(BATCHES[:3])], torch.bfloat16
     whole = GraphedModel(build(TWO_STAGES, torch.float32), dtype, ALPHA, accumulates=True)
-    monkeypatch.setattr(graphs, "PIECE", 1)
+    monkeypatch.setattr(graphs, "WEIGHTS_PER_PART", 1)
     world = World(1, 2, torch.device(DEVICE), None)
     cut = GraphedModel(build(TWO_STAGES, torch.float32), dtype, ALPHA, world=world, accumulates=True)
     assert {part: len(pieces) for part, pieces in cut.weights.items()} == {
@@ -459,7 +459,7 @@ def test_a_backward_in_pieces_gives_the_same_bits(monkeypatch):
 def test_gradients_of_small_weights_are_added_up_once_a_kind_and_piece(cut, ac, monkeypatch):
     """And are those of the model, as all others."""
     if cut:
-        monkeypatch.setattr(graphs, "PIECE", 1)
+        monkeypatch.setattr(graphs, "WEIGHTS_PER_PART", 1)
         monkeypatch.setattr(FlatAdamW, "reduce_gradients", lambda self, span: None)
     model, size = build(TWO_STAGES, torch.float64), 1 + cut
     graphed = GraphedModel(model, torch.float64, ALPHA, world=World(0, size, torch.device(DEVICE), None), ac=ac)

@@ -1,8 +1,8 @@
 """The documents of one file: text, rows of JSON or parquet, compressed or not.
 
-A reader yields a file's documents, or those of one piece of it, as (where, text). `where()` names the place in words;
-text is bytes, or `LongText` where the file is too long to hold in memory. `reject(what, count)` is told of what can't be
-read, in one sentence, and either raises or counts.
+A reader yields the documents of a file, or of one piece of it, as (where, text). `where()` names the place in words.
+text is bytes, or `LongText` where the file is too long to hold in memory. `reject(what, count)` gets one sentence about
+what can't be read, and raises or counts.
 """
 
 import codecs

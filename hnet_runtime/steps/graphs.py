@@ -70,7 +70,9 @@ Returned = TypeVar("Returned")
 TOKENS, STEPS = 128, 32  # an inner T is rounded up to a multiple of TOKENS, and to one of STEPS sizes an octave
 DOCUMENTS, LONGEST = 16, 1024  # the least room for documents and for a document; more is a power of two
 CACHED = 32  # segments of a part: the sizes last used, an octave of them
-PIECE = 1 << 28  # with several processes, a backward is cut before a block once so many weights have been used: 1 GiB
+WEIGHTS_PER_PART = (
+    1 << 28
+)  # with several processes, a backward is cut before a block once so many weights have been used: 1 GiB
 FREE_SHARE = 8  # of a GPU's memory, one part in so many is kept free for validation, samples and saving
 
 
@@ -284,14 +286,14 @@ class GraphedModel:
         return found
 
     def _cut(self, modules: Sequence[nn.Module | nn.Parameter | None]) -> list[tuple[Block | None, list[Tensor]]]:
-        pieces: list[tuple[Block | None, list[Tensor]]] = [(None, [])]
+        parts: list[tuple[Block | None, list[Tensor]]] = [(None, [])]
         for module in modules:
             for one in [*module.layers, module.rmsnorm] if isinstance(module, Isotropic) else [module]:
-                many = sum(p.numel() for p in pieces[-1][1]) >= PIECE
+                many = sum(p.numel() for p in parts[-1][1]) >= WEIGHTS_PER_PART
                 if self.size > 1 and many and isinstance(one, Block):
-                    pieces.append((one, []))
-                pieces[-1][1].extend(_weights(one))
-        return pieces
+                    parts.append((one, []))
+                parts[-1][1].extend(_weights(one))
+        return parts
 
     def _spans(self, parameters: dict[str, nn.Parameter]) -> list[Span]:
         """How parameters are stored in the optimizer's memory: with several processes a span for each backward part,
@@ -522,8 +524,8 @@ class GraphedModel:
             self.optimizer.reduce_gradients(span)
 
         losses.append(self._micro_batch(*last, finished if self.size > 1 else lambda span: None))
-        pieces = sum(map(len, self.weights.values())) if self.size > 1 else 0
-        for span in range(pieces, len(self.optimizer.spans)):  # all of it, or what stays float32
+        parts = sum(map(len, self.weights.values())) if self.size > 1 else 0
+        for span in range(parts, len(self.optimizer.spans)):  # all of it, or what stays float32
             finished(span)
         self.optimizer.wait_for_gradients()
         ce, *of_stages = torch.stack(losses).mean(0).split([1, self.S, self.S, self.S])
