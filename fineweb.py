@@ -81,12 +81,12 @@ RUN_DOCUMENTS, SHARD_DOCUMENTS = 1 << 18, 1 << 20  # bounds for very short docum
 
 
 class _Tally:
-    """What a unit met. `bad` raises, unless bad input is to be skipped: then it counts and keeps a few examples."""
+    """Counts of what a unit read. `reject` raises DataError, or with --skip-bad counts and stores a few examples."""
 
     def __init__(self, skip: bool):
         self.skip, self.counts, self.examples = skip, dict(read=0, empty=0, bad=0), []
 
-    def bad(self, what: str, count: int = 1) -> None:
+    def reject(self, what: str, count: int = 1) -> None:
         if not self.skip:
             raise DataError(f"{what} (--skip-bad counts such input and goes on)")
         self.counts["bad"] += count
@@ -101,17 +101,17 @@ def read_documents(source: str, text_column: str = "text", label_column: str = "
     not UTF-8 or lacks its label.
     """
 
-    def bad(what: str, count: int = 1) -> None:
+    def reject(what: str, count: int = 1) -> None:
         raise DataError(what)
 
     report = sources.Report()
-    root, files = sources.find(source, text_column, bad, report)
+    root, files = sources.find(source, text_column, reject, report)
     for name, size, _ in files:
         path = os.path.join(root, name)
         if label_column and not documents.has_rows(path):
             raise DataError(f"{documents.in_words(path)}: has no {label_column!r}; only rows carry labels")
-        texts = documents.read(path, size, text_column, bad)
-        labels = documents.read(path, size, label_column, bad) if label_column else itertools.repeat((None, b""))
+        texts = documents.read(path, size, text_column, reject)
+        labels = documents.read(path, size, label_column, reject) if label_column else itertools.repeat((None, b""))
         for (where, text), (_, label) in zip(texts, labels):
             place, text = where(), text if isinstance(text, bytes) else b"".join(text)
             try:
@@ -183,11 +183,11 @@ def _scatter(job: _Job, unit: _Unit) -> int:
         files = [json.loads(f.readline())[:2] for _ in range(unit.files)]
     for name, file_bytes in files:
         path = os.path.join(job.root, name)
-        for where, text in documents.read(path, file_bytes, job.column, tally.bad, unit.piece, unit.pieces):
+        for where, text in documents.read(path, file_bytes, job.column, tally.reject, unit.piece, unit.pieces):
             try:
                 digest = documents.digest(text)
             except UnicodeDecodeError as e:
-                tally.bad(f"{where()}: not UTF-8 ({e.reason})")
+                tally.reject(f"{where()}: not UTF-8 ({e.reason})")
                 continue
             tally.counts["read"] += 1
             if not len(text):
@@ -446,7 +446,7 @@ def prepare(
     skip_bad = skip_bad or source == "stdlib"
     listing, report = _Tally(skip_bad), sources.Report()
     try:
-        root, files = sources.find(source, text_column, listing.bad, report)
+        root, files = sources.find(source, text_column, listing.reject, report)
         if (out / MANIFEST).exists():
             with open(os.devnull, "wb") as sink:
                 plan["files"] = _make_units(files, sink, run_bytes)[1]
@@ -569,8 +569,8 @@ def _finish(job: _Job, plan: dict, processes: int, listing: _Tally, report: sour
         totals.update(header)
     if not totals["documents"]:
         shutil.rmtree(job.out / WORK)
-        bad = "".join(f", such as {example}" for example in examples[:1])
-        empty = f"{totals['empty']} empty, {totals['bad']} bad{bad}"
+        example = "".join(f", such as {text}" for text in examples[:1])
+        empty = f"{totals['empty']} empty, {totals['bad']} bad{example}"
         raise DataError(f"{named(plan['source'])}: no text in it ({empty})")
     options = plan["options"]
     share, cut, how = _hold_out(job, options["holdout"])

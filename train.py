@@ -134,7 +134,7 @@ def forward_backward(
     `routers`, where given, gets the `router_statistics` of this rank's last slice.
     """
     if isinstance(model, GraphedModel):
-        batches = [piece.nested(world.device) for piece in slices]
+        batches = [slice_.nested(world.device) for slice_ in slices]
         losses = model.forward_backward(batches)
         counted = (sum(n) / len(slices) for n in zip(*((p.text_bytes, len(p.row_lengths)) for p in slices)))
         numbers = [losses.ce, *(torch.full_like(losses.ce, n) for n in counted)]
@@ -142,15 +142,15 @@ def forward_backward(
         (iids, _), slices = batches[-1], []
     else:
         stats = []
-    for i, piece in enumerate(slices):
+    for i, slice_ in enumerate(slices):
         if isinstance(model, FSDPModule):  # gradients are reduced once a step, with those of the last slice
             model.set_requires_gradient_sync(i == len(slices) - 1)
             model.set_is_last_backward(i == len(slices) - 1)
-        iids, labels = piece.nested(world.device)
+        iids, labels = slice_.nested(world.device)
         out = model(iids, labels)
         loss = training_loss(out.ce, out.ratio_losses, config.alpha)
         (loss / len(slices)).backward()
-        numbers = [out.ce, *(torch.full_like(out.ce, n) for n in (piece.text_bytes, len(piece.row_lengths)))]
+        numbers = [out.ce, *(torch.full_like(out.ce, n) for n in (slice_.text_bytes, len(slice_.row_lengths)))]
         numbers += out.ratio_losses
         numbers += [stage.F for stage in out.stages] + [stage.G for stage in out.stages]
         stats.append(torch.stack([n.detach().float() for n in numbers]))
@@ -164,10 +164,10 @@ def forward_backward(
     return torch.cat([stats_GK.double().mean(0).float(), imbalance])
 
 
-class Trainee:
+class TrainState:
     """What is trained, and all that a step of it takes.
 
-    model: its weights in float32; unsharded ones can be read and changed inside `optimizer.whole()` alone.
+    model: its weights in float32; unsharded ones can be read and changed inside `optimizer.full_precision()` alone.
     evaluated: an HNetLM that computes as training does and has these weights, or copies of them.
     """
 
@@ -205,13 +205,13 @@ class Trainee:
 
     def load(self, source: Path) -> None:
         """Weights and optimizer of a checkpoint."""
-        with self.optimizer.whole() if self.unsharded else contextlib.nullcontext():
+        with self.optimizer.full_precision() if self.unsharded else contextlib.nullcontext():
             checkpoint.load(source, self.model, self.optimizer)
 
-    def make_room(self) -> None:
+    def free_memory(self) -> None:
         """For what runs between steps."""
         if self.unsharded:
-            self.runner.make_room()
+            self.runner.free_memory()
 
     def step(
         self, slices: list[fineweb.Slice], scale: float, wants_statistics: bool, before_update: Callable[[], None]
@@ -233,7 +233,7 @@ class Trainee:
         self.optimizer.step()
         if more is not None:
             count = functools.partial(statistics.weight_statistics, self.optimizer, self.hnet.num_stages, self.world)
-            more.append(self.runner.with_room(count) if self.unsharded else count())
+            more.append(self.runner.retry_without_graphs(count) if self.unsharded else count())
         if not self.unsharded:  # else each step writes every gradient anew
             self.optimizer.zero_grad()
         return torch.cat([stats, norm[None], *(more or [])])
@@ -299,34 +299,34 @@ def takes_graphs(config: TrainConfig, hnet: HNetConfig, dtype: torch.dtype, worl
     """
     if config.compile not in ("auto", "graph") or (config.compile == "auto" and world.device.type != "cuda"):
         return False, world
-    obstacle = graphs.obstacle(hnet, world.device, dtype)
+    reason = graphs.why_unsupported(hnet, world.device, dtype)
     if config.max_chunks_per_rank:
-        obstacle = "graphs do not know --max-chunks-per-rank"
-    if world.shards > 1 and not obstacle:
+        reason = "graphs do not support --max-chunks-per-rank"
+    if world.shards > 1 and not reason:
         if config.replicate:
-            obstacle = f"graphs need whole weights on each process: with {world.size}, --replicate {world.size}"
+            reason = f"graphs need unsharded weights: with {world.size} processes, --replicate {world.size}"
         elif too_large := distributed.too_large_for_copies(hnet, world):
-            obstacle = too_large
+            reason = too_large
         else:
             world = world._replace(mesh=distributed.make_mesh(world.device.type, world.size, world.size))
-    obstacle = obstacle or agreement.steps_as_graphs(hnet, config.ac)
-    if obstacle and config.compile == "graph":
-        raise UserError(f"--compile graph: {obstacle}; use eager")
-    if obstacle:
-        logger.info("steps do not run as graphs: %s", obstacle)
-    return not obstacle, world
+    reason = reason or agreement.steps_as_graphs(hnet, config.ac)
+    if reason and config.compile == "graph":
+        raise UserError(f"--compile graph: {reason}; use eager")
+    if reason:
+        logger.info("steps do not run as graphs: %s", reason)
+    return not reason, world
 
 
 class Run:
     """A run from its first step, or where it goes on, to its last. Every rank has one and calls the same."""
 
-    def __init__(self, trainee: Trainee):
+    def __init__(self, state: TrainState):
         """Opens data and the run's folder; loads a checkpoint where the run goes on from one.
 
         Raises UserError where data, folder or checkpoint do not fit the flags, or ranks have different ones.
         """
-        config, hnet, world = trainee.config, trainee.hnet, trainee.world
-        self.trainee, self.config, self.hnet, self.world = trainee, config, hnet, world
+        config, hnet, world = state.config, state.hnet, state.world
+        self.state, self.config, self.hnet, self.world = state, config, hnet, world
         self.train_stream, self.val_stream = open_data(config, world)
         name = Path(config.config or config.pt_ckpt or DEFAULT_CONFIG).stem
         about = {"config": dataclasses.asdict(config), "data": self.train_stream.fingerprint, "code": code_revision()}
@@ -334,9 +334,9 @@ class Run:
         same = {"code revision": about["code"], "model config": hnet.to_dict(), "text in --data": about["data"]}
         distributed.check_same(flags | same, world)
         self.about, self.folder = about, open_folder(config.save_dir, name, world)
-        parameters = sum(p.numel() for p in trainee.parameters)
+        parameters = sum(p.numel() for p in state.parameters)
         try:
-            of_main(lambda: checkpoint.require_room(self.folder, parameters), world)
+            of_main(lambda: checkpoint.require_disk_space(self.folder, parameters), world)
             self.step = self._go_on()
         except UserError:
             leave_unused(self.folder, world)
@@ -345,7 +345,7 @@ class Run:
         self.metrics = open_metrics(self.folder, self.step, about, hnet, config, world)
         logger.info(
             f"{name}: {parameters / 1e6:.1f}M parameters, {world.size} x {world.device.type} in "
-            f"{str(trainee.dtype).removeprefix('torch.')}; {config.data}: "
+            f"{str(state.dtype).removeprefix('torch.')}; {config.data}: "
             f"{self.train_stream.text_bytes / 1e6:.1f} MB of text; {config.steps} steps of "
             f"{config.mbs * config.global_slices:,} bytes; run folder {self.folder}"
         )
@@ -357,10 +357,10 @@ class Run:
         if config.sample_bytes and (difference := agreement.generation(hnet)):
             logger.warning("no samples: generation (hnet_simple.py) differs from hnet_trainable.py: %s", difference)
         elif config.sample_bytes:
-            self.inference = HNetInference.from_training(trainee.evaluated)  # borrows the weights: nothing is copied
+            self.inference = HNetInference.from_training(state.evaluated)  # borrows the weights: nothing is copied
         self.interrupts, self.health = Interrupts(), RouterHealth(hnet.target_ratios, config.mbs)
         self.progress, self.settled = Progress(hnet, config, self.step), time.perf_counter()
-        self.saver = checkpoint.Saver(self.folder, trainee.model, trainee.optimizer, config.keep, config.keep_every)
+        self.saver = checkpoint.Saver(self.folder, state.model, state.optimizer, config.keep, config.keep_every)
         # of the last step: its numbers, which the device has yet to deliver, and what the host has done for it
         self.waiting: tuple[distributed.Fetched, dict[str, int]] | None = None
 
@@ -371,7 +371,7 @@ class Run:
             return 0
         checkpoint.check_contents(source)
         done = check_continuation(source, self.about)
-        self.trainee.load(source)
+        self.state.load(source)
         logger.info("going on from %s", source)
         theirs, ours = checkpoint.read_train(source)["config"], self.about["config"]
         for name in ours:
@@ -384,7 +384,7 @@ class Run:
     def train(self) -> None:
         """Raises UserError where a number isn't finite, a checkpoint can't be written, or a router is stuck."""
         config = self.config
-        with Watchdog(self.folder, self.world, config.timeout, self.trainee.model) as watch:
+        with Watchdog(self.folder, self.world, config.timeout, self.state.model) as watch:
             while self.step < config.steps:
                 self._step(watch)
                 stuck, asked = config.on_collapse == "stop" and self.health.stuck, self.interrupts.received is not None
@@ -406,25 +406,25 @@ class Run:
             self.metrics.close()
             if self.step == config.steps:
                 watch.at(self.step, "showing results")
-                show_results(self.trainee.evaluated, self.val_stream, self.folder, self.world)
+                show_results(self.state.evaluated, self.val_stream, self.folder, self.world)
 
     def _step(self, watch: Watchdog) -> None:
         """One step; the host goes on before the device has done it, and meanwhile reports the step before."""
-        config, trainee, done = self.config, self.trainee, self.step
+        config, state, done = self.config, self.state, self.step
         watch.at(done + 1, "reading data")
         slices = list(self.train_stream.step(done, config.global_slices, self.world.rank, self.world.size))
         watch.at(done + 1, "forward and backward")
-        before = trainee.counted()
+        before = state.counted()
         wants_statistics = config.stats_every > 0 and (done + 1) % config.stats_every == 0
-        numbers = trainee.step(slices, lr_scale(done, config), wants_statistics, self.saver.staged)
+        numbers = state.step(slices, lr_scale(done, config), wants_statistics, self.saver.staged)
         if self.waiting:
             record = self._settle(done, *self.waiting)
             self.metrics.log(done, record)
-            self._tell(done, record)
+            self._print_step(done, record)
         if done == self.first_step:  # what is there by now stays: garbage collection need not look at it again
             gc.collect()
             gc.freeze()
-        done_by_host = {name: n - before[name] for name, n in trainee.counted().items()}
+        done_by_host = {name: n - before[name] for name, n in state.counted().items()}
         self.waiting, self.step = (distributed.Fetched(numbers), done_by_host), done + 1
 
     def _between_steps(self, watch: Watchdog, saves: bool) -> None:
@@ -440,10 +440,10 @@ class Run:
         assert self.waiting
         record, self.waiting = self._settle(step, *self.waiting), None
         if validates or samples or saves:
-            self.trainee.make_room()
+            self.state.free_memory()
         if validates:
             watch.at(step, "validation")
-            record |= validate(self.trainee.evaluated, self.val_stream, self.world, config.val_slices or None)
+            record |= validate(self.state.evaluated, self.val_stream, self.world, config.val_slices or None)
         written = None
         if samples:
             watch.at(step, "writing a sample")
@@ -453,7 +453,7 @@ class Run:
         if saves:
             watch.at(step, "saving")
             self.saver.start(step, self.about)
-        self._tell(step, record)
+        self._print_step(step, record)
         if written:
             logger.info("the model writes, beginning with %r:", config.prompt)
             print_chunks(written.data, written.starts)
@@ -480,13 +480,13 @@ class Run:
         self.settled = now
         return record | speed(record, now - before, self.hnet, config, self.world)
 
-    def _tell(self, done: int, record: dict[str, Any]) -> None:
+    def _print_step(self, done: int, record: dict[str, Any]) -> None:
         """Says on the console what a step has shown, once it has been recorded."""
         for trouble in self.health.look(done, record):
             logger.warning("step %d: %s", done, trouble)
         if done == self.first_step + 1 and self.world.device.type == "cuda":
             logger.info(
-                f"the first step took {record['step_ms'] / 1000:.1f} s: {self.trainee.preparing(self.compilations)}"
+                f"the first step took {record['step_ms'] / 1000:.1f} s: {self.state.preparing(self.compilations)}"
             )
         if line := self.progress.add(done, record):
             logger.info(line)
@@ -528,14 +528,14 @@ def main(config: TrainConfig) -> int:
     try:
         return train(config)
     except (UserError, ConfigError, fineweb.DataError) as error:
-        status = commands.tell(error)  # at once: other ranks may say it too
+        status = commands.print_error(error)  # at once: other ranks may say it too
         if dist.is_initialized() and (dist.get_world_size() == 1 or not torch.cuda.is_available()):
             dist.destroy_process_group()  # else NCCL adds a warning to the sentence; gloo's threads must be gone
         return status
     except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
         if not memory_ran_out(error):
             raise
-        commands.tell(UserError(f"{in_words(error)} ({str(error).splitlines()[0]})"))
+        commands.print_error(UserError(f"{in_words(error)} ({str(error).splitlines()[0]})"))
         return 1
 
 
@@ -562,7 +562,7 @@ def train(config: TrainConfig) -> int:
     agreement.choose_implementations(world.device, dtype, hnet)
     graph, world = takes_graphs(config, hnet, dtype, world)
 
-    def build(graph: bool) -> Trainee:
+    def build(graph: bool) -> TrainState:
         unsharded = graph or (half and world.device.type == "cuda" and world.shards == 1)
         # unsharded models compute with weights in the compute dtype of their own, beside the float32 ones
         own_dtype = torch.float32 if unsharded else dtype
@@ -573,20 +573,20 @@ def train(config: TrainConfig) -> int:
             distributed.stop()
             sys.exit(0)
         how = "graph" if graph else "eager" if unsharded else "sharded"
-        return Trainee(model, groups, how, dtype, hnet, config, world)
+        return TrainState(model, groups, how, dtype, hnet, config, world)
 
-    trainee = build(graph)
+    state = build(graph)
     difference = None
     if graph and world.device.type == "cuda":
-        difference = distributed.first_answer(world, agreement.captured(trainee.runner))
+        difference = distributed.first_answer(world, agreement.captured(state.runner))
     if difference:
         if config.compile == "graph":
             raise UserError(f"--compile graph: {difference}; use eager")
         logger.info("steps do not run as graphs: %s", difference)
-        del trainee  # its memory goes first
-        trainee = build(graph := False)
+        del state  # its memory goes first
+        state = build(graph := False)
     if graph:
         logger.info("steps run as graphs, and compute what hnet_trainable.py says: checked on a toy of this config")
-    Run(trainee).train()
+    Run(state).train()
     distributed.stop()
     return 0

@@ -106,7 +106,7 @@ def cases(T: int, C: int) -> dict[str, tuple[Callable, float, float]]:
     D, N, found = 512, 128, {}
     for stage, rows, width in (("0", T, D), ("1", C, 2 * D)):
         delta, weight = rand(rows, width), rand(width)
-        residual = norm.part(rand(rows, width, dtype=WIDE), delta.dtype)
+        residual = norm.split24(rand(rows, width, dtype=WIDE), delta.dtype)
         _, _, scale = norm.add_norm_forward(residual, delta, weight, 1e-5)
         moved, slot = 2 * size(*residual, delta), PartialSums().slot(weight)
         found[f"add_norm {stage}"] = lambda a=(residual, delta, weight, 1e-5): norm.add_norm_forward(*a), moved, 0

@@ -1,9 +1,9 @@
 """The Triton kernels of adamw.py, where the definitions are.
 
-Legend: K blocks, B elements of one, G groups of parameters. Bound by memory: 24 bytes an element, 2 or 4 for its
-gradient, twice that where gradients are scaled, and 2 for a 16-bit copy unless it is half of the weight. A program
-takes one block. What it reads of its group comes from the cache and is asked for after the block itself, which needn't
-wait for it. Norms of gradients read what they are of, once.
+Legend: K blocks of B elements, G parameter groups. The kernels are bound by memory. A step moves 24 bytes per element,
+plus 2 or 4 for its gradient (twice that where gradients are scaled), plus 2 for a 16-bit compute weight that is not
+part of a split weight. A thread block takes one block of elements. It loads the values of its group, which are cached,
+after the elements, so that the elements do not wait. Norms read their input once.
 """
 
 import torch
@@ -18,15 +18,15 @@ NAN = tl.constexpr(NAN_BITS)
 
 @triton.jit
 def _adamw(
-    w_ptr, copy_ptr, rest_ptr, g_ptr, m_ptr, v_ptr, group_ptr, rates_ptr, bias_ptr, scale_ptr, found_inf_ptr,
+    w_ptr, compute_ptr, low_ptr, g_ptr, m_ptr, v_ptr, group_ptr, rates_ptr, bias_ptr, scale_ptr, found_inf_ptr,
     BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_COPY: tl.constexpr, HALVED: tl.constexpr,
+    HAS_COMPUTE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """HALVED: the copy, in its bits, and the rest have the weights; see `halve`."""
+    """SPLIT: compute_ptr has the high 16 bits of the weights and low_ptr the low ones, see `split_float32`."""
     k = tl.program_id(0).to(tl.int64)
     at = k * BLOCK + tl.arange(0, BLOCK)
-    if HALVED:
-        bits = (tl.load(copy_ptr + at).to(tl.int32) << 16) + tl.load(rest_ptr + at)
+    if SPLIT:
+        bits = (tl.load(compute_ptr + at).to(tl.int32) << 16) + tl.load(low_ptr + at)
         w = bits.to(tl.float32, bitcast=True)
     else:
         w = tl.load(w_ptr + at)
@@ -42,15 +42,15 @@ def _adamw(
     v = BETA2 * v + (1 - BETA2) * g * g
     w -= decay * w
     w -= step_size * m / (tl.sqrt(v) * unbias + EPS)
-    if HALVED:
+    if SPLIT:
         bits = tl.where(w == w, w.to(tl.int32, bitcast=True), NAN)
-        copy = (bits + 32768) >> 16
-        tl.store(copy_ptr + at, copy.to(tl.int16), mask=finite)
-        tl.store(rest_ptr + at, (bits - (copy << 16)).to(tl.int16), mask=finite)
+        high = (bits + 32768) >> 16
+        tl.store(compute_ptr + at, high.to(tl.int16), mask=finite)
+        tl.store(low_ptr + at, (bits - (high << 16)).to(tl.int16), mask=finite)
     else:
         tl.store(w_ptr + at, w, mask=finite)
-        if HAS_COPY:
-            tl.store(copy_ptr + at, w.to(copy_ptr.dtype.element_ty), mask=finite)
+        if HAS_COMPUTE:
+            tl.store(compute_ptr + at, w.to(compute_ptr.dtype.element_ty), mask=finite)
     tl.store(m_ptr + at, m, mask=finite)
     tl.store(v_ptr + at, v, mask=finite)
     tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty), mask=finite & (scale != 1))
@@ -66,7 +66,7 @@ def _block_norms(g_ptr, norm_ptr, K, BLOCK: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def _run_norms(norm_ptr, first_ptr, run_norm_ptr, BLOCK: tl.constexpr):
-    """One program a run of blocks."""
+    """One thread block per run of blocks."""
     p = tl.program_id(0)
     first, end = tl.load(first_ptr + p), tl.load(first_ptr + p + 1)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -90,17 +90,17 @@ def norms(g_KB: Tensor, first_P: Tensor) -> Tensor:
 
 
 def adamw_(
-    w_KB: Tensor | None, copy_KB: Tensor | None, rest_KB: Tensor | None, g_KB: Tensor, m_KB: Tensor, v_KB: Tensor,
+    w_KB: Tensor | None, compute_KB: Tensor | None, low_KB: Tensor | None, g_KB: Tensor, m_KB: Tensor, v_KB: Tensor,
     group_K: Tensor, rates_G2: Tensor, bias_2: Tensor, scale: Tensor, found_inf: Tensor, betas: tuple[float, float],
     eps: float,
 ) -> None:  # fmt: skip
     """`adamw_` of adamw.py."""
-    (K, B), halved = m_KB.shape, rest_KB is not None
-    assert all(x is None or x.is_contiguous() for x in (w_KB, copy_KB, rest_KB, g_KB, m_KB, v_KB, rates_G2))
+    (K, B), split = m_KB.shape, low_KB is not None
+    assert all(x is None or x.is_contiguous() for x in (w_KB, compute_KB, low_KB, g_KB, m_KB, v_KB, rates_G2))
     if K:
         with torch.cuda.device_of(m_KB):
             _adamw[(K,)](
-                w_KB, copy_KB.view(torch.int16) if halved else copy_KB, rest_KB, g_KB, m_KB, v_KB, group_K, rates_G2,
-                bias_2, scale, found_inf, BETA1=betas[0], BETA2=betas[1], EPS=eps, BLOCK=B,
-                HAS_COPY=copy_KB is not None, HALVED=halved,
+                w_KB, compute_KB.view(torch.int16) if split else compute_KB, low_KB, g_KB, m_KB, v_KB, group_K,
+                rates_G2, bias_2, scale, found_inf, BETA1=betas[0], BETA2=betas[1], EPS=eps, BLOCK=B,
+                HAS_COMPUTE=compute_KB is not None, SPLIT=split,
             )  # fmt: skip

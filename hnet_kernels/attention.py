@@ -13,7 +13,7 @@ from torch import Tensor
 from hnet_kernels.dispatch import operation, use_fast
 from hnet_kernels.pointwise import rotate_
 from hnet_kernels.recompute import Recomputed, mode, recomputed, recomputed_of
-from hnet_kernels.saved import keep, keeping_if
+from hnet_kernels.saved import save_if, save_tensor
 
 QUERY_BLOCK = 128  # queries at a time in the definition: bounds the memory of one block of scores
 
@@ -100,7 +100,7 @@ attention_definition.register_autograd(_backward, setup_context=_setup)
 
 
 @torch.compiler.assume_constant_result
-def _flash_obstacle(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
+def _why_no_flash(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
     if device_type != "cuda":
         return "no CUDA device"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -121,7 +121,7 @@ def attention(
     document. Returns o_THP. On CUDA in 16 bits this is torch's varlen flash attention, else `attention_definition`.
     """
     kind = q_THP.device.type, q_THP.dtype
-    if use_fast("attention", *kind, _flash_obstacle(*kind, q_THP.shape[-1])):
+    if use_fast("attention", *kind, _why_no_flash(*kind, q_THP.shape[-1])):
         from torch.nn.attention.varlen import varlen_attn
 
         size = (window, 0) if window >= 0 else (-1, 0)
@@ -129,11 +129,11 @@ def attention(
     return attention_definition(q_THP, k_THP, v_THP, cu_seqlens, window)
 
 
-def _packed_obstacle(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
+def _why_no_packed(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why the kernels of attention_triton.py cannot run on these, or None."""
-    obstacle = _flash_obstacle(device_type, dtype, head_dim)
-    if obstacle:
-        return obstacle
+    reason = _why_no_flash(device_type, dtype, head_dim)
+    if reason:
+        return reason
     if head_dim % 16 or head_dim > 128:
         return f"head size {head_dim}, not a multiple of 16 up to 128"
     capability = torch.cuda.get_device_capability()
@@ -157,7 +157,7 @@ def tile_order(x_TD: Tensor, head_dim: int, cu_seqlens: Tensor) -> Tensor | None
     v. None where their kernels cannot run.
     """
     kind = x_TD.device.type, x_TD.dtype
-    if not use_fast("packed_attention", *kind, _packed_obstacle(*kind, head_dim)):
+    if not use_fast("packed_attention", *kind, _why_no_packed(*kind, head_dim)):
         return None
     from hnet_kernels import attention_triton  # not above: triton is not everywhere
 
@@ -179,7 +179,7 @@ def packed_attention(
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in qkv_T3HP.unbind(1)]
         o_THP = attention(*leaves, cu_seqlens, max_seqlen, window)
-    return Attended(keep(o_THP.detach()), None, (*leaves, o_THP))
+    return Attended(save_tensor(o_THP.detach()), None, (*leaves, o_THP))
 
 
 def packed_attention_backward(
@@ -235,25 +235,25 @@ class RotaryAttention(torch.autograd.Function):
             torch.autograd.graph.increment_version(qkv_TX)  # which a kernel does not do
             return qkv_T3HP, packed_attention(qkv_T3HP, cu_seqlens, len(angles[0]), window, order)
 
-        with keeping_if(mode_ != "block"):
+        with save_if(mode_ != "block"):
             qkv_T3HP, attended = attend(qkv_TX.detach())
-        ctx.again = None
+        ctx.recompute = None
         if before is not None:
             before.users += 1
-            ctx.again = Recomputed(lambda: attend(before.get() if before.users <= 1 else before.get().clone()))
-            ctx.again.users += 1
+            ctx.recompute = Recomputed(lambda: attend(before.get() if before.users <= 1 else before.get().clone()))
+            ctx.recompute.users += 1
             ctx.save_for_backward()
         else:
             ctx.save_for_backward(qkv_T3HP, attended.o_THP, attended.lse_HT)
             ctx.graph = attended.graph
         ctx.angles, ctx.order, ctx.window = angles, order, window
-        result.append(ctx.again)
+        result.append(ctx.recompute)
         return attended.o_THP.flatten(1)
 
     @staticmethod
     def backward(ctx, do_TD: Tensor):
-        if ctx.again is not None:
-            qkv_T3HP, attended = ctx.again.get()
+        if ctx.recompute is not None:
+            qkv_T3HP, attended = ctx.recompute.get()
         else:
             qkv_T3HP, o_THP, lse_HT = ctx.saved_tensors
             attended = Attended(o_THP, lse_HT, ctx.graph)
@@ -264,12 +264,12 @@ class RotaryAttention(torch.autograd.Function):
 
 @rotary_attention.fast
 def _(qkv_TX, n_heads, window, cos_MR, sin_MR, position_T, cu_seqlens, order=None) -> Tensor:
-    how, again = mode(), []
+    how, recompute = mode(), []
     if order is None:
         order = tile_order(qkv_TX, qkv_TX.shape[1] // (3 * n_heads), cu_seqlens)
-    packing = tuple(None if x is None else keep(x) for x in (cos_MR, sin_MR, position_T, cu_seqlens, order))
-    o_TD = RotaryAttention.apply(qkv_TX, (how, n_heads, window), packing, again)
-    if again[0] is not None:
-        again[0].users += 1
-        recomputed(o_TD, lambda: again[0].get()[1].o_THP.flatten(1))
+    packing = tuple(None if x is None else save_tensor(x) for x in (cos_MR, sin_MR, position_T, cu_seqlens, order))
+    o_TD = RotaryAttention.apply(qkv_TX, (how, n_heads, window), packing, recompute)
+    if recompute[0] is not None:
+        recompute[0].users += 1
+        recomputed(o_TD, lambda: recompute[0].get()[1].o_THP.flatten(1))
     return o_TD

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hnet_kernels.saved import kept_empty
+from hnet_kernels.saved import saved_empty
 from hnet_kernels.triton_math import LOG2_E
 
 
@@ -316,7 +316,7 @@ def attention_forward(qkv_T3HP: Tensor, tiles_3I: Tensor, window: int) -> tuple[
     """(o_THP, lse_HT). qkv_T3HP: dense. tiles_3I: `tile_order` of documents that hold all T rows."""
     T, _, H, P = qkv_T3HP.shape
     q = qkv_T3HP[:, 0]
-    o_THP, lse_HT = kept_empty(q, T, H, P), kept_empty(q, H, T, dtype=torch.float32)
+    o_THP, lse_HT = saved_empty(q, T, H, P), saved_empty(q, H, T, dtype=torch.float32)
     options = _for_heads(FORWARD, P)
     assert SIZE % options.tokens == 0  # keys before a tile of queries are whole tiles
     if not T:

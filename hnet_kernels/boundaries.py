@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hnet_kernels.dispatch import obstacle_anywhere, operation, use_fast
+from hnet_kernels.dispatch import operation, use_fast, why_unsupported
 
 
 class Chunks(NamedTuple):
@@ -78,7 +78,7 @@ def _(p_T: Tensor, b_T: Tensor, position_T: Tensor, cu_seqlens: Tensor, to: Chun
 
 
 def _fast(p_T: Tensor) -> bool:
-    return use_fast("boundaries", p_T.device.type, p_T.dtype, obstacle_anywhere(p_T))
+    return use_fast("boundaries", p_T.device.type, p_T.dtype, why_unsupported(p_T))
 
 
 def find_chunks(p_T: Tensor, b_T: Tensor, position_T: Tensor, cu_seqlens: Tensor, to: Chunks) -> None:

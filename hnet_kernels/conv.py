@@ -47,7 +47,7 @@ def conv_backward(dy_TD: Tensor, x_TD: Tensor, weight_D1K: Tensor, position_T: T
     return dx_TD, dtaps_KD.flip(0).T[:, None], dbias_D
 
 
-def _obstacle(x_TD: Tensor, K: int) -> str | None:
+def _why_unsupported(x_TD: Tensor, K: int) -> str | None:
     """Why the kernels of conv_triton.py cannot run on these, or None."""
     if x_TD.device.type != "cuda":
         return "no CUDA device"
@@ -72,7 +72,7 @@ def causal_conv_silu(x_TD: Tensor, weight_D1K: Tensor, bias_D: Tensor, position_
 
 def causal_conv_silu_forward(x_TD: Tensor, weight_D1K: Tensor, bias_D: Tensor, position_T: Tensor) -> Tensor:
     """`causal_conv_silu`, for callers who write their own backward."""
-    if use_fast("causal_conv_silu", x_TD.device.type, x_TD.dtype, _obstacle(x_TD, weight_D1K.shape[-1])):
+    if use_fast("causal_conv_silu", x_TD.device.type, x_TD.dtype, _why_unsupported(x_TD, weight_D1K.shape[-1])):
         from hnet_kernels import conv_triton  # not above: triton is not everywhere
 
         return conv_triton.conv_silu_forward(x_TD, weight_D1K, bias_D, position_T)
@@ -89,7 +89,7 @@ def causal_conv_silu_backward(
     dy_TD: Tensor, x_TD: Tensor, weight_D1K: Tensor, bias_D: Tensor, position_T: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `causal_conv_silu` for x, weight and bias."""
-    if use_fast("causal_conv_silu", x_TD.device.type, x_TD.dtype, _obstacle(x_TD, weight_D1K.shape[-1])):
+    if use_fast("causal_conv_silu", x_TD.device.type, x_TD.dtype, _why_unsupported(x_TD, weight_D1K.shape[-1])):
         from hnet_kernels import conv_triton
 
         slot = PartialSums().slot(weight_D1K, bias_D)
@@ -119,7 +119,7 @@ def causal_conv_silu_backward_to(
 ) -> None:
     """Gradients of `causal_conv_silu`: writes x's to dx_TD, whose rows may be parts of longer ones, and fills the slot
     of those of weight and bias."""
-    if use_fast("causal_conv_silu", x_TD.device.type, x_TD.dtype, _obstacle(x_TD, weight_D1K.shape[-1])):
+    if use_fast("causal_conv_silu", x_TD.device.type, x_TD.dtype, _why_unsupported(x_TD, weight_D1K.shape[-1])):
         from hnet_kernels import conv_triton
 
         conv_triton.conv_silu_backward(dy_TD, x_TD, weight_D1K, bias_D, position_T, dweights, dx_TD)

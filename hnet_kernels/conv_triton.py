@@ -34,7 +34,7 @@ from torch import Tensor
 
 from hnet_kernels.gradients import Slot
 from hnet_kernels.norm_triton import multiprocessors, sum_rows
-from hnet_kernels.saved import kept_empty
+from hnet_kernels.saved import saved_empty
 
 FORWARD = (32, 128, 1)  # a program's tokens, a multiple of a turn's, and channels; warps
 BACKWARD = (16, 128, 1)  # programs a multiprocessor, a program's channels, warps; all run at once, see `_run`
@@ -352,7 +352,7 @@ def _run(T: int, D: int, device: torch.device) -> int:
 def conv_silu_forward(x_TD: Tensor, weight_D1K: Tensor, bias_D: Tensor, position_T: Tensor) -> Tensor:
     """y_TD of `hnet::causal_conv_silu`."""
     (T, D), K = x_TD.shape, weight_D1K.shape[-1]
-    y_TD = kept_empty(x_TD, T, D)
+    y_TD = saved_empty(x_TD, T, D)
     if not T:
         return y_TD
     x_TD = _dense_rows(x_TD)

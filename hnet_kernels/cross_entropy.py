@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hnet_kernels.dispatch import obstacle_anywhere, operation, use_fast
+from hnet_kernels.dispatch import operation, use_fast, why_unsupported
 
 MOST = 4096  # classes: a row must fit into the registers of one program
 
 
 def _fast(logits_TV: Tensor) -> bool:
-    return use_fast("cross_entropy", logits_TV.device.type, logits_TV.dtype, obstacle_anywhere(logits_TV, MOST))
+    return use_fast("cross_entropy", logits_TV.device.type, logits_TV.dtype, why_unsupported(logits_TV, MOST))
 
 
 @operation

@@ -94,7 +94,7 @@ def forcing(fast: bool) -> Iterator[None]:
         _forced.pop()
 
 
-def obstacle_anywhere(x: Tensor, widest: int | None = None) -> str | None:
+def why_unsupported(x: Tensor, widest: int | None = None) -> str | None:
     """Why a Triton kernel that runs on any GPU cannot run on x, or None.
 
     widest: the longest row that it takes, where it holds whole rows in the registers of one program.
@@ -109,19 +109,19 @@ def obstacle_anywhere(x: Tensor, widest: int | None = None) -> str | None:
 
 
 @torch.compiler.assume_constant_result  # a compiled region asks while it is traced and keeps the answer
-def use_fast(operation: str, device_type: str, dtype: torch.dtype, obstacle: str | None) -> bool:
+def use_fast(operation: str, device_type: str, dtype: torch.dtype, reason: str | None) -> bool:
     """Whether `operation` on tensors of this device type and dtype runs its fast kernel.
 
-    `obstacle` says in a few words why the fast kernel cannot run on them, or is None where it can.
+    `reason` says in a few words why the fast kernel cannot run on them, or is None where it can.
     Raises KernelError where `HNET_KERNELS=triton` forces a kernel that cannot run.
     """
     choice = requested()
-    if choice == "triton" and obstacle:
-        raise KernelError(f"HNET_KERNELS=triton: no fast kernel for {operation} here ({obstacle}); use auto")
-    fast = choice != "reference" and obstacle is None
+    if choice == "triton" and reason:
+        raise KernelError(f"HNET_KERNELS=triton: no fast kernel for {operation} here ({reason}); use auto")
+    fast = choice != "reference" and reason is None
     key = (operation, device_type, dtype)
     if key not in _chosen:
-        _chosen[key] = "fast" if fast else "reference" + (f" ({obstacle})" if obstacle else "")
+        _chosen[key] = "fast" if fast else "reference" + (f" ({reason})" if reason else "")
         logger.info("%s on %s %s: %s", operation, device_type, str(dtype).removeprefix("torch."), _chosen[key])
     return fast
 

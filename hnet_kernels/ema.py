@@ -22,14 +22,14 @@ def _recurrence(x_CD: Tensor, gain_C: Tensor, log_a_C: Tensor, cu_seqlens: Tenso
 
 def _fast(x: Tensor, compute: Tensor) -> bool:
     """Whether the kernels of ema_triton.py run on x with float32 arithmetic, which `compute`'s dtype asks for."""
-    obstacle = None
+    reason = None
     if x.device.type != "cuda":
-        obstacle = "no CUDA device"
+        reason = "no CUDA device"
     elif compute.dtype != torch.float32 or x.dtype == torch.float64:
-        obstacle = f"dtype {str(compute.dtype).removeprefix('torch.')}"
+        reason = f"dtype {str(compute.dtype).removeprefix('torch.')}"
     elif importlib.util.find_spec("triton") is None:
-        obstacle = "no triton"
-    return use_fast("ema", x.device.type, x.dtype, obstacle)
+        reason = "no triton"
+    return use_fast("ema", x.device.type, x.dtype, reason)
 
 
 @operation

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hnet_kernels.saved import kept_empty
+from hnet_kernels.saved import saved_empty
 
 RUN, CHANNELS, WARPS = 32, 128, 1  # chunks and channels of a program
 SUM_CHUNKS, SUM_CHANNELS, SUM_WARPS = 4, 512, 4  # of a program that adds up the tokens of some chunks, side by side
@@ -184,7 +184,7 @@ def _walk(x_CD: Tensor, p_C: Tensor, opens_C: Tensor, reverse: bool) -> tuple[tu
 def ema_forward(y_CD: Tensor, p_C: Tensor, cu_seqlens: Tensor) -> Tensor:
     """z_CD (float32) of `ema_forward` in ema.py. p_C: float32."""
     C, D = y_CD.shape
-    z_CD = kept_empty(p_C, C, D)
+    z_CD = saved_empty(p_C, C, D)
     y_CD, p_C, opens_C = _dense_rows(y_CD), p_C.contiguous(), _opens(cu_seqlens, C)
     with torch.cuda.device_of(y_CD):
         grid, found, blocks = _walk(y_CD, p_C, opens_C, False)

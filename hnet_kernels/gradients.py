@@ -1,13 +1,13 @@
-"""Where gradients of weights go: to autograd as ever, or straight to where an optimizer reads them.
+"""Where backwards write the gradients of weights: autograd takes them, or the memory that an optimizer reads.
 
-A backward that writes a weight's gradient to its place need not allocate it, nor have it copied. The place is looked
-up in the forward and kept on ctx, since a backward only has detached weights.
+A backward that writes a weight's gradient to its destination neither allocates nor copies it. The destination is looked
+up in the forward and stored on ctx, because a backward only has detached weights.
 
-Gradients of small weights, such as a norm's, are sums over all tokens, of which each thread block of a kernel finds a
-partial sum. Adding those up for many layers at once takes hardly longer than for one, so inside `writing_to` they wait
-for the other layers of their kind.
+The gradient of a small weight, such as a norm's, is a sum over all tokens. Each thread block of a kernel computes a
+partial sum. Reducing those of many layers in one launch takes hardly longer than reducing those of one. So inside
+`writing_to` partial sums are reduced once, for all layers of the same kind.
 
-Legend: L layers, N partial sums of a layer, W elements: those of its weights.
+Legend: L layers, N partial sums of a layer, W elements of its weights.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ from torch import Tensor
 Reduce = Callable[[Tensor, torch.dtype], Tensor]  # parts_LNW -> sums_LW in a dtype
 
 
-class Place:
+class Destination:
     """Where the gradient of a weight or input goes: a contiguous tensor of its shape, in its dtype or float32.
 
-    adds: to what is there already, as others have written it.
+    adds: the gradient is added to what others have written there.
     """
 
     def __init__(self, tensor: Tensor, adds: bool = False):
@@ -31,10 +31,10 @@ class Place:
 
 
 class PartialSums:
-    """Partial sums of the gradients of weights that several layers have alike, a `Slot` for each layer.
+    """Partial sums of the gradients of small weights of several layers of one kind, one `Slot` per layer.
 
-    They have memory from the first backward that asks for it until `total`: some 165 MB for the norms of 27 blocks of
-    2,048 channels.
+    Memory is allocated by the first backward that needs it and freed by `total`: some 165 MB for the norms of 27 blocks
+    of 2,048 channels.
     """
 
     def __init__(self):
@@ -43,7 +43,7 @@ class PartialSums:
         self.reduce: Reduce
 
     def slot(self, *weights: Tensor) -> "Slot":
-        """A slot for one more layer. weights: of one dtype, in the order in which their sums are stored in a row."""
+        """A slot for one more layer. weights: of one dtype, in the order in which a row stores their sums."""
         self.slots.append(Slot(self, len(self.slots), weights))
         return self.slots[-1]
 
@@ -67,13 +67,13 @@ class Slot:
 
     def __init__(self, sums: PartialSums, layer: int, weights: Sequence[Tensor]):
         self.sums, self.layer, self.weights, self.filled = sums, layer, weights, False
-        self.alone = True  # no other layer shares the sums, so the backward itself returns the gradients
+        self.alone = True  # no other layer shares the sums, so the backward returns the gradients itself
 
     def rows(self, N: int, reduce: Reduce) -> Tensor:
         """Memory for N partial sums, (N, W) in at least float32. N and `reduce` are the same for all layers."""
         sums = self.sums
         other_tokens = sums.parts_LNW is not None and sums.parts_LNW.shape[1] != N
-        if other_tokens or self not in sums.slots:  # or it is a second backward, and the first has been added up
+        if other_tokens or self not in sums.slots:  # or a second backward, after the first was reduced
             with contextlib.suppress(ValueError):
                 sums.slots.remove(self)
             self.sums = sums = PartialSums()
@@ -87,67 +87,71 @@ class Slot:
         return sums.parts_LNW[self.layer]
 
     def fill(self, *gradients: Tensor) -> None:
-        """With the sums as they are, as one partial sum."""
+        """Stores complete sums, as one partial sum."""
         row_W = self.rows(1, lambda parts_LNW, dtype: parts_LNW[:, 0].to(dtype))[0]
         torch.cat([x.flatten() for x in gradients], out=row_W)
 
     def gradients(self) -> list[Tensor | None]:
-        """What a backward returns for the weights once it has filled the slot: None where `PartialSums` waits."""
+        """What a backward returns for the weights after filling the slot.
+
+        None for each where `PartialSums` reduces them later.
+        """
         if not self.alone:
             return [None] * len(self.weights)
         return [gradient for _, gradient in self.sums.total()]
 
 
 class Destinations:
-    """Places of weights' gradients, each for the first use of its weight; later uses have gradients as ever."""
+    """The destinations of gradients, each for the first use of its tensor. Later uses return gradients to autograd."""
 
     def __init__(self, tensors: dict[Tensor, Tensor]):
-        """tensors: for each weight where its gradient goes."""
-        self.places = {weight: Place(tensor) for weight, tensor in tensors.items()}
-        self.free = set(self.places)
+        """tensors: for each weight, where its gradient goes."""
+        self.by_tensor = {weight: Destination(tensor) for weight, tensor in tensors.items()}
+        self.free = set(self.by_tensor)
         self.sums: dict[tuple, PartialSums] = {}
 
     def add(self, x: Tensor, tensor: Tensor, adds: bool = False) -> None:
-        """A place for the gradient of x, see `Place`."""
-        self.places[x] = Place(tensor, adds)
+        """Adds a destination for the gradient of x, see `Destination`."""
+        self.by_tensor[x] = Destination(tensor, adds)
         self.free.add(x)
 
-    def take(self, *weights: Tensor) -> list[Place] | None:
-        """The places of all these weights, or None where one has none left."""
+    def take(self, *weights: Tensor) -> list[Destination] | None:
+        """The destinations of these weights, or None if one of them has none or it is in use."""
         if not self.free.issuperset(weights):
             return None
         self.free.difference_update(weights)
-        return [self.places[weight] for weight in weights]
+        return [self.by_tensor[weight] for weight in weights]
 
     def finish(self) -> None:
-        """Adds up the partial sums and writes them to their places."""
+        """Reduces the partial sums and writes them to their destinations."""
         found = [pair for sums in self.sums.values() for pair in sums.total()]
         self.sums.clear()
-        places = [self.places[weight] for weight, _ in found]
-        for dtype in dict.fromkeys(place.tensor.dtype for place in places):  # a launch for each
-            same = [(p.tensor, g) for p, (_, g) in zip(places, found) if p.tensor.dtype == dtype]
+        destinations = [self.by_tensor[weight] for weight, _ in found]
+        for dtype in dict.fromkeys(destination.tensor.dtype for destination in destinations):  # one launch each
+            same = [(p.tensor, g) for p, (_, g) in zip(destinations, found) if p.tensor.dtype == dtype]
             torch._foreach_copy_(*map(list, zip(*same)))
-        for place in places:
-            place.written = True
+        for destination in destinations:
+            destination.written = True
 
 
 def settle(destinations: Destinations, found: dict[Tensor, Tensor | None], shared: dict[Tensor, Tensor]) -> None:
-    """Brings all gradients of a backward to their places.
+    """Writes all gradients of a backward to their destinations.
 
-    found: what autograd has returned for each tensor with a place, beside what backwards have written themselves: it is
-    added to that, or copied; a place that nobody has written is zeroed. shared: places to which others add as well.
+    found: what autograd returned for each tensor with a destination. It is added to what backwards have written there,
+    or copied; a destination that nobody has written is zeroed. shared: for tensors that other parts of the model read
+    too, the memory to which all add their gradients.
     """
     destinations.finish()
     copied, added = [], []
-    for x, place in destinations.places.items():
+    for x, destination in destinations.by_tensor.items():
         if found[x] is not None:
-            (added if place.written or place.adds else copied).append((place.tensor, found[x]))
-        elif not place.written and not place.adds:
-            place.tensor.zero_()
-    added += [(place, found[x]) for x, place in shared.items() if found[x] is not None]
+            (added if destination.written or destination.adds else copied).append((destination.tensor, found[x]))
+        elif not destination.written and not destination.adds:
+            destination.tensor.zero_()
+    added += [(gradient, found[x]) for x, gradient in shared.items() if found[x] is not None]
     for call, pairs in ((torch._foreach_copy_, copied), (torch._foreach_add_, added)):
-        for dtypes in dict.fromkeys((place.dtype, x.dtype) for place, x in pairs):  # a launch for each
-            same = [(place, x) for place, x in pairs if (place.dtype, x.dtype) == dtypes]
+        for dtypes in dict.fromkeys((to.dtype, x.dtype) for to, x in pairs):  # one launch each
+            same = [(to, x) for to, x in pairs if (to.dtype, x.dtype) == dtypes]
             call(*map(list, zip(*same)))
 
 
@@ -156,7 +160,7 @@ _DESTINATIONS: ContextVar[Destinations | None] = ContextVar("destinations", defa
 
 @contextlib.contextmanager
 def writing_to(destinations: Destinations | None) -> Iterator[None]:
-    """Backwards of forwards inside write weights' gradients to their places in `destinations`."""
+    """Inside, forwards take the destinations of their gradients from `destinations`."""
     token = _DESTINATIONS.set(destinations)
     try:
         yield
@@ -165,23 +169,23 @@ def writing_to(destinations: Destinations | None) -> Iterator[None]:
 
 
 def switch_to(destinations: Destinations) -> None:
-    """From here on in the forward at hand, other destinations; until the end of `writing_to` around it."""
+    """Uses other destinations for the rest of the forward, until the end of `writing_to` around it."""
     _DESTINATIONS.set(destinations)
 
 
-def place_of(x: Tensor, adds: bool = False) -> Place | None:
-    """Where the backward of the forward at hand writes the gradient of a matrix; None: it returns it.
+def destination_of(x: Tensor, adds: bool = False) -> Destination | None:
+    """Where the backward of the current forward writes the gradient of a matrix; None: it returns the gradient.
 
-    adds: whether the backward adds to what is there, or writes over it.
+    adds: whether that backward adds to the memory or overwrites it.
     """
     destinations = _DESTINATIONS.get()
-    if destinations is None or x not in destinations.free or destinations.places[x].adds != adds:
+    if destinations is None or x not in destinations.free or destinations.by_tensor[x].adds != adds:
         return None
     return destinations.take(x)[0]
 
 
 def slot_of(kind: str, *weights: Tensor) -> Slot:
-    """The slot for the gradients of small weights that the forward at hand reads."""
+    """The slot for the gradients of the small weights that the current forward reads."""
     destinations = _DESTINATIONS.get()
     if destinations is None or not destinations.take(*weights):
         return PartialSums().slot(*weights)
@@ -191,12 +195,12 @@ def slot_of(kind: str, *weights: Tensor) -> Slot:
     return slot
 
 
-def write_product(dy_TO: Tensor, x_TI: Tensor, weight: Tensor, place: Place | None) -> Tensor | None:
-    """The gradient dy^T x of a matrix in its dtype; None where it has been written to its place.
+def write_product(dy_TO: Tensor, x_TI: Tensor, weight: Tensor, destination: Destination | None) -> Tensor | None:
+    """The gradient dy^T x of a matrix in its dtype; None where it has been written to its destination.
 
-    Sums are rounded once, to the dtype of where they go.
+    The sums are rounded once, to the dtype of the result.
     """
-    out = None if place is None else place.tensor
+    out = None if destination is None else destination.tensor
     dtype = weight.dtype if out is None else out.dtype
     dy_OT = dy_TO.T
     if dtype == x_TI.dtype:
@@ -205,7 +209,7 @@ def write_product(dy_TO: Tensor, x_TI: Tensor, weight: Tensor, place: Place | No
         found = torch.mm(dy_OT, x_TI, out_dtype=dtype, **({} if out is None else {"out": out}))
     else:
         found = torch.mm(dy_OT.to(dtype), x_TI.to(dtype), **({} if out is None else {"out": out}))
-    if place is None:
+    if destination is None:
         return found
-    place.written = True
+    destination.written = True
     return None

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hnet_kernels.dispatch import operation
-from hnet_kernels.gradients import place_of, slot_of, write_product
+from hnet_kernels.gradients import destination_of, slot_of, write_product
 from hnet_kernels.pointwise import to_float32
 from hnet_kernels.recompute import mode, recomputed_from, recomputed_of, save, saved
-from hnet_kernels.saved import keep, kept_empty
+from hnet_kernels.saved import save_tensor, saved_empty
 
 
 @operation
@@ -28,19 +28,19 @@ class Linear(torch.autograd.Function):
     """Gradients: of x and W."""
 
     @staticmethod
-    def forward(ctx, x_TI: Tensor, weight_OI: Tensor, is_kept: bool) -> Tensor:
+    def forward(ctx, x_TI: Tensor, weight_OI: Tensor, is_saved: bool) -> Tensor:
         save(ctx, x_TI, weight_OI)
-        ctx.place = place_of(weight_OI) if ctx.needs_input_grad[1] else None
-        if not is_kept:
+        ctx.destination = destination_of(weight_OI) if ctx.needs_input_grad[1] else None
+        if not is_saved:
             return x_TI @ weight_OI.T
-        return torch.mm(x_TI, weight_OI.T, out=kept_empty(x_TI, len(x_TI), len(weight_OI)))
+        return torch.mm(x_TI, weight_OI.T, out=saved_empty(x_TI, len(x_TI), len(weight_OI)))
 
     @staticmethod
     def backward(ctx, dy_TO: Tensor):
         x_TI, weight_OI = saved(ctx)
         of_x, of_weight, _ = ctx.needs_input_grad
         dx_TI = dy_TO @ weight_OI if of_x else None
-        return dx_TI, write_product(dy_TO, x_TI, weight_OI, ctx.place) if of_weight else None, None
+        return dx_TI, write_product(dy_TO, x_TI, weight_OI, ctx.destination) if of_weight else None, None
 
 
 @linear.fast
@@ -50,7 +50,7 @@ def _(x_TI: Tensor, weight_OI: Tensor, is_saved: bool = False) -> Tensor:
     how = mode()
     y_TO = Linear.apply(x_TI, weight_OI, is_saved and how != "block")
     if is_saved and how == "block" and recomputed_of(x_TI):
-        weight_OI = keep(weight_OI.detach())
+        weight_OI = save_tensor(weight_OI.detach())
         return recomputed_from(y_TO, x_TI, lambda x_TI: x_TI @ weight_OI.T)
     return y_TO
 
@@ -67,7 +67,8 @@ class WideLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
         save(ctx, x_TI, weight_OI)
-        ctx.place, ctx.slot, ctx.place_of_x = place_of(weight_OI), slot_of("bias", bias_O), place_of(x_TI)
+        ctx.destination, ctx.slot = destination_of(weight_OI), slot_of("bias", bias_O)
+        ctx.destination_of_x = destination_of(x_TI)
         return torch.addmm(bias_O, to_float32(x_TI.contiguous()).to(weight_OI.dtype), weight_OI.T)
 
     @staticmethod
@@ -84,12 +85,12 @@ class WideLinear(torch.autograd.Function):
             torch.sum(dy_TO, 0, keepdim=True, dtype=dbias_1O.dtype, out=dbias_1O)
         ctx.slot.fill(dbias_1O)
         weight_in_x = weight_OI.to(dy_TO.dtype)
-        if ctx.place_of_x is None:
+        if ctx.destination_of_x is None:
             dx_TI = dy_TO @ weight_in_x
         else:
-            dx_TI, ctx.place_of_x.written = None, True
-            torch.mm(dy_TO, weight_in_x, out=ctx.place_of_x.tensor)
-        return dx_TI, write_product(dy_TO, x_TI, weight_OI, ctx.place), *ctx.slot.gradients()
+            dx_TI, ctx.destination_of_x.written = None, True
+            torch.mm(dy_TO, weight_in_x, out=ctx.destination_of_x.tensor)
+        return dx_TI, write_product(dy_TO, x_TI, weight_OI, ctx.destination), *ctx.slot.gradients()
 
 
 @wide_linear.fast
@@ -109,14 +110,14 @@ class Embed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, iids_T: Tensor, weight_VD: Tensor) -> Tensor:
         ctx.save_for_backward(iids_T, weight_VD)
-        ctx.place = place_of(weight_VD)
+        ctx.destination = destination_of(weight_VD)
         return weight_VD[iids_T]
 
     @staticmethod
     def backward(ctx, dx_TD: Tensor):
         iids_T, weight_VD = ctx.saved_tensors
         hot_TV = dx_TD.new_zeros(len(iids_T), len(weight_VD)).scatter_(1, iids_T[:, None], 1.0)
-        return None, write_product(hot_TV, dx_TD, weight_VD, ctx.place)
+        return None, write_product(hot_TV, dx_TD, weight_VD, ctx.destination)
 
 
 @embed.fast

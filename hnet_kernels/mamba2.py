@@ -13,7 +13,7 @@ from hnet_kernels.dispatch import operation, wide
 from hnet_kernels.gradients import slot_of
 from hnet_kernels.norm import gated_norm_backward, gated_norm_forward
 from hnet_kernels.recompute import Recomputed, mode, recomputed, recomputed_of
-from hnet_kernels.saved import keep, keeping_if
+from hnet_kernels.saved import save_if, save_tensor
 from hnet_kernels.ssd import mamba2_scan_backward, mamba2_scan_forward, ssd
 
 
@@ -49,7 +49,7 @@ class Mixed:
         (conv_D1K, conv_bias_D), (A_log_H, dt_bias_H, D_H), norm_D = weights
         self.projected_TX = projected_TX
         z_TD, before, raw_TH = projected_TX.split([len(norm_D), len(conv_bias_D), len(A_log_H)], dim=-1)
-        with keeping_if(all_saved):
+        with save_if(all_saved):
             self.after = causal_conv_silu_forward(before, conv_D1K, conv_bias_D, position_T)
         x_THP, B_TN, C_TN = _parts(self.after, len(A_log_H), len(norm_D))
         y_THP, self.states = mamba2_scan_forward(
@@ -80,32 +80,32 @@ class Mamba2Inner(torch.autograd.Function):
             slot_of("gated norm", norm_D),
         )
         conv_D1K, conv_bias_D, A_log_H, dt_bias_H, D_H, norm_D = (
-            keep(x.detach()) for x in (conv_D1K, conv_bias_D, A_log_H, dt_bias_H, D_H, norm_D)
+            save_tensor(x.detach()) for x in (conv_D1K, conv_bias_D, A_log_H, dt_bias_H, D_H, norm_D)
         )
         weights = (conv_D1K, conv_bias_D), (A_log_H, dt_bias_H, D_H), norm_D
-        with keeping_if(how != "block"):
+        with save_if(how != "block"):
             mixed = Mixed(projected_TX.detach(), weights, position_T, cu_seqlens, eps, how == "none")
         before = recomputed_of(projected_TX)
-        ctx.weights, ctx.position_T, ctx.cu_seqlens, ctx.again = weights, position_T, cu_seqlens, None
+        ctx.weights, ctx.position_T, ctx.cu_seqlens, ctx.recompute = weights, position_T, cu_seqlens, None
         if how == "block" and before is not None:
             before.users += 1
-            ctx.again = Recomputed(lambda: Mixed(before.get(), weights, position_T, cu_seqlens, eps, True))
-            ctx.again.users += 1
+            ctx.recompute = Recomputed(lambda: Mixed(before.get(), weights, position_T, cu_seqlens, eps, True))
+            ctx.recompute.users += 1
             ctx.save_for_backward()
         elif how == "none":
             ctx.save_for_backward(projected_TX, mixed.y_TD, mixed.scale_T, mixed.after, *mixed.states)
         else:
-            mixed.y_TD, mixed.scale_T = keep(mixed.y_TD), keep(mixed.scale_T)
+            mixed.y_TD, mixed.scale_T = save_tensor(mixed.y_TD), save_tensor(mixed.scale_T)
             ctx.save_for_backward(projected_TX, mixed.y_TD, mixed.scale_T)
-        result += [ctx.again, mixed.y_TD]
+        result += [ctx.recompute, mixed.y_TD]
         return mixed.gated_TD
 
     @staticmethod
     def backward(ctx, dgated_TD: Tensor):
         (conv_D1K, conv_bias_D), (A_log_H, dt_bias_H, D_H), norm_D = ctx.weights
         conv, heads, gate = ctx.slots
-        if ctx.again is not None:
-            mixed = ctx.again.get()
+        if ctx.recompute is not None:
+            mixed = ctx.recompute.get()
             projected_TX, y_TD, scale_T = mixed.projected_TX, mixed.y_TD, mixed.scale_T
             after, states = mixed.after, mixed.states
             del mixed
@@ -116,7 +116,7 @@ class Mamba2Inner(torch.autograd.Function):
         widths = [len(norm_D), len(conv_bias_D), len(A_log_H)]
         z, before, raw_TH = projected_TX.split(widths, dim=-1)
         dz, dbefore, draw_TH = dprojected_TX.split(widths, dim=-1)
-        dy_TD, _ = gated_norm_backward(dgated_TD, y_TD, z, scale_T, norm_D, dz, gate, again=False)
+        dy_TD, _ = gated_norm_backward(dgated_TD, y_TD, z, scale_T, norm_D, dz, gate, recompute_x=False)
         del y_TD, dgated_TD  # what is used up can go before the scan needs most
         if after is None:
             after = causal_conv_silu_forward(before, conv_D1K, conv_bias_D, ctx.position_T)
@@ -139,15 +139,15 @@ class Mamba2Inner(torch.autograd.Function):
 def _(projected_TX, conv_D1K, conv_bias_D, dt_bias_H, A_log_H, D_H, norm_D, position_T, cu_seqlens, eps) -> Tensor:
     how, made = mode(), []
     dt_bias_H, D_H = (torch.zeros_like(A_log_H) if x is None else x for x in (dt_bias_H, D_H))
-    position_T, cu_seqlens = keep(position_T), keep(cu_seqlens)
+    position_T, cu_seqlens = save_tensor(position_T), save_tensor(cu_seqlens)
     gated_TD = Mamba2Inner.apply(
         projected_TX, conv_D1K, conv_bias_D, dt_bias_H, A_log_H, D_H, norm_D, position_T, cu_seqlens, eps, how, made
     )
-    again, y_TD = made
-    if again is not None:
-        again.users += 1
-        return recomputed(gated_TD, lambda: again.get().gated_TD)
+    recompute, y_TD = made
+    if recompute is not None:
+        recompute.users += 1
+        return recomputed(gated_TD, lambda: recompute.get().gated_TD)
     if how == "selective":
-        z_TD, weight_D = keep(projected_TX.detach())[:, : len(norm_D)], keep(norm_D.detach())
+        z_TD, weight_D = save_tensor(projected_TX.detach())[:, : len(norm_D)], save_tensor(norm_D.detach())
         return recomputed(gated_TD, lambda: gated_norm_forward(y_TD, z_TD, weight_D, eps)[0])
     return gated_TD

@@ -13,16 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from hnet_kernels.dispatch import obstacle_anywhere, operation, use_fast, wide
+from hnet_kernels.dispatch import operation, use_fast, why_unsupported, wide
 from hnet_kernels.gradients import Slot, slot_of
 from hnet_kernels.recompute import mode, recomputed
-from hnet_kernels.saved import keep, keeping_if
+from hnet_kernels.saved import save_if, save_tensor
 
 WIDEST = 8192  # channels: a row must fit into the registers of one program
 
 
 def _fast(operation: str, x_TD: Tensor) -> bool:
-    return use_fast(operation, x_TD.device.type, x_TD.dtype, obstacle_anywhere(x_TD, WIDEST))
+    return use_fast(operation, x_TD.device.type, x_TD.dtype, why_unsupported(x_TD, WIDEST))
 
 
 def rms_norm(x_TD: "Tensor | Residual", weight_D: Tensor, eps: float) -> Tensor:
@@ -54,67 +54,67 @@ def _norm_backward(dx_TD: Tensor, u_TD: Tensor, scale_T: Tensor, weight_D: Tenso
     return du_TD, (dx_TD * unit_TD).sum(0), (unit_TD * weight_D).to(weight_D.dtype)
 
 
-class Parted(NamedTuple):
+class Split24(NamedTuple):
     """Float32 numbers as bfloat16, which has their first 8 significant bits, and the next 8, as int8, of one shape. Or,
     with None for a rest, numbers of any floating dtype. Contiguous."""
 
-    x: Tensor
-    rest: Tensor | None
+    high: Tensor
+    low: Tensor | None
 
 
-def part(x: Tensor, dtype: torch.dtype) -> Parted:
+def split24(x: Tensor, dtype: torch.dtype) -> Split24:
     """x in parts where dtype, that of products with it, is bfloat16: off by 2^-16 at most, or by 2^-15 where 128 would
     have been the rest. Else x in that dtype."""
     rounded = x.to(dtype)
     if (x.dtype, dtype) != (torch.float32, torch.bfloat16):
-        return Parted(rounded, None)
-    rest = x.view(torch.int32) - (rounded.view(torch.int16).to(torch.int32) << 16)
-    return Parted(rounded, ((rest + 128) >> 8).clamp_max(127).to(torch.int8))
+        return Split24(rounded, None)
+    low = x.view(torch.int32) - (rounded.view(torch.int16).to(torch.int32) << 16)
+    return Split24(rounded, ((low + 128) >> 8).clamp_max(127).to(torch.int8))
 
 
-def whole(x: Tensor, rest: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What `part` has parted, in the dtype that it had."""
-    if rest is None:
+def join24(x: Tensor, low: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What `split24` has split, in the dtype that it had."""
+    if low is None:
         return x.to(dtype)
-    return ((x.view(torch.int16).to(torch.int32) << 16) + (rest.to(torch.int32) << 8)).view(torch.float32)
+    return ((x.view(torch.int16).to(torch.int32) << 16) + (low.to(torch.int32) << 8)).view(torch.float32)
 
 
 def add_norm_forward(
-    residual: Parted | None, delta_TD: Tensor, weight_D: Tensor, eps: float, keep_x: bool = False
-) -> tuple[Parted, Tensor, Tensor]:
+    residual: Split24 | None, delta_TD: Tensor, weight_D: Tensor, eps: float, save_x: bool = False
+) -> tuple[Split24, Tensor, Tensor]:
     """(sum, x_TD, scale_T): sum = residual + delta, x = sum * scale * weight, scale = 1 / rms(sum).
 
     residual: None for zeros. It and the sum are in parts where delta is bfloat16, else at least float32; scale_T is at
-    least float32. x_TD has weight_D's dtype. keep_x: a backward will need x_TD too.
+    least float32. x_TD has weight_D's dtype. save_x: a backward will need x_TD too.
     """
     if _fast("add_norm", delta_TD):
         from hnet_kernels import norm_triton  # not above: triton is not everywhere
 
-        sum_TD, rest_TD, *others = norm_triton.add_norm_forward(
-            *(residual or (None, None)), delta_TD, weight_D, eps, keep_x
+        sum_TD, low_TD, *others = norm_triton.add_norm_forward(
+            *(residual or (None, None)), delta_TD, weight_D, eps, save_x
         )
-        return Parted(sum_TD, rest_TD), *others
+        return Split24(sum_TD, low_TD), *others
     # without a residual, the sum of what is not bfloat16 may be delta itself
-    wide_TD = wide(delta_TD) if residual is None else whole(*residual, wide(delta_TD).dtype) + delta_TD
-    sum_ = part(wide_TD, torch.bfloat16 if delta_TD.dtype == torch.bfloat16 else wide_TD.dtype)
-    return sum_, *_norm(whole(*sum_, wide_TD.dtype), weight_D, eps)
+    wide_TD = wide(delta_TD) if residual is None else join24(*residual, wide(delta_TD).dtype) + delta_TD
+    sum_ = split24(wide_TD, torch.bfloat16 if delta_TD.dtype == torch.bfloat16 else wide_TD.dtype)
+    return sum_, *_norm(join24(*sum_, wide_TD.dtype), weight_D, eps)
 
 
-def norm_again(sum_: Parted, scale_T: Tensor, weight_D: Tensor) -> Tensor:
+def recompute_norm(sum_: Split24, scale_T: Tensor, weight_D: Tensor) -> Tensor:
     """x_TD of `add_norm_forward`, the same bits."""
-    if _fast("add_norm", sum_.x):
+    if _fast("add_norm", sum_.high):
         from hnet_kernels import norm_triton
 
-        return norm_triton.norm_again(*sum_, scale_T, weight_D)
-    return (whole(*sum_, scale_T.dtype) * scale_T[:, None] * weight_D).to(weight_D.dtype)
+        return norm_triton.recompute_norm(*sum_, scale_T, weight_D)
+    return (join24(*sum_, scale_T.dtype) * scale_T[:, None] * weight_D).to(weight_D.dtype)
 
 
 def add_norm_backward(
-    dx_TD: Tensor, dsum: Parted | None, sum_: Parted, scale_T: Tensor, weight_D: Tensor, dweight: Slot,
-    again: bool = True,
-) -> tuple[Parted, Tensor | None]:  # fmt: skip
+    dx_TD: Tensor, dsum: Split24 | None, sum_: Split24, scale_T: Tensor, weight_D: Tensor, dweight: Slot,
+    recompute_x: bool = True,
+) -> tuple[Split24, Tensor | None]:  # fmt: skip
     """(dboth, x_TD) of `add_norm_forward`: the gradient of residual and of delta, which is that of their sum; and x_TD,
-    the same bits as there, or None if not wanted `again`. Fills the slot of weight_D's gradient.
+    the same bits as there, or None if `recompute_x` is False. Fills the slot of weight_D's gradient.
 
     dsum: the gradient of the sum but for what comes through x_TD, None for zeros. It and dboth are in parts where dx_TD
     is bfloat16, so along a residual stream they are not rounded to that at each step; else they have dx_TD's dtype.
@@ -122,53 +122,53 @@ def add_norm_backward(
     if _fast("add_norm", dx_TD):
         from hnet_kernels import norm_triton
 
-        dboth_TD, rest_TD, x_TD = norm_triton.add_norm_backward(
-            dx_TD, *(dsum or (None, None)), *sum_, scale_T, weight_D, dweight, again
+        dboth_TD, low_TD, x_TD = norm_triton.add_norm_backward(
+            dx_TD, *(dsum or (None, None)), *sum_, scale_T, weight_D, dweight, recompute_x
         )
-        return Parted(dboth_TD, rest_TD), x_TD
-    d_TD, dweight_D, x_TD = _norm_backward(dx_TD, whole(*sum_, scale_T.dtype), scale_T, weight_D)
+        return Split24(dboth_TD, low_TD), x_TD
+    d_TD, dweight_D, x_TD = _norm_backward(dx_TD, join24(*sum_, scale_T.dtype), scale_T, weight_D)
     if dsum is not None:
-        d_TD = d_TD + whole(*dsum, d_TD.dtype)
+        d_TD = d_TD + join24(*dsum, d_TD.dtype)
     dweight.fill(dweight_D)
-    return part(d_TD, dx_TD.dtype), x_TD if again else None
+    return split24(d_TD, dx_TD.dtype), x_TD if recompute_x else None
 
 
 def gated_norm_forward(
-    y_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float, keep_x: bool = False
+    y_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float, save_x: bool = False
 ) -> tuple[Tensor, Tensor]:
     """(x_TD, scale_T): the norm of u = y silu(z), x = u * scale * weight, scale = 1 / rms(u).
 
-    y_TD, z_TD: one floating dtype; rows of z_TD may be parts of longer ones. x_TD has weight_D's dtype. keep_x: a
+    y_TD, z_TD: one floating dtype; rows of z_TD may be parts of longer ones. x_TD has weight_D's dtype. save_x: a
     backward will need it too.
     """
     if _fast("gated_norm", y_TD):
         from hnet_kernels import norm_triton
 
-        return norm_triton.gated_norm_forward(y_TD, z_TD, weight_D, eps, keep_x)
+        return norm_triton.gated_norm_forward(y_TD, z_TD, weight_D, eps, save_x)
     return _norm(wide(y_TD) * F.silu(wide(z_TD)), weight_D, eps)
 
 
 def gated_norm_backward(
     dx_TD: Tensor, y_TD: Tensor, z_TD: Tensor, scale_T: Tensor, weight_D: Tensor, dz_TD: Tensor, dweight: Slot,
-    again: bool = True,
+    recompute_x: bool = True,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """(dy_TD, x_TD) of `gated_norm_forward`, the latter the same bits as there, or None if not wanted `again`.
+    """(dy_TD, x_TD) of `gated_norm_forward`, the latter the same bits as there, or None if `recompute_x` is False.
 
     Writes z's gradient to dz_TD, perhaps parts of longer rows, and fills the slot of weight_D's.
     """
     if _fast("gated_norm", y_TD):
         from hnet_kernels import norm_triton
 
-        return norm_triton.gated_norm_backward(dx_TD, y_TD, z_TD, scale_T, weight_D, dz_TD, dweight, again)
+        return norm_triton.gated_norm_backward(dx_TD, y_TD, z_TD, scale_T, weight_D, dz_TD, dweight, recompute_x)
     y, z = wide(y_TD), wide(z_TD)
     gate_TD = F.silu(z)
     du_TD, dweight_D, x_TD = _norm_backward(dx_TD, y * gate_TD, scale_T, weight_D)
     dz_TD.copy_(torch.ops.aten.silu_backward(du_TD * y, z))
     dweight.fill(dweight_D)
-    return (du_TD * gate_TD).to(y_TD.dtype), x_TD if again else None
+    return (du_TD * gate_TD).to(y_TD.dtype), x_TD if recompute_x else None
 
 
-class _Total:
+class _StreamSum:
     """A sum along a residual stream: the tensor that autograd knows, and what it does not.
 
     x: in bfloat16 where the compute dtype is that; `rest` has the next 8 bits. So has its gradient. Autograd hands on
@@ -177,16 +177,16 @@ class _Total:
     """
 
     def __init__(self):
-        self.x: Tensor | None = None
-        self.rest: Tensor | None = None
-        self.gradients: list[tuple[int, Parted | Tensor]] = []
+        self.high: Tensor | None = None
+        self.low: Tensor | None = None
+        self.gradients: list[tuple[int, Split24 | Tensor]] = []
 
 
-def _leave(gradients: list[tuple[int, Parted | Tensor]], gradient: Parted | Tensor) -> None:
+def _add_gradient(gradients: list[tuple[int, Split24 | Tensor]], gradient: Split24 | Tensor) -> None:
     gradients.append((torch._C._current_graph_task_id(), gradient))
 
 
-def _collected(gradients: list[tuple[int, Parted | Tensor]], dx_TD: Tensor) -> Parted:
+def _total_gradient(gradients: list[tuple[int, Split24 | Tensor]], dx_TD: Tensor) -> Split24:
     """Their sum, in parts where dx_TD is bfloat16. Empties the list.
 
     dx_TD: what autograd hands on. What this pass has not left counts only where it is that tensor: then the backward
@@ -195,82 +195,82 @@ def _collected(gradients: list[tuple[int, Parted | Tensor]], dx_TD: Tensor) -> P
     now, dtype = torch._C._current_graph_task_id(), dx_TD.dtype
     found = [x for number, x in gradients if number == now]
     if not found:
-        same = (x for _, x in reversed(gradients) if isinstance(x, Parted) and x.x.data_ptr() == dx_TD.data_ptr())
+        same = (x for _, x in reversed(gradients) if isinstance(x, Split24) and x.high.data_ptr() == dx_TD.data_ptr())
         found = [x for x in [next(same, None)] if x is not None]
     gradients.clear()
     if not found:
         raise RuntimeError("a residual stream's sum was read by something else than rms_norm and Residual.value")
-    if len(found) == 1 and isinstance(found[0], Parted):
+    if len(found) == 1 and isinstance(found[0], Split24):
         return found[0]
     wide_dtype = torch.promote_types(dtype, torch.float32)
-    tensors = [whole(*x, wide_dtype) if isinstance(x, Parted) else x for x in found]
-    return part(sum(tensors), dtype)
+    tensors = [join24(*x, wide_dtype) if isinstance(x, Split24) else x for x in found]
+    return split24(sum(tensors), dtype)
 
 
 class AddNorm(torch.autograd.Function):
     """Adds delta to a sum and returns the norm of that. Gradients: of the sum, of delta and of the weight."""
 
     @staticmethod
-    def forward(ctx, how, before: _Total | None, after: _Total, _, delta_TD: Tensor, weight_D: Tensor):
+    def forward(ctx, how, before: _StreamSum | None, after: _StreamSum, _, delta_TD: Tensor, weight_D: Tensor):
         eps, saves_x = how
         ctx.set_materialize_grads(False)
-        residual = None if before is None else Parted(before.x.detach(), before.rest)
-        with keeping_if(saves_x is not None):
+        residual = None if before is None else Split24(before.high.detach(), before.low)
+        with save_if(saves_x is not None):
             sum_, x_TD, scale_T = add_norm_forward(residual, delta_TD.detach(), weight_D, eps, bool(saves_x))
         if saves_x is not None:
-            sum_, scale_T = Parted(*(None if x is None else keep(x) for x in sum_)), keep(scale_T)
-        if sum_.x.data_ptr() == delta_TD.data_ptr():  # an output must not be an input
-            sum_ = Parted(sum_.x.clone(), sum_.rest)
-        after.rest, after.scale_T = sum_.rest, scale_T
-        ctx.save_for_backward(sum_.x, sum_.rest, scale_T, weight_D)
+            sum_, scale_T = Split24(*(None if x is None else save_tensor(x) for x in sum_)), save_tensor(scale_T)
+        if sum_.high.data_ptr() == delta_TD.data_ptr():  # an output must not be an input
+            sum_ = Split24(sum_.high.clone(), sum_.low)
+        after.low, after.scale_T = sum_.low, scale_T
+        ctx.save_for_backward(sum_.high, sum_.low, scale_T, weight_D)
         ctx.before, ctx.after = None if before is None else before.gradients, after.gradients
         ctx.slot = slot_of("norm", weight_D)
-        return x_TD, sum_.x
+        return x_TD, sum_.high
 
     @staticmethod
     def backward(ctx, dx_TD: Tensor | None, dsum_TD: Tensor | None):
-        sum_TD, rest_TD, scale_T, weight_D = ctx.saved_tensors
-        dsum = None if dsum_TD is None else _collected(ctx.after, dsum_TD)
+        sum_TD, low_TD, scale_T, weight_D = ctx.saved_tensors
+        dsum = None if dsum_TD is None else _total_gradient(ctx.after, dsum_TD)
         if dx_TD is None:
             dboth, dweight_D = dsum, None
         else:
-            sum_ = Parted(sum_TD, rest_TD)
-            dboth, _ = add_norm_backward(dx_TD, dsum, sum_, scale_T, weight_D, ctx.slot, again=False)
+            sum_ = Split24(sum_TD, low_TD)
+            dboth, _ = add_norm_backward(dx_TD, dsum, sum_, scale_T, weight_D, ctx.slot, recompute_x=False)
             (dweight_D,) = ctx.slot.gradients()
         if ctx.before is None:
-            return None, None, None, None, dboth.x, dweight_D
-        _leave(ctx.before, dboth)
-        return None, None, None, dboth.x, dboth.x, dweight_D
+            return None, None, None, None, dboth.high, dweight_D
+        _add_gradient(ctx.before, dboth)
+        return None, None, None, dboth.high, dboth.high, dweight_D
 
 
-class ReadTotal(torch.autograd.Function):
+class ReadSum(torch.autograd.Function):
     """A sum along a residual stream as a tensor in at least float32."""
 
     @staticmethod
-    def forward(ctx, total: _Total, x_TD: Tensor):
-        ctx.gradients, ctx.dtype = total.gradients, x_TD.dtype
-        return whole(x_TD, total.rest, torch.promote_types(x_TD.dtype, torch.float32))
+    def forward(ctx, sum_: _StreamSum, x_TD: Tensor):
+        ctx.gradients, ctx.dtype = sum_.gradients, x_TD.dtype
+        return join24(x_TD, sum_.low, torch.promote_types(x_TD.dtype, torch.float32))
 
     @staticmethod
     def backward(ctx, dx_TD: Tensor):
-        _leave(ctx.gradients, dx_TD)
+        _add_gradient(ctx.gradients, dx_TD)
         return None, dx_TD.to(ctx.dtype)
 
 
-class Renamed(torch.autograd.Function):
+class ReplacedSum(torch.autograd.Function):
     """The sum of `before` as `after` has it, where somebody put another tensor in its place: FSDP's hooks, or the cut
     between two backward parts. Gradient: of that tensor, collected, so that it is one for `before`."""
 
     @staticmethod
-    def forward(ctx, before: _Total, after: _Total, x_TD: Tensor) -> Tensor:
+    def forward(ctx, before: _StreamSum, after: _StreamSum, x_TD: Tensor) -> Tensor:
         ctx.before, ctx.after = before.gradients, after.gradients
         return x_TD.view_as(x_TD)
 
     @staticmethod
     def backward(ctx, dx_TD: Tensor):
-        gradient = _collected(ctx.after, dx_TD)
-        _leave(ctx.before, gradient)
-        return None, None, gradient.x
+        gradient = _total_gradient(ctx.after, dx_TD)
+        _add_gradient(ctx.before, gradient)
+        return None, None, gradient.high
 
 
 class Residual:
@@ -280,36 +280,36 @@ class Residual:
     which does it in the same pass; and with bfloat16 the sum takes three bytes an element in memory, not four.
     """
 
-    def __init__(self, delta_TD: Tensor | None, total: _Total | None = None):
-        self._delta_TD, self._total = delta_TD, total
+    def __init__(self, delta_TD: Tensor | None, sum_: _StreamSum | None = None):
+        self._delta_TD, self._sum = delta_TD, sum_
 
     def value(self) -> Tensor:
         """The stream as a tensor in at least float32, with its gradient."""
-        if self._total is None:
+        if self._sum is None:
             return self._delta_TD.to(torch.promote_types(self._delta_TD.dtype, torch.float32), copy=True)
-        total_TD = ReadTotal.apply(self._total, self._total.x)
-        return total_TD if self._delta_TD is None else total_TD + self._delta_TD
+        sum_TD = ReadSum.apply(self._sum, self._sum.high)
+        return sum_TD if self._delta_TD is None else sum_TD + self._delta_TD
 
     def norm(self, weight_D: Tensor, eps: float) -> Tensor:
         """`rms_norm` of the stream. What the last block added is then part of the sum."""
         if self._delta_TD is None:
             return rms_norm(self.value(), weight_D, eps)
-        after, how = _Total(), mode()
+        after, how = _StreamSum(), mode()
         saves_x = {"none": True, "selective": False, "block": False}[how] if torch.is_grad_enabled() else None
-        x = None if self._total is None else self._total.x
-        x_TD, after.x = AddNorm.apply((eps, saves_x), self._total, after, x, self._delta_TD, weight_D)
+        x = None if self._sum is None else self._sum.high
+        x_TD, after.high = AddNorm.apply((eps, saves_x), self._sum, after, x, self._delta_TD, weight_D)
         if how != "none":
-            sum_, scale_T = Parted(after.x.detach(), after.rest), after.scale_T
-            weight_D = keep(weight_D.detach())
-            recomputed(x_TD, lambda: norm_again(sum_, scale_T, weight_D))
+            sum_, scale_T = Split24(after.high.detach(), after.low), after.scale_T
+            weight_D = save_tensor(weight_D.detach())
+            recomputed(x_TD, lambda: recompute_norm(sum_, scale_T, weight_D))
         del after.scale_T
-        self._delta_TD, self._total = None, after
+        self._delta_TD, self._sum = None, after
         return x_TD
 
     def __add__(self, other):
-        like = self._total.x if self._delta_TD is None else self._delta_TD
+        like = self._sum.high if self._delta_TD is None else self._delta_TD
         if self._delta_TD is None and isinstance(other, Tensor) and other.dtype == like.dtype:
-            return Residual(other, self._total) if other.shape == like.shape else self.value() + other
+            return Residual(other, self._sum) if other.shape == like.shape else self.value() + other
         return self.value() + (other.value() if isinstance(other, Residual) else other)
 
     __radd__ = __add__
@@ -346,19 +346,19 @@ for _name in (
 pytree.register_pytree_node(
     Residual,
     lambda residual: (
-        [residual._delta_TD, None if residual._total is None else residual._total.x],
-        residual._total,
+        [residual._delta_TD, None if residual._sum is None else residual._sum.high],
+        residual._sum,
     ),
-    lambda tensors, total: Residual(tensors[0], _with_x(total, tensors[1])),
+    lambda tensors, sum_: Residual(tensors[0], _with_high(sum_, tensors[1])),
 )
 
 
-def _with_x(total: _Total | None, x: Tensor | None) -> _Total | None:
-    if total is None or x is total.x:
-        return total
-    other = _Total()
-    other.rest = total.rest
-    other.x = Renamed.apply(total, other, x)
+def _with_high(sum_: _StreamSum | None, x: Tensor | None) -> _StreamSum | None:
+    if sum_ is None or x is sum_.high:
+        return sum_
+    other = _StreamSum()
+    other.low = sum_.low
+    other.high = ReplacedSum.apply(sum_, other, x)
     return other
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hnet_kernels.gradients import Slot
-from hnet_kernels.saved import kept_empty
+from hnet_kernels.saved import saved_empty
 from hnet_kernels.triton_math import sigmoid
 
 TILE = 2048  # elements of a program's rows, forwards
@@ -51,18 +51,18 @@ def _silu_parts(z):
 
 
 @triton.jit
-def _part(x):
-    """`part` of norm.py, to bfloat16."""
+def _split24(x):
+    """`split24` of norm.py, to bfloat16."""
     rounded = x.to(tl.bfloat16)
-    rest = x.to(tl.int32, bitcast=True) - (rounded.to(tl.int16, bitcast=True).to(tl.int32) << 16)
-    return rounded, tl.minimum((rest + 128) >> 8, 127).to(tl.int8)
+    low = x.to(tl.int32, bitcast=True) - (rounded.to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    return rounded, tl.minimum((low + 128) >> 8, 127).to(tl.int8)
 
 
 @triton.jit
-def _whole(x, rest, PARTED: tl.constexpr):
-    """`whole` of norm.py, in float32."""
-    if PARTED:
-        bits = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16) + (rest.to(tl.int32) << 8)
+def _join24(x, low, SPLIT: tl.constexpr):
+    """`join24` of norm.py, in float32."""
+    if SPLIT:
+        bits = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16) + (low.to(tl.int32) << 8)
         number = bits.to(tl.float32, bitcast=True)
     else:
         number = x.to(tl.float32)
@@ -71,8 +71,8 @@ def _whole(x, rest, PARTED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def _add_norm(
-    residual_ptr, residual_rest_ptr, delta_ptr, weight_ptr, sum_ptr, rest_ptr, x_ptr, scale_ptr, T, delta_stride, eps,
-    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PARTED: tl.constexpr,
+    residual_ptr, residual_low_ptr, delta_ptr, weight_ptr, sum_ptr, low_ptr, x_ptr, scale_ptr, T, delta_stride, eps,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
@@ -82,14 +82,14 @@ def _add_norm(
     at = row * D + d[None, :]
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + at, mask=inside, other=0.0)
-        rest = tl.load(residual_rest_ptr + at, mask=inside, other=0) if PARTED else 0
-        u += _whole(residual, rest, PARTED)
+        low = tl.load(residual_low_ptr + at, mask=inside, other=0) if SPLIT else 0
+        u += _join24(residual, low, SPLIT)
     weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-    if PARTED:
-        first, rest = _part(u)
+    if SPLIT:
+        first, low = _split24(u)
         tl.store(sum_ptr + at, first, mask=inside)
-        tl.store(rest_ptr + at, rest, mask=inside)
-        u = _whole(first, rest, PARTED)
+        tl.store(low_ptr + at, low, mask=inside)
+        u = _join24(first, low, SPLIT)
     else:
         tl.store(sum_ptr + at, u, mask=inside)
     scale = 1 / tl.sqrt(tl.sum(u * u, 1) / D + eps)
@@ -99,18 +99,18 @@ def _add_norm(
 
 
 @triton.jit(do_not_specialize=["T"])
-def _norm_again(
-    sum_ptr, rest_ptr, scale_ptr, weight_ptr, x_ptr, T,
-    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, PARTED: tl.constexpr,
+def _recompute_norm(
+    sum_ptr, low_ptr, scale_ptr, weight_ptr, x_ptr, T,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
     inside = (t < T)[:, None] & (d < D)[None, :]
     at = t.to(tl.int64)[:, None] * D + d[None, :]
     first = tl.load(sum_ptr + at, mask=inside, other=0.0)
-    rest = tl.load(rest_ptr + at, mask=inside, other=0) if PARTED else 0
+    low = tl.load(low_ptr + at, mask=inside, other=0) if SPLIT else 0
     scale, weight = tl.load(scale_ptr + t, mask=t < T, other=0.0), tl.load(weight_ptr + d, mask=d < D, other=0.0)
-    x = _whole(first, rest, PARTED) * scale[:, None] * weight.to(tl.float32)[None, :]
+    x = _join24(first, low, SPLIT) * scale[:, None] * weight.to(tl.float32)[None, :]
     tl.store(x_ptr + at, x.to(x_ptr.dtype.element_ty), mask=inside)
 
 
@@ -123,10 +123,10 @@ def _load_rows(ptr, t, stride, end, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "per_program"])
 def _add_norm_backward(
-    dx_ptr, dsum_ptr, dsum_rest_ptr, sum_ptr, sum_rest_ptr, scale_ptr, weight_ptr, dboth_ptr, rest_ptr, dweight_ptr,
+    dx_ptr, dsum_ptr, dsum_low_ptr, sum_ptr, sum_low_ptr, scale_ptr, weight_ptr, dboth_ptr, low_ptr, dweight_ptr,
     x_ptr, T, per_program,
-    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_DSUM: tl.constexpr, PARTED: tl.constexpr,
-    AGAIN: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_DSUM: tl.constexpr, SPLIT: tl.constexpr,
+    RECOMPUTE_X: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
@@ -136,36 +136,36 @@ def _add_norm_backward(
     t = first + tl.arange(0, ROWS)
     next_dx = _load_rows(dx_ptr, t, D, end, D, BLOCK_D)
     next_sum = _load_rows(sum_ptr, t, D, end, D, BLOCK_D)
-    next_sum_rest = _load_rows(sum_rest_ptr, t, D, end, D, BLOCK_D) if PARTED else 0
+    next_sum_low = _load_rows(sum_low_ptr, t, D, end, D, BLOCK_D) if SPLIT else 0
     next_dsum = _load_rows(dsum_ptr, t, D, end, D, BLOCK_D) if HAS_DSUM else 0.0
-    next_dsum_rest = _load_rows(dsum_rest_ptr, t, D, end, D, BLOCK_D) if HAS_DSUM and PARTED else 0
+    next_dsum_low = _load_rows(dsum_low_ptr, t, D, end, D, BLOCK_D) if HAS_DSUM and SPLIT else 0
     next_scale = tl.load(scale_ptr + t, mask=t < end, other=0.0)
     for start in range(first, end, ROWS):
         dx, scale = next_dx.to(tl.float32), next_scale
-        unit = _whole(next_sum, next_sum_rest, PARTED) * scale[:, None]
-        dsum = _whole(next_dsum, next_dsum_rest, PARTED) if HAS_DSUM else 0.0
+        unit = _join24(next_sum, next_sum_low, SPLIT) * scale[:, None]
+        dsum = _join24(next_dsum, next_dsum_low, SPLIT) if HAS_DSUM else 0.0
         t = start + tl.arange(0, ROWS)
         inside = (t < end)[:, None] & (d < D)[None, :]
         at = t.to(tl.int64)[:, None] * D + d[None, :]
         next_dx = _load_rows(dx_ptr, t + ROWS, D, end, D, BLOCK_D)
         next_sum = _load_rows(sum_ptr, t + ROWS, D, end, D, BLOCK_D)
-        if PARTED:
-            next_sum_rest = _load_rows(sum_rest_ptr, t + ROWS, D, end, D, BLOCK_D)
+        if SPLIT:
+            next_sum_low = _load_rows(sum_low_ptr, t + ROWS, D, end, D, BLOCK_D)
         if HAS_DSUM:
             next_dsum = _load_rows(dsum_ptr, t + ROWS, D, end, D, BLOCK_D)
-            if PARTED:
-                next_dsum_rest = _load_rows(dsum_rest_ptr, t + ROWS, D, end, D, BLOCK_D)
+            if SPLIT:
+                next_dsum_low = _load_rows(dsum_low_ptr, t + ROWS, D, end, D, BLOCK_D)
         next_scale = tl.load(scale_ptr + t + ROWS, mask=t + ROWS < end, other=0.0)
-        if AGAIN:
+        if RECOMPUTE_X:
             tl.store(x_ptr + at, (unit * weight[None, :]).to(x_ptr.dtype.element_ty), mask=inside)
         dweight += tl.sum(dx * unit, 0)
         g = dx * weight[None, :]
         du = scale[:, None] * (g - unit * (tl.sum(g * unit, 1) / D)[:, None])
         if HAS_DSUM:
             du += dsum
-        if PARTED:
-            dboth, rest = _part(du)
-            tl.store(rest_ptr + at, rest, mask=inside)
+        if SPLIT:
+            dboth, low = _split24(du)
+            tl.store(low_ptr + at, low, mask=inside)
         else:
             dboth = du.to(dboth_ptr.dtype.element_ty)
         tl.store(dboth_ptr + at, dboth, mask=inside)
@@ -196,7 +196,7 @@ def _gated_norm(
 def _gated_norm_backward(
     dx_ptr, y_ptr, z_ptr, scale_ptr, weight_ptr, dy_ptr, dz_ptr, dweight_ptr, x_ptr, T, per_program,
     y_stride, z_stride, dz_stride,
-    AGAIN: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    RECOMPUTE_X: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
@@ -219,7 +219,7 @@ def _gated_norm_backward(
         next_scale = tl.load(scale_ptr + t + ROWS, mask=t + ROWS < end, other=0.0)
         gate, dgate = _silu_parts(z)
         unit = y * gate * scale[:, None]
-        if AGAIN:
+        if RECOMPUTE_X:
             tl.store(x_ptr + row * D + d[None, :], (unit * weight[None, :]).to(x_ptr.dtype.element_ty), mask=inside)
         dweight += tl.sum(dx * unit, 0)
         g = dx * weight[None, :]
@@ -276,62 +276,62 @@ def _dense_rows(x_TD: Tensor) -> Tensor:
 
 
 def add_norm_forward(
-    residual_TD: Tensor | None, residual_rest_TD: Tensor | None, delta_TD: Tensor, weight_D: Tensor, eps: float,
-    keep_x: bool = False,
+    residual_TD: Tensor | None, residual_low_TD: Tensor | None, delta_TD: Tensor, weight_D: Tensor, eps: float,
+    save_x: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
-    """(sum_TD, its rest, x_TD, scale_T) of `add_norm_forward` in norm.py."""
+    """(sum_TD, its low bits, x_TD, scale_T) of `add_norm_forward` in norm.py."""
     (T, D), delta_TD = delta_TD.shape, _dense_rows(delta_TD)
-    parted, blocks = delta_TD.dtype == torch.bfloat16, _blocks(D)
-    sum_TD = kept_empty(delta_TD, T, D, dtype=torch.bfloat16 if parted else torch.float32)
-    rest_TD = kept_empty(delta_TD, T, D, dtype=torch.int8) if parted else None
-    x_TD = kept_empty(weight_D, T, D) if keep_x else weight_D.new_empty(T, D)
-    scale_T = kept_empty(delta_TD, T, dtype=torch.float32)
+    split, blocks = delta_TD.dtype == torch.bfloat16, _blocks(D)
+    sum_TD = saved_empty(delta_TD, T, D, dtype=torch.bfloat16 if split else torch.float32)
+    low_TD = saved_empty(delta_TD, T, D, dtype=torch.int8) if split else None
+    x_TD = saved_empty(weight_D, T, D) if save_x else weight_D.new_empty(T, D)
+    scale_T = saved_empty(delta_TD, T, dtype=torch.float32)
     with torch.cuda.device_of(delta_TD):
         _add_norm[(triton.cdiv(T, blocks["ROWS"]),)](
-            residual_TD, residual_rest_TD, delta_TD, weight_D.contiguous(), sum_TD, rest_TD, x_TD, scale_T, T,
-            delta_TD.stride(0), eps, HAS_RESIDUAL=residual_TD is not None, PARTED=parted, **blocks,
+            residual_TD, residual_low_TD, delta_TD, weight_D.contiguous(), sum_TD, low_TD, x_TD, scale_T, T,
+            delta_TD.stride(0), eps, HAS_RESIDUAL=residual_TD is not None, SPLIT=split, **blocks,
         )  # fmt: skip
-    return sum_TD, rest_TD, x_TD, scale_T
+    return sum_TD, low_TD, x_TD, scale_T
 
 
-def norm_again(sum_TD: Tensor, rest_TD: Tensor | None, scale_T: Tensor, weight_D: Tensor) -> Tensor:
+def recompute_norm(sum_TD: Tensor, low_TD: Tensor | None, scale_T: Tensor, weight_D: Tensor) -> Tensor:
     """x_TD of `add_norm_forward`."""
     (T, D), x_TD = sum_TD.shape, weight_D.new_empty(sum_TD.shape)
     blocks = _blocks(D)
     with torch.cuda.device_of(sum_TD):
-        _norm_again[(triton.cdiv(T, blocks["ROWS"]),)](
-            sum_TD, rest_TD, scale_T, weight_D.contiguous(), x_TD, T, PARTED=rest_TD is not None, **blocks
+        _recompute_norm[(triton.cdiv(T, blocks["ROWS"]),)](
+            sum_TD, low_TD, scale_T, weight_D.contiguous(), x_TD, T, SPLIT=low_TD is not None, **blocks
         )
     return x_TD
 
 
 def add_norm_backward(
-    dx_TD: Tensor, dsum_TD: Tensor | None, dsum_rest_TD: Tensor | None, sum_TD: Tensor, sum_rest_TD: Tensor | None,
-    scale_T: Tensor, weight_D: Tensor, dweight: Slot, again: bool = True,
+    dx_TD: Tensor, dsum_TD: Tensor | None, dsum_low_TD: Tensor | None, sum_TD: Tensor, sum_low_TD: Tensor | None,
+    scale_T: Tensor, weight_D: Tensor, dweight: Slot, recompute_x: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """(dboth_TD, its rest, x_TD) of `add_norm_backward` in norm.py."""
+    """(dboth_TD, its low bits, x_TD) of `add_norm_backward` in norm.py."""
     (T, D), dx_TD = dx_TD.shape, dx_TD.contiguous()
     tile, programs, warps = _walk_add_norm(D)
-    dboth_TD, blocks, parted = dx_TD.new_empty(T, D), _blocks(D, tile, warps), dx_TD.dtype == torch.bfloat16
-    rest_TD = dx_TD.new_empty(T, D, dtype=torch.int8) if parted else None
+    dboth_TD, blocks, split = dx_TD.new_empty(T, D), _blocks(D, tile, warps), dx_TD.dtype == torch.bfloat16
+    low_TD = dx_TD.new_empty(T, D, dtype=torch.int8) if split else None
     programs, rows = _shares(T, blocks["ROWS"], programs, dx_TD.device)
-    dweight_ND, x_TD = dweight.rows(programs, sum_rows), weight_D.new_empty(T, D) if again else None
+    dweight_ND, x_TD = dweight.rows(programs, sum_rows), weight_D.new_empty(T, D) if recompute_x else None
     with torch.cuda.device_of(dx_TD):
         _add_norm_backward[(programs,)](
-            dx_TD, dsum_TD, dsum_rest_TD, sum_TD, sum_rest_TD, scale_T, weight_D.contiguous(), dboth_TD, rest_TD,
-            dweight_ND, x_TD, T, rows, HAS_DSUM=dsum_TD is not None, PARTED=parted, AGAIN=again, **blocks,
+            dx_TD, dsum_TD, dsum_low_TD, sum_TD, sum_low_TD, scale_T, weight_D.contiguous(), dboth_TD, low_TD,
+            dweight_ND, x_TD, T, rows, HAS_DSUM=dsum_TD is not None, SPLIT=split, RECOMPUTE_X=recompute_x, **blocks,
         )  # fmt: skip
-    return dboth_TD, rest_TD, x_TD
+    return dboth_TD, low_TD, x_TD
 
 
 def gated_norm_forward(
-    y_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float, keep_x: bool = False
+    y_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float, save_x: bool = False
 ) -> tuple[Tensor, Tensor]:
     """(x_TD, scale_T) of `gated_norm_forward` in norm.py."""
     T, D = y_TD.shape
     y_TD, z_TD = _dense_rows(y_TD), _dense_rows(z_TD)
-    x_TD = kept_empty(weight_D, T, D) if keep_x else weight_D.new_empty(T, D)
-    scale_T, blocks = kept_empty(y_TD, T, dtype=torch.float32), _blocks(D)
+    x_TD = saved_empty(weight_D, T, D) if save_x else weight_D.new_empty(T, D)
+    scale_T, blocks = saved_empty(y_TD, T, dtype=torch.float32), _blocks(D)
     with torch.cuda.device_of(y_TD):
         _gated_norm[(triton.cdiv(T, blocks["ROWS"]),)](
             y_TD, z_TD, weight_D.contiguous(), x_TD, scale_T, T, y_TD.stride(0), z_TD.stride(0), eps, **blocks
@@ -341,7 +341,7 @@ def gated_norm_forward(
 
 def gated_norm_backward(
     dx_TD: Tensor, y_TD: Tensor, z_TD: Tensor, scale_T: Tensor, weight_D: Tensor, dz_TD: Tensor, dweight: Slot,
-    again: bool = True,
+    recompute_x: bool = True,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(dy_TD, x_TD) of `gated_norm_backward` in norm.py; fills dz_TD, whose rows are dense."""
     T, D = y_TD.shape
@@ -349,10 +349,10 @@ def gated_norm_backward(
     tile, programs, warps = _walk_gated_norm(D)
     dy_TD, blocks = y_TD.new_empty(T, D), _blocks(D, tile, warps)
     programs, rows = _shares(T, blocks["ROWS"], programs, dx_TD.device)
-    dweight_ND, x_TD = dweight.rows(programs, sum_rows), weight_D.new_empty(T, D) if again else None
+    dweight_ND, x_TD = dweight.rows(programs, sum_rows), weight_D.new_empty(T, D) if recompute_x else None
     with torch.cuda.device_of(dx_TD):
         _gated_norm_backward[(programs,)](
             dx_TD, y_TD, z_TD, scale_T, weight_D.contiguous(), dy_TD, dz_TD, dweight_ND, x_TD, T, rows,
-            y_TD.stride(0), z_TD.stride(0), dz_TD.stride(0), AGAIN=again, **blocks,
+            y_TD.stride(0), z_TD.stride(0), dz_TD.stride(0), RECOMPUTE_X=recompute_x, **blocks,
         )  # fmt: skip
     return dy_TD, x_TD

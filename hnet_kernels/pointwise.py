@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hnet_kernels.dispatch import obstacle_anywhere, operation, use_fast, wide
+from hnet_kernels.dispatch import operation, use_fast, why_unsupported, wide
 from hnet_kernels.recompute import mode, recomputed_from, save, saved
-from hnet_kernels.saved import keeping_if
+from hnet_kernels.saved import save_if
 
 
 def _fast(operation: str, x: Tensor) -> bool:
-    return use_fast(operation, x.device.type, x.dtype, obstacle_anywhere(x))
+    return use_fast(operation, x.device.type, x.dtype, why_unsupported(x))
 
 
 def to_float32(x: Tensor) -> Tensor:
@@ -41,14 +41,14 @@ class SwiGLU(torch.autograd.Function):
     """Gradient: of both halves."""
 
     @staticmethod
-    def forward(ctx, both_T2I: Tensor, is_kept: bool) -> Tensor:
+    def forward(ctx, both_T2I: Tensor, is_saved: bool) -> Tensor:
         save(ctx, both_T2I)
-        with keeping_if(is_kept):
+        with save_if(is_saved):
             return swiglu_forward(both_T2I)
 
     @staticmethod
     def backward(ctx, dh_TI: Tensor):
-        return swiglu_backward(dh_TI, *saved(ctx), again=False)[0], None
+        return swiglu_backward(dh_TI, *saved(ctx), recompute_h=False)[0], None
 
 
 @swiglu.fast
@@ -70,18 +70,18 @@ def swiglu_forward(both_T2I: Tensor) -> Tensor:
     return (F.silu(gate_TI) * value_TI).to(both_T2I.dtype)
 
 
-def swiglu_backward(dh_TI: Tensor, both_T2I: Tensor, again: bool = True) -> tuple[Tensor, Tensor | None]:
-    """(dboth_T2I, h_TI) of `swiglu_forward`, the latter the same bits as there; None if not wanted `again`."""
+def swiglu_backward(dh_TI: Tensor, both_T2I: Tensor, recompute_h: bool = True) -> tuple[Tensor, Tensor | None]:
+    """(dboth_T2I, h_TI) of `swiglu_forward`, the latter the same bits as there; None if `recompute_h` is False."""
     if _fast("swiglu", both_T2I):
         from hnet_kernels import pointwise_triton
 
-        return pointwise_triton.swiglu_backward(dh_TI, both_T2I, again)
+        return pointwise_triton.swiglu_backward(dh_TI, both_T2I, recompute_h)
     value_TI, gate_TI = wide(both_T2I).chunk(2, dim=-1)
     silu_TI = F.silu(gate_TI)
     dvalue_TI = wide(dh_TI) * silu_TI
     dgate_TI = torch.ops.aten.silu_backward(wide(dh_TI) * value_TI, gate_TI)
     dboth_T2I = torch.cat([dvalue_TI, dgate_TI], dim=-1)
-    return dboth_T2I.to(both_T2I.dtype), (silu_TI * value_TI).to(both_T2I.dtype) if again else None
+    return dboth_T2I.to(both_T2I.dtype), (silu_TI * value_TI).to(both_T2I.dtype) if recompute_h else None
 
 
 def _turned(x_THP: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:

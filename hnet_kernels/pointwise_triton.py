@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hnet_kernels.saved import kept_empty
+from hnet_kernels.saved import saved_empty
 from hnet_kernels.triton_math import sigmoid
 
 ELEMENTS = 1024  # a program of SwiGLU
@@ -34,7 +34,7 @@ def _swiglu(both_ptr, h_ptr, inner, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _swiglu_backward(dh_ptr, both_ptr, dboth_ptr, h_ptr, inner, BLOCK: tl.constexpr, AGAIN: tl.constexpr):
+def _swiglu_backward(dh_ptr, both_ptr, dboth_ptr, h_ptr, inner, BLOCK: tl.constexpr, RECOMPUTE_H: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < inner
@@ -42,7 +42,7 @@ def _swiglu_backward(dh_ptr, both_ptr, dboth_ptr, h_ptr, inner, BLOCK: tl.conste
     value = tl.load(both_ptr + t * 2 * inner + i, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(both_ptr + t * 2 * inner + inner + i, mask=inside, other=0.0).to(tl.float32)
     s = sigmoid(gate)
-    if AGAIN:
+    if RECOMPUTE_H:
         h = gate * s * value  # to the bit as forwards
         tl.store(h_ptr + t * inner + i, h.to(h_ptr.dtype.element_ty), mask=inside)
     dvalue = dh * gate * s
@@ -84,20 +84,20 @@ def to_float32(x: Tensor) -> Tensor:
 def swiglu_forward(both_T2I: Tensor) -> Tensor:
     """h_TI of `swiglu_forward` in pointwise.py."""
     T, inner, both_T2I = len(both_T2I), both_T2I.shape[1] // 2, both_T2I.contiguous()
-    h_TI = kept_empty(both_T2I, T, inner)
+    h_TI = saved_empty(both_T2I, T, inner)
     with torch.cuda.device_of(h_TI):
         _swiglu[(T, triton.cdiv(inner, ELEMENTS))](both_T2I, h_TI, inner, BLOCK=ELEMENTS)
     return h_TI
 
 
-def swiglu_backward(dh_TI: Tensor, both_T2I: Tensor, again: bool = True) -> tuple[Tensor, Tensor | None]:
+def swiglu_backward(dh_TI: Tensor, both_T2I: Tensor, recompute_h: bool = True) -> tuple[Tensor, Tensor | None]:
     """(dboth_T2I, h_TI) of `swiglu_backward` in pointwise.py."""
     T, inner = dh_TI.shape
     both_T2I, dh_TI = both_T2I.contiguous(), dh_TI.contiguous()
-    dboth_T2I, h_TI = both_T2I.new_empty(T, 2 * inner), both_T2I.new_empty(T, inner) if again else None
+    dboth_T2I, h_TI = both_T2I.new_empty(T, 2 * inner), both_T2I.new_empty(T, inner) if recompute_h else None
     with torch.cuda.device_of(dh_TI):
         _swiglu_backward[(T, triton.cdiv(inner, ELEMENTS))](
-            dh_TI, both_T2I, dboth_T2I, h_TI, inner, BLOCK=ELEMENTS, AGAIN=again
+            dh_TI, both_T2I, dboth_T2I, h_TI, inner, BLOCK=ELEMENTS, RECOMPUTE_H=recompute_h
         )
     return dboth_T2I, h_TI
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hnet_kernels.saved import keep
+from hnet_kernels.saved import save_tensor
 
 MODES = ("none", "selective", "block")
 _MODE: ContextVar[str] = ContextVar("mode", default="none")
@@ -69,7 +69,7 @@ def recomputed_from(y: Tensor, x: Tensor, compute: Callable[[Tensor], Tensor]) -
         return y
     before = recomputed_of(x)
     if before is None:
-        x = keep(x.detach())
+        x = save_tensor(x.detach())
         return recomputed(y, lambda: compute(x))
     before.users += 1
     return recomputed(y, lambda: compute(before.get()))

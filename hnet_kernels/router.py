@@ -9,16 +9,16 @@ This file has the definitions and the choice; the Triton kernels that run on a G
 import torch
 from torch import Tensor
 
-from hnet_kernels.dispatch import obstacle_anywhere, operation, use_fast, wide
+from hnet_kernels.dispatch import operation, use_fast, why_unsupported, wide
 from hnet_kernels.ema import sum_chunks
-from hnet_kernels.gradients import place_of
+from hnet_kernels.gradients import destination_of
 from hnet_kernels.recompute import save, saved
 
 WIDEST = 8192  # channels: a row must fit into the registers of one program
 
 
 def _fast(operation: str, x_TD: Tensor) -> bool:
-    return use_fast(operation, x_TD.device.type, x_TD.dtype, obstacle_anywhere(x_TD, WIDEST))
+    return use_fast(operation, x_TD.device.type, x_TD.dtype, why_unsupported(x_TD, WIDEST))
 
 
 def _units(q_TD: Tensor, k_TD: Tensor) -> tuple[Tensor, ...]:
@@ -71,17 +71,17 @@ class TakeRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, place_C: Tensor) -> Tensor:
         ctx.save_for_backward(place_C)
-        ctx.shape, ctx.place = x.shape, place_of(x, adds=True)
+        ctx.shape, ctx.destination = x.shape, destination_of(x, adds=True)
         return gather_rows(x.reshape(len(x), -1).contiguous(), place_C, None).view(-1, *x.shape[1:])
 
     @staticmethod
     def backward(ctx, drows: Tensor):
         (place_C,) = ctx.saved_tensors
-        dx = drows.new_zeros(ctx.shape) if ctx.place is None else ctx.place.tensor
+        dx = drows.new_zeros(ctx.shape) if ctx.destination is None else ctx.destination.tensor
         add_rows_(dx.view(len(dx), -1), place_C, drows.reshape(len(drows), -1))
-        if ctx.place is None:
+        if ctx.destination is None:
             return dx, None
-        ctx.place.written = True
+        ctx.destination.written = True
         return None, None
 
 
@@ -109,16 +109,16 @@ class Upsample(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z_CD, scale_T, chunk_T, start_C, residual_TD: Tensor, dtype: torch.dtype, spare: int | None):
         ctx.save_for_backward(z_CD, scale_T, chunk_T, start_C)
-        ctx.place, ctx.wide, ctx.spare = place_of(z_CD), residual_TD.dtype, spare
+        ctx.destination, ctx.wide, ctx.spare = destination_of(z_CD), residual_TD.dtype, spare
         return upsample_forward(z_CD, scale_T, chunk_T, residual_TD, dtype)
 
     @staticmethod
     def backward(ctx, dx_TD: Tensor):
-        into = None if ctx.place is None else ctx.place.tensor
+        into = None if ctx.destination is None else ctx.destination.tensor
         z_CD, scale_T, chunk_T, start_C = ctx.saved_tensors
         dscale_T, dz_CD = upsample_backward(dx_TD, z_CD, scale_T, chunk_T, start_C, into, ctx.spare)
-        if ctx.place is not None:
-            ctx.place.written, dz_CD = True, None
+        if ctx.destination is not None:
+            ctx.destination.written, dz_CD = True, None
         return dz_CD, dscale_T, None, None, dx_TD.to(ctx.wide), None, None
 
 

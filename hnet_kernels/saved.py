@@ -1,7 +1,7 @@
-"""Memory for what a forward keeps for its backward, apart from what it needs meanwhile.
+"""Memory for the tensors that a forward saves for its backward, apart from its temporary memory.
 
-By default that is torch's, as for anything else. A caller who gives memory to many forwards in turn, such as CUDA
-graphs that are replayed one after the other, lets them share the latter and not the former: see `keeping`.
+By default torch allocates both. A caller that runs many forwards in turn in the same memory, such as replayed CUDA
+graphs, lets them share their temporary memory but not the saved tensors: see `save_in`.
 """
 
 import contextlib
@@ -13,43 +13,43 @@ import torch
 from torch import Tensor
 
 
-class Keeper(Protocol):
-    """Where tensors are kept."""
+class SavedMemory(Protocol):
+    """Memory that holds saved tensors."""
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """New memory there."""
+        """A new tensor in this memory, not initialized."""
 
-    def keep(self, x: Tensor) -> Tensor:
-        """x if it lies there, else a copy that does. Without a gradient."""
+    def save(self, x: Tensor) -> Tensor:
+        """x, without its gradient, if it is in this memory; else a copy of it that is."""
 
 
-_KEEPER: ContextVar[Keeper | None] = ContextVar("keeper", default=None)
+_MEMORY: ContextVar[SavedMemory | None] = ContextVar("saved_memory", default=None)
 
 
 @contextlib.contextmanager
-def keeping(keeper: Keeper | None) -> Iterator[None]:
-    """Forwards inside keep what they keep in `keeper`; None: as by default."""
-    token = _KEEPER.set(keeper)
+def save_in(memory: SavedMemory | None) -> Iterator[None]:
+    """Forwards inside save their tensors in `memory`; None: torch allocates them."""
+    token = _MEMORY.set(memory)
     try:
         yield
     finally:
-        _KEEPER.reset(token)
+        _MEMORY.reset(token)
 
 
-def keeping_if(condition: bool) -> contextlib.AbstractContextManager[None]:
-    """Where not: what forwards inside would keep is not kept this time."""
-    return contextlib.nullcontext() if condition else keeping(None)
+def save_if(condition: bool) -> contextlib.AbstractContextManager[None]:
+    """Where the condition is false, what forwards inside would save is temporary this time."""
+    return contextlib.nullcontext() if condition else save_in(None)
 
 
-def kept_empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """`like.new_empty(shape, dtype=dtype)`, for what a forward keeps."""
-    keeper = _KEEPER.get()
+def saved_empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """`like.new_empty(shape, dtype=dtype)` for a tensor that the forward saves."""
+    memory = _MEMORY.get()
     return (
-        like.new_empty(shape, dtype=dtype) if keeper is None else keeper.empty(shape, dtype or like.dtype, like.device)
+        like.new_empty(shape, dtype=dtype) if memory is None else memory.empty(shape, dtype or like.dtype, like.device)
     )
 
 
-def keep(x: Tensor) -> Tensor:
-    """x, for what a forward keeps otherwise than by autograd's `save_for_backward`."""
-    keeper = _KEEPER.get()
-    return x if keeper is None else keeper.keep(x)
+def save_tensor(x: Tensor) -> Tensor:
+    """x, or its copy in the memory of `save_in`, for what is saved without autograd's `save_for_backward`."""
+    memory = _MEMORY.get()
+    return x if memory is None else memory.save(x)

@@ -181,7 +181,7 @@ def scan_backward(
     return dx_THP, dgain_TH, dlog_a_TH.to(dtype), dB_TN.to(B_TN.dtype), dC_TN.to(C_TN.dtype)
 
 
-def _obstacle(x_THP: Tensor, B_TN: Tensor) -> str | None:
+def _why_unsupported(x_THP: Tensor, B_TN: Tensor) -> str | None:
     """Why the kernels of ssd_triton.py cannot run on these, or None."""
     P, N = x_THP.shape[-1], B_TN.shape[-1]
     if x_THP.device.type != "cuda":
@@ -208,7 +208,7 @@ def ssd(x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TN: Tensor, C_TN: Tensor, c
     float64 with float64 inputs. cu_seqlens: int32 or int64 (B + 1,). Returns y_THP in x's dtype; the skip D x and the
     gate are the caller's. Keeps only its inputs for the backward, which computes the states again.
     """
-    if use_fast("ssd", x_THP.device.type, x_THP.dtype, _obstacle(x_THP, B_TN)):
+    if use_fast("ssd", x_THP.device.type, x_THP.dtype, _why_unsupported(x_THP, B_TN)):
         from hnet_kernels import ssd_triton  # not above: triton is not everywhere
 
         return ssd_triton.scan_forward(x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens)[0]
@@ -225,7 +225,7 @@ def ssd_backward(
     dy_THP: Tensor, x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TN: Tensor, C_TN: Tensor, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `ssd` for x, dt, A, B and C, given the gradient dy_THP of its output."""
-    if use_fast("ssd", x_THP.device.type, x_THP.dtype, _obstacle(x_THP, B_TN)):
+    if use_fast("ssd", x_THP.device.type, x_THP.dtype, _why_unsupported(x_THP, B_TN)):
         from hnet_kernels import ssd_triton
 
         return ssd_triton.scan_backward(dy_THP, x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens)[:5]
@@ -255,20 +255,20 @@ def mamba2_scan_forward(
     C_TN: Tensor,
     D_H: Tensor,
     cu_seqlens: Tensor,
-    keep: bool = False,
+    save: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """`ssd` as Mamba-2 has it, for callers who write their own backward: with dt = softplus(raw + bias),
     A = -exp(A_log), and with the skip, y + D x.
 
     x_THP, raw_TH, B_TN, C_TN: one floating dtype, maybe parts of longer rows; the others: at least float32.
-    Returns y_THP, and where `keep` is set what `mamba2_scan_backward` can take to compute less again: H P N numbers for
+    Returns y_THP, and where `save` is set what `mamba2_scan_backward` can take to compute less again: H P N numbers for
     64 tokens (32 in float32) in x's dtype, and a little; nothing from the definition.
     """
-    if use_fast("ssd", x_THP.device.type, x_THP.dtype, _obstacle(x_THP, B_TN)):
+    if use_fast("ssd", x_THP.device.type, x_THP.dtype, _why_unsupported(x_THP, B_TN)):
         from hnet_kernels import ssd_triton
 
-        y_THP, kept = ssd_triton.scan_forward(x_THP, raw_TH, A_log_H, B_TN, C_TN, cu_seqlens, D_H, keep, bias_H)
-        return y_THP, tuple(kept or ())
+        y_THP, saved = ssd_triton.scan_forward(x_THP, raw_TH, A_log_H, B_TN, C_TN, cu_seqlens, D_H, save, bias_H)
+        return y_THP, tuple(saved or ())
     dt_TH = softplus(raw_TH.to(bias_H.dtype) + bias_H)
     y_THP = scan_forward(x_THP, dt_TH, -dt_TH * A_log_H.exp(), B_TN, C_TN, cu_seqlens)
     return (y_THP + D_H[:, None] * x_THP).to(x_THP.dtype), ()
@@ -286,20 +286,20 @@ def mamba2_scan_backward(
     cu_seqlens: Tensor,
     out: tuple[Tensor, Tensor, Tensor, Tensor],
     dweights: Slot,
-    kept: Sequence[Tensor] = (),
+    saved: Sequence[Tensor] = (),
 ) -> None:
     """Gradients of `mamba2_scan_forward`: writes dx, dB, dC and draw to `out`, perhaps parts of longer rows, and fills
     the slot of those of A_log, bias and D.
 
-    `kept`: what the forward kept, or nothing; the same bits either way.
+    `saved`: what the forward saved, or nothing; the same bits either way.
     """
-    if use_fast("ssd", x_THP.device.type, x_THP.dtype, _obstacle(x_THP, B_TN)):
+    if use_fast("ssd", x_THP.device.type, x_THP.dtype, _why_unsupported(x_THP, B_TN)):
         from hnet_kernels import ssd_triton
 
         if ssd_triton.can_write(out[:3]):
-            kept = ssd_triton.Kept(*kept) if kept else None
+            saved = ssd_triton.SavedScan(*saved) if saved else None
             ssd_triton.scan_backward(
-                dy_THP, x_THP, raw_TH, A_log_H, B_TN, C_TN, cu_seqlens, D_H, out, kept, bias_H, dweights
+                dy_THP, x_THP, raw_TH, A_log_H, B_TN, C_TN, cu_seqlens, D_H, out, saved, bias_H, dweights
             )
             return
     before_TH, A_H = raw_TH.to(bias_H.dtype) + bias_H, -A_log_H.exp()

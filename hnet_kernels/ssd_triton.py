@@ -15,8 +15,8 @@ segment with the state in registers, so that forward reads x twice and writes y,
     _totals     what every segment adds to the state at its end
     _outputs    y, each program starting from the states that reach its segment
 
-    _totals, _states    backward: the same in reverse, keeping the gradient of h at every chunk in the dtype of x; and
-                for h itself, unless `_outputs` has kept it
+    _totals, _states    backward: the same in reverse, saving the gradient of h at every chunk in the dtype of x; and
+                for h itself, unless `_outputs` has saved it
     _gradients  dx, and what flows between tokens, per head; sums for dB and dC over the heads of a group in registers
     _finish     dB and dC; the gradients of dt, A, the bias and D from the flows
 
@@ -36,7 +36,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hnet_kernels.gradients import Slot
 from hnet_kernels.norm_triton import multiprocessors, sum_rows
-from hnet_kernels.saved import keeping_if, kept_empty
+from hnet_kernels.saved import save_if, saved_empty
 from hnet_kernels.triton_math import LOG2_E
 
 SUM, SOURCE, GAIN, START, END = (tl.constexpr(i) for i in range(5))  # of vectors_5HT, see _prepare
@@ -307,10 +307,10 @@ def _outputs(
     N: tl.constexpr,
     Q: tl.constexpr,
     HAS_D: tl.constexpr,
-    KEEP: tl.constexpr,
+    SAVE_STATES: tl.constexpr,
 ):
-    """One program a segment and head: y_THP, the state in registers. HAS_D: with the skip D x. KEEP: and states_CHPN,
-    as `_states` has it."""
+    """One program a segment and head: y_THP, the state in registers. HAS_D: with the skip D x. SAVE_STATES: and
+    states_CHPN, as `_states` has it."""
     pid = tl.program_id(0)
     h, s = pid % H, pid // H
     S = tl.num_programs(0) // H
@@ -344,7 +344,7 @@ def _outputs(
             y_QP += D * x_QP
         y_desc.store([c * Q, h * P], y_QP.to(x_QP.dtype))
 
-        if KEEP:
+        if SAVE_STATES:
             # here, and not through a descriptor: the shared memory is that of products that are done, so that two
             # programs still fit on a multiprocessor
             at = states_ptr + tl.cast(c * H + h, tl.int64) * (P * N)
@@ -656,7 +656,7 @@ def _described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(x, [len(x), x[0].numel()], [x.stride(0), 1], [rows, columns])
 
 
-class Kept(NamedTuple):
+class SavedScan(NamedTuple):
     """What a forward keeps for the backward: C chunks of Q tokens, S segments; Tc = C Q. Float32 but for the states."""
 
     vectors_5HT: Tensor  # (5, H, Tc), as decay_CH, and document_T (Tc,) of int32: see `_prepare`
@@ -680,20 +680,20 @@ class _Plan:
         self.sizes = self.H, self.n_chunks, self.chunks_per_segment
         self.shape = {"P": self.P, "N": self.N, "Q": self.Q}
 
-    def empty(self, A_H: Tensor, with_states: bool) -> Kept:
+    def empty(self, A_H: Tensor, with_states: bool) -> SavedScan:
         """Memory for all of it; `with_states` also for the states."""
         rows = self.n_chunks * self.Q
-        return Kept(
-            kept_empty(A_H, 5, self.H, rows),
-            kept_empty(A_H, self.n_chunks, self.H),
-            kept_empty(A_H, rows, dtype=torch.int32),
-            kept_empty(A_H, self.segments, self.H),
-            kept_empty(A_H, self.n_chunks * self.H * self.P if with_states else 0, self.N, dtype=self.dtype),
+        return SavedScan(
+            saved_empty(A_H, 5, self.H, rows),
+            saved_empty(A_H, self.n_chunks, self.H),
+            saved_empty(A_H, rows, dtype=torch.int32),
+            saved_empty(A_H, self.segments, self.H),
+            saved_empty(A_H, self.n_chunks * self.H * self.P if with_states else 0, self.N, dtype=self.dtype),
         )
 
     def prepare(
         self,
-        kept: Kept,
+        saved: SavedScan,
         dt_TH: Tensor,
         bias_H: Tensor | None,
         A_H: Tensor,
@@ -703,28 +703,28 @@ class _Plan:
         dt_TH = dt_TH if dt_TH.stride(1) == 1 else dt_TH.contiguous()
         _prepare[(self.n_chunks,)](
             dt_TH, bias_H, A_H.contiguous(), self.B, self.C, cu_seqlens.contiguous(),
-            kept.vectors_5HT, kept.decay_CH, kept.document_T, scores_CQQ,
+            saved.vectors_5HT, saved.decay_CH, saved.document_T, scores_CQQ,
             self.T, self.H, len(cu_seqlens) - 1, dt_TH.stride(0),
             Q=self.Q, HAS_BIAS=bias_H is not None, WITH_SCORES=scores_CQQ is not None,
             **_launch_for_heads("_prepare", self.dtype, self.H),
         )  # fmt: skip
 
-    def totals(self, values_THP: Tensor, keys: TensorDescriptor, kept: Kept, reverse: bool) -> Tensor:
-        """totals_SHPN; not `reverse`: and kept.segment_decay_SH."""
-        totals_SHPN = kept.decay_CH.new_empty(self.segments, self.H, self.P, self.N)
+    def totals(self, values_THP: Tensor, keys: TensorDescriptor, saved: SavedScan, reverse: bool) -> Tensor:
+        """totals_SHPN; not `reverse`: and saved.segment_decay_SH."""
+        totals_SHPN = saved.decay_CH.new_empty(self.segments, self.H, self.P, self.N)
         _totals[(self.segments * self.H,)](
-            _described(values_THP, self.Q, self.P), keys, kept.vectors_5HT, kept.decay_CH, totals_SHPN,
-            kept.segment_decay_SH, *self.sizes, **self.shape, REVERSE=reverse, **_launch("_totals", self.dtype),
+            _described(values_THP, self.Q, self.P), keys, saved.vectors_5HT, saved.decay_CH, totals_SHPN,
+            saved.segment_decay_SH, *self.sizes, **self.shape, REVERSE=reverse, **_launch("_totals", self.dtype),
         )  # fmt: skip
         return totals_SHPN
 
     def states(
-        self, values_THP: Tensor, keys: TensorDescriptor, kept: Kept, states_CHPN: Tensor, reverse: bool
+        self, values_THP: Tensor, keys: TensorDescriptor, saved: SavedScan, states_CHPN: Tensor, reverse: bool
     ) -> None:
-        totals_SHPN = self.totals(values_THP, keys, kept, reverse)
+        totals_SHPN = self.totals(values_THP, keys, saved, reverse)
         _states[(self.segments * self.H,)](
-            _described(values_THP, self.Q, self.P), keys, kept.vectors_5HT, kept.decay_CH, totals_SHPN,
-            kept.segment_decay_SH, _described(states_CHPN, self.P, self.N), *self.sizes,
+            _described(values_THP, self.Q, self.P), keys, saved.vectors_5HT, saved.decay_CH, totals_SHPN,
+            saved.segment_decay_SH, _described(states_CHPN, self.P, self.N), *self.sizes,
             **self.shape, REVERSE=reverse, **_launch("_states", self.dtype),
         )  # fmt: skip
 
@@ -737,31 +737,31 @@ def scan_forward(
     C_TN: Tensor,
     cu_seqlens: Tensor,
     D_H: Tensor | None = None,
-    keep: bool = False,
+    save: bool = False,
     bias_H: Tensor | None = None,
-) -> tuple[Tensor, Kept | None]:
+) -> tuple[Tensor, SavedScan | None]:
     """y_THP of `hnet::ssd`, plus D x where D_H is given. x, B, C: one of the dtypes of CHUNK; the others: float32.
 
     bias_H: where it is given, what Mamba-2 has for weights enters: softplus(dt + bias) for dt, which may be of any
-    dtype, and -exp(A) for A. `keep`: and what `scan_backward` can take, among it the states. None for no tokens.
+    dtype, and -exp(A) for A. `save`: and what `scan_backward` can take, among it the states. None for no tokens.
     """
-    y_THP = kept_empty(x_THP, *x_THP.shape)
+    y_THP = saved_empty(x_THP, *x_THP.shape)
     if not len(x_THP):
         return y_THP, None
     plan = _Plan(x_THP, B_TN, C_TN)
-    with keeping_if(keep):
-        kept = plan.empty(A_H, with_states=keep)
+    with save_if(save):
+        saved = plan.empty(A_H, with_states=save)
     scores = _described(B_TN.new_empty(plan.n_chunks * plan.Q, plan.Q), plan.Q, plan.Q)
     with torch.cuda.device_of(x_THP):
-        plan.prepare(kept, dt_TH, bias_H, A_H, cu_seqlens, scores.base)
-        totals_SHPN = plan.totals(x_THP, plan.B, kept, reverse=False)
+        plan.prepare(saved, dt_TH, bias_H, A_H, cu_seqlens, scores.base)
+        totals_SHPN = plan.totals(x_THP, plan.B, saved, reverse=False)
         x, y = (_described(t, plan.Q, plan.P) for t in (x_THP, y_THP))
         _outputs[(plan.segments * plan.H,)](
-            x, plan.B, plan.C, kept.vectors_5HT, kept.decay_CH, scores, totals_SHPN, kept.segment_decay_SH,
-            D_H, y, kept.states_CHPN if keep else None, *plan.sizes,
-            **plan.shape, HAS_D=D_H is not None, KEEP=keep, **_launch("_outputs", x_THP.dtype),
+            x, plan.B, plan.C, saved.vectors_5HT, saved.decay_CH, scores, totals_SHPN, saved.segment_decay_SH,
+            D_H, y, saved.states_CHPN if save else None, *plan.sizes,
+            **plan.shape, HAS_D=D_H is not None, SAVE_STATES=save, **_launch("_outputs", x_THP.dtype),
         )  # fmt: skip
-    return y_THP, kept if keep else None
+    return y_THP, saved if save else None
 
 
 class Gradients(NamedTuple):
@@ -791,12 +791,12 @@ def scan_backward(
     cu_seqlens: Tensor,
     D_H: Tensor | None = None,
     out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-    kept: Kept | None = None,
+    saved: SavedScan | None = None,
     bias_H: Tensor | None = None,
     dweights: Slot | None = None,
 ) -> Gradients:
-    """Gradients of `scan_forward`. `out`: where dx, dB, dC, see `can_write`, and ddt go. `kept`: from the forward of
-    the same inputs; without it decays and states are computed again, to the same bits. `dweights`: for those of A, bias
+    """Gradients of `scan_forward`. `out`: where dx, dB, dC, see `can_write`, and ddt go. `saved`: from the forward of
+    the same inputs; without it decays and states are recomputed to the same bits. `dweights`: for those of A, bias
     and D, which are not returned then."""
     dx_THP, dB_TN, dC_TN, ddt_TH = out or tuple(t.new_empty(t.shape) for t in (x_THP, B_TN, C_TN, dt_TH))
     assert ddt_TH.stride(1) == 1
@@ -807,12 +807,12 @@ def scan_backward(
             dweights.rows(0, sum_rows)
         none = {name: torch.zeros_like(x) for name, x in of_heads.items()}
         return Gradients(dx_THP, ddt_TH, dB_TN=dB_TN, dC_TN=dC_TN, **none)
-    plan, again = _Plan(x_THP, B_TN, C_TN), kept is None
+    plan, recompute = _Plan(x_THP, B_TN, C_TN), saved is None
     H, P, N, Q, n_chunks = plan.H, plan.P, plan.N, plan.Q, plan.n_chunks
     groups = _groups(n_chunks, H, x_THP.device)
-    kept = plan.empty(A_H, with_states=True) if again else kept
-    dstates_CHPN = x_THP.new_empty(kept.states_CHPN.shape)
-    states, dstates = (_described(x, P, N) for x in (kept.states_CHPN, dstates_CHPN))
+    saved = plan.empty(A_H, with_states=True) if recompute else saved
+    dstates_CHPN = x_THP.new_empty(saved.states_CHPN.shape)
+    states, dstates = (_described(x, P, N) for x in (saved.states_CHPN, dstates_CHPN))
     dscores_GCQQ = _described(x_THP.new_empty(groups * n_chunks * Q, Q), Q, Q)
     parts_G2TN = _described(x_THP.new_empty(groups * 2 * n_chunks * Q, N), Q, N)
     flows_5HT = A_H.new_empty(5, H, n_chunks * Q)
@@ -823,18 +823,18 @@ def scan_backward(
     sums_CW = A_H.new_zeros(n_chunks, len(of_heads) * H) if dweights is None else dweights.rows(n_chunks, sum_rows)
     through_CHP = A_H.new_empty(n_chunks, H, P)
     with torch.cuda.device_of(x_THP):
-        if again:
-            plan.prepare(kept, dt_TH, bias_H, A_H, cu_seqlens, scores_CQQ=None)
-            plan.states(x_THP, plan.B, kept, kept.states_CHPN, reverse=False)
-        plan.states(dy_THP, plan.C, kept, dstates_CHPN, reverse=True)
+        if recompute:
+            plan.prepare(saved, dt_TH, bias_H, A_H, cu_seqlens, scores_CQQ=None)
+            plan.states(x_THP, plan.B, saved, saved.states_CHPN, reverse=False)
+        plan.states(dy_THP, plan.C, saved, dstates_CHPN, reverse=True)
         _gradients[(2 * n_chunks, groups)](
             *(_described(t, Q, P) for t in (x_THP, dy_THP)), plan.B, plan.C,
-            kept.vectors_5HT, kept.decay_CH, kept.document_T, states, dstates,
+            saved.vectors_5HT, saved.decay_CH, saved.document_T, states, dstates,
             _described(dx_THP, Q, P), dscores_GCQQ, parts_G2TN, flows_5HT, through_CHP, D_H, H, n_chunks, H // groups,
             **plan.shape, HAS_D=D_H is not None, **_launch("_gradients", x_THP.dtype),
         )  # fmt: skip
         _finish[(n_chunks,)](
-            A_H.contiguous(), plan.B, plan.C, kept.vectors_5HT, kept.document_T, dscores_GCQQ, parts_G2TN,
+            A_H.contiguous(), plan.B, plan.C, saved.vectors_5HT, saved.document_T, dscores_GCQQ, parts_G2TN,
             flows_5HT, through_CHP, ddt_TH, sums_CW, *(_described(t, Q, N) for t in (dB_TN, dC_TN)),
             plan.T, H, n_chunks, ddt_TH.stride(0), P=P, Q=Q, GROUPS=groups, HAS_BIAS=bias_H is not None,
             HAS_D=D_H is not None, **_launch_for_heads("_finish", x_THP.dtype, H),

@@ -73,15 +73,15 @@ def run(main: Callable[[list[str]], int | None], output_may_fail: bool = False) 
             if output_may_fail or error.filename is not None or error.errno not in _UNWRITABLE:
                 raise
             _discard_stdout()
-            status = tell(UserError(f"the output can't be written ({error.strerror})"))
+            status = print_error(UserError(f"the output can't be written ({error.strerror})"))
         except Exception as error:
             if not isinstance(error, user_errors()):
                 raise
-            status = tell(error)
+            status = print_error(error)
     sys.exit(status)
 
 
-def tell(mistake: Exception) -> int:
+def print_error(mistake: Exception) -> int:
     """Prints a mistake of the user on stderr, in one write, and returns the status for it."""
     sys.stderr.write(f"error: {mistake}\n")
     return 2

@@ -110,9 +110,7 @@ def too_large_for_copies(config: HNetConfig, world: World) -> str | None:
     takes = (8 + 8 / world.size) * parameters
     has = torch.cuda.mem_get_info(world.device)[1] if world.device.type == "cuda" else math.inf
     (large,) = anywhere(world, takes > has / 2)
-    return (
-        f"whole weights on each process take {takes / 1e9:.0f} GB, more than half of a GPU's memory" if large else None
-    )
+    return f"unsharded weights take {takes / 1e9:.0f} GB, more than half of a GPU's memory" if large else None
 
 
 def check_same(about: Mapping[str, object], world: World) -> None:

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from small_models import ONE_STAGE  # noqa: E402
 
 from hnet_kernels import adamw  # noqa: E402
-from hnet_kernels.adamw import BLOCK, adamw_, halve, join, norms  # noqa: E402
+from hnet_kernels.adamw import BLOCK, adamw_, join_float32, norms, split_float32  # noqa: E402
 from hnet_runtime import distributed  # noqa: E402
 from hnet_runtime.runs import checkpoint  # noqa: E402
 from hnet_runtime.runs.statistics import weight_statistics  # noqa: E402
@@ -55,13 +55,15 @@ def build(world, dtype: torch.dtype = torch.float32) -> HNetLM:
     return distributed.build_model(HNetConfig.load(ONE_STAGE), world, torch.float32, seed=0).to(dtype)
 
 
-def optimizer_of(model: HNetLM, flat: bool, copies=(), narrow: bool = False) -> torch.optim.AdamW:
-    """narrow: gradients of parameters with copies are of the copies' dtype."""
+def optimizer_of(model: HNetLM, flat: bool, compute_weights=(), narrow: bool = False) -> torch.optim.AdamW:
+    """narrow: gradients of parameters with compute weights have their dtype."""
     groups = distributed.optimizer_groups(parameter_groups(model, RATE, DECAY))
     if flat:
-        copied = {p for _, p in copies}
+        copied = {p for _, p in compute_weights}
         spans = [[[p for p in model.parameters() if (p in copied) == wanted]] for wanted in (True, False)]
-        return FlatAdamW(groups, spans if copied else spans[1:], BETAS, EPS, copies, narrow=[0] if narrow else [])
+        return FlatAdamW(
+            groups, spans if copied else spans[1:], BETAS, EPS, compute_weights, narrow=[0] if narrow else []
+        )
     return torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=True)
 
 
@@ -99,7 +101,7 @@ def gap(a: Tensor, b: Tensor) -> float:
 
 
 def weight(optimizer: torch.optim.AdamW, p: nn.Parameter) -> Tensor:
-    return as_tensor(optimizer.held(p)) if isinstance(optimizer, FlatAdamW) else p
+    return as_tensor(optimizer.master_weight(p)) if isinstance(optimizer, FlatAdamW) else p
 
 
 def check_same(ours, optimizer, theirs, other, tolerance: float) -> None:
@@ -114,7 +116,7 @@ def check_same(ours, optimizer, theirs, other, tolerance: float) -> None:
 
 def check_flat(optimizer: FlatAdamW) -> None:
     """Everything lies in the flat memory, and what fills up is zero."""
-    of_spans = optimizer.weights, optimizer.copies, optimizer.rests, optimizer.gradients, optimizer._moments
+    of_spans = optimizer.weights, optimizer.compute_weights, optimizer.low_bits, optimizer.gradients, optimizer._moments
     filling = 0
     for at, *flat, gradients, moments in zip(optimizer.spans, *of_spans):
         inside = torch.zeros(at.stop - at.start, dtype=torch.bool)
@@ -123,8 +125,8 @@ def check_flat(optimizer: FlatAdamW) -> None:
             if not 0 <= begin < len(inside):
                 continue
             inside[begin : begin + p.numel()] = True
-            held = optimizer.held(p)
-            weights = list(zip(held, flat[1:])) if isinstance(held, tuple) else [(held, flat[0]), (p, flat[0])]
+            master = optimizer.master_weight(p)
+            weights = list(zip(master, flat[1:])) if isinstance(master, tuple) else [(master, flat[0]), (p, flat[0])]
             moved = zip((state["exp_avg"], state["exp_avg_sq"]), moments)
             for view, whole in (*weights, (p.grad, gradients), *moved):
                 assert view.data_ptr() == whole[begin:].data_ptr() and view.is_contiguous()
@@ -153,8 +155,8 @@ def test_gradients_may_be_of_the_copies_dtype(world):
     """Steps are those of the same numbers in float32; what clipping writes back is rounded."""
     ours, theirs = build(world), build(world)
     order = list(ours.parameters())
-    copies = [(nn.Parameter(p.detach().to(torch.bfloat16)), p) for p in order[::2]]
-    optimizer, other = optimizer_of(ours, True, copies, narrow=True), optimizer_of(theirs, flat=False)
+    compute_weights = [(nn.Parameter(p.detach().to(torch.bfloat16)), p) for p in order[::2]]
+    optimizer, other = optimizer_of(ours, True, compute_weights, narrow=True), optimizer_of(theirs, flat=False)
     for i, p in enumerate(order):
         assert p.grad.dtype == (torch.float32 if i % 2 else torch.bfloat16)
     for steps in (range(1), range(1, 20)):
@@ -173,15 +175,17 @@ def test_gradients_may_be_of_the_copies_dtype(world):
 @pytest.mark.parametrize("copied", [False, True])
 def test_a_step_that_is_not_finite_changes_nothing(world, copied):
     model = build(world)
-    copies = [(nn.Parameter(p.detach().to(torch.bfloat16)), p) for p in list(model.parameters())[::2] if copied]
-    optimizer = optimizer_of(model, True, copies)
+    compute_weights = [
+        (nn.Parameter(p.detach().to(torch.bfloat16)), p) for p in list(model.parameters())[::2] if copied
+    ]
+    optimizer = optimizer_of(model, True, compute_weights)
     for first in (0, 1):  # as the first step, and after one
         train(model, optimizer, world, range(first))
-        held = (*(x for x in (*optimizer.weights, *optimizer.copies, *optimizer.rests) if x is not None),)
-        held += *optimizer._moments[0], *optimizer._moments[-1]
-        kept = [x.clone() for x in held]
+        master = (*(x for x in (*optimizer.weights, *optimizer.compute_weights, *optimizer.low_bits) if x is not None),)
+        master += *optimizer._moments[0], *optimizer._moments[-1]
+        kept = [x.clone() for x in master]
         train(model, optimizer, world, range(5, 6), bad=5)
-        assert all(torch.equal(before, now) for before, now in zip(kept, held))
+        assert all(torch.equal(before, now) for before, now in zip(kept, master))
         assert optimizer.state[model.lm_head.weight]["step"] == first
 
 
@@ -191,26 +195,26 @@ def test_gradients_and_copies_keep_their_places(world):
     masters = order[::2]
     used = [nn.Parameter(p.detach().to(torch.bfloat16)) for p in masters]
     order[0].grad = torch.full_like(order[0], 3.0)
-    optimizer = optimizer_of(model, flat=True, copies=list(zip(used, masters)))
+    optimizer = optimizer_of(model, flat=True, compute_weights=list(zip(used, masters)))
     assert (order[0].grad == 3).all() and all((p.grad == 0).all() for p in order[1:])
     for steps in (range(0), range(3)):
         train(model, optimizer, world, steps)
         for x, p in zip(used, masters):
-            assert torch.equal(x, halve(weight(optimizer, p))[0])
-            assert x.data_ptr() == optimizer.copies[0][optimizer._slices[p].start :].data_ptr()
+            assert torch.equal(x, split_float32(weight(optimizer, p))[0])
+            assert x.data_ptr() == optimizer.compute_weights[0][optimizer._slices[p].start :].data_ptr()
             assert p.isnan().all()
     check_flat(optimizer)
     wanted = weight(optimizer, order[2]) + 1
-    with optimizer.whole(), torch.no_grad():
+    with optimizer.full_precision(), torch.no_grad():
         assert all(torch.equal(p, weight(optimizer, p)) for p in order)
         order[2] += 1
     assert order[2].isnan().all() and not order[1].isnan().any()
-    assert torch.equal(weight(optimizer, order[2]), wanted) and torch.equal(used[1], halve(wanted)[0])
+    assert torch.equal(weight(optimizer, order[2]), wanted) and torch.equal(used[1], split_float32(wanted)[0])
     check_flat(optimizer)
-    with optimizer.whole(), pytest.raises(RuntimeError, match="whole already"), optimizer.whole():
+    with optimizer.full_precision(), pytest.raises(RuntimeError, match="already inside"), optimizer.full_precision():
         pass
     fails = mock.patch.object(flat_adamw, "as_tensor", side_effect=[weight(optimizer, order[0]), MemoryError])
-    with pytest.raises(MemoryError), fails, optimizer.whole():
+    with pytest.raises(MemoryError), fails, optimizer.full_precision():
         pass
     assert all(p.isnan().all() and weight(optimizer, p).isfinite().all() for p in masters)
     optimizer.zero_grad()
@@ -226,17 +230,17 @@ def test_gradients_and_copies_keep_their_places(world):
 @example(-0x407E8000)  # likewise, below zero, and even
 @example(0x7F7FFFFF)  # the largest
 @example(0x7FFFFFFF)  # nan as GPUs write it
-def test_halves_lose_no_bit_and_the_first_is_rounded(bits):
+def test_splitting_float32_loses_no_bit_and_rounds_the_high_half(bits):
     x = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
-    copy, rest = halve(x)
+    high, low = split_float32(x)
     if x.isnan():
-        assert copy.isnan() and join(copy, rest).isnan()
+        assert high.isnan() and join_float32(high, low).isnan()
         return
-    assert torch.equal(join(copy, rest).view(torch.int32), x.view(torch.int32))
-    assert join(copy, rest, out=torch.zeros(1)) == x
+    assert torch.equal(join_float32(high, low).view(torch.int32), x.view(torch.int32))
+    assert join_float32(high, low, out=torch.zeros(1)) == x
     rounded = x.to(torch.bfloat16)
-    if rounded.isfinite() and copy != rounded:
-        assert (copy.double() - x.double()).abs() == (rounded.double() - x.double()).abs() and copy.abs() > x.abs()
+    if rounded.isfinite() and high != rounded:
+        assert (high.double() - x.double()).abs() == (rounded.double() - x.double()).abs() and high.abs() > x.abs()
 
 
 @given(st.data())
@@ -260,8 +264,8 @@ def test_processes_that_update_a_part_each_do_what_one_does(data):
                 cut[span][process].append(p)
         spans = [*(span for span in cut if any(span)), [[p for p, every in zip(ps, everyones) if every]]]
         spans = [span for span in spans if any(span)]
-        copies = [(torch.empty_like(p, dtype=torch.bfloat16), p) for p in ps if copied]
-        optimizer = FlatAdamW(groups, [[ps]] if rank is None else spans, BETAS, EPS, copies, rank=rank or 0)
+        compute_weights = [(torch.empty_like(p, dtype=torch.bfloat16), p) for p in ps if copied]
+        optimizer = FlatAdamW(groups, [[ps]] if rank is None else spans, BETAS, EPS, compute_weights, rank=rank or 0)
         for p in ps:
             p.grad.copy_(torch.randn(p.shape, generator=generator))
         return optimizer, ps
@@ -270,8 +274,8 @@ def test_processes_that_update_a_part_each_do_what_one_does(data):
     norm = one.grad_norm()
     one.step()
     everything, sent = [build_one(rank) for rank in range(size)], []
-    cut = everything[0][0].cut
-    with mock.patch.object(flat_adamw.dist, "all_reduce", sent.append), mock.patch.object(FlatAdamW, "share"):
+    cut = everything[0][0].shards_updates
+    with mock.patch.object(flat_adamw.dist, "all_reduce", sent.append), mock.patch.object(FlatAdamW, "all_gather"):
         norms = [optimizer.grad_norm() for optimizer, _ in everything]
         for optimizer, _ in everything:
             optimizer.step()
@@ -284,7 +288,7 @@ def test_processes_that_update_a_part_each_do_what_one_does(data):
             if mine:
                 assert torch.equal(weight(optimizer, ps[i]), weight(one, p))
                 assert all(torch.equal(optimizer.state[ps[i]][key], one.state[p][key]) for key in one.state[p])
-    for span, *own in zip(everything[0][0].spans, *(optimizer._own for optimizer, _ in everything)):
+    for span, *own in zip(everything[0][0].spans, *(optimizer._own_shards for optimizer, _ in everything)):
         parts = [(part.start, part.stop) for part in own]
         if len(set(parts)) > 1:
             assert parts == list(zip([span.start, *(stop for _, stop in parts)], (stop for _, stop in parts)))
@@ -294,15 +298,15 @@ def test_processes_that_update_a_part_each_do_what_one_does(data):
 def test_what_it_cannot_take_is_refused(world):
     model = build(world)
     order, groups = list(model.parameters()), parameter_groups(model, RATE, DECAY)
-    with pytest.raises(ValueError, match="not those of the groups"):
+    with pytest.raises(ValueError, match="each parameter of the groups once"):
         FlatAdamW(groups, [[order[1:]]])
     with pytest.raises(ValueError, match="shapes"):
-        FlatAdamW(groups, [[order]], copies=[(order[0].detach()[1:], order[0])])
-    copies = [(order[0].detach().bfloat16(), order[0])]
+        FlatAdamW(groups, [[order]], compute_weights=[(order[0].detach()[1:], order[0])])
+    compute_weights = [(order[0].detach().bfloat16(), order[0])]
     with pytest.raises(ValueError, match="some have none"):
-        FlatAdamW(groups, [[order]], copies=copies)
+        FlatAdamW(groups, [[order]], compute_weights=compute_weights)
     with pytest.raises(ValueError, match="narrow span"):
-        FlatAdamW(groups, [[order[:1]], [order[1:]]], copies=copies, narrow=[1])
+        FlatAdamW(groups, [[order[:1]], [order[1:]]], compute_weights=compute_weights, narrow=[1])
     order[0].data = order[0].data.double()
     with pytest.raises(ValueError, match="not of one dtype"):
         FlatAdamW(groups, [[order]])
@@ -368,7 +372,7 @@ def test_loading_before_the_first_step_and_unequal_steps(world):
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU, graphs compute in 16 bits")
 def test_steps_as_graphs_train_by_it(world):
-    """Gradients arrive in the flat memory, and the copies that graphs read are those that a step writes."""
+    """Gradients arrive in the flat memory, and the compute weights that graphs read are those that a step writes."""
     iids = torch.nested.nested_tensor([torch.arange(n) % 7 for n in (40, 1, 23)], layout=torch.jagged)
     labels, losses = nested_like(iids.values().roll(-1), iids), {}
     for flat in (False, True):
@@ -376,36 +380,36 @@ def test_steps_as_graphs_train_by_it(world):
         groups = distributed.optimizer_groups(parameter_groups(model, RATE, DECAY))
         runner = GraphedModel(model, torch.float32, 0.1, groups=groups, accumulates=True)
         optimizer = runner.optimizer if flat else torch.optim.AdamW(groups, betas=distributed.BETAS, fused=True)
-        copies = [(x, model.get_parameter(name)) for name, x in runner.model.named_parameters()]
-        copies = [(x, p) for x, p in copies if x is not p]
+        compute_weights = [(x, model.get_parameter(name)) for name, x in runner.model.named_parameters()]
+        compute_weights = [(x, p) for x, p in compute_weights if x is not p]
         found = losses.setdefault(flat, [])
         for _ in range(4):
             found.append(runner.forward_backward([(iids, labels)] * 2).ce.item())
-            with contextlib.nullcontext() if flat else runner.optimizer.whole():
+            with contextlib.nullcontext() if flat else runner.optimizer.full_precision():
                 optimizer.step()
-            assert copies and all(torch.equal(x, p.float()) for x, p in copies)
-    assert losses[True] == pytest.approx(losses[False], rel=1e-5)  # float32 copies of float64 weights
+            assert compute_weights and all(torch.equal(x, p.float()) for x, p in compute_weights)
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)  # float32 compute weights of float64 weights
     assert losses[True][-1] < losses[True][0] - 0.1
     check_flat(optimizer)
 
 
 # --------------------------------------------------------------------------------------------------------- the kernel
 
-CASES = {  # scale, found_inf, steps, dtypes of copies and of gradients; "halved": weights are
+CASES = {  # scale, found_inf, steps, dtypes of compute weights and of gradients; "split": weights are
     "scaled": (2.5, 0.0, 3, torch.bfloat16, torch.float32),
     "not scaled": (1.0, 0.0, 1, torch.float16, torch.float32),
     "not finite": (math.nan, 1.0, 3, torch.bfloat16, torch.float32),
     "not finite, at first": (2.0, 1.0, 0, torch.bfloat16, torch.float32),
-    "no copies": (2.5, 0.0, 1000, None, torch.float32),
-    "halved": (4.0, 0.0, 3, torch.bfloat16, torch.bfloat16),
-    "halved, not finite": (math.nan, 1.0, 3, torch.bfloat16, torch.bfloat16),
+    "no compute weights": (2.5, 0.0, 1000, None, torch.float32),
+    "split": (4.0, 0.0, 3, torch.bfloat16, torch.bfloat16),
+    "split, not finite": (math.nan, 1.0, 3, torch.bfloat16, torch.bfloat16),
     "narrow gradients": (4.0, 0.0, 3, torch.bfloat16, torch.bfloat16),  # scaled, and still not rounded
 }
 
 
 def gaps(name: str, device: str, K: int = 5) -> dict[str, float]:
-    """Between a step, and norms, in float32 and in float64; of copies, how many are not the weights rounded."""
-    scale, found_inf, steps, copies, gradients = CASES[name]
+    """Between a step, and norms, in float32 and float64; how many compute weights are not the weights rounded."""
+    scale, found_inf, steps, compute_weights, gradients = CASES[name]
     generator = torch.Generator().manual_seed(0)
     w, g, m, v = torch.randn(4, K, BLOCK, generator=generator).to(device)
     v = 0.5 * v.square()
@@ -413,10 +417,10 @@ def gaps(name: str, device: str, K: int = 5) -> dict[str, float]:
     for x in (w, g, m, v):
         x[-1, 100:] = 0  # what fills up
     g = g.to(gradients)
-    used, rest = None if copies is None else w.to(copies), None
-    halved, whole = name.startswith("halved"), w
-    if halved:
-        (used, rest), w = halve(w), None
+    used, low = None if compute_weights is None else w.to(compute_weights), None
+    split, whole = name.startswith("split"), w
+    if split:
+        (used, low), w = split_float32(w), None
     group_K = (torch.arange(K, dtype=torch.int32) % 3).to(device)
     rates = torch.tensor([[1e-3, 1e-4], [1e-2, 0.0], [0.3, 0.03]], dtype=torch.float64, device=device)
     bias = 1 - torch.tensor(BETAS, dtype=torch.float64, device=device) ** steps
@@ -429,21 +433,26 @@ def gaps(name: str, device: str, K: int = 5) -> dict[str, float]:
     shifted = norms(torch.cat([whole, g.float()]).to(g.dtype), first + K, torch.float32)
     adamw_(exact[0], None, None, *exact[1:], group_K, rates, bias, *scalars, BETAS, EPS)
     same = [whole.clone(), None, None, g.clone(), m.clone(), v.clone()]
-    adamw_(w, used, rest, g, m, v, group_K, rates, bias, *scalars, BETAS, EPS)
-    if halved:
-        w = join(used, rest)
+    adamw_(w, used, low, g, m, v, group_K, rates, bias, *scalars, BETAS, EPS)
+    if split:
+        w = join_float32(used, low)
         adamw_(*same, group_K, rates, bias, *scalars, BETAS, EPS)
     found = {key: gap(a, b) for key, a, b in zip("wgmv", (w, g, m, v), exact)}
     found["norms"] = max(gap(a, b) for a, b in zip([*lengths[0], *lengths[1]], [*wanted, *wanted]))
     found["norms that change where blocks lie elsewhere"] = float((shifted != lengths[0]).sum())
     found["step"] = gap(w.double() - before[0], exact[0] - before[0])
-    if copies is not None:
-        units = used.view(torch.int16).int() - (halve(same[0])[0] if halved else w.to(copies)).view(torch.int16).int()
-        cut = not halved and copies == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1"  # which cuts off
+    if compute_weights is not None:
+        units = (
+            used.view(torch.int16).int()
+            - (split_float32(same[0])[0] if split else w.to(compute_weights)).view(torch.int16).int()
+        )
+        cut = (
+            not split and compute_weights == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1"
+        )  # which cuts off
         found["copy"] = float((units.abs() > cut).sum())
     found["filling"] = float(sum(x[-1, 100:].count_nonzero() for x in (w, g, m, v)))
-    if halved:
-        found["not as whole weights"] = float((w != same[0]).sum())
+    if split:
+        found["not as unsplit weights"] = float((w != same[0]).sum())
     if found_inf:
         found["changed"] = float(sum((a != b).sum() for a, b in zip(before, (w, m, v))))
     return found
@@ -527,12 +536,12 @@ def test_large_and_without_waiting():
             *((optimizer.state[p][k], other.state[q][k]) for k in ("exp_avg", "exp_avg_sq")),
         ):
             assert gap(a, b) <= TOLERANCE[torch.float32]
-        assert torch.equal(x, halve(w)[0])
+        assert torch.equal(x, split_float32(w)[0])
     check_flat(optimizer)
 
 
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") == "1"
     torch.set_num_threads(1)
-    adamw.use_fast = lambda operation, device, dtype, obstacle: dtype != torch.float64
+    adamw.use_fast = lambda operation, device, dtype, reason: dtype != torch.float64
     print(json.dumps({name: gaps(name, "cpu") for name in CASES}))

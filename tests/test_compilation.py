@@ -18,7 +18,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-HOPPER = {"attention_triton", "ssd_triton"}  # they run nowhere else, see the `_obstacle`s beside the definitions
+HOPPER = {"attention_triton", "ssd_triton"}  # they run nowhere else, see the `_why_unsupported`s beside the definitions
 OTHERS = {
     "adamw_triton", "boundaries_triton", "conv_triton", "cross_entropy_triton", "ema_triton", "norm_triton",
     "pointwise_triton", "router_triton",
@@ -94,7 +94,7 @@ def for_any_gpu() -> None:
         for before, slot in zip(((None, None), (delta, new(T, D, dtype=torch.int8))), slots):
             *total, _, scale = norm_triton.add_norm_forward(*before, delta, weight, 1e-5)
             norm_triton.add_norm_backward(delta, *before, *total, scale, weight, slot)
-            norm_triton.norm_again(*total, scale, weight)
+            norm_triton.recompute_norm(*total, scale, weight)
         sums.total()
         p_T = router_triton.boundary_forward(delta, delta, position_T)
         router_triton.boundary_backward(p_T, delta, delta, position_T)
@@ -118,9 +118,9 @@ def for_any_gpu() -> None:
         sums.total()
         y_TD = after[:, : 2 * D].contiguous()
         _, scale = norm_triton.gated_norm_forward(y_TD, z, gate, 1e-5)
-        for again in (True, False):
+        for recompute_x in (True, False):
             slot = PartialSums().slot(gate)
-            norm_triton.gated_norm_backward(y_TD, y_TD, z, scale, gate, torch.empty_like(z), slot, again)
+            norm_triton.gated_norm_backward(y_TD, y_TD, z, scale, gate, torch.empty_like(z), slot, recompute_x)
     ema_triton.sum_chunks(residual, start_C)
     router_triton.add_rows_(p_T[:, None], start_C, router_triton.gather_rows(p_T[:, None], start_C, None))
     found = Chunks.empty(p_T, documents=1)
@@ -149,13 +149,13 @@ def for_hopper() -> None:
     for H, dtype in ((16, HALF), (48, HALF), (3, HALF), (16, WIDE)):
         x, B, C = new(T, H * 64 + 2 * N, dtype=dtype).split([H * 64, N, N], -1)
         x, dt, A = x.unflatten(-1, (H, 64)), new(T, H, dtype=WIDE), new(H, dtype=WIDE)
-        y, kept = ssd_triton.scan_forward(x, dt, A, B, C, cu, A, keep=True)
-        ssd_triton.scan_backward(y, x, dt, A, B, C, cu, A, kept=kept)
+        y, kept = ssd_triton.scan_forward(x, dt, A, B, C, cu, A, save=True)
+        ssd_triton.scan_backward(y, x, dt, A, B, C, cu, A, saved=kept)
         ssd_triton.scan_backward(y, x, dt, A, B, C, cu)
         raw = new(T, H + 8, dtype=dtype)[:, 8:]
-        y, kept = ssd_triton.scan_forward(x, raw, A, B, C, cu, A, keep=True, bias_H=A)
+        y, kept = ssd_triton.scan_forward(x, raw, A, B, C, cu, A, save=True, bias_H=A)
         slot = PartialSums().slot(A, A, A)
-        ssd_triton.scan_backward(y, x, raw, A, B, C, cu, A, kept=kept, bias_H=A, dweights=slot)
+        ssd_triton.scan_backward(y, x, raw, A, B, C, cu, A, saved=kept, bias_H=A, dweights=slot)
     order = attention_triton.tile_order(T, cu)
     for P, window in ((64, -1), (64, 1023), (96, 1023), (128, -1)):
         qkv = new(T, 3, 16, P)

@@ -104,8 +104,8 @@ def test_interpreted_kernels_match_the_definition():
         check(in_pairs[name], TOLERANCE[torch.bfloat16], name)
 
 
-def test_obstacles():
-    assert definition._obstacle(torch.empty(1, 1), 4) == "no CUDA device"
+def test_the_reason_why_there_is_no_kernel():
+    assert definition._why_unsupported(torch.empty(1, 1), 4) == "no CUDA device"
 
 
 @pytest.mark.gpu

@@ -112,7 +112,7 @@ def scenario(corpus: Path, name: str, folder: Path) -> None:
             found["guarded"] = guard.count
 
     if run.world.shards == 1:  # as train.py does with --compile graph: averaged while the backward goes on
-        graphs.PIECE = 10_000  # of weights: so that some backwards are cut
+        graphs.WEIGHTS_PER_PART = 10_000  # of weights: so that some backwards are cut
         graphed = GraphedModel(run.model(), torch.float32, run.config.alpha, run.world, accumulates=True)
         found["checked"] = [distributed.first_answer(run.world, agreement.captured(graphed, tokens=200))]
         doubles = run.world.rank == run.world.size - 1  # an edit of the forward, which graphs don't call, on one rank
@@ -125,7 +125,7 @@ def scenario(corpus: Path, name: str, folder: Path) -> None:
             graphed, list(run.stream.step(0, G, run.world.rank, run.world.size)), run.config, run.world
         )
         found["graphed norm"] = graphed.optimizer.grad_norm().item()
-        graphed.optimizer.share(graphed.optimizer.gradients)  # each has the sums of its own part
+        graphed.optimizer.all_gather(graphed.optimizer.gradients)  # each has the sums of its own part
         found["graphed"] = {n: p.grad for n, p in graphed.masters.named_parameters()}
         found["spans"], found["owned"] = len(graphed.optimizer.spans), len(graphed.optimizer.owned)
 
@@ -530,9 +530,9 @@ def test_a_step_has_a_slice_for_each_process_unless_told_otherwise(corpus, tmp_p
 
 
 def test_a_disk_without_room_is_refused(tmp_path):
-    checkpoint.require_room(tmp_path, 1000)
+    checkpoint.require_disk_space(tmp_path, 1000)
     with pytest.raises(checkpoint.UserError, match="MB are free and a checkpoint takes 12,000,000,000.0"):
-        checkpoint.require_room(tmp_path, 10**15)
+        checkpoint.require_disk_space(tmp_path, 10**15)
 
 
 def test_what_is_saved_has_torchs_names(tmp_path):

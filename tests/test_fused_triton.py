@@ -67,27 +67,27 @@ def nan_like(x: Tensor, longer: int = 0) -> Tensor:
 
 def add_norm_case(new: Inputs, T: int, D: int, first: bool) -> dict[str, tuple[Tensor, Tensor]]:
     delta, weight, dx = new(T, D), new(D), new(T, D)
-    residual, dsum = (norm.part(new(T, D, wide=True) * (not first), dx.dtype) for _ in "rd")
+    residual, dsum = (norm.split24(new(T, D, wide=True) * (not first), dx.dtype) for _ in "rd")
     sum_, x, scale = norm.add_norm_forward(None if first else residual, delta, weight, EPS)
     sums = PartialSums()
     slot, other = sums.slot(weight), sums.slot(weight)
     arguments = dx, None if first else dsum, sum_, scale, weight
-    dboth, again = norm.add_norm_backward(*arguments, slot)
-    same, none = norm.add_norm_backward(*arguments, other, again=False)
+    dboth, recomputed = norm.add_norm_backward(*arguments, slot)
+    same, none = norm.add_norm_backward(*arguments, other, recompute_x=False)
     dweight, same_dweight = gradients_in(sums)
-    assert none is None and torch.equal(same.x, dboth.x) and torch.equal(same_dweight, dweight)
-    assert same.rest is dboth.rest is None or torch.equal(same.rest, dboth.rest)
-    assert torch.equal(again, x) and torch.equal(norm.norm_again(sum_, scale, weight), x)
-    leaves = [exact(t).requires_grad_() for t in (norm.whole(*residual, torch.float32), delta, weight)]
+    assert none is None and torch.equal(same.high, dboth.high) and torch.equal(same_dweight, dweight)
+    assert same.low is dboth.low is None or torch.equal(same.low, dboth.low)
+    assert torch.equal(recomputed, x) and torch.equal(norm.recompute_norm(sum_, scale, weight), x)
+    leaves = [exact(t).requires_grad_() for t in (norm.join24(*residual, torch.float32), delta, weight)]
     wide = leaves[0] + leaves[1]
     scales = (wide.square().mean(-1) + EPS).rsqrt()
     outputs = wide * scales[:, None] * leaves[2]
-    loss = (outputs * exact(dx)).sum() + (wide * exact(norm.whole(*dsum, torch.float32))).sum()
+    loss = (outputs * exact(dx)).sum() + (wide * exact(norm.join24(*dsum, torch.float32))).sum()
     _, wanted_dboth, wanted_dweight = torch.autograd.grad(loss, leaves)
-    for parted, wanted in ((sum_, wide), (dboth, wanted_dboth)):
+    for split, wanted in ((sum_, wide), (dboth, wanted_dboth)):
         # float32 does better, but 16 bits are kept, whose rounding is 2^-16 at most, but for a few numbers
-        assert (exact(norm.whole(*parted, torch.float32)) - wanted).norm() <= 1e-5 * wanted.norm()
-    found = {"x": x, "scale": scale, "dboth": dboth.x, "dweight": dweight}
+        assert (exact(norm.join24(*split, torch.float32)) - wanted).norm() <= 1e-5 * wanted.norm()
+    found = {"x": x, "scale": scale, "dboth": dboth.high, "dweight": dweight}
     return found, {"x": outputs, "scale": scales, "dboth": wanted_dboth, "dweight": wanted_dweight}
 
 
@@ -97,13 +97,13 @@ def gated_norm_case(new: Inputs, T: int, D: int):
     x, scale = norm.gated_norm_forward(y, z, weight, EPS)
     dz, sums = nan_like(z, longer=8), PartialSums()
     slot, other = sums.slot(weight), sums.slot(weight)
-    dy, again = norm.gated_norm_backward(dx, y, z, scale, weight, dz, slot)
+    dy, recomputed = norm.gated_norm_backward(dx, y, z, scale, weight, dz, slot)
     first = dz.clone()
-    only_dy, none = norm.gated_norm_backward(dx, y, z, scale, weight, dz.fill_(math.nan), other, again=False)
+    only_dy, none = norm.gated_norm_backward(dx, y, z, scale, weight, dz.fill_(math.nan), other, recompute_x=False)
     dweight, same = gradients_in(sums)
-    assert torch.equal(again, x) and none is None
+    assert torch.equal(recomputed, x) and none is None
     assert all(map(torch.equal, (only_dy, dz, same), (dy, first, dweight)))
-    assert torch.equal(norm.gated_norm_forward(y, z, weight, EPS, keep_x=True)[0], x)
+    assert torch.equal(norm.gated_norm_forward(y, z, weight, EPS, save_x=True)[0], x)
     leaves = [exact(t).requires_grad_() for t in (y, z, weight)]
     u = leaves[0] * torch.nn.functional.silu(leaves[1])
     scales = (u.square().mean(-1) + EPS).rsqrt()
@@ -117,10 +117,10 @@ def swiglu_case(new: Inputs, T: int, inner: int):
     both, dh = new(T, 2 * inner, scale=3), new(T, inner)
     leaf = exact(both).requires_grad_()
     h = torch.nn.functional.silu(leaf[:, inner:]) * leaf[:, :inner]
-    h_, (dboth, again) = pointwise.swiglu_forward(both), pointwise.swiglu_backward(dh, both)
-    same, none = pointwise.swiglu_backward(dh, both, again=False)
+    h_, (dboth, recomputed) = pointwise.swiglu_forward(both), pointwise.swiglu_backward(dh, both)
+    same, none = pointwise.swiglu_backward(dh, both, recompute_h=False)
     assert none is None and torch.equal(same, dboth)
-    assert torch.equal(again, h_)
+    assert torch.equal(recomputed, h_)
     found = {"h": h_, "dboth": dboth}
     return found, {"h": h, "dboth": torch.autograd.grad(h, leaf, exact(dh))[0]}
 
@@ -284,7 +284,7 @@ def scan_case(new: Inputs, lengths: list[int], H: int, N: int, K: int = 4, sprea
     x = x.unflatten(-1, (H, P))
     out, draw, dconv = nan_like(rows), nan_like(raw, longer=8), nan_like(rows, longer=8)
     dx, dB, dC = out.split(split, -1)
-    y, kept = mamba2_scan_forward(x, raw, bias_H, A_log, B, C, D, cu, keep=True)
+    y, kept = mamba2_scan_forward(x, raw, bias_H, A_log, B, C, D, cu, save=True)
     out = dx.unflatten(-1, (H, P)), dB, dC, draw
     sums = PartialSums()
     mamba2_scan_backward(dy, x, raw, bias_H, A_log, B, C, D, cu, out, sums.slot(A_log, bias_H, D), kept)
@@ -433,9 +433,9 @@ def check(found: dict[str, float], tolerance: float, case: str = "") -> None:
 @example(2.0**-149).via("next to zero")
 def test_a_number_and_what_rounding_took_of_it_are_the_number_again_to_16_bits(number):
     x = torch.tensor(number)
-    y = norm.whole(*norm.part(x, torch.bfloat16), torch.float32)
+    y = norm.join24(*norm.split24(x, torch.bfloat16), torch.float32)
     if x.abs() < 2.0**127:
-        bound = 2**-15 if norm.part(x, torch.bfloat16).rest == 127 else 2**-16
+        bound = 2**-15 if norm.split24(x, torch.bfloat16).low == 127 else 2**-16
         assert (exact(x) - exact(y)).abs() <= bound * exact(x).abs().clamp_min(
             torch.finfo(torch.float32).smallest_normal
         )
@@ -491,5 +491,5 @@ if __name__ == "__main__":
         *(importlib.import_module(f"hnet_kernels.{n}") for n in ("ssd", "conv")),
         attention,
     ):
-        module.use_fast = lambda operation, device, dtype, obstacle: dtype != torch.float64
+        module.use_fast = lambda operation, device, dtype, reason: dtype != torch.float64
     print(json.dumps({name: distances(name, torch.float32, "cpu") for name in CASES}))

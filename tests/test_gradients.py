@@ -1,4 +1,4 @@
-"""Where gradients of weights go: partial sums of small weights, and the places that a caller gives.
+"""Where gradients of weights go: partial sums of small weights, and the destinations that a caller gives.
 
 That operations fill them is tested in test_operations.py, that they are a model's gradients in test_graphs.py, and the
 kernel that adds up partial sums in test_fused_triton.py.
@@ -7,7 +7,15 @@ kernel that adds up partial sums in test_fused_triton.py.
 import pytest
 import torch
 
-from hnet_kernels.gradients import Destinations, PartialSums, place_of, slot_of, switch_to, write_product, writing_to
+from hnet_kernels.gradients import (
+    Destinations,
+    PartialSums,
+    destination_of,
+    slot_of,
+    switch_to,
+    write_product,
+    writing_to,
+)
 
 SUMS = "an operation"
 
@@ -53,10 +61,10 @@ def test_a_layer_that_ran_over_other_tokens_has_partial_sums_of_its_own():
     assert [x.tolist() for x in slots[1].gradients()] == [[42, 42]]
     assert slots[0].gradients() == slots[2].gradients() == [None]
     destinations.finish()
-    places = [destinations.places[w] for w in weights]
-    assert [place.written for place in places] == [True, False, True]
-    assert [places[i].tensor.tolist() for i in (0, 2)] == [[5, 5], [105, 105]]
-    assert places[1].tensor.isnan().all(), "what its backward returns is written by who called it"
+    destinations = [destinations.by_tensor[w] for w in weights]
+    assert [destination.written for destination in destinations] == [True, False, True]
+    assert [destinations[i].tensor.tolist() for i in (0, 2)] == [[5, 5], [105, 105]]
+    assert destinations[1].tensor.isnan().all(), "what its backward returns is written by who called it"
 
 
 def test_a_second_backward_finds_the_same():
@@ -72,7 +80,7 @@ def test_a_second_backward_finds_the_same():
     for i, slot in enumerate(slots):
         slot.fill(torch.full((2,), 2.0 + i))
         assert slot.gradients()[0].tolist() == [2 + i] * 2
-    assert [place.tensor.tolist() for place in destinations.places.values()] == [[1, 1]] * 2
+    assert [destination.tensor.tolist() for destination in destinations.by_tensor.values()] == [[1, 1]] * 2
 
 
 def test_a_layer_whose_backward_did_not_run_has_no_gradient():
@@ -86,16 +94,16 @@ def test_a_layer_whose_backward_did_not_run_has_no_gradient():
 def test_places_are_for_the_first_use_of_a_weight():
     weight, other = torch.zeros(2), torch.zeros(2)
     destinations = Destinations({weight: torch.empty(2)})
-    assert place_of(weight) is None
+    assert destination_of(weight) is None
     with writing_to(destinations):
-        assert place_of(other) is None
-        place = place_of(weight)
-        assert place is destinations.places[weight] and not place.written
-        assert place_of(weight) is None, "later uses are added up by autograd"
+        assert destination_of(other) is None
+        destination = destination_of(weight)
+        assert destination is destinations.by_tensor[weight] and not destination.written
+        assert destination_of(weight) is None, "later uses are added up by autograd"
         destinations.add(other, torch.empty(2), adds=True)
-        assert place_of(other) is None, "its gradient is to be added, which this backward does not do"
-        assert place_of(other, adds=True) is destinations.places[other]
-    assert place_of(weight) is None
+        assert destination_of(other) is None, "its gradient is to be added, which this backward does not do"
+        assert destination_of(other, adds=True) is destinations.by_tensor[other]
+    assert destination_of(weight) is None
 
 
 def test_small_weights_wait_together_only_where_all_of_them_have_a_place():
@@ -118,8 +126,8 @@ def test_sums_are_written_in_the_dtype_of_their_places():
     for slot in slots:
         slot.fill(torch.tensor([1.0, 2.0]))
     destinations.finish()
-    for place in destinations.places.values():
-        assert place.written and place.tensor.tolist() == [1, 2]
+    for destination in destinations.by_tensor.values():
+        assert destination.written and destination.tensor.tolist() == [1, 2]
     assert not destinations.sums
 
 
@@ -127,12 +135,12 @@ def test_another_part_of_a_forward_has_other_destinations():
     weights = [torch.zeros(2) for _ in range(2)]
     first, second = (Destinations({w: torch.empty(2) for w in weights}) for _ in "ab")
     with writing_to(first):
-        assert place_of(weights[0]) is first.places[weights[0]]
+        assert destination_of(weights[0]) is first.by_tensor[weights[0]]
         switch_to(second)
-        assert place_of(weights[1]) is second.places[weights[1]]
+        assert destination_of(weights[1]) is second.by_tensor[weights[1]]
         with writing_to(None):
-            assert place_of(weights[0]) is None
-    assert place_of(weights[0]) is None
+            assert destination_of(weights[0]) is None
+    assert destination_of(weights[0]) is None
 
 
 @pytest.mark.parametrize("to", [None, torch.bfloat16, torch.float32], ids=str)
@@ -142,10 +150,10 @@ def test_a_product_is_rounded_once_to_the_dtype_of_where_it_goes(to):
     weight, exact = torch.zeros(3, 5, dtype=torch.bfloat16), dy.double().T @ x.double()
     destinations = Destinations({} if to is None else {weight: torch.full((3, 5), torch.nan, dtype=to)})
     with writing_to(destinations):
-        place = place_of(weight)
-    returned = write_product(dy, x, weight, place)
-    found = returned if to is None else place.tensor
-    assert (returned is None) == (to is not None) and (place is None or place.written)
+        destination = destination_of(weight)
+    returned = write_product(dy, x, weight, destination)
+    found = returned if to is None else destination.tensor
+    assert (returned is None) == (to is not None) and (destination is None or destination.written)
     assert found.dtype == (to or torch.bfloat16)
     # rounded once: half a unit of the last place, beside what sums of 300 terms in float32 are off by
     error = ((found.double() - exact) / exact).abs().max()

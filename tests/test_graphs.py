@@ -128,7 +128,7 @@ def test_matrices_have_gradients_that_are_rounded_once_at_most_and_whoever_runs_
 
     One process has them in bfloat16, too. Several add them up, in float32: there the products have not been rounded.
     """
-    monkeypatch.setattr(FlatAdamW, "add_up", lambda self, span: None)
+    monkeypatch.setattr(FlatAdamW, "reduce_gradients", lambda self, span: None)
     world = World(0, processes, torch.device(DEVICE), None)
     graphed = GraphedModel(build(ONE_STAGE, torch.float32), torch.bfloat16, ALPHA, world=world)
     pair = batch(BATCHES[0], 0)
@@ -245,12 +245,12 @@ def test_an_pool_gives_out_its_buffer_and_then_other_memory():
     assert (a.shape, a.dtype, b.shape, b.dtype) == ((100, 2), torch.float32, (3,), torch.int64)
     begin = pool.buffer.data_ptr()
     assert (a.data_ptr(), b.data_ptr(), pool.used) == (begin, begin + 1024, 1536) and not pool.beside
-    assert pool.keep(a[1:]).data_ptr() == a[1:].data_ptr() and pool.keep(stays).data_ptr() == stays.data_ptr()
+    assert pool.save(a[1:]).data_ptr() == a[1:].data_ptr() and pool.save(stays).data_ptr() == stays.data_ptr()
     other = torch.arange(5.0, device=DEVICE, requires_grad=True)
-    kept = pool.keep(other)
+    kept = pool.save(other)
     assert kept.tolist() == other.tolist() and not kept.requires_grad and kept.data_ptr() == begin + 1536
     large = pool.empty((2**20,), torch.uint8, stays.device)
-    assert len(large) == 2**20 and pool.beside == [large] and pool.keep(large).data_ptr() == large.data_ptr()
+    assert len(large) == 2**20 and pool.beside == [large] and pool.save(large).data_ptr() == large.data_ptr()
 
 
 @given(st.lists(st.tuples(st.integers(0, 3000), st.sampled_from([torch.uint8, torch.bfloat16, torch.float64]))))
@@ -361,10 +361,10 @@ def test_graphs_go_where_there_is_no_room_beside_them(error, again):
         return 3
 
     if again:
-        assert graphed.with_room(call) == 3 and calls == [True, False]
+        assert graphed.retry_without_graphs(call) == 3 and calls == [True, False]
     else:
         with pytest.raises(type(error)):
-            graphed.with_room(call)
+            graphed.retry_without_graphs(call)
         assert calls == [True]
 
 
@@ -434,14 +434,14 @@ def test_a_backward_in_pieces_gives_the_same_bits(monkeypatch):
     """Two processes cut it where weights are many, add up each piece's gradients as it ends, and each weigh half."""
     pairs, dtype = [batch(lengths, i) for i, lengths in enumerate(BATCHES[:3])], torch.bfloat16
     whole = GraphedModel(build(TWO_STAGES, torch.float32), dtype, ALPHA, accumulates=True)
-    monkeypatch.setattr(graphs, "PIECE", 1)
+    monkeypatch.setattr(graphs, "WEIGHTS_PER_PART", 1)
     world = World(1, 2, torch.device(DEVICE), None)
     cut = GraphedModel(build(TWO_STAGES, torch.float32), dtype, ALPHA, world=world, accumulates=True)
     assert {part: len(pieces) for part, pieces in cut.weights.items()} == {
         "enter 0": 2, "enter 1": 3, "inner 2": 2, "pass 1": 1, "leave 1": 2, "pass 0": 1, "leave 0": 1,
     }  # fmt: skip
     parts, summed = cut.optimizer.gradients, {}
-    monkeypatch.setattr(cut.optimizer, "add_up", lambda i: summed.update({i: parts[i].clone()}))
+    monkeypatch.setattr(cut.optimizer, "reduce_gradients", lambda i: summed.update({i: parts[i].clone()}))
     for step in (pairs[:1], pairs[1:], pairs[:1]):  # captured, several micro-batches, replayed
         summed.clear()
         cut.optimizer.zero_grad()
@@ -459,8 +459,8 @@ def test_a_backward_in_pieces_gives_the_same_bits(monkeypatch):
 def test_gradients_of_small_weights_are_added_up_once_a_kind_and_piece(cut, ac, monkeypatch):
     """And are those of the model, as all others."""
     if cut:
-        monkeypatch.setattr(graphs, "PIECE", 1)
-        monkeypatch.setattr(FlatAdamW, "add_up", lambda self, span: None)
+        monkeypatch.setattr(graphs, "WEIGHTS_PER_PART", 1)
+        monkeypatch.setattr(FlatAdamW, "reduce_gradients", lambda self, span: None)
     model, size = build(TWO_STAGES, torch.float64), 1 + cut
     graphed = GraphedModel(model, torch.float64, ALPHA, world=World(0, size, torch.device(DEVICE), None), ac=ac)
     added, total = [], PartialSums.total
@@ -489,7 +489,7 @@ def test_weights_that_changed_are_used():
     graphed = GraphedModel(model, torch.bfloat16, ALPHA)
     pair = batch(BATCHES[0], 0)
     before = graphed.forward_backward([pair]).ce.item()
-    with graphed.optimizer.whole(), torch.no_grad():
+    with graphed.optimizer.full_precision(), torch.no_grad():
         for p in model.parameters():
             p *= 1.5
         changed = copy.deepcopy(model)
@@ -538,7 +538,7 @@ def test_a_new_number_of_chunks_makes_segments_of_its_stage_alone():
 
 
 def test_batches_of_about_one_size_share_segments_and_old_ones_go(monkeypatch):
-    monkeypatch.setattr(graphs, "KEPT", 2)
+    monkeypatch.setattr(graphs, "CACHED", 2)
     graphed = GraphedModel(build(ONE_STAGE, torch.float32), torch.float32, ALPHA)
     for lengths in ([600, 1, 423], [512, 512], [1024]):
         graphed.forward_backward([batch(lengths, 0)])
@@ -599,12 +599,12 @@ def test_a_deep_stacks_residual_stream_and_gradient_are_better_than_bfloat16(los
 
     def backward(dx, dsum, *args, its=norm.add_norm_backward, **options):
         if lost == "gradient" and dsum is not None:
-            dsum = dsum._replace(rest=torch.zeros_like(dsum.rest))
+            dsum = dsum._replace(low=torch.zeros_like(dsum.low))
         return its(dx, dsum, *args, **options)
 
     def forward(residual, *args, its=norm.add_norm_forward, **options):
         if lost == "sum" and residual is not None:
-            residual = residual._replace(rest=torch.zeros_like(residual.rest))
+            residual = residual._replace(low=torch.zeros_like(residual.low))
         return its(residual, *args, **options)
 
     monkeypatch.setattr(norm, "add_norm_backward", backward)

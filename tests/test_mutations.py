@@ -115,9 +115,9 @@ ROLES: dict[str, tuple[Any, str]] = {
     "convolution in Mamba-2 backward": (mamba2, "causal_conv_silu_backward_to"),
     "norm backward": (norm, "_norm_backward"),
     "adding to the residual backward": (norm, "add_norm_backward"),
-    "gradients of the residual": (norm, "_collected"),
-    "reading the residual backward": (norm.ReadTotal, "backward"),
-    "recomputed norm": (norm, "norm_again"),
+    "gradients of the residual": (norm, "_total_gradient"),
+    "reading the residual backward": (norm.ReadSum, "backward"),
+    "recomputed norm": (norm, "recompute_norm"),
     "recomputed product": (linear, "recomputed_from"),
     "recomputed gated MLP": (pointwise, "recomputed_from"),
     "router probability backward": (router, "boundary_backward"),
@@ -129,7 +129,7 @@ ROLES: dict[str, tuple[Any, str]] = {
     "cross entropy backward": (cross_entropy, "cross_entropy_backward"),
     "sums of small gradients": (gradients.PartialSums, "total"),
     "writing of small gradients": (gradients.Destinations, "finish"),
-    "place of a gradient": (gradients.Destinations, "take"),
+    "destination of a gradient": (gradients.Destinations, "take"),
 }
 
 
@@ -864,7 +864,7 @@ def readers() -> None:
     compare(*found)
 
 
-def weights_with_places() -> None:
+def weights_with_destinations() -> None:
     """A matrix and a norm's weight, each used twice: the first use's gradient is in its place, the other's returned."""
     x_TD, weights = normal(7, 6, seed=0), [normal(6, 6, seed=1), normal(6, seed=2)]
     found = []
@@ -979,9 +979,9 @@ def not_written(right):
 
 
 def written_and_returned(right):
-    def write_product(dy, x, weight, place):
-        found = right(dy, x, weight, place)
-        return place.tensor.clone() if found is None else found
+    def write_product(dy, x, weight, destination):
+        found = right(dy, x, weight, destination)
+        return destination.tensor.clone() if found is None else found
 
     return write_product
 
@@ -1095,7 +1095,9 @@ FAST_MUTATIONS = [
     # where gradients go
     mutation("gradients of another layer's norm", graphs, "sums of small gradients", layers_reversed),
     mutation("gradients of small weights are not written", graphs, "writing of small gradients", not_written),
-    mutation("a place for both uses of a weight", weights_with_places, "place of a gradient", taken_twice),
+    mutation(
+        "a destination for both uses of a weight", weights_with_destinations, "destination of a gradient", taken_twice
+    ),
 ]
 
 # ---------------------------------------------------------------------------------------------------------------- tests

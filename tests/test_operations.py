@@ -520,9 +520,9 @@ def test_interpreted_kernels_take_what_autograd_gives():
         check(found[name], tolerance(name, torch.float32), name)
 
 
-# ------------------------------------------------------------------------------------------------------------- places
+# --------------------------------------------------------------------------------------------------------- destinations
 
-# The inputs whose gradients go to places, of cases that have any
+# The inputs whose gradients have destinations, of cases that have any
 PLACED = {
     "embed": ["weight"],
     "linear": ["weight"],
@@ -545,7 +545,7 @@ def test_every_operation_with_weights_has_a_case_of_places():
 
 
 class Used:
-    """A case, run so often on the same inputs, with places for the gradients of some."""
+    """A case, run so often on the same inputs, with destinations for the gradients of some."""
 
     def __init__(self, name: str, times: int, placed: list[str]):
         case = CASES[name](Inputs(torch.float64, "cpu"))
@@ -573,7 +573,7 @@ def test_gradients_go_to_their_places(name):
     wanted, found = plain.gradients(*plain.losses), placed.gradients(*placed.losses)
     for key, x in wanted.items():
         if key in PLACED[name]:
-            assert found[key] is None and placed.destinations.places[placed.leaves[key]].written, key
+            assert found[key] is None and placed.destinations.by_tensor[placed.leaves[key]].written, key
             assert torch.equal(placed.tensors[key], x), key
         else:
             assert torch.equal(found[key], x), key
@@ -592,15 +592,15 @@ def test_only_the_first_use_of_a_weight_writes_to_its_place(name):
 def test_a_weight_whose_use_has_no_gradient_leaves_its_place_as_it_is(name):
     placed = Used(name, 1, PLACED[name])
     found = placed.gradients(*[torch.zeros((), dtype=torch.float64, requires_grad=True) * 1])
-    assert not any(place.written for place in placed.destinations.places.values())
+    assert not any(destination.written for destination in placed.destinations.by_tensor.values())
     assert all(x is None for x in found.values()) and all(x.isnan().all() for x in placed.tensors.values())
 
 
 def test_what_some_small_weights_lack_is_returned_for_all_of_them():
-    """A_log, dt_bias and D have their sums in one row; without D there is no place for it."""
+    """A_log, dt_bias and D have their sums in one row; without D it has no destination."""
     plain, placed = (Used("mamba2_inner, without D", 1, places) for places in ([], ["A_log", "dt_bias", "norm"]))
     wanted, found = plain.gradients(*plain.losses), placed.gradients(*placed.losses)
-    written = {key: placed.destinations.places[placed.leaves[key]].written for key in placed.tensors}
+    written = {key: placed.destinations.by_tensor[placed.leaves[key]].written for key in placed.tensors}
     assert written == {"A_log": False, "dt_bias": False, "norm": True}
     assert torch.equal(found["A_log"], wanted["A_log"]) and torch.equal(found["dt_bias"], wanted["dt_bias"])
 
@@ -614,7 +614,7 @@ def test_rows_are_added_to_what_is_in_their_place():
     with forcing(True), writing_to(destinations):
         taken = take_rows(x, rows)
     assert torch.autograd.grad(2 * taken.sum(), x, allow_unused=True) == (None,)
-    assert destinations.places[x].written and torch.equal(there, wanted)
+    assert destinations.by_tensor[x].written and torch.equal(there, wanted)
 
 
 def test_small_weights_of_several_layers_are_added_up_in_one_call_for_a_kind(monkeypatch):
@@ -638,7 +638,9 @@ def test_small_weights_of_several_layers_are_added_up_in_one_call_for_a_kind(mon
     assert torch.autograd.grad(sum(outputs), small, allow_unused=True) == (None,) * len(small) and calls == []
     destinations.finish()
     assert calls == [3, 3, 3, 3], "norms; and of mixers: convolutions, heads, gated norms"
-    assert all(place.written and place.tensor.isfinite().all() for place in destinations.places.values())
+    assert all(
+        destination.written and destination.tensor.isfinite().all() for destination in destinations.by_tensor.values()
+    )
     assert not destinations.sums, "their memory is free again"
 
 

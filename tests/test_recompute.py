@@ -220,9 +220,9 @@ def test_gradients_in_places_are_the_same_bits(how):
     found = placed.gradients(allow_unused=True)
     placed.destinations.finish()
     for name, x in placed.weights.items():
-        place = placed.destinations.places[x]
-        assert place.written == (name != "x") == (found[name] is None), name
-        assert torch.equal(place.tensor if place.written else found[name], wanted[name]), name
+        destination = placed.destinations.by_tensor[x]
+        assert destination.written == (name != "x") == (found[name] is None), name
+        assert torch.equal(destination.tensor if destination.written else found[name], wanted[name]), name
 
 
 def test_without_gradients_nothing_is_saved():

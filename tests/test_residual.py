@@ -129,10 +129,10 @@ def losing(what: str) -> Iterator[None]:
     """As a mistake would have it: the second parts of sums, or of gradients, are zero; or the gradients of two readers
     are those that autograd adds up, which knows the first parts alone."""
 
-    def rounded(x: norm.Parted) -> norm.Parted:
-        return x._replace(rest=torch.zeros_like(x.rest))
+    def rounded(x: norm.Split24) -> norm.Split24:
+        return x._replace(low=torch.zeros_like(x.low))
 
-    forward, backward, collected = norm.add_norm_forward, norm.add_norm_backward, norm._collected
+    forward, backward, collected = norm.add_norm_forward, norm.add_norm_backward, norm._total_gradient
     function_backward = norm.AddNorm.backward
 
     def lossy_forward(*args, **options):
@@ -149,7 +149,7 @@ def losing(what: str) -> Iterator[None]:
 
     def autograds_own(ctx, dx_TD, dsum_TD):
         if dsum_TD is not None:
-            own = norm.Parted(dsum_TD, torch.zeros_like(dsum_TD, dtype=torch.int8))
+            own = norm.Split24(dsum_TD, torch.zeros_like(dsum_TD, dtype=torch.int8))
             ctx.after[:] = [(torch._C._current_graph_task_id(), own)]
         return function_backward(ctx, dx_TD, dsum_TD)
 
@@ -158,7 +158,7 @@ def losing(what: str) -> Iterator[None]:
             patch.setattr(norm, "add_norm_forward", lossy_forward)
         if what == "gradients":
             patch.setattr(norm, "add_norm_backward", lossy_backward)
-            patch.setattr(norm, "_collected", lossy_collected)
+            patch.setattr(norm, "_total_gradient", lossy_collected)
         if what == "gradients of two readers":
             patch.setattr(norm.AddNorm, "backward", staticmethod(autograds_own))
         yield
@@ -216,7 +216,7 @@ def test_what_else_reads_the_sum_is_refused():
         r = residual_stream(x)
         y = rms_norm(r, weight, EPS)
     with pytest.raises(RuntimeError, match="read by something else than rms_norm and Residual.value"):
-        (r._total.x.sum() + y.sum()).backward()
+        (r._sum.high.sum() + y.sum()).backward()
 
 
 def test_a_backward_to_the_last_weights_leaves_nothing_for_the_next():

@@ -96,7 +96,7 @@ def decided(snapshot: Path, config: str | None, tmp_path: Path) -> dict[str, set
 def taken(spec: str) -> set[str]:
     """The files that prepare would read."""
     report = sources.Report()
-    _, files = sources.find(spec, "text", fineweb._Tally(False).bad, report)
+    _, files = sources.find(spec, "text", fineweb._Tally(False).reject, report)
     names = {file.path for file in files}
     assert report.taken.total() == len(names)
     return names

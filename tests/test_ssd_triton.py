@@ -150,12 +150,12 @@ def changed_by_keeping(case: Case, dtype: torch.dtype, device: str) -> list[str]
     # as Mamba-2 has it; the interpreter takes long, and does the other ways for short cases
     ways = [(some, some)] if device == "cpu" and len(inputs[0]) > 100 else [(None, None), (some, None), (some, some)]
     for skip, bias in ways:
-        y, kept = ssd_triton.scan_forward(*inputs, skip, keep=True, bias_H=bias)
+        y, kept = ssd_triton.scan_forward(*inputs, skip, save=True, bias_H=bias)
         plain, nothing = ssd_triton.scan_forward(*inputs, skip, bias_H=bias)
         assert nothing is None and (kept.states_CHPN != 0).any() == (len(kept.document_T) > ssd_triton.CHUNK[dtype])
         pairs = zip(
             ("y", *ssd_triton.Gradients._fields),
-            (y, *ssd_triton.scan_backward(dy, *inputs, skip, kept=kept, bias_H=bias)),
+            (y, *ssd_triton.scan_backward(dy, *inputs, skip, saved=kept, bias_H=bias)),
             (plain, *ssd_triton.scan_backward(dy, *inputs, skip, bias_H=bias)),
         )
         changed += [name for name, a, b in pairs if a is not b and not torch.equal(a, b)]
@@ -191,11 +191,11 @@ def test_interpreted_kernels_find_the_same_with_what_the_forward_kept():
     assert interpreted("changed_by_keeping") == {name: [] for name in SMALL}
 
 
-def test_obstacles():
+def test_the_reason_why_there_is_no_kernel():
     x, B = torch.empty(1, 1, 64), torch.empty(1, 16)
-    assert definition._obstacle(x, B) == "no CUDA device"
+    assert definition._why_unsupported(x, B) == "no CUDA device"
     x = x.to("meta")
-    assert definition._obstacle(x, B) == "no CUDA device"
+    assert definition._why_unsupported(x, B) == "no CUDA device"
 
 
 # ----------------------------------------------------------------------------------------------------------- real GPUs

@@ -777,7 +777,7 @@ def test_graphs_and_with_them_copies_of_the_weights_where_they_are_possible(monk
     changed = dict(changed)
     memory = changed.pop("memory", 80 * GB)
     device, size = torch.device(changed.pop("device", "cuda")), changed.pop("size", 1)
-    monkeypatch.setattr(train.graphs, "obstacle", lambda *_: None)
+    monkeypatch.setattr(train.graphs, "why_unsupported", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, memory))
     monkeypatch.setattr(distributed, "make_mesh", lambda kind, size, replicate: SimpleNamespace(copies=replicate))
     monkeypatch.setattr(distributed, "anywhere", lambda world, *flags: list(flags))  # there is one process

@@ -1,8 +1,8 @@
 """The documents of one file: text, rows of JSON or parquet, compressed or not.
 
-A reader yields a file's documents, or those of one piece of it, as (where, text). `where()` names the place in words;
-text is bytes, or `LongText` where the file is too long to hold in memory. `bad(what, count)` is told of what can't be
-read, in one sentence, and either raises or counts.
+A reader yields the documents of a file, or of one piece of it, as (where, text). `where()` names the place in words.
+text is bytes, or `LongText` where the file is too long to hold in memory. `reject(what, count)` gets one sentence about
+what can't be read, and raises or counts.
 """
 
 import codecs
@@ -28,7 +28,7 @@ BOM = codecs.BOM_UTF8
 READ_ERRORS = (OSError, EOFError, zlib.error)
 
 Document = tuple[Callable[[], str], "bytes | LongText"]
-Bad = Callable[..., None]
+Reject = Callable[..., None]
 
 
 def suffixes(name: str) -> str:
@@ -168,18 +168,18 @@ def digest(text: bytes | LongText) -> bytes:
 # ---------------------------------------------------------------------------------------------------- the readers
 
 
-def read(path: str, size: int, column: str, bad: Bad, piece: int = 0, pieces: int = 1) -> Iterator[Document]:
+def read(path: str, size: int, column: str, reject: Reject, piece: int = 0, pieces: int = 1) -> Iterator[Document]:
     """Documents of one file of a kind that can be read, or of one of equal pieces of it, in order.
 
     size: of the file. column: where rows have their text.
     """
     found = kind(path)
     if found == ".parquet":
-        yield from _read_parquet(path, piece, pieces, column, bad)
+        yield from _read_parquet(path, piece, pieces, column, reject)
     elif found.startswith(".json") and not found.startswith(".jsonl"):
-        yield from _read_json(path, column, bad)
+        yield from _read_json(path, column, reject)
     elif found.startswith(ROWS):
-        yield from _read_lines(path, size * piece // pieces, size * (piece + 1) // pieces, column, bad)
+        yield from _read_lines(path, size * piece // pieces, size * (piece + 1) // pieces, column, reject)
     else:
         try:
             with _unpacked(path) as f:
@@ -188,7 +188,7 @@ def read(path: str, size: int, column: str, bad: Bad, piece: int = 0, pieces: in
                     whole = len(text) + sum(map(len, iter(lambda: f.read(BLOCK_BYTES), b"")))
                     text = LongText(path, whole - len(BOM) * text.startswith(BOM))
         except READ_ERRORS as e:
-            bad(f"{in_words(path)}: can't be read ({_reason(e)})")
+            reject(f"{in_words(path)}: can't be read ({_reason(e)})")
         else:
             yield lambda: in_words(path), text.removeprefix(BOM) if isinstance(text, bytes) else text
 
@@ -233,7 +233,7 @@ def _parse(line: bytes) -> Any:
         raise _NotText("it is nested too deeply") from None
 
 
-def _read_lines(path: str, start: int, stop: int, column: str, bad: Bad) -> Iterator[Document]:
+def _read_lines(path: str, start: int, stop: int, column: str, reject: Reject) -> Iterator[Document]:
     """The rows whose lines begin in bytes [start, stop) of the file; all of them where it is compressed."""
     packed, number, at = path.lower().endswith(PACKED), 0, start
 
@@ -258,26 +258,26 @@ def _read_lines(path: str, start: int, stop: int, column: str, bad: Bad) -> Iter
                 try:
                     text = _text_of(_parse(line), column)
                 except _NotText as e:
-                    bad(_expected(where(), column, str(e)))
+                    reject(_expected(where(), column, str(e)))
                     continue
                 yield where, text
     except READ_ERRORS as e:
         after = f"{where()}: the file can't be read after this line" if number else f"{in_words(path)}: can't be read"
-        bad(f"{after} ({_reason(e)})")
+        reject(f"{after} ({_reason(e)})")
 
 
-def _read_json(path: str, column: str, bad: Bad) -> Iterator[Document]:
+def _read_json(path: str, column: str, reject: Reject) -> Iterator[Document]:
     """The rows of a .json file, which are the elements of one array, or lines."""
     try:
         shape = json_shape(path)
     except READ_ERRORS as e:
-        bad(f"{in_words(path)}: can't be read ({_reason(e)})")
+        reject(f"{in_words(path)}: can't be read ({_reason(e)})")
         return
     if shape == "lines":
-        yield from _read_lines(path, 0, 1 << 62, column, bad)
+        yield from _read_lines(path, 0, 1 << 62, column, reject)
         return
     if shape != "array":
-        bad(f"{in_words(path)}: expected an array of JSON objects, or one on each line")
+        reject(f"{in_words(path)}: expected an array of JSON objects, or one on each line")
         return
     row = -1
 
@@ -290,12 +290,12 @@ def _read_json(path: str, column: str, bad: Bad) -> Iterator[Document]:
                 try:
                     text = _text_of(value, column)
                 except _NotText as e:
-                    bad(_expected(where(), column, str(e)))
+                    reject(_expected(where(), column, str(e)))
                     continue
                 yield where, text
     except (*READ_ERRORS, ValueError, RecursionError) as e:
         after = f"{where()}: the file can't be read after this row" if row >= 0 else f"{in_words(path)}: can't be read"
-        bad(f"{after} ({_reason(e)})")
+        reject(f"{after} ({_reason(e)})")
 
 
 def json_shape(path: str) -> str:
@@ -374,7 +374,7 @@ def _elements(f: io.BufferedIOBase) -> Iterator[Any]:
         raise ValueError("more text after the closing bracket")
 
 
-def _read_parquet(path: str, piece: int, pieces: int, column: str, bad: Bad) -> Iterator[Document]:
+def _read_parquet(path: str, piece: int, pieces: int, column: str, reject: Reject) -> Iterator[Document]:
     """The rows of the row groups in one of `pieces` equal parts, decoded a few megabytes at a time."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -386,11 +386,11 @@ def _read_parquet(path: str, piece: int, pieces: int, column: str, bad: Bad) -> 
     except (pa.ArrowException, OSError) as e:
         if piece == 0:  # once for the file, not for each of its pieces
             why = e.strerror if isinstance(e, PermissionError) else f"not a whole parquet file ({first_line(e)})"
-            bad(f"{name}: {why}")
+            reject(f"{name}: {why}")
         return
     if wrong := _wrong_column(schema, column):
         if piece == 0:
-            bad(f"{name}: {wrong}", max(1, f.metadata.num_rows))
+            reject(f"{name}: {wrong}", max(1, f.metadata.num_rows))
         return
     field = schema.get_field_index(column)
     kind_of_text = schema.field(field).type
@@ -407,7 +407,7 @@ def _read_parquet(path: str, piece: int, pieces: int, column: str, bad: Bad) -> 
                     yield lambda: f"{name}, row {row} (counted from 0)", text or b""  # noqa: B023 (called at once)
                     row += 1
         except (pa.ArrowException, OSError) as e:
-            bad(f"{name}, rows {row} to {last} (counted from 0): row group {group} is damaged ({first_line(e)})")
+            reject(f"{name}, rows {row} to {last} (counted from 0): row group {group} is damaged ({first_line(e)})")
 
 
 def _wrong_column(schema, column: str) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hnet_runtime import DataError
-from hnet_runtime.data.documents import KINDS, Bad, first_line, has_rows, in_words, is_settings, kind, suffixes
+from hnet_runtime.data.documents import KINDS, Reject, first_line, has_rows, in_words, is_settings, kind, suffixes
 
 CARD, MORE_OF_CARD = "README.md", (".huggingface.yaml", "dataset_infos.json")  # what `datasets` reads beside the card
 NAMED_LIKE = "takes folders and files that are named like a held-out split, too"
@@ -96,17 +96,17 @@ class Report:
         return {"taken": dict(sorted(self.taken.items())), "left_out": left, "notes": self.notes}
 
 
-def find(source: str, column: str, bad: Bad, report: Report) -> tuple[str, Iterator[File]]:
+def find(source: str, column: str, reject: Reject, report: Report) -> tuple[str, Iterator[File]]:
     """Root and files of a source; `report` is filled as they are read.
 
     source: stdlib, a file, a folder, or hf:owner/name[@revision][:config]. column: where rows have their text.
-    `bad` is told of folders and links that can't be read.
+    `reject` is told of folders and links that can't be read.
     """
     if source == "stdlib":
         root = sysconfig.get_path("stdlib")
-        return root, _of_stdlib(root, bad, report)
+        return root, _of_stdlib(root, reject, report)
     if source.startswith("hf:"):
-        return _of_hub(source, bad, report)
+        return _of_hub(source, reject, report)
     name = in_words(source)
     if os.path.isfile(source):
         if not kind(source):
@@ -115,7 +115,7 @@ def find(source: str, column: str, bad: Bad, report: Report) -> tuple[str, Itera
         report.take(os.path.basename(source))
         return os.path.dirname(source), iter([File(os.path.basename(source), found.st_size, found.st_mtime_ns)])
     if os.path.isdir(source):
-        return source, _of_folder(source, column, bad, report)
+        return source, _of_folder(source, column, reject, report)
     if os.path.exists(source):
         raise DataError(f"{name}: neither a file nor a folder; expected one of them")
     what = "a link to a file that is missing" if os.path.lexists(source) else "no such file or folder"
@@ -125,7 +125,7 @@ def find(source: str, column: str, bad: Bad, report: Report) -> tuple[str, Itera
 # ------------------------------------------------------------------------------------------------------- folders
 
 
-def _walk(root: str, bad: Bad, report: Report, skip: tuple[str, ...] = ()) -> Iterator[File]:
+def _walk(root: str, reject: Reject, report: Report, skip: tuple[str, ...] = ()) -> Iterator[File]:
     """Files below a folder in sorted order, one folder's names in memory at a time.
 
     Links are followed, but none to a folder that was reached before or holds the root. Hidden files are left out.
@@ -141,7 +141,7 @@ def _walk(root: str, bad: Bad, report: Report, skip: tuple[str, ...] = ()) -> It
             with os.scandir(folder) as found:
                 return iter(sorted(found, key=lambda entry: entry.name))
         except OSError as e:
-            bad(f"{in_words(folder)}: can't be read ({e.strerror})")
+            reject(f"{in_words(folder)}: can't be read ({e.strerror})")
             return iter(())
 
     reached = set()
@@ -162,7 +162,7 @@ def _walk(root: str, bad: Bad, report: Report, skip: tuple[str, ...] = ()) -> It
             found = entry.stat()
         except OSError as e:
             if not entry.is_symlink():
-                bad(f"{in_words(os.path.join(root, path))}: can't be read ({e.strerror})")
+                reject(f"{in_words(os.path.join(root, path))}: can't be read ({e.strerror})")
             elif kind(path):
                 yield File(path, -1, "")
             else:
@@ -172,7 +172,7 @@ def _walk(root: str, bad: Bad, report: Report, skip: tuple[str, ...] = ()) -> It
             try:
                 known = identity(entry.path)
             except OSError as e:
-                bad(f"{in_words(entry.path)}: can't be read ({e.strerror})")
+                reject(f"{in_words(entry.path)}: can't be read ({e.strerror})")
                 continue
             if known in reached:
                 report.leave("link to a folder that is above or was read before", path)
@@ -185,9 +185,9 @@ def _walk(root: str, bad: Bad, report: Report, skip: tuple[str, ...] = ()) -> It
             report.leave("neither file nor folder", path)
 
 
-def _of_stdlib(root: str, bad: Bad, report: Report) -> Iterator[File]:
+def _of_stdlib(root: str, reject: Reject, report: Report) -> Iterator[File]:
     held_out: dict[str, None] = {}
-    for file in _walk(root, bad, report, skip=("site-packages", "dist-packages", "__pycache__")):
+    for file in _walk(root, reject, report, skip=("site-packages", "dist-packages", "__pycache__")):
         if file.path.endswith(".py") and file.bytes >= 0:
             held_out.update(dict.fromkeys(_named_like_held_out(file.path)))
             report.take(file.path)
@@ -197,7 +197,7 @@ def _of_stdlib(root: str, bad: Bad, report: Report) -> Iterator[File]:
     report.note(NAMED_LIKE, list(held_out))
 
 
-def _of_folder(root: str, column: str, bad: Bad, report: Report) -> Iterator[File]:
+def _of_folder(root: str, column: str, reject: Reject, report: Report) -> Iterator[File]:
     with_rows: set[str] = set()  # folders below which there are rows: a README.md there is about them
     texts = code = trains = False
     for file in _walk(root, _ignore, Report()):
@@ -212,7 +212,7 @@ def _of_folder(root: str, column: str, bad: Bad, report: Report) -> Iterator[Fil
     if "configs" in card or ((card or trains) and (with_rows or not code)):
         split_of = _splits_of_folder(root, bool(card))
     held_out: dict[str, None] = {}
-    for file in _walk(root, bad, report):
+    for file in _walk(root, reject, report):
         folder, name = os.path.split(file.path)
         place, found = in_words(os.path.join(root, file.path)), kind(file.path)
         is_json = found.startswith(".json") and not found.startswith(".jsonl")
@@ -223,7 +223,7 @@ def _of_folder(root: str, column: str, bad: Bad, report: Report) -> Iterator[Fil
         elif split_of is not None and split_of.get(file.path) != "train":
             report.leave(_not_train(split_of.get(file.path), found), file.path)
         elif file.bytes < 0:
-            bad(f"{place}: a link to a file that is missing")
+            reject(f"{place}: a link to a file that is missing")
         elif is_json and is_settings(os.path.join(root, file.path), column):
             report.leave(f"{found} without rows", file.path)
         else:
@@ -377,7 +377,7 @@ def require_train(spec: str, splits: dict[str, list[str]]) -> list[str]:
     return chosen
 
 
-def _of_hub(spec: str, bad: Bad, report: Report) -> tuple[str, Iterator[File]]:
+def _of_hub(spec: str, reject: Reject, report: Report) -> tuple[str, Iterator[File]]:
     """Data files of a dataset on the hub, at one commit; without a network, those that the hub's cache holds."""
     import huggingface_hub as hub
     from huggingface_hub import errors
@@ -412,7 +412,7 @@ def _of_hub(spec: str, bad: Bad, report: Report) -> tuple[str, Iterator[File]]:
         root = hub.snapshot_download(repo, **where, local_files_only=True, allow_patterns=[])
     except errors.LocalEntryNotFoundError as e:
         raise DataError(f"{spec}: not in the hub's cache, and the hub can't be reached ({reason})") from e
-    files = {file.path: file for file in _walk(root, bad, Report())}
+    files = {file.path: file for file in _walk(root, reject, Report())}
     contents = {name: Path(root, name).read_bytes() for name in (CARD, *MORE_OF_CARD) if Path(root, name).is_file()}
     with contextlib.suppress(Exception):  # not every release remembers, for every download, what the hub listed
         files = {file.path: File(file.path, -1, "") for file in hub.get_cached_repo_tree(repo, **where)} | files
@@ -421,7 +421,7 @@ def _of_hub(spec: str, bad: Bad, report: Report) -> tuple[str, Iterator[File]]:
     report.notes.insert(0, f"no network; taking the {len(here)} files that the hub's cache holds")
     for name in chosen:
         if files[name].bytes < 0:
-            bad(f"{spec}: {name} is missing from the hub's cache; download it again")
+            reject(f"{spec}: {name} is missing from the hub's cache; download it again")
     return root, (files[name]._replace(version=os.path.basename(root)) for name in here)
 
 

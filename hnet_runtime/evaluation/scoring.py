@@ -76,9 +76,9 @@ def first_documents(rows: Iterable[Row], limit: int) -> Iterator[Row]:
 
 def training_rows(stream: fineweb.ByteStream, limit: int | None) -> Iterator[Row]:
     """The rows that training's validation reads: those of `stream.slices_once(limit)`."""
-    for piece in stream.slices_once(limit):
-        cuts = np.cumsum(piece.row_lengths)[:-1]
-        rows = zip(np.split(piece.inputs, cuts), np.split(piece.labels, cuts), piece.offsets, piece.documents)
+    for slice_ in stream.slices_once(limit):
+        cuts = np.cumsum(slice_.row_lengths)[:-1]
+        rows = zip(np.split(slice_.inputs, cuts), np.split(slice_.labels, cuts), slice_.offsets, slice_.documents)
         yield from (Row(inputs, labels, 0, int(start), int(document)) for inputs, labels, start, document in rows)
 
 
@@ -119,8 +119,8 @@ class Document(NamedTuple):
 def held_out(stream: fineweb.ByteStream) -> Iterator[Document]:
     """The documents of a prepared split, whole, in file order."""
     text = bytearray()
-    for piece in stream.slices_once():
-        for labels in np.split(piece.labels, np.cumsum(piece.row_lengths)[:-1]):
+    for slice_ in stream.slices_once():
+        for labels in np.split(slice_.labels, np.cumsum(slice_.row_lengths)[:-1]):
             text += labels.tobytes()
             if text[-1] == EOS:
                 yield Document(bytes(text[:-1]))

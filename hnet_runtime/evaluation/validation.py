@@ -47,15 +47,15 @@ def validate(model: HNetLM, stream: ByteStream, world: World, limit: int | None)
     counts = torch.zeros(S + 1, dtype=torch.float64)  # tokens of each stage
     edges = torch.zeros(4, dtype=torch.float64)  # boundaries, those at edges, positions, those at edges
     slices = list(stream.slices_once(limit)) if world.size == 1 else _same_number_each(stream, world, limit)
-    for piece, weight in ((p, 1.0) for p in slices) if world.size == 1 else slices:
-        iids, labels = piece.nested(world.device)
+    for slice_, weight in ((p, 1.0) for p in slices) if world.size == 1 else slices:
+        iids, labels = slice_.nested(world.device)
         out = model(iids)
         logits_TV = out.logits.values().to(torch.promote_types(out.logits.dtype, torch.float32))
         nats_T = F.cross_entropy(logits_TV, labels.values(), reduction="none").double().cpu()
-        bucket_T = np.repeat(np.searchsorted(LENGTH_BUCKETS, piece.document_bytes), piece.row_lengths)
-        starts = np.cumsum(piece.row_lengths) - piece.row_lengths
-        at_T = np.arange(len(nats_T)) + np.repeat(piece.offsets - starts, piece.row_lengths) + 1
-        is_text_T = torch.from_numpy(piece.labels != EOS).double()
+        bucket_T = np.repeat(np.searchsorted(LENGTH_BUCKETS, slice_.document_bytes), slice_.row_lengths)
+        starts = np.cumsum(slice_.row_lengths) - slice_.row_lengths
+        at_T = np.arange(len(nats_T)) + np.repeat(slice_.offsets - starts, slice_.row_lengths) + 1
+        is_text_T = torch.from_numpy(slice_.labels != EOS).double()
         for into, where_T in ((sums, bucket_T), (sums_at, np.searchsorted(LENGTH_BUCKETS, at_T))):
             into[0].index_add_(0, torch.from_numpy(where_T), nats_T * weight)
             into[1].index_add_(0, torch.from_numpy(where_T), is_text_T * weight)
@@ -88,7 +88,7 @@ def _same_number_each(stream: ByteStream, world: World, limit: int | None):
     total = sum(1 for _ in range(0, stream.pairs_per_epoch, stream.slice_bytes))
     total = total if limit is None else min(limit, total)
     mine = list(stream.slices_once(limit, world.rank, world.size))
-    yield from ((piece, 1.0) for piece in mine)
+    yield from ((slice_, 1.0) for slice_ in mine)
     filler = next(iter(stream.slices_once(1)))
     yield from ((filler, 0.0) for _ in range(-(-total // world.size) - len(mine)))
 

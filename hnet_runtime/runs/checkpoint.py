@@ -47,7 +47,7 @@ from hnet_runtime.runs.run_folder import (  # noqa: F401 (some are for those who
     step_folder,
     train_config_of,
 )
-from hnet_runtime.steps.flat_adamw import FlatAdamW, Halves, as_tensor
+from hnet_runtime.steps.flat_adamw import FlatAdamW, SplitFloat32, as_tensor
 
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -88,9 +88,9 @@ class Saver:
         for mesh in dict.fromkeys(p.device_mesh for p in model.parameters() if isinstance(p, DTensor)):
             on_cpu = mesh.device_type == "cpu"
             self._meshes[mesh] = mesh if on_cpu else DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
-        # on a GPU, where the thread puts halves together: when it does there may be no memory left
-        halves = [x.copy.numel() for x in self._state().values() if isinstance(x, Halves)]
-        self._scratch = torch.empty(max(halves, default=0), device=self._device)
+        # on a GPU the thread joins split weights here; later there may be no free memory
+        lengths = [x.high.numel() for x in self._state().values() if isinstance(x, SplitFloat32)]
+        self._scratch = torch.empty(max(lengths, default=0), device=self._device)
         self._staging: Future | None = None
         self._written: Future | None = None
         self._step, self._stall = 0, 0.0
@@ -111,11 +111,11 @@ class Saver:
             except OSError as failure:
                 error = failure
         self._raise_together(error)
-        state, copies, ready, room = self._state(), {}, None, _room(self._device)
+        state, copies, ready, free = self._state(), {}, None, _free_gpu_memory(self._device)
         for name, tensor in state.items():
             size = _local(tensor).nbytes
-            if size <= room:
-                room -= size
+            if size <= free:
+                free -= size
                 copies[name] = tensor.clone()
         if self._device.type == "cuda":
             ready = torch.cuda.current_stream().record_event()
@@ -124,7 +124,7 @@ class Saver:
         self._thread.submit(self._write, rest, copies, ready, self._staging, self._written, final, scratch, train)
         self._stall += time.perf_counter() - began
 
-    def _state(self) -> dict[str, Tensor | Halves]:
+    def _state(self) -> dict[str, Tensor | SplitFloat32]:
         """What this rank writes: torch's `get_model_state_dict` and `get_optimizer_state_dict`, in less time.
 
         Ranks that hold whole copies of all weights write a part each; where a rank alone updates some, these.
@@ -135,16 +135,16 @@ class Saver:
         values = {names[id(p)]: found for p, found in self.optimizer.state.items() if found}
         flat = isinstance(self.optimizer, FlatAdamW)
         if flat:
-            weights |= {name: self.optimizer.held(p) for name, p in parameters.items()}
-        cut = flat and self.optimizer.cut
-        if cut:
+            weights |= {name: self.optimizer.master_weight(p) for name, p in parameters.items()}
+        sharded = flat and self.optimizer.shards_updates
+        if sharded:
             owned = {names[id(p)] for p in self.optimizer.owned}
             values = {name: found for name, found in values.items() if name in owned or dist.get_rank() == 0}
             weights = {name: weights[name] for name in values}
         state = {f"model.{name}": tensor for name, tensor in weights.items()}
         for name, found in values.items():
             state |= {f"optimizer.state.{name}.{key}": value for key, value in found.items()}
-        if self._meshes or cut:
+        if self._meshes or sharded:
             return state
         size, mine, end = dist.get_world_size(), {}, 0
         share = max(1, -(-sum(tensor.nbytes for tensor in state.values()) // size))
@@ -156,8 +156,8 @@ class Saver:
 
     def _write(
         self,
-        rest: dict[str, Tensor | Halves],
-        copies: dict[str, Tensor | Halves],
+        rest: dict[str, Tensor | SplitFloat32],
+        copies: dict[str, Tensor | SplitFloat32],
         ready: torch.cuda.Event | None,
         staging: Future,
         written: Future,
@@ -190,7 +190,7 @@ class Saver:
                 shutil.rmtree(scratch, ignore_errors=True)
             written.set_exception(failure)
 
-    def _to_host(self, state: dict[str, Tensor | Halves], ready: torch.cuda.Event | None) -> dict[str, Tensor]:
+    def _to_host(self, state: dict[str, Tensor | SplitFloat32], ready: torch.cuda.Event | None) -> dict[str, Tensor]:
         if ready is None:
             return {name: as_tensor(x) for name, x in state.items()}
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream), torch.no_grad():
@@ -201,14 +201,14 @@ class Saver:
             self._stream.synchronize()
         return {name: self._like(tensor, self._host[name]) for name, tensor in state.items()}
 
-    def _lock_pages(self, state: dict[str, Tensor | Halves]) -> None:
+    def _lock_pages(self, state: dict[str, Tensor | SplitFloat32]) -> None:
         """Makes the copies' places on the host that are not there yet."""
         with torch.cuda.device(self._device):
             for name, tensor in state.items():
                 if name not in self._host:
                     self._host[name] = torch.empty(_local(tensor).shape, dtype=tensor.dtype, pin_memory=True)
 
-    def _like(self, tensor: Tensor | Halves, local: Tensor) -> Tensor:
+    def _like(self, tensor: Tensor | SplitFloat32, local: Tensor) -> Tensor:
         """`local` as what `tensor` is: itself, or a shard of a tensor on the host."""
         if not isinstance(tensor, DTensor):
             return local
@@ -263,11 +263,11 @@ class Saver:
                 shutil.rmtree(old)
 
 
-def _local(tensor: Tensor | Halves) -> Tensor | Halves:
+def _local(tensor: Tensor | SplitFloat32) -> Tensor | SplitFloat32:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _room(device: torch.device) -> float:
+def _free_gpu_memory(device: torch.device) -> float:
     """Bytes that nobody has reserved on a GPU, less an eighth of all: what a step needs varies with the chunks.
 
     What torch has reserved without using it may belong to graphs, which alone can use it.
@@ -287,7 +287,7 @@ def save(
     return saver.finish()
 
 
-def require_room(run: Path, parameters: int) -> None:
+def require_disk_space(run: Path, parameters: int) -> None:
     """Raises UserError unless the disk of `run` has room for a checkpoint: float32 weights and two moments of each."""
     needed, free = 12 * parameters, shutil.disk_usage(run).free
     if free < needed:

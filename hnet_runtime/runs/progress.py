@@ -122,8 +122,8 @@ def show_results(model: HNetLM, val_stream: ByteStream | None, run: Path, world:
             plot([run], run / "plots")
             logger.info(f"curves in {run / 'plots.html'}; there was no held-out text to validate on")
         return
-    *_, piece = val_stream.slices_once(2)  # the first and one from the middle
-    text = bytes(piece.labels[: piece.row_lengths[0]]).rstrip(b"\xff")[:800]
+    *_, slice_ = val_stream.slices_once(2)  # the first and one from the middle
+    text = bytes(slice_.labels[: slice_.row_lengths[0]]).rstrip(b"\xff")[:800]
     opens = chunks_of(model, text, world)
     if not world.is_main:
         return

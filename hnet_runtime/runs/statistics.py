@@ -20,7 +20,7 @@ from hnet_runtime.steps.flat_adamw import FlatAdamW, as_tensor
 from hnet_trainable import StageOutput
 
 BINS = 10  # of the histogram of boundary probabilities
-PIECE = 1 << 26  # elements of weights looked at together
+BATCH_ELEMENTS = 1 << 26  # elements of weights looked at together
 
 # kinds of bytes: letters, digits and what begins a character beyond ASCII; whitespace; punctuation and other ASCII; the
 # inside of a UTF-8 character; BOS
@@ -83,21 +83,21 @@ def weight_statistics(optimizer: torch.optim.AdamW, stages: int, world: World) -
     left them, that is clipped. The update is worked out from AdamW's state, so the former weights are not needed.
     """
     sharded, whole = torch.zeros(2, stages + 1, 3, device=world.device).unbind(0)
-    cut = isinstance(optimizer, FlatAdamW) and optimizer.cut
-    owned = optimizer.owned if cut else frozenset()
+    shards_updates = isinstance(optimizer, FlatAdamW) and optimizer.shards_updates
+    owned = optimizer.owned if shards_updates else frozenset()
     for group in optimizer.param_groups:
         states = [optimizer.state.get(p) for p in group["params"]]
         found = [(p, state) for p, state in zip(group["params"], states) if p.grad is not None and state]
-        for (apart, _), piece in _pieces(found, lambda p: (isinstance(p, DTensor) or p in owned, str(p.grad.dtype))):
+        for (apart, _), batch in _batches(found, lambda p: (isinstance(p, DTensor) or p in owned, str(p.grad.dtype))):
             into = sharded if apart else whole
-            tensors = ((_weight(optimizer, p), p.grad, state["exp_avg"], state["exp_avg_sq"]) for p, state in piece)
+            tensors = ((_weight(optimizer, p), p.grad, state["exp_avg"], state["exp_avg_sq"]) for p, state in batch)
             ws, grads, ms, vs = ([t.to_local() if isinstance(t, DTensor) else t for t in ts] for ts in zip(*tensors))
-            updates = _updates(ws, ms, vs, piece[0][1]["step"].to(world.device), group)
+            updates = _updates(ws, ms, vs, batch[0][1]["step"].to(world.device), group)
             wide = [torch._foreach_norm(ts, dtype=ws[0].dtype) for ts in (grads, ws, updates)]
             squares = [torch.stack(norms).float().square().sum() for norms in wide]
             squares[2] = squares[2] * group["lr"] ** 2
             into[group["stage"]] += torch.stack(squares)
-    if cut:
+    if shards_updates:
         dist.all_reduce(sharded)
     elif world.shards > 1:  # over one copy of the weights: with HSDP, other ranks hold the same shards
         dist.all_reduce(sharded, group=world.mesh.get_group("shard"))
@@ -107,24 +107,26 @@ def weight_statistics(optimizer: torch.optim.AdamW, stages: int, world: World) -
 
 
 def _weight(optimizer: torch.optim.AdamW, p: Tensor) -> Tensor:
-    return as_tensor(optimizer.held(p)) if isinstance(optimizer, FlatAdamW) else p
+    return as_tensor(optimizer.master_weight(p)) if isinstance(optimizer, FlatAdamW) else p
 
 
-def _pieces(
+def _batches(
     found: list[tuple[Tensor, dict[str, Tensor]]], kind: Callable[[Tensor], Any]
 ) -> Iterator[tuple[Any, list[tuple[Tensor, dict[str, Tensor]]]]]:
-    """Parameters of about PIECE elements and of one kind, with it: as many launches as there are pieces, and no more
-    memory for updates than one takes."""
+    """(kind, parameters with their state) in batches of about BATCH_ELEMENTS elements of one kind.
+
+    A batch is one launch, and updates take the memory of one batch.
+    """
     key_of = lambda pair: kind(pair[0])  # noqa: E731
     for key, group in itertools.groupby(sorted(found, key=key_of), key_of):
-        piece, size = [], 0
+        batch, size = [], 0
         for p, state in group:
-            if piece and size + p.numel() > PIECE:
-                yield key, piece
-                piece, size = [], 0
-            piece.append((p, state))
+            if batch and size + p.numel() > BATCH_ELEMENTS:
+                yield key, batch
+                batch, size = [], 0
+            batch.append((p, state))
             size += p.numel()
-        yield key, piece
+        yield key, batch
 
 
 def _updates(ws: list[Tensor], ms: list[Tensor], vs: list[Tensor], step: Tensor, group: dict[str, Any]) -> list[Tensor]:

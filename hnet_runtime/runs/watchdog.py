@@ -55,7 +55,7 @@ class Watchdog:
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self._store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=timeout))
         self._beats = 0
-        self._tell()
+        self._announce()
         dist.barrier()
         now = time.monotonic()
         self._known = [(-1, -1, 0, "")] * world.size  # (beats, moves, step, doing) of each rank
@@ -81,14 +81,14 @@ class Watchdog:
         self._stop.set()
         self._thread.join()
 
-    def _tell(self) -> None:
+    def _announce(self) -> None:
         self._beats += 1
         self._store.set(self._keys[self.world.rank], json.dumps([self._beats, self.moves, self.step, self.doing]))
 
     def _watch(self) -> None:
         while not self._stop.wait(min(1.0, self.timeout / 10)):
             try:
-                self._tell()
+                self._announce()
                 told = [tuple(json.loads(value)) for value in self._store.multi_get(self._keys)]
             except Exception as error:  # whatever the store raises: without it nobody can be watched
                 self.lost = str(error).splitlines()[0]

@@ -31,7 +31,7 @@ def _operations(*names: str) -> set[Any]:
 
 
 @functools.cache
-def kept_operations() -> set[Any]:
+def saved_operations() -> set[Any]:
     """What `selective` keeps the results of: matrix products, attention and the scan. The rest is cheap to redo."""
     import torch.nn.attention.varlen  # noqa: F401 (defines torch_attn::_varlen_attn)
 
@@ -40,7 +40,7 @@ def kept_operations() -> set[Any]:
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in kept_operations() else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if operation in saved_operations() else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class _Recomputing:
@@ -65,7 +65,7 @@ class _Recomputing:
 def recompute(model: HNetLM, mode: str) -> None:
     """Make every block's backward recompute what it needs. Gradients stay the same.
 
-    mode: `none`; `block` saves a block's input alone; `selective` also what is costly to compute (`kept_operations`).
+    mode: `none`; `block` saves a block's input alone; `selective` also what is costly to compute (`saved_operations`).
     """
     for module in model.modules():
         if isinstance(module, Block):

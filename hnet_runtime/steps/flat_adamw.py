@@ -1,7 +1,7 @@
-"""AdamW over flat memory, in one kernel: for whole parameters, as steps as CUDA graphs have them.
+"""AdamW over flat memory in one kernel, for unsharded weights.
 
-Several processes with the same parameters update a part each (ZeRO, arXiv 1910.02054, stage 1): a process gets the sums
-of its own parts' gradients alone, has moments of these alone, and hands out what it has updated.
+With several processes, each process updates one shard of the weights (ZeRO stage 1, arXiv 1910.02054). A process
+receives the reduced gradients of its own shard, keeps the moments of that shard, and sends the updated weights to all.
 
 Legend: P parameters, G groups; K blocks of B elements.
 """
@@ -17,66 +17,68 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hnet_kernels.adamw import BLOCK, adamw_, halve, join, norms
+from hnet_kernels.adamw import BLOCK, adamw_, join_float32, norms, split_float32
 
 Span = Sequence[Sequence[nn.Parameter]]
 
 
-class Halves(NamedTuple):
-    """A float32 weight as `halve` gives it."""
+class SplitFloat32(NamedTuple):
+    """A float32 weight as its high and low 16 bits, see `split_float32`."""
 
-    copy: Tensor
-    rest: Tensor
+    high: Tensor
+    low: Tensor
 
     dtype = torch.float32
-    shape = property(lambda self: self.copy.shape)
-    nbytes = property(lambda self: self.copy.nbytes + self.rest.nbytes)
+    shape = property(lambda self: self.high.shape)
+    nbytes = property(lambda self: self.high.nbytes + self.low.nbytes)
 
-    def clone(self) -> "Halves":
-        return Halves(self.copy.clone(), self.rest.clone())
+    def clone(self) -> "SplitFloat32":
+        return SplitFloat32(self.high.clone(), self.low.clone())
 
     def set_(self, weight: Tensor) -> None:
-        for old, new in zip(self, halve(weight)):
+        for old, new in zip(self, split_float32(weight)):
             old.copy_(new)
 
 
-def as_tensor(weight: Tensor | Halves, scratch: Tensor | None = None) -> Tensor:
-    """A weight as one tensor. scratch: float32 numbers, at least as many, in whose place those of halves come."""
-    if not isinstance(weight, Halves):
+def as_tensor(weight: Tensor | SplitFloat32, scratch: Tensor | None = None) -> Tensor:
+    """The weight as one tensor. scratch: float32 memory of at least its size, used for the result of joining."""
+    if not isinstance(weight, SplitFloat32):
         return weight
-    return join(*weight, None if scratch is None else scratch[: weight.copy.numel()].view(weight.shape))
+    return join_float32(*weight, None if scratch is None else scratch[: weight.high.numel()].view(weight.shape))
 
 
 class FlatAdamW(torch.optim.AdamW):
     """torch.optim.AdamW(fused=True) with the same results, state and checkpoints; parameters move into flat memory.
 
-    groups: as torch's optimizers take them, each with its lr and weight_decay, which may change from step to step.
-    spans: all of the groups' parameters, as they are to lie in memory; plain tensors of one floating dtype on one
-    device. A span is either one sequence of parameters, which every process updates, or a sequence for each process of
-    the default group, which that process alone updates. They get equal room, so they should be about as large.
+    groups: parameter groups as torch's optimizers take them. Their lr and weight_decay may change between steps.
+    spans: all parameters of the groups, in their order in memory; plain tensors of one floating dtype on one device.
+    A span is one sequence of parameters, which every process updates, or one sequence per process of the default
+    group, which that process alone updates. The shards of a span get equal sizes, so they should be about as large.
+    compute_weights: pairs (compute weight, parameter) of one shape, all of one compute dtype, such as bfloat16; of all
+    parameters of a span or of none. A step writes them.
     rank: this process.
-    copies: pairs (copy, parameter) of one shape, all copies of one dtype, such as bfloat16; of all of a span's
-    parameters or of none. A step keeps them equal.
-    narrow: which spans have gradients of the copies' dtype; the others have them of the weights'.
+    narrow: the spans whose gradients have the compute dtype; other gradients have the parameters' dtype.
 
-    `weights`, `copies`, `rests` and `gradients` have a tensor for each span, its parameters one after the other, each
-    filled up with zeros to whole blocks; or None. `spans` has their places if all lay in a row. What was handed over
-    becomes views of them: `p.data`, `p.grad` (with the gradient that was there, or zeros) and `copy.data`. So this must
-    come before whatever keeps addresses, such as a CUDA graph, or shares the former memory, such as `p.detach()`.
+    `weights`, `compute_weights`, `low_bits` and `gradients` have one tensor per span, or None. It holds the span's
+    parameters one after the other, each padded with zeros to full blocks. `spans` has the offsets of the spans. The
+    tensors that were passed in become views of this memory: `p.data`, `p.grad` (with its old values, or zeros) and the
+    compute weights' `data`. So create the optimizer before anything that stores addresses, such as a CUDA graph, or
+    that shares the old memory, such as `p.detach()`.
 
-    Float32 weights that have bfloat16 copies are kept as these and the 16 bits that they lack, in `rests`: see `halve`.
-    No bit is lost, and a weight takes two bytes less, as does moving it. `p.data` has their numbers inside `whole`,
-    where whatever else than a step reads or changes weights does so, and else nan; `held` gives one parameter's.
+    A float32 weight with a bfloat16 compute weight is stored as that and its low 16 bits (`low_bits`), see
+    `split_float32`. No bit is lost, and the weight takes two bytes less. `p.data` has the float32 values only inside
+    `full_precision`, and nan outside. Everything but `step` reads and changes weights there. `master_weight` returns
+    one parameter's.
 
-    With several processes, a step renews of what others update the copies alone, or the weights where there are none;
-    so the other weights are of no use but where they were set. `cut` says that it is so. `owned` has the parameters
-    that this process alone updates; `state` has no others but those that all do. Before a step, `add_up` each span and
-    wait for `added_up`.
+    With several processes, a step updates the compute weights of the other processes' shards, or the weights where
+    there are no compute weights. Their master weights are out of date. `shards_updates` says whether that is so.
+    `owned` has the parameters that this process alone updates; `state` has those and the ones that all update. Before
+    a step, call `reduce_gradients` for each span, then `wait_for_gradients`.
 
-    `grad_scale` and `found_inf`, where set, are those of torch's fused optimizers: gradients are divided by the one, in
-    place; where the other isn't 0, a step changes nothing. `step` doesn't wait for the device.
+    `grad_scale` and `found_inf`, where set, are those of torch's fused optimizers: gradients are divided by the first
+    in place; where the second is not 0, a step changes nothing. `step` does not wait for the device.
 
-    Raises ValueError where parameters or copies are not as said here.
+    Raises ValueError where parameters or compute weights do not match this description.
     """
 
     grad_scale: Tensor | None = None
@@ -88,7 +90,7 @@ class FlatAdamW(torch.optim.AdamW):
         spans: Sequence[Span],
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        copies: Sequence[tuple[Tensor, Tensor]] = (),
+        compute_weights: Sequence[tuple[Tensor, Tensor]] = (),
         rank: int = 0,
         narrow: Collection[int] = (),
     ):
@@ -96,208 +98,222 @@ class FlatAdamW(torch.optim.AdamW):
         group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
         parameters = [p for span in spans for part in span for p in part]
         if len(parameters) != len(group_of) or set(parameters) != set(group_of):
-            raise ValueError("FlatAdamW: the parameters are not those of the groups, each once")
+            raise ValueError("FlatAdamW: expected each parameter of the groups once in the spans")
         if len({(p.dtype, p.device) for p in parameters}) > 1 or any(isinstance(p, DTensor) for p in parameters):
             raise ValueError("FlatAdamW: the parameters are sharded, or not of one dtype on one device")
-        if any(p not in group_of or (c.shape, c.dtype) != (p.shape, copies[0][0].dtype) for c, p in copies):
-            raise ValueError("FlatAdamW: the copies are not of these parameters, of their shapes and of one dtype")
-        copy_of = {p: copy for copy, p in copies}
+        if any(
+            p not in group_of or (c.shape, c.dtype) != (p.shape, compute_weights[0][0].dtype)
+            for c, p in compute_weights
+        ):
+            raise ValueError("FlatAdamW: expected compute weights of these parameters, with their shapes and one dtype")
+        compute_of = {p: compute for compute, p in compute_weights}
         of_span = [[p for part in span for p in part] for span in spans]
-        if any(len({p in copy_of for p in ps}) > 1 for ps in of_span):
-            raise ValueError("FlatAdamW: some parameters of a span have copies and some have none")
-        if any(p not in copy_of for i in narrow for p in of_span[i]):
-            raise ValueError("FlatAdamW: a parameter of a narrow span has no copy")
+        if any(len({p in compute_of for p in ps}) > 1 for ps in of_span):
+            raise ValueError("FlatAdamW: some parameters of a span have compute weights and some have none")
+        if any(p not in compute_of for i in narrow for p in of_span[i]):
+            raise ValueError("FlatAdamW: a parameter of a narrow span has no compute weight")
         self._slices: dict[Tensor, slice] = {}
         self.spans: list[slice] = []
-        self._own: list[slice] = []  # of each span, what this process updates
+        self._own_shards: list[slice] = []  # of each span: the range that this process updates
         self.owned = frozenset(p for span in spans if len(span) > 1 for p in span[rank])
-        self.cut = any(len(span) > 1 for span in spans)
+        self.shards_updates = any(len(span) > 1 for span in spans)
         end = 0
         for span in spans:
-            begin, room = end, max(sum(map(_filled_up, part)) for part in span)
+            begin, size = end, max(sum(map(_padded_size, part)) for part in span)
             for i, part in enumerate(span):
-                at = begin + i * room
+                at = begin + i * size
                 for p in part:
-                    self._slices[p] = slice(at, at := at + _filled_up(p))
-            end = begin + len(span) * room
-            own = begin + (rank * room if len(span) > 1 else 0)
+                    self._slices[p] = slice(at, at := at + _padded_size(p))
+            end = begin + len(span) * size
+            own = begin + (rank * size if len(span) > 1 else 0)
             self.spans.append(slice(begin, end))
-            self._own.append(slice(own, own + room))
+            self._own_shards.append(slice(own, own + size))
         like = {"dtype": parameters[0].dtype, "device": parameters[0].device}
         group_K = torch.zeros(end // BLOCK, dtype=torch.int32)
         for p, at in self._slices.items():
             group_K[at.start // BLOCK : at.stop // BLOCK] = group_of[p]
         self._group_K = group_K.to(like["device"])
-        self._no, self._one = torch.zeros((), **like), torch.ones((), **like)
-        self._under_way: list[dist.Work] = []
+        self._zero, self._one = torch.zeros((), **like), torch.ones((), **like)
+        self._pending: list[dist.Work] = []
 
         self.weights: list[Tensor | None] = []
-        self.copies: list[Tensor | None] = []
-        self.rests: list[Tensor | None] = []
+        self.compute_weights: list[Tensor | None] = []
+        self.low_bits: list[Tensor | None] = []
         self.gradients: list[Tensor] = []
         self._grads: dict[Tensor, Tensor] = {}
-        self._halves: dict[Tensor, Halves] = {}
-        self._are_whole = False
+        self._split: dict[Tensor, SplitFloat32] = {}
+        self._in_full_precision = False
         for i, (at, ps) in enumerate(zip(self.spans, of_span)):
-            dtype = copies[0][0].dtype if ps and ps[0] in copy_of else None
-            halved = (like["dtype"], dtype) == (torch.float32, torch.bfloat16)
-            dtypes = None if halved else like["dtype"], dtype, torch.int16 if halved else None
+            dtype = compute_weights[0][0].dtype if ps and ps[0] in compute_of else None
+            split = (like["dtype"], dtype) == (torch.float32, torch.bfloat16)
+            dtypes = None if split else like["dtype"], dtype, torch.int16 if split else None
             dtypes = *dtypes, dtype if i in narrow else like["dtype"]
             flat = [kind and self._one.new_zeros(at.stop - at.start, dtype=kind) for kind in dtypes]
-            for of_spans, x in zip((self.weights, self.copies, self.rests, self.gradients), flat):
+            for of_spans, x in zip((self.weights, self.compute_weights, self.low_bits, self.gradients), flat):
                 of_spans.append(x)
             for p in ps:
-                weight, copy, rest, grad = (self._part(x, p, at.start) for x in flat)
+                weight, compute, low, grad = (self._part(x, p, at.start) for x in flat)
                 if p.grad is not None:
                     grad.copy_(p.grad)
-                if halved:
-                    self._halves[p] = Halves(copy, rest)
-                    self._halves[p].set_(p.detach())
+                if split:
+                    self._split[p] = SplitFloat32(compute, low)
+                    self._split[p].set_(p.detach())
                     weight = p.new_full((), math.nan).expand(p.shape)
                 else:
                     weight.copy_(p.detach())
-                if copy is not None:
-                    copy_of[p].data = copy
+                if compute is not None:
+                    compute_of[p].data = compute
                 p.data, p.grad, p.grad_dtype = weight, None, grad.dtype
                 p.grad = self._grads[p] = grad
         self._refresh()
-        self._moments = [[torch.zeros(own.stop - own.start, **like) for _ in "mv"] for own in self._own]
+        self._moments = [[torch.zeros(own.stop - own.start, **like) for _ in "mv"] for own in self._own_shards]
         updated = [[p for part in (span if len(span) == 1 else [span[rank]]) for p in part] for span in spans]
         self._steps_P = torch.zeros(sum(map(len, updated)), device=like["device"])  # float32, and equal
-        self._places: dict[Tensor, dict[str, Tensor]] = {}  # where each parameter's state lies
-        self._firsts: list[Tensor] = []  # of each span, where the blocks of each parameter that is updated here begin
-        steps = iter(self._steps_P.unbind())  # torch has one each
-        for parts, own, moments in zip(updated, self._own, self._moments):
-            ends = itertools.accumulate((_filled_up(p) // BLOCK for p in parts), initial=0)
+        self._state_views: dict[Tensor, dict[str, Tensor]] = {}  # of each parameter
+        self._firsts: list[Tensor] = []  # of each span: the first block of each parameter updated here
+        steps = iter(self._steps_P.unbind())  # one per parameter, as in torch
+        for parts, own, moments in zip(updated, self._own_shards, self._moments):
+            ends = itertools.accumulate((_padded_size(p) // BLOCK for p in parts), initial=0)
             self._firsts.append(torch.tensor(list(ends), dtype=torch.int32, device=like["device"]))
             for p in parts:
                 m, v = (self._part(flat, p, own.start) for flat in moments)
-                self._places[p] = {"step": next(steps), "exp_avg": m, "exp_avg_sq": v}
-                self.state[p] = dict(self._places[p])
-        # of each parameter that is updated here, its place among those of the groups; and whether its norm counts
+                self._state_views[p] = {"step": next(steps), "exp_avg": m, "exp_avg_sq": v}
+                self.state[p] = dict(self._state_views[p])
+        # of each parameter updated here: its index among those of the groups; and whether its norm counts
         place_of = {p: i for i, p in enumerate(group_of)}
-        places = [place_of[p] for p in self._places]
-        counts = [p in self.owned or rank == 0 for p in self._places]
+        places = [place_of[p] for p in self._state_views]
+        counts = [p in self.owned or rank == 0 for p in self._state_views]
         self._index_P, self._counts_P = torch.tensor(places, dtype=torch.int64), torch.tensor(counts)
         self._index_P, self._counts_P = (x.to(like["device"]) for x in (self._index_P, self._counts_P))
 
     def _part(self, flat: Tensor | None, p: Tensor, start: int) -> Tensor | None:
-        """The parameter's part of flat memory that begins where flat memory as a whole has `start`."""
+        """The parameter's view of a flat tensor. start: the offset of that tensor in the whole memory."""
         begin = self._slices[p].start - start
         return None if flat is None else flat[begin : begin + p.numel()].view(p.shape)
 
-    def _own_part(self, whole: Tensor, span: int) -> Tensor:
-        """Of what belongs to a span, the part that this process updates."""
-        begin, own = self.spans[span].start, self._own[span]
+    def _own_shard(self, whole: Tensor, span: int) -> Tensor:
+        """The shard of a span's flat tensor that this process updates."""
+        begin, own = self.spans[span].start, self._own_shards[span]
         return whole[own.start - begin : own.stop - begin]
 
     def _refresh(self) -> None:
-        """Copies whole weights to their copies."""
-        for weights, copies in zip(self.weights, self.copies):
-            if weights is not None and copies is not None:
-                copies.copy_(weights)
+        """Copies the unsplit weights to their compute weights."""
+        for weights, compute_weights in zip(self.weights, self.compute_weights):
+            if weights is not None and compute_weights is not None:
+                compute_weights.copy_(weights)
 
-    def held(self, p: nn.Parameter) -> Tensor | Halves:
-        """The weight of a parameter."""
-        return self._halves.get(p, p.detach())
+    def master_weight(self, p: nn.Parameter) -> Tensor | SplitFloat32:
+        """The master weight of a parameter."""
+        return self._split.get(p, p.detach())
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[None]:
-        """Inside, parameters have their weights, which may be changed, on all processes alike. Not to be nested."""
-        if self._are_whole:
-            raise RuntimeError("FlatAdamW.whole: weights are whole already")
-        self._are_whole, made = True, []
+    def full_precision(self) -> Iterator[None]:
+        """Inside, `p.data` has the master weights, which may be changed in the same way on all processes.
+
+        Raises RuntimeError where contexts are nested.
+        """
+        if self._in_full_precision:
+            raise RuntimeError("FlatAdamW.full_precision: already inside it")
+        self._in_full_precision, made = True, []
         try:
-            for p, halves in self._halves.items():
-                p.data = as_tensor(halves)
+            for p, split in self._split.items():
+                p.data = as_tensor(split)
                 made.append(p)
             yield
         finally:
             with torch.no_grad():
                 for p in made:
-                    self._halves[p].set_(p.data)
+                    self._split[p].set_(p.data)
                     p.data = p.new_full((), math.nan).expand(p.shape)
                 self._refresh()
-            self._are_whole = False
+            self._in_full_precision = False
 
-    def add_up(self, span: int) -> None:
-        """Begins to add up the gradients of a span over all processes, each of which gets the sums of what it updates.
+    def reduce_gradients(self, span: int) -> None:
+        """Starts to sum the gradients of a span over all processes. Each process gets the sums of its own shard.
 
-        Others' gradients are not what they were then.
+        The gradients of the other shards are overwritten.
         """
-        whole, own = self.gradients[span], self._own_part(self.gradients[span], span)
+        whole, own = self.gradients[span], self._own_shard(self.gradients[span], span)
         if len(own) < len(whole):
             work = dist.reduce_scatter_tensor(own, whole, async_op=True)
-        elif not self.cut or not len(whole):
+        elif not self.shards_updates or not len(whole):
             return
         else:
             work = dist.all_reduce(whole, async_op=True)
-        self._under_way.append(work)
+        self._pending.append(work)
 
-    def added_up(self) -> None:
-        """Waits until all that was begun is done: on a GPU what is launched from here on does, the host does not."""
-        for work in self._under_way:
+    def wait_for_gradients(self) -> None:
+        """Waits for all communication that was started. On a GPU the kernels launched afterwards wait, not the host."""
+        for work in self._pending:
             work.wait()
-        self._under_way.clear()
+        self._pending.clear()
 
-    def share(self, parts: Sequence[Tensor]) -> None:
-        """Gives what this process updates of each span, such as of `gradients`, to all, and gets theirs."""
+    def all_gather(self, parts: Sequence[Tensor]) -> None:
+        """Sends this process's shard of each span's tensor, such as `gradients`, to all and receives theirs."""
         for span, whole in enumerate(parts):
-            own = self._own_part(whole, span)
+            own = self._own_shard(whole, span)
             if len(own) < len(whole):
-                self._under_way.append(dist.all_gather_into_tensor(whole, own, async_op=True))
-        self.added_up()
+                self._pending.append(dist.all_gather_into_tensor(whole, own, async_op=True))
+        self.wait_for_gradients()
 
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
-        """The global norm of all gradients, on the device: the same bits whoever updates what."""
+        """The global norm of all gradients, on the device. Its bits do not depend on which process updates what."""
         norms_P = self._one.new_zeros(len(self._grads))
         found = []
         for span, (gradient, first_P) in enumerate(zip(self.gradients, self._firsts)):
-            found.append(norms(self._own_part(gradient, span).view(-1, BLOCK), first_P, norms_P.dtype))
+            found.append(norms(self._own_shard(gradient, span).view(-1, BLOCK), first_P, norms_P.dtype))
         norms_P.index_copy_(0, self._index_P, torch.cat(found) * self._counts_P)
-        if self.cut:
+        if self.shards_updates:
             dist.all_reduce(norms_P)
         return norms_P.square().sum().sqrt()
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """A step by `gradients`, with the first group's betas and eps. RuntimeError where a `p.grad` lies elsewhere."""
+        """One step with `gradients` and the first group's betas and eps.
+
+        Raises RuntimeError where a `p.grad` is no longer the view that this optimizer set.
+        """
         if any(p.grad is not grad for p, grad in self._grads.items()):
-            raise RuntimeError("FlatAdamW: a parameter's grad is no longer the view of the flat gradients that it was")
+            raise RuntimeError("FlatAdamW: a parameter's grad is no longer the view of the flat gradients")
         betas, eps = self.param_groups[0]["betas"], self.param_groups[0]["eps"]
         rates = [(group["lr"], group["lr"] * group["weight_decay"]) for group in self.param_groups]
-        # Fresh pinned memory each time, which torch's allocator gives to others once the copy has been made
+        # new pinned memory each time: torch's allocator reuses it only when the copy has finished
         table = torch.tensor([betas, *rates], dtype=torch.float64, pin_memory=self._one.is_cuda)
         table = table.to(self._one.device, non_blocking=True)
         scale = self._one if self.grad_scale is None else self.grad_scale
-        found_inf = self._no if self.found_inf is None else self.found_inf
+        found_inf = self._zero if self.found_inf is None else self.found_inf
         self._steps_P += 1 - found_inf
-        bias_2 = 1 - table[0] ** self._steps_P[0] if self._places else None
-        for span, (own, moments) in enumerate(zip(self._own, self._moments)):
-            if not self._places or own.start == own.stop:  # a process may update nothing
+        bias_2 = 1 - table[0] ** self._steps_P[0] if self._state_views else None
+        for span, (own, moments) in enumerate(zip(self._own_shards, self._moments)):
+            if not self._state_views or own.start == own.stop:  # this process may own nothing
                 continue
-            w, copy, rest, g = (
-                None if x[span] is None else self._own_part(x[span], span)
-                for x in (self.weights, self.copies, self.rests, self.gradients)
+            w, compute, low, g = (
+                None if x[span] is None else self._own_shard(x[span], span)
+                for x in (self.weights, self.compute_weights, self.low_bits, self.gradients)
             )
-            flat = (x if x is None else x.view(-1, BLOCK) for x in (w, copy, rest, g, *moments))
+            flat = (x if x is None else x.view(-1, BLOCK) for x in (w, compute, low, g, *moments))
             group_K = self._group_K[own.start // BLOCK : own.stop // BLOCK]
             adamw_(*flat, group_K, table[1:], bias_2, scale, found_inf, betas, eps)
-        if self.cut:
-            self.share([w if copy is None else copy for w, copy in zip(self.weights, self.copies)])
+        if self.shards_updates:
+            self.all_gather(
+                [w if compute is None else compute for w, compute in zip(self.weights, self.compute_weights)]
+            )
 
     def zero_grad(self, set_to_none: bool = False) -> None:
-        """Gradients stay where they are: they become zero whatever `set_to_none` says."""
+        """Sets the gradients to zero in place, whatever `set_to_none` says."""
         for gradient in self.gradients:
             gradient.zero_()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, also for what torch.optim.AdamW has saved. Raises ValueError where parameters' steps differ."""
-        super().load_state_dict(state_dict)  # which replaces the tensors of the state
-        for p, place in self._places.items():
-            loaded = self.state[p]  # empty where torch has made no step yet
+        """As torch's; also loads the state of torch.optim.AdamW.
+
+        Raises ValueError where the parameters have made different numbers of steps.
+        """
+        super().load_state_dict(state_dict)  # it replaces the tensors of the state
+        for p, place in self._state_views.items():
+            loaded = self.state[p]  # empty where torch has made no step
             for key, into in place.items():
                 into.copy_(loaded[key]) if loaded else into.zero_()
             self.state[p] = dict(place)
@@ -305,6 +321,6 @@ class FlatAdamW(torch.optim.AdamW):
             raise ValueError("FlatAdamW: the parameters of this state have made different numbers of steps")
 
 
-def _filled_up(p: Tensor) -> int:
+def _padded_size(p: Tensor) -> int:
     """Elements of the blocks that a parameter takes."""
     return -(-p.numel() // BLOCK) * BLOCK

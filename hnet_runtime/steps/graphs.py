@@ -69,12 +69,14 @@ Returned = TypeVar("Returned")
 
 TOKENS, STEPS = 128, 32  # an inner T is rounded up to a multiple of TOKENS, and to one of STEPS sizes an octave
 DOCUMENTS, LONGEST = 16, 1024  # the least room for documents and for a document; more is a power of two
-KEPT = 32  # segments of a part: the sizes last used, an octave of them
-PIECE = 1 << 28  # with several processes, a backward is cut before a block once so many weights have been used: 1 GiB
-ROOM = 8  # of a GPU's memory, one part in so many is kept free for validation, samples and saving
+CACHED = 32  # segments of a part: the sizes last used, an octave of them
+WEIGHTS_PER_PART = (
+    1 << 28
+)  # with several processes, a backward is cut before a block once so many weights have been used: 1 GiB
+FREE_SHARE = 8  # of a GPU's memory, one part in so many is kept free for validation, samples and saving
 
 
-def obstacle(config: HNetConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+def why_unsupported(config: HNetConfig, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a model's steps cannot run as graphs on a device, computing in dtype; None where they can.
 
     On a GPU each operation must have a fast kernel: some of the definitions wait for the device, which ends a capture.
@@ -195,7 +197,7 @@ class GraphedModel:
     end of their product.
 
     `optimizer` is what changes the masters, and the copies with them; groups: its parameter groups, by default one.
-    Whatever else reads or changes the masters does so inside `optimizer.whole()`.
+    Whatever else reads or changes the masters does so inside `optimizer.full_precision()`.
 
     world: where several processes have a copy of the weights each, gradients are averaged over them, those of a
     backward part while the next one runs, and each process updates a part of the weights: see FlatAdamW.
@@ -222,7 +224,7 @@ class GraphedModel:
         self.size, self.accumulates = world.size if world else 1, accumulates
         self.dtype, self.device = compute_dtype, masters.lm_head.weight.device
         self.captures, self.found_stages = captures, None
-        if captures and (reason := obstacle(config, self.device, compute_dtype)):
+        if captures and (reason := why_unsupported(config, self.device, compute_dtype)):
             raise ValueError(f"steps as graphs: {reason}")
         parameters, copies = dict(masters.named_parameters()), []  # copies: (in the compute dtype, master)
         computed: dict[int, Any] = {id(x): x for x in (config, *masters.buffers())}  # buffers are the masters' own
@@ -249,9 +251,11 @@ class GraphedModel:
         everything = {"params": list(parameters.values())}
         spans, rank = self._spans(parameters), world.rank if world else 0
         narrow = [0] if self.size == 1 and not accumulates and compute_dtype == torch.bfloat16 else []
-        self.optimizer = FlatAdamW(groups or [everything], spans, BETAS, copies=copies, rank=rank, narrow=narrow)
+        self.optimizer = FlatAdamW(
+            groups or [everything], spans, BETAS, compute_weights=copies, rank=rank, narrow=narrow
+        )
         own = [name for name in parameters if name not in self.shared]
-        self.all_places = self._places(own), self._places(self.shared)
+        self.all_gradients = self._gradients(own), self._gradients(self.shared)
         # of micro-batches' gradients; there from the start, so that graphs do not take its memory
         self.sums = [torch.zeros_like(gradient) for gradient in self.optimizer.gradients] if accumulates else []
         # for captures, and nobody else's: torch's own for them is one of the 32 that it hands out to all (see
@@ -263,7 +267,7 @@ class GraphedModel:
         self.share, self.dloss = 0.0, torch.zeros((), **wide)
         self.saved: dict[str, tuple[int, int]] = {}  # of a part: bytes for its most tokens, and these
         self.captured, self.capture_seconds = 0, 0.0
-        self.room = 0  # of how many bytes the steps may be
+        self.capacity = 0  # the most bytes of a micro-batch for which memory is allocated
         self.forget()
 
     def _modules(self) -> dict[str, list[nn.Module | nn.Parameter | None]]:
@@ -282,14 +286,14 @@ class GraphedModel:
         return found
 
     def _cut(self, modules: Sequence[nn.Module | nn.Parameter | None]) -> list[tuple[Block | None, list[Tensor]]]:
-        pieces: list[tuple[Block | None, list[Tensor]]] = [(None, [])]
+        parts: list[tuple[Block | None, list[Tensor]]] = [(None, [])]
         for module in modules:
             for one in [*module.layers, module.rmsnorm] if isinstance(module, Isotropic) else [module]:
-                many = sum(p.numel() for p in pieces[-1][1]) >= PIECE
+                many = sum(p.numel() for p in parts[-1][1]) >= WEIGHTS_PER_PART
                 if self.size > 1 and many and isinstance(one, Block):
-                    pieces.append((one, []))
-                pieces[-1][1].extend(_weights(one))
-        return pieces
+                    parts.append((one, []))
+                parts[-1][1].extend(_weights(one))
+        return parts
 
     def _spans(self, parameters: dict[str, nn.Parameter]) -> list[Span]:
         """How parameters are stored in the optimizer's memory: with several processes a span for each backward part,
@@ -325,17 +329,17 @@ class GraphedModel:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def make_room(self) -> None:
+    def free_memory(self) -> None:
         """Drops all graphs where they leave too little of the GPU's memory to what runs between steps.
 
         A young router may have needed far larger ones than are needed now.
         """
         if self.device.type == "cuda":
             free, everything = torch.cuda.mem_get_info(self.device)
-            if free < everything // ROOM:
+            if free < everything // FREE_SHARE:
                 self.forget()
 
-    def with_room(self, call: Callable[[], Returned]) -> Returned:
+    def retry_without_graphs(self, call: Callable[[], Returned]) -> Returned:
         """What `call` returns; where the GPU's memory is too full for it, of a second call, without any graphs."""
         try:
             return call()
@@ -348,7 +352,7 @@ class GraphedModel:
 
     def _allocate(self, T: int) -> None:
         """What segments read and write, for steps of at most T bytes."""
-        self.room = 0
+        self.capacity = 0
         self.forget()
         documents, wide = _power(max(T, DOCUMENTS)), self.losses.dtype
         self.iids_T, self.labels_T = torch.zeros(2, T, dtype=torch.int64, device=self.device)
@@ -365,11 +369,11 @@ class GraphedModel:
             StageBuffers(sizes[s], sizes[s + 1], D, self.dtype, shares_S2[s], self.packings[s + 1])
             for s, D in enumerate(self.masters.config.d_model[:-1])
         ]
-        static = [*self.model.parameters(), *self.optimizer.weights, *self.optimizer.copies]
+        static = [*self.model.parameters(), *self.optimizer.weights, *self.optimizer.compute_weights]
         static += [self.iids_T, self.labels_T, self.losses, *(x for at in self.buffers for x in at.tensors)]
         static += [x for packing in self.packings for x in vars(packing).values() if isinstance(x, Tensor)]
         self.static = frozenset(x.untyped_storage().data_ptr() for x in static if x is not None)
-        self.room = len(self.iids_T)
+        self.capacity = len(self.iids_T)
 
     # ------------------------------------------------------------------------------------------- what segments compute
 
@@ -447,15 +451,15 @@ class GraphedModel:
         """The segment of a part for these sizes, made on first use."""
         segments = self.segments[part]
         if sizes not in segments:
-            if len(segments) == KEPT:
+            if len(segments) == CACHED:
                 segments.popitem(last=False)
             kind, s = part.split()
             run = {"enter": self._enter, "pass": self._pass, "inner": self._inner, "leave": self._leave}[kind]
             last = part == list(self.weights)[-1]
             pool = None if last else self.pools.setdefault(part, SavedPool(self.static, self.device))
-            parts = [BackwardPart(block, self._places(names), span) for block, names, span in self.weights[part]]
+            parts = [BackwardPart(block, self._gradients(names), span) for block, names, span in self.weights[part]]
             run = functools.partial(self._run, functools.partial(run, int(s), sizes))
-            segment = Segment(run, parts, self._places(self.shared), pool)
+            segment = Segment(run, parts, self._gradients(self.shared), pool)
             if self.device.type == "cuda":
                 self._capture(part, sizes, segment)
             segments[sizes] = segment
@@ -463,7 +467,7 @@ class GraphedModel:
         segments.move_to_end(sizes)
         return segments[sizes]
 
-    def _places(self, names: Sequence[str]) -> dict[Tensor, Tensor]:
+    def _gradients(self, names: Sequence[str]) -> dict[Tensor, Tensor]:
         """The model's weights of these names, and where their gradients go."""
         return {self.model.get_parameter(name): self.masters.get_parameter(name).grad for name in names}
 
@@ -479,14 +483,14 @@ class GraphedModel:
             self.saved[part] = (pool.used if pool else 0), sizes.T
         began = time.perf_counter()
         used, T = self.saved[part]
-        self._make_room_in(part, used * sizes.T / T)
+        self._grow_pool(part, used * sizes.T / T)
         while not segment.capture(self.graph_pool, self.stream):  # as where a longer document makes larger tables
-            self._make_room_in(part, pool.used)
+            self._grow_pool(part, pool.used)
         self.capture_seconds += time.perf_counter() - began
         if pool and sizes.T >= T:
             self.saved[part] = pool.used, sizes.T
 
-    def _make_room_in(self, part: str, need: float) -> None:
+    def _grow_pool(self, part: str, need: float) -> None:
         """Room for so many bytes in a part's pool."""
         pool = self.pools.get(part)
         if pool and need > len(pool.buffer):
@@ -521,13 +525,13 @@ class GraphedModel:
             if earlier:
                 gradients[span] += self.sums[span]
             if reduces:
-                self.optimizer.add_up(span)
+                self.optimizer.reduce_gradients(span)
 
         losses.append(self._micro_batch(*last, finished if reduces else lambda span: None))
-        pieces = sum(map(len, self.weights.values())) if reduces else 0
-        for span in range(pieces, len(self.optimizer.spans)):  # all of it, or what stays float32
+        parts = sum(map(len, self.weights.values())) if reduces else 0
+        for span in range(parts, len(self.optimizer.spans)):  # all of it, or what stays float32
             finished(span)
-        self.optimizer.added_up()
+        self.optimizer.wait_for_gradients()
         ce, *of_stages = torch.stack(losses).mean(0).split([1, self.S, self.S, self.S])
         return Losses(ce.squeeze(0), *of_stages)
 
@@ -538,7 +542,7 @@ class GraphedModel:
             for span in reversed(range(sum(map(len, self.weights.values())) if self.size > 1 else 0)):
                 finished(span)
             return losses
-        segments = self.with_room(functools.partial(self._forward, iids, labels))
+        segments = self.retry_without_graphs(functools.partial(self._forward, iids, labels))
         for name in self.shared:  # every part adds to those
             self.masters.get_parameter(name).grad.zero_()
         for segment in reversed(segments):
@@ -547,14 +551,14 @@ class GraphedModel:
 
     def _eagerly(self, iids: Tensor, labels: Tensor) -> Tensor:
         """A micro-batch through the model's own forward."""
-        own, shared = self.all_places
+        own, shared = self.all_gradients
         destinations = Destinations(own)
-        for place in shared.values():
-            place.zero_()
+        for gradient in shared.values():
+            gradient.zero_()
         with writing_to(destinations):
             out = self.model(iids, labels)
         loss = training_loss(out.ce, out.ratio_losses, self.alpha)
-        wanted = [*destinations.places, *shared]
+        wanted = [*destinations.by_tensor, *shared]
         gradients = torch.autograd.grad(loss, wanted, self.dloss.to(loss.dtype), allow_unused=True)
         settle(destinations, dict(zip(wanted, gradients)), shared)
         self.found_stages = [stage.detach() for stage in out.stages]
@@ -564,7 +568,7 @@ class GraphedModel:
     def _forward(self, iids: Tensor, labels: Tensor) -> list[Segment]:
         """A micro-batch's forward. Returns the segments that have run, in the order whose reverse is the backward's."""
         T, offsets = len(iids.values()), iids.offsets()
-        if self.room < T:
+        if self.capacity < T:
             self._allocate(T)
         self.iids_T[:T].copy_(iids.values())
         self.labels_T[:T].copy_(labels.values())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hnet_kernels.gradients import Destinations, settle, switch_to, writing_to
-from hnet_kernels.saved import keeping
+from hnet_kernels.saved import save_in
 from hnet_trainable import Block
 
 
@@ -26,7 +26,7 @@ def memory_ran_out(error: BaseException) -> bool:
 
 
 Outputs = Sequence[tuple[Tensor, Tensor]]  # each with where its gradient will be
-Leaf = Callable[..., Tensor]  # (tensor, place of its gradient, adds=False)
+Leaf = Callable[..., Tensor]  # (tensor, memory of its gradient, adds=False)
 
 
 class SavedPool:
@@ -67,7 +67,7 @@ class SavedPool:
         x = torch.empty(0, dtype=dtype, device=device)
         return x.set_(self.buffer.untyped_storage(), begin // dtype.itemsize, torch.Size(shape))
 
-    def keep(self, x: Tensor) -> Tensor:
+    def save(self, x: Tensor) -> Tensor:
         """x, or a copy of it where it would be overwritten; without its gradient, which would keep it alive."""
         x = x.detach()
         if x.is_nested:  # autograd saves an NJT for its shape alone
@@ -81,7 +81,7 @@ class BackwardPart(NamedTuple):
     """One backward graph of a segment: from `block` (None: the start) to where the next one begins."""
 
     block: Block | None
-    places: dict[Tensor, Tensor]  # the weights that are read there, and where their gradients go
+    gradients: dict[Tensor, Tensor]  # the weights that are read there, and where their gradients go
     span: int  # of the optimizer's
 
 
@@ -150,13 +150,13 @@ class Segment:
         stack = contextlib.ExitStack()
         if self.pool:
             self.pool.begin()
-            stack.enter_context(keeping(self.pool))
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self.pool.keep, lambda x: x))
+            stack.enter_context(save_in(self.pool))
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self.pool.save, lambda x: x))
         return stack
 
     def _forward(self, trial: bool = False) -> None:
         """trial: gradients of what comes from other segments go nowhere, so that theirs stay."""
-        self.destinations = [Destinations(part.places) for part in self.parts]
+        self.destinations = [Destinations(part.gradients) for part in self.parts]
         # where one backward part ends and the next begins: outputs of the blocks before, and the leaves in their place
         self.cuts: list[list[tuple[Tensor, Tensor]]] = []
 
@@ -186,7 +186,7 @@ class Segment:
         outputs, doutputs = zip(*self.outputs)
         i = len(self.cuts)
         destinations, cut = self.destinations[i], self.cuts.pop() if self.cuts else []
-        wanted = [*destinations.places, *self.shared, *(leaf for _, leaf in cut)]
+        wanted = [*destinations.by_tensor, *self.shared, *(leaf for _, leaf in cut)]
         gradients = dict(zip(wanted, torch.autograd.grad(outputs, wanted, doutputs, allow_unused=True)))
         self.outputs = [(x, gradients[leaf]) for x, leaf in cut if gradients[leaf] is not None]
         settle(destinations, gradients, self.shared)
