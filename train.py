@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
         return train.main(config)
 
-    commands.run(program, output_may_fail=True)  # ends the process; without its output a run goes on
+    commands.run(program, output_may_fail=True)  # ends the process; a run continues without its output
 
 import contextlib
 import dataclasses
@@ -78,7 +78,7 @@ DEFAULT_CONFIG = "hnet_1stage_tiny"
 
 
 def read_model(config: TrainConfig) -> tuple[HNetConfig, dict[str, Tensor] | None]:
-    """Returns the model's config, and the weights to start from where -p names some."""
+    """The model's config, and the weights to start from if -p names some."""
     source, target = config.config or DEFAULT_CONFIG, {}
     if config.n_compression:
         try:
@@ -89,7 +89,7 @@ def read_model(config: TrainConfig) -> tuple[HNetConfig, dict[str, Tensor] | Non
     from_weights = bool(config.pt_ckpt)
     if config.resume and (from_weights or not find_config(source).exists()):
         resumed = newest(Path(config.save_dir if config.resume == "auto" else config.resume))
-        if checkpoint.is_complete(resumed):  # it has all that is needed
+        if checkpoint.is_complete(resumed):  # it has the config and the weights
             source, from_weights = resumed / "config.json", False
     try:
         if from_weights:
@@ -103,7 +103,7 @@ def read_model(config: TrainConfig) -> tuple[HNetConfig, dict[str, Tensor] | Non
 
 
 def lr_scale(step: int, config: TrainConfig) -> float:
-    """The share of the peak learning rate in step 0, 1, ..., steps - 1."""
+    """The factor of the peak learning rate at step 0, 1, ..., steps - 1."""
     warmup, decay = round(config.warmup * config.steps), round(config.decay * config.steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -126,12 +126,12 @@ def forward_backward(
     world: World,
     routers: list[Tensor] | None = None,
 ) -> Tensor:
-    """Gradients of a step's loss, the mean over all G slices of CE + alpha * ratio losses, from this rank's slices.
+    """Computes the gradients of a step's loss: the mean over all G slices of CE + alpha * ratio losses.
 
-    Every slice has T labels and every rank as many slices, so means of means are exact; FSDP averages over ranks.
-    Returns means over the step's G slices, a float32 tensor on the device:
+    slices: this rank's. Every slice has T labels and every rank the same number of slices, so means of means are exact;
+    FSDP averages over ranks. Returns means over the step's G slices, a float32 tensor on the device:
     [ce, text bytes, rows, ratio_0.., F_0.., G_0.., imbalance of chunks_0..].
-    `routers`, where given, gets the `router_statistics` of this rank's last slice.
+    `routers`: if given, the `router_statistics` of this rank's last slice are appended to it.
     """
     if isinstance(model, GraphedModel):
         batches = [slice_.nested(world.device) for slice_ in slices]
@@ -143,7 +143,7 @@ def forward_backward(
     else:
         stats = []
     for i, slice_ in enumerate(slices):
-        if isinstance(model, FSDPModule):  # gradients are reduced once a step, with those of the last slice
+        if isinstance(model, FSDPModule):  # gradients are reduced once per step, with the last slice
             model.set_requires_gradient_sync(i == len(slices) - 1)
             model.set_is_last_backward(i == len(slices) - 1)
         iids, labels = slice_.nested(world.device)
@@ -159,16 +159,16 @@ def forward_backward(
         routers.append(statistics.router_statistics(iids, stages))
     stats_GK = distributed.gather_slices(torch.stack(stats), world)
     S = (stats_GK.shape[1] - 3) // 3
-    chunks_GS = stats_GK[:, 3 + S : 3 + 2 * S].cumprod(1)  # a byte, at each stage: F is a share of the stage's tokens
+    chunks_GS = stats_GK[:, 3 + S : 3 + 2 * S].cumprod(1)  # per byte: F is a share of the stage's tokens
     imbalance = distributed.imbalance(chunks_GS, world)
     return torch.cat([stats_GK.double().mean(0).float(), imbalance])
 
 
 class TrainState:
-    """What is trained, and all that a step of it takes.
+    """The model, its optimizer, and how a step runs.
 
-    model: its weights in float32; unsharded ones can be read and changed inside `optimizer.full_precision()` alone.
-    evaluated: an HNetLM that computes as training does and has these weights, or copies of them.
+    model: has the float32 weights; unsharded ones may be read and changed only inside `optimizer.full_precision()`.
+    evaluated: an HNetLM that computes as training does, with these weights or their compute weights.
     """
 
     def __init__(
@@ -181,12 +181,12 @@ class TrainState:
         config: TrainConfig,
         world: World,
     ):
-        """groups: as `parameter_groups` gives them. dtype: of what is computed.
+        """groups: those of `parameter_groups`. dtype: the compute dtype.
 
-        how: with unsharded weights as graphs or eagerly; or as the model is, sharded or in float32.
+        how: unsharded weights with graphs or eagerly; or the model as it is, sharded or in float32.
         """
         self.model, self.unsharded, self.dtype = model, how != "sharded", dtype
-        self.parameters = list(model.parameters())  # now: after a forward FSDP shows gathered ones in their place
+        self.parameters = list(model.parameters())  # before a forward, after which FSDP shows gathered ones
         self.hnet, self.config, self.world = hnet, config, world
         groups, limit = distributed.optimizer_groups(groups), config.max_chunks_per_rank
         if self.unsharded:
@@ -204,23 +204,23 @@ class TrainState:
         model.train()
 
     def load(self, source: Path) -> None:
-        """Weights and optimizer of a checkpoint."""
+        """Loads the weights and the optimizer of a checkpoint."""
         with self.optimizer.full_precision() if self.unsharded else contextlib.nullcontext():
             checkpoint.load(source, self.model, self.optimizer)
 
     def free_memory(self) -> None:
-        """For what runs between steps."""
+        """Frees GPU memory for validation, samples and saving."""
         if self.unsharded:
             self.runner.free_memory()
 
     def step(
         self, slices: list[fineweb.Slice], scale: float, wants_statistics: bool, before_update: Callable[[], None]
     ) -> Tensor:
-        """One optimizer step; it waits for the device at the stages' numbers of chunks alone.
+        """One optimizer step. It waits for the device only for the stages' numbers of chunks.
 
-        scale: of the learning rates. before_update: called before the weights change.
-        Returns what `forward_backward` does, the norm of the gradient before clipping, and statistics where they are
-        wanted (see `statistics.names`). Where loss or norm are not finite, the weights stay as they are.
+        scale: the factor of the learning rates. before_update: called before the weights change.
+        Returns the values of `forward_backward`, the gradient's norm before clipping, and with `wants_statistics` the
+        statistics of `statistics.names`. If the loss or the norm is not finite, the weights do not change.
         """
         more: list[Tensor] | None = [] if wants_statistics else None
         for group in self.optimizer.param_groups:
@@ -234,19 +234,19 @@ class TrainState:
         if more is not None:
             count = functools.partial(statistics.weight_statistics, self.optimizer, self.hnet.num_stages, self.world)
             more.append(self.runner.retry_without_graphs(count) if self.unsharded else count())
-        if not self.unsharded:  # else each step writes every gradient anew
+        if not self.unsharded:  # else each step overwrites every gradient
             self.optimizer.zero_grad()
         return torch.cat([stats, norm[None], *(more or [])])
 
     def preparing(self, compilations: Compilations) -> str:
-        """What a first step has had to do before others, in words."""
+        """What the first step has compiled and captured, in words."""
         captures = ""
         if self.unsharded and self.runner.captured:
             captures = f", {self.runner.capture_seconds:.1f} s for {self.runner.captured} parts captured"
         return f"{compilations}{captures}"
 
     def counted(self) -> dict[str, int]:
-        """What the host has done so far, beside the steps."""
+        """Counts of the host's work so far, other than steps."""
         return {
             **({"recomputed_micro_batches": self.guard.count} if self.guard else {}),
             **({"graphs_captured": self.runner.captured} if self.unsharded else {}),
@@ -259,7 +259,7 @@ class TrainState:
 def open_data(config: TrainConfig, world: World) -> tuple[fineweb.ByteStream, fineweb.ByteStream | None]:
     """(training stream, held-out stream). Prepares the default corpus on first use.
 
-    The held-out stream is None where the data was prepared with --holdout 0.
+    The held-out stream is None if the data was prepared with --holdout 0.
     """
     if config.data == DEFAULT_DATA and world.is_main and not (Path(DEFAULT_DATA) / "manifest.json").exists():
         fineweb.prepare("stdlib", DEFAULT_DATA)
@@ -274,9 +274,9 @@ def open_data(config: TrainConfig, world: World) -> tuple[fineweb.ByteStream, fi
 
 
 def check_continuation(source: Path, about: dict[str, Any]) -> int:
-    """The steps that a checkpoint has done. Raises UserError where the data would not go on where it stopped.
+    """The number of steps that a checkpoint has done. Raises UserError if the data would not continue from there.
 
-    The order of the data is a function of these alone; all else may change between parts of a run.
+    The order of the data depends only on the values compared here; all others may change when a run is resumed.
     """
     saved = checkpoint.read_train(source)
     theirs, ours = ({**a["config"], "data": a["data"]} for a in (saved, about))
@@ -284,8 +284,8 @@ def check_continuation(source: Path, about: dict[str, Any]) -> int:
         if theirs.get(name) != ours[name]:
             what = "the text in --data" if name == "data" else f"--{name.replace('_', '-')}"
             raise UserError(
-                f"{source}: {what} differs ({theirs.get(name)} there, {ours[name]} here), so the data would not go on "
-                "where it stopped; to start a new run from these weights use -p"
+                f"{source}: {what} differs ({theirs.get(name)} there, {ours[name]} here), so the data would not "
+                "continue where it stopped; to start a new run from these weights use -p"
             )
     if saved["step"] > ours["steps"]:
         raise UserError(f"--steps {ours['steps']}: {source} has done {saved['step']} steps already")
@@ -293,9 +293,9 @@ def check_continuation(source: Path, about: dict[str, Any]) -> int:
 
 
 def takes_graphs(config: TrainConfig, hnet: HNetConfig, dtype: torch.dtype, world: World) -> tuple[bool, World]:
-    """Whether steps run as graphs, and the world with as many copies of the weights as it is to have.
+    """Whether steps run as graphs, and the world with the number of replicas that they need.
 
-    Raises UserError where --compile graph asks for what they cannot do.
+    Raises UserError if --compile graph is given and they cannot run.
     """
     if config.compile not in ("auto", "graph") or (config.compile == "auto" and world.device.type != "cuda"):
         return False, world
@@ -337,7 +337,7 @@ class Run:
         parameters = sum(p.numel() for p in state.parameters)
         try:
             of_main(lambda: checkpoint.require_disk_space(self.folder, parameters), world)
-            self.step = self._go_on()
+            self.step = self._resume()
         except UserError:
             leave_unused(self.folder, world)
             raise
@@ -361,18 +361,18 @@ class Run:
         self.interrupts, self.health = Interrupts(), RouterHealth(hnet.target_ratios, config.mbs)
         self.progress, self.settled = Progress(hnet, config, self.step), time.perf_counter()
         self.saver = checkpoint.Saver(self.folder, state.model, state.optimizer, config.keep, config.keep_every)
-        # of the last step: its numbers, which the device has yet to deliver, and what the host has done for it
+        # of the last step: its numbers, which the device has not delivered yet, and the host's counts
         self.waiting: tuple[distributed.Fetched, dict[str, int]] | None = None
 
-    def _go_on(self) -> int:
-        """Loads the checkpoint that the run goes on from, if there is one. Returns the optimizer steps done."""
+    def _resume(self) -> int:
+        """Loads the checkpoint from which the run resumes, if there is one. Returns the optimizer steps done."""
         source = checkpoint_to_resume(self.folder, self.config.resume, self.world)
         if source is None:
             return 0
         checkpoint.check_contents(source)
         done = check_continuation(source, self.about)
         self.state.load(source)
-        logger.info("going on from %s", source)
+        logger.info("resuming from %s", source)
         theirs, ours = checkpoint.read_train(source)["config"], self.about["config"]
         for name in ours:
             if name not in OF_ONE_START and name in theirs and theirs[name] != ours[name]:
@@ -382,7 +382,7 @@ class Run:
         return done
 
     def train(self) -> None:
-        """Raises UserError where a number isn't finite, a checkpoint can't be written, or a router is stuck."""
+        """Runs the steps. Raises UserError for a loss that is not finite, a failed save or a stuck router."""
         config = self.config
         with Watchdog(self.folder, self.world, config.timeout, self.state.model) as watch:
             while self.step < config.steps:
@@ -400,7 +400,7 @@ class Run:
                     )
                 if interrupted and self.step < config.steps:
                     saved = self.saver.finish()
-                    logger.info("asked to stop: saved %s; go on with --save-dir %s --resume auto", saved, self.folder)
+                    logger.info("asked to stop: saved %s; resume with --save-dir %s --resume auto", saved, self.folder)
                     break
             self.saver.finish()
             self.metrics.close()
@@ -409,7 +409,7 @@ class Run:
                 show_results(self.state.evaluated, self.val_stream, self.folder, self.world)
 
     def _step(self, watch: Watchdog) -> None:
-        """One step; the host goes on before the device has done it, and meanwhile reports the step before."""
+        """Launches one step, and reports the step before while the device runs it."""
         config, state, done = self.config, self.state, self.step
         watch.at(done + 1, "reading data")
         slices = list(self.train_stream.step(done, config.global_slices, self.world.rank, self.world.size))
@@ -421,14 +421,14 @@ class Run:
             record = self._settle(done, *self.waiting)
             self.metrics.log(done, record)
             self._print_step(done, record)
-        if done == self.first_step:  # what is there by now stays: garbage collection need not look at it again
+        if done == self.first_step:  # these objects stay: exclude them from garbage collection
             gc.collect()
             gc.freeze()
         done_by_host = {name: n - before[name] for name, n in state.counted().items()}
         self.waiting, self.step = (distributed.Fetched(numbers), done_by_host), done + 1
 
     def _between_steps(self, watch: Watchdog, saves: bool) -> None:
-        """Validates, samples and saves where it is time to; on a CPU, where numbers are there at once, reports them."""
+        """Validates, samples and saves when due. On a CPU, where numbers are known at once, reports the step."""
         config, step = self.config, self.step
         is_last = step == config.steps
         validates = self.val_stream and (is_last or (config.val_every and step % config.val_every == 0))
@@ -457,15 +457,15 @@ class Run:
         if written:
             logger.info("the model writes, beginning with %r:", config.prompt)
             print_chunks(written.data, written.starts)
-        self.settled = time.perf_counter()  # the next step's time begins here
+        self.settled = time.perf_counter()  # the next step's time starts here
 
     def _settle(self, done: int, arriving: distributed.Fetched, of_host: dict[str, int]) -> dict[str, Any]:
-        """The record of a step, once the device has run it. Raises UserError where its numbers are not finite."""
+        """The record of a step, after the device has run it. Raises UserError if its numbers are not finite."""
         config = self.config
         numbers = arriving.numbers().tolist()
-        grad_norm = numbers.pop(3 + 4 * self.hnet.num_stages)  # after forward_backward's, before the statistics
+        grad_norm = numbers.pop(3 + 4 * self.hnet.num_stages)  # between those of forward_backward and the statistics
         if not math.isfinite(grad_norm + numbers[0]):
-            self.saver.finish()  # what is being written is good too
+            self.saver.finish()  # the checkpoint being written is good too
             saved = checkpoint.complete(self.folder)
             raise UserError(
                 f"step {done}: cross entropy {numbers[0]}, gradient norm {grad_norm}; stopped before they reached "
@@ -475,13 +475,13 @@ class Run:
         record |= {"grad_norm": grad_norm, "lr": config.lr * lr_scale(done - 1, config)}
         record |= {"bytes_seen": done * config.mbs * config.global_slices} | of_host
         if waited := self.saver.stall():
-            record["save_ms"] = 1000 * waited  # of the save before this step
+            record["save_ms"] = 1000 * waited  # by the save before this step
         now, before = time.perf_counter(), self.settled
         self.settled = now
         return record | speed(record, now - before, self.hnet, config, self.world)
 
     def _print_step(self, done: int, record: dict[str, Any]) -> None:
-        """Says on the console what a step has shown, once it has been recorded."""
+        """Prints warnings and the progress line of a recorded step."""
         for trouble in self.health.look(done, record):
             logger.warning("step %d: %s", done, trouble)
         if done == self.first_step + 1 and self.world.device.type == "cuda":
@@ -508,7 +508,7 @@ def open_metrics(run: Path, step: int, about: dict, hnet: HNetConfig, config: Tr
 
 
 def dump_parameters(model: HNetLM, groups: list[dict[str, Any]]) -> None:
-    """Prints modules and parameters; with LOVELY_TENSORS=1 also lovely-tensors' summary of each."""
+    """Prints modules and parameters; with LOVELY_TENSORS=1 also the summary of lovely-tensors for each."""
     lovely = None
     if os.environ.get("LOVELY_TENSORS") == "1" and not (lovely := equivalence.lovely_summary()):
         logger.warning("LOVELY_TENSORS=1: lovely-tensors is not installed; pip install -e '.[debug]'")
@@ -524,13 +524,13 @@ def dump_parameters(model: HNetLM, groups: list[dict[str, Any]]) -> None:
 
 
 def main(config: TrainConfig) -> int:
-    """Trains as the flags say, and returns the exit status."""
+    """Trains with these flags and returns the exit status. Prints a mistake as one sentence."""
     try:
         return train(config)
     except (UserError, ConfigError, fineweb.DataError) as error:
-        status = commands.print_error(error)  # at once: other ranks may say it too
+        status = commands.print_error(error)  # at once: other ranks may print it too
         if dist.is_initialized() and (dist.get_world_size() == 1 or not torch.cuda.is_available()):
-            dist.destroy_process_group()  # else NCCL adds a warning to the sentence; gloo's threads must be gone
+            dist.destroy_process_group()  # else NCCL adds a warning, or gloo's threads remain
         return status
     except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
         if not memory_ran_out(error):
@@ -540,14 +540,14 @@ def main(config: TrainConfig) -> int:
 
 
 def train(config: TrainConfig) -> int:
-    """The same, but mistakes are raised as UserError, ConfigError or DataError."""
+    """Trains with these flags. Raises UserError, ConfigError or DataError for mistakes."""
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s", stream=sys.stdout)
     hnet, start_weights = read_model(config)
     world = distributed.start(config.device, config.replicate or 1, max(600, 2 * config.timeout))
     config.global_slices = config.global_slices or world.size
     if config.early_exit != "no" and not world.is_main:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (one process tells what all find)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (one process prints what all find)
     if world.device.type == "cpu":
         keep_freed_memory()
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU for what stays float32: residual_proj
@@ -564,7 +564,7 @@ def train(config: TrainConfig) -> int:
 
     def build(graph: bool) -> TrainState:
         unsharded = graph or (half and world.device.type == "cuda" and world.shards == 1)
-        # unsharded models compute with weights in the compute dtype of their own, beside the float32 ones
+        # unsharded models have separate weights in the compute dtype beside the float32 ones
         own_dtype = torch.float32 if unsharded else dtype
         model = distributed.build_model(hnet, world, own_dtype, config.seed, start_weights, config.reshard)
         groups = parameter_groups(model, config.lr, config.weight_decay)
@@ -583,7 +583,7 @@ def train(config: TrainConfig) -> int:
         if config.compile == "graph":
             raise UserError(f"--compile graph: {difference}; use eager")
         logger.info("steps do not run as graphs: %s", difference)
-        del state  # its memory goes first
+        del state  # frees its memory first
         state = build(graph := False)
     if graph:
         logger.info("steps run as graphs, and compute what hnet_trainable.py says: checked on a toy of this config")

@@ -1,6 +1,6 @@
 """Causal attention over packed documents, with an optional sliding window.
 
-Legend: T tokens of all documents together, H heads, P channels a head.
+Legend: T tokens of all documents together, H heads, P channels per head.
 """
 
 import importlib.util
@@ -15,15 +15,15 @@ from hnet_kernels.pointwise import rotate_
 from hnet_kernels.recompute import Recomputed, mode, recomputed, recomputed_of
 from hnet_kernels.saved import save_if, save_tensor
 
-QUERY_BLOCK = 128  # queries at a time in the definition: bounds the memory of one block of scores
+QUERY_BLOCK = 128  # queries at a time in the definition, which limits the memory of the scores
 
 
 class Span(NamedTuple):
-    """A run of queries and the keys that any of them may see, as slices of the flat tensors."""
+    """Adjacent queries and the keys that any of them may see, as slices of the flat tensors."""
 
     queries: slice
     keys: slice
-    hidden_QK: Tensor  # bool: what each query must not see
+    hidden_QK: Tensor  # bool: the keys that a query may not see
 
 
 def _spans(cu_seqlens: Tensor, window: int) -> Iterator[Span]:
@@ -66,7 +66,7 @@ def _(q_THP, k_THP, v_THP, cu_seqlens, window):
 def attention_definition_backward(
     do_THP: Tensor, q_THP: Tensor, k_THP: Tensor, v_THP: Tensor, cu_seqlens: Tensor, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `attention_definition` for q, k and v; computes the attention weights again."""
+    """Gradients of `attention_definition` for q, k and v; recomputes the attention weights."""
     dtype = torch.promote_types(q_THP.dtype, torch.float32)
     dq_THP, dk_THP, dv_THP = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (q_THP, k_THP, v_THP))
     scale = q_THP.shape[-1] ** -0.5
@@ -137,7 +137,7 @@ def _why_no_packed(device_type: str, dtype: torch.dtype, head_dim: int) -> str |
     if head_dim % 16 or head_dim > 128:
         return f"head size {head_dim}, not a multiple of 16 up to 128"
     capability = torch.cuda.get_device_capability()
-    if capability[0] != 9:  # elsewhere nobody has tried the sizes of their tiles
+    if capability[0] != 9:  # their tile sizes have been tried on no other GPU
         return f"compute capability {capability[0]}.{capability[1]}, not 9.x"
     return None if importlib.util.find_spec("triton") else "no triton"
 
@@ -146,15 +146,15 @@ class Attended(NamedTuple):
     """Packed attention's output, and what its backward needs."""
 
     o_THP: Tensor
-    lse_HT: Tensor | None  # of the Triton kernels, else
+    lse_HT: Tensor | None  # from the Triton kernels; else None
     graph: tuple[Tensor, ...]  # q, k, v and o with autograd's graph between them
 
 
 def tile_order(x_TD: Tensor, head_dim: int, cu_seqlens: Tensor) -> Tensor | None:
     """The order in which `packed_attention` and its backward take tiles, int32 (3, I): see attention_triton.py.
 
-    It depends on the documents alone, so all layers of a stack share it. x_TD: of the device and the dtype of q, k and
-    v. None where their kernels cannot run.
+    It depends only on the documents, so all layers of a stack share it. x_TD: has the device and dtype of q, k and v.
+    None where the Triton kernels cannot run.
     """
     kind = x_TD.device.type, x_TD.dtype
     if not use_fast("packed_attention", *kind, _why_no_packed(*kind, head_dim)):
@@ -167,10 +167,10 @@ def tile_order(x_TD: Tensor, head_dim: int, cu_seqlens: Tensor) -> Tensor | None
 def packed_attention(
     qkv_T3HP: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int, order: Tensor | None
 ) -> Attended:
-    """`attention` of q, k and v that lie side by side, for callers who write their own backward.
+    """`attention` of q, k and v in one tensor, for callers that write their own backward.
 
-    The documents hold all rows. order: `tile_order` of them; its own Triton kernels run where there is one, on Hopper
-    GPUs, else `attention`.
+    The documents contain all rows. order: their `tile_order`. With it our own Triton kernels run (on Hopper GPUs), else
+    `attention`.
     """
     if order is not None:
         from hnet_kernels import attention_triton
@@ -185,7 +185,7 @@ def packed_attention(
 def packed_attention_backward(
     do_THP: Tensor, qkv_T3HP: Tensor, attended: Attended, window: int, order: Tensor | None
 ) -> Tensor:
-    """dqkv_T3HP, given the gradient of o_THP. order: as `packed_attention` had it."""
+    """dqkv_T3HP, given the gradient of o_THP. order: that of `packed_attention`."""
     if order is not None:
         from hnet_kernels import attention_triton
 
@@ -199,11 +199,11 @@ def rotary_attention(
     qkv_TX: Tensor, n_heads: int, window: int, cos_MR: Tensor, sin_MR: Tensor, position_T: Tensor, cu_seqlens: Tensor,
     order: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`attention` of q, k and v that lie side by side (T, 3 H P), with q and k turned by their positions' angles.
+    """`attention` of q, k and v in one tensor (T, 3 H P), with q and k rotated by their positions' angles.
 
-    cos_MR, sin_MR: of positions 0 ... M - 1, no document being longer than M. order: `tile_order` of the documents,
-    which all layers of a stack can share. Returns (T, H P). The fast implementation turns q and k in place: nobody else
-    may read qkv afterwards, and autograd refuses to have saved it.
+    cos_MR, sin_MR: of positions 0 ... M - 1; no document is longer than M. order: `tile_order` of the documents, which
+    all layers of a stack can share. Returns (T, H P). The fast implementation rotates q and k in place: nothing else
+    may read qkv afterwards. Where another operation saved it, autograd raises an error.
     """
     q_THP, k_THP, v_THP = qkv_TX.unflatten(-1, (3, n_heads, -1)).unbind(1)
     cos_TR, sin_TR = cos_MR[position_T], sin_MR[position_T]
@@ -212,7 +212,7 @@ def rotary_attention(
 
 
 def rotate(x_THP: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-    """Partial RoPE, halves rotated: of each head, dimensions [0, R) turn against [R, 2R); the rest stays."""
+    """Partial RoPE: of each head, dimensions [0, R) and [R, 2R) are rotated as pairs; the others are unchanged."""
     cos, sin = cos_TR[:, None], sin_TR[:, None]
     R = cos.shape[-1]
     a, b, rest = x_THP[..., :R], x_THP[..., R : 2 * R], x_THP[..., 2 * R :]
@@ -232,7 +232,7 @@ class RotaryAttention(torch.autograd.Function):
         def attend(qkv_TX: Tensor) -> tuple[Tensor, Attended]:
             qkv_T3HP = qkv_TX.unflatten(-1, (3, n_heads, -1))
             rotate_(qkv_T3HP, *angles)
-            torch.autograd.graph.increment_version(qkv_TX)  # which a kernel does not do
+            torch.autograd.graph.increment_version(qkv_TX)  # a Triton kernel does not do this
             return qkv_T3HP, packed_attention(qkv_T3HP, cu_seqlens, len(angles[0]), window, order)
 
         with save_if(mode_ != "block"):

@@ -1,16 +1,17 @@
 """Triton kernels for attention over packed documents and its gradient. The definition is in attention.py.
 
-Legend: T tokens, B documents, H heads, P channels a head, M queries and N keys of a tile. Scores are in powers of two.
-In tiles a head has W channels, the power of two from P on; those that are too many are zeros.
+Legend: T tokens, B documents, H heads, P channels per head, M queries and N keys of a tile. Scores are base-2
+logarithms. In a tile a head has W channels, the least power of two that is P or more; the extra channels are zero.
 
-As flash attention does, no scores go to memory: forward keeps each query's log-sum of exponentials, backward computes
-the weights again, once for the keys' gradients and once for the queries'. What differs is the grid: chunks make short
-documents, for which a grid of (longest document) x (documents) is mostly empty. Here a program works for a tile of SIZE
-queries or keys that it finds in a list of those that there are, I = T / SIZE + B at most; those come first that have
-most to do (without a window), so that all programs end at about the same time. No atomics: the same bits every time.
+As in flash attention, no scores go to memory. The forward saves each query's log-sum of exponentials. The backward
+recomputes the weights, once for the keys' gradients and once for the queries'. The grid differs: chunks make short
+documents, for which a grid of (longest document) x (documents) would be mostly empty. Here a thread block works for a
+tile of SIZE queries or keys, which it finds in a list of at most I = T / SIZE + B tiles. The tiles with most work
+(without a window) come first, so that all blocks end at about the same time. There are no atomics: the same bits every
+time.
 
-Tiles that loops go through come through tensor descriptors, as in ssd_triton.py. They may hold rows of the next
-document and, where W > P, channels of the next head: whatever meets these is zero or not stored.
+Loops load their tiles through tensor descriptors, as in ssd_triton.py. A tile may contain rows of the next document
+and, where W > P, channels of the next head. These are multiplied by zero or not stored.
 """
 
 from typing import NamedTuple
@@ -26,26 +27,29 @@ from hnet_kernels.triton_math import LOG2_E
 
 
 class Options(NamedTuple):
-    """Of a kernel: tokens of the tiles that a program walks through, and how it is launched."""
+    """Of a kernel: the tokens of the tiles that a thread block loops over, and its launch options."""
 
     tokens: int
     warps: int
     stages: int
-    registers: int | None = None  # no more than these a thread
+    registers: int | None = None  # at most, per thread
 
 
-SIZE = 64  # tokens of the tile that a program works for: others are slower
+SIZE = 64  # tokens of the tile that a thread block works for; other sizes are slower
 # for W up to 64, and for 128: the fastest of those in benchmarks/results, h200-2026-11-28/kernels_sweep.txt and
 # h200-2026-11-28-2/attention_ways.txt
 FORWARD = Options(64, 4, 2), Options(64, 4, 3)
-KEYS = Options(64, 4, 2, 168), Options(32, 4, 2)  # 168: three programs a multiprocessor
+KEYS = Options(64, 4, 2, 168), Options(32, 4, 2)  # 168: three blocks per SM
 QUERIES = Options(64, 4, 3), Options(64, 4, 2)
 
 
 @triton.jit(do_not_specialize=["B", "n", "steps"])
 def _order(cu_seqlens_ptr, tiles_ptr, B, n, steps, SIZE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr):
-    """tiles_3I: see `tile_order`. Of the tiles with j or more before them in their document there are S(j), a sum over
-    documents that falls with j. So, those with most before them first, the i-th has the largest j with S(j) > i."""
+    """tiles_3I: see `tile_order`.
+
+    S(j) tiles have j or more tiles before them in their document; S is a sum over documents that decreases with j. In
+    the order of decreasing j, the i-th tile therefore has the largest j with S(j) > i.
+    """
     i, b = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_B)
     start_B = tl.load(cu_seqlens_ptr + b, mask=b < B, other=0)
     end_B = tl.load(cu_seqlens_ptr + 1 + b, mask=b < B, other=0)
@@ -55,7 +59,7 @@ def _order(cu_seqlens_ptr, tiles_ptr, B, n, steps, SIZE: tl.constexpr, BLOCK_B: 
         middle = (low + high) // 2
         many = tl.sum(tl.maximum(tiles_B[None, :] - middle[:, None], 0), 1) > i
         low, high = tl.where(many, middle, low), tl.where(many, high, middle)
-    rank = i - tl.sum(tl.maximum(tiles_B[None, :] - low[:, None] - 1, 0), 1)  # among those with as many before them
+    rank = i - tl.sum(tl.maximum(tiles_B[None, :] - low[:, None] - 1, 0), 1)  # among tiles with as many before them
     has = (tiles_B[None, :] > low[:, None]).to(tl.int32)
     here = (has != 0) & (tl.cumsum(has, 1) - 1 == rank[:, None])
     start, end = tl.sum(tl.where(here, start_B[None, :], 0), 1), tl.sum(tl.where(here, end_B[None, :], 0), 1)
@@ -66,15 +70,17 @@ def _order(cu_seqlens_ptr, tiles_ptr, B, n, steps, SIZE: tl.constexpr, BLOCK_B: 
 
 @triton.jit
 def _tile(tiles_ptr, H):
-    """(start, end, first token) of the document and the tile in it that this program works for. All heads of a tile,
-    then those of the next: on one axis, since CUDA allows 65,535 programs on the others."""
+    """(start, end, first token) of this thread block's document and of its tile.
+
+    The heads of a tile are adjacent in the grid. It has one axis, since CUDA allows 65,535 blocks on the others.
+    """
     i, n = tl.program_id(0) // H, tl.num_programs(0) // H
     return tl.load(tiles_ptr + i), tl.load(tiles_ptr + n + i), tl.load(tiles_ptr + 2 * n + i)
 
 
 @triton.jit
 def _rows(ptr, row, stride, inside, P: tl.constexpr, W: tl.constexpr):
-    """A tile's rows of a head, zeros but where a row is inside."""
+    """A tile's rows of a head; zeros outside."""
     p = tl.arange(0, W)
     at = row.to(tl.int64)[:, None] * stride + p[None, :]
     return tl.load(ptr + at, mask=inside[:, None] & (p < P)[None, :], other=0.0)
@@ -89,7 +95,7 @@ def _store_rows(ptr, row, stride, inside, x, P: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def _window_begins(start, first, window, M: tl.constexpr, N: tl.constexpr):
-    """Where the first tile of keys begins that some query of a tile sees, and the first that all of them see."""
+    """The start of the first tile of keys that some query of a tile sees, and of the first that all queries see."""
     reached = start + tl.maximum(first - window - start, 0) // N * N
     whole = start + (tl.maximum(first + M - 1 - window - start, 0) + N - 1) // N * N
     return reached, tl.minimum(whole, first)
@@ -100,7 +106,7 @@ def _attend(
     q_MP, o_MP, sum_M, most_M, kv_desc, k_column, v_column, m, first, end, scale, window,
     N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Adds keys first ... end - 1 to the running softmax of some queries; MASK where not all of them may be seen."""
+    """Adds keys first ... end - 1 to the running softmax of a tile of queries; MASK: some keys may not be seen."""
     for n_first in range(first, end, N):
         n = n_first + tl.arange(0, N)
         k_NP = kv_desc.load([n_first, k_column])
@@ -113,7 +119,7 @@ def _attend(
         now_M = tl.maximum(most_M, tl.max(scores_MN, 1) * scale)
         weights_MN = tl.exp2(scores_MN * scale - now_M[:, None])
         if MASK:
-            weights_MN = tl.where(seen_MN, weights_MN, 0.0)  # also where a query has seen none yet
+            weights_MN = tl.where(seen_MN, weights_MN, 0.0)  # also for queries that have seen no key
         shrink_M = tl.exp2(most_M - now_M)
         sum_M = sum_M * shrink_M + tl.sum(weights_MN, 1)
         v_NP = kv_desc.load([n_first, v_column])
@@ -127,7 +133,7 @@ def _forward(
     q_ptr, kv_desc, o_ptr, lse_ptr, tiles_ptr, T, H, stride, o_stride, scale, window,
     P: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """One program a tile of queries and head: o_THP and lse_HT."""
+    """One thread block per tile of queries and head: o_THP and lse_HT."""
     h = tl.program_id(0) % H
     start, end, first = _tile(tiles_ptr, H)
     if start == end:
@@ -158,7 +164,7 @@ def _for_keys(
     k_NP, v_NP, dk_NP, dv_NP, q_desc, do_desc, column, lse_ptr, delta_ptr, n, first, end, scale, window,
     M: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Adds what queries first ... end - 1 give to the gradients of some keys and values."""
+    """Adds the contributions of queries first ... end - 1 to the gradients of a tile of keys and values."""
     for m_first in range(first, end, M):
         m = m_first + tl.arange(0, M)
         inside = m < end
@@ -170,7 +176,7 @@ def _for_keys(
         else:
             lse_M, delta_M = tl.load(lse_ptr + m), tl.load(delta_ptr + m)
         scores_NM = tl.dot(k_NP, tl.trans(q_MP))
-        dweights_NM = tl.dot(v_NP, tl.trans(do_MP))  # here, so that the exponentials need not wait for it
+        dweights_NM = tl.dot(v_NP, tl.trans(do_MP))  # issued here, so that the exponentials do not wait for it
         weights_NM = tl.exp2(scores_NM * scale - lse_M[None, :])
         if MASK:
             seen_NM = (n[:, None] <= m[None, :]) & inside[None, :]
@@ -189,19 +195,19 @@ def _backward_keys(
     scale, dscale, window,
     P: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """One program a tile of keys and head: dk_THP and dv_THP."""
+    """One thread block per tile of keys and head: dk_THP and dv_THP."""
     h = tl.program_id(0) % H
     start, end, first = _tile(tiles_ptr, H)
     if start == end:
         return
-    # the list goes by what queries have before them; keys have as many behind: the document's tiles the other way round
+    # the list is ordered for queries; for keys the tiles of a document are taken in reverse order
     first = start + ((end - start - 1) // N - (first - start) // N) * N
     n = first + tl.arange(0, N)
     k_NP = _rows(k_ptr + h * P, n, stride, n < end, P, W)
     v_NP = _rows(v_ptr + h * P, n, stride, n < end, P, W)
     dk_NP, dv_NP = tl.zeros((N, W), tl.float32), tl.zeros((N, W), tl.float32)
     column, lse_ptr, delta_ptr = h * P, lse_ptr + h * T, delta_ptr + h * T
-    masked = tl.minimum(first + N, end)  # up to here some keys come after some queries
+    masked = tl.minimum(first + N, end)  # before this query some keys come after their query
     seen_by_all = end
     if WINDOW:
         seen_by_all = tl.minimum(first + window + 1, end)
@@ -228,7 +234,7 @@ def _for_queries(
     q_MP, do_MP, lse_M, delta_M, dq_MP, kv_desc, k_column, v_column, m, first, end, scale, window,
     N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Adds what keys first ... end - 1 give to the gradients of some queries."""
+    """Adds the contributions of keys first ... end - 1 to the gradients of a tile of queries."""
     for n_first in range(first, end, N):
         n = n_first + tl.arange(0, N)
         k_NP = kv_desc.load([n_first, k_column])
@@ -252,7 +258,7 @@ def _backward_queries(
     scale, dscale, window,
     P: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """One program a tile of queries and head: dq_THP, and delta_HT: o . do, what the softmax's gradient subtracts."""
+    """One thread block per tile of queries and head: dq_THP; and delta_HT = o . do, for the softmax's gradient."""
     h = tl.program_id(0) % H
     start, end, first = _tile(tiles_ptr, H)
     if start == end:
@@ -294,14 +300,16 @@ def _constants(options: Options, M: int, N: int, P: int, window: int) -> dict:
 
 
 def _described(x: Tensor, rows: int, P: int) -> TensorDescriptor:
-    """Of a dense (T, ..., P), in tiles of so many rows and a head."""
+    """The descriptor of a dense (T, ..., P) tensor, in tiles of that many rows and one head."""
     columns = x.stride(0)
     return TensorDescriptor(x, [len(x), columns], [columns, 1], [rows, triton.next_power_of_2(P)])
 
 
 def tile_order(T: int, cu_seqlens: Tensor) -> Tensor:
-    """tiles_3I of int32: the start and the end of a document, and the first token of a tile in it, for each tile of
-    queries, from those with most keys before them; zeros for tiles that there are not. cu_seqlens: int32."""
+    """tiles_3I, int32: for each tile of queries the start and the end of its document and its own first token.
+
+    The tiles with most keys before them come first; unused entries are zero. cu_seqlens: int32.
+    """
     B = len(cu_seqlens) - 1
     n, block = triton.cdiv(T, SIZE) + B, triton.next_power_of_2(B)
     tiles_3I, block_I = cu_seqlens.new_empty(3, n), max(1, min(128, 4096 // block))
@@ -313,12 +321,12 @@ def tile_order(T: int, cu_seqlens: Tensor) -> Tensor:
 
 
 def attention_forward(qkv_T3HP: Tensor, tiles_3I: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """(o_THP, lse_HT). qkv_T3HP: dense. tiles_3I: `tile_order` of documents that hold all T rows."""
+    """(o_THP, lse_HT). qkv_T3HP: dense. tiles_3I: `tile_order` of documents that contain all T rows."""
     T, _, H, P = qkv_T3HP.shape
     q = qkv_T3HP[:, 0]
     o_THP, lse_HT = saved_empty(q, T, H, P), saved_empty(q, H, T, dtype=torch.float32)
     options = _for_heads(FORWARD, P)
-    assert SIZE % options.tokens == 0  # keys before a tile of queries are whole tiles
+    assert SIZE % options.tokens == 0  # the keys before a tile of queries are full tiles
     if not T:
         return o_THP, lse_HT
     keys = _described(qkv_T3HP, options.tokens, P)

@@ -1,8 +1,8 @@
-"""Where chunks begin, and what follows from that: one pass over all tokens.
+"""Where chunks begin, and the tensors that follow from it, in one pass over all tokens.
 
-Legend: T tokens, C chunks that there could be, B documents. Tokens behind the last document fill up; they open nothing.
+Legend: T tokens, at most C chunks, B documents. Tokens after the last document are padding, which opens no chunk.
 
-This file has the definitions and the choice; the Triton kernels that run on a GPU are in boundaries_triton.py.
+This file has the definitions and the dispatch; the Triton kernels for GPUs are in boundaries_triton.py.
 """
 
 from typing import NamedTuple
@@ -15,20 +15,20 @@ from hnet_kernels.dispatch import operation, use_fast, why_unsupported
 
 
 class Chunks(NamedTuple):
-    """Where chunks begin. `cut` writes it: contiguous tensors, but for `shares`."""
+    """Where chunks begin, written by `cut`. All tensors but `shares` are contiguous."""
 
-    p_T: Tensor  # (T + 1,), p and a zero behind it
+    p_T: Tensor  # (T + 1,): p, then a zero
     b_T: Tensor  # bool: which tokens open a chunk
     chunk_T: Tensor  # int64: each token's chunk
     start_C: Tensor  # int64: each chunk's first token, T where there is no chunk
     cu_seqlens: Tensor  # int32 (B + 1,): the documents, in chunks
-    position_C: Tensor  # int32: each chunk's place in its document; those that are no chunks count as one document
-    counts: Tensor  # int64: of all chunks, and of the longest document's
-    shares: Tensor  # (2,), p's dtype: F, the share of tokens that open a chunk, and G, the mean of p; of real tokens
+    position_C: Tensor  # int32: each chunk's position in its document; unused entries count as one document
+    counts: Tensor  # int64 (2,): all chunks, and those of the document with most
+    shares: Tensor  # (2,), p's dtype: F, the share of real tokens that open a chunk; G, their mean p
 
     @classmethod
     def empty(cls, p_T: Tensor, documents: int) -> "Chunks":
-        """Memory for what `cut` finds among T tokens."""
+        """Memory for the results of `cut` on T tokens."""
         T, device = len(p_T), p_T.device
         return cls(
             p_T.new_empty(T + 1),
@@ -47,9 +47,9 @@ def cut(
 ) -> tuple[Tensor, Tensor, Chunks]:
     """Opens a chunk where b_T (bool) says so, and where a document begins. Returns (p_T, G, chunks).
 
-    p_T: float32 or float64; returned as it is stored in `chunks`. G: the mean of p over real tokens; gradient of p.
-    position_T: each token's place in its document. cu_seqlens: int32 (B + 1,), the documents. to: where to write what
-    is found, for C chunks that there could be, T or more of them.
+    p_T: float32 or float64; returned as it is stored in `chunks`. G: the mean of p over real tokens. Both have
+    gradients. position_T: each token's position in its document. cu_seqlens: int32 (B + 1,), the documents. to: where
+    to write the results, with space for C >= T chunks.
     """
     to = to or Chunks.empty(p_T, len(cu_seqlens) - 1)
     find_chunks(p_T.detach(), b_T, position_T, cu_seqlens, to)
@@ -82,8 +82,7 @@ def _fast(p_T: Tensor) -> bool:
 
 
 def find_chunks(p_T: Tensor, b_T: Tensor, position_T: Tensor, cu_seqlens: Tensor, to: Chunks) -> None:
-    """`cut` without gradients. The kernels add p up in an order of their own, always the same: G has other last bits
-    than the definition's."""
+    """`cut` without gradients. The kernels sum p in their own order, so G may differ in its last bits."""
     if _fast(p_T):
         from hnet_kernels import boundaries_triton  # not above: triton is not everywhere
 
@@ -104,7 +103,7 @@ def find_chunks(p_T: Tensor, b_T: Tensor, position_T: Tensor, cu_seqlens: Tensor
 
 
 def add_mean_gradient(dp_T: Tensor, dmean: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """dp_T + the gradient of p that comes through its mean over real tokens."""
+    """dp_T plus the gradient of p through its mean over real tokens."""
     if _fast(dp_T):
         from hnet_kernels import boundaries_triton
 

@@ -1,9 +1,9 @@
 """Triton kernels for the operations of boundaries.py, where the definitions are.
 
-Legend: T tokens, C chunks that there could be, B documents, K blocks of tokens.
+Legend: T tokens, at most C chunks, B documents, K blocks of tokens.
 
-Three launches, as each needs all that the one before has found: `_count` adds up each block of tokens, `_number` gives
-chunks their numbers, `_documents` looks up where documents begin and end. No atomics.
+There are three launches, because each needs the full result of the one before: `_count` counts the chunks of each block
+of tokens, `_number` numbers the chunks, `_documents` finds where documents begin and end. There are no atomics.
 """
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hnet_kernels.boundaries import Chunks
 
-BLOCK = 1024  # tokens, chunks or documents that a program takes at once
+BLOCK = 1024  # tokens, chunks or documents per thread block
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -21,7 +21,7 @@ def _count(
     p_ptr, position_ptr, opens_ptr, tokens_ptr, p_out_ptr, b_ptr, counts_ptr, sums_ptr, T,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """b, a copy of p with a zero behind it; counts_K: how many chunks a block opens; sums_K: of its p."""
+    """b, and p with a zero appended; counts_K: the chunks that a block opens; sums_K: the sum of its p."""
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     real = t < tl.load(tokens_ptr)
     p = tl.load(p_ptr + t, mask=t < T, other=0.0)
@@ -39,7 +39,7 @@ def _number(
     b_ptr, counts_ptr, sums_ptr, tokens_ptr, chunk_ptr, start_ptr, shares_ptr, shares_stride, T, C, K,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """chunk_T and start_C of a block of tokens, and of chunks: T where there is none. The first program: F and G."""
+    """chunk_T of a block of tokens and start_C of a block of chunks (T for no chunk). The first block: F and G."""
     block = tl.program_id(0)
     before = tl.full((), 0, tl.int32)
     chunks = tl.full((), 0, tl.int32)
@@ -64,7 +64,7 @@ def _number(
 
 @triton.jit
 def _chunks_before(chunk_ptr, t, inside):
-    """How many chunks begin before token t."""
+    """The number of chunks that begin before token t."""
     return tl.load(chunk_ptr + t - 1, mask=inside & (t > 0), other=-1) + 1
 
 
@@ -73,7 +73,7 @@ def _documents(
     chunk_ptr, start_ptr, position_ptr, cu_ptr, inner_cu_ptr, inner_position_ptr, counts_ptr, T, C, B,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The first program: cu_seqlens and counts. The others: position_C, as a document's first token opens a chunk."""
+    """The first block: cu_seqlens and counts. The others: position_C. A document's first token opens a chunk."""
     chunks = tl.load(chunk_ptr + T - 1) + 1
     if tl.program_id(0) == 0:
         longest = tl.full((), 0, tl.int64)

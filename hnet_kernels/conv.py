@@ -2,7 +2,7 @@
 
 Legend: T tokens of all documents together, B documents, D channels, K taps.
 
-This file has the definition and the operation; the Triton kernels that it runs on a GPU are in conv_triton.py.
+This file has the definition and the operation; the Triton kernels for GPUs are in conv_triton.py.
 """
 
 import importlib.util
@@ -18,12 +18,12 @@ MAX_TAPS = 4
 
 
 def _clear(x_TD: Tensor, rows: Tensor) -> None:
-    """Zero these rows of x in place; rows outside of it don't count."""
+    """Zeroes these rows of x in place; rows outside of x are ignored."""
     x_TD[rows[(rows >= 0) & (rows < len(x_TD))]] = 0
 
 
 def conv_forward(x_TD: Tensor, weight_D1K: Tensor, bias_D: Tensor, position_T: Tensor) -> Tensor:
-    """The convolution alone, tap by tap: K multiply-adds of the whole x, each shifted by one token more."""
+    """The convolution without SiLU, tap by tap: K multiply-adds of x, each shifted by one more token."""
     taps_KD, start_B = weight_D1K[:, 0].T.flip(0), (position_T == 0).nonzero()
     y_TD = torch.addcmul(bias_D, x_TD, taps_KD[0])
     x_TD = x_TD.clone(memory_format=torch.contiguous_format)
@@ -64,14 +64,14 @@ def _why_unsupported(x_TD: Tensor, K: int) -> str | None:
 def causal_conv_silu(x_TD: Tensor, weight_D1K: Tensor, bias_D: Tensor, position_T: Tensor) -> Tensor:
     """silu(bias + sum_k weight[K - 1 - k] x_{t - k}), over the tokens before t in its own document. Returns y_TD.
 
-    x, weight and bias: one floating dtype. position_T: int32 or int64, each token's place in its document, from 0.
-    Keeps only its inputs for the backward, which convolves again.
+    x, weight and bias: one floating dtype. position_T: int32 or int64, each token's position in its document, from 0.
+    Saves only its inputs for the backward, which recomputes the convolution.
     """
     return causal_conv_silu_forward(x_TD, weight_D1K, bias_D, position_T)
 
 
 def causal_conv_silu_forward(x_TD: Tensor, weight_D1K: Tensor, bias_D: Tensor, position_T: Tensor) -> Tensor:
-    """`causal_conv_silu`, for callers who write their own backward."""
+    """`causal_conv_silu`, for callers that write their own backward."""
     if use_fast("causal_conv_silu", x_TD.device.type, x_TD.dtype, _why_unsupported(x_TD, weight_D1K.shape[-1])):
         from hnet_kernels import conv_triton  # not above: triton is not everywhere
 
@@ -94,7 +94,7 @@ def causal_conv_silu_backward(
 
         slot = PartialSums().slot(weight_D1K, bias_D)
         dx_TD = conv_triton.conv_silu_backward(dy_TD, x_TD, weight_D1K, bias_D, position_T, slot)
-        return dx_TD, *(x.clone() for x in slot.gradients())  # what an operation returns must not share memory
+        return dx_TD, *(x.clone() for x in slot.gradients())  # an operation's results must not share memory
     before_TD = conv_forward(x_TD, weight_D1K, bias_D, position_T)
     dbefore_TD = torch.ops.aten.silu_backward(dy_TD, before_TD)
     return tuple(grad.contiguous() for grad in conv_backward(dbefore_TD, x_TD, weight_D1K, position_T))
@@ -117,8 +117,9 @@ causal_conv_silu.register_autograd(
 def causal_conv_silu_backward_to(
     dx_TD: Tensor, dy_TD: Tensor, x_TD: Tensor, weight_D1K: Tensor, bias_D: Tensor, position_T: Tensor, dweights: Slot
 ) -> None:
-    """Gradients of `causal_conv_silu`: writes x's to dx_TD, whose rows may be parts of longer ones, and fills the slot
-    of those of weight and bias."""
+    """Gradients of `causal_conv_silu`. Writes x's to dx_TD, whose rows may be parts of longer rows, and fills the slot
+    of the gradients of weight and bias.
+    """
     if use_fast("causal_conv_silu", x_TD.device.type, x_TD.dtype, _why_unsupported(x_TD, weight_D1K.shape[-1])):
         from hnet_kernels import conv_triton
 

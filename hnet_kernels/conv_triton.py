@@ -2,23 +2,23 @@
 
 Legend: T tokens, D channels, K <= 4 taps, S runs of tokens.
 
-Both are bound by memory: forward reads x and writes y, backward reads x and dy and writes dx. A program walks along a
-run of tokens with a row of channels, the last three rows of x in registers, so that it reads each element once. With
-u = bias + the convolution and du = dy silu'(u),
+Both are bound by memory: the forward reads x and writes y, the backward reads x and dy and writes dx. A thread block
+walks along a run of tokens with a row of channels. It holds the last three rows of x in registers, so each element is
+read once. With u = bias + the convolution and du = dy silu'(u),
 
     dx_t = sum_k weight[K - 1 - k] du_{t + k}    over the tokens of t's document
 
-so backward walks three tokens further, and hands each dx on when its last term has come. Sums for the weights and the
-bias stay in registers and are added up over the runs at the end: no atomics, the same bits every time on one kind of
-GPU, whose multiprocessors decide how long the backward's runs are.
+so the backward walks three tokens further and stores each dx when its last term is known. The partial sums for the
+weights and the bias stay in registers and are reduced over the runs at the end. There are no atomics: the same bits
+every time on one kind of GPU, whose number of SMs decides the length of the backward's runs.
 
-Tokens come in groups of AHEAD. All rows of the next group are loaded before this one is computed: a load that came
-between this group's stores would wait for them, since the compiler cannot know that they write elsewhere. A group is
-either so far from the start of its document that no tap need be cut off, or takes the slower steps (CUT).
+Tokens are taken in groups of AHEAD. All rows of the next group are loaded before the current group is computed. A load
+between the stores of a group would wait for them, because the compiler does not know that they write elsewhere. A group
+that is far enough from the start of its document needs no taps cut off; other groups take the slower path (CUT).
 
-Few instructions: D and the strides are constants, so that a group's rows are at constant distances; two bfloat16 are
-loaded as one int32 (PAIRS) and taken apart by a shift and a mask; weights and bias are scaled by C = -log2(e), so that
-with v = C u and s = sigmoid(u) / C
+The number of instructions is kept small. D and the strides are constants, so that the rows of a group are at constant
+distances. Two bfloat16 are loaded as one int32 (PAIRS) and separated by a shift and a mask. Weights and bias are scaled
+by C = -log2(e), so that with v = C u and s = sigmoid(u) / C
 
     silu(u) = v s,    silu'(u) = C s (1 + v (1 / C - s)),    s = 1 / (C + C 2^v)
 
@@ -33,13 +33,13 @@ import triton.language as tl
 from torch import Tensor
 
 from hnet_kernels.gradients import Slot
-from hnet_kernels.norm_triton import multiprocessors, sum_rows
+from hnet_kernels.norm_triton import sm_count, sum_rows
 from hnet_kernels.saved import saved_empty
 
-FORWARD = (32, 128, 1)  # a program's tokens, a multiple of a turn's, and channels; warps
-BACKWARD = (16, 128, 1)  # programs a multiprocessor, a program's channels, warps; all run at once, see `_run`
+FORWARD = (32, 128, 1)  # tokens per thread block (a multiple of a turn's), its channels, its warps
+BACKWARD = (16, 128, 1)  # blocks per SM, channels and warps of a block; all run at once, see `_run`
 AHEAD = tl.constexpr(4)  # tokens of a group, at least 3
-UNROLL = tl.constexpr(2)  # groups of a loop's turn: what one hands on to the next need not be moved between registers
+UNROLL = tl.constexpr(2)  # groups per turn of the loop: values passed between them stay in their registers
 C, C_INVERSE = tl.constexpr(-1.4426950408889634), tl.constexpr(-0.6931471805599453)
 _COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
 
@@ -57,7 +57,7 @@ def _scaled_sigmoid(v):
 
 @triton.jit
 def _tap(weight_ptr, k: tl.constexpr, d, in_D, K: tl.constexpr):
-    """C times the weights of what is k tokens before; zero where there are fewer taps."""
+    """C times the weights of tap k (k tokens before); zero where there are fewer taps."""
     return tl.load(weight_ptr + d * K + (K - 1 - k), mask=in_D & (k < K), other=0.0).to(tl.float32) * C
 
 
@@ -74,13 +74,13 @@ def _bias_and_taps(weight_ptr, bias_ptr, d, in_D, K: tl.constexpr):
 
 @triton.jit
 def _words(x_ptr, PAIRS: tl.constexpr):
-    """Where rows are loaded from: a row has half as many words as channels (PAIRS), or as many."""
+    """The pointer from which rows are loaded. With PAIRS a word has two channels, else one."""
     return x_ptr.to(tl.pointer_type(tl.int32)) if PAIRS else x_ptr
 
 
 @triton.jit
 def _wide(row, PAIRS: tl.constexpr):
-    """A row's channels in float32. PAIRS: of bfloat16, two in a word."""
+    """A row's channels in float32. PAIRS: a word has two bfloat16 channels."""
     if PAIRS:
         x = tl.interleave((row << 16).to(tl.float32, bitcast=True), (row & -65536).to(tl.float32, bitcast=True))
     else:
@@ -90,7 +90,7 @@ def _wide(row, PAIRS: tl.constexpr):
 
 @triton.jit
 def _rows(x_at, inside, there, STRIDE: tl.constexpr, EVEN: tl.constexpr):
-    """AHEAD rows, if they are there. EVEN: all of their channels are inside."""
+    """AHEAD rows, where `there`. EVEN: all channels are inside."""
     rows = ()
     for j in tl.static_range(AHEAD):
         rows = rows + (tl.load(x_at + j * STRIDE, mask=there if EVEN else inside & there, other=0),)
@@ -99,7 +99,7 @@ def _rows(x_at, inside, there, STRIDE: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def _rows_left(x_at, inside, left, STRIDE: tl.constexpr):
-    """AHEAD rows; zeros behind the `left` ones that there are."""
+    """AHEAD rows; zeros after the `left` rows that exist."""
     rows = ()
     for j in tl.static_range(AHEAD):
         rows = rows + (tl.load(x_at + j * STRIDE, mask=inside & (j < left), other=0),)
@@ -108,7 +108,7 @@ def _rows_left(x_at, inside, left, STRIDE: tl.constexpr):
 
 @triton.jit
 def _rows_before(x_at, inside, t, STRIDE: tl.constexpr, PAIRS: tl.constexpr):
-    """The three rows before t, the last first; zeros before the first token."""
+    """The three rows before t, the nearest first; zeros before the first token."""
     return (
         _wide(tl.load(x_at - STRIDE, mask=inside & (t >= 1), other=0), PAIRS),
         _wide(tl.load(x_at - 2 * STRIDE, mask=inside & (t >= 2), other=0), PAIRS),
@@ -118,15 +118,17 @@ def _rows_before(x_at, inside, t, STRIDE: tl.constexpr, PAIRS: tl.constexpr):
 
 @triton.jit
 def _within(position_at, left, GROUP: tl.constexpr):
-    """Whether all taps of a group's tokens lie in the same document, and the tokens among those left. GROUP: 0 for
-    the group at `position_at`, 1 for the next."""
+    """Whether all taps of a group's tokens are in their document, and the group has no more tokens than are left.
+
+    GROUP: 0 for the group at `position_at`, 1 for the next.
+    """
     last: tl.constexpr = (GROUP + 1) * AHEAD - 1
     return tl.load(position_at + last, mask=last < left, other=0) >= AHEAD + 2
 
 
 @triton.jit
 def _cut(x, position, k: tl.constexpr, CUT: tl.constexpr):
-    """x; CUT: zero where what lies k tokens before is in another document."""
+    """x; CUT: zero where the token k tokens before is in another document."""
     return tl.where(position >= k, x, 0.0) if CUT else x
 
 
@@ -143,7 +145,7 @@ def _forward_steps(
     rows, position_at, y_at, left, in_D, taps, last,
     D: tl.constexpr, PAIRS: tl.constexpr, EVEN: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
-    """A group of AHEAD tokens; returns the last three rows of x."""
+    """Computes a group of AHEAD tokens and returns the last three rows of x."""
     bias, w0, w1, w2, w3 = taps
     x1, x2, x3 = last
     for j in tl.static_range(AHEAD):
@@ -190,7 +192,7 @@ def _forward(
     taps = _bias_and_taps(weight_ptr, bias_ptr, d, in_D, K)
     for _ in range(0, RUN, UNROLL * AHEAD):
         for _ in tl.static_range(UNROLL):
-            # Where the next group is not whole, it loads its own rows. What is loaded where it is used holds all up.
+            # an incomplete next group loads its own rows; a load right before its use would stall
             next_rows = _rows(x_at + AHEAD * STRIDE, inside, left >= 2 * AHEAD, STRIDE, EVEN)
             next_within = _within(position_at, left, 1)
             if within:
@@ -210,8 +212,8 @@ def _backward_steps(
     rows, dy_rows, position_at, dx_at, left, inner, in_D, taps, last, dxs, sums,
     DX_STRIDE: tl.constexpr, PAIRS: tl.constexpr, EVEN: tl.constexpr, CUT: tl.constexpr, OURS: tl.constexpr,
 ):  # fmt: skip
-    """A group of AHEAD tokens. inner: it is not the run's first. OURS: they are the run's, else three tokens behind
-    it, which the next run counts in its sums."""
+    """Computes a group of AHEAD tokens. inner: it is not the run's first. OURS: its tokens belong to the run; else they
+    are the three tokens after it, which count in the sums of the next run."""
     bias, w0, w1, w2, w3 = taps
     x1, x2, x3 = last
     dx1, dx2, dx3 = dxs
@@ -262,7 +264,7 @@ def _backward(
     BLOCK_D: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """dx_TD, and a run's part of the sums for the weight and the bias: sums_SKD, with the bias as tap K."""
+    """dx_TD, and the partial sums of a run for the weight and the bias: sums_SKD, with the bias as tap K."""
     EVEN: tl.constexpr = D % BLOCK_D == 0
     WORD: tl.constexpr = 2 if PAIRS else 1
     STRIDE: tl.constexpr = X_STRIDE // WORD
@@ -281,11 +283,11 @@ def _backward(
     within = _within(position_at, left, 0)
     taps = _bias_and_taps(weight_ptr, bias_ptr, d, in_D, K)
     zero = tl.zeros((BLOCK_D,), tl.float32)
-    dxs = zero, zero, zero  # of the last three tokens, as far as they are known
+    dxs = zero, zero, zero  # of the last three tokens, not yet complete
     sums = zero, zero, zero, zero, zero
     for i in range(0, run, UNROLL * AHEAD):
         for group in tl.static_range(UNROLL):
-            whole = left >= 2 * AHEAD  # the next group; as forward
+            whole = left >= 2 * AHEAD  # the next group is full; as in the forward
             next_rows = _rows(x_at + AHEAD * STRIDE, inside, whole, STRIDE, EVEN)
             next_dy_rows = _rows(dy_at + AHEAD * DY, inside, whole, DY, EVEN)
             next_within = _within(position_at, left, 1)
@@ -307,7 +309,7 @@ def _backward(
             dx_at += AHEAD * DX_STRIDE
             position_at += AHEAD
             left -= AHEAD
-    dx_at = dx_ptr + (first + run) * DX_STRIDE + d  # anew: what comes out of a loop has lost its layout
+    dx_at = dx_ptr + (first + run) * DX_STRIDE + d  # computed anew: values that leave a loop have lost their layout
     if within:
         _backward_steps(
             rows, dy_rows, position_at, dx_at, left, True, in_D, taps, last, dxs, sums,
@@ -341,10 +343,12 @@ def _dense_rows(x_TD: Tensor) -> Tensor:
 
 
 def _run(T: int, D: int, device: torch.device) -> int:
-    """Tokens of a backward's program, such that all programs fit on the device at once: a second round would leave much
-    of it idle, and shorter runs look again at more tokens before and behind them."""
-    programs, channels, _ = BACKWARD
-    runs = max(1, programs * multiprocessors(device) // triton.cdiv(D, channels))
+    """Tokens per thread block in the backward, chosen so that all blocks run at once.
+
+    A second round would leave much of the GPU idle. Shorter runs would reread more tokens at their edges.
+    """
+    blocks_per_sm, channels, _ = BACKWARD
+    runs = max(1, blocks_per_sm * sm_count(device) // triton.cdiv(D, channels))
     turn = UNROLL.value * AHEAD.value
     return max(4 * turn, triton.cdiv(triton.cdiv(T, runs), turn) * turn)
 
@@ -375,12 +379,14 @@ def conv_silu_backward(
     dweights: Slot,
     out_TD: Tensor | None = None,
 ) -> Tensor:
-    """dx_TD of `hnet::causal_conv_silu`; fills the slot of the gradients of weight and bias. out_TD: where dx_TD goes,
-    with dense rows."""
+    """dx_TD of `hnet::causal_conv_silu`; fills the slot of the gradients of weight and bias.
+
+    out_TD: where dx_TD is written, with dense rows.
+    """
     (T, D), K = x_TD.shape, weight_D1K.shape[-1]
     dx_TD = x_TD.new_empty(T, D) if out_TD is None else out_TD
-    programs, channels, warps = BACKWARD
-    run, registers = _run(T, D, x_TD.device), min(255, 2**16 // (32 * warps * programs))
+    blocks_per_sm, channels, warps = BACKWARD
+    run, registers = _run(T, D, x_TD.device), min(255, 2**16 // (32 * warps * blocks_per_sm))
     runs = triton.cdiv(T, run)
     sums_SKD = dweights.rows(runs, functools.partial(sum_rows, turned=(K, D)))
     if not T:

@@ -2,7 +2,7 @@
 
 Legend: T tokens, V classes.
 
-This file has the definition and the choice; the Triton kernels that run on a GPU are in cross_entropy_triton.py.
+This file has the definition and the dispatch; the Triton kernels for GPUs are in cross_entropy_triton.py.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hnet_kernels.dispatch import operation, use_fast, why_unsupported
 
-MOST = 4096  # classes: a row must fit into the registers of one program
+MOST = 4096  # classes: a row must fit into the registers of one thread block
 
 
 def _fast(logits_TV: Tensor) -> bool:
@@ -59,7 +59,7 @@ def cross_entropy_forward(logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, 
 
 
 def cross_entropy_backward(dloss: Tensor, logits_TV: Tensor, labels_T: Tensor, lse_T: Tensor) -> Tensor:
-    """dlogits_TV in the logits' dtype, where each token's loss has the gradient dloss: one number, of lse_T's dtype."""
+    """dlogits_TV in the logits' dtype, for the gradient dloss of each token's loss: one element of lse_T's dtype."""
     if _fast(logits_TV):
         from hnet_kernels import cross_entropy_triton
 

@@ -1,6 +1,7 @@
 """The Triton kernels of cross_entropy.py, where the definitions are.
 
-Legend: T tokens, V classes. Bound by memory: forward reads the logits, backward reads them and writes their gradients.
+Legend: T tokens, V classes. The kernels are bound by memory: the forward reads the logits, the backward
+reads them and writes their gradients.
 """
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from hnet_kernels.triton_math import LOG2_E
 
-TILE = 2048  # elements of a program's rows
+TILE = 2048  # elements of rows per thread block
 
 
 @triton.jit
@@ -28,7 +29,7 @@ def _forward(
     v = tl.arange(0, BLOCK_V)
     logits, _, _ = _logits(logits_ptr, t, v, T, V)
     label = tl.load(labels_ptr + t, mask=t < T, other=0)
-    most = tl.maximum(tl.max(logits, 1), -1e30)  # rows past T have none
+    most = tl.maximum(tl.max(logits, 1), -1e30)  # rows past T have no logits
     lse = most + tl.log(tl.sum(tl.exp2((logits - most[:, None]) * LOG2_E), 1))
     of_label = tl.sum(tl.where(v[None, :] == label[:, None], logits, 0.0), 1)
     tl.store(loss_ptr + t, lse - of_label, mask=t < T)

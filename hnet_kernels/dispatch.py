@@ -1,7 +1,7 @@
-"""Which implementation of an operation runs, and in which dtype a definition computes.
+"""Chooses the implementation of an operation.
 
 An `Operation` is a definition in plain torch with a fast implementation beside it. Inside fast implementations,
-`use_fast` chooses Triton kernels: once for each (kernel, device type, dtype), logged once.
+`use_fast` chooses Triton kernels; each choice is logged once per (kernel, device type, dtype).
 """
 
 import contextlib
@@ -22,7 +22,7 @@ _chosen: dict[tuple[str, str, torch.dtype], str] = {}
 
 
 class KernelError(RuntimeError):
-    """An implementation was forced that cannot run here."""
+    """HNET_KERNELS asks for an implementation that cannot run here."""
 
 
 def wide(x: Tensor) -> Tensor:
@@ -40,15 +40,15 @@ def requested() -> str:
 
 
 OPERATIONS: dict[str, "Operation"] = {}
-_forced: list[bool] = []  # by `forcing`, the last one counts
+_forced: list[bool] = []  # set by `forcing`; the last one counts
 
 
 class Operation:
-    """A definition in plain torch, through which autograd goes, and a fast implementation with its own backward.
+    """A definition in plain torch, differentiated by autograd, and a fast implementation with its own backward.
 
-    Called, it runs the fast one on CUDA devices but in float64, and the definition elsewhere and where
-    `HNET_KERNELS=reference`. `uses_definition`: set where a check has found that the two differ. `fast_everywhere`: the
-    definition takes too long, or too much memory, for more than checks.
+    A call runs the fast implementation on CUDA devices, except in float64. It runs the definition elsewhere and with
+    `HNET_KERNELS=reference`. `uses_definition`: set by a check that found a difference. `fast_everywhere`: the
+    definition takes too much time or memory for anything but checks.
     """
 
     fast_everywhere = False
@@ -59,7 +59,7 @@ class Operation:
         OPERATIONS[self.name] = self
 
     def fast(self, implementation: Callable[..., Any]) -> Callable[..., Any]:
-        """Decorator: what runs on CUDA devices; takes what the definition takes."""
+        """Decorator: registers the implementation for CUDA devices, which takes the arguments of the definition."""
         self.implementation = implementation
         return implementation
 
@@ -75,7 +75,7 @@ class Operation:
             return _forced[-1]
         if self.fast_everywhere or (x.is_cuda and x.dtype != torch.float64):
             return requested() != "reference"
-        return requested() == "triton"  # which then says what it lacks
+        return requested() == "triton"  # its kernel then says what it lacks
 
 
 def operation(definition: Callable[..., Any]) -> Operation:
@@ -85,8 +85,10 @@ def operation(definition: Callable[..., Any]) -> Operation:
 
 @contextlib.contextmanager
 def forcing(fast: bool) -> Iterator[None]:
-    """Operations inside run their fast implementations, or their definitions, on any device. For checks and tests:
-    without a GPU a fast implementation is its own backward over kernels' definitions."""
+    """Inside, operations run their fast implementations (or their definitions) on any device, for checks and tests.
+
+    Without a GPU a fast implementation runs its own backward on the definitions of its kernels.
+    """
     _forced.append(fast)
     try:
         yield
@@ -97,7 +99,7 @@ def forcing(fast: bool) -> Iterator[None]:
 def why_unsupported(x: Tensor, widest: int | None = None) -> str | None:
     """Why a Triton kernel that runs on any GPU cannot run on x, or None.
 
-    widest: the longest row that it takes, where it holds whole rows in the registers of one program.
+    widest: the longest row that fits into the registers of one thread block, where the kernel holds full rows.
     """
     if x.device.type != "cuda":
         return "no CUDA device"
@@ -108,7 +110,7 @@ def why_unsupported(x: Tensor, widest: int | None = None) -> str | None:
     return None if importlib.util.find_spec("triton") else "no triton"
 
 
-@torch.compiler.assume_constant_result  # a compiled region asks while it is traced and keeps the answer
+@torch.compiler.assume_constant_result  # traced as a constant in a compiled region
 def use_fast(operation: str, device_type: str, dtype: torch.dtype, reason: str | None) -> bool:
     """Whether `operation` on tensors of this device type and dtype runs its fast kernel.
 
@@ -127,5 +129,5 @@ def use_fast(operation: str, device_type: str, dtype: torch.dtype, reason: str |
 
 
 def kernel_report() -> dict[str, str]:
-    """What has been chosen so far, e.g. `{"attention cuda bfloat16": "fast"}`."""
+    """The choices made so far, such as `{"attention cuda bfloat16": "fast"}`."""
     return {f"{op} {device} {str(dtype).removeprefix('torch.')}": how for (op, device, dtype), how in _chosen.items()}

@@ -2,7 +2,7 @@
 
 Legend: T tokens and C chunks of all documents together, D channels.
 
-This file has the definitions and the choice; the Triton kernels that run on a GPU are in ema_triton.py.
+This file has the definitions and the dispatch; the Triton kernels for GPUs are in ema_triton.py.
 """
 
 import importlib.util
@@ -15,13 +15,13 @@ from hnet_kernels.ssd import document_ids, scan_forward
 
 
 def _recurrence(x_CD: Tensor, gain_C: Tensor, log_a_C: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """s_k = exp(log_a_k) s_{k-1} + gain_k x_k: Mamba-2's scan with one head and a state of one number per channel."""
+    """s_k = exp(log_a_k) s_{k-1} + gain_k x_k: Mamba-2's scan with one head and a state of one element per channel."""
     one_C1 = torch.ones_like(x_CD[:, :1])
     return scan_forward(x_CD[:, None], gain_C[:, None], log_a_C[:, None], one_C1, one_C1, cu_seqlens)[:, 0]
 
 
 def _fast(x: Tensor, compute: Tensor) -> bool:
-    """Whether the kernels of ema_triton.py run on x with float32 arithmetic, which `compute`'s dtype asks for."""
+    """Whether the kernels of ema_triton.py run on x. They compute in float32, which `compute`'s dtype must be."""
     reason = None
     if x.device.type != "cuda":
         reason = "no CUDA device"
@@ -71,7 +71,7 @@ def ema_forward(y_CD: Tensor, p_C: Tensor, cu_seqlens: Tensor) -> Tensor:
     """z_k = p_k y_k + (1 - p_k) z_{k-1}, with z = 0 before each document.
 
     y_CD: any floating dtype. p_C: float32 or float64, strictly between 0 and 1. cu_seqlens: int (B + 1,).
-    Returns z_CD in p's dtype, which is also the one of the arithmetic.
+    Returns z_CD in p's dtype, in which everything is computed.
     """
     if _fast(y_CD, p_C):
         from hnet_kernels import ema_triton  # not above: triton is not everywhere
@@ -83,7 +83,7 @@ def ema_forward(y_CD: Tensor, p_C: Tensor, cu_seqlens: Tensor) -> Tensor:
 def ema_backward(dz_CD: Tensor, y_CD: Tensor, p_C: Tensor, z_CD: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients (dy_CD in y's dtype, dp_C in p's) of `ema_forward`, given the gradient dz_CD of its output z_CD.
 
-    With g_k = dz_k + (1 - p_{k+1}) g_{k+1}, a recurrence of the same kind run backwards:
+    With g_k = dz_k + (1 - p_{k+1}) g_{k+1}, the same kind of recurrence in reverse:
     dy_k = p_k g_k and dp_k = g_k . (y_k - z_{k-1}).
     """
     if _fast(y_CD, p_C):
@@ -93,7 +93,7 @@ def ema_backward(dz_CD: Tensor, y_CD: Tensor, p_C: Tensor, z_CD: Tensor, cu_seql
     total = y_CD.shape[0]
     doc_C = document_ids(cu_seqlens, total)
     follows_C = (doc_C[1:] == doc_C[:-1]).to(p_C.dtype)  # chunk k + 1 belongs to the document of chunk k
-    log_a_C = torch.cat([torch.log1p(-p_C[1:]), p_C.new_zeros(1)])  # what g_k is multiplied with on its way from k + 1
+    log_a_C = torch.cat([torch.log1p(-p_C[1:]), p_C.new_zeros(1)])  # the decay of g from k + 1 to k
     reversed_cu = (cu_seqlens[-1] - cu_seqlens).flip(0)
     g_CD = _recurrence(dz_CD.to(p_C.dtype).flip(0), torch.ones_like(p_C), log_a_C.flip(0), reversed_cu).flip(0)
     before_CD = torch.cat([z_CD.new_zeros(1, z_CD.shape[1]), z_CD[:-1] * follows_C[:, None]])
@@ -101,12 +101,12 @@ def ema_backward(dz_CD: Tensor, y_CD: Tensor, p_C: Tensor, z_CD: Tensor, cu_seql
 
 
 def sum_chunks(x_TD: Tensor, start_C: Tensor, out_CD: Tensor | None = None, spare: int | None = None) -> Tensor:
-    """The sum of x over each chunk, (C, D): the gradient of handing every token the row of its chunk.
+    """The sum of x over each chunk, (C, D): the gradient of giving every token the row of its chunk.
 
-    start_C: int64, the first token of each chunk, growing from 0; T for a chunk without tokens.
+    start_C: int64, the first token of each chunk, increasing from 0; T for a chunk without tokens.
     x_TD: float32 or float64. out_CD: where to write the sums, contiguous.
-    spare: that many chunks without tokens have sums, zeros; of the others nothing is wanted, and what is written there
-    may stay. None: all have.
+    spare: the number of chunks without tokens whose sums, zeros, are written; the rows of the others are not defined.
+    None: all are written.
     """
     if _fast(x_TD, x_TD):
         from hnet_kernels import ema_triton

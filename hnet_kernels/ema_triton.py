@@ -1,10 +1,11 @@
-"""Triton kernels for the smoothing of chunks and the gradient of its upsampling. The definitions are in ema.py.
+"""Triton kernels for the smoothing of chunks and for the gradient of its upsampling. The definitions are in ema.py.
 
 Legend: T tokens, C chunks, D channels, S runs of chunks.
 
-z_k = a_k z_{k-1} + p_k y_k, a_k = 1 - p_k or 0 where a document begins. Bound by memory, in two passes: `_totals` walks
-along each run of chunks as if nothing came before it; `_smooth` (or `_smooth_gradient`, on the way back) adds up what
-reaches its run from the ones before (after) it, no further than anything is carried, and walks again. No atomics.
+z_k = a_k z_{k-1} + p_k y_k, where a_k is 1 - p_k, or 0 where a document begins. The kernels are bound by memory and
+take two passes. `_totals` walks along each run of chunks as if it were the first. `_smooth` (in the backward
+`_smooth_gradient`) adds the values that arrive from the runs before (after) its own, as far back as the decay is not
+zero, and walks along the run once more. There are no atomics.
 """
 
 import torch
@@ -14,13 +15,13 @@ from torch import Tensor
 
 from hnet_kernels.saved import saved_empty
 
-RUN, CHANNELS, WARPS = 32, 128, 1  # chunks and channels of a program
-SUM_CHUNKS, SUM_CHANNELS, SUM_WARPS = 4, 512, 4  # of a program that adds up the tokens of some chunks, side by side
+RUN, CHANNELS, WARPS = 32, 128, 1  # chunks and channels of a thread block
+SUM_CHUNKS, SUM_CHANNELS, SUM_WARPS = 4, 512, 4  # of a thread block that sums the tokens of some chunks
 
 
 @triton.jit
 def _decay(p_ptr, opens_ptr, k, C):
-    """What z of chunk k - 1 is multiplied with on its way to k; 0 outside."""
+    """The decay of z from chunk k - 1 to k; 0 outside."""
     inside = (k >= 0) & (k < C)
     p = tl.load(p_ptr + k, mask=inside, other=1.0)
     return tl.where(tl.load(opens_ptr + k, mask=inside, other=1) != 0, 0.0, 1.0 - p)
@@ -53,7 +54,7 @@ def _totals(
     BLOCK_D: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """totals_SD: z at the end of each run (REVERSE: its gradient at the start); through_S: the decay through it."""
+    """totals_SD: z at the end of each run (REVERSE: its gradient at the start); through_S: the decay of a run."""
     s = tl.program_id(1)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_D = d < D
@@ -117,7 +118,7 @@ def _smooth_gradient(
     RUN: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dy_CD, and dp's sums over a block of channels (blocks, C)."""
+    """dy_CD, and the partial sums of dp over a block of channels, (blocks, C)."""
     s = tl.program_id(1)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_D = d < D
@@ -141,7 +142,7 @@ def _sum_chunks(
     x_ptr, scale_ptr, start_ptr, sum_ptr, T, C, D, spare,
     SCALED: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    k_first = tl.program_id(0) * CHUNKS  # CUDA allows 65,535 programs on the second axis
+    k_first = tl.program_id(0) * CHUNKS  # CUDA allows 65,535 thread blocks on the second axis
     if tl.load(start_ptr + k_first - spare, mask=k_first >= spare, other=-1) >= T:
         return
     k = k_first + tl.arange(0, CHUNKS)
@@ -151,7 +152,7 @@ def _sum_chunks(
     end = tl.load(start_ptr + k + 1, mask=k + 1 < C, other=T)
     total = tl.zeros((CHUNKS, BLOCK_D), tl.float32)
     for i in range(0, tl.max(end - first, 0), 4):
-        for j in tl.static_range(4):  # of each chunk, so that one token need not wait for the other
+        for j in tl.static_range(4):  # tokens of each chunk, so that loads do not wait for each other
             t = first + i + j
             x = tl.load(x_ptr + t[:, None] * D + d[None, :], mask=(t < end)[:, None] & in_D, other=0.0)
             x = x.to(tl.float32)
@@ -164,7 +165,7 @@ def _sum_chunks(
 def _opens(cu_seqlens: Tensor, C: int) -> Tensor:
     """int8 (C,): 1 where a document begins."""
     opens = torch.zeros(C + 1, dtype=torch.int8, device=cu_seqlens.device)
-    return opens.index_fill_(0, cu_seqlens.long(), 1)  # the last entry is nobody's
+    return opens.index_fill_(0, cu_seqlens.long(), 1)  # the last entry is the end
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -172,7 +173,7 @@ def _dense_rows(x: Tensor) -> Tensor:
 
 
 def _walk(x_CD: Tensor, p_C: Tensor, opens_C: Tensor, reverse: bool) -> tuple[tuple, tuple[Tensor, Tensor], dict]:
-    """The grid, what `_totals` finds, and the sizes of the blocks."""
+    """The grid, the results of `_totals`, and the block sizes."""
     C, D = x_CD.shape
     grid = triton.cdiv(D, CHANNELS), triton.cdiv(C, RUN)
     blocks = {"RUN": RUN, "BLOCK_D": CHANNELS, "num_warps": WARPS}

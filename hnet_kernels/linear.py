@@ -18,8 +18,8 @@ from hnet_kernels.saved import save_tensor, saved_empty
 def linear(x_TI: Tensor, weight_OI: Tensor, is_saved: bool = False) -> Tensor:
     """x W^T, in one floating dtype.
 
-    is_saved: the caller's next operation saves the result for its backward. It says where the result is allocated, and
-    that `block` computes it again; never what it is.
+    is_saved: the next operation saves the result for its backward. This decides where the result is allocated, and that
+    `block` recomputes it; it does not change the result.
     """
     return F.linear(x_TI, weight_OI)
 
@@ -57,12 +57,12 @@ def _(x_TI: Tensor, weight_OI: Tensor, is_saved: bool = False) -> Tensor:
 
 @operation
 def wide_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
-    """x W^T + bias in W's dtype, which is at least float32, whatever x has. Products may be of TF32 on a GPU."""
+    """x W^T + bias in W's dtype, at least float32; x may have another. On a GPU the product may use TF32."""
     return F.linear(x_TI.to(weight_OI.dtype), weight_OI, bias_O)
 
 
 class WideLinear(torch.autograd.Function):
-    """Gradients: of x, W and the bias, with the gradient of the result rounded to x's dtype, as x is."""
+    """Gradients: of x, W and the bias. The gradient of the result is rounded to x's dtype."""
 
     @staticmethod
     def forward(ctx, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class WideLinear(torch.autograd.Function):
         ones_1T = dy_TO.new_ones(1, len(dy_TO))
         if dy_TO.dtype == dbias_1O.dtype:
             torch.mm(ones_1T, dy_TO, out=dbias_1O)
-        elif dy_TO.is_cuda:  # half the time of torch's sum, or less
+        elif dy_TO.is_cuda:  # at most half the time of torch's sum
             torch.mm(ones_1T, dy_TO, out_dtype=dbias_1O.dtype, out=dbias_1O)
         else:
             torch.sum(dy_TO, 0, keepdim=True, dtype=dbias_1O.dtype, out=dbias_1O)
@@ -105,7 +105,7 @@ def embed(iids_T: Tensor, weight_VD: Tensor) -> Tensor:
 
 
 class Embed(torch.autograd.Function):
-    """Gradient: of the embeddings, as a product with one-hot rows, whose sum has no order to vary."""
+    """Gradient: of the embeddings, as a matrix product with one-hot rows, whose order of summation is fixed."""
 
     @staticmethod
     def forward(ctx, iids_T: Tensor, weight_VD: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ def _(iids_T: Tensor, weight_VD: Tensor) -> Tensor:
 
 @operation
 def widen(x_CD: Tensor, pad_E: Tensor) -> Tensor:
-    """x with `pad` behind each row's channels: (C, D) and (E,) -> (C, D + E)."""
+    """x with `pad` appended to each row: (C, D) and (E,) -> (C, D + E)."""
     return torch.cat([x_CD, pad_E.to(x_CD.dtype).expand(*x_CD.shape[:-1], -1)], dim=-1)
 
 

@@ -1,6 +1,6 @@
 """A Mamba-2 mixer (arXiv 2405.21060) between its two projections: convolution, scan, skip, gate and norm.
 
-Legend: T tokens, H heads, P channels a head, D = H P inner channels, N state size, K taps, X channels of the input
+Legend: T tokens, H heads, P channels per head, D = H P inner channels, N state size, K taps, X channels of the input
 projection's result: z (D), x (D), B (N), C (N), dt (H).
 """
 
@@ -22,7 +22,7 @@ def mamba2_inner(
     projected_TX: Tensor, conv_D1K: Tensor, conv_bias_D: Tensor, dt_bias_H: Tensor | None, A_log_H: Tensor,
     D_H: Tensor | None, norm_D: Tensor, position_T: Tensor, cu_seqlens: Tensor, eps: float,
 ) -> Tensor:  # fmt: skip
-    """The mixer from the input projection's result on, to what the output projection takes: (T, D).
+    """The mixer from the input projection's result to the output projection's input, (T, D).
 
     x, B, C = silu(conv(x, B, C)); h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T with dt = softplus(dt + dt_bias) and
     A = -exp(A_log); y_t = h_t C_t + D x_t; then the norm of y * silu(z), the gate before the norm. h = 0 before each
@@ -43,7 +43,7 @@ def mamba2_inner(
 
 
 class Mixed:
-    """What comes of each step of the mixer. `states`: what the scan leaves for its backward."""
+    """The results of the mixer's steps. `states`: what the scan saves for its backward."""
 
     def __init__(self, projected_TX, weights, position_T, cu_seqlens, eps, all_saved: bool):
         (conv_D1K, conv_bias_D), (A_log_H, dt_bias_H, D_H), norm_D = weights
@@ -60,14 +60,14 @@ class Mixed:
 
 
 def _parts(after: Tensor, H: int, D: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x, B and C as views of what the convolution gives."""
+    """x, B and C as views of the convolution's result."""
     N = (after.shape[1] - D) // 2
     x_TD, B_TN, C_TN = after.split([D, N, N], dim=-1)
     return x_TD.unflatten(-1, (H, D // H)), B_TN, C_TN
 
 
 class Mamba2Inner(torch.autograd.Function):
-    """Gradients: of all but the documents."""
+    """Gradients: of all inputs but the documents."""
 
     @staticmethod
     def forward(
@@ -117,7 +117,7 @@ class Mamba2Inner(torch.autograd.Function):
         z, before, raw_TH = projected_TX.split(widths, dim=-1)
         dz, dbefore, draw_TH = dprojected_TX.split(widths, dim=-1)
         dy_TD, _ = gated_norm_backward(dgated_TD, y_TD, z, scale_T, norm_D, dz, gate, recompute_x=False)
-        del y_TD, dgated_TD  # what is used up can go before the scan needs most
+        del y_TD, dgated_TD  # freed before the scan, which needs most memory
         if after is None:
             after = causal_conv_silu_forward(before, conv_D1K, conv_bias_D, ctx.position_T)
         dafter = torch.empty_like(after)

@@ -1,9 +1,9 @@
-"""RMS norms with what stands before them, forward and backward each in one pass over memory; and the parts in which
-they leave a residual stream and its gradient there.
+"""RMS norms fused with the operation before them, forward and backward each in one pass over memory; and the residual
+stream, which is stored in 24 bits per element.
 
 Legend: T tokens, D channels. Everything is computed in at least float32.
 
-This file has the definitions and the choice; the Triton kernels that run on a GPU are in norm_triton.py.
+This file has the definitions and the dispatch; the Triton kernels for GPUs are in norm_triton.py.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from hnet_kernels.gradients import Slot, slot_of
 from hnet_kernels.recompute import mode, recomputed
 from hnet_kernels.saved import save_if, save_tensor
 
-WIDEST = 8192  # channels: a row must fit into the registers of one program
+WIDEST = 8192  # channels: a row must fit into the registers of one thread block
 
 
 def _fast(operation: str, x_TD: Tensor) -> bool:
@@ -28,7 +28,7 @@ def _fast(operation: str, x_TD: Tensor) -> bool:
 def rms_norm(x_TD: "Tensor | Residual", weight_D: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight, computed in at least float32, returned in the weight's dtype (the compute dtype).
 
-    A `Residual` is also brought up to date by it, in the same pass over memory.
+    Where x is a `Residual`, the same pass also adds its pending term to the sum.
     """
     if isinstance(x_TD, Residual):
         return x_TD.norm(weight_D, eps)
@@ -37,7 +37,7 @@ def rms_norm(x_TD: "Tensor | Residual", weight_D: Tensor, eps: float) -> Tensor:
 
 @operation
 def residual_stream(x_TD: Tensor) -> "Tensor | Residual":
-    """What blocks add to, beginning with x: a tensor in at least float32, or a `Residual`, which acts like one."""
+    """A residual stream that starts with x: a tensor in at least float32, or a `Residual`, which acts like one."""
     return x_TD.to(torch.promote_types(x_TD.dtype, torch.float32), copy=True)
 
 
@@ -47,7 +47,7 @@ def _norm(u_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _norm_backward(dx_TD: Tensor, u_TD: Tensor, scale_T: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(du_TD, dweight_D, x_TD) of x = u * scale * weight, scale being 1 / rms(u). dweight_D is at least float32."""
+    """(du_TD, dweight_D, x_TD) of x = u * scale * weight, where scale is 1 / rms(u). dweight_D is at least float32."""
     dx_TD, unit_TD = wide(dx_TD), u_TD * scale_T[:, None]
     g_TD = dx_TD * weight_D
     du_TD = scale_T[:, None] * (g_TD - unit_TD * (g_TD * unit_TD).mean(-1, keepdim=True))
@@ -55,16 +55,20 @@ def _norm_backward(dx_TD: Tensor, u_TD: Tensor, scale_T: Tensor, weight_D: Tenso
 
 
 class Split24(NamedTuple):
-    """Float32 numbers as bfloat16, which has their first 8 significant bits, and the next 8, as int8, of one shape. Or,
-    with None for a rest, numbers of any floating dtype. Contiguous."""
+    """Float32 values as their high 16 bits, rounded to bfloat16, and the next 8 bits as int8.
+
+    Where low is None, high has the values in any floating dtype. Both are contiguous and have one shape.
+    """
 
     high: Tensor
     low: Tensor | None
 
 
 def split24(x: Tensor, dtype: torch.dtype) -> Split24:
-    """x in parts where dtype, that of products with it, is bfloat16: off by 2^-16 at most, or by 2^-15 where 128 would
-    have been the rest. Else x in that dtype."""
+    """x as high and low bits where dtype, the compute dtype, is bfloat16; else x in that dtype.
+
+    The error is at most 2^-16 of the value, or 2^-15 where low would have been 128.
+    """
     rounded = x.to(dtype)
     if (x.dtype, dtype) != (torch.float32, torch.bfloat16):
         return Split24(rounded, None)
@@ -73,7 +77,7 @@ def split24(x: Tensor, dtype: torch.dtype) -> Split24:
 
 
 def join24(x: Tensor, low: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What `split24` has split, in the dtype that it had."""
+    """The values that `split24` was given, up to its error, in their dtype."""
     if low is None:
         return x.to(dtype)
     return ((x.view(torch.int16).to(torch.int32) << 16) + (low.to(torch.int32) << 8)).view(torch.float32)
@@ -84,8 +88,8 @@ def add_norm_forward(
 ) -> tuple[Split24, Tensor, Tensor]:
     """(sum, x_TD, scale_T): sum = residual + delta, x = sum * scale * weight, scale = 1 / rms(sum).
 
-    residual: None for zeros. It and the sum are in parts where delta is bfloat16, else at least float32; scale_T is at
-    least float32. x_TD has weight_D's dtype. save_x: a backward will need x_TD too.
+    residual: None for zeros. It and the sum are split where delta is bfloat16, else at least float32; scale_T is at
+    least float32. x_TD has weight_D's dtype. save_x: the backward will need x_TD too.
     """
     if _fast("add_norm", delta_TD):
         from hnet_kernels import norm_triton  # not above: triton is not everywhere
@@ -94,14 +98,14 @@ def add_norm_forward(
             *(residual or (None, None)), delta_TD, weight_D, eps, save_x
         )
         return Split24(sum_TD, low_TD), *others
-    # without a residual, the sum of what is not bfloat16 may be delta itself
+    # without a residual and not in bfloat16, the sum may be delta itself
     wide_TD = wide(delta_TD) if residual is None else join24(*residual, wide(delta_TD).dtype) + delta_TD
     sum_ = split24(wide_TD, torch.bfloat16 if delta_TD.dtype == torch.bfloat16 else wide_TD.dtype)
     return sum_, *_norm(join24(*sum_, wide_TD.dtype), weight_D, eps)
 
 
 def recompute_norm(sum_: Split24, scale_T: Tensor, weight_D: Tensor) -> Tensor:
-    """x_TD of `add_norm_forward`, the same bits."""
+    """x_TD of `add_norm_forward`, with the same bits."""
     if _fast("add_norm", sum_.high):
         from hnet_kernels import norm_triton
 
@@ -113,11 +117,12 @@ def add_norm_backward(
     dx_TD: Tensor, dsum: Split24 | None, sum_: Split24, scale_T: Tensor, weight_D: Tensor, dweight: Slot,
     recompute_x: bool = True,
 ) -> tuple[Split24, Tensor | None]:  # fmt: skip
-    """(dboth, x_TD) of `add_norm_forward`: the gradient of residual and of delta, which is that of their sum; and x_TD,
-    the same bits as there, or None if `recompute_x` is False. Fills the slot of weight_D's gradient.
+    """(dboth, x_TD) of `add_norm_forward`. Fills the slot of weight_D's gradient.
 
-    dsum: the gradient of the sum but for what comes through x_TD, None for zeros. It and dboth are in parts where dx_TD
-    is bfloat16, so along a residual stream they are not rounded to that at each step; else they have dx_TD's dtype.
+    dboth: the gradient of the sum, which is that of residual and of delta. x_TD: the same bits as in the forward, or
+    None where `recompute_x` is False. dsum: the gradient of the sum without what comes through x_TD; None for zeros.
+    dsum and dboth are split where dx_TD is bfloat16, so that gradients along a residual stream are not rounded to
+    bfloat16 at each step; else they have dx_TD's dtype.
     """
     if _fast("add_norm", dx_TD):
         from hnet_kernels import norm_triton
@@ -136,10 +141,10 @@ def add_norm_backward(
 def gated_norm_forward(
     y_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float, save_x: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(x_TD, scale_T): the norm of u = y silu(z), x = u * scale * weight, scale = 1 / rms(u).
+    """(x_TD, scale_T): the norm of u = y silu(z): x = u * scale * weight, scale = 1 / rms(u).
 
-    y_TD, z_TD: one floating dtype; rows of z_TD may be parts of longer ones. x_TD has weight_D's dtype. save_x: a
-    backward will need it too.
+    y_TD, z_TD: one floating dtype; rows of z_TD may be parts of longer rows. x_TD has weight_D's dtype. save_x: the
+    backward will need x_TD too.
     """
     if _fast("gated_norm", y_TD):
         from hnet_kernels import norm_triton
@@ -152,9 +157,9 @@ def gated_norm_backward(
     dx_TD: Tensor, y_TD: Tensor, z_TD: Tensor, scale_T: Tensor, weight_D: Tensor, dz_TD: Tensor, dweight: Slot,
     recompute_x: bool = True,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """(dy_TD, x_TD) of `gated_norm_forward`, the latter the same bits as there, or None if `recompute_x` is False.
+    """(dy_TD, x_TD) of `gated_norm_forward`; x_TD has the same bits as there, or is None where `recompute_x` is False.
 
-    Writes z's gradient to dz_TD, perhaps parts of longer rows, and fills the slot of weight_D's.
+    Writes z's gradient to dz_TD, whose rows may be parts of longer rows, and fills the slot of weight_D's gradient.
     """
     if _fast("gated_norm", y_TD):
         from hnet_kernels import norm_triton
@@ -169,11 +174,11 @@ def gated_norm_backward(
 
 
 class _StreamSum:
-    """A sum along a residual stream: the tensor that autograd knows, and what it does not.
+    """The sum of a residual stream at one point of it: the tensor that autograd knows, and what it does not know.
 
-    x: in bfloat16 where the compute dtype is that; `rest` has the next 8 bits. So has its gradient. Autograd hands on
-    the first part and would add up gradients in it; so whoever reads the sum leaves its whole gradient in `gradients`,
-    where the backward that made the sum finds them all. With each is the number of the backward pass that left it.
+    high and low: the sum, see `Split24`. Gradients of the sum are split too. Autograd passes on their high bits alone,
+    and would add gradients in bfloat16. So each reader of the sum leaves its full gradient in `gradients`, and the
+    backward that made the sum adds them. Each comes with the number of the backward pass that left it.
     """
 
     def __init__(self):
@@ -187,10 +192,10 @@ def _add_gradient(gradients: list[tuple[int, Split24 | Tensor]], gradient: Split
 
 
 def _total_gradient(gradients: list[tuple[int, Split24 | Tensor]], dx_TD: Tensor) -> Split24:
-    """Their sum, in parts where dx_TD is bfloat16. Empties the list.
+    """The sum of the gradients left for a `_StreamSum`, split where dx_TD is bfloat16. Empties the list.
 
-    dx_TD: what autograd hands on. What this pass has not left counts only where it is that tensor: then the backward
-    pass is one that goes on where another ended. The rest is of passes that did not get this far.
+    dx_TD: the gradient that autograd passes on. Gradients left by another backward pass are ignored, unless one is that
+    very tensor: then this pass continues where another one ended.
     """
     now, dtype = torch._C._current_graph_task_id(), dx_TD.dtype
     found = [x for number, x in gradients if number == now]
@@ -199,7 +204,7 @@ def _total_gradient(gradients: list[tuple[int, Split24 | Tensor]], dx_TD: Tensor
         found = [x for x in [next(same, None)] if x is not None]
     gradients.clear()
     if not found:
-        raise RuntimeError("a residual stream's sum was read by something else than rms_norm and Residual.value")
+        raise RuntimeError("a residual stream's sum was read by something other than rms_norm and Residual.value")
     if len(found) == 1 and isinstance(found[0], Split24):
         return found[0]
     wide_dtype = torch.promote_types(dtype, torch.float32)
@@ -208,7 +213,7 @@ def _total_gradient(gradients: list[tuple[int, Split24 | Tensor]], dx_TD: Tensor
 
 
 class AddNorm(torch.autograd.Function):
-    """Adds delta to a sum and returns the norm of that. Gradients: of the sum, of delta and of the weight."""
+    """Adds delta to a sum and returns the norm of the result. Gradients: of the sum, of delta and of the weight."""
 
     @staticmethod
     def forward(ctx, how, before: _StreamSum | None, after: _StreamSum, _, delta_TD: Tensor, weight_D: Tensor):
@@ -244,7 +249,7 @@ class AddNorm(torch.autograd.Function):
 
 
 class ReadSum(torch.autograd.Function):
-    """A sum along a residual stream as a tensor in at least float32."""
+    """A sum of a residual stream as a tensor in at least float32."""
 
     @staticmethod
     def forward(ctx, sum_: _StreamSum, x_TD: Tensor):
@@ -258,8 +263,9 @@ class ReadSum(torch.autograd.Function):
 
 
 class ReplacedSum(torch.autograd.Function):
-    """The sum of `before` as `after` has it, where somebody put another tensor in its place: FSDP's hooks, or the cut
-    between two backward parts. Gradient: of that tensor, collected, so that it is one for `before`."""
+    """The sum of `before`, as `after` has it, where another tensor took its place, such as by hooks of FSDP or at the
+    cut between two backward parts. Gradient: that of `after`, as one gradient of `before`.
+    """
 
     @staticmethod
     def forward(ctx, before: _StreamSum, after: _StreamSum, x_TD: Tensor) -> Tensor:
@@ -274,10 +280,10 @@ class ReplacedSum(torch.autograd.Function):
 
 
 class Residual:
-    """A residual stream: what blocks have added up so far, and what the last one adds.
+    """A residual stream: the sum of what blocks have added, and the term that the last block adds.
 
-    It acts like the tensor in at least float32 that `value` returns. But the addition waits for the next `rms_norm`,
-    which does it in the same pass; and with bfloat16 the sum takes three bytes an element in memory, not four.
+    It acts like the tensor in at least float32 that `value` returns. The addition waits for the next `rms_norm`, which
+    does both in one pass. With bfloat16 the sum takes three bytes per element, not four.
     """
 
     def __init__(self, delta_TD: Tensor | None, sum_: _StreamSum | None = None):
@@ -291,7 +297,7 @@ class Residual:
         return sum_TD if self._delta_TD is None else sum_TD + self._delta_TD
 
     def norm(self, weight_D: Tensor, eps: float) -> Tensor:
-        """`rms_norm` of the stream. What the last block added is then part of the sum."""
+        """`rms_norm` of the stream. It adds the pending term to the sum."""
         if self._delta_TD is None:
             return rms_norm(self.value(), weight_D, eps)
         after, how = _StreamSum(), mode()
@@ -342,7 +348,7 @@ for _name in (
 ):
     setattr(Residual, _name, _as_tensor(_name))
 
-# FSDP looks for the tensors in what modules take and return
+# FSDP looks for tensors in the arguments and results of modules
 pytree.register_pytree_node(
     Residual,
     lambda residual: (

@@ -1,9 +1,10 @@
 """Triton kernels for the norms of norm.py, where the definitions are.
 
-Legend: T tokens, D channels, N programs, L layers. Bound by memory: each reads its inputs once and writes its outputs
-once. A program takes whole rows, a few at a time; backwards, it walks along its share of them with the sums for the
-weight in registers, which `sum_rows` adds up: no atomics, the same bits every time on one kind of GPU. It loads the
-next rows before it computes with those it has, so that memory need not wait. A row of more than a tile is taken alone.
+Legend: T tokens, D channels, N thread blocks, L layers. The kernels are bound by memory: each reads its inputs once and
+writes its outputs once. A thread block takes a few full rows at a time. In the backward it walks along its share of the
+rows with the partial sums for the weight's gradient in registers; `sum_rows` reduces them. There are no atomics: the
+results have the same bits every time on one kind of GPU. A block loads the next rows before it computes with the
+current ones, so that it does not wait for memory. Rows longer than a tile are taken one at a time.
 """
 
 import functools
@@ -18,14 +19,14 @@ from hnet_kernels.gradients import Slot
 from hnet_kernels.saved import saved_empty
 from hnet_kernels.triton_math import sigmoid
 
-TILE = 2048  # elements of a program's rows, forwards
+TILE = 2048  # elements of rows per thread block, in the forward
 
 
 class Walk(NamedTuple):
-    """How a backward goes through rows."""
+    """How a backward walks through rows."""
 
-    tile: int  # elements of rows that a program takes at a time
-    programs: int  # a multiprocessor
+    tile: int  # elements of rows that a thread block takes at a time
+    blocks_per_sm: int
     warps: int
 
 
@@ -35,8 +36,10 @@ def _walk_add_norm(D: int) -> Walk:
 
 
 def _walk_gated_norm(D: int) -> Walk:
-    """The same for rows of 1,024, 1,536, 2,048 and 3,072, of which the second and the last are padded to a power of
-    two. More would not fit into the registers of four warps."""
+    """The same for rows of 1,024, 1,536, 2,048 and 3,072; 1,536 and 3,072 are padded to a power of two.
+
+    Larger tiles would not fit into the registers of four warps.
+    """
     few_warps = 1024 < D <= 3072 and D != 2048
     if few_warps:
         return Walk(1024, 3 if D < 2048 else 2, 4)
@@ -116,23 +119,23 @@ def _recompute_norm(
 
 @triton.jit
 def _load_rows(ptr, t, stride, end, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows t of (T, D), zeros from row `end` on."""
+    """Rows t of a (T, D) tensor; zeros from row `end` on."""
     d = tl.arange(0, BLOCK_D)[None, :]
     return tl.load(ptr + t.to(tl.int64)[:, None] * stride + d, mask=(t < end)[:, None] & (d < D), other=0.0)
 
 
-@triton.jit(do_not_specialize=["T", "per_program"])
+@triton.jit(do_not_specialize=["T", "rows_per_block"])
 def _add_norm_backward(
     dx_ptr, dsum_ptr, dsum_low_ptr, sum_ptr, sum_low_ptr, scale_ptr, weight_ptr, dboth_ptr, low_ptr, dweight_ptr,
-    x_ptr, T, per_program,
+    x_ptr, T, rows_per_block,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_DSUM: tl.constexpr, SPLIT: tl.constexpr,
     RECOMPUTE_X: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     dweight = tl.zeros((BLOCK_D,), tl.float32)
-    first = tl.program_id(0) * per_program
-    end = tl.minimum(first + per_program, T)
+    first = tl.program_id(0) * rows_per_block
+    end = tl.minimum(first + rows_per_block, T)
     t = first + tl.arange(0, ROWS)
     next_dx = _load_rows(dx_ptr, t, D, end, D, BLOCK_D)
     next_sum = _load_rows(sum_ptr, t, D, end, D, BLOCK_D)
@@ -192,17 +195,17 @@ def _gated_norm(
     tl.store(scale_ptr + t, scale, mask=t < T)
 
 
-@triton.jit(do_not_specialize=["T", "per_program"])
+@triton.jit(do_not_specialize=["T", "rows_per_block"])
 def _gated_norm_backward(
-    dx_ptr, y_ptr, z_ptr, scale_ptr, weight_ptr, dy_ptr, dz_ptr, dweight_ptr, x_ptr, T, per_program,
+    dx_ptr, y_ptr, z_ptr, scale_ptr, weight_ptr, dy_ptr, dz_ptr, dweight_ptr, x_ptr, T, rows_per_block,
     y_stride, z_stride, dz_stride,
     RECOMPUTE_X: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     dweight = tl.zeros((BLOCK_D,), tl.float32)
-    first = tl.program_id(0) * per_program
-    end = tl.minimum(first + per_program, T)
+    first = tl.program_id(0) * rows_per_block
+    end = tl.minimum(first + rows_per_block, T)
     t = first + tl.arange(0, ROWS)
     next_dx = _load_rows(dx_ptr, t, D, end, D, BLOCK_D)
     next_y = _load_rows(y_ptr, t, y_stride, end, D, BLOCK_D)
@@ -243,9 +246,9 @@ def _sum_rows(parts_ptr, sum_ptr, N, D, K, W, ROWS: tl.constexpr, BLOCK_D: tl.co
 
 
 def sum_rows(parts_LND: Tensor, dtype: torch.dtype, turned: tuple[int, int] = (1, 1)) -> Tensor:
-    """parts.sum(1) of float32 numbers, in a dtype: torch's takes three times as long for a few hundred rows.
+    """parts.sum(1) of float32 partial sums, in a dtype. torch's sum takes three times as long for a few hundred rows.
 
-    turned: (K, W), where the first K W of a layer's sums come as (W, K) rather than as (K, W).
+    turned: (K, W): the first K W sums of a layer are returned as (W, K) rather than as (K, W).
     """
     (L, N, D), (K, W) = parts_LND.shape, turned
     sum_LD = parts_LND.new_empty(L, D, dtype=dtype)
@@ -255,8 +258,8 @@ def sum_rows(parts_LND: Tensor, dtype: torch.dtype, turned: tuple[int, int] = (1
 
 
 @functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; where there is none, as under Triton's interpreter, a few."""
+def sm_count(device: torch.device) -> int:
+    """The number of SMs of a GPU; a small number where there is none, as under Triton's interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
@@ -265,9 +268,9 @@ def _blocks(D: int, tile: int = TILE, warps: int | None = None) -> dict[str, int
     return {"D": D, "BLOCK_D": block, "ROWS": max(1, tile // block), "num_warps": warps or max(4, block // 1024)}
 
 
-def _shares(T: int, rows: int, programs: int, device: torch.device) -> tuple[int, int]:
-    """(programs, rows of each): whole tiles of `rows`, spread evenly over so many programs a multiprocessor."""
-    share = rows * max(1, triton.cdiv(T, rows * programs * multiprocessors(device)))
+def _shares(T: int, rows: int, blocks_per_sm: int, device: torch.device) -> tuple[int, int]:
+    """(thread blocks, rows of each): full tiles of `rows`, spread evenly over that many blocks per SM."""
+    share = rows * max(1, triton.cdiv(T, rows * blocks_per_sm * sm_count(device)))
     return triton.cdiv(T, share), share
 
 
@@ -311,13 +314,13 @@ def add_norm_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(dboth_TD, its low bits, x_TD) of `add_norm_backward` in norm.py."""
     (T, D), dx_TD = dx_TD.shape, dx_TD.contiguous()
-    tile, programs, warps = _walk_add_norm(D)
+    tile, blocks_per_sm, warps = _walk_add_norm(D)
     dboth_TD, blocks, split = dx_TD.new_empty(T, D), _blocks(D, tile, warps), dx_TD.dtype == torch.bfloat16
     low_TD = dx_TD.new_empty(T, D, dtype=torch.int8) if split else None
-    programs, rows = _shares(T, blocks["ROWS"], programs, dx_TD.device)
-    dweight_ND, x_TD = dweight.rows(programs, sum_rows), weight_D.new_empty(T, D) if recompute_x else None
+    thread_blocks, rows = _shares(T, blocks["ROWS"], blocks_per_sm, dx_TD.device)
+    dweight_ND, x_TD = dweight.rows(thread_blocks, sum_rows), weight_D.new_empty(T, D) if recompute_x else None
     with torch.cuda.device_of(dx_TD):
-        _add_norm_backward[(programs,)](
+        _add_norm_backward[(thread_blocks,)](
             dx_TD, dsum_TD, dsum_low_TD, sum_TD, sum_low_TD, scale_T, weight_D.contiguous(), dboth_TD, low_TD,
             dweight_ND, x_TD, T, rows, HAS_DSUM=dsum_TD is not None, SPLIT=split, RECOMPUTE_X=recompute_x, **blocks,
         )  # fmt: skip
@@ -346,12 +349,12 @@ def gated_norm_backward(
     """(dy_TD, x_TD) of `gated_norm_backward` in norm.py; fills dz_TD, whose rows are dense."""
     T, D = y_TD.shape
     dx_TD, y_TD, z_TD = dx_TD.contiguous(), _dense_rows(y_TD), _dense_rows(z_TD)
-    tile, programs, warps = _walk_gated_norm(D)
+    tile, blocks_per_sm, warps = _walk_gated_norm(D)
     dy_TD, blocks = y_TD.new_empty(T, D), _blocks(D, tile, warps)
-    programs, rows = _shares(T, blocks["ROWS"], programs, dx_TD.device)
-    dweight_ND, x_TD = dweight.rows(programs, sum_rows), weight_D.new_empty(T, D) if recompute_x else None
+    thread_blocks, rows = _shares(T, blocks["ROWS"], blocks_per_sm, dx_TD.device)
+    dweight_ND, x_TD = dweight.rows(thread_blocks, sum_rows), weight_D.new_empty(T, D) if recompute_x else None
     with torch.cuda.device_of(dx_TD):
-        _gated_norm_backward[(programs,)](
+        _gated_norm_backward[(thread_blocks,)](
             dx_TD, y_TD, z_TD, scale_T, weight_D.contiguous(), dy_TD, dz_TD, dweight_ND, x_TD, T, rows,
             y_TD.stride(0), z_TD.stride(0), dz_TD.stride(0), RECOMPUTE_X=recompute_x, **blocks,
         )  # fmt: skip

@@ -1,9 +1,9 @@
-"""Operations on single elements that would otherwise take several passes over memory, or slow ones: SwiGLU, rotary,
-casts.
+"""Elementwise operations that would otherwise take several passes over memory, or slow ones: SwiGLU, rotation, casts.
 
-Legend: T tokens, I inner channels of a SwiGLU, H heads, P channels a head, R = half the rotary dimensions, M positions.
+Legend: T tokens, I inner channels of a SwiGLU, H heads, P channels per head, R = half the rotary dimensions, M
+positions.
 
-This file has the definitions and the choice; the Triton kernels that run on a GPU are in pointwise_triton.py.
+This file has the definitions and the dispatch; the Triton kernels for GPUs are in pointwise_triton.py.
 """
 
 import torch
@@ -20,7 +20,7 @@ def _fast(operation: str, x: Tensor) -> bool:
 
 
 def to_float32(x: Tensor) -> Tensor:
-    """x.to(float32), for a contiguous x of 16 bits; others as they are. Torch's copy moves 2 of an H200's 4.3 TB/s."""
+    """x.to(float32) for a contiguous x of 16 bits; others unchanged. Torch's copy moves 2 of an H200's 4.3 TB/s."""
     if x.dtype.itemsize > 2:
         return x
     if _fast("to_float32", x):
@@ -38,7 +38,7 @@ def swiglu(both_T2I: Tensor) -> Tensor:
 
 
 class SwiGLU(torch.autograd.Function):
-    """Gradient: of both halves."""
+    """Gradient: of the value and the gate."""
 
     @staticmethod
     def forward(ctx, both_T2I: Tensor, is_saved: bool) -> Tensor:
@@ -92,9 +92,9 @@ def _turned(x_THP: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
 
 
 def rotate_(qkv_T3HP: Tensor, cos_MR: Tensor, sin_MR: Tensor, position_T: Tensor, back: bool = False) -> Tensor:
-    """Turns q and k in place: of each head, dimensions [0, R) against [R, 2R) by the angles of the token's position.
+    """Rotates q and k in place: of each head, dimensions [0, R) and [R, 2R) by the angles of the token's position.
 
-    `back` turns by the negative angles, which makes gradients of what was turned those of what it was before.
+    `back` rotates by the negative angles: it turns the gradient of the result into the gradient of the input.
     """
     if _fast("rotary", qkv_T3HP):
         from hnet_kernels import pointwise_triton

@@ -1,7 +1,7 @@
 """Triton kernels for the operations of pointwise.py, where the definitions are.
 
-Legend: T tokens, I inner channels of a SwiGLU, H heads, P channels a head, R = half the rotary dimensions, M positions.
-All are bound by memory: each element is read once and written once.
+Legend: T tokens, I inner channels of a SwiGLU, H heads, P channels per head, R = half the rotary dimensions, M
+positions. All are bound by memory: each element is read once and written once.
 """
 
 import torch
@@ -12,11 +12,11 @@ from torch import Tensor
 from hnet_kernels.saved import saved_empty
 from hnet_kernels.triton_math import sigmoid
 
-ELEMENTS = 1024  # a program of SwiGLU
-TOKENS = 32  # a program of rotary
+ELEMENTS = 1024  # of a thread block of SwiGLU
+TOKENS = 32  # of a thread block of the rotation
 
 
-@triton.jit  # n as it comes: where 16 divides it, several elements are moved at once
+@triton.jit  # n is specialized: where 16 divides it, several elements are moved at once
 def _to_float32(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out_ptr + i, tl.load(x_ptr + i, mask=i < n, other=0.0).to(tl.float32), mask=i < n)
@@ -43,7 +43,7 @@ def _swiglu_backward(dh_ptr, both_ptr, dboth_ptr, h_ptr, inner, BLOCK: tl.conste
     gate = tl.load(both_ptr + t * 2 * inner + inner + i, mask=inside, other=0.0).to(tl.float32)
     s = sigmoid(gate)
     if RECOMPUTE_H:
-        h = gate * s * value  # to the bit as forwards
+        h = gate * s * value  # the same bits as in the forward
         tl.store(h_ptr + t * inner + i, h.to(h_ptr.dtype.element_ty), mask=inside)
     dvalue = dh * gate * s
     dgate = dh * value * s * (1 + gate * (1 - s))
@@ -56,7 +56,7 @@ def _rotate(
     x_ptr, cos_ptr, sin_ptr, position_ptr, T, stride,
     P: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    """Turns one head of some tokens in place by the angles of their positions; BACK: by the negative ones."""
+    """Rotates one head of some tokens in place by the angles of their positions; BACK: by the negative angles."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     r = tl.arange(0, BLOCK_R)[None, :]
     inside = (t < T)[:, None] & (r < R)
@@ -103,7 +103,7 @@ def swiglu_backward(dh_TI: Tensor, both_T2I: Tensor, recompute_h: bool = True) -
 
 
 def rotate_(qkv_T3HP: Tensor, cos_MR: Tensor, sin_MR: Tensor, position_T: Tensor, back: bool) -> Tensor:
-    """`rotate_` of pointwise.py; each token's q, k and v lie side by side."""
+    """`rotate_` of pointwise.py; each token's q, k and v are adjacent."""
     (T, _, H, P), R = qkv_T3HP.shape, cos_MR.shape[1]
     assert qkv_T3HP[:1].is_contiguous()
     if T and R:

@@ -1,10 +1,11 @@
-"""Activation checkpointing inside operations: what a backward computes again instead of saving it.
+"""Activation checkpointing inside operations: what a backward recomputes instead of saving it.
 
-`none` saves all that backwards read. `selective` saves what is costly to compute: the results of matrix products, of
-attention and of the scan. `block` saves little more than what the residual stream adds up. Gradients are the same bits.
+`none` saves everything that backwards read. `selective` saves what is costly to compute: the results of matrix
+products, of attention and of the scan. `block` saves little more than the terms of the residual stream. Gradients have
+the same bits in all three.
 
-An operation whose result is cheap to compute again leaves a `Recomputed` beside it. Whoever would save that result for
-its own backward keeps the `Recomputed` instead.
+An operation whose result is cheap to recompute attaches a `Recomputed` to it. An operation that would save that result
+for its own backward keeps the `Recomputed` instead.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ _MODE: ContextVar[str] = ContextVar("mode", default="none")
 
 @contextlib.contextmanager
 def recomputing(mode: str) -> Iterator[None]:
-    """Backwards of forwards inside compute again as `mode` says, one of MODES."""
+    """Inside, forwards save what `mode` (one of MODES) says; their backwards recompute the rest."""
     token = _MODE.set(mode)
     try:
         yield
@@ -32,15 +33,15 @@ def recomputing(mode: str) -> Iterator[None]:
 
 
 def mode() -> str:
-    """What forwards should save; `block` where there will be no backward."""
+    """The mode of the current forward; `block` where there will be no backward."""
     return _MODE.get() if torch.is_grad_enabled() else "block"
 
 
 class Recomputed:
-    """A result that backwards compute again: once for all of them, from the first to the last that needs it."""
+    """A result that backwards recompute: once for all of them, kept from the first to the last that needs it."""
 
     def __init__(self, compute: Callable[[], Any], version: int = 0):
-        """version: of the result, as somebody may change that in place afterwards."""
+        """version: that of the result, which may be changed in place later."""
         self.compute, self.version, self.users, self.value = compute, version, 0, None
 
     def get(self) -> Any:
@@ -51,20 +52,20 @@ class Recomputed:
 
 
 def recomputed(x: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-    """x, of which backwards take compute() instead of saving it. compute: the same bits, without autograd."""
+    """x, which backwards recompute by compute() instead of saving it. compute: the same bits, without autograd."""
     if torch.is_grad_enabled():
         x.recomputed = Recomputed(compute, x._version)
     return x
 
 
 def recomputed_of(x: Tensor | None) -> Recomputed | None:
-    """What `recomputed` left beside x, unless x has been changed in place since."""
+    """The `Recomputed` attached to x, or None if there is none or x has been changed in place since."""
     found = getattr(x, "recomputed", None)
     return found if found is not None and found.version == x._version else None
 
 
 def recomputed_from(y: Tensor, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
-    """y, of which backwards take compute(x), where x is saved or itself computed again."""
+    """y, which backwards recompute by compute(x). x is saved, or itself recomputed."""
     if not torch.is_grad_enabled():
         return y
     before = recomputed_of(x)
@@ -76,7 +77,7 @@ def recomputed_from(y: Tensor, x: Tensor, compute: Callable[[Tensor], Tensor]) -
 
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:
-    """`ctx.save_for_backward`, but what can be recomputed is not saved."""
+    """`ctx.save_for_backward`, except for tensors that can be recomputed."""
     ctx.recomputed = [recomputed_of(x) for x in tensors]
     for found in filter(None, ctx.recomputed):
         found.users += 1
@@ -84,5 +85,5 @@ def save(ctx: Any, *tensors: Tensor | None) -> None:
 
 
 def saved(ctx: Any) -> list[Tensor | None]:
-    """What `save` got."""
+    """The tensors that `save` was given."""
     return [x if found is None else found.get() for x, found in zip(ctx.saved_tensors, ctx.recomputed)]

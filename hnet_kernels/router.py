@@ -1,9 +1,9 @@
-"""What surrounds an inner network, in few passes over memory: the router's probabilities, what enters the network, and
-upsampling onto the residual.
+"""The operations around an inner network, each in few passes over memory: the router's probabilities, the rows that
+enter the network, and upsampling onto the residual.
 
 Legend: T tokens, C chunks, D channels. Everything is computed in at least float32.
 
-This file has the definitions and the choice; the Triton kernels that run on a GPU are in router_triton.py.
+This file has the definitions and the dispatch; the Triton kernels for GPUs are in router_triton.py.
 """
 
 import torch
@@ -14,7 +14,7 @@ from hnet_kernels.ema import sum_chunks
 from hnet_kernels.gradients import destination_of
 from hnet_kernels.recompute import save, saved
 
-WIDEST = 8192  # channels: a row must fit into the registers of one program
+WIDEST = 8192  # channels: a row must fit into the registers of one thread block
 
 
 def _fast(operation: str, x_TD: Tensor) -> bool:
@@ -22,7 +22,7 @@ def _fast(operation: str, x_TD: Tensor) -> bool:
 
 
 def _units(q_TD: Tensor, k_TD: Tensor) -> tuple[Tensor, ...]:
-    """q of the token before, and k, in unit length; and their lengths (T, 1)."""
+    """The previous token's q and this token's k as unit vectors, and their lengths (T, 1)."""
     q, k = wide(q_TD).roll(1, 0), wide(k_TD)
     q_T1, k_T1 = (x.norm(dim=-1, keepdim=True).clamp_min(1e-12) for x in (q, k))
     return q / q_T1, k / k_T1, q_T1, k_T1
@@ -61,12 +61,12 @@ def _(q_TD: Tensor, k_TD: Tensor, position_T: Tensor) -> Tensor:
 
 @operation
 def take_rows(x_TD: Tensor, place_C: Tensor) -> Tensor:
-    """x[place]: (T, ...) -> (C, ...). place_C: int64, growing."""
+    """x[place]: (T, ...) -> (C, ...). place_C: int64, increasing."""
     return x_TD[place_C]
 
 
 class TakeRows(torch.autograd.Function):
-    """Gradient: of x, zero in other rows. Each row is asked for once, or its gradient is zero."""
+    """Gradient: of x, zero in other rows. Each row is taken once, or has a zero gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, place_C: Tensor) -> Tensor:
@@ -95,10 +95,10 @@ def upsample(
     z_CD: Tensor, scale_T: Tensor, chunk_T: Tensor, start_C: Tensor, residual_TD: Tensor, dtype: torch.dtype,
     spare: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """Each token's z of its chunk, times its scale, plus the residual (arXiv 2507.07955, eq. 8 and 9): x_TD in `dtype`.
+    """z of each token's chunk, times the token's scale, plus the residual (arXiv 2507.07955, eq. 8 and 9), in `dtype`.
 
     z_CD, scale_T, residual_TD: at least float32. chunk_T: int64, each token's chunk. start_C: int64, each chunk's first
-    token, T for a chunk without tokens. spare: of so many such chunks z's gradient is wanted (None: of all).
+    token, T for a chunk without tokens. spare: the number of such chunks whose gradient is written (None: all).
     """
     return (z_CD[chunk_T] * scale_T[:, None] + residual_TD).to(dtype)
 
@@ -138,7 +138,7 @@ def boundary_forward(q_TD: Tensor, k_TD: Tensor, position_T: Tensor) -> Tensor:
 
 
 def boundary_backward(dp_T: Tensor, q_TD: Tensor, k_TD: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor]:
-    """(dq_TD, dk_TD) of `boundary_forward`; none where p is a constant, or was clamped."""
+    """(dq_TD, dk_TD) of `boundary_forward`; zero where p is constant or was clamped."""
     if _fast("router", q_TD):
         from hnet_kernels import router_triton
 
@@ -174,7 +174,7 @@ def upsample_backward(
     """(dscale_T, dz_CD) in z's dtype.
 
     The residual's gradient is dout_TD.
-    start_C: int64, the first token of each chunk, growing from 0, T for a chunk without tokens.
+    start_C: int64, the first token of each chunk, increasing from 0, T for a chunk without tokens.
     dz_CD: where to write that, contiguous; may be z_CD itself. spare: see `sum_chunks`.
     """
     if _fast("upsample", z_CD):
@@ -186,7 +186,7 @@ def upsample_backward(
 
 
 def gather_rows(x_TD: Tensor, place_C: Tensor, pad_E: Tensor | None) -> Tensor:
-    """x[place], and pad behind each row. place_C: int64. x is not empty and contiguous; pad has its dtype."""
+    """x[place], with pad appended to each row. place_C: int64. x: contiguous and not empty; pad has its dtype."""
     if _fast("take_rows", x_TD):
         from hnet_kernels import router_triton
 
@@ -196,7 +196,7 @@ def gather_rows(x_TD: Tensor, place_C: Tensor, pad_E: Tensor | None) -> Tensor:
 
 
 def add_rows_(x_TD: Tensor, place_C: Tensor, rows_CD: Tensor) -> Tensor:
-    """x[place] += rows, in place; x_TD is contiguous. place_C: int64, each once, but where rows are zeros."""
+    """x[place] += rows, in place; x_TD is contiguous. place_C: int64, each once, except where rows are zeros."""
     if len(rows_CD) and _fast("add_rows", x_TD):
         from hnet_kernels import router_triton
 

@@ -1,6 +1,7 @@
 """Triton kernels for the operations of router.py, where the definitions are.
 
-Legend: T tokens, C chunks, D channels. All are bound by memory: a program takes a few rows whole, each read once.
+Legend: T tokens, C chunks, D channels. All are bound by memory: a thread block takes a few full rows and reads each
+once.
 """
 
 import torch
@@ -10,12 +11,12 @@ from torch import Tensor
 
 from hnet_kernels.ema_triton import sum_chunks
 
-TILE = 2048  # elements of a program's rows
+TILE = 2048  # elements of rows per thread block
 
 
 @triton.jit
 def _cosine(q_ptr, k_ptr, row, before, d, inside, D):
-    """q of the token before, and k, in unit length; one over their lengths; their product."""
+    """The previous token's q and this token's k as unit vectors; one over their lengths; their dot product."""
     q = tl.load(q_ptr + before * D + d, mask=inside, other=0.0).to(tl.float32)
     k = tl.load(k_ptr + row * D + d, mask=inside, other=0.0).to(tl.float32)
     over_q = 1 / tl.maximum(tl.sqrt(tl.sum(q * q, 1)), 1e-12)

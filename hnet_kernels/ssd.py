@@ -1,8 +1,8 @@
 """The Mamba-2 recurrence (state-space duality, arXiv 2405.21060) over packed documents.
 
-Legend: T tokens of all documents together, H heads, P channels a head, N state size, Q tokens a chunk, C chunks.
+Legend: T tokens of all documents together, H heads, P channels per head, N state size, Q tokens per chunk, C chunks.
 
-This file has the definition and the operation; the Triton kernels that it runs on a GPU are in ssd_triton.py.
+This file has the definition and the operation; the Triton kernels for GPUs are in ssd_triton.py.
 """
 
 import importlib.util
@@ -16,8 +16,8 @@ from torch.nn.functional import pad, softplus
 from hnet_kernels.dispatch import use_fast
 from hnet_kernels.gradients import Slot
 
-MIN_CHUNK = 32  # tokens; the work inside a chunk grows with it, the work between chunks shrinks
-MAX_CHUNKS = 256  # beyond this many the chunks get longer: states are handed on one chunk at a time
+MIN_CHUNK = 32  # tokens; longer chunks mean more work inside chunks and less between them
+MAX_CHUNKS = 256  # more than these are avoided by longer chunks: states pass from chunk to chunk one at a time
 
 
 def document_ids(cu_seqlens: Tensor, total: int) -> Tensor:
@@ -27,7 +27,7 @@ def document_ids(cu_seqlens: Tensor, total: int) -> Tensor:
 
 
 class Decays(NamedTuple):
-    """All decays that the scan of a batch needs, zero where they would cross from one document to another."""
+    """All decays for the scan of a batch; zero across documents."""
 
     sum_HCQ: Tensor  # float64: log decays summed from before a chunk to each of its tokens
     hidden_CQQ: Tensor  # bool: token j of a chunk is after token i or in another document
@@ -42,7 +42,7 @@ class Decays(NamedTuple):
 
 
 def _decay(log_decay: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    """exp where not hidden, else 0; masked before exp, so that what is hidden cannot overflow."""
+    """exp where not hidden, else 0; masked before exp, so that hidden values cannot overflow."""
     return log_decay.to(dtype, copy=True).masked_fill_(hidden, -torch.inf).exp_()
 
 
@@ -64,7 +64,7 @@ def _decays(log_a_TH: Tensor, cu_seqlens: Tensor, Q: int) -> Decays:
 
 
 def _chunks(x: Tensor, Q: int) -> Tensor:
-    """(T, ...) -> (C, Q, ...), filled up with zeros."""
+    """(T, ...) -> (C, Q, ...), padded with zeros."""
     extra = -len(x) % Q
     return (pad(x, (0, 0) * (x.ndim - 1) + (0, extra)) if extra else x).unflatten(0, (-1, Q))
 
@@ -81,8 +81,8 @@ def scan_forward(
 ) -> Tensor:
     """h_t = a_t h_{t-1} + gain_t x_t B_t^T and y_t = h_t C_t, with h = 0 before each document, as matrix products.
 
-    Within a chunk of Q tokens y = (decay * (C B^T)) (gain * x); every chunk hands its last state on.
-    x_THP, B_TN, C_TN: one floating dtype. gain_TH, log_a_TH (<= 0): float32 or float64, the dtype of the arithmetic.
+    Within a chunk of Q tokens y = (decay * (C B^T)) (gain * x); every chunk passes its last state on.
+    x_THP, B_TN, C_TN: one floating dtype. gain_TH, log_a_TH (<= 0): float32 or float64, the dtype of the computation.
     Returns y_THP in x's dtype.
     """
     T, H, P = x_THP.shape
@@ -93,12 +93,12 @@ def scan_forward(
     before_CNHP = _hand_on(_outer(B_CQN, x_CQHP * decays.to_end_CQH1), decays.across_CH1)
     y_CQHP = _inner(C_CQN, before_CNHP).mul_(decays.from_start_CQH1)
     scores_CQQ = C_CQN @ B_CQN.mT
-    for h in range(H):  # a head at a time: its (C, Q, Q) stay in a CPU's cache
+    for h in range(H):  # one head at a time, whose (C, Q, Q) stays in a CPU's cache
         y_CQHP[:, :, h] += decays.within(h, dtype).mul_(scores_CQQ) @ x_CQHP[:, :, h]
     return y_CQHP.flatten(0, 1)[:T].to(x_THP.dtype)
 
 
-# States are (C, N, H, P): all heads of a token lie together in memory, so one matrix product serves them all.
+# States are (C, N, H, P): all heads of a token are adjacent in memory, so one matrix product computes them all.
 
 
 def _outer(v_CQN: Tensor, x_CQHP: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def _inner_sum(x_CQHP: Tensor, state_CNHP: Tensor) -> Tensor:
 
 
 def _hand_on(added_CNHP: Tensor, across_CH1: Tensor, backwards: bool = False) -> Tensor:
-    """The state before each chunk, from what each adds to the state and how a state decays across it.
+    """The state before each chunk, from what each chunk adds to the state and its decay across the chunk.
 
     Backwards: the gradient of the state after each chunk, from the gradients of the states before them.
     """
@@ -148,7 +148,7 @@ def scan_backward(
     x_end_CQHP = x_CQHP * decays.to_end_CQH1
     before_CNHP = _hand_on(_outer(B_CQN, x_end_CQHP), decays.across_CH1)
 
-    # what reaches each chunk's state: from its own outputs, and from those of the chunks it is handed on to
+    # the gradient of each chunk's state: from the chunk's own outputs and from those of later chunks
     dy_start_CQHP = dy_CQHP * decays.from_start_CQH1
     dafter_CNHP = _hand_on(_outer(C_CQN, dy_start_CQHP), decays.across_CH1, backwards=True)
 
@@ -193,7 +193,7 @@ def _why_unsupported(x_THP: Tensor, B_TN: Tensor) -> str | None:
     if N not in (16, 32, 64, 128):
         return f"d_state {N}, not 16, 32, 64 or 128"
     capability = torch.cuda.get_device_capability(x_THP.device)
-    if capability[0] != 9:  # elsewhere they need more registers or shared memory than there is, or nobody has tried
+    if capability[0] != 9:  # other GPUs lack registers or shared memory, or were not tried
         return f"compute capability {capability[0]}.{capability[1]}, not 9.x"
     if importlib.util.find_spec("triton") is None:
         return "no triton"
@@ -205,8 +205,8 @@ def ssd(x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TN: Tensor, C_TN: Tensor, c
     """Mamba-2's scan: h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, y_t = h_t C_t; h = 0 before each document.
 
     x_THP, B_TN, C_TN: one floating dtype, B and C shared by all heads. dt_TH (positive), A_H (negative): float32, or
-    float64 with float64 inputs. cu_seqlens: int32 or int64 (B + 1,). Returns y_THP in x's dtype; the skip D x and the
-    gate are the caller's. Keeps only its inputs for the backward, which computes the states again.
+    float64 with float64 inputs. cu_seqlens: int32 or int64 (B + 1,). Returns y_THP in x's dtype; the caller adds
+    the skip D x and the gate. Saves only its inputs for the backward, which recomputes the states.
     """
     if use_fast("ssd", x_THP.device.type, x_THP.dtype, _why_unsupported(x_THP, B_TN)):
         from hnet_kernels import ssd_triton  # not above: triton is not everywhere
@@ -257,12 +257,12 @@ def mamba2_scan_forward(
     cu_seqlens: Tensor,
     save: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """`ssd` as Mamba-2 has it, for callers who write their own backward: with dt = softplus(raw + bias),
-    A = -exp(A_log), and with the skip, y + D x.
+    """`ssd` as in Mamba-2, for callers that write their own backward: dt = softplus(raw + bias), A = -exp(A_log), and
+    the result is y + D x.
 
-    x_THP, raw_TH, B_TN, C_TN: one floating dtype, maybe parts of longer rows; the others: at least float32.
-    Returns y_THP, and where `save` is set what `mamba2_scan_backward` can take to compute less again: H P N numbers for
-    64 tokens (32 in float32) in x's dtype, and a little; nothing from the definition.
+    x_THP, raw_TH, B_TN, C_TN: one floating dtype; rows may be parts of longer rows. The others: at least float32.
+    Returns y_THP and, where `save` is set, tensors that save `mamba2_scan_backward` the recomputation: mainly states,
+    H P N elements per 64 tokens (32 in float32) in x's dtype. The definition returns none.
     """
     if use_fast("ssd", x_THP.device.type, x_THP.dtype, _why_unsupported(x_THP, B_TN)):
         from hnet_kernels import ssd_triton
@@ -288,10 +288,10 @@ def mamba2_scan_backward(
     dweights: Slot,
     saved: Sequence[Tensor] = (),
 ) -> None:
-    """Gradients of `mamba2_scan_forward`: writes dx, dB, dC and draw to `out`, perhaps parts of longer rows, and fills
-    the slot of those of A_log, bias and D.
+    """Gradients of `mamba2_scan_forward`. Writes dx, dB, dC and draw to `out`, whose rows may be parts of longer rows,
+    and fills the slot of the gradients of A_log, bias and D.
 
-    `saved`: what the forward saved, or nothing; the same bits either way.
+    `saved`: the tensors that the forward saved, or none; the bits are the same either way.
     """
     if use_fast("ssd", x_THP.device.type, x_THP.dtype, _why_unsupported(x_THP, B_TN)):
         from hnet_kernels import ssd_triton

@@ -1,27 +1,27 @@
-"""Triton kernels for `hnet::ssd` and its gradient. The definition, and the choice between the two, is in ssd.py.
+"""Triton kernels for `hnet::ssd` and its gradient. The definition and the dispatch are in ssd.py.
 
-Legend: T tokens, H heads, P channels a head, N state size, Q tokens a chunk, C chunks, S segments (runs of chunks that
-one program walks through), G groups of heads. Log decays are in powers of two.
+Legend: T tokens, H heads, P channels per head, N state size, Q tokens per chunk, C chunks, S segments (runs of chunks
+that one thread block walks through), G groups of heads. Log decays are base-2 logarithms.
 
-With h_n the state (P, N) before chunk n, g the gain dt, and decays that are zero across documents, a chunk does
+With h_n the state (P, N) before chunk n, g the gain dt, and decays that are zero across documents, a chunk computes
 
     y_i = start_i C_i h_n^T + sum_{j <= i} (C_i . B_j) decay_ij g_j x_j
     h_{n+1} = decay_n h_n + sum_j end_j g_j x_j B_j^T
 
-and the gradient runs the same recurrence backwards: with dy for g x, C for B, start for end. A program walks through a
-segment with the state in registers, so that forward reads x twice and writes y, and nothing else grows with T H:
+The gradient runs the same recurrence in reverse, with dy for g x, C for B, and start for end. A thread block walks
+through a segment with the state in registers. So the forward reads x twice, writes y, and nothing else grows with T H:
 
     _prepare    gains, decays within and across chunks, and the products C_i . B_j, which all heads share
-    _totals     what every segment adds to the state at its end
-    _outputs    y, each program starting from the states that reach its segment
+    _totals     what each segment adds to the state at its end
+    _outputs    y; each thread block starts from the states that arrive at its segment
 
-    _totals, _states    backward: the same in reverse, saving the gradient of h at every chunk in the dtype of x; and
-                for h itself, unless `_outputs` has saved it
-    _gradients  dx, and what flows between tokens, per head; sums for dB and dC over the heads of a group in registers
+    _totals, _states    backward: the same in reverse. They save the gradient of h at every chunk in x's dtype, and h
+                itself unless `_outputs` saved it
+    _gradients  dx, and the flows between tokens, per head; the sums of dB and dC over a group of heads in registers
     _finish     dB and dC; the gradients of dt, A, the bias and D from the flows
 
-No atomics: the same bits every time on one kind of GPU. Tiles are loaded and stored through tensor descriptors: on
-Hopper the copy engine moves them, which saves the registers that addresses would take; rows past T are read as zeros
+There are no atomics: the same bits every time on one kind of GPU. Tiles are loaded and stored through tensor
+descriptors. On Hopper the copy engine moves them, which saves the registers of addresses. Rows past T are read as zeros
 and not written.
 """
 
@@ -35,7 +35,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hnet_kernels.gradients import Slot
-from hnet_kernels.norm_triton import multiprocessors, sum_rows
+from hnet_kernels.norm_triton import sm_count, sum_rows
 from hnet_kernels.saved import save_if, saved_empty
 from hnet_kernels.triton_math import LOG2_E
 
@@ -50,13 +50,13 @@ def _tile(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _exp2(x):
-    """Decays within a chunk, finite also from later to earlier tokens, where the scores that they multiply are zero."""
+    """exp2 for decays within a chunk; finite also from later to earlier tokens, where their scores are zero."""
     return tl.exp2(tl.minimum(x, 64.0))
 
 
 @triton.jit
 def _documents(cu_seqlens_ptr, n_docs, t, Q: tl.constexpr):
-    """The document that each token is in, counting those that end at or before it, and whether it opens it (1, 0)."""
+    """Each token's document, as the number of documents that end at or before it, and whether it opens it (1, 0)."""
     BLOCK: tl.constexpr = 64
     document_Q = tl.zeros((Q,), tl.int32)
     opens_Q = tl.where(t == 0, 1, 0)
@@ -70,14 +70,16 @@ def _documents(cu_seqlens_ptr, n_docs, t, Q: tl.constexpr):
 
 @triton.jit
 def _add_in_document(left_sum, left_opens, right_sum, right_opens):
-    """Joins the sums of neighbouring runs of tokens; a run in which a document begins has that of its last document."""
+    """Joins the sums of adjacent runs of tokens. A run in which a document begins has the sum of its last document."""
     return tl.where(right_opens != 0, right_sum, left_sum + right_sum), left_opens | right_opens
 
 
 @triton.jit
 def _softplus(x):
-    """log(1 + exp(x)) = max(x, 0) + log(1 + e), the latter as 2 artanh(e / (2 + e)), whose series is short and has what
-    float32's 1 + e has lost."""
+    """log(1 + exp(x)) = max(x, 0) + log(1 + e) with e = exp(-|x|).
+
+    log(1 + e) is computed as 2 artanh(e / (2 + e)), whose series is short and accurate where 1 + e loses bits.
+    """
     e = tl.exp(-tl.abs(x))
     s = e / (2 + e)
     q = s * s
@@ -87,7 +89,7 @@ def _softplus(x):
 
 @triton.jit
 def _softplus_slope(y):
-    """softplus's derivative where its value is y: 1 - exp(-y), by its series where little is left of 1."""
+    """softplus's derivative where its value is y: 1 - exp(-y), by its series for small y."""
     series = y * (1 - y / 2 * (1 - y / 3 * (1 - y / 4 * (1 - y / 5 * (1 - y / 6)))))
     return tl.where(y < 0.1, series, 1 - tl.exp(-y))
 
@@ -113,7 +115,7 @@ def _prepare(
     HAS_BIAS: tl.constexpr,
     WITH_SCORES: tl.constexpr,
 ):
-    """One program a chunk: vectors_5HT, decay_CH (through the chunk), document_T, scores_CQQ (C B^T, zero where
+    """One thread block per chunk: vectors_5HT, decay_CH (through the chunk), document_T, scores_CQQ (C B^T, zero where
     nothing may flow). The vectors: sums of log decays from the start of the chunk or, in it, the document; log gains
     less these sums (SOURCE); gains; decays from before the chunk (START) and to its end (END)."""
     c = tl.program_id(0)
@@ -125,7 +127,7 @@ def _prepare(
     A_H = tl.load(A_ptr + h, mask=h < H, other=0.0)
     if HAS_BIAS:
         bias_H = tl.load(bias_ptr + h, mask=h < H, other=0.0)
-    if WITH_SCORES:  # these wait for what they load, so they come after what else there is to load
+    if WITH_SCORES:  # these wait for their loads, so they come after all other loads
         B_QN, C_QN = B_desc.load([c * Q, 0]), C_desc.load([c * Q, 0])
     gain_QH = gain_QH.to(tl.float32)
     if HAS_BIAS:
@@ -133,7 +135,7 @@ def _prepare(
         A_H = -tl.exp(A_H)
     document_Q, opens_Q = _documents(cu_seqlens_ptr, n_docs, t, Q)
     tl.store(document_ptr + t, document_Q)
-    before = tl.min(document_Q - tl.where(q == 0, opens_Q, 0), 0)  # the document that the chunk goes on with, if any
+    before = tl.min(document_Q - tl.where(q == 0, opens_Q, 0), 0)  # the document that continues into the chunk, if any
     last = tl.max(document_Q, 0)
 
     gain_HQ = tl.trans(gain_QH)
@@ -161,9 +163,9 @@ def _prepare(
 def _arriving(
     totals_ptr, decay_ptr, h, s, H, S, P: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr
 ):  # fmt: skip
-    """The state (P, N) that reaches segment s from those before it; REVERSE: its gradient, from those after it.
+    """The state (P, N) that arrives at segment s from those before it; REVERSE: its gradient, from those after it.
 
-    Looks back no further than anything is carried: a document rarely spans more than a few segments.
+    Looks back only as far as the decay is not zero: a document rarely spans more than a few segments.
     """
     STEP: tl.constexpr = 1 if REVERSE else -1
     state_PN = tl.zeros((P, N), tl.float32)
@@ -178,7 +180,7 @@ def _arriving(
 
 @triton.jit
 def _weights(vectors_ptr, at, stride, REVERSE: tl.constexpr):
-    """What a head's values are multiplied by on their way into the state, or their gradients into its gradient."""
+    """The factors of a head's values when they enter the state, or of their gradients for its gradient."""
     if REVERSE:
         weight_Q = tl.load(vectors_ptr + START * stride + at)
     else:
@@ -188,8 +190,10 @@ def _weights(vectors_ptr, at, stride, REVERSE: tl.constexpr):
 
 @triton.jit
 def _cut(decay_ptr, first, end, h, H, REVERSE: tl.constexpr):
-    """The part of a segment that reaches its end: (from where, to where). REVERSE: that its start reaches. Nothing
-    comes through a chunk that has no decay, as where a document begins, but its own is on the side that is reached."""
+    """The chunks (first, end) of a segment that reach its end; REVERSE: that reach its start.
+
+    Nothing passes through a chunk whose decay is zero, where a document begins; its own tokens count on the near side.
+    """
     BLOCK: tl.constexpr = 64
     for c_first in range(first, end, BLOCK):
         c = c_first + tl.arange(0, BLOCK)
@@ -217,10 +221,11 @@ def _totals(
     Q: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """One program a segment and head. totals_SHPN: what a segment adds to the state at its end (values x, keys B), and
-    segment_decay_SH: the decay through it. REVERSE: what it adds to the gradient of the state at its start (dy, C).
+    """One thread block per segment and head. totals_SHPN: what a segment adds to the state at its end (values x, keys
+    B). segment_decay_SH: the decay through it. REVERSE: what it adds to the gradient of the state at its start (dy, C).
 
-    It walks away from there, so that values are weighted once, and the sum as it grows is not."""
+    It walks away from that end, so that each value is weighted once and the growing sum is not.
+    """
     pid = tl.program_id(0)
     h, s = pid % H, pid // H
     STEP: tl.constexpr = 1 if REVERSE else -1
@@ -232,7 +237,7 @@ def _totals(
     c = first if REVERSE else end - 1
     decay = tl.load(decay_ptr + c * H + h)
     for k in range(end - first):
-        # a scalar that is loaded where it is used holds everything up: the next chunk's is loaded now
+        # a scalar loaded where it is used would stall: the next chunk's is loaded now
         next_decay = tl.load(decay_ptr + (c + STEP) * H + h, mask=k + 1 < end - first, other=0.0)
         weight_Q = _weights(vectors_ptr, h * padded + c * Q + tl.arange(0, Q), H * padded, REVERSE) * through
         keys_QN = keys_desc.load([c * Q, 0])
@@ -263,8 +268,8 @@ def _states(
     Q: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """One program a segment and head. states_CHPN: the state before each chunk. REVERSE: the gradient of the state
-    after each chunk."""
+    """One thread block per segment and head. states_CHPN: the state before each chunk. REVERSE: the gradient of the
+    state after each chunk."""
     pid = tl.program_id(0)
     h, s = pid % H, pid // H
     S = tl.num_programs(0) // H
@@ -309,8 +314,10 @@ def _outputs(
     HAS_D: tl.constexpr,
     SAVE_STATES: tl.constexpr,
 ):
-    """One program a segment and head: y_THP, the state in registers. HAS_D: with the skip D x. SAVE_STATES: and
-    states_CHPN, as `_states` has it."""
+    """One thread block per segment and head: y_THP, with the state in registers.
+
+    HAS_D: with the skip D x. SAVE_STATES: also states_CHPN, as in `_states`.
+    """
     pid = tl.program_id(0)
     h, s = pid % H, pid // H
     S = tl.num_programs(0) // H
@@ -325,7 +332,7 @@ def _outputs(
         D = tl.load(D_ptr + h)
     start_Q = tl.load(vectors_ptr + START * H * padded + first * Q)
     for c in range(first, end):
-        # what does not come through the pipeline is loaded one chunk ahead
+        # loads outside of the pipeline are made one chunk ahead
         next_decay = tl.load(decay_ptr + (c + 1) * H + h, mask=c + 1 < end, other=0.0)
         next_start_Q = tl.load(vectors_ptr + START * H * padded + (c + 1) * Q, mask=(q >= 0) & (c + 1 < end), other=0.0)
         sum_Q = tl.load(vectors_ptr + SUM * H * padded + c * Q)
@@ -345,8 +352,8 @@ def _outputs(
         y_desc.store([c * Q, h * P], y_QP.to(x_QP.dtype))
 
         if SAVE_STATES:
-            # here, and not through a descriptor: the shared memory is that of products that are done, so that two
-            # programs still fit on a multiprocessor
+            # here and not through a descriptor: it reuses the shared memory of finished products, so that two blocks
+            # still fit on an SM
             at = states_ptr + tl.cast(c * H + h, tl.int64) * (P * N)
             tl.store(at + _tile(P, N), state_PN.to(x_QP.dtype))
         x_QP = (x_QP * (end_Q * gain_Q)[:, None]).to(B_QN.dtype)
@@ -377,7 +384,7 @@ def _gradients_within(
     Q: tl.constexpr,
     HAS_D: tl.constexpr,
 ):
-    """dx, the gradient of the scores, and what flows from the inputs of chunk c to it and later ones. Rows: inputs."""
+    """dx, the gradient of the scores, and the flows from the inputs of chunk c. Rows are inputs."""
     padded = n_chunks * Q
     q = tl.arange(0, Q)
     document_Q = tl.load(document_ptr + c * Q + q)
@@ -402,7 +409,7 @@ def _gradients_within(
         dgain_Q = tl.sum(flow_QQ, 1)
         inside_Q = tl.sum(flow_QQ * gain_Q[:, None], 0) - dgain_Q * gain_Q
         weights_QQ = within_QQ * scores_QQ * gain_Q[:, None]
-        if HAS_D:  # the skip is a weight of a token for itself; no decay acts there, so x . dy is on the diagonal
+        if HAS_D:  # the skip weights a token itself without decay, so x . dy is on the diagonal
             itself_QQ = q[:, None] == q[None, :]
             weights_QQ += tl.where(itself_QQ, tl.load(D_ptr + h), 0.0)
             tl.store(flows_ptr + ITSELF * H * padded + at, tl.sum(tl.where(itself_QQ, dscores_h_QQ, 0.0), 1))
@@ -441,7 +448,7 @@ def _gradients_across(
     N: tl.constexpr,
     Q: tl.constexpr,
 ):
-    """dB and dC as far as they come through the states around chunk c, and what flows into it and through it."""
+    """The parts of dB and dC that come through the states around chunk c, and the flows into and through it."""
     padded = n_chunks * Q
     p = tl.arange(0, P)
     C_QN = C_desc.load([c * Q, 0])
@@ -499,14 +506,15 @@ def _gradients(
     Q: tl.constexpr,
     HAS_D: tl.constexpr,
 ):
-    """Two programs a chunk and group of heads, side by side so that they share what they load through the cache:
-    dx_THP; for dB and dC, dscores_GCQQ (transposed: rows of B, columns of C) and parts_G2TN; for the decays, flows_5HT
-    and through_CHP. HAS_D: with the skip, whose weight's gradient is the sum of the last of the flows.
+    """Two thread blocks per chunk and group of heads, adjacent so that they share loads in the cache.
+
+    They write dx_THP; for dB and dC, dscores_GCQQ (transposed: rows of B, columns of C) and parts_G2TN; for the decays,
+    flows_5HT and through_CHP. HAS_D: with the skip, whose weight's gradient is the sum of the last flow.
 
     The flow from j to i is (dL/dy_i) . (what j's input adds to y_i). flows_5HT: the flow INSIDE the chunk into a token
     less that from it; from BEFORE the chunk; to LATER chunks; the gradient of a token's gain (all its flow over the
-    gain); a token's x . dy, from ITSELF to itself. through_CHP: what flows through a chunk, by channels: sums over them
-    are left to `_finish`, which has them to itself.
+    gain); a token's x . dy, from ITSELF to itself. through_CHP: the flow through a chunk, by channel; `_finish` sums
+    the channels.
     """
     c, group = tl.program_id(0) // 2, tl.program_id(1)
     first = group * heads_per_group
@@ -549,10 +557,10 @@ def _finish(
     HAS_BIAS: tl.constexpr,
     HAS_D: tl.constexpr,
 ):
-    """One program a chunk: ddt_TH, dB_TN, dC_TN, and its part of what is summed over all tokens, one behind the other
-    in sums_CW: dA, the bias's gradient and D's.
+    """One thread block per chunk: ddt_TH, dB_TN, dC_TN, and its partial sums of dA, the bias's gradient and D's, one
+    after the other in sums_CW.
 
-    A token's log decay gets what flows across it: from all before it to itself and all after it.
+    The gradient of a token's log decay is the flow across it: from all tokens before it to itself and all after it.
     """
     c = tl.program_id(0)
     padded = n_chunks * Q
@@ -577,7 +585,7 @@ def _finish(
     dlog_HQ, _ = tl.associative_scan((into_HQ, closes_HQ), 1, _add_in_document, reverse=True)
     dlog_HQ += (
         tl.cumsum(later_HQ, 1) - later_HQ + through_H[:, None]
-    )  # only a chunk's last document goes on to later ones
+    )  # only a chunk's last document continues into later chunks
     dA_H = tl.sum(dlog_HQ * gain_HQ, 1)
     ddt_HQ = dgain_HQ + dlog_HQ * A_H[:, None]
     if HAS_BIAS:
@@ -618,7 +626,7 @@ LAUNCH = {  # (warps, stages of the pipeline that loads), measured on an H200
         "_gradients": (4, 2),
         "_finish": (8, 1),
     },
-    # full-precision products do without tensor cores: more registers, so more threads and fewer tokens a chunk
+    # full-precision products use no tensor cores: more registers, so more threads and fewer tokens per chunk
     torch.float32: {
         "_prepare": (8, 1),
         "_totals": (8, 1),
@@ -637,9 +645,11 @@ def _launch(kernel: str, dtype: torch.dtype) -> dict[str, int]:
 
 
 def _launch_for_heads(kernel: str, dtype: torch.dtype, H: int) -> dict[str, int | None]:
-    """Of a program that has all heads of a chunk. With 33 to 64 of them two programs a multiprocessor must be asked
-    for, which saves 19 of 58 us a layer of 48; with fewer it costs some, more would not fit
-    (benchmarks/results/h200-2026-11-28-3/scan_ways.txt)."""
+    """The launch options of a kernel whose thread block has all heads of a chunk.
+
+    With 33 to 64 heads two blocks per SM must be requested: it saves 19 of 58 us per layer with 48 heads. With fewer
+    heads it is slower; more would not fit (benchmarks/results/h200-2026-11-28-3/scan_ways.txt).
+    """
     registers = 128 if 32 < H <= 64 and dtype == torch.bfloat16 else None
     return _launch(kernel, dtype) | {"BLOCK_H": triton.next_power_of_2(H), "maxnreg": registers}
 
@@ -651,13 +661,13 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Of a (T, ...) tensor as (T, W), in tiles of (rows, columns)."""
+    """The descriptor of a (T, ...) tensor as (T, W), in tiles of (rows, columns)."""
     x = _dense(x)
     return TensorDescriptor(x, [len(x), x[0].numel()], [x.stride(0), 1], [rows, columns])
 
 
 class SavedScan(NamedTuple):
-    """What a forward keeps for the backward: C chunks of Q tokens, S segments; Tc = C Q. Float32 but for the states."""
+    """The tensors that a forward saves: C chunks of Q tokens, S segments; Tc = C Q. All but the states are float32."""
 
     vectors_5HT: Tensor  # (5, H, Tc), as decay_CH, and document_T (Tc,) of int32: see `_prepare`
     decay_CH: Tensor
@@ -667,21 +677,21 @@ class SavedScan(NamedTuple):
 
 
 class _Plan:
-    """What both directions begin with: sizes and descriptors."""
+    """Sizes and descriptors that forward and backward share."""
 
     def __init__(self, x_THP: Tensor, B_TN: Tensor, C_TN: Tensor):
         (self.T, self.H, self.P), self.N, self.Q = x_THP.shape, B_TN.shape[1], CHUNK[x_THP.dtype]
         self.dtype = x_THP.dtype
         self.n_chunks = triton.cdiv(self.T, self.Q)
-        # two programs, which walk through one segment each, fit on a multiprocessor
-        self.chunks_per_segment = triton.cdiv(self.n_chunks * self.H, 2 * multiprocessors(x_THP.device))
+        # two thread blocks, with one segment each, fit on an SM
+        self.chunks_per_segment = triton.cdiv(self.n_chunks * self.H, 2 * sm_count(x_THP.device))
         self.segments = triton.cdiv(self.n_chunks, self.chunks_per_segment)
         self.B, self.C = (_described(t, self.Q, self.N) for t in (B_TN, C_TN))
         self.sizes = self.H, self.n_chunks, self.chunks_per_segment
         self.shape = {"P": self.P, "N": self.N, "Q": self.Q}
 
     def empty(self, A_H: Tensor, with_states: bool) -> SavedScan:
-        """Memory for all of it; `with_states` also for the states."""
+        """Memory for a `SavedScan`; for the states only if `with_states`."""
         rows = self.n_chunks * self.Q
         return SavedScan(
             saved_empty(A_H, 5, self.H, rows),
@@ -710,7 +720,7 @@ class _Plan:
         )  # fmt: skip
 
     def totals(self, values_THP: Tensor, keys: TensorDescriptor, saved: SavedScan, reverse: bool) -> Tensor:
-        """totals_SHPN; not `reverse`: and saved.segment_decay_SH."""
+        """totals_SHPN; without `reverse` also writes saved.segment_decay_SH."""
         totals_SHPN = saved.decay_CH.new_empty(self.segments, self.H, self.P, self.N)
         _totals[(self.segments * self.H,)](
             _described(values_THP, self.Q, self.P), keys, saved.vectors_5HT, saved.decay_CH, totals_SHPN,
@@ -742,8 +752,8 @@ def scan_forward(
 ) -> tuple[Tensor, SavedScan | None]:
     """y_THP of `hnet::ssd`, plus D x where D_H is given. x, B, C: one of the dtypes of CHUNK; the others: float32.
 
-    bias_H: where it is given, what Mamba-2 has for weights enters: softplus(dt + bias) for dt, which may be of any
-    dtype, and -exp(A) for A. `save`: and what `scan_backward` can take, among it the states. None for no tokens.
+    bias_H: if given, Mamba-2's weights are used: softplus(dt + bias) for dt, which may have any dtype, and -exp(A) for
+    A. `save`: also returns what `scan_backward` can use, among it the states; None without tokens.
     """
     y_THP = saved_empty(x_THP, *x_THP.shape)
     if not len(x_THP):
@@ -765,7 +775,7 @@ def scan_forward(
 
 
 class Gradients(NamedTuple):
-    """Of `scan_forward`'s inputs; None where there was none, or where it went to a slot."""
+    """Of `scan_forward`'s inputs; None for an input that was not given or whose gradient went to a slot."""
 
     dx_THP: Tensor
     ddt_TH: Tensor
@@ -777,7 +787,7 @@ class Gradients(NamedTuple):
 
 
 def can_write(tensors: Sequence[Tensor]) -> bool:
-    """Whether the kernels can write to these, as parts of longer rows."""
+    """Whether the kernels can write to these tensors, whose rows may be parts of longer rows."""
     return all(_dense(t) is t for t in tensors)
 
 
@@ -795,9 +805,12 @@ def scan_backward(
     bias_H: Tensor | None = None,
     dweights: Slot | None = None,
 ) -> Gradients:
-    """Gradients of `scan_forward`. `out`: where dx, dB, dC, see `can_write`, and ddt go. `saved`: from the forward of
-    the same inputs; without it decays and states are recomputed to the same bits. `dweights`: for those of A, bias
-    and D, which are not returned then."""
+    """Gradients of `scan_forward`.
+
+    `out`: where to write dx, dB, dC (see `can_write`) and ddt. `saved`: from the forward of the same inputs; without it
+    decays and states are recomputed to the same bits. `dweights`: the slot for the gradients of A, bias and D, which
+    are then not returned.
+    """
     dx_THP, dB_TN, dC_TN, ddt_TH = out or tuple(t.new_empty(t.shape) for t in (x_THP, B_TN, C_TN, dt_TH))
     assert ddt_TH.stride(1) == 1
     of_heads = {"dA_H": A_H, "dbias_H": bias_H, "dD_H": D_H}  # in this order below
@@ -816,10 +829,10 @@ def scan_backward(
     dscores_GCQQ = _described(x_THP.new_empty(groups * n_chunks * Q, Q), Q, Q)
     parts_G2TN = _described(x_THP.new_empty(groups * 2 * n_chunks * Q, N), Q, N)
     flows_5HT = A_H.new_empty(5, H, n_chunks * Q)
-    # Zeros, which a kernel writes: descriptors need the context that a thread's first launch binds, and the thread
-    # that autograd runs a backward on may have launched nothing yet ("invalid device context" with Triton 3.6; with
-    # other kernels: github.com/pytorch/pytorch/issues/124565). It goes when Triton binds one itself. Who has a slot
-    # writes his own backward, in which products come before.
+    # Zeros, because a kernel writes them: descriptors need the context that a thread's first launch binds, and the
+    # thread on which autograd runs a backward may have launched nothing ("invalid device context" with Triton 3.6; with
+    # other kernels: github.com/pytorch/pytorch/issues/124565). To be removed when Triton binds the context itself. A
+    # caller with a slot writes its own backward, in which matrix products come first.
     sums_CW = A_H.new_zeros(n_chunks, len(of_heads) * H) if dweights is None else dweights.rows(n_chunks, sum_rows)
     through_CHP = A_H.new_empty(n_chunks, H, P)
     with torch.cuda.device_of(x_THP):
@@ -844,7 +857,9 @@ def scan_backward(
 
 
 def _groups(n_chunks: int, H: int, device: torch.device) -> int:
-    """Groups of heads in `_gradients`: those that take the least time, in that of a head. Two programs a multiprocessor
-    run at once, and besides its heads each has sums to write, which take about as long as one."""
-    rounds = {g: triton.cdiv(2 * n_chunks * g, 2 * multiprocessors(device)) for g in range(1, H + 1) if H % g == 0}
+    """The number of groups of heads in `_gradients` that takes the least time, measured in the time of a head.
+
+    Two thread blocks per SM run at once. Besides its heads each writes sums, which take about as long as one head.
+    """
+    rounds = {g: triton.cdiv(2 * n_chunks * g, 2 * sm_count(device)) for g in range(1, H + 1) if H % g == 0}
     return min(rounds, key=lambda g: rounds[g] * (H // g + 1))

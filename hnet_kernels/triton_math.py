@@ -9,10 +9,10 @@ _COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + exp(-x)) of float32, with a relative error of some 2e-7 for x > -2, of |x| 6e-8 below, where the rounded
-    exponent counts; zero where it is below float32's normal range.
+    """1 / (1 + exp(-x)) in float32; zero where the result is below float32's normal range.
 
-    In four instructions: `1 / (1 + tl.exp(-x))` takes twelve, most of them for numbers outside of that range.
+    The relative error is about 2e-7 for x > -2, and |x| 6e-8 below, where the rounding of the exponent dominates.
+    It takes four instructions; `1 / (1 + tl.exp(-x))` takes twelve, most of them for values outside that range.
     """
     e = tl.exp2(x * -LOG2_E)
     if _COMPILED:

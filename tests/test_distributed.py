@@ -445,7 +445,7 @@ def test_torchrun_starts_again_by_itself(corpus, undisturbed, tmp_path):
     victim.kill()
     assert job.wait(600) == 0, (tmp_path / "log").read_text()
     output = (tmp_path / "log").read_text()
-    assert "rank 1 (step " in output and "going on from" in output, output
+    assert "rank 1 (step " in output and "resuming from" in output, output
     assert timeless(folder) == timeless(undisturbed)
 
 
@@ -495,7 +495,7 @@ def test_a_kill_during_a_save_of_two_processes(corpus, undisturbed, tmp_path):
     torn = folder / "checkpoints" / "step_00000008.writing"
     was_torn = torn.exists()
     output = train_job(corpus, folder, 2, "--resume", "auto").succeed()
-    assert f"going on from {folder}/checkpoints/step_0000000{4 if was_torn else 8}" in output
+    assert f"resuming from {folder}/checkpoints/step_0000000{4 if was_torn else 8}" in output
     assert not was_torn or f"passed over {torn}" in output
     assert timeless(folder) == timeless(undisturbed)
 

@@ -23,7 +23,7 @@ from hnet_runtime.distributed import World
 from hnet_runtime.runs.statistics import router_statistics
 from hnet_runtime.steps import graphs
 from hnet_runtime.steps.flat_adamw import FlatAdamW
-from hnet_runtime.steps.graphs import STEPS, TOKENS, GraphedModel, _filled_up, _step
+from hnet_runtime.steps.graphs import SIZES_PER_OCTAVE, TOKENS, GraphedModel, _filled_up, _step
 from hnet_runtime.steps.segments import BackwardPart, SavedPool, Segment
 from hnet_trainable import HNetConfig, HNetLM, init_weights, nested_like
 
@@ -517,7 +517,7 @@ def test_sizes():
 def test_sizes_waste_little(T):
     sizes = _filled_up(T)
     assert sizes >= T and _filled_up(sizes) == sizes
-    assert sizes - T < max(TOKENS, T / STEPS + 1) and sizes - T < _step(T) <= max(TOKENS, sizes)
+    assert sizes - T < max(TOKENS, T / SIZES_PER_OCTAVE + 1) and sizes - T < _step(T) <= max(TOKENS, sizes)
     assert _step(T) <= _step(T + 1)  # what `_leave` has for all numbers of chunks up to T
 
 

@@ -215,7 +215,7 @@ def test_what_else_reads_the_sum_is_refused():
     with forcing(True):
         r = residual_stream(x)
         y = rms_norm(r, weight, EPS)
-    with pytest.raises(RuntimeError, match="read by something else than rms_norm and Residual.value"):
+    with pytest.raises(RuntimeError, match="read by something other than rms_norm and Residual.value"):
         (r._sum.high.sum() + y.sum()).backward()
 
 

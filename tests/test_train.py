@@ -261,7 +261,7 @@ def test_a_checkpoint_whose_bytes_have_changed_is_named(corpus, undisturbed, tmp
     (before / "sha256.json").unlink()  # as earlier versions wrote them
     manifest = json.loads((before / "manifest.json").read_text())
     (before / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "sha256.json"}))
-    assert f"going on from {before}" in succeed(corpus, *resume)
+    assert f"resuming from {before}" in succeed(corpus, *resume)
 
 
 def test_no_checkpoint_is_lost_where_a_run_goes_on_from_another_one(corpus, undisturbed, tmp_path):
@@ -302,7 +302,7 @@ def test_a_kill_during_a_save_leaves_the_checkpoint_before(corpus, undisturbed, 
     assert "step_00000004" in kept
     output = succeed(corpus, *flags)
     if torn.name in kept:  # the kill came before the rename
-        assert f"passed over {torn}" in output and "going on from" in output and "step_00000004" in output
+        assert f"passed over {torn}" in output and "resuming from" in output and "step_00000004" in output
     assert timeless(folder) == timeless(undisturbed)
     assert not torn.exists()
 
@@ -566,7 +566,7 @@ def test_a_run_goes_on_with_its_own_flags(corpus, tmp_path):
     done = run_train([*bare[:2], "--save-dir", str(tmp_path / "damaged"), "--resume", "auto"], corpus, environment())
     assert done.returncode == 2 and "metrics.jsonl, line 6" in done.stderr and "Traceback" not in done.stderr
     other = ["--resume", str(folder), "--save-dir", str(tmp_path / "other"), "--steps", "6", "--device", "cpu"]
-    assert "going on from" in run_train(other, corpus, environment()).stdout
+    assert "resuming from" in run_train(other, corpus, environment()).stdout
 
 
 @pytest.mark.parametrize(

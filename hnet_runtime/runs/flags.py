@@ -1,4 +1,4 @@
-"""The flags of train.py: what there is, how a command line, a YAML file and an earlier run give them.
+"""The flags of train.py, read from the command line, a YAML file and an earlier run.
 
 Nothing here imports torch, so that `--help` and a wrong flag are answered at once.
 """
@@ -19,17 +19,17 @@ import yaml
 from hnet_runtime import UserError
 from hnet_runtime.runs import run_folder
 
-DEFAULT_DATA = "data/stdlib"  # prepared on first use from the running Python's own standard library
-OF_ONE_START = ("save_dir", "resume", "early_exit")  # flags that are not the run's
+DEFAULT_DATA = "data/stdlib"  # prepared on first use from the standard library of the running Python
+OF_ONE_START = ("save_dir", "resume", "early_exit")  # flags that a resumed run does not take over
 
 
 def flag(*short: str):
     return tyro.conf.arg(aliases=short)
 
 
-ABOUT = """Train an H-Net. Without flags: a tiny one, on the Python standard library, on this machine's best device.
+ABOUT = """Train an H-Net. Without flags: a tiny one on the Python standard library, on this machine's best device.
 
---config-file FILE.yaml gives flags by their names with underscores, as a run's train.yaml does; flags win over it."""
+--config-file FILE.yaml sets flags, named with underscores as in a run's train.yaml; command-line flags override it."""
 
 
 @dataclass
@@ -37,22 +37,22 @@ class TrainConfig:
     """The flags of a run."""
 
     config: Annotated[str, flag("-c")] = ""
-    """Model config: a JSON file, or one of configs/ by name. Empty: that of -p, else hnet_1stage_tiny."""
+    """Model config: a JSON file, or a name from configs/. Empty: that of -p, else hnet_1stage_tiny."""
     pt_ckpt: Annotated[str, flag("-p")] = ""
-    """Weights to start from: an official .pt, safetensors, a checkpoint of ours, or hf:owner/name."""
+    """Weights to start from: an official .pt, safetensors, a checkpoint of a run, or hf:owner/name."""
     n_compression: Annotated[str, flag("-N")] = ""
-    """Target compression, like 1-3-9: bytes per token that each stage should see. Empty: as the config says."""
+    """Target compression, such as 1-3-9: bytes per token at each stage. Empty: that of the config."""
     data: str = DEFAULT_DATA
-    """Folder made by `fineweb.py prepare`, or a mixture of some: a:0.7,b:0.3."""
+    """Folder made by `fineweb.py prepare`, or a mixture of several: a:0.7,b:0.3."""
     order: Literal["shuffle", "length"] = "shuffle"
-    """Order of the documents in an epoch; length goes from short to long."""
+    """Order of the documents in an epoch; length: from short to long."""
     mbs: int = 2048
-    """Bytes in a slice, which is what a process runs at once (T)."""
+    """Bytes per slice (T), the micro-batch of one process."""
     global_slices: int = 0
-    """Slices in an optimizer step over all processes (G); the number of processes must divide it, and a run keeps it.
-    0: as many as processes."""
+    """Slices per optimizer step over all processes (G). It must be a multiple of the number of processes, and does not
+    change within a run. 0: one per process."""
     max_doc: int = 8192
-    """Longest row in bytes; a longer document goes on in further rows."""
+    """Longest row in bytes; longer documents are split into several rows."""
     steps: int = 900
     """Optimizer steps of the whole run."""
     seed: int = 0
@@ -63,77 +63,77 @@ class TrainConfig:
     lr: float = 4e-4
     """Peak learning rate before the stages' multipliers (eq. 11 of the paper)."""
     schedule: Literal["wsd", "wsd-linear", "cosine", "constant"] = "wsd-linear"
-    """After the warmup. wsd: constant, then down to zero over the last `decay` as 1 - sqrt (wsd-linear: linearly)."""
+    """Learning rate after the warmup. wsd: constant, then 1 - sqrt decay to zero (wsd-linear: linear decay)."""
     warmup: float = 0.1
-    """Share of the steps that warm up linearly."""
+    """Share of the steps with linear warmup."""
     decay: float = 0.25
-    """Share of the steps that decay, with wsd and wsd-linear."""
+    """Share of the steps with decay, for wsd and wsd-linear."""
     weight_decay: float = 0.1
-    """AdamW's weight decay, on matrices and embeddings only."""
+    """Weight decay of AdamW, on matrices and embeddings only."""
     clip: float = 1.0
     """Largest global gradient norm; 0: no clipping."""
     alpha: float = 0.2
-    """Weight of the ratio losses. The paper's 0.03 is for long runs; in a short one it leaves chunks far from words."""
+    """Weight of the ratio losses. The paper's 0.03 is for long runs; in short ones its chunks are far from words."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes CUDA where torch has it."""
+    """Device; auto: CUDA if torch has it."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype beside float32 masters. auto: bfloat16 on CUDA, float32 on the CPU."""
+    """Compute dtype; master weights are float32. auto: bfloat16 on CUDA, float32 on the CPU."""
     compile: Annotated[Literal["auto", "graph", "eager"], flag("-C")] = "auto"
-    """graph: steps as CUDA graphs, on Hopper GPUs in bfloat16 with unsharded weights on each; the fastest. eager: one
-    operation after the other, by the same kernels. auto: graph where it is possible on a GPU, else eager."""
+    """graph: steps run as CUDA graphs, the fastest; needs Hopper GPUs, bfloat16 and unsharded weights on each. eager:
+    operations run one by one, with the same kernels. auto: graph where possible on a GPU, else eager."""
 
     replicate: int = 0
-    """Copies of the weights: as many as processes, 1 (FSDP2), or between (HSDP: with one for each node, weights are cut
-    within nodes and copied across). 0: as many as processes where steps then run as graphs and what each holds takes no
-    more than half of its GPU's memory, else 1."""
+    """Replicas of the weights: one per process, 1 (FSDP2), or between (HSDP: with one per node, weights are sharded
+    within nodes and replicated across them). 0: one per process if steps can then run as graphs and a replica takes at
+    most half of a GPU's memory, else 1."""
     reshard: bool = True
-    """With several processes: free gathered weights after the forward and gather them again for the backward."""
+    """With sharded weights: free gathered weights after the forward and gather them again for the backward."""
     ac: Literal["none", "block", "selective"] = "none"
-    """Activation checkpointing. block: keep only what enters a block and compute the rest again in the backward;
-    selective: also keep the results of matrix products, attention and the scan."""
+    """Activation checkpointing. block: save only the input of each block and recompute the rest in the backward;
+    selective: also save the results of matrix products, attention and the scan."""
     max_chunks_per_rank: int = 0
-    """Where a router on any process opens more chunks than this in a micro-batch, all run its inner stages as with
-    --ac block. 0: no limit."""
+    """If a router on any process opens more chunks than this in a micro-batch, all processes run its inner stages as
+    with --ac block. 0: no limit."""
     timeout: float = 300
-    """Seconds without a sign of life or progress after which a process is taken for dead or hung and the job ends."""
+    """Seconds without progress after which a process counts as dead or hung and the job ends."""
 
     save_dir: str = ""
     """The run's folder. Empty: runs/<config>-<time>."""
     resume: str = ""
-    """auto: go on from the newest complete checkpoint in save_dir, if there is one. Or a run's or checkpoint's folder.
-    Flags that are not given are those of that run."""
+    """auto: resume from the newest complete checkpoint in save_dir, if there is one. Or the folder of a run or of a
+    checkpoint. Flags that are not given keep the values of that run."""
     save_every: int = 250
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
-    """How many of the newest checkpoints stay; 0: all."""
+    """Number of newest checkpoints to keep; 0: all."""
     keep_every: int = 0
-    """Checkpoints of every so many steps stay for good; 0: none."""
+    """Always keep the checkpoints of every this many steps; 0: none."""
     val_every: int = -1
     """Steps between validations; the last step is always validated. -1: a third of the run; 0: only the last."""
     val_slices: int = 64
-    """Held-out slices to score; 0: all."""
+    """Held-out slices per validation; 0: all."""
     log_every: int = 20
-    """Steps between lines on the console, which give their means; metrics.jsonl has every step."""
+    """Steps per line on the console, which shows their means; metrics.jsonl has every step."""
     stats_every: int = 100
-    """Steps between statistics of routers and weights: chunk lengths, where boundaries lie, norms, updates. 0: none."""
+    """Steps between statistics of routers and weights: chunk lengths, boundaries, norms, updates. 0: none."""
     on_collapse: Literal["warn", "stop"] = "warn"
-    """When a router has collapsed or is dead: say so, or save and stop with status 2. Oscillation is only named."""
+    """When a router has collapsed or is dead: warn, or save and stop with status 2. Oscillation only warns."""
     sample_every: int = 0
-    """Steps between generated samples; the last step always gives one. 0: only the last."""
+    """Steps between generated samples; the last step always writes one. 0: only the last."""
     sample_bytes: int = 160
-    """Length of a sample; 0: none."""
+    """Bytes of a sample; 0: no samples."""
     prompt: str = ""
-    """What samples go on from."""
+    """The start of each sample, which the model continues."""
     logger: Annotated[Literal["local", "wandb", "tensorboard"], flag("-l")] = "local"
-    """Where metrics go beside metrics.jsonl."""
+    """Where metrics are written in addition to metrics.jsonl."""
     early_exit: Annotated[Literal["no", "generate", "dumpparams"], flag("-e")] = "no"
     """generate: check that training forward, prefill and steps agree, and stop (status 1 if not). dumpparams: print the
     modules and each parameter's shape, dtype, stage, multiplier and decay, and stop; LOVELY_TENSORS=1 in the
-    environment adds what is in them."""
+    environment adds a summary of its values."""
 
     def check(self) -> None:
-        """Raises UserError naming the first flag that is out of range."""
+        """Raises UserError that names the first flag out of range."""
         for name in ("mbs", "max_doc", "steps", "save_every", "log_every"):
             self._expect(name, getattr(self, name) >= 1, "1 or more")
         for name in (
@@ -162,7 +162,7 @@ class TrainConfig:
         self._expect("seed", 0 <= self.seed < 2**63, "0 or more, below 2**63")
         self._expect("resume", self.resume != "auto" or self.save_dir, "also --save-dir, the folder of the run")
         if self.resume and self.early_exit != "no":
-            raise UserError(f"-e {self.early_exit} with --resume: expected -p, which names the weights to look at")
+            raise UserError(f"-e {self.early_exit} with --resume: expected -p, which names the weights to check")
         for name in ("wandb", "tensorboard"):
             if self.logger == name and importlib.util.find_spec(name) is None:
                 raise UserError(f"--logger {name}: {name} is not installed; pip install -e '.[{name}]'")
@@ -173,7 +173,7 @@ class TrainConfig:
 
 
 def read_config(argv: Sequence[str]) -> TrainConfig:
-    """Flags over the YAML file of --config-file, over those of the run that --resume goes on with, over the defaults.
+    """The flags of a command line. Missing ones come from --config-file, then from the run of --resume, then defaults.
 
     An unknown flag ends the program with status 2.
     """
@@ -203,7 +203,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
         if key not in kinds:
             raise UserError(f"{path}: unknown key {key!r}; known are {', '.join(kinds)}")
         kind, choices = kinds[key], get_args(kinds[key])
-        if kind is float and not isinstance(value, bool):  # 1e-3 is text to YAML, which wants 1.0e-3
+        if kind is float and not isinstance(value, bool):  # YAML reads 1e-3 as text; it expects 1.0e-3
             with contextlib.suppress(TypeError, ValueError):
                 value = given[key] = float(value)
         if choices and value not in choices:
@@ -214,7 +214,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 
 def _flags_of_the_run(config: TrainConfig) -> dict[str, Any]:
-    """The flags of the run that is resumed, if there is one; what they mean by now is for `TrainConfig.check`."""
+    """The flags of the run that is resumed, if there is one; `TrainConfig.check` checks them later."""
     folder = config.save_dir if config.resume == "auto" else config.resume
     if not folder:
         return {}

@@ -1,8 +1,8 @@
-"""Activation checkpointing of steps that run eagerly: what a block's backward needs is recomputed instead of saved.
+"""Activation checkpointing of eager steps: a block's backward recomputes what it needs instead of saving it.
 
-Around the block's computation and inside FSDP's hooks, so that the collective operations, and their order, are the same
-with and without it. Fast implementations of operations do it themselves (hnet_kernels/recompute.py); where definitions
-run, torch's checkpointing does.
+It wraps the block's computation inside FSDP's hooks, so that the order of collective operations does not change. Fast
+implementations of operations do this themselves (hnet_kernels/recompute.py). Where definitions run, torch's
+checkpointing does.
 """
 
 import functools
@@ -25,14 +25,14 @@ def _operations(*names: str) -> set[Any]:
     for name in names:
         space, _, operation = name.partition("::")
         packet = getattr(getattr(torch.ops, space), operation, None)
-        if packet is not None:  # a release of torch may lack one
+        if packet is not None:  # some releases of torch lack one
             found |= {getattr(packet, overload) for overload in packet.overloads()}
     return found
 
 
 @functools.cache
 def saved_operations() -> set[Any]:
-    """What `selective` keeps the results of: matrix products, attention and the scan. The rest is cheap to redo."""
+    """The operations whose results `selective` saves: matrix products, attention and the scan. Others are cheap."""
     import torch.nn.attention.varlen  # noqa: F401 (defines torch_attn::_varlen_attn)
 
     products = _operations("aten::mm", "aten::addmm", "hnet::ssd", "hnet::attention_definition")
@@ -44,7 +44,7 @@ def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Checkpoi
 
 
 class _Recomputing:
-    """A block's forward that is checkpointed always, or while `switched_on`."""
+    """A block's forward with checkpointing: that of `mode`, or `block` while `switched_on`."""
 
     def __init__(self, forward: Callable[..., Tensor], mode: str):
         self.forward, self.mode, self.switched_on = forward, mode, False
@@ -63,9 +63,9 @@ class _Recomputing:
 
 
 def recompute(model: HNetLM, mode: str) -> None:
-    """Make every block's backward recompute what it needs. Gradients stay the same.
+    """Makes every block's backward recompute what it needs. Gradients do not change.
 
-    mode: `none`; `block` saves a block's input alone; `selective` also what is costly to compute (`saved_operations`).
+    mode: `none`; `block` saves only a block's input; `selective` also the results of `saved_operations`.
     """
     for module in model.modules():
         if isinstance(module, Block):
@@ -73,11 +73,11 @@ def recompute(model: HNetLM, mode: str) -> None:
 
 
 class ChunkGuard:
-    """Turns on `block` checkpointing inside a stage, on all ranks, where any rank's router opens more than `limit`.
+    """Turns on `block` checkpointing inside a stage, on all ranks, if any rank's router opens more than `limit` chunks.
 
-    A router that suddenly opens many chunks makes the inner stages of its rank larger than memory. The largest count is
-    found by a MAX all-reduce that runs while the residual projection does; every rank takes the same decision, for this
-    micro-batch. Call it after `recompute`. `count`: micro-batches so run.
+    A router that suddenly opens many chunks can make the inner stages of its rank larger than memory. A MAX all-reduce,
+    which runs during the residual projection, finds the largest count. So every rank decides the same for this
+    micro-batch. Create it after `recompute`. `count`: the micro-batches that were checkpointed this way.
     """
 
     def __init__(self, model: HNetLM, limit: int, world: World):

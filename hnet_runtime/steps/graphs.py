@@ -1,28 +1,27 @@
-"""Whole training steps as CUDA graphs: thousands of launches become a few, which a CPU can keep up with.
+"""Training steps as CUDA graphs: a few launches replace thousands, so that the CPU is no longer the limit.
 
-The model is cut where the number of chunks decides how large tensors are, which is where a step waits for the device,
-once a stage:
+A step waits for the device once per stage, for the number of chunks, which decides the sizes of tensors. There the
+model is cut into parts:
 
     enter 0 | pass 0 | enter 1 | pass 1 | inner | leave 1 | leave 0, with the loss
 
-What a stage's residual connection computes (`pass`) needs no number of chunks: the device does that while the host
-reads the number and launches what is next. Backwards it comes after `leave`.
+`pass` computes a stage's residual connection, which does not depend on the number of chunks. The device runs it while
+the host reads that number and launches the next part. In the backward it comes after `leave`.
 
-Each part is a `Segment` for fixed sizes: one graph for its forward, one for its backward. A graph holds fixed sizes and
-addresses. So the documents of an inner stage are filled up to one of a few sizes with a document of zeros that reaches
-no output, statistic or gradient; rows without documents are empty documents. What goes from one part to another is
-stored in `StageBuffers`, whatever the sizes, and so are the gradients on their way back; how the tokens of a stage fall
-into documents, in its `Packing`. Everything is flat. The weights that a segment reads are in the compute dtype, written
-by the optimizer from the float32 master weights; a segment writes each weight's gradient to where the optimizer reads
-it.
+Each part is a `Segment` for fixed sizes: one graph for its forward and one for its backward. A graph has fixed sizes
+and addresses. So the documents of an inner stage are padded to one of a few sizes by a document of zeros that affects
+no output, statistic or gradient. Unused rows are empty documents. Values that go from one part to another are stored in
+`StageBuffers`, for all sizes, and so are their gradients; a `Packing` has the documents of a stage. Everything is flat.
+A segment reads weights in the compute dtype, which the optimizer writes from the float32 master weights, and writes
+each weight's gradient to where the optimizer reads it.
 
-All graphs share their memory but for what forwards keep for their backwards, see segments.py.
+All graphs share their memory, except for what forwards save for their backwards: see segments.py.
 
-Where several processes add up their gradients, the backward of a part with many weights is several graphs, so that the
-sums of what the first has computed are under way while the next compute.
+Where several processes reduce their gradients, the backward of a part with many weights is several graphs. The
+gradients of the first are reduced while the next compute.
 
-Legend: T tokens, C chunks (the T of the stage inside), B documents, M the longest document's tokens; all with what
-fills them up, but B without the document of zeros. D width, s a stage.
+Legend: T tokens, C chunks (the T of the stage inside), B documents, M tokens of the longest document; all with padding,
+but B without the document of zeros. D channels, s a stage.
 """
 
 import collections
@@ -67,19 +66,19 @@ from hnet_trainable import (
 logger = logging.getLogger("hnet")
 Returned = TypeVar("Returned")
 
-TOKENS, STEPS = 128, 32  # an inner T is rounded up to a multiple of TOKENS, and to one of STEPS sizes an octave
-DOCUMENTS, LONGEST = 16, 1024  # the least room for documents and for a document; more is a power of two
-CACHED = 32  # segments of a part: the sizes last used, an octave of them
-WEIGHTS_PER_PART = (
-    1 << 28
-)  # with several processes, a backward is cut before a block once so many weights have been used: 1 GiB
-FREE_SHARE = 8  # of a GPU's memory, one part in so many is kept free for validation, samples and saving
+# an inner T is rounded up to a multiple of TOKENS, and to one of SIZES_PER_OCTAVE sizes between powers of two
+TOKENS, SIZES_PER_OCTAVE = 128, 32
+DOCUMENTS, LONGEST = 16, 1024  # smallest B, and M, of a segment; larger ones are powers of two
+CACHED = 32  # segments per part: those of the sizes used last
+# with several processes, a backward part ends before the block that follows this many weights, 1 GiB in float32
+WEIGHTS_PER_PART = 1 << 28
+FREE_SHARE = 8  # 1 / FREE_SHARE of a GPU's memory stays free for validation, samples and saving
 
 
 def why_unsupported(config: HNetConfig, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a model's steps cannot run as graphs on a device, computing in dtype; None where they can.
+    """Why steps of this model in this compute dtype cannot run as graphs on a device; None where they can.
 
-    On a GPU each operation must have a fast kernel: some of the definitions wait for the device, which ends a capture.
+    On a GPU each operation needs a fast kernel: some definitions wait for the device, which ends a capture.
     """
     if device.type != "cuda":
         return None
@@ -95,22 +94,22 @@ def why_unsupported(config: HNetConfig, device: torch.device, dtype: torch.dtype
 
 
 def _stays_float32(name: str) -> bool:
-    """Whether the model computes with the float32 weight of that name."""
+    """Whether the model computes with the float32 weight of this name."""
     return name.rpartition(".")[2] in PLAIN_FLOAT32 or "residual_proj" in name
 
 
 def _power(n: int) -> int:
-    """The least power of two that is n or more."""
+    """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
 
 
 def _step(T: int) -> int:
-    """Inner sizes of about T are multiples of this, so the document of zeros has fewer tokens."""
-    return max(TOKENS, _power(T) // (2 * STEPS))
+    """The multiple to which inner sizes near T are rounded; the document of zeros has fewer tokens than this."""
+    return max(TOKENS, _power(T) // (2 * SIZES_PER_OCTAVE))
 
 
 def _filled_up(T: int) -> int:
-    """The size of an inner stage with T tokens."""
+    """The padded size of an inner stage with T tokens."""
     return -(-T // _step(T)) * _step(T)
 
 
@@ -121,7 +120,7 @@ def _weights(module: nn.Module | nn.Parameter | None) -> list[nn.Parameter]:
 
 
 class Sizes(NamedTuple):
-    """What a segment is captured for."""
+    """The sizes for which a segment is captured."""
 
     T: int
     B: int
@@ -129,20 +128,20 @@ class Sizes(NamedTuple):
 
 
 class StageBuffers:
-    """What goes from one segment to another at stage s, of at most T tokens and, in the stage inside, C chunks.
+    """The values that segments of stage s pass to each other, for at most T tokens and C chunks.
 
-    Rows of `x_TD` and `p_T` at `start_C` are what the stage inside takes. Where there is no chunk, start_C is the size
-    that stage s has, one row past its tokens, and that row is zero. Names with a d are gradients.
+    The stage inside takes the rows of `x_TD` and `p_T` at `start_C`. Where there is no chunk, start_C is the size of
+    stage s, one row past its tokens, and that row is zero. Names with a leading d are gradients.
     """
 
     def __init__(self, T: int, C: int, D: int, dtype: torch.dtype, shares: Tensor, inner: Packing):
-        """shares: where F and G go. inner: how the chunks fall into documents."""
+        """shares: where F and G are written. inner: the documents of the stage inside."""
         device = shares.device
         wide = {"dtype": torch.promote_types(dtype, torch.float32), "device": device}
         self.x_TD, self.dx_TD = (torch.zeros(T + 1, D, dtype=dtype, device=device) for _ in "xd")  # after the encoder
         p_T, self.dp_T = (torch.zeros(T + 1, **wide) for _ in "pd")
         self.residual_TD, self.dresidual_TD = (torch.zeros(T, D, **wide) for _ in "rd")
-        self.z_CD, self.dz_CD = (torch.zeros(C, D, **wide) for _ in "zd")  # what comes from inside, smoothed
+        self.z_CD, self.dz_CD = (torch.zeros(C, D, **wide) for _ in "zd")  # the result of the stage inside, smoothed
         self.chunks = Chunks(
             p_T,
             torch.zeros(T, dtype=torch.bool, device=device),
@@ -154,7 +153,7 @@ class StageBuffers:
         )
 
     def of(self, T: int, C: int, B: int) -> Chunks:
-        """The chunks of T tokens, C with what fills them up, in B documents."""
+        """The chunks of T tokens, C of them with padding, in B documents."""
         all_ = self.chunks
         tokens = {"p_T": all_.p_T[: T + 1], "b_T": all_.b_T[:T], "chunk_T": all_.chunk_T[:T]}
         return all_._replace(
@@ -167,45 +166,36 @@ class StageBuffers:
 
 
 class CopyTo(torch.autograd.Function):
-    """Moves x to a fixed address, where the forward goes on with it."""
+    """Copies x to a fixed address, from which the forward continues."""
 
     @staticmethod
-    def forward(ctx, x_TD: Tensor, place_TD: Tensor) -> Tensor:
-        return place_TD.copy_(x_TD)
+    def forward(ctx, x_TD: Tensor, to_TD: Tensor) -> Tensor:
+        return to_TD.copy_(x_TD)
 
     @staticmethod
     def backward(ctx, dx_TD: Tensor):
         return dx_TD, None
 
 
-class Losses(NamedTuple):
-    """Of one micro-batch, on the device; each (S,) but for ce."""
-
-    ce: Tensor
-    ratio: Tensor
-    F: Tensor
-    G: Tensor
-
-
 class GraphedModel:
-    """Runs the training steps of an HNetLM on one process as graphs.
+    """Runs the training steps of an unsharded HNetLM as graphs.
 
-    `masters`: the HNetLM whose float32 parameters are trained. `model`: the same object with its weights in the compute
-    dtype, whose parts the graphs capture, and which evaluates and generates. ac: activation checkpointing, see
-    hnet_kernels/recompute.py. Gradients go to the masters' `grad`. Those of bfloat16 weights are float32 where they are
-    added up, over processes or (`accumulates`) over the micro-batches of a step; else bfloat16, rounded once, at the
-    end of their product.
+    `masters`: the HNetLM with the float32 master weights. `model`: a copy of it with the weights in the compute dtype.
+    The graphs capture its modules; it also evaluates and generates. ac: activation checkpointing, see
+    hnet_kernels/recompute.py. Gradients are written to the masters' `grad`. Gradients of bfloat16 weights are float32
+    where they are added over processes or (`accumulates`) over the micro-batches of a step. Else they are bfloat16,
+    rounded once at the end of their matrix product.
 
-    `optimizer` is what changes the masters, and the copies with them; groups: its parameter groups, by default one.
-    Whatever else reads or changes the masters does so inside `optimizer.full_precision()`.
+    `optimizer` updates the master weights and the compute weights; groups: its parameter groups, by default one.
+    Everything else reads and changes master weights inside `optimizer.full_precision()`.
 
-    world: where several processes have a copy of the weights each, gradients are averaged over them, those of a
-    backward part while the next one runs, and each process updates a part of the weights: see FlatAdamW.
+    world: where several processes have replicas of the weights, gradients are averaged over them, those of a backward
+    part while the next one runs. Each process updates one shard of the weights: see FlatAdamW.
 
-    captures: else every step runs the model's own forward, one operation after the other, and all that is said here of
-    weights and gradients holds; nothing is cut into parts, and activation checkpointing is the caller's.
+    captures: if False, each step runs the model's own forward eagerly. Weights and gradients are as described here, but
+    nothing is cut into parts, and activation checkpointing is up to the caller.
 
-    `captured`: how many segments have been made so far, in `capture_seconds`; each took a tenth of a second or some.
+    `captured`: the number of segments captured so far, in `capture_seconds`; one takes a tenth of a second or more.
     """
 
     def __init__(
@@ -226,8 +216,8 @@ class GraphedModel:
         self.captures, self.found_stages = captures, None
         if captures and (reason := why_unsupported(config, self.device, compute_dtype)):
             raise ValueError(f"steps as graphs: {reason}")
-        parameters, copies = dict(masters.named_parameters()), []  # copies: (in the compute dtype, master)
-        computed: dict[int, Any] = {id(x): x for x in (config, *masters.buffers())}  # buffers are the masters' own
+        parameters, copies = dict(masters.named_parameters()), []  # copies: (compute weight, master weight)
+        computed: dict[int, Any] = {id(x): x for x in (config, *masters.buffers())}  # buffers are shared
         for name, p in parameters.items():
             computed[id(p)] = p
             if not _stays_float32(name) and p.dtype != compute_dtype:
@@ -240,7 +230,7 @@ class GraphedModel:
         names = {p: name for name, p in self.model.named_parameters()}
         modules = self._modules()
         uses = collections.Counter(p for found in modules.values() for module in found for p in _weights(module))
-        self.shared = [name for p, name in names.items() if uses[p] != 1]  # any part may read those
+        self.shared = [name for p, name in names.items() if uses[p] != 1]  # any part may read these
         spans = itertools.count() if self.size > 1 else itertools.repeat(0)
         self.weights = {
             part: [
@@ -256,22 +246,22 @@ class GraphedModel:
         )
         own = [name for name in parameters if name not in self.shared]
         self.all_gradients = self._gradients(own), self._gradients(self.shared)
-        # of micro-batches' gradients; there from the start, so that graphs do not take its memory
+        # sums of micro-batches' gradients; allocated now, so that graphs do not take the memory
         self.sums = [torch.zeros_like(gradient) for gradient in self.optimizer.gradients] if accumulates else []
-        # for captures, and nobody else's: torch's own for them is one of the 32 that it hands out to all (see
+        # a stream for captures alone: torch's capture stream is one of the 32 that it gives to everyone (see
         # github.com/pytorch/pytorch/blob/main/c10/cuda/CUDAStream.h)
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.ac = ac
         wide = {"dtype": torch.promote_types(compute_dtype, torch.float32), "device": self.device}
         self.losses, self.dlosses = torch.zeros(2, 1 + 3 * self.S, **wide)  # ce, ratio losses, F, G
         self.share, self.dloss = 0.0, torch.zeros((), **wide)
-        self.saved: dict[str, tuple[int, int]] = {}  # of a part: bytes for its most tokens, and these
+        self.saved: dict[str, tuple[int, int]] = {}  # per part, of its largest segment: (bytes saved, tokens)
         self.captured, self.capture_seconds = 0, 0.0
         self.capacity = 0  # the most bytes of a micro-batch for which memory is allocated
         self.forget()
 
     def _modules(self) -> dict[str, list[nn.Module | nn.Parameter | None]]:
-        """The modules that each part runs, in the order of the forward."""
+        """The modules of each part, in the order of the forward."""
         found: dict[str, list[Any]] = {}
         for s, hnet in enumerate(self.levels):
             if s == self.S:
@@ -296,8 +286,11 @@ class GraphedModel:
         return parts
 
     def _spans(self, parameters: dict[str, nn.Parameter]) -> list[Span]:
-        """How parameters are stored in the optimizer's memory: with several processes a span for each backward part,
-        divided among them; and then what stays float32, which is little and which a forward reads as it is."""
+        """The order of parameters in the optimizer's memory.
+
+        With several processes there is a span for each backward part, sharded over them. The last span has the few
+        weights that stay float32, which the forward reads directly.
+        """
         small = [p for name, p in parameters.items() if _stays_float32(name)]
         others = [p for name, p in parameters.items() if name in self.shared and not _stays_float32(name)]
         if self.size == 1:
@@ -310,19 +303,19 @@ class GraphedModel:
                 for p in sorted(large, key=torch.numel, reverse=True):
                     min(parts, key=lambda part: sum(map(torch.numel, part))).append(p)
                 spans.append(parts)
-            if others:  # what any part may read is complete with the backward of the first part's first blocks
+            if others:  # their gradients are complete after the first part's first blocks
                 spans[0][0] += others
         return [*spans, [small]] if small else spans
 
     def forget(self) -> None:
-        """Drops all graphs and their memory; the next steps make new ones."""
+        """Frees all graphs and their memory; the next steps capture new ones."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # none is being replayed
+            torch.cuda.synchronize(self.device)  # no graph is running
         self.segments: dict[str, OrderedDict[Sizes, Segment]] = {part: OrderedDict() for part in self.weights}
         self.pools: dict[str, SavedPool] = {}
-        # What a part's forward saves is no longer needed when another segment of that part runs, so they share a
-        # SavedPool; all else is only needed while one graph runs, so all graphs share a memory pool. The last part's
-        # backward follows its forward at once. A new pool: torch takes none that all graphs have left.
+        # What a part's forward saves is not needed when another segment of the part runs, so its segments share a
+        # SavedPool. All other memory is needed only while one graph runs, so all graphs share a memory pool. The last
+        # part's backward follows its forward directly. The pool is new because torch accepts no pool without graphs.
         self.graph_pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self.most_B, self.most_M = DOCUMENTS, [LONGEST] * (self.S + 1)
         gc.collect()
@@ -330,9 +323,9 @@ class GraphedModel:
             torch.cuda.empty_cache()
 
     def free_memory(self) -> None:
-        """Drops all graphs where they leave too little of the GPU's memory to what runs between steps.
+        """Frees all graphs if they leave too little GPU memory for validation, samples and saving.
 
-        A young router may have needed far larger ones than are needed now.
+        Early in training a router may have needed far larger graphs than now.
         """
         if self.device.type == "cuda":
             free, everything = torch.cuda.mem_get_info(self.device)
@@ -340,18 +333,18 @@ class GraphedModel:
                 self.forget()
 
     def retry_without_graphs(self, call: Callable[[], Returned]) -> Returned:
-        """What `call` returns; where the GPU's memory is too full for it, of a second call, without any graphs."""
+        """The result of `call`. If it runs out of GPU memory, frees all graphs and calls it a second time."""
         try:
             return call()
         except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
             if not memory_ran_out(error):
                 raise
-        logger.info("the GPU's memory is full: all graphs are dropped")  # here, where the exception holds nothing more
+        logger.info("the GPU's memory is full: all graphs are freed")  # here, where the exception holds no memory
         self.forget()
         return call()
 
     def _allocate(self, T: int) -> None:
-        """What segments read and write, for steps of at most T bytes."""
+        """Allocates the tensors that segments read and write, for micro-batches of at most T bytes."""
         self.capacity = 0
         self.forget()
         documents, wide = _power(max(T, DOCUMENTS)), self.losses.dtype
@@ -375,16 +368,16 @@ class GraphedModel:
         self.static = frozenset(x.untyped_storage().data_ptr() for x in static if x is not None)
         self.capacity = len(self.iids_T)
 
-    # ------------------------------------------------------------------------------------------- what segments compute
+    # --------------------------------------------------------------------------------------- what each segment computes
 
     def _packing(self, s: int, sizes: Sizes) -> Packing:
-        """How stage s's tokens fall into documents, of which the last of an inner stage is that of zeros."""
+        """The documents of stage s; the last one of an inner stage is the document of zeros."""
         T, B, M = sizes
         at = self.packings[s]
         return Packing(at.cu_seqlens[: B + 1 + (s > 0)], at.position_T[:T], at.cos_MR[:M], at.sin_MR[:M])
 
     def _begin(self, s: int, sizes: Sizes, leaf: Leaf) -> Tensor:
-        """What enters stage s: bytes, or the tokens of the stage outside that open chunks."""
+        """The input of stage s: bytes, or the tokens of the stage outside that open chunks."""
         T, B, _ = sizes
         if s == 0:
             return self.model.embed(self.iids_T[:T])
@@ -393,11 +386,11 @@ class GraphedModel:
         return take_rows(leaf(outer.x_TD, outer.dx_TD, adds=True), outer.chunks.start_C[:T])
 
     def _end(self, s: int, x_TD: Tensor, packing: Packing, leaf: Leaf) -> Outputs:
-        """What leaves stage s: smoothed, to the stage outside; or to the loss."""
+        """The output of stage s: smoothed for the stage outside, or the loss."""
         if s == 0:
             ce = cross_entropy(self.model.head(x_TD), self.labels_T[: len(x_TD)])
             self.losses[0].copy_(ce.detach())
-            of_stages = slice(1, 1 + self.S)  # this is the last part, so all ratio losses are there
+            of_stages = slice(1, 1 + self.S)  # this is the last part, so all ratio losses are known
             ratio_losses = leaf(self.losses[of_stages], self.dlosses[of_stages])
             return [(training_loss(ce, ratio_losses, self.alpha), self.dloss)]
         outer, C = self.buffers[s - 1], len(x_TD)
@@ -438,17 +431,17 @@ class GraphedModel:
         x_TD = hnet.upsample(z_CD, p_T, chunks, residual_TD, self.dtype, _step(T))
         return self._end(s, hnet.decode(x_TD, packing), packing, leaf)
 
-    # ----------------------------------------------------------------------------------------- finding and making them
+    # --------------------------------------------------------------------------------------------- capturing segments
 
     def _sizes(self, s: int, T: int, M: int) -> Sizes:
-        """With room to spare. Room for documents is not given back, so that most steps find what was captured."""
+        """Padded sizes. B and M never shrink, so that most steps find a captured segment."""
         if s:
             T, M = _filled_up(T), max(M, _step(T))
         self.most_M[s] = max(self.most_M[s], _power(M))
         return Sizes(T, self.most_B, self.most_M[s])
 
     def _segment(self, part: str, sizes: Sizes) -> Segment:
-        """The segment of a part for these sizes, made on first use."""
+        """The segment of a part for these sizes, captured on first use."""
         segments = self.segments[part]
         if sizes not in segments:
             if len(segments) == CACHED:
@@ -468,7 +461,7 @@ class GraphedModel:
         return segments[sizes]
 
     def _gradients(self, names: Sequence[str]) -> dict[Tensor, Tensor]:
-        """The model's weights of these names, and where their gradients go."""
+        """The model's weights of these names, each with the memory of its gradient."""
         return {self.model.get_parameter(name): self.masters.get_parameter(name).grad for name in names}
 
     def _run(self, run: Callable[[Leaf], Outputs], leaf: Leaf) -> Outputs:
@@ -484,28 +477,30 @@ class GraphedModel:
         began = time.perf_counter()
         used, T = self.saved[part]
         self._grow_pool(part, used * sizes.T / T)
-        while not segment.capture(self.graph_pool, self.stream):  # as where a longer document makes larger tables
+        while not segment.capture(self.graph_pool, self.stream):  # such as when a longer document needs larger tables
             self._grow_pool(part, pool.used)
         self.capture_seconds += time.perf_counter() - began
         if pool and sizes.T >= T:
             self.saved[part] = pool.used, sizes.T
 
     def _grow_pool(self, part: str, need: float) -> None:
-        """Room for so many bytes in a part's pool."""
+        """Grows a part's pool to at least so many bytes."""
         pool = self.pools.get(part)
         if pool and need > len(pool.buffer):
-            torch.cuda.synchronize(self.device)  # none of those that know the former buffer is being replayed
+            torch.cuda.synchronize(self.device)  # no graph that uses the old buffer is running
             self.segments[part].clear()
             pool.grow(need)
 
     # ---------------------------------------------------------------------------------------------------------- a step
 
     def forward_backward(self, batches: Sequence[tuple[Tensor, Tensor]], reduces: bool = True) -> Losses:
-        """Mean losses of some micro-batches; puts the gradient of ce + alpha * ratio losses into the masters' `grad`.
+        """Losses of the micro-batches; writes the gradient of the mean of ce + alpha * ratio losses to the masters'
+        `grad`.
 
-        batches: NJTs (iids, labels), each (B, j) of int64; more than one with `accumulates` alone.
+        batches: n NJTs (iids, labels), each (B, j) of int64; more than one needs `accumulates`.
         reduces: the gradients become the mean over all processes, each of which gets that of the weights it updates;
         otherwise they are those of this process's micro-batches.
+        Raises ValueError for more than one without it.
         """
         reduces = reduces and self.size > 1
         *earlier, last = batches
@@ -516,7 +511,7 @@ class GraphedModel:
             self.share = share
             self.dloss.fill_(share)
         gradients, losses = self.optimizer.gradients, []
-        for pair in earlier:  # the next one writes to the same place
+        for pair in earlier:  # the next one overwrites the gradients
             add = torch._foreach_add_ if losses else torch._foreach_copy_
             losses.append(self._micro_batch(*pair))
             add(self.sums, gradients)
@@ -529,28 +524,28 @@ class GraphedModel:
 
         losses.append(self._micro_batch(*last, finished if reduces else lambda span: None))
         parts = sum(map(len, self.weights.values())) if reduces else 0
-        for span in range(parts, len(self.optimizer.spans)):  # all of it, or what stays float32
+        for span in range(parts, len(self.optimizer.spans)):  # all spans, or that of float32 weights
             finished(span)
         self.optimizer.wait_for_gradients()
-        ce, *of_stages = torch.stack(losses).mean(0).split([1, self.S, self.S, self.S])
-        return Losses(ce.squeeze(0), *of_stages)
+        ce, *of_stages = torch.stack(losses).split([1, self.S, self.S, self.S], dim=1)
+        return Losses(ce.squeeze(1), *of_stages)
 
     def _micro_batch(self, iids: Tensor, labels: Tensor, finished: Callable[[int], None] = lambda span: None) -> Tensor:
-        """Its losses, as they lie in `losses`. finished: as `Segment.backward` says."""
+        """The losses of a micro-batch, ordered as in `losses`. finished: see `Segment.backward`."""
         if not self.captures:
             losses = self._eagerly(iids, labels)
             for span in reversed(range(sum(map(len, self.weights.values())) if self.size > 1 else 0)):
                 finished(span)
             return losses
         segments = self.retry_without_graphs(functools.partial(self._forward, iids, labels))
-        for name in self.shared:  # every part adds to those
+        for name in self.shared:  # every part adds to these
             self.masters.get_parameter(name).grad.zero_()
         for segment in reversed(segments):
             segment.backward(finished)
-        return self.losses.clone()  # the next micro-batch writes to the same place
+        return self.losses.clone()  # the next micro-batch overwrites them
 
     def _eagerly(self, iids: Tensor, labels: Tensor) -> Tensor:
-        """A micro-batch through the model's own forward."""
+        """Runs a micro-batch through the model's own forward."""
         own, shared = self.all_gradients
         destinations = Destinations(own)
         for gradient in shared.values():
@@ -566,7 +561,7 @@ class GraphedModel:
         return torch.cat([out.ce.detach()[None], out.ratio_losses.detach(), *(x[None] for x in shares)])
 
     def _forward(self, iids: Tensor, labels: Tensor) -> list[Segment]:
-        """A micro-batch's forward. Returns the segments that have run, in the order whose reverse is the backward's."""
+        """Runs a micro-batch's forward. Returns its segments; their backwards run in reverse order."""
         T, offsets = len(iids.values()), iids.offsets()
         if self.capacity < T:
             self._allocate(T)
@@ -591,7 +586,7 @@ class GraphedModel:
             counts = Fetched(self.buffers[s].chunks.counts)
             passed.append(run(f"pass {s}", sizes))
             way_in.append(sizes)
-            C, longest = counts.numbers().tolist()  # the one wait of a stage
+            C, longest = counts.numbers().tolist()  # the only wait of a stage
             self.tokens.append(C)
             sizes = self._sizes(s + 1, C, longest)
         found.append(run(f"inner {self.S}", sizes))
@@ -600,7 +595,7 @@ class GraphedModel:
         return found
 
     def stages(self) -> list[StageOutput]:
-        """What the routers decided in the last micro-batch; to be read before the next writes to the same places."""
+        """The routers' decisions in the last micro-batch; to be read before the next one overwrites them."""
         if not self.captures:
             return self.found_stages
         found = []

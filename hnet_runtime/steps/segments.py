@@ -1,7 +1,7 @@
-"""A part of a model as CUDA graphs: one for its forward, and one or several for its backward.
+"""One part of a model as CUDA graphs: one for its forward, and one or several for its backward.
 
-All graphs share their memory, as one runs after the other, but for what a forward saves for its backward: that is in a
-`SavedPool`. On a CPU the same path runs without capture.
+All graphs share their memory, because they run one after the other. Only what a forward saves for its backward is
+apart, in a `SavedPool`. On a CPU the same code runs without capture.
 """
 
 import contextlib
@@ -19,22 +19,22 @@ from hnet_trainable import Block
 
 
 def memory_ran_out(error: BaseException) -> bool:
-    """Whether it says that a GPU's memory is full: that which torch gives out or, as for graphs, the driver."""
+    """Whether the error says that a GPU ran out of memory: of torch's allocator or, for graphs, of the driver."""
     if isinstance(error, torch.AcceleratorError):
         return "out of memory" in str(error)
     return isinstance(error, torch.OutOfMemoryError)
 
 
-Outputs = Sequence[tuple[Tensor, Tensor]]  # each with where its gradient will be
+Outputs = Sequence[tuple[Tensor, Tensor]]  # (output, its gradient)
 Leaf = Callable[..., Tensor]  # (tensor, memory of its gradient, adds=False)
 
 
 class SavedPool:
-    """What forwards of a part save for their backwards, from the start of a buffer on: that of the one that ran last.
+    """The memory for what a part's forward saves for its backward: a buffer that each forward fills from its start.
 
-    So all else that they and the backwards need meanwhile can be shared with those of other parts. It can go when torch
+    All other memory of forwards and backwards can then be shared with other parts. This class can be removed when torch
     lets one capture allocate from two pools (proposed in github.com/pytorch/pytorch/pull/187929).
-    static: where (`data_ptr` of storages) tensors are that need no copy, as nothing writes to them meanwhile.
+    static: the storages (`data_ptr`) of tensors that need no copy, because nothing overwrites them in between.
     """
 
     ALIGNED = 512  # bytes, as torch's allocator has it
@@ -45,32 +45,32 @@ class SavedPool:
 
     def begin(self) -> None:
         self.used = 0  # bytes
-        self.beside: list[Tensor] = []  # what does not fit. In graphs there must be none: others write there
+        self.beside: list[Tensor] = []  # what did not fit; graphs would overwrite it
         self.known = {*self.static, self.buffer.untyped_storage().data_ptr()}
 
     def grow(self, need: float) -> None:
-        """Another buffer, with room for so many bytes, in whole MiB."""
-        self.buffer = self.buffer[:0].clone()  # this one's memory goes first
+        """Replaces the buffer by one of at least `need` bytes, in full MiB."""
+        self.buffer = self.buffer[:0].clone()  # frees this one's memory first
         if self.buffer.is_cuda:
-            torch.cuda.empty_cache()  # else a hole is left, into which the new one does not fit
+            torch.cuda.empty_cache()  # else the freed block may be too small for the new buffer
         self.buffer = self.buffer.new_empty(math.ceil(need / 2**20) * 2**20)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """New memory."""
+        """A new tensor in the buffer, or beside it where the buffer is full."""
         begin = self.used
         self.used += -(-math.prod(shape) * dtype.itemsize // self.ALIGNED) * self.ALIGNED
         if self.used > len(self.buffer):
             self.beside.append(torch.empty(shape, dtype=dtype, device=device))
             self.known.add(self.beside[-1].untyped_storage().data_ptr())
             return self.beside[-1]
-        # not as a view: autograd takes what writes to one for a change of all of them
+        # not a view: autograd treats a write to one view as a change of all
         x = torch.empty(0, dtype=dtype, device=device)
         return x.set_(self.buffer.untyped_storage(), begin // dtype.itemsize, torch.Size(shape))
 
     def save(self, x: Tensor) -> Tensor:
-        """x, or a copy of it where it would be overwritten; without its gradient, which would keep it alive."""
+        """x without its gradient, which would keep it alive; a copy where x would be overwritten."""
         x = x.detach()
-        if x.is_nested:  # autograd saves an NJT for its shape alone
+        if x.is_nested:  # autograd saves an NJT only for its shape
             return x
         if x.untyped_storage().data_ptr() in self.known or x.device != self.buffer.device:
             return x
@@ -81,18 +81,18 @@ class BackwardPart(NamedTuple):
     """One backward graph of a segment: from `block` (None: the start) to where the next one begins."""
 
     block: Block | None
-    gradients: dict[Tensor, Tensor]  # the weights that are read there, and where their gradients go
+    gradients: dict[Tensor, Tensor]  # the weights read there, and the memory of their gradients
     span: int  # of the optimizer's
 
 
 class Segment:
-    """A part of the model for fixed sizes: its forward, and its backward parts; graphs, on a CPU plain calls.
+    """A part of the model for fixed sizes, with its forward and backward parts: graphs, or plain calls on a CPU.
 
-    run: reads and writes tensors at fixed addresses. For those whose gradient is wanted it takes `leaf(tensor,
-    gradient)`, which names the place for that, or with `adds` where it is added up; it returns its `Outputs`.
-    parts: its backward parts, in the order of the forward.
-    shared: weights that other segments may read as well, with where their gradients are added up.
-    pool: for what the forward saves; None where nothing else runs before the backward.
+    run: reads and writes tensors at fixed addresses. For an input that needs a gradient it calls `leaf(tensor,
+    gradient)`, where gradient is the memory to write it to; with `adds` it is added there. It returns its `Outputs`.
+    parts: the backward parts, in the order of the forward.
+    shared: weights that other segments may read too, with the memory to which their gradients are added.
+    pool: memory for what the forward saves; None where the backward follows directly.
     """
 
     def __init__(
@@ -109,42 +109,42 @@ class Segment:
         return [self._forward, *(self._backward for _ in self.parts)]
 
     def capture(self, graph_pool: Any, stream: torch.cuda.Stream) -> bool:
-        """Makes graphs of it, whose memory is graph_pool's. All that `run` calls has run in this process before.
+        """Captures the segment as graphs with memory of graph_pool. `run` must have run in this process before.
 
-        stream: on which nothing else runs, in no thread, as all of that would be captured.
-        False: its SavedPool is too small, see `used`. What did not fit is in memory that graphs captured before would
-        overwrite; so this must be called again with a larger one.
+        stream: a stream that no thread uses for anything else, because all work on it is captured.
+        Returns False where the SavedPool is too small, see `used`: what did not fit would be overwritten by other
+        graphs. Then call this again with a larger pool.
         """
-        steps = []  # former graphs stay until there are new ones: torch takes no pool that all have left
+        steps = []  # the old graphs stay until then: torch accepts no pool without graphs
         for call in self._calls():
             graph = torch.cuda.CUDAGraph()
-            # "relaxed": a kernel that sizes like these are the first to call may be loaded meanwhile, and another
-            # thread may be saving a checkpoint. The outer stream: where a capture cannot be ended, `torch.cuda.graph`
-            # leaves its own the current one (2.11, 2.13); to go when its `__exit__` has a finally
+            # "relaxed": sizes may need a kernel that is loaded only now, and another thread may be saving a checkpoint.
+            # The outer stream: where ending a capture fails, `torch.cuda.graph` leaves its own stream current (2.11,
+            # 2.13); to be removed when its `__exit__` has a finally
             capturing = torch.cuda.graph(graph, pool=graph_pool, stream=stream, capture_error_mode="relaxed")
             with torch.cuda.stream(torch.cuda.current_stream()), capturing:
                 call()
             steps.append(graph.replay)
         self.steps = steps
-        self._let_go()
+        self._release()
         return not (self.pool and self.pool.beside)
 
-    def _let_go(self) -> None:
-        """Of what the forward saved: others use that memory too."""
+    def _release(self) -> None:
+        """Drops the references to what the forward saved: other segments use that memory too."""
         del self.outputs, self.cuts, self.destinations
 
     def try_out(self, stream: torch.cuda.Stream) -> None:
-        """Compiles and loads what the segment calls, on another stream as captures want it, and finds what it saves."""
+        """Runs the segment once on the capture stream: compiles and loads its kernels and measures what it saves."""
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._forward(trial=True)
             for backward in self.steps[1:]:
                 backward()
-            self._let_go()
+            self._release()
             if self.pool:
                 self.pool.beside.clear()
         torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.empty_cache()  # what is beside the pool is of no use to it
+        torch.cuda.empty_cache()  # memory beside the pool is not used again
 
     def _saving(self) -> contextlib.ExitStack:
         stack = contextlib.ExitStack()
@@ -155,9 +155,9 @@ class Segment:
         return stack
 
     def _forward(self, trial: bool = False) -> None:
-        """trial: gradients of what comes from other segments go nowhere, so that theirs stay."""
+        """trial: gradients of inputs from other segments are written to copies, not to their memory."""
         self.destinations = [Destinations(part.gradients) for part in self.parts]
-        # where one backward part ends and the next begins: outputs of the blocks before, and the leaves in their place
+        # between backward parts: the outputs of the blocks before the cut, and the leaves that replace them
         self.cuts: list[list[tuple[Tensor, Tensor]]] = []
 
         def leaf(x: Tensor, gradient: Tensor, adds: bool = False) -> Tensor:
@@ -182,7 +182,7 @@ class Segment:
                 hook.remove()
 
     def _backward(self) -> None:
-        """Of the last part that is left."""
+        """Runs the backward of the last part that has not run."""
         outputs, doutputs = zip(*self.outputs)
         i = len(self.cuts)
         destinations, cut = self.destinations[i], self.cuts.pop() if self.cuts else []
@@ -195,7 +195,7 @@ class Segment:
         self.steps[0]()
 
     def backward(self, finished: Callable[[int], None] = lambda span: None) -> None:
-        """finished: told the span of each part whose gradients have been launched."""
+        """Runs all backward parts. finished: called with the span of each part after its launch."""
         for part, backward in zip(reversed(self.parts), self.steps[1:]):
             backward()
             finished(part.span)
