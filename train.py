@@ -20,7 +20,6 @@ if __name__ == "__main__":
 
     commands.run(program, output_may_fail=True)  # ends the process; a run continues without its output
 
-import contextlib
 import dataclasses
 import functools
 import gc
@@ -37,7 +36,6 @@ import torch
 import torch.distributed as dist
 import yaml
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 import fineweb
 from hnet_config import find_config
@@ -62,12 +60,14 @@ from hnet_runtime.runs.run import (
     of_main,
     open_folder,
 )
+from hnet_runtime.runs.statistics import StepNumbers
 from hnet_runtime.runs.watchdog import Watchdog
 from hnet_runtime.steps import activations, graphs
 from hnet_runtime.steps.graphs import GraphedModel
+from hnet_runtime.steps.plain import PlainModel
 from hnet_runtime.steps.segments import memory_ran_out
 from hnet_simple import HNetInference
-from hnet_trainable import ConfigError, HNetConfig, HNetLM, parameter_groups, training_loss
+from hnet_trainable import ConfigError, HNetConfig, HNetLM, parameter_groups
 
 logger = logging.getLogger("hnet")
 
@@ -119,49 +119,21 @@ def lr_scale(step: int, config: TrainConfig) -> float:
 # ----------------------------------------------------------------------------------------------------------- one step
 
 
-def forward_backward(
-    model: HNetLM | GraphedModel,
-    slices: list[fineweb.Slice],
-    config: TrainConfig,
-    world: World,
-    routers: list[Tensor] | None = None,
-) -> Tensor:
+def forward_backward(steps: GraphedModel | PlainModel, slices: list[fineweb.Slice], world: World) -> StepNumbers:
     """Computes the gradients of a step's loss: the mean over all G slices of CE + alpha * ratio losses.
 
-    slices: this rank's. Every slice has T labels and every rank the same number of slices, so means of means are exact;
-    FSDP averages over ranks. Returns means over the step's G slices, a float32 tensor on the device:
-    [ce, text bytes, rows, ratio_0.., F_0.., G_0.., imbalance of chunks_0..].
-    `routers`: if given, the `router_statistics` of this rank's last slice are appended to it.
+    slices: this rank's. Every slice has T labels and every rank the same number of slices, so means of means are exact.
+    Returns means over the step's G slices, on the device, without the norm of the gradient and the statistics.
     """
-    if isinstance(model, GraphedModel):
-        batches = [slice_.nested(world.device) for slice_ in slices]
-        losses = model.forward_backward(batches)
-        counted = (sum(n) / len(slices) for n in zip(*((p.text_bytes, len(p.row_lengths)) for p in slices)))
-        numbers = [losses.ce, *(torch.full_like(losses.ce, n) for n in counted)]
-        stats = [torch.cat([torch.stack(numbers), losses.ratio, losses.F, losses.G]).float()]
-        (iids, _), slices = batches[-1], []
-    else:
-        stats = []
-    for i, slice_ in enumerate(slices):
-        if isinstance(model, FSDPModule):  # gradients are reduced once per step, with the last slice
-            model.set_requires_gradient_sync(i == len(slices) - 1)
-            model.set_is_last_backward(i == len(slices) - 1)
-        iids, labels = slice_.nested(world.device)
-        out = model(iids, labels)
-        loss = training_loss(out.ce, out.ratio_losses, config.alpha)
-        (loss / len(slices)).backward()
-        numbers = [out.ce, *(torch.full_like(out.ce, n) for n in (slice_.text_bytes, len(slice_.row_lengths)))]
-        numbers += out.ratio_losses
-        numbers += [stage.F for stage in out.stages] + [stage.G for stage in out.stages]
-        stats.append(torch.stack([n.detach().float() for n in numbers]))
-    if routers is not None:
-        stages = model.stages() if isinstance(model, GraphedModel) else out.stages
-        routers.append(statistics.router_statistics(iids, stages))
-    stats_GK = distributed.gather_slices(torch.stack(stats), world)
-    S = (stats_GK.shape[1] - 3) // 3
-    chunks_GS = stats_GK[:, 3 + S : 3 + 2 * S].cumprod(1)  # per byte: F is a share of the stage's tokens
-    imbalance = distributed.imbalance(chunks_GS, world)
-    return torch.cat([stats_GK.double().mean(0).float(), imbalance])
+    losses = steps.forward_backward([slice_.nested(world.device) for slice_ in slices])
+    counts_G2 = torch.tensor([[slice_.text_bytes, len(slice_.row_lengths)] for slice_ in slices])
+    counts_G2 = counts_G2.to(world.device, torch.float32, non_blocking=True)
+    columns = [losses.ce[:, None], counts_G2, losses.ratio, losses.F, losses.G]
+    all_GK = distributed.gather_slices(torch.cat([x.float() for x in columns], dim=1), world)
+    *_, F_GS, _ = all_GK.split([x.shape[1] for x in columns], dim=1)
+    imbalance_S = distributed.imbalance(F_GS.cumprod(1), world)  # of chunks per byte: F is a share of a stage's tokens
+    nothing = all_GK.new_zeros(1)
+    return StepNumbers.of(torch.cat([all_GK.double().mean(0).float(), imbalance_S, nothing]), len(imbalance_S))
 
 
 class TrainState:
@@ -185,19 +157,15 @@ class TrainState:
 
         how: unsharded weights with graphs or eagerly; or the model as it is, sharded or in float32.
         """
-        self.model, self.unsharded, self.dtype = model, how != "sharded", dtype
+        self.model, self.dtype, self.hnet, self.config, self.world = model, dtype, hnet, config, world
         self.parameters = list(model.parameters())  # before a forward, after which FSDP shows gathered ones
-        self.hnet, self.config, self.world = hnet, config, world
         groups, limit = distributed.optimizer_groups(groups), config.max_chunks_per_rank
-        if self.unsharded:
-            accumulates = config.global_slices > world.size
-            self.runner = GraphedModel(
-                model, dtype, config.alpha, world, groups, config.ac, accumulates, captures=how == "graph"
-            )
-            self.evaluated, self.optimizer = self.runner.model, self.runner.optimizer
+        if how == "sharded":
+            self.steps = PlainModel(model, config.alpha, world, groups)
         else:
-            self.runner = self.evaluated = model
-            self.optimizer = torch.optim.AdamW(groups, betas=distributed.BETAS, fused=True)
+            accumulates, captures = config.global_slices > world.size, how == "graph"
+            self.steps = GraphedModel(model, dtype, config.alpha, world, groups, config.ac, accumulates, captures)
+        self.evaluated, self.optimizer = self.steps.model, self.steps.optimizer
         if how != "graph" and (config.ac != "none" or limit):
             activations.recompute(self.evaluated, config.ac)
         self.guard = activations.ChunkGuard(self.evaluated, limit, world) if limit else None
@@ -205,52 +173,44 @@ class TrainState:
 
     def load(self, source: Path) -> None:
         """Loads the weights and the optimizer of a checkpoint."""
-        with self.optimizer.full_precision() if self.unsharded else contextlib.nullcontext():
+        with self.steps.full_precision():
             checkpoint.load(source, self.model, self.optimizer)
-
-    def free_memory(self) -> None:
-        """Frees GPU memory for validation, samples and saving."""
-        if self.unsharded:
-            self.runner.free_memory()
 
     def step(
         self, slices: list[fineweb.Slice], scale: float, wants_statistics: bool, before_update: Callable[[], None]
-    ) -> Tensor:
+    ) -> StepNumbers:
         """One optimizer step. It waits for the device only for the stages' numbers of chunks.
 
         scale: the factor of the learning rates. before_update: called before the weights change.
-        Returns the values of `forward_backward`, the gradient's norm before clipping, and with `wants_statistics` the
-        statistics of `statistics.names`. If the loss or the norm is not finite, the weights do not change.
+        If the loss or the norm is not finite, the weights do not change.
         """
-        more: list[Tensor] | None = [] if wants_statistics else None
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * group["multiplier"] * scale
-        stats = forward_backward(self.runner, slices, self.config, self.world, more)
-        if not self.unsharded:
-            distributed.reduce_plain_gradients(self.parameters, self.world)
-        norm = distributed.clip_in_optimizer(self.optimizer, self.parameters, self.config.clip, self.world, stats[0])
+        config, world, optimizer = self.config, self.world, self.optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * group["multiplier"] * scale
+        numbers = forward_backward(self.steps, slices, world)
+        norm = distributed.clip_in_optimizer(optimizer, self.parameters, config.clip, world, numbers.ce)
+        numbers, more = numbers._replace(grad_norm=norm), []
+        if wants_statistics:
+            more.append(statistics.router_statistics(slices[-1].nested(world.device)[0], self.steps.stages()))
         before_update()
-        self.optimizer.step()
-        if more is not None:
-            count = functools.partial(statistics.weight_statistics, self.optimizer, self.hnet.num_stages, self.world)
-            more.append(self.runner.retry_without_graphs(count) if self.unsharded else count())
-        if not self.unsharded:  # else each step overwrites every gradient
-            self.optimizer.zero_grad()
-        return torch.cat([stats, norm[None], *(more or [])])
+        optimizer.step()
+        if wants_statistics:
+            count = functools.partial(statistics.weight_statistics, optimizer, self.hnet.num_stages, world)
+            more.append(self.steps.retry_without_graphs(count))
+        self.steps.finish_step()
+        return numbers._replace(more=torch.cat(more)) if more else numbers
 
     def preparing(self, compilations: Compilations) -> str:
         """What the first step has compiled and captured, in words."""
-        captures = ""
-        if self.unsharded and self.runner.captured:
-            captures = f", {self.runner.capture_seconds:.1f} s for {self.runner.captured} parts captured"
-        return f"{compilations}{captures}"
+        if not self.steps.captured:
+            return f"{compilations}"
+        return f"{compilations}, {self.steps.capture_seconds:.1f} s for {self.steps.captured} parts captured"
 
     def counted(self) -> dict[str, int]:
         """Counts of the host's work so far, other than steps."""
-        return {
-            **({"recomputed_micro_batches": self.guard.count} if self.guard else {}),
-            **({"graphs_captured": self.runner.captured} if self.unsharded else {}),
-        }
+        recomputed = {"recomputed_micro_batches": self.guard.count} if self.guard else {}
+        captured = {} if self.steps.captured is None else {"graphs_captured": self.steps.captured}
+        return recomputed | captured
 
 
 # ------------------------------------------------------------------------------------------------------------ the run
@@ -425,7 +385,7 @@ class Run:
             gc.collect()
             gc.freeze()
         done_by_host = {name: n - before[name] for name, n in state.counted().items()}
-        self.waiting, self.step = (distributed.Fetched(numbers), done_by_host), done + 1
+        self.waiting, self.step = (distributed.Fetched(numbers.flat()), done_by_host), done + 1
 
     def _between_steps(self, watch: Watchdog, saves: bool) -> None:
         """Validates, samples and saves when due. On a CPU, where numbers are known at once, reports the step."""
@@ -440,7 +400,7 @@ class Run:
         assert self.waiting
         record, self.waiting = self._settle(step, *self.waiting), None
         if validates or samples or saves:
-            self.state.free_memory()
+            self.state.steps.free_memory()
         if validates:
             watch.at(step, "validation")
             record |= validate(self.state.evaluated, self.val_stream, self.world, config.val_slices or None)
@@ -462,17 +422,16 @@ class Run:
     def _settle(self, done: int, arriving: distributed.Fetched, of_host: dict[str, int]) -> dict[str, Any]:
         """The record of a step, after the device has run it. Raises UserError if its numbers are not finite."""
         config = self.config
-        numbers = arriving.numbers().tolist()
-        grad_norm = numbers.pop(3 + 4 * self.hnet.num_stages)  # between those of forward_backward and the statistics
-        if not math.isfinite(grad_norm + numbers[0]):
+        numbers = StepNumbers.of(arriving.numbers(), self.hnet.num_stages)
+        if not (numbers.ce + numbers.grad_norm).isfinite():
             self.saver.finish()  # the checkpoint being written is good too
             saved = checkpoint.complete(self.folder)
             raise UserError(
-                f"step {done}: cross entropy {numbers[0]}, gradient norm {grad_norm}; stopped before they reached "
-                f"the weights. The last good checkpoint: {saved[-1] if saved else 'none yet'}"
+                f"step {done}: cross entropy {numbers.ce}, gradient norm {numbers.grad_norm}; stopped before they "
+                f"reached the weights. The last good checkpoint: {saved[-1] if saved else 'none yet'}"
             )
         record = describe(numbers, self.hnet, config)
-        record |= {"grad_norm": grad_norm, "lr": config.lr * lr_scale(done - 1, config)}
+        record["lr"] = config.lr * lr_scale(done - 1, config)
         record |= {"bytes_seen": done * config.mbs * config.global_slices} | of_host
         if waited := self.saver.stall():
             record["save_ms"] = 1000 * waited  # by the save before this step
@@ -578,7 +537,7 @@ def train(config: TrainConfig) -> int:
     state = build(graph)
     difference = None
     if graph and world.device.type == "cuda":
-        difference = distributed.first_answer(world, agreement.captured(state.runner))
+        difference = distributed.first_answer(world, agreement.captured(state.steps))
     if difference:
         if config.compile == "graph":
             raise UserError(f"--compile graph: {difference}; use eager")

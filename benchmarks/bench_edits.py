@@ -35,17 +35,17 @@ def measure(hnet: HNetConfig, args: argparse.Namespace, world: distributed.World
     config = train.TrainConfig(config=args.config, data=args.data, mbs=args.mbs, global_slices=1)
     model = distributed.build_model(hnet, world, torch.float32, 0, None, True)
     groups = distributed.optimizer_groups(parameter_groups(model, 3e-4, 0.1))
-    runner = GraphedModel(model, torch.bfloat16, config.alpha, world, groups, "none", captures=graphs)
-    draw = force_boundaries(runner, [args.rate] * hnet.num_stages, args.mbs)
+    steps = GraphedModel(model, torch.bfloat16, config.alpha, world, groups, "none", captures=graphs)
+    draw = force_boundaries(steps.model, [args.rate] * hnet.num_stages, args.mbs)
     stream = fineweb.ByteStream(args.data, slice_bytes=args.mbs)
     torch.cuda.reset_peak_memory_stats()
     rounds = []
     for i in range(args.warmup + args.steps):
         draw()
         began = time.perf_counter()
-        train.forward_backward(runner, list(stream.step(i, 1, 0, 1)), config, world)
-        distributed.clip_in_optimizer(runner.optimizer, list(model.parameters()), 1.0, world)
-        runner.optimizer.step()
+        train.forward_backward(steps, list(stream.step(i, 1, 0, 1)), world)
+        distributed.clip_in_optimizer(steps.optimizer, list(model.parameters()), 1.0, world)
+        steps.optimizer.step()
         torch.cuda.synchronize()
         rounds.append(1000 * (time.perf_counter() - began))
     reserved = torch.cuda.max_memory_reserved() / 2**30

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import tyro
@@ -29,8 +30,11 @@ import fineweb
 import train
 from hnet_kernels import kernel_report
 from hnet_runtime import UserError, distributed
+from hnet_runtime.distributed import World
+from hnet_runtime.runs.statistics import StepNumbers
 from hnet_runtime.steps import activations
 from hnet_runtime.steps.graphs import GraphedModel
+from hnet_runtime.steps.plain import PlainModel
 from hnet_trainable import (
     HNetConfig,
     HNetLM,
@@ -73,12 +77,11 @@ class Benchmark:
     """File for the result."""
 
 
-def force_boundaries(runner: HNetLM | GraphedModel, rates: list[float], T: int, seed: int = 0) -> Callable[[], None]:
+def force_boundaries(model: HNetLM, rates: list[float], T: int, seed: int = 0) -> Callable[[], None]:
     """Replace every router's decisions, not its probabilities, by random ones; documents still open with a chunk.
 
     Returns what draws new ones: they are stored in one place, where a CUDA graph finds them.
     """
-    model = runner.model if isinstance(runner, GraphedModel) else runner
     routers = [m for m in model.modules() if isinstance(m, RoutingModule)]
     if len(rates) != len(routers):
         raise UserError(f"--boundaries: {len(rates)} rates for {len(routers)} stages; expected one for each")
@@ -90,48 +93,60 @@ def force_boundaries(runner: HNetLM | GraphedModel, rates: list[float], T: int, 
     return lambda: torch.lt(torch.rand(forced.shape, generator=generator, device=device), rate_S1, out=forced)
 
 
-def main(args: Benchmark) -> None:
-    program_start = time.perf_counter()
+class Prepared(NamedTuple):
+    """A model that is ready to train."""
+
+    step: Callable[[int], StepNumbers]  # runs one training step, on the step's own data
+    hnet: HNetConfig
+    config: train.TrainConfig
+    world: World
+
+
+def prepare(args: Benchmark) -> Prepared:
+    """Builds model, optimizer and data as train.py does."""
     hnet = HNetConfig.load(args.config)
     world = distributed.start(args.device, args.replicate)
     config = train.TrainConfig(
         config=args.config, data=args.data, mbs=args.mbs, global_slices=world.size, max_doc=args.max_doc,
         device=args.device,
     )  # fmt: skip
-    if args.profile and world.size > 1:
-        raise UserError(f"--profile: expected one process, not {world.size}")
-    on_gpu = world.device.type == "cuda"
+    on_gpu, graphs = world.device.type == "cuda", args.compile == "graph"
     torch.set_float32_matmul_precision("high")
-    half, graphs = torch.bfloat16 if on_gpu else torch.float32, args.compile == "graph"
+    half = torch.bfloat16 if on_gpu else torch.float32
     unsharded = graphs or (on_gpu and world.shards == 1)
-    own = torch.float32 if unsharded else half
-    model = distributed.build_model(hnet, world, own, 0, None, args.reshard)
+    model = distributed.build_model(hnet, world, torch.float32 if unsharded else half, 0, None, args.reshard)
     parameters = list(model.parameters())
     groups = distributed.optimizer_groups(parameter_groups(model, 3e-4, config.weight_decay))
-    runner = model
     if unsharded:
-        runner = GraphedModel(model, half, config.alpha, world, groups, args.ac, captures=graphs)
-    inner = runner.model if unsharded else model
+        steps = GraphedModel(model, half, config.alpha, world, groups, args.ac, captures=graphs)
+    else:
+        steps = PlainModel(model, config.alpha, world, groups)
     if args.ac != "none" and not graphs:
-        activations.recompute(inner, args.ac)
+        activations.recompute(steps.model, args.ac)
     draw = lambda: None  # noqa: E731
     if args.boundaries != "learned":
         rates = [float(r) for r in args.boundaries.removeprefix("forced:").split(",")]
-        draw = force_boundaries(runner, rates, args.mbs, world.rank)
-    optimizer = runner.optimizer if unsharded else torch.optim.AdamW(groups, betas=distributed.BETAS, fused=True)
+        draw = force_boundaries(steps.model, rates, args.mbs, world.rank)
     stream = fineweb.ByteStream(args.data, slice_bytes=args.mbs, max_doc=args.max_doc)
 
-    def step(i: int) -> torch.Tensor:
+    def step(i: int) -> StepNumbers:
         draw()
         slices = list(stream.step(i, world.size, world.rank, world.size))
-        stats = train.forward_backward(runner, slices, config, world)
-        if not unsharded:
-            distributed.reduce_plain_gradients(parameters, world)
-        distributed.clip_in_optimizer(optimizer, parameters, 1.0, world)
-        optimizer.step()
-        if not unsharded:
-            optimizer.zero_grad()
-        return stats
+        numbers = train.forward_backward(steps, slices, world)
+        distributed.clip_in_optimizer(steps.optimizer, parameters, 1.0, world)
+        steps.optimizer.step()
+        steps.finish_step()
+        return numbers
+
+    return Prepared(step, hnet, config, world)
+
+
+def main(args: Benchmark) -> None:
+    program_start = time.perf_counter()
+    step, hnet, config, world = prepare(args)
+    if args.profile and world.size > 1:
+        raise UserError(f"--profile: expected one process, not {world.size}")
+    on_gpu = world.device.type == "cuda"
 
     def synchronize() -> None:
         if on_gpu:
@@ -150,11 +165,10 @@ def main(args: Benchmark) -> None:
     times, rates = [], []
     for i in range(args.warmup, args.warmup + args.steps):
         started = time.perf_counter()
-        stats = step(i)
+        numbers = step(i)
         synchronize()
         times.append(time.perf_counter() - started)
-        S = hnet.num_stages
-        rates.append(stats[3 + S : 3 + 2 * S].tolist())
+        rates.append(numbers.F_S.tolist())
     began = time.perf_counter()  # again without waiting for each step, as training runs
     for i in range(args.warmup, args.warmup + args.steps):
         step(i)
@@ -179,7 +193,7 @@ def main(args: Benchmark) -> None:
         },
         "built_s": built_s,
         "first_step_s": first_step_s,
-        "ce_last": stats[0].item(),
+        "ce_last": numbers.ce.item(),
         "compilations": len(compilations()),
         "compile_s": sum(compilations()),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,

@@ -9,7 +9,6 @@ its rounds' milliseconds a step, memory reserved, CPU milliseconds and launches 
 
 import argparse
 import gc
-import inspect
 import json
 import statistics
 import subprocess
@@ -39,48 +38,14 @@ def work(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     root = Path(args.checkouts[0]).resolve()
     sys.path[:0] = [str(root), str(root / "benchmarks")]
+    import bench_train
     import torch
-    from bench_train import force_boundaries
 
-    import fineweb
-    import train
-    from hnet_runtime import distributed
-    from hnet_runtime.steps import activations
-    from hnet_runtime.steps.graphs import GraphedModel
-    from hnet_trainable import HNetConfig, parameter_groups
-
-    assert Path(train.__file__).parent == root, train.__file__
-    hnet, world = HNetConfig.load(root / args.config), distributed.start("auto", 1)
-    config = train.TrainConfig(config=args.config, data=args.data, mbs=args.mbs, global_slices=1)
-    on_gpu, graphs = world.device.type == "cuda", args.compile == "graph"
-    torch.set_float32_matmul_precision("high")
-    half = torch.bfloat16 if on_gpu else torch.float32
-    eager_too = "captures" in inspect.signature(GraphedModel.__init__).parameters  # earlier versions lack it
-    unsharded = graphs or (eager_too and on_gpu)
-    model = distributed.build_model(hnet, world, torch.float32 if unsharded else half, 0, None, True)
-    parameters = list(model.parameters())
-    groups = distributed.optimizer_groups(parameter_groups(model, 3e-4, 0.1))
-    runner = model
-    if unsharded:
-        more = {} if graphs else {"captures": False}
-        runner = GraphedModel(model, half, config.alpha, world, groups, args.ac, **more)
-    if args.ac != "none" and not graphs:
-        activations.recompute(runner.model if unsharded else model, args.ac)
-    draw = lambda: None  # noqa: E731
-    if args.boundaries != "learned":
-        rates = [float(r) for r in args.boundaries.removeprefix("forced:").split(",")]
-        draw = force_boundaries(runner, rates, args.mbs)
-    optimizer = runner.optimizer if unsharded else torch.optim.AdamW(groups, betas=distributed.BETAS, fused=True)
-    stream = fineweb.ByteStream(args.data, slice_bytes=args.mbs)
-
-    def step(i: int) -> torch.Tensor:
-        draw()
-        stats = train.forward_backward(runner, list(stream.step(i, 1, 0, 1)), config, world)
-        distributed.clip_in_optimizer(optimizer, parameters, 1.0, world)
-        optimizer.step()
-        if not unsharded:
-            optimizer.zero_grad()
-        return stats
+    assert Path(bench_train.__file__).parent.parent == root, bench_train.__file__
+    names = ("data", "mbs", "boundaries", "ac", "compile")
+    same = {name: getattr(args, name) for name in names}
+    step, *_, world = bench_train.prepare(bench_train.Benchmark(config=str(root / args.config), **same))
+    on_gpu = world.device.type == "cuda"
 
     def steps(first: int) -> dict[str, float]:
         torch.cuda.synchronize() if on_gpu else None
@@ -102,7 +67,7 @@ def work(args: argparse.Namespace) -> None:
         if line.strip() == "end":
             break
         print(json.dumps(steps(args.warmup)), flush=True)
-    found = {"first_step_s": first_step_s, "ce_last": step(args.warmup)[0].item()}
+    found = {"first_step_s": first_step_s, "ce_last": step(args.warmup).ce.item()}
     if on_gpu:
         found["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -111,7 +76,7 @@ def work(args: argparse.Namespace) -> None:
         launches = {"cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx", "cudaGraphLaunch"}
         found["launches"] = sum(e.count for e in profile.key_averages() if e.key in launches)
     print(json.dumps(found), flush=True)
-    distributed.stop()
+    bench_train.distributed.stop()
 
 
 def main(argv: list[str]) -> None:

@@ -35,6 +35,7 @@ from hnet_runtime.runs import checkpoint
 from hnet_runtime.runs.weights import load_own_checkpoint
 from hnet_runtime.steps import activations, graphs
 from hnet_runtime.steps.graphs import GraphedModel
+from hnet_runtime.steps.plain import PlainModel
 from hnet_trainable import Block, HNetConfig, HNetLM, init_weights, parameter_groups
 
 WORLDS = {"1": (1, 1), "2": (2, 1), "4": (4, 1), "2x2": (4, 2), "2 copies": (2, 2)}  # processes, copies of the weights
@@ -82,8 +83,9 @@ class Run:
     def gradients(self, model: HNetLM, step: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
         """Statistics of a step, and this rank's part of every gradient."""
         slices = list(self.stream.step(step, G, self.world.rank, self.world.size))
-        stats = train.forward_backward(model, slices, self.config, self.world)
-        distributed.reduce_plain_gradients(model.parameters(), self.world)
+        groups = distributed.optimizer_groups(parameter_groups(model, 1e-4, 0.1))
+        steps = PlainModel(model, self.config.alpha, self.world, groups)
+        stats = train.forward_backward(steps, slices, self.world).flat()[:-1]  # without the norm
         return stats, {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -121,9 +123,7 @@ def scenario(corpus: Path, name: str, folder: Path) -> None:
         answer = agreement.captured(graphed, tokens=200)
         del graphed.model.forward
         found["checked"].append(distributed.first_answer(run.world, answer))
-        train.forward_backward(
-            graphed, list(run.stream.step(0, G, run.world.rank, run.world.size)), run.config, run.world
-        )
+        train.forward_backward(graphed, list(run.stream.step(0, G, run.world.rank, run.world.size)), run.world)
         found["graphed norm"] = graphed.optimizer.grad_norm().item()
         graphed.optimizer.all_gather(graphed.optimizer.gradients)  # each has the sums of its own part
         found["graphed"] = {n: p.grad for n, p in graphed.masters.named_parameters()}

@@ -271,11 +271,10 @@ def _plain_step(model: HNetLM, pair: tuple[Tensor, Tensor]) -> Step:
 def _graph_step(graphed: GraphedModel, pair: tuple[Tensor, Tensor]) -> Step:
     for gradient in graphed.optimizer.gradients:
         gradient.fill_(torch.nan)  # so that one that nobody writes is found
-    found = graphed.forward_backward([pair], reduces=False)
-    losses = {"the cross entropy": found.ce.clone()}
-    losses |= {f"the ratio loss of stage {s}": x.clone() for s, x in enumerate(found.ratio)}
-    losses |= {f"F of stage {s}": x.clone() for s, x in enumerate(found.F)}
-    losses |= {f"G of stage {s}": x.clone() for s, x in enumerate(found.G)}
+    ce, ratio_S, F_S, G_S = (x[0] for x in graphed.forward_backward([pair], reduces=False))
+    losses = {"the cross entropy": ce}
+    for name, x_S in (("the ratio loss", ratio_S), ("F", F_S), ("G", G_S)):
+        losses |= {f"{name} of stage {s}": x for s, x in enumerate(x_S)}
     return losses, {name: p.grad.clone() for name, p in graphed.masters.named_parameters()}
 
 

@@ -20,24 +20,24 @@ from hnet_runtime.pages.plots import plot
 from hnet_runtime.runs import statistics
 from hnet_runtime.runs.flags import TrainConfig
 from hnet_runtime.runs.metrics import duration, read_metrics
+from hnet_runtime.runs.statistics import StepNumbers
 from hnet_simple import HNetInference, generate
 from hnet_trainable import HNetConfig, HNetLM
 
 logger = logging.getLogger("hnet")
 
 
-def describe(stats: list[float], hnet: HNetConfig, config: TrainConfig) -> dict[str, Any]:
-    """Returns the numbers of train.py's `forward_backward` and the statistics by their names in metrics.jsonl."""
-    S = hnet.num_stages
-    ce, text_bytes, rows, *rest = stats
-    record = {"bpb": ce * config.mbs / (text_bytes * math.log(2)), "ce": ce, "rows": rows}
-    rest, more = rest[: 4 * S], rest[4 * S :]
-    for s in range(S):
-        ratio, F, G, imbalance = rest[s::S]
+def describe(numbers: StepNumbers, hnet: HNetConfig, config: TrainConfig) -> dict[str, Any]:
+    """Returns a step's numbers, which are on the host, by their names in metrics.jsonl."""
+    bits = numbers.ce.item() / math.log(2)
+    record = {"bpb": bits * config.mbs / numbers.text_bytes.item(), "ce": numbers.ce.item()}
+    record |= {"rows": numbers.rows.item(), "grad_norm": numbers.grad_norm.item()}
+    per_stage = (numbers.ratio_S, numbers.F_S, numbers.G_S, numbers.imbalance_S)
+    for s, (ratio, F, G, imbalance) in enumerate(zip(*(x_S.tolist() for x_S in per_stage))):
         record |= {f"stage{s}_ratio_loss": ratio, f"stage{s}_F": F, f"stage{s}_G": G}
         record |= {f"stage{s}_compression": 1 / F, f"stage{s}_target": hnet.target_ratios[s]}
         record |= {f"stage{s}_imbalance": imbalance}
-    return record | dict(zip(statistics.names(S), more))
+    return record | dict(zip(statistics.names(hnet.num_stages), numbers.more.tolist()))
 
 
 def speed(

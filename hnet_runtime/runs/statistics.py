@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,31 @@ def names(stages: int) -> list[str]:
     per_stage = [*_ROUTER, *(f"p_{i / BINS:.1f}" for i in range(BINS))]
     found = [f"stage{s}_{name}" for s in range(stages) for name in per_stage]
     return found + [f"stage{s}_{name}" for s in range(stages + 1) for name in _WEIGHTS]
+
+
+class StepNumbers(NamedTuple):
+    """What a training step measured, float32: means over its G slices, for S chunking stages."""
+
+    ce: Tensor  # scalar, nats per label
+    text_bytes: Tensor  # scalar, of a slice
+    rows: Tensor  # scalar, of a slice
+    ratio_S: Tensor  # ratio losses
+    F_S: Tensor
+    G_S: Tensor
+    imbalance_S: Tensor  # see `distributed.imbalance`
+    grad_norm: Tensor  # scalar, before clipping
+    more: Tensor  # `router_statistics` and `weight_statistics`, see `names`; empty in most steps
+
+    def flat(self) -> Tensor:
+        """All in one tensor, which is one copy to the host."""
+        return torch.cat([x.reshape(-1) for x in self])
+
+    @classmethod
+    def of(cls, flat: Tensor, stages: int) -> StepNumbers:
+        """What `flat` made one tensor of."""
+        ce, text_bytes, rows = flat[:3]
+        *of_stages, rest = flat[3:].split([stages] * 4 + [len(flat) - 3 - 4 * stages])
+        return cls(ce, text_bytes, rows, *of_stages, rest[0], rest[1:])
 
 
 @torch.no_grad()

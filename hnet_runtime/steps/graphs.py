@@ -48,6 +48,7 @@ from hnet_kernels.gradients import Destinations, settle, writing_to
 from hnet_kernels.recompute import recomputing
 from hnet_runtime.distributed import BETAS, PLAIN_FLOAT32, Fetched, World
 from hnet_runtime.steps.flat_adamw import FlatAdamW, Span
+from hnet_runtime.steps.plain import Losses
 from hnet_runtime.steps.segments import BackwardPart, Leaf, Outputs, SavedPool, Segment, memory_ran_out
 from hnet_trainable import (
     Block,
@@ -331,6 +332,13 @@ class GraphedModel:
             free, everything = torch.cuda.mem_get_info(self.device)
             if free < everything // FREE_SHARE:
                 self.forget()
+
+    def full_precision(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the masters' weights are there in float32 and may be changed."""
+        return self.optimizer.full_precision()
+
+    def finish_step(self) -> None:
+        """Nothing: each step overwrites every gradient."""
 
     def retry_without_graphs(self, call: Callable[[], Returned]) -> Returned:
         """The result of `call`. If it runs out of GPU memory, frees all graphs and calls it a second time."""

@@ -1,0 +1,97 @@
+"""Training steps of an HNetLM as it is: by autograd and torch's AdamW. For weights that FSDP2 shards, and for float32.
+
+`PlainModel` and `graphs.GraphedModel` have the same interface, which train.py and the benchmarks use:
+
+    model                 the HNetLM that computes
+    masters               the HNetLM with the float32 weights, which may be the same
+    optimizer             AdamW over the masters' weights
+    forward_backward      losses of some micro-batches, and the gradients of their mean
+    stages                what the routers decided in the last micro-batch
+    finish_step           after the optimizer's step
+    full_precision        where the masters' weights may be read and changed
+    free_memory           before validation, samples and saving
+    retry_without_graphs  calls a function again if memory ran out
+    captured              parts captured so far, None without graphs; capture_seconds: the time that took
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from hnet_runtime import distributed
+from hnet_runtime.distributed import BETAS, World
+from hnet_trainable import HNetLM, HNetOutput, StageOutput, training_loss
+
+Returned = TypeVar("Returned")
+
+
+class Losses(NamedTuple):
+    """What n micro-batches gave, on the device: ce (n,), the others (n, S) for S chunking stages."""
+
+    ce: Tensor
+    ratio: Tensor
+    F: Tensor
+    G: Tensor
+
+    @classmethod
+    def stack(cls, outputs: Sequence[HNetOutput]) -> "Losses":
+        """Those of the outputs of some micro-batches, without gradients."""
+        ce = torch.stack([out.ce.detach() for out in outputs])
+        ratio = torch.stack([out.ratio_losses.detach() for out in outputs])
+        shares = [[[getattr(stage, name).detach() for stage in out.stages] for out in outputs] for name in "FG"]
+        return cls(ce, ratio, *(torch.stack([torch.stack(s) if s else ce[:0] for s in rows]) for rows in shares))
+
+
+class PlainModel:
+    """Runs training steps of `model`, sharded or not, in the dtype of its forward."""
+
+    captured, capture_seconds = None, 0.0
+
+    def __init__(self, model: HNetLM, alpha: float, world: World, groups: list[dict[str, Any]]):
+        """alpha: the weight of the ratio losses. groups: those of `distributed.optimizer_groups`."""
+        self.model = self.masters = model
+        self.alpha, self.world = alpha, world
+        self.parameters = list(model.parameters())  # before a forward, after which FSDP shows gathered ones
+        self.optimizer = torch.optim.AdamW(groups, betas=BETAS, fused=True)
+        self._stages: list[StageOutput] = []
+
+    def forward_backward(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Losses:
+        """Losses of the micro-batches; the gradient of the mean of ce + alpha * ratio losses, averaged over ranks.
+
+        batches: n NJTs (iids, labels), each (B, j) of int64; every rank has the same n.
+        """
+        outputs = []
+        for i, (iids, labels) in enumerate(batches):
+            if isinstance(self.model, FSDPModule):  # gradients are reduced once per step, with the last micro-batch
+                self.model.set_requires_gradient_sync(i == len(batches) - 1)
+                self.model.set_is_last_backward(i == len(batches) - 1)
+            out = self.model(iids, labels)
+            (training_loss(out.ce, out.ratio_losses, self.alpha) / len(batches)).backward()
+            self._stages = [stage.detach() for stage in out.stages]
+            outputs.append(HNetOutput(None, out.ce.detach(), out.ratio_losses.detach(), self._stages))
+            del out  # the logits' memory goes before the next forward
+        distributed.reduce_plain_gradients(self.parameters, self.world)
+        return Losses.stack(outputs)
+
+    def stages(self) -> list[StageOutput]:
+        """What the routers decided in the last micro-batch."""
+        return self._stages
+
+    def finish_step(self) -> None:
+        """Frees the gradients."""
+        self.optimizer.zero_grad()
+
+    def full_precision(self) -> contextlib.AbstractContextManager[None]:
+        """The weights are always there in full."""
+        return contextlib.nullcontext()
+
+    def free_memory(self) -> None:
+        """Nothing is held between steps."""
+
+    def retry_without_graphs(self, call: Callable[[], Returned]) -> Returned:
+        """The result of `call`."""
+        return call()
