@@ -305,7 +305,7 @@ def takes_graphs(config: TrainConfig, hnet: HNetConfig, dtype: torch.dtype, worl
     if world.shards > 1 and not reason:
         if config.replicate:
             reason = f"graphs need unsharded weights: with {world.size} processes, --replicate {world.size}"
-        elif too_large := distributed.too_large_for_copies(hnet, world):
+        elif too_large := distributed.too_large_to_replicate(hnet, world):
             reason = too_large
         else:
             world = world._replace(mesh=distributed.make_mesh(world.device.type, world.size, world.size))
@@ -518,7 +518,7 @@ def dump_parameters(model: HNetLM, groups: list[dict[str, Any]]) -> None:
         group, dtype = group_of[name], str(p.dtype).removeprefix("torch.")
         decay = f"decay {group['weight_decay']:g}" if group["weight_decay"] else "no decay"
         rate = f"stage {group['stage']}  lr x {group['multiplier']:.3f}"
-        summary = f"  {lovely(distributed.whole(p.detach()))}" if lovely else ""
+        summary = f"  {lovely(distributed.unsharded(p.detach()))}" if lovely else ""
         print(f"{name:72} {str(tuple(p.shape)):14} {dtype}  {rate}  {decay}{summary}")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
 

@@ -80,8 +80,8 @@ class Saver:
         # many seconds (by default 5 ms), and needs it some hundred times per step
         sys.setswitchinterval(1e-4)
         self._device = next(model.parameters()).device
-        # One stream for all saves: torch gives out 32 in turn, and with a new one per save it would at some point be the
-        # stream on which training captures graphs (github.com/pytorch/pytorch/blob/main/c10/cuda/CUDAStream.h)
+        # One stream for all saves: torch gives out 32 in turn, and a new one per save would at some point be that on
+        # which training captures graphs (github.com/pytorch/pytorch/blob/main/c10/cuda/CUDAStream.h)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._host: dict[str, Tensor] = {}  # on a GPU: page-locked, so allocated once
         self._meshes: dict[DeviceMesh, DeviceMesh] = {}  # for copies of shards on the host
