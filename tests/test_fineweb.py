@@ -375,7 +375,7 @@ def test_a_full_disk_leaves_nothing_torn(many, tmp_path):
     arguments = ("prepare", many / "in", "--out", tmp_path / "out", "--shard-bytes", "150000", "--processes", "2")
     done = command(*arguments, preexec_fn=small_files)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "no room to write it (File too large)" in done.stderr and str(tmp_path / "out") in done.stderr
+    assert "no space to write it (File too large)" in done.stderr and str(tmp_path / "out") in done.stderr
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert all(data == shards(many / "out")[name] for name, data in shards(tmp_path / "out").items())
     assert command(*arguments).returncode == 0
