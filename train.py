@@ -46,7 +46,7 @@ from hnet_runtime.checks import agreement, equivalence
 from hnet_runtime.distributed import World
 from hnet_runtime.evaluation.validation import validate
 from hnet_runtime.pages.chunks import print_chunks
-from hnet_runtime.pages.reports import write_whole
+from hnet_runtime.pages.reports import write_atomically
 from hnet_runtime.runs import checkpoint, statistics, weights
 from hnet_runtime.runs.metrics import JsonlSink, Metrics, RouterHealth, TensorBoardSink, WandbSink
 from hnet_runtime.runs.progress import Progress, describe, sample, show_results, speed
@@ -497,7 +497,7 @@ def open_metrics(run: Path, step: int, about: dict, hnet: HNetConfig, config: Tr
         return Metrics([])
     flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in OF_ONE_START}
     flags = yaml.safe_dump(flags, sort_keys=False)
-    write_whole(run / "train.yaml", lambda scratch: scratch.write_text(flags, encoding="utf-8"))
+    write_atomically(run / "train.yaml", lambda scratch: scratch.write_text(flags, encoding="utf-8"))
     checkpoint.write_json(run / "config.json", hnet.to_dict())
     sinks = [JsonlSink(run / "metrics.jsonl", step)]
     if config.logger == "wandb":

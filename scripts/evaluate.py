@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
     from hnet_runtime import distributed
     from hnet_runtime.evaluation import choices, harness, scoring
     from hnet_runtime.pages.progress_bar import Progress
-    from hnet_runtime.pages.reports import markdown, write_whole
+    from hnet_runtime.pages.reports import markdown, write_atomically
     from hnet_runtime.runs.weights import load_training
 
     began = time.perf_counter()
@@ -129,7 +129,9 @@ def main(argv: Sequence[str]) -> None:
     if options.out and world.is_main:
         for form, content in {"json": json.dumps(result, indent=1), "md": page}.items():
             content = (content + "\n").encode("utf-8", "backslashreplace")  # a file's name need be no UTF-8
-            write_whole(Path(f"{options.out}.{form}"), lambda scratch, content=content: scratch.write_bytes(content))
+            write_atomically(
+                Path(f"{options.out}.{form}"), lambda scratch, content=content: scratch.write_bytes(content)
+            )
     distributed.stop()
     if world.is_main:  # last, because who reads it may be gone
         print(page)

@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     import torch
 
     from hnet_runtime.pages import explorer
-    from hnet_runtime.pages.reports import write_whole
+    from hnet_runtime.pages.reports import write_atomically
     from hnet_runtime.runs.weights import load_training
 
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
         targets.append(model.config.target_ratios)
     names = [source for source, _ in sources]
     page = explorer.page(text, names, analyses, targets, Path(options.text).name or "A few lines")
-    write_whole(Path(options.out), lambda scratch: scratch.write_bytes(page.encode("utf-8", "backslashreplace")))
+    write_atomically(Path(options.out), lambda scratch: scratch.write_bytes(page.encode("utf-8", "backslashreplace")))
     speed = len(text) * len(sources) / max(seconds, 1e-9)
     size = f"{len(page) / 1e6:.1f} MB"
     print(f"{options.out}: {len(text):,} bytes of text, read at {speed:,.0f} bytes/s, {size}; open it in a browser")

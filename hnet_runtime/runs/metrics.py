@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hnet_runtime import UserError
-from hnet_runtime.pages.reports import write_whole
+from hnet_runtime.pages.reports import write_atomically
 
 logger = logging.getLogger("hnet")
 
@@ -35,7 +35,7 @@ class JsonlSink:
             path.rename(kept_as)
             logger.warning("%s: these metrics are of an earlier start; they are kept as %s", path, kept_as.name)
         kept = "".join(json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= first_step)
-        write_whole(path, lambda scratch: scratch.write_text(kept, encoding="utf-8"))
+        write_atomically(path, lambda scratch: scratch.write_text(kept, encoding="utf-8"))
         self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (open as long as the run)
 
     def log(self, step: int, record: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from hnet_config import CONFIGS, find_config
 from hnet_runtime import UserError
 from hnet_runtime.distributed import PLAIN_FLOAT32
-from hnet_runtime.pages.reports import write_whole
+from hnet_runtime.pages.reports import write_atomically
 from hnet_runtime.runs import checkpoint as own
 from hnet_runtime.runs.checkpoint import CheckpointError, SafeReader
 from hnet_simple import HNetInference
@@ -390,15 +390,15 @@ def export(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if form == "pt":
-            write_whole(file, lambda temporary: torch.save(weights, temporary))
+            write_atomically(file, lambda temporary: torch.save(weights, temporary))
         else:
             from safetensors.torch import save_file
 
             separate = {name: tensor.clone() for name, tensor in weights.items()}  # tied weights share memory
-            write_whole(file, lambda temporary: save_file(separate, temporary, metadata={"format": "pt"}))
+            write_atomically(file, lambda temporary: save_file(separate, temporary, metadata={"format": "pt"}))
         for name, keys in configs.items():
             text = json.dumps(keys, indent=2) + "\n"
-            write_whole(folder / name, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
+            write_atomically(folder / name, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
     except (UserError, OSError, RuntimeError) as error:
         said = str(error).splitlines()[0] if isinstance(error, RuntimeError) else str(error)
         raise CheckpointError(f"{folder}: can't be written ({getattr(error, 'strerror', None) or said})") from None
