@@ -1,4 +1,4 @@
-"""Communication volume of a training step, computed from the configs: the tables of docs/SCALING.md.
+"""Computes the communication of a training step from the configs: the tables of docs/SCALING.md.
 
 python scripts/communication.py --bytes-per-gpu 32768
 """
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from hnet_trainable import HNetConfig
 
 ROOT = Path(__file__).parent.parent
-NVLINK, NETWORK = 450e9, 50e9  # bytes/s each way and GPU: NVLink 4 and 400 Gb/s InfiniBand, data sheets
-MATMUL = 400e12  # FLOP/s assumed for a step's matrix products, about half of what was measured for them alone
+NVLINK, NETWORK = 450e9, 50e9  # bytes/s per GPU and direction: NVLink 4 and 400 Gb/s InfiniBand, from data sheets
+MATMUL = 400e12  # assumed FLOP/s of a step's matrix products, about half of their rate measured alone
 LAYOUTS = (("2 GPUs", 2, 1, False), ("8 GPUs, one node", 8, 1, False), ("64 GPUs, FSDP over all", 64, 1, True))
 LAYOUTS += (("64 GPUs, --replicate 8", 8, 8, False),)
 
 
 @dataclass
 class Options:
-    """What a step sends over links and network, for three of the official configs."""
+    """Bytes that a step sends over links and network, for three official configs."""
 
     bytes_per_gpu: int = 32768
     """Bytes of text that each GPU reads in a step."""

@@ -1,11 +1,11 @@
-"""Run two checkpoints, or one in two ways, over the same text and show where they differ.
+"""Runs two checkpoints, or one in two ways, on the same text and shows where they differ.
 
 python scripts/compare.py RUN_A RUN_B --text article.txt
     two models: bits per byte, chunks, predictions
 python scripts/compare.py RUN --how-a training --how-b steps
-    one model: training forward against stepping
+    one model: training forward against steps
 python scripts/compare.py RUN --how-b prefill --tolerance 1e-3
-    ends with status 1 beyond the tolerance
+    exits with status 1 if a difference exceeds the tolerance
 """
 
 import math
@@ -118,7 +118,7 @@ def trace(source: str, config: str, how: How, text: bytes, options: Options) -> 
 
 
 def byte_starts(trace: "Trace") -> list[tuple[bool, ...]]:
-    """For BOS and each byte: does it open a chunk of stage 0, 1, ..."""
+    """For BOS and each byte: whether it opens a chunk of stage 0, 1, ..."""
     import torch
 
     n = len(trace.logits[0])
@@ -130,7 +130,7 @@ def byte_starts(trace: "Trace") -> list[tuple[bool, ...]]:
 
 
 def report(console: "Console", text: bytes, a: "Trace", b: "Trace") -> float:
-    """Print the tables; returns the largest difference of logits."""
+    """Prints the tables. Returns the largest difference of logits."""
     import torch
     import torch.nn.functional as F
     from rich.table import Table

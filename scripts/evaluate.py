@@ -1,9 +1,9 @@
-"""Measure a checkpoint: bits per byte of any text, robustness on multiple-choice questions, lm-evaluation-harness.
+"""Evaluates a checkpoint: bits per byte of any text, robustness on multiple-choice questions, lm-evaluation-harness.
 
 python scripts/evaluate.py RUN
-    the held-out text of the run, as training validates
+    held-out text of the run, as in validation during training
 python scripts/evaluate.py RUN --data texts/ --stride 4096
-    any text that fineweb.py reads, whole documents
+    any text that fineweb.py reads, in complete documents
 python scripts/evaluate.py RUN --data a.jsonl --by language
     bits per byte of each language
 python scripts/evaluate.py RUN --choices hellaswag_val.jsonl
@@ -11,7 +11,7 @@ python scripts/evaluate.py RUN --choices hellaswag_val.jsonl
 python scripts/evaluate.py RUN --tasks arc_easy,lambada_openai
     lm-evaluation-harness (the extra lm_eval)
 torchrun --nproc-per-node 8 scripts/evaluate.py ...
-    the same numbers, sooner
+    the same results in less time
 """
 
 import json
@@ -128,12 +128,12 @@ def main(argv: Sequence[str]) -> None:
     page = markdown(result) if world.is_main else ""
     if options.out and world.is_main:
         for form, content in {"json": json.dumps(result, indent=1), "md": page}.items():
-            content = (content + "\n").encode("utf-8", "backslashreplace")  # a file's name need be no UTF-8
+            content = (content + "\n").encode("utf-8", "backslashreplace")  # file names may not be UTF-8
             write_atomically(
                 Path(f"{options.out}.{form}"), lambda scratch, content=content: scratch.write_bytes(content)
             )
     distributed.stop()
-    if world.is_main:  # last, because who reads it may be gone
+    if world.is_main:  # last, because the reader may have closed the output
         print(page)
 
 
@@ -157,22 +157,22 @@ def check(options: Options) -> None:
 
 
 class Text(NamedTuple):
-    """What is scored."""
+    """The text to score."""
 
-    how: dict[str, Any]  # where it comes from and how it is cut, in words
+    how: dict[str, Any]  # its source and how it is cut, in words
     rows: "Callable[[], Iterator[scoring.Row]]"  # the same rows at each call
     groups: dict[int, str]  # the documents' labels, filled as the rows are read
-    is_near: bool = True  # False for text that comes over the network, which is read only once
+    is_near: bool = True  # False for text from the network, which is read only once
 
     def labels_in_all(self) -> int | None:
-        """How many labels all rows score, from reading them once; None where that would fetch the text twice."""
+        """The number of labels of all rows, counted by reading them; None if that would download the text twice."""
         from hnet_runtime.evaluation.scoring import labels_of
 
         return labels_of(self.rows()) if self.is_near else None
 
 
 def text_to_score(options: Options) -> Text:
-    """The text that the flags name. Raises UserError where they name none."""
+    """The text selected by the flags. Raises UserError if they select none."""
     import fineweb
     from hnet_runtime.evaluation import scoring
     from hnet_runtime.runs import checkpoint
@@ -221,7 +221,7 @@ def documents(data: str, options: Options) -> "Iterator[scoring.Document]":
             for _, text, label in fineweb.read_documents(data, options.text_column, column):
                 yield scoring.Document(text, label)
         except fineweb.DataError as error:
-            if column and repr(column) in str(error):  # there it is a column like any other
+            if column and repr(column) in str(error):  # there the label is a column like others
                 raise UserError(str(error).replace("--text-column", "--by")) from None
             raise
         return

@@ -1,10 +1,11 @@
-"""See where a model cuts a text: one HTML file that needs no network.
+"""Shows the chunks of a text in one HTML file that needs no network.
 
     python scripts/explore.py RUN --text article.txt --out page.html
     python scripts/explore.py RUN_A RUN_B --text article.txt
         two checkpoints side by side
 
-The page shows chunks of every stage, nested; boundary probabilities on hover; what each byte cost to predict, as heat.
+The page shows the nested chunks of every stage, boundary probabilities on hover, and the bits of each byte as a heat
+map.
 """
 
 import time
@@ -23,7 +24,7 @@ TEXT = "Grüße! The model reads bytes; where it begins a chunk is its own choic
 
 @dataclass
 class Options:
-    """Write a page that shows how one or two checkpoints cut a text into chunks."""
+    """Writes a page that shows how one or two checkpoints cut a text into chunks."""
 
     checkpoint: tyro.conf.Positional[str]
     """A run or checkpoint of train.py, a .pt or .safetensors file or its folder, or hf:owner/name."""

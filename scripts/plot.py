@@ -1,4 +1,4 @@
-"""Plot one or several runs over each other: a PNG and one HTML file that needs no network.
+"""Plots one or several runs in one figure: a PNG and one HTML file that needs no network.
 
 python scripts/plot.py runs/a
     writes runs/a/plots.png and runs/a/plots.html
