@@ -318,12 +318,12 @@ def takes_graphs(config: TrainConfig, hnet: HNetConfig, dtype: torch.dtype, worl
 
 
 class Run:
-    """A run from its first step, or where it goes on, to its last. Every rank has one and calls the same."""
+    """One run, from its first step or the checkpoint that it resumes to its last. Every rank makes the same calls."""
 
     def __init__(self, state: TrainState):
-        """Opens data and the run's folder; loads a checkpoint where the run goes on from one.
+        """Opens the data and the run's folder, and loads a checkpoint if the run resumes.
 
-        Raises UserError where data, folder or checkpoint do not fit the flags, or ranks have different ones.
+        Raises UserError if data, folder or checkpoint do not match the flags, or ranks have different ones.
         """
         config, hnet, world = state.config, state.hnet, state.world
         self.state, self.config, self.hnet, self.world = state, config, hnet, world

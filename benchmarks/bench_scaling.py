@@ -41,29 +41,29 @@ class Benchmark:
     data: str = "data/stdlib"
     """Folder made by fineweb.py prepare."""
     configs: str = "configs/hnet_1stage_small.json,configs/hnet_2stage_XL.json"
-    """Model configs, with commas between."""
+    """Model configs, separated by commas."""
     boundaries: str = "forced:0.18 forced:0.36,0.31"
-    """For each config, with spaces between: what bench_train.py takes."""
+    """The --boundaries of bench_train.py for each config, separated by spaces."""
     ways: str = "copies,sharded"
     """How several processes share the work, separated by commas: copies, sharded, kept."""
     processes: int = 2
-    """Processes beside one; on a GPU each has its own."""
+    """Number of processes to compare with one; each has its own GPU."""
     mbs: int = 32768
-    """Bytes a process."""
+    """Bytes per process."""
     warmup: int = 60
-    """Steps before those that count: kernels are compiled and boundaries settle."""
+    """Steps before the measured ones: kernels are compiled and boundaries settle."""
     steps: int = 40
-    """Steps that count."""
+    """Measured steps."""
     loss_steps: int = 200
     """Steps over which losses are compared."""
     memory_config: str = "configs/hnet_2stage_XL.json"
     """Model whose peak memory with --ac block is measured on one process; empty: none."""
     memory_mbs: int = 131072
-    """Its bytes."""
+    """Bytes of that measurement."""
     device: str = "cuda"
     """cuda or cpu."""
     limit: int = 400
-    """Seconds after which a run is given up."""
+    """Seconds after which a run is stopped."""
     out: str = ""
     """File for the result."""
 

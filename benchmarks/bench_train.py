@@ -48,25 +48,25 @@ class Benchmark:
     data: str = "data/stdlib"
     """Folder made by fineweb.py prepare."""
     mbs: int = 32768
-    """Bytes a step."""
+    """Bytes per step and process."""
     max_doc: int = 8192
     """Longest row."""
     boundaries: str = "learned"
-    """learned, or forced:RATE[,RATE]: open chunks at random at that rate, stage by stage."""
+    """learned, or forced:RATE[,RATE]: open chunks at random at this rate per stage."""
     warmup: int = 10
-    """Steps before the clock starts."""
+    """Steps before the measured ones."""
     steps: int = 20
     """Number of timed steps, and of timed steps without waiting for each, as in training (step_ms_overlapped)."""
     compile: str = "eager"
     """eager or graph (whole steps as CUDA graphs)."""
     ac: str = "none"
-    """Activation checkpointing as train.py has it: none, block or selective."""
+    """Activation checkpointing, as in train.py: none, block or selective."""
     device: str = "auto"
     """auto, cpu or cuda."""
     replicate: int = 1
-    """Copies of the weights, as train.py has it."""
+    """Replicas of the weights, as in train.py."""
     reshard: bool = True
-    """Sharded weights are freed after the forward, as train.py has it."""
+    """Free sharded weights after the forward, as in train.py."""
     profile: str = ""
     """Folder for a trace and a table of kernels."""
     out: str = ""

@@ -67,7 +67,7 @@ def start(device: str = "auto", replicate: int = 1, timeout: float = 600) -> Wor
         )
     if device == "auto" and not torch.cuda.is_available() and shutil.which("nvidia-smi") and rank == 0:
         logger.warning(
-            "a GPU seems to be present, but this torch (%s) can't use it; going on on the CPU", torch.__version__
+            "a GPU seems to be present, but this torch (%s) can't use it; continuing on the CPU", torch.__version__
         )
     kind = "cuda" if torch.cuda.is_available() and device != "cpu" else "cpu"
     if kind == "cuda":
@@ -275,7 +275,7 @@ class Traffic(NamedTuple):
 
     gathers: float  # weights, within a shard group
     scatters: float  # gradients, within a shard group
-    copies: float  # gradients of shards, between replicas
+    replicas: float  # gradients of shards, between replicas
 
 
 def traffic(

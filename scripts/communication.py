@@ -26,7 +26,7 @@ class Options:
     """Bytes that a step sends over links and network, for three official configs."""
 
     bytes_per_gpu: int = 32768
-    """Bytes of text that each GPU reads in a step."""
+    """Bytes of text per GPU and step."""
 
 
 def row(config: "HNetConfig", layout: str, shards: int, replicate: int, crosses: bool, tokens: int) -> str:
@@ -34,11 +34,11 @@ def row(config: "HNetConfig", layout: str, shards: int, replicate: int, crosses:
     from hnet_runtime.flops import count_flops
 
     sent = traffic(config, shards, replicate)
-    within, across = sent.gathers + sent.scatters, sent.copies
+    within, across = sent.gathers + sent.scatters, sent.replicas
     ms = 1000 * (within / (NETWORK if crosses else NVLINK) + across / NETWORK)
     lengths = [[tokens / n] for n in config.N_compress]
     compute_ms = 1000 * count_flops(config, lengths).matmul / MATMUL
-    cells = (sent.gathers, sent.scatters, sent.copies)
+    cells = (sent.gathers, sent.scatters, sent.replicas)
     return f"| {layout} | " + " | ".join(f"{x / 1e9:.2f}" for x in cells) + f" | {ms:.1f} | {compute_ms:.1f} |"
 
 

@@ -36,29 +36,29 @@ class Options:
     a: tyro.conf.Positional[str]
     """A run or checkpoint of train.py, a .pt or .safetensors file or its folder, or hf:owner/name."""
     b: tyro.conf.Positional[str] = ""
-    """Another; empty: the same."""
+    """The second; empty: the first again."""
     text: str = ""
     """File with the text, of any bytes."""
     prompt: str = ""
     """The text itself."""
     limit: int = 4096
-    """Bytes of the text that are read."""
+    """Read this many bytes of the text at most."""
     how_a: How = "training"
-    """How the first is run."""
+    """How the first runs."""
     how_b: How = "training"
-    """How the second is run."""
+    """How the second runs."""
     config_a: str = ""
     """Model config, for weights that come without one."""
     config_b: str = ""
     """The same for the second."""
     tolerance: float = math.inf
-    """Largest difference of logits that is not an error (status 1)."""
+    """Exit with status 1 if logits differ by more than this."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
+    """Device; auto: CUDA if torch has it."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Precision."""
+    """Compute dtype."""
     chunks: Annotated[bool, tyro.conf.arg(aliases=["-k"])] = False
-    """Print the text as each cuts it."""
+    """Print the text with the chunks of each."""
 
 
 def main(argv: Sequence[str]) -> int:

@@ -40,40 +40,40 @@ class Options:
     config: Annotated[str, tyro.conf.arg(aliases=["-c"])] = ""
     """Model config, for weights that come without one."""
     data: str = ""
-    """Text to score: a folder of `fineweb.py prepare`, or what that command takes: files, a folder, stdlib,
-    hf:owner/name. Empty: what the run validates on, cut into rows as there, which gives the run's val_bpb."""
+    """Text to score: a folder made by `fineweb.py prepare`, or a source of that command: a file, a folder, stdlib,
+    hf:owner/name. Empty: the validation text of the run in the same rows, which gives the run's val_bpb."""
     split: Literal["validation", "train"] = "validation"
-    """Which part of a prepared folder."""
+    """Split of a prepared folder."""
     text_column: str = "text"
-    """Where .jsonl and .parquet have their text."""
+    """Column with the text of .jsonl and .parquet."""
     by: str = ""
-    """Also bits per byte by group: `script`, told from the letters, or a column of .jsonl and .parquet with labels."""
+    """Bits per byte also by group: `script`, found from the letters, or a column with labels of .jsonl and .parquet."""
     context: int = 0
-    """Most bytes that the model reads at once. 0: 8192, or with the run's own text the rows of training."""
+    """Most bytes that the model reads at once. 0: 8192, or for the run's own text the rows of training."""
     stride: int = 0
-    """Bytes that each row after a document's first scores, the others being context. 0: as many as --context."""
+    """Bytes scored by each row after a document's first; the others are context. 0: the value of --context."""
     limit: int = 0
-    """Score only the first so many documents (or questions, or items of each task), cut as without a limit; 0: all."""
+    """Score only this many first documents (or questions, or items of each task); 0: all."""
     batch: int = 16
-    """Rows that run together. Changes the speed alone."""
+    """Rows per batch. It changes only the speed."""
     choices: str = ""
     """A .jsonl file of questions in the HellaSwag format."""
     seed: int = 0
     """Seed of the random perturbations."""
     tasks: str = ""
-    """Tasks of lm-evaluation-harness, or .yaml files of tasks, joined by commas (needs the extra lm_eval)."""
+    """Tasks of lm-evaluation-harness, or .yaml files of tasks, separated by commas (needs the extra lm_eval)."""
     include_path: str = ""
-    """A file or folder of tasks of your own (.yaml), known to --tasks. Without --tasks: all of them are run."""
+    """A file or folder of your own tasks (.yaml) for --tasks. Without --tasks all of them run."""
     num_fewshot: int | None = None
-    """Worked examples before each question of --tasks. None: as each task says."""
+    """Solved examples before each question of --tasks. None: the number that each task sets."""
     bytes_per_token: float = 4.0
-    """Tasks limit answers in tokens; an answer may have this many bytes for each of them."""
+    """Bytes of an answer per token of a task's limit, which is in tokens."""
     out: str = ""
     """Write OUT.json and OUT.md."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
+    """Device; auto: CUDA if torch has it."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """Precision; auto: bfloat16 on CUDA, float32 on the CPU."""
+    """Compute dtype; auto: bfloat16 on CUDA, float32 on the CPU."""
 
 
 def main(argv: Sequence[str]) -> None:

@@ -29,11 +29,11 @@ class Options:
     checkpoint: tyro.conf.Positional[str]
     """A run or checkpoint of train.py, a .pt or .safetensors file or its folder, or hf:owner/name."""
     other: tyro.conf.Positional[str] = ""
-    """A second one, to be shown beside it."""
+    """A second one, shown beside the first."""
     text: str = ""
-    """File with the text, of any bytes. Empty: a few lines to try."""
+    """File with the text, of any bytes. Empty: a few example lines."""
     out: str = "chunks.html"
-    """The page to write."""
+    """HTML file to write."""
     config: Annotated[str, tyro.conf.arg(aliases=["-c"])] = ""
     """Model config, for weights that come without one."""
     config_other: str = ""
@@ -41,9 +41,9 @@ class Options:
     context: int = 8192
     """Most bytes that the model reads at once; a longer text is read in rows that overlap by half."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
+    """Device; auto: CUDA if torch has it."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Precision."""
+    """Compute dtype."""
 
 
 def main(argv: Sequence[str]) -> None:

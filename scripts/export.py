@@ -22,13 +22,13 @@ class Options:
     checkpoint: tyro.conf.Positional[str]
     """A run or checkpoint of train.py, a .pt or .safetensors file or its folder, or hf:owner/name."""
     out: tyro.conf.Positional[Path]
-    """Folder to write; with both forms, folders `pt` and `safetensors` in it."""
+    """Folder to write; with both forms it gets the folders `pt` and `safetensors`."""
     config: Annotated[str, tyro.conf.arg(aliases=["-c"])] = ""
     """Model config, for weights that come without one."""
     form: Literal["both", "pt", "safetensors"] = "both"
-    """pt: for the released code, whose config.json must not have N_compress; model.pt.json has the whole config."""
+    """pt: for the released code, whose config.json must not have N_compress; model.pt.json has the full config."""
     dtype: Literal["keep", "float32", "bfloat16"] = "keep"
-    """Precision; A_log, dt_bias, D and residual_proj stay in at least float32."""
+    """Dtype of the weights; A_log, dt_bias, D and residual_proj stay in at least float32."""
 
 
 def main(argv: Sequence[str]) -> None:

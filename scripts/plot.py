@@ -23,7 +23,7 @@ class Options:
     runs: tyro.conf.Positional[tuple[str, ...]]
     """Folders of runs of train.py."""
     out: str = ""
-    """Write OUT.png and OUT.html. Empty: plots in the folder of the first run."""
+    """Write OUT.png and OUT.html. Empty: plots.png and plots.html in the folder of the first run."""
 
 
 def main(argv: Sequence[str]) -> None:

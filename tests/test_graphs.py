@@ -23,7 +23,7 @@ from hnet_runtime.distributed import World
 from hnet_runtime.runs.statistics import router_statistics
 from hnet_runtime.steps import graphs
 from hnet_runtime.steps.flat_adamw import FlatAdamW
-from hnet_runtime.steps.graphs import SIZES_PER_OCTAVE, TOKENS, GraphedModel, _filled_up, _step
+from hnet_runtime.steps.graphs import SIZES_PER_OCTAVE, TOKENS, GraphedModel, _padded, _step
 from hnet_runtime.steps.segments import BackwardPart, SavedPool, Segment
 from hnet_trainable import HNetConfig, HNetLM, init_weights, nested_like
 
@@ -515,8 +515,8 @@ def test_sizes():
 
 @given(st.integers(1, 200_000))
 def test_sizes_waste_little(T):
-    sizes = _filled_up(T)
-    assert sizes >= T and _filled_up(sizes) == sizes
+    sizes = _padded(T)
+    assert sizes >= T and _padded(sizes) == sizes
     assert sizes - T < max(TOKENS, T / SIZES_PER_OCTAVE + 1) and sizes - T < _step(T) <= max(TOKENS, sizes)
     assert _step(T) <= _step(T + 1)  # what `_leave` has for all numbers of chunks up to T
 
@@ -526,7 +526,7 @@ def test_a_new_number_of_chunks_makes_segments_of_its_stage_alone():
     seen = set()
     for seed, lengths in enumerate([[2] * 2048, [4] * 1024, [1000] * 4 + [96], [64] * 64]):  # falling numbers of chunks
         graphed.forward_backward([batch(lengths, seed)])
-        seen.add(tuple(map(_filled_up, graphed.tokens)))
+        seen.add(tuple(map(_padded, graphed.tokens)))
     _, one, two = (set(column) for column in zip(*seen))
     assert len(one) > 1 and len(two) > 1
     made = {part: len(found) for part, found in graphed.segments.items()}

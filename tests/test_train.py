@@ -265,7 +265,7 @@ def test_a_checkpoint_whose_bytes_have_changed_is_named(corpus, undisturbed, tmp
 
 
 def test_no_checkpoint_is_lost_where_a_run_goes_on_from_another_one(corpus, undisturbed, tmp_path):
-    """Later ones would be what --resume auto goes on from, and the new ones the first to be deleted."""
+    """--resume auto would resume from later ones, and the new ones would be deleted first."""
     folder = shutil.copytree(undisturbed, tmp_path / "run")
     contents = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     first, *_, last = checkpoint.complete(folder)

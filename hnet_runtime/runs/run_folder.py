@@ -10,7 +10,7 @@ from typing import Any
 
 from hnet_runtime import UserError
 
-WITHOUT = "without this folder, --resume auto goes on from the checkpoint before"
+WITHOUT = "without this folder, --resume auto resumes from the checkpoint before"
 
 
 class CheckpointError(UserError):

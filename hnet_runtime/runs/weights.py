@@ -175,7 +175,7 @@ def _load_beside(place: Path, path: Path) -> HNetConfig:
         return HNetConfig.load(place)
     except ConfigError as error:
         where = "in" if path.is_dir() else "beside"
-        raise CheckpointError(f"{error}; it lies {where} {path.name}: name another config file") from None
+        raise CheckpointError(f"{error}; it is {where} {path.name}: name another config file") from None
 
 
 def names_target(config_file: str | Path) -> bool:
