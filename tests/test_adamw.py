@@ -151,7 +151,7 @@ def test_steps_are_those_of_torch(world, dtype):
     torch.testing.assert_close(*statistics, rtol=1e-5, atol=0)
 
 
-def test_gradients_may_be_of_the_copies_dtype(world):
+def test_gradients_may_have_the_compute_dtype(world):
     """Steps are those of the same numbers in float32; what clipping writes back is rounded."""
     ours, theirs = build(world), build(world)
     order = list(ours.parameters())
@@ -245,7 +245,7 @@ def test_splitting_float32_loses_no_bit_and_rounds_the_high_half(bits):
 
 @given(st.data())
 @settings(max_examples=30, deadline=None)
-def test_processes_that_update_a_part_each_do_what_one_does(data):
+def test_processes_that_update_a_shard_each_do_what_one_does(data):
     """To the bit, however parameters fall to processes; here one after the other, with what would be sent."""
     size = data.draw(st.integers(2, 4), "processes")
     lengths = data.draw(st.lists(st.integers(1, 3 * BLOCK), min_size=1, max_size=8), "parameters")
@@ -295,7 +295,7 @@ def test_processes_that_update_a_part_each_do_what_one_does(data):
             assert parts[-1][1] == span.stop and len({stop - start for start, stop in parts}) == 1
 
 
-def test_what_it_cannot_take_is_refused(world):
+def test_mismatched_parameters_are_refused(world):
     model = build(world)
     order, groups = list(model.parameters()), parameter_groups(model, RATE, DECAY)
     with pytest.raises(ValueError, match="each parameter of the groups once"):

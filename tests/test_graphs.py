@@ -121,9 +121,7 @@ def test_boundaries_that_a_benchmark_forces_are_forced():
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_matrices_have_gradients_that_are_rounded_once_at_most_and_whoever_runs_the_copies_gets_his_own(
-    processes, monkeypatch
-):
+def test_gradients_of_matrices_are_rounded_at_most_once(processes, monkeypatch):
     """A segment's backward writes them to the masters' `grad`; a plain backward returns them in bfloat16.
 
     One process has them in bfloat16, too. Several add them up, in float32: there the products have not been rounded.
@@ -161,7 +159,7 @@ def saved_bytes(run) -> int:
 
 
 @pytest.mark.parametrize("stages", LAYOUTS)
-def test_activation_checkpointing_keeps_less_and_gives_the_same_bits(stages):
+def test_activation_checkpointing_saves_less_and_gives_the_same_bits(stages):
     pair, dtype = batch(BATCHES[0], 0), torch.bfloat16
     gradients, kept = {}, {}
     for ac in MODES:
@@ -191,7 +189,7 @@ class Made(TorchDispatchMode):
 
 @pytest.mark.parametrize("ac", MODES)
 @pytest.mark.parametrize("stages", [1, 2, "edited"])
-def test_a_backward_reads_nothing_that_its_forward_left_outside_the_pool(stages, ac, monkeypatch):
+def test_a_backward_reads_only_what_was_saved_in_the_pool(stages, ac, monkeypatch):
     """Other graphs write there meanwhile. Here the test does, as soon as a forward is over.
 
     edited: the model computes weights in its forward, where those of others stay as they are.
@@ -254,7 +252,7 @@ def test_an_pool_gives_out_its_buffer_and_then_other_memory():
 
 
 @given(st.lists(st.tuples(st.integers(0, 3000), st.sampled_from([torch.uint8, torch.bfloat16, torch.float64]))))
-def test_what_an_pool_gives_out_does_not_overlap_and_lies_there_again_next_time(wanted):
+def test_tensors_of_a_pool_do_not_overlap_and_have_the_same_addresses_next_time(wanted):
     pool = SavedPool([], torch.device("cpu"))
     pool.grow(16_384)
     seen = []
@@ -271,7 +269,7 @@ def test_what_an_pool_gives_out_does_not_overlap_and_lies_there_again_next_time(
     assert seen[0] == seen[1]
 
 
-def test_a_segment_that_finds_no_room_in_its_pool_is_captured_again_with_more(monkeypatch):
+def test_a_segment_is_captured_again_if_its_pool_was_too_small(monkeypatch):
     """Else what lies beside the pool is overwritten by graphs that were captured before, as in one run it was."""
     graphed, room = GraphedModel(build(ONE_STAGE, torch.float32), torch.float32, ALPHA), []
     pool = graphed.pools["inner 1"] = SavedPool([], torch.device("cpu"))
@@ -368,7 +366,7 @@ def test_graphs_go_where_there_is_no_room_beside_them(error, again):
         assert calls == [True]
 
 
-def test_memory_that_runs_out_while_buffers_are_made_is_asked_for_again(monkeypatch):
+def test_running_out_of_memory_in_allocating_buffers_is_retried(monkeypatch):
     graphed = GraphedModel(build(TWO_STAGES, torch.float32), torch.float32, ALPHA)
     wanted, made = graphed.forward_backward([batch([1024], 0)]).ce.item(), []
 
@@ -387,7 +385,7 @@ def test_memory_that_runs_out_while_buffers_are_made_is_asked_for_again(monkeypa
 
 @pytest.mark.parametrize("uses", [0, 1, 2])
 @pytest.mark.parametrize("shared", [False, True])
-def test_gradients_of_weights_add_up_however_often_they_are_read(uses, shared):
+def test_gradients_of_weights_used_several_times_add_up(uses, shared):
     x_TD, weight = torch.randn(8, 4), nn.Parameter(torch.randn(6, 4))
     place, dx_TD = torch.full((6, 4), 5.0 if shared else torch.nan), torch.zeros(8, 4)
 
@@ -416,7 +414,7 @@ def test_micro_batches_add_up():
     assert losses.ce.item() == pytest.approx(sum(found.ce.item() for found, _ in each) / 3)
 
 
-def test_micro_batches_add_up_in_float32_where_that_was_foreseen():
+def test_micro_batches_accumulate_in_float32():
     graphed = GraphedModel(build(ONE_STAGE, torch.float32), torch.bfloat16, ALPHA)
     pair = batch(BATCHES[0], 0)
     assert {g.dtype for g in graphed.optimizer.gradients} == {torch.bfloat16, torch.float32}
@@ -430,7 +428,7 @@ def test_micro_batches_add_up_in_float32_where_that_was_foreseen():
     assert distance(gradient(graphed), one) < 1e-6, "an eighth, eight times"
 
 
-def test_a_backward_in_pieces_gives_the_same_bits(monkeypatch):
+def test_a_backward_in_parts_gives_the_same_bits(monkeypatch):
     """Two processes cut it where weights are many, add up each piece's gradients as it ends, and each weigh half."""
     pairs, dtype = [batch(lengths, i) for i, lengths in enumerate(BATCHES[:3])], torch.bfloat16
     whole = GraphedModel(build(TWO_STAGES, torch.float32), dtype, ALPHA, accumulates=True)
@@ -456,7 +454,7 @@ def test_a_backward_in_pieces_gives_the_same_bits(monkeypatch):
 
 @pytest.mark.parametrize("ac", MODES)
 @pytest.mark.parametrize("cut", [False, True], ids=["whole", "in pieces"])
-def test_gradients_of_small_weights_are_added_up_once_a_kind_and_piece(cut, ac, monkeypatch):
+def test_gradients_of_small_weights_are_reduced_once_per_kind_and_part(cut, ac, monkeypatch):
     """And are those of the model, as all others."""
     if cut:
         monkeypatch.setattr(graphs, "WEIGHTS_PER_PART", 1)
@@ -521,7 +519,7 @@ def test_sizes_waste_little(T):
     assert _step(T) <= _step(T + 1)  # what `_leave` has for all numbers of chunks up to T
 
 
-def test_a_new_number_of_chunks_makes_segments_of_its_stage_alone():
+def test_a_new_number_of_chunks_captures_only_segments_of_its_stage():
     graphed = GraphedModel(build(TWO_STAGES, torch.float32), torch.float32, ALPHA)
     seen = set()
     for seed, lengths in enumerate([[2] * 2048, [4] * 1024, [1000] * 4 + [96], [64] * 64]):  # falling numbers of chunks
@@ -537,7 +535,7 @@ def test_a_new_number_of_chunks_makes_segments_of_its_stage_alone():
     assert graphed.captured == sum(made.values())
 
 
-def test_batches_of_about_one_size_share_segments_and_old_ones_go(monkeypatch):
+def test_batches_of_similar_size_share_segments_and_old_ones_are_dropped(monkeypatch):
     monkeypatch.setattr(graphs, "CACHED", 2)
     graphed = GraphedModel(build(ONE_STAGE, torch.float32), torch.float32, ALPHA)
     for lengths in ([600, 1, 423], [512, 512], [1024]):

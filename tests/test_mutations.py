@@ -245,7 +245,7 @@ def range_of_p():
 
 
 def matmul_flops():
-    test_training_parts.test_matmul_flops_equal_what_the_linear_layers_really_compute("two_stages")
+    test_training_parts.test_matmul_flops_equal_those_of_the_linear_layers("two_stages")
 
 
 def attention_flops():

@@ -589,14 +589,14 @@ def test_only_the_first_use_of_a_weight_writes_to_its_place(name):
 
 
 @pytest.mark.parametrize("name", PLACED)
-def test_a_weight_whose_use_has_no_gradient_leaves_its_place_as_it_is(name):
+def test_a_weight_without_a_gradient_leaves_its_destination_unchanged(name):
     placed = Used(name, 1, PLACED[name])
     found = placed.gradients(*[torch.zeros((), dtype=torch.float64, requires_grad=True) * 1])
     assert not any(destination.written for destination in placed.destinations.by_tensor.values())
     assert all(x is None for x in found.values()) and all(x.isnan().all() for x in placed.tensors.values())
 
 
-def test_what_some_small_weights_lack_is_returned_for_all_of_them():
+def test_small_weights_without_all_destinations_return_their_gradients():
     """A_log, dt_bias and D have their sums in one row; without D it has no destination."""
     plain, placed = (Used("mamba2_inner, without D", 1, places) for places in ([], ["A_log", "dt_bias", "norm"]))
     wanted, found = plain.gradients(*plain.losses), placed.gradients(*placed.losses)
@@ -617,7 +617,7 @@ def test_rows_are_added_to_what_is_in_their_place():
     assert destinations.by_tensor[x].written and torch.equal(there, wanted)
 
 
-def test_small_weights_of_several_layers_are_added_up_in_one_call_for_a_kind(monkeypatch):
+def test_small_weights_of_several_layers_are_reduced_in_one_call_per_kind(monkeypatch):
     new, calls, total = Inputs(torch.float64, "cpu"), [], PartialSums.total
     cases = [mamba_case(new, [65, 9]) for _ in range(3)]
     weights = [{key: x.requires_grad_() for key, x in case.leaves.items()} for case in cases]

@@ -178,7 +178,7 @@ def test_modes_give_the_same_bits_and_save_less_and_less(dtype):
 
 
 @pytest.mark.parametrize("how", MODES)
-def test_each_thing_is_computed_again_once_for_all_who_need_it(how):
+def test_each_result_is_recomputed_once_for_all_backwards(how):
     ran = Ran(how, torch.bfloat16)
     made, used = ran.saved.calls, [reference() is not None and reference().users > 0 for reference in ran.saved.made]
     assert len(made) == {"none": 0, "selective": 5 * LAYERS + 1, "block": 11 * LAYERS + 3}[how]
@@ -189,7 +189,7 @@ def test_each_thing_is_computed_again_once_for_all_who_need_it(how):
 
 
 @pytest.mark.parametrize("how", MODES)
-def test_what_was_computed_again_is_let_go_after_the_last_who_needs_it(how):
+def test_a_recomputed_result_is_freed_after_its_last_use(how):
     ran = Ran(how, torch.bfloat16)
     again = ran.saved.alive()
     ran.gradients()
@@ -204,7 +204,7 @@ def test_what_is_saved_goes_with_the_graph(how):
     assert not ran.saved.held and not ran.saved.alive()
 
 
-def test_what_somebody_does_between_operations_counts():
+def test_edits_between_operations_count():
     """Then their results are saved as ever, and what is computed again ends there."""
     wanted = Ran("none", torch.float32).gradients()
     ran = {how: Ran(how, torch.float32, lambda x: 1.5 * x) for how in MODES}

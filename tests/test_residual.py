@@ -202,14 +202,14 @@ def test_a_stream_is_as_good_as_one_of_float32(block, streams):
     [("sums", "output"), ("gradients", "gradient of x"), ("gradients of two readers", "gradient of x")],
     ids=lambda x: x,
 )
-def test_what_loses_the_second_parts_of_a_stream_is_noticed(lost, where, block, streams):
+def test_losing_the_low_bits_of_a_stream_is_noticed(lost, where, block, streams):
     exact, of_float32 = streams(block)
     with losing(lost):
         its = errors(found(block, True, HALF), exact)
     assert its[where] > FAR * of_float32[where], "else the test above would show nothing"
 
 
-def test_what_else_reads_the_sum_is_refused():
+def test_other_readers_of_the_sum_are_refused():
     """Its gradient would be lost: autograd hands on the first part of it alone."""
     weight, x = torch.ones(D, requires_grad=True), torch.randn(T, D, requires_grad=True)
     with forcing(True):
@@ -219,7 +219,7 @@ def test_what_else_reads_the_sum_is_refused():
         (r._sum.high.sum() + y.sum()).backward()
 
 
-def test_a_backward_to_the_last_weights_leaves_nothing_for_the_next():
+def test_a_partial_backward_leaves_no_gradients_for_the_next():
     """As one has who compares the gradients of losses in one layer, with retain_graph."""
     weights = {name: x.double().requires_grad_() for name, x in drawn().items()}
     layers, gradients = [Layer(i, weights) for i in range(3)], []
@@ -253,7 +253,7 @@ def test_a_stream_acts_like_a_tensor():
             assert torch.equal(of_stream, of_tensor)
 
 
-def test_a_stream_is_not_what_it_began_with():
+def test_a_stream_does_not_share_memory_with_its_start():
     """Who writes to one leaves the other as it is."""
     x = torch.randn(T, D)
     for fast in (True, False):
