@@ -1,7 +1,7 @@
-"""Where gradients of weights go: partial sums of small weights, and the destinations that a caller gives.
+"""Destinations of gradients, and partial sums for small weights.
 
-That operations fill them is tested in test_operations.py, that they are a model's gradients in test_graphs.py, and the
-kernel that adds up partial sums in test_fused_triton.py.
+test_operations.py tests that operations fill them, test_graphs.py that they are a model's gradients, and
+test_fused_triton.py the kernel that reduces partial sums.
 """
 
 import pytest
@@ -51,7 +51,7 @@ def test_partial_sums_are_at_least_float32_and_reduced_at_once():
 
 
 def test_a_layer_with_other_tokens_has_its_own_partial_sums():
-    """Its gradients are returned by its backward, and nobody else's are given out for it."""
+    """Its backward returns its gradients, and no other layer's."""
     weights = [torch.zeros(2) for _ in range(3)]
     destinations = Destinations({w: torch.full((2,), torch.nan) for w in weights})
     with writing_to(destinations):
@@ -68,7 +68,7 @@ def test_a_layer_with_other_tokens_has_its_own_partial_sums():
 
 
 def test_a_second_backward_gives_the_same():
-    """As one has with retain_graph: what waited together is returned, as the sums of the first have been given out."""
+    """With retain_graph: then the gradients are returned, because the first sums have been written."""
     weights = [torch.zeros(2) for _ in range(2)]
     destinations = Destinations({w: torch.empty(2) for w in weights})
     with writing_to(destinations):
