@@ -362,7 +362,7 @@ def test_ctrl_c_is_one_line_and_can_be_continued(many, tmp_path):
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     stderr = process.communicate()[1]
-    assert process.returncode == 130 and stderr.count("\n") == 1 and "goes on from here" in stderr
+    assert process.returncode == 130 and stderr.count("\n") == 1 and "continues from here" in stderr
     done = command("prepare", many / "in", "--out", tmp_path / "out", "--shard-bytes", "150000", "--processes", "1")
     assert done.returncode == 0 and "were read before" in done.stdout
     assert shards(tmp_path / "out") == shards(many / "out")
