@@ -1,25 +1,25 @@
-"""Text to shards, shards to batches.
+"""Prepares text as shards, from which training reads batches.
 
-    python fineweb.py prepare SOURCE --out DIR      any text becomes a folder of shards
-    python fineweb.py show DIR                      what is in such a folder
+    python fineweb.py prepare SOURCE --out DIR      make a folder of shards from any text
+    python fineweb.py show DIR                      show its contents
 
-    stream = ByteStream("DIR", slice_bytes=32768)   shards become micro-batches
+    stream = ByteStream("DIR", slice_bytes=32768)   read micro-batches from shards
     inputs, labels = stream.slice(0).nested("cuda")
 
-A shard is plain UTF-8 documents, each preceded by the byte 0xFE, which UTF-8 never contains: `cat` joins shards,
-`grep -a` searches them. Documents are sorted by the SHA-256 of their text. The lowest share of that order is the
-validation split, the rest the training split, and the shards of a split are consecutive ranges of it. So which shard
-a document is in depends on its bytes and on nothing else, equal documents meet, and a sequential read of a shard is
-already a random sample. Beside each shard lies an index (where its documents start), which is rebuilt when it is
-missing or stale; `manifest.json` says what the folder holds and is written last.
+A shard is a sequence of UTF-8 documents, each preceded by the byte 0xFE, which UTF-8 never contains: `cat` joins
+shards, `grep -a` searches them. Documents are sorted by the SHA-256 of their text. The lowest share of that order is
+the validation split, the rest the training split, and the shards of a split are consecutive ranges of it. So the shard
+of a document depends only on its bytes, equal documents are adjacent, and a sequential read of a shard is a random
+sample. Each shard has an index (where its documents start), which is rebuilt if it is missing or outdated.
+`manifest.json` lists the contents of the folder and is written last.
 
-Preparing takes two passes, both parallel over processes and both made of small steps whose results appear under their
-final names only when complete, so that it can be killed at any moment and run again:
+Preparing takes two passes, both parallel over processes. Each consists of small steps whose results get their final
+names only when complete, so that the command can be killed at any moment and run again:
 
     scatter    a unit of the source (some files, or a piece of one) -> runs: up to 32 MB of text, sorted by digest
-    merge      one range of digests out of every run                -> one shard, exact duplicates dropped
+    merge      one range of digests from every run                  -> one shard, without exact duplicates
 
-Training needs this file and numpy; whatever else is imported, is imported where it is used.
+Training needs this file and numpy; other packages are imported where they are used.
 """
 
 import argparse
@@ -46,7 +46,7 @@ import numpy as np
 
 from hnet_runtime import DataError
 from hnet_runtime.data import documents, sources
-from hnet_runtime.data.stream import (  # noqa: F401 (ByteStream, Slice and others are for those who import this file)
+from hnet_runtime.data.stream import (  # noqa: F401 (ByteStream, Slice and others are for importers of this file)
     BOS,
     EOS,
     FULL,
@@ -72,9 +72,9 @@ from hnet_runtime.data.stream import (  # noqa: F401 (ByteStream, Slice and othe
     write_table,
 )
 
-DEFAULT_SLICE = 2048  # bytes that train.py takes at a time, by default
-RUN_BYTES = 32 * MB  # text that a process gathers before it writes; memory is a small multiple of it
-RUN_DOCUMENTS, SHARD_DOCUMENTS = 1 << 18, 1 << 20  # bounds for very short documents, whose digests outweigh them
+DEFAULT_SLICE = 2048  # bytes per slice, the default of train.py
+RUN_BYTES = 32 * MB  # text that a process collects before it writes; its memory is a small multiple
+RUN_DOCUMENTS, SHARD_DOCUMENTS = 1 << 18, 1 << 20  # limits for very short documents, whose digests take most memory
 
 
 # -------------------------------------------------------------------------------------------------------- sources
@@ -88,17 +88,17 @@ class _Tally:
 
     def reject(self, what: str, count: int = 1) -> None:
         if not self.skip:
-            raise DataError(f"{what} (--skip-bad counts such input and goes on)")
+            raise DataError(f"{what} (--skip-bad counts such input and continues)")
         self.counts["bad"] += count
         self.examples = [*self.examples, what][:5]
 
 
 def read_documents(source: str, text_column: str = "text", label_column: str = "") -> Iterator[tuple[str, bytes, str]]:
-    """The documents of any source that `prepare` takes, in order, as (where, UTF-8 text, label); empty ones left out.
+    """The documents of any source of `prepare`, in order, as (where, UTF-8 text, label), without empty ones.
 
-    label: the text under `label_column` of a row; "" where no column is asked for. Duplicates stay.
-    Says on standard error which files are left out. Raises DataError, naming file and row, for what can't be read, is
-    not UTF-8 or lacks its label.
+    label: the text in `label_column` of a row; "" without a column. Duplicates are kept.
+    Prints on standard error which files are left out. Raises DataError, with file and row, for input that can't be
+    read, is not UTF-8 or lacks its label.
     """
 
     def reject(what: str, count: int = 1) -> None:
@@ -130,7 +130,7 @@ def read_documents(source: str, text_column: str = "text", label_column: str = "
 
 
 class _Unit(NamedTuple):
-    """Some files of the list of files, or one piece of one file: what a process reads at a time."""
+    """Work for one process: some files of the list of files, or one piece of one file."""
 
     number: int
     offset: int  # in the list
@@ -141,9 +141,9 @@ class _Unit(NamedTuple):
 
 
 def _make_units(files: Iterable[tuple], sink, unit_bytes: int) -> tuple[list[_Unit], str]:
-    """Writes the list of files to `sink`; returns units of about `unit_bytes`, and the digest of the list."""
+    """Writes the list of files to `sink`. Returns units of about `unit_bytes`, and the digest of the list."""
     units, digest, offset = [], hashlib.sha256(), 0
-    first, count, size = 0, 0, 0  # of the unit that is being filled with whole files
+    first, count, size = 0, 0, 0  # of the unit that is being filled with files
     for path, file_bytes, version in files:
         pieces = -(-file_bytes // unit_bytes) if documents.is_divisible(path) else 1
         if count and (pieces > 1 or size + file_bytes > unit_bytes or count == 10_000):
@@ -164,19 +164,19 @@ def _make_units(files: Iterable[tuple], sink, unit_bytes: int) -> tuple[list[_Un
 
 @dataclass(frozen=True)
 class _Job:
-    """What every worker has to know."""
+    """The settings of every worker."""
 
     root: str  # of the source
     out: Path
-    work: Path  # the list of files, and the runs
-    scratch: Path  # unfinished files of this command
+    work: Path  # for the list of files and the runs
+    scratch: Path  # for unfinished files of this command
     column: str
     skip_bad: bool
     run_bytes: int
 
 
 def _scatter(job: _Job, unit: _Unit) -> int:
-    """Turns a unit into runs, of which the last is named so; returns the bytes of text in them."""
+    """Writes the runs of a unit; the last one has its own kind of name. Returns the bytes of text in them."""
     tally, run, size, total, runs = _Tally(job.skip_bad), [], 0, 0, 0
     with open(job.work / "files", "rb") as f:
         f.seek(unit.offset)
@@ -203,7 +203,7 @@ def _scatter(job: _Job, unit: _Unit) -> int:
 
 
 def _write_run(job: _Job, name: str, run: list[tuple], counts: dict) -> None:
-    """A run is sorted by digest and holds each text once: digests (high halves, low halves), ends of texts, texts."""
+    """Writes a run, sorted by digest, each text once: digests (high halves, low halves), ends of texts, texts."""
     keys = np.frombuffer(b"".join(digest for digest, _ in run), ">u8").reshape(-1, 2).astype("<u8")
     order = _sort_unique(keys)
     texts = [run[i][1] for i in order]
@@ -215,7 +215,7 @@ def _write_run(job: _Job, name: str, run: list[tuple], counts: dict) -> None:
 
 
 def _sort_unique(keys: np.ndarray) -> np.ndarray:
-    """Order of (n, 2) keys by digest, each digest once."""
+    """The order of (n, 2) keys by digest, with each digest once."""
     order = np.lexsort((keys[:, 1], keys[:, 0]))
     keys = keys[order]
     first = np.ones(len(keys), bool)
@@ -229,22 +229,22 @@ def _runs(work: Path) -> list[Path]:
 
 @functools.cache
 def _run_header(path: Path) -> tuple[dict, int]:
-    """Header of a run and where its table begins."""
+    """The header of a run, and the offset of its table."""
     with open(path, "rb") as f:
         return json.loads(f.readline()), f.tell()
 
 
 class _Cut(NamedTuple):
-    """A document of which the end is held out."""
+    """A document whose end is held out."""
 
     high: int  # the digest
     low: int
-    at: int  # bytes before the end that is held out
-    keeps_end: bool = False  # whether the end is meant, or what comes before it
+    at: int  # bytes before the held-out end
+    keeps_end: bool = False  # whether the end is meant, or the part before it
 
 
 class _Range(NamedTuple):
-    """A shard: documents whose digests' first 64 bits are in [low, high); of one of them perhaps a part."""
+    """A shard: the documents whose digests' first 64 bits are in [low, high); of one document perhaps only a part."""
 
     name: str
     low: int
@@ -263,11 +263,11 @@ def _shard_ranges(documents: int, size: int, holdout: Fraction, shard_bytes: int
 
 
 def _hold_out(job: _Job, holdout: float) -> tuple[Fraction, _Cut | None, str]:
-    """The share of digests that is held out, the document of which only the end is, and how that came, in words.
+    """The share of digests that is held out, the document whose end is held out, and an explanation in words.
 
-    The share is `holdout` wherever that gives both splits something. Few documents may all be on one side: then one
-    document changes sides. One document that is longer than all others together would leave one split with next to
-    nothing, whichever it is in: then its end is held out, and nothing else, unless it is shorter than a slice.
+    The share is `holdout` if that leaves no split empty. If all of a few documents are in one split, one document moves
+    to the other. If one document is longer than all others together, only its end is held out, unless that is shorter
+    than a slice.
     """
     share, both = Fraction(holdout), [0, 0]
     if not holdout:
@@ -307,7 +307,7 @@ def _hold_out(job: _Job, holdout: float) -> tuple[Fraction, _Cut | None, str]:
 
 
 def _find_cut(path: Path, begin: int, size: int, holdout: float) -> tuple[int, str] | None:
-    """Where to cut a document of `size` bytes at `begin` of a run, and what begins there; None where nothing can."""
+    """Where to cut a document of `size` bytes at `begin` of a run, and what starts there; None if nowhere."""
     target = size - max(1, round(size * holdout))
     tail = min(size - target, MB)
     low, high = max(1, target - max(tail // 2, min(2000, size // 4))), min(size - 1, target + tail // 2)
@@ -326,7 +326,7 @@ def _find_cut(path: Path, begin: int, size: int, holdout: float) -> tuple[int, s
 
 
 def _run_table(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Of a run's documents: digests (high halves, low halves) and ends, uint64 (3, n); lengths, int64 (n,)."""
+    """A run's table: digests (high halves, low halves) and ends, uint64 (3, n); and lengths, int64 (n,)."""
     header, base = _run_header(path)
     with open(path, "rb") as f:
         f.seek(base)
@@ -363,7 +363,7 @@ def _merge(job: _Job, shard_range: _Range) -> int:
             places[is_cut, 2] = cut.at
     starts = np.concatenate([[0], np.cumsum(places[:, 2] + 1)])
 
-    # Batches of documents that are read together, run by run; a long document is a batch of its own, read in blocks.
+    # Documents are read in batches, run by run; a long document is a batch of its own, read in blocks.
     long = places[:, 2] > RUN_BYTES
     new_window = np.diff(starts[:-1] // RUN_BYTES, prepend=-1) > 0
     cuts = np.flatnonzero(new_window | long | np.concatenate([[False], long[:-1]])).tolist()
@@ -380,7 +380,7 @@ def _merge(job: _Job, shard_range: _Range) -> int:
 
 
 def _read_batch(runs: list[Path], places: np.ndarray) -> Iterator[bytes]:
-    """The documents at `places` as a shard holds them, about a megabyte at a time."""
+    """The documents at `places` in the format of a shard, about a megabyte at a time."""
     texts, (number, offset, length) = [b""] * len(places), places[0].tolist()
     if length > RUN_BYTES:
         yield bytes([BOS])
@@ -411,25 +411,25 @@ def prepare(
     skip_bad: bool = False,
     shard_bytes: int = 64 * MB,
 ) -> dict | None:
-    """Turns any text into a folder of shards; run again after an interruption, it goes on where it was.
+    """Makes a folder of shards from any text. Run again after an interruption, it continues where it stopped.
 
     source: "stdlib" (the source text of the running Python's standard library; what isn't UTF-8 is skipped); a file,
-        or a folder searched recursively, of .txt .md .py (a document each), .jsonl .ndjson .json (a document in each
-        line or element of an array) and .parquet (a document in each row), all but .parquet also with .gz, .zst or
-        .bz2; or "hf:owner/name[@revision][:config]", a dataset on the Hugging Face hub. Of a dataset the train split
-        alone is taken: see hnet_runtime/data/sources.py.
-    out: the folder. While it is being made it needs room for the text twice.
-    text_column: where rows have their text.
-    holdout: share of documents that become the validation split, chosen by the hash of their text. Where that would
-        leave a split empty, one document is held out, or the end of a document that is longer than all others
-        together. 0: no validation split.
-    processes: default, one for each core; each takes less than 500 MB. The shards don't depend on it.
+        or a folder searched recursively, of .txt .md .py (one document each), .jsonl .ndjson .json (one document per
+        line or element of an array) and .parquet (one document per row), all but .parquet also with .gz, .zst or
+        .bz2; or "hf:owner/name[@revision][:config]", a dataset on the Hugging Face Hub. Of a dataset only the train
+        split is taken: see hnet_runtime/data/sources.py.
+    out: the folder. While it is being made it needs space for the text twice.
+    text_column: the column with the text of rows.
+    holdout: share of documents in the validation split, chosen by the hash of their text. If that would leave a split
+        empty, one document is held out, or the end of a document that is longer than all others together. 0: no
+        validation split.
+    processes: by default one per core; each takes less than 500 MB. The shards don't depend on it.
     part: "i/n", i from 1 to n, to prepare one corpus with n commands, also on several machines that share `out`.
         The shards don't depend on it; the command that finishes last writes them.
-    skip_bad: count documents that can't be read, and go on, instead of stopping at the first.
-    shard_bytes: size to aim at. Opening a shard takes a stream some time and memory in proportion to it.
+    skip_bad: count documents that can't be read and continue, instead of stopping at the first.
+    shard_bytes: target size. The time and memory to open a shard are proportional to it.
 
-    Returns the manifest, or None while other parts are missing. Prints as it goes. Raises DataError.
+    Returns the manifest, or None while other parts are missing. Prints progress. Raises DataError.
     """
     out, begun = Path(out), time.monotonic()
     i, n = _parse_part(part)
@@ -452,7 +452,7 @@ def prepare(
                 plan["files"] = _make_units(files, sink, run_bytes)[1]
             manifest = load_manifest(out)
             _check_same(out, "holds", manifest["plan"], plan)
-            shutil.rmtree(out / WORK, ignore_errors=True)  # what a kill after the manifest left
+            shutil.rmtree(out / WORK, ignore_errors=True)  # left by a kill after the manifest was written
             say(f"{named(out)}: already prepared from {named(source)}")
             return manifest
         if out.is_dir() and not (out / WORK).is_dir() and any(out.iterdir()):
@@ -468,7 +468,7 @@ def prepare(
             job = _Job(root, out, work, scratch, text_column, skip_bad, run_bytes)
             missing = _missing(work, units)
             if len(missing) < len(units):
-                say(f"{named(out)}: goes on; {len(units) - len(missing)} of {len(units)} pieces were read before")
+                say(f"{named(out)}: continues; {len(units) - len(missing)} of {len(units)} pieces were read before")
             mine = [unit for unit in missing if unit.number % n == i - 1]
             _parallel("reading", _scatter, job, mine, [unit.bytes for unit in mine], processes)
             if missing := _missing(work, units):
@@ -485,7 +485,7 @@ def prepare(
 
 
 def shortcoming(folder: str | Path, manifest: dict) -> str:
-    """Why `train.py` can't train on a prepared folder as it is called by default, in a sentence; "" where it can."""
+    """Why `train.py` can't train on a prepared folder with its default flags, in a sentence; "" if it can."""
     pairs = {split: sum(s["bytes"] for s in manifest["splits"][split]["shards"]) for split in SPLITS}
     if pairs["train"] < DEFAULT_SLICE:
         less = f"{pairs['train']:,} bytes of training text are less than one slice of train.py ({DEFAULT_SLICE:,})"
@@ -504,7 +504,7 @@ def _parse_part(part: str) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _locked(path: Path, busy: str):
-    """Holds a lock that dies with the process."""
+    """A context that holds a lock, which ends with the process."""
     import fcntl
 
     with open(path, "ab") as f:
@@ -512,13 +512,13 @@ def _locked(path: Path, busy: str):
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DataError(busy) from None
-        except OSError:  # a file system without locks: two commands would write the same bytes twice, no more
+        except OSError:  # a file system without locks: two commands would write the same bytes twice
             pass
         yield
 
 
 def _check_same(out: Path, holds: str, old: dict, new: dict) -> None:
-    """Raises if a folder was begun with another plan."""
+    """Raises DataError if the folder was started with another plan."""
     for key, value in new["options"].items():
         if old["options"][key] != value:
             what = f"with --{key.replace('_', '-')} {old['options'][key]}, not {value}"
@@ -531,7 +531,7 @@ def _check_same(out: Path, holds: str, old: dict, new: dict) -> None:
 def _begin(
     out: Path, scratch: Path, plan: dict, files: Iterable[tuple], run_bytes: int, report: sources.Report
 ) -> tuple[list[_Unit], Path]:
-    """Lists the source; returns its units and the folder for their runs, which belongs to this plan alone."""
+    """Lists the source. Returns its units and the folder for their runs, which belongs only to this plan."""
     try:
         with open(scratch / "files", "wb") as sink:
             units, plan["files"] = _make_units(files, sink, run_bytes)
@@ -561,7 +561,7 @@ def _missing(work: Path, units: list[_Unit]) -> list[_Unit]:
 
 
 def _finish(job: _Job, plan: dict, processes: int, listing: _Tally, report: sources.Report) -> dict:
-    """Merges the runs into shards, writes the manifest and clears up."""
+    """Merges the runs into shards, writes the manifest and removes temporary files."""
     totals, examples = Counter(bad=listing.counts["bad"]), list(listing.examples)
     for path in _runs(job.work):
         header = dict(_run_header(path)[0])
@@ -605,18 +605,18 @@ def _finish(job: _Job, plan: dict, processes: int, listing: _Tally, report: sour
 
 
 def _parallel(what: str, function: Callable, job: _Job, tasks: list, sizes: list[int], processes: int) -> None:
-    """Calls function(job, task), which returns bytes of text, for every task in worker processes; shows progress."""
+    """Calls function(job, task), which returns bytes of text, for every task in worker processes. Shows progress."""
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from concurrent.futures.process import BrokenProcessPool
 
     with _Progress(what, sum(sizes)) as progress:
         processes = min(processes, len(tasks), max(1, sum(sizes) // (2 * job.run_bytes)))
-        if processes < 2:  # for a small source: done before a process has started
+        if processes < 2:  # a small source is done before a process has started
             for task, size in zip(tasks, sizes):
                 progress.advance(size, function(job, task))
             return
-        context = multiprocessing.get_context("spawn")  # the caller may have threads, which a fork doesn't survive
+        context = multiprocessing.get_context("spawn")  # the caller may have threads, which a fork would lose
         leash, held = context.Pipe(duplex=False)
         pool = ProcessPoolExecutor(processes, context, _start_worker, (leash,))
         try:
@@ -633,7 +633,7 @@ def _parallel(what: str, function: Callable, job: _Job, tasks: list, sizes: list
 
 
 def _start_worker(leash) -> None:
-    """Ends this worker at once when the other end of the pipe closes or its process dies; leaves Ctrl-C to that one."""
+    """Ends this worker when the other end of the pipe closes or its process dies; that process handles Ctrl-C."""
     import signal
 
     def watch():
@@ -646,7 +646,7 @@ def _start_worker(leash) -> None:
 
 
 class _Progress:
-    """A bar with MB/s of text and time left on a terminal; elsewhere a line every ten seconds."""
+    """Shows MB/s of text and the time left: a bar on a terminal, elsewhere a line every ten seconds."""
 
     def __init__(self, what: str, total: int):
         self.what, self.total, self.done, self.text = what, max(1, total), 0, 0
@@ -695,7 +695,7 @@ def _summary(out: Path, manifest: dict) -> str:
 
 
 def show(folder: str | Path, verify: bool = False) -> None:
-    """Prints what a prepared folder holds. verify: also compares every byte with the checksums of the manifest."""
+    """Prints the contents of a prepared folder. verify: also checks every shard against its checksum."""
     folder, manifest = Path(folder), load_manifest(folder)
     lines = [_summary(folder, manifest), f"source: {named(manifest['plan']['source'])}"]
     lines += [f"unreadable: {example}" for example in manifest["bad_examples"]]
@@ -705,7 +705,7 @@ def show(folder: str | Path, verify: bool = False) -> None:
         corpus = Corpus(folder, name)
         for path, sha256 in zip(corpus.paths, corpus.hashes) if verify else ():
             reindex(path, sha256)
-        histogram = np.zeros(64, int)  # by bits of the length
+        histogram = np.zeros(64, int)  # by the number of bits of the length
         for shard in range(len(corpus.paths)):
             histogram += np.bincount(np.frexp(np.diff(corpus.starts(shard)) - 1)[1], minlength=64)
         mean, non_ascii = split["text_bytes"] / split["documents"], split["non_ascii"] / max(1, split["text_bytes"])
@@ -721,20 +721,20 @@ def show(folder: str | Path, verify: bool = False) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="fineweb.py", description="Text to shards of UTF-8 documents for training.")
+    parser = argparse.ArgumentParser(prog="fineweb.py", description="Prepare text as shards of UTF-8 documents.")
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("prepare", help="text to shards", description=prepare.__doc__.split("\n")[0]).add_argument
+    add = commands.add_parser("prepare", help="make shards", description="Make shards from any text.").add_argument
     add("source", help=f"stdlib, hf:owner/name[@revision][:config], or a file or folder of {documents.KINDS}")
-    add("--out", required=True, help="the folder to make; needs room for the text twice while it is made")
-    add("--text-column", default="text", help="where rows have their text (text)")
+    add("--out", required=True, help="the folder to make; needs space for the text twice while it is made")
+    add("--text-column", default="text", help="the column with the text of rows (text)")
     add("--holdout", type=float, default=0.02, help="share of documents for validation, chosen by hash (0.02); 0: none")
-    add("--processes", type=int, help="default: one for each core")
+    add("--processes", type=int, help="number of processes; default: one per core")
     add("--part", default="1/1", metavar="I/N", help="prepare one corpus with N commands that share --out; I from 1")
-    add("--skip-bad", action="store_true", help="count input that can't be read, and go on")
-    add("--shard-bytes", type=int, default=64 * MB, help="size of shards to aim at (67108864)")
-    add = commands.add_parser("show", help="what a folder of shards holds").add_argument
+    add("--skip-bad", action="store_true", help="count input that can't be read, and continue")
+    add("--shard-bytes", type=int, default=64 * MB, help="target size of shards (67108864)")
+    add = commands.add_parser("show", help="show the contents of a folder of shards").add_argument
     add("folder")
-    add("--verify", action="store_true", help="compare every byte with the checksums")
+    add("--verify", action="store_true", help="check every shard against its checksum")
     arguments = vars(parser.parse_args())
     try:
         if arguments.pop("command") == "show":
@@ -746,7 +746,7 @@ def main() -> int:
         say(f"error: {documents.in_words(str(e))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        say("interrupted; the same command goes on from here", file=sys.stderr)
+        say("interrupted; the same command continues from here", file=sys.stderr)
         return 130
     return 0
 

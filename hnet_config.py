@@ -1,6 +1,6 @@
-"""The config of an H-Net: what the files in configs/ hold, checked. Imports no torch.
+"""The config of an H-Net: reads and checks the files of configs/. Imports no torch.
 
-`HNetConfig.load` reads a JSON file, a config of configs/ by its name, or a mapping. What is wrong with it ends in a
+`HNetConfig.load` reads a JSON file, a config of configs/ by its name, or a mapping. An invalid one raises a
 ConfigError that names the key and says what is allowed.
 """
 
@@ -24,11 +24,11 @@ class ConfigError(ValueError):
     """A model config that can't be used; the message names the key and says what is allowed."""
 
 
-# The registry of mixers: a letter of layouts and its class, see hnet_trainable.py, which enters its own.
+# The registry of mixers: letter of layouts -> class. hnet_trainable.py registers its own.
 MIXERS: dict[str, Any] = {}
 
 
-# No model that fits into a machine comes near these bounds; a size beyond one is a slip of the keyboard.
+# No model that fits into a machine is near these bounds; a larger size is a typing error.
 MAX_STAGES = 16
 MAX_LAYERS = 10_000  # in one layout
 MAX_PARAMETERS = 10**12
@@ -49,7 +49,7 @@ MAX_VALUES = {
 
 @dataclasses.dataclass(frozen=True)
 class SSMConfig:
-    """Mamba-2 layers. `chunk_size` is an official key that changes speed, never results; the kernels choose theirs."""
+    """Mamba-2 layers. `chunk_size` is an official key that does not change results; kernels choose their own."""
 
     chunk_size: int = 256
     d_conv: int = 4
@@ -59,7 +59,7 @@ class SSMConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AttnConfig:
-    """Attention layers, one entry a stage. `window_size` w lets position i see i - w..i; -1 means all before it."""
+    """Attention layers, one entry per stage. `window_size` w lets position i see i - w..i; -1 means all before it."""
 
     num_heads: tuple[int, ...] = ()
     rotary_emb_dim: tuple[int, ...] = ()
@@ -74,7 +74,7 @@ class Layer(NamedTuple):
 
 
 def parse_layout(layout: str) -> list[Layer]:
-    """`"T1m2"` -> one attention block with MLP and two Mamba-2 blocks without. Raises ConfigError on anything else."""
+    """`"T1m2"` -> one attention block with MLP and two Mamba-2 blocks without. Raises ConfigError if invalid."""
     known = "".join(MIXERS or "mt")
     letters = f"[{known}{known.upper()}]"
     if not isinstance(layout, str) or not re.fullmatch(f"({letters}[0-9]+)+", layout):
@@ -83,7 +83,7 @@ def parse_layout(layout: str) -> list[Layer]:
             f"arch_layout: {_shown(layout)} is not a layout; write letters of {written}, each with a count: 'T1m4'"
         )
     found = re.findall(f"({letters})0*([0-9]*)", layout)
-    counts = [int(count[:9] or 0) for _, count in found]  # of nine digits and more, the first nine are absurd
+    counts = [int(count[:9] or 0) for _, count in found]  # the first nine digits already exceed any limit
     if sum(counts) > MAX_LAYERS:
         raise ConfigError(f"arch_layout: {_shown(layout)} has too many layers; expected at most {MAX_LAYERS:,} in one")
     return [Layer(letter.lower(), letter.isupper()) for (letter, _), count in zip(found, counts) for _ in range(count)]
@@ -93,10 +93,10 @@ def parse_layout(layout: str) -> list[Layer]:
 class HNetConfig:
     """The official JSON keys plus `N_compress`. Stage 0 is outermost; a config of S + 1 widths has S chunking stages.
 
-    arch_layout: `["m4", ["T1m4", ["T26"], "m4T1"], "m4"]`: encoder, what is inside, decoder; innermost one string.
+    arch_layout: `["m4", ["T1m4", ["T26"], "m4T1"], "m4"]`: encoder, inner network, decoder; innermost one string.
     d_model, d_intermediate: a width per stage; d_intermediate is 0 where no layer has an MLP, and is rounded up to a
         multiple of 128 (code).
-    N_compress: `(1, 3, 9)`: bytes per token that each stage should see; stage s aims at N[s + 1] / N[s] per chunk.
+    N_compress: `(1, 3, 9)`: target bytes per token at each stage; a chunk of stage s should have N[s + 1] / N[s].
     """
 
     arch_layout: Any
@@ -110,10 +110,10 @@ class HNetConfig:
 
     @classmethod
     def load(cls, source: str | Path | Mapping[str, Any], **overrides: Any) -> HNetConfig:
-        """A checked config from a JSON file or a mapping, with single keys replaced by `overrides`.
+        """A checked config from a JSON file or a mapping, with keys replaced by `overrides`.
 
-        A file that is not there may be one of configs/, by its name: "hnet_1stage_tiny", from any folder. Raises
-        ConfigError (naming the file and the key) for anything unknown, missing or impossible.
+        If the file does not exist, its name is looked up in configs/, from any folder: "hnet_1stage_tiny". Raises
+        ConfigError (with the file and the key) for anything unknown, missing or impossible.
         """
         if isinstance(source, Mapping):
             return cls._from_mapping({**source, **overrides})
@@ -225,7 +225,7 @@ class HNetConfig:
                 )
 
     def count_parameters(self) -> int:
-        """The number of parameters of the model, computed without building it; without those of other mixers' own."""
+        """The number of parameters of the model, computed without building it; without parameters of added mixers."""
         N, d_conv = self.ssm_cfg.d_state, self.ssm_cfg.d_conv
         total = self.vocab_size * self.d_model[0] * (1 if self.tie_embeddings else 2)
         for s, D in enumerate(self.d_model):
@@ -249,7 +249,7 @@ class HNetConfig:
 
     @property
     def target_ratios(self) -> tuple[float, ...]:
-        """N of the ratio loss (eq. 10) for each chunking stage: how many of its tokens a chunk should hold."""
+        """N of the ratio loss (eq. 10) for each chunking stage: the target number of its tokens per chunk."""
         return tuple(inner / outer for outer, inner in zip(self.N_compress, self.N_compress[1:]))
 
     def layouts(self, s: int) -> tuple[str, ...]:
@@ -260,12 +260,12 @@ class HNetConfig:
         return tuple(node[::2])
 
     def to_dict(self) -> dict[str, Any]:
-        """What `load` reads, ready for JSON."""
+        """The mapping that `load` reads, ready for JSON."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
 def find_config(source: str | Path) -> Path:
-    """The file that `source` names: itself where there is one, else the file of configs/ with that name."""
+    """The file that `source` names: itself if it exists, else the file of configs/ with that name."""
     path = Path(source)
     ours = CONFIGS / f"{path.name.removesuffix('.json')}.json"
     is_ours = path.parent in (Path("."), Path("configs")) and ours.is_file() and not path.is_file()
@@ -304,12 +304,12 @@ def _bounded(value: Any, key: str, shown: str) -> Any:
 
 
 def _parse_int(digits: str) -> int:
-    """A whole number in JSON. Of thousands of digits, which Python refuses to read, the first thousand are absurd."""
+    """An integer in JSON. Python refuses thousands of digits; the first thousand already exceed any limit."""
     return int(digits[:1000])
 
 
 class _Shown(reprlib.Repr):
-    """A value as a message shows it: short, whatever it is."""
+    """A value in a message, shortened."""
 
     maxlist = maxtuple = 8
     maxstring = maxother = 60

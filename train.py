@@ -44,7 +44,7 @@ from hnet_runtime.checks import agreement, equivalence
 from hnet_runtime.distributed import World
 from hnet_runtime.evaluation.validation import validate
 from hnet_runtime.pages.chunks import print_chunks
-from hnet_runtime.pages.reports import write_whole
+from hnet_runtime.pages.reports import write_atomically
 from hnet_runtime.runs import checkpoint, statistics, weights
 from hnet_runtime.runs.metrics import JsonlSink, Metrics, RouterHealth, TensorBoardSink, WandbSink
 from hnet_runtime.runs.progress import Progress, describe, sample, show_results, speed
@@ -265,7 +265,7 @@ def takes_graphs(config: TrainConfig, hnet: HNetConfig, dtype: torch.dtype, worl
     if world.shards > 1 and not reason:
         if config.replicate:
             reason = f"graphs need unsharded weights: with {world.size} processes, --replicate {world.size}"
-        elif too_large := distributed.too_large_for_copies(hnet, world):
+        elif too_large := distributed.too_large_to_replicate(hnet, world):
             reason = too_large
         else:
             world = world._replace(mesh=distributed.make_mesh(world.device.type, world.size, world.size))
@@ -278,12 +278,12 @@ def takes_graphs(config: TrainConfig, hnet: HNetConfig, dtype: torch.dtype, worl
 
 
 class Run:
-    """A run from its first step, or where it goes on, to its last. Every rank has one and calls the same."""
+    """One run, from its first step or the checkpoint that it resumes to its last. Every rank makes the same calls."""
 
     def __init__(self, state: TrainState):
-        """Opens data and the run's folder; loads a checkpoint where the run goes on from one.
+        """Opens the data and the run's folder, and loads a checkpoint if the run resumes.
 
-        Raises UserError where data, folder or checkpoint do not fit the flags, or ranks have different ones.
+        Raises UserError if data, folder or checkpoint do not match the flags, or ranks have different ones.
         """
         config, hnet, world = state.config, state.hnet, state.world
         self.state, self.config, self.hnet, self.world = state, config, hnet, world
@@ -456,7 +456,7 @@ def open_metrics(run: Path, step: int, about: dict, hnet: HNetConfig, config: Tr
         return Metrics([])
     flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in OF_ONE_START}
     flags = yaml.safe_dump(flags, sort_keys=False)
-    write_whole(run / "train.yaml", lambda scratch: scratch.write_text(flags, encoding="utf-8"))
+    write_atomically(run / "train.yaml", lambda scratch: scratch.write_text(flags, encoding="utf-8"))
     checkpoint.write_json(run / "config.json", hnet.to_dict())
     sinks = [JsonlSink(run / "metrics.jsonl", step)]
     if config.logger == "wandb":
@@ -477,7 +477,7 @@ def dump_parameters(model: HNetLM, groups: list[dict[str, Any]]) -> None:
         group, dtype = group_of[name], str(p.dtype).removeprefix("torch.")
         decay = f"decay {group['weight_decay']:g}" if group["weight_decay"] else "no decay"
         rate = f"stage {group['stage']}  lr x {group['multiplier']:.3f}"
-        summary = f"  {lovely(distributed.whole(p.detach()))}" if lovely else ""
+        summary = f"  {lovely(distributed.unsharded(p.detach()))}" if lovely else ""
         print(f"{name:72} {str(tuple(p.shape)):14} {dtype}  {rate}  {decay}{summary}")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
 

@@ -1,11 +1,11 @@
-"""Speed and memory of the data pipeline, in three parts that can be run alone.
+"""Measures speed and memory of the data pipeline, in three parts that run separately.
 
     python benchmarks/bench_data.py prepare SOURCE   MB/s of text from parquet to shards, memory per process
-    python benchmarks/bench_data.py slices SOURCE    ms per slice out of shards of 1 GB that no cache holds
+    python benchmarks/bench_data.py slices SOURCE    ms per slice from uncached shards of 1 GB
     python benchmarks/bench_data.py index            time and memory to open an index of 15 million documents
 
-SOURCE is whatever `fineweb.py prepare` takes. Its text is repeated, each copy made distinct, up to --gb. Everything
-is written below --work (a temporary folder, by default below the current one), which should be on the disk in question.
+SOURCE is a source of `fineweb.py prepare`. Its text is repeated up to --gb, with each copy made distinct. Everything is
+written to --work (by default a temporary folder in the current one), which should be on the disk to measure.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def documents(folder: Path):
 
 
 def repeated_parquet(source: str, work: Path, gb: float) -> int:
-    """Writes parquet files of 1,000 documents a row group until they hold `gb` of text; returns bytes of text."""
+    """Writes parquet files with 1,000 documents per row group and `gb` of text. Returns the bytes of text."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -58,7 +58,7 @@ def bench_prepare(args, work: Path) -> None:
         profile.runcall(prepare, str(work / "parquet"), work / "profiled", processes=1)
         pstats.Stats(profile).sort_stats("tottime").print_stats(18)
         return
-    # A process between, because a child's peak memory counts what its parent held when it was started.
+    # An intermediate process, because a child's peak memory includes its parent's memory at its start.
     code = (
         "import resource, subprocess, sys, time; begin = time.perf_counter(); subprocess.run(sys.argv[1:], check=True);"
         "seconds = time.perf_counter() - begin; used = resource.getrusage(resource.RUSAGE_CHILDREN);"
@@ -115,7 +115,7 @@ def bench_slices(args, work: Path) -> None:
 
 
 def bench_index(args, work: Path) -> None:
-    """Shards are holes in files; only their indexes are real, of documents with FineWeb's mean of 3,000 bytes."""
+    """Shards are sparse files; only their indexes are real, for documents with FineWeb's mean of 3,000 bytes."""
     rng = np.random.default_rng(0)
     shards, left = [], args.documents
     while left:

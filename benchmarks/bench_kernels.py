@@ -1,10 +1,10 @@
-"""Time of each fast kernel at the sizes of hnet_1stage_small, and its share of what the device can do.
+"""Measures each fast kernel at the sizes of hnet_1stage_small, and its share of the device's limits.
 
     python benchmarks/bench_kernels.py [--only attention] [--sweep] --out FILE
 
 Prints a table: median milliseconds, bytes (each input read once, each output written once) or FLOPs, and the share of
-the device's copy bandwidth or bf16 matrix rate, both measured first. Inputs are random; chunks are those of text.
-Small inputs may come from the cache.
+the device's copy bandwidth or bf16 matrix rate, both measured first. Inputs are random; chunk lengths are those of
+text. Small inputs may come from the cache.
 """
 
 import itertools
@@ -31,7 +31,7 @@ HALF, WIDE = torch.bfloat16, torch.float32
 
 
 BY_HEAD_SIZE = ("FORWARD", "KEYS", "QUERIES")
-_ATTENTION = {  # (tokens, warps, stages), and perhaps the most registers
+_ATTENTION = {  # (tokens, warps, stages), optionally the most registers
     "FORWARD": [(64, 4, 2), (64, 4, 3), (64, 4, 4), (32, 4, 3), (64, 8, 2)],
     "KEYS": [(64, 4, 2), (64, 4, 2, 168), (64, 4, 3), (32, 4, 2), (32, 4, 3), (128, 8, 2)],
     "QUERIES": [(64, 4, 2), (64, 4, 3), (32, 4, 3), (32, 4, 4), (64, 8, 2)],
@@ -39,7 +39,7 @@ _ATTENTION = {  # (tokens, warps, stages), and perhaps the most registers
 
 
 class Always(norm_triton.Walk):
-    """One way through rows, whatever their width."""
+    """The same way to walk through rows for every width."""
 
     def __call__(self, D: int) -> norm_triton.Walk:
         return self
@@ -48,7 +48,7 @@ class Always(norm_triton.Walk):
 _ROWS = [Always(*row) for row in itertools.product((512, 1024, 2048, 4096), (1, 2, 3, 4, 6), (4, 8))]
 _RUNS = [(32, 128, 1), (64, 128, 1), (64, 128, 2), (64, 256, 2), (32, 256, 1), (64, 64, 1), (128, 128, 1)]
 _PROGRAMS = [(16, 128, 1), (32, 128, 1), (14, 128, 2), (8, 256, 2), (8, 256, 1), (32, 64, 1)]
-SWEEP = [  # (name, module, what to set its constants to)
+SWEEP = [  # (name, module, values of its constants)
     (
         "attention" if d == "FORWARD" else "attention backward",
         attention_triton,
@@ -68,7 +68,7 @@ SWEEP += [
 
 @dataclass
 class Benchmark:
-    """What to time."""
+    """What to measure."""
 
     only: str = ""
     """Kernels whose name holds this."""
@@ -87,7 +87,7 @@ def rand(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
 
 
 def documents(T: int, longest: int) -> tuple[Tensor, Tensor]:
-    """(cu_seqlens, position_T) of documents as packed text has them: most are long, some short."""
+    """(cu_seqlens, position_T) of documents as in packed text: most are long, some short."""
     ends, shares = [0], itertools.cycle((1.0, 0.35, 0.8, 1.0, 0.2, 0.55))
     while ends[-1] < T:
         ends.append(min(ends[-1] + int(longest * next(shares)), T))
@@ -115,7 +115,7 @@ def cases(T: int, C: int) -> dict[str, tuple[Callable, float, float]]:
             3 * size(*residual) + 2 * size(delta),
             0,
         )
-    parts = rand(33, 738, 2 * D, dtype=WIDE)  # of the norms of 16 blocks and their last
+    parts = rand(33, 738, 2 * D, dtype=WIDE)  # of the norms of 16 blocks and the final one
     found["sums of a stack's norms"] = lambda: norm_triton.sum_rows(parts, HALF), size(parts), 0
     projected, y, gate = rand(T, 4 * D + 2 * N + 16), rand(T, 2 * D), rand(2 * D)
     z, xBC, raw = projected.split([2 * D, 2 * D + 2 * N, 16], dim=-1)
@@ -134,7 +134,7 @@ def cases(T: int, C: int) -> dict[str, tuple[Callable, float, float]]:
     x, B, Cs = rand(T, 2 * D + 2 * N).split([2 * D, N, N], dim=-1)
     x, dt, A, skip = x.unflatten(-1, (16, 64)), rand(T, 16, dtype=WIDE).exp() * 0.01, -rand(16, dtype=WIDE).exp(), gate
     skip = skip[:16].float()
-    scan = 2 * 3 * x.numel() * N  # of the recurrence itself
+    scan = 2 * 3 * x.numel() * N  # of the recurrence alone
     found["scan"] = lambda: ssd_triton.scan_forward(x, dt, A, B, Cs, cu, skip), 2 * size(x) + 2 * size(B), scan
     found["scan backward"] = (
         lambda: ssd_triton.scan_backward(y.view_as(x), x, dt, A, B, Cs, cu, skip), 3 * size(x) + 4 * size(B), 2 * scan,
@@ -177,7 +177,7 @@ def cases(T: int, C: int) -> dict[str, tuple[Callable, float, float]]:
 
 
 def ceilings() -> tuple[float, float]:
-    """Bytes a second of a large copy, read and written, and FLOP/s of a large product."""
+    """Bytes per second of a large copy (read and written), and FLOP/s of a large matrix product."""
     a, b = torch.empty(2, 1 << 31, dtype=torch.uint8, device="cuda")
     m, n = rand(8192, 8192), rand(8192, 8192)
     return 2e3 * a.numel() / do_bench(lambda: b.copy_(a)), 2e3 * 8192**3 / do_bench(lambda: m @ n)
@@ -194,7 +194,7 @@ def main(args: Benchmark) -> None:
     def time_(label: str, call: Callable, moved: float, flops: float) -> None:
         try:
             ms = do_bench(call, warmup=10, rep=40, return_mode="median")
-        except Exception as error:  # a choice of tiles may need more shared memory than there is
+        except Exception as error:  # some tile sizes need more shared memory than there is
             print(f"{label:45} {type(error).__name__}")
             return
         by_bytes, by_flops = moved / bandwidth / ms * 1e3, flops / rate / ms * 1e3

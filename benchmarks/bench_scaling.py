@@ -1,16 +1,16 @@
-"""How training scales from one GPU to several: bench_train.py and train.py itself, on each number of processes.
+"""Measures how training scales from one GPU to several, with bench_train.py and train.py.
 
     python benchmarks/bench_scaling.py --data DIR --out results.json           # on a machine with two GPUs
     python benchmarks/bench_scaling.py --data data/stdlib --configs configs/hnet_1stage_tiny.json --device cpu \
         --boundaries forced:0.2 --mbs 512 --steps 6 --warmup 2 --loss-steps 4 --memory-config ""    # tried on a CPU
 
-For each config: one process as fast as it goes (graphs on a GPU), then --processes of them in the --ways asked for:
-`copies` (whole weights on each, graphs, gradients averaged during the backward), `sharded` (FSDP2, compiled blocks) and
-`kept` (the same without freeing gathered weights). Every process has --mbs bytes. Each is timed twice: by bench_train
-with --boundaries, so that all have the same work, and by train.py, whose boundaries are learned, with what saving costs
-there. Then the losses of one process that accumulates against those of several on the same slices, and the memory that
---ac block takes. Runs of one process go side by side, each on a GPU of its own, before those of several. Prints a line
-as each run ends and one JSON object; a run that fails is reported as such and the others go on.
+For each config it runs one process in the fastest way (graphs on a GPU), then --processes of them in each of --ways:
+`copies` (replicated weights, graphs, gradients averaged during the backward), `sharded` (FSDP2) and `kept` (the same
+without freeing gathered weights). Every process has --mbs bytes. Each is timed twice: by bench_train with --boundaries,
+so that all have the same work, and by train.py, with learned boundaries and the cost of saving. Then it compares the
+losses of one process that accumulates with those of several on the same slices, and measures the memory with --ac
+block. Runs of one process run in parallel, each on its own GPU, before those of several. Prints a line after each run
+and one JSON object at the end; a failed run is reported and the others continue.
 """
 
 import json
@@ -41,34 +41,34 @@ class Benchmark:
     data: str = "data/stdlib"
     """Folder made by fineweb.py prepare."""
     configs: str = "configs/hnet_1stage_small.json,configs/hnet_2stage_XL.json"
-    """Model configs, with commas between."""
+    """Model configs, separated by commas."""
     boundaries: str = "forced:0.18 forced:0.36,0.31"
-    """For each config, with spaces between: what bench_train.py takes."""
+    """The --boundaries of bench_train.py for each config, separated by spaces."""
     ways: str = "copies,sharded"
-    """How several processes share the work, with commas between: copies, sharded, kept."""
+    """How several processes share the work, separated by commas: copies, sharded, kept."""
     processes: int = 2
-    """Processes beside one; on a GPU each has its own."""
+    """Number of processes to compare with one; each has its own GPU."""
     mbs: int = 32768
-    """Bytes a process."""
+    """Bytes per process."""
     warmup: int = 60
-    """Steps before those that count: kernels are compiled and boundaries settle."""
+    """Steps before the measured ones: kernels are compiled and boundaries settle."""
     steps: int = 40
-    """Steps that count."""
+    """Measured steps."""
     loss_steps: int = 200
     """Steps over which losses are compared."""
     memory_config: str = "configs/hnet_2stage_XL.json"
     """Model whose peak memory with --ac block is measured on one process; empty: none."""
     memory_mbs: int = 131072
-    """Its bytes."""
+    """Bytes of that measurement."""
     device: str = "cuda"
     """cuda or cpu."""
     limit: int = 400
-    """Seconds after which a run is given up."""
+    """Seconds after which a run is stopped."""
     out: str = ""
     """File for the result."""
 
     def flags(self, way: str, processes: int) -> list[str]:
-        """What tells train.py and bench_train.py to share the work that way."""
+        """The flags of train.py and bench_train.py for this way to share the work."""
         return [*WAYS[way], *(["--replicate", str(processes)] if way == "copies" else [])]
 
 
@@ -81,7 +81,7 @@ WAYS = {
 
 
 def launch(args: Benchmark, processes: int, script: str, *flags: str, gpu: str) -> str:
-    """Runs a script on a number of processes. Returns why it failed, or nothing. gpu: for a process alone."""
+    """Runs a script on a number of processes. Returns the reason of a failure, or "". gpu: for a single process."""
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if processes == 1 else {})
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -101,7 +101,7 @@ def launch(args: Benchmark, processes: int, script: str, *flags: str, gpu: str) 
 
 
 def bench(args: Benchmark, config: str, processes: int, way: str, *flags: str, gpu: str = "0") -> dict[str, Any]:
-    """What bench_train.py finds, with as many chunks whatever the number of processes."""
+    """The result of bench_train.py, with the same number of chunks for any number of processes."""
     boundaries = dict(zip(args.configs.split(","), args.boundaries.split())).get(config, "learned")
     with tempfile.TemporaryDirectory(prefix="bench_scaling_") as folder:
         out = Path(folder) / "out.json"
@@ -111,7 +111,7 @@ def bench(args: Benchmark, config: str, processes: int, way: str, *flags: str, g
 
 
 def same_work(args: Benchmark, config: str, processes: int, way: str, gpu: str = "0") -> dict[str, Any]:
-    """A step's time, as training runs, and memory."""
+    """The time of a step as in training, and the memory."""
     sizes = ["--mbs", str(args.mbs), "--warmup", str(min(args.warmup, 12)), "--steps", str(min(args.steps, 20))]
     found = bench(args, config, processes, way, *sizes, gpu=gpu)
     if "failed" in found:
@@ -124,7 +124,7 @@ def same_work(args: Benchmark, config: str, processes: int, way: str, gpu: str =
 
 
 def run(args: Benchmark, config: str, processes: int, steps: int, *flags: str, gpu: str = "0") -> list[dict] | str:
-    """The records of a training run, or why it failed. gpu: the one that a process alone gets."""
+    """The records of a training run, or the reason of a failure. gpu: that of a single process."""
     folder = Path(tempfile.mkdtemp(prefix="bench_scaling_"))
     common = f"-c {config} --steps {steps} --schedule constant --lr 3e-4"
     common += f" --warmup 0.1 --decay 0 --alpha 0.03 --sample-bytes 0 --val-slices {processes} --save-dir {folder}"
@@ -136,16 +136,16 @@ def run(args: Benchmark, config: str, processes: int, steps: int, *flags: str, g
 
 
 def speed(args: Benchmark, config: str, processes: int, *flags: str, gpu: str = "0") -> dict[str, Any]:
-    """Median of the last `steps` steps, how long a save kept training waiting, and slowest steps.
+    """The median of the last `steps` steps, the time that training waited for a save, and the slowest steps.
 
-    A save, and the memory that it makes, can also slow down steps that do not wait for it.
+    A save and its memory can also slow down steps that do not wait for it.
     """
     sizes = ["--mbs", str(args.mbs), "--global-slices", str(processes), "--keep", "1", "--stats-every", "0"]
     steps, save = args.warmup + args.steps, ["--save-every", str(args.warmup)]
     rows = run(args, config, processes, steps, *sizes, *save, *flags, gpu=gpu)
     if isinstance(rows, str):
         return {"failed": rows}
-    counted = [row["step_ms"] for row in rows[args.warmup + 1 : -1]]  # the first and the last hold a save, a validation
+    counted = [row["step_ms"] for row in rows[args.warmup + 1 : -1]]  # without the steps that save or validate
     step_ms = statistics.median(counted)
     found = {"step_ms": step_ms, "bytes_per_s": processes * args.mbs / step_ms * 1000}
     found |= {"save_ms": max((row["save_ms"] for row in rows if "save_ms" in row), default=None)}
@@ -157,7 +157,7 @@ def speed(args: Benchmark, config: str, processes: int, *flags: str, gpu: str = 
 
 
 def losses(args: Benchmark, config: str, processes: int, gpu: str = "0") -> list[float] | str:
-    """Cross entropies of the steps. A process alone accumulates as many slices as several share."""
+    """The cross entropies of the steps. A single process accumulates as many slices as several process together."""
     sizes = ["--mbs", str(args.mbs), "--global-slices", str(args.processes), "--stats-every", "0"]
     rows = run(args, config, processes, args.loss_steps, *sizes, *args.flags("copies", processes), gpu=gpu)
     return rows if isinstance(rows, str) else [row["ce"] for row in rows]

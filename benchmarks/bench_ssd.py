@@ -1,13 +1,13 @@
-"""Time of the Mamba-2 scan `hnet::ssd` on a GPU, forward and backward, against the bytes that it has to move.
+"""Measures the Mamba-2 scan `hnet::ssd` on a GPU, forward and backward, against the bytes that it must move.
 
     python benchmarks/bench_ssd.py                                        T = 32,768, 16 heads, d_state 128, bfloat16
     python benchmarks/bench_ssd.py --tokens 32768 8192 --heads 16 32 --state 64 128 --dtype float32 --definition
-    python benchmarks/bench_ssd.py --kernels                              the time of every kernel too
+    python benchmarks/bench_ssd.py --kernels                              also the time of every kernel
 
-Every time is a median over CUDA-graph replays of one operation; the replays go around several sets of inputs, so that
-the cache holds none of them. `floor` is the time to read every input and write every output once at the speed of a
-copy, which is measured first. The inputs are as a model has them: x, B and C are parts of one tensor, documents are of
-random lengths up to 8,192 tokens, dt and A are what Mamba-2 begins with.
+Every time is a median over CUDA-graph replays of one operation. The replays use several sets of inputs in turn, so that
+none is cached. `floor` is the time to read every input and write every output once at the speed of a copy, which is
+measured first. The inputs are as in a model: x, B and C are parts of one tensor, documents have random lengths up to
+8,192 tokens, dt and A have the initial values of Mamba-2.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from hnet_kernels import kernel_report, ssd  # noqa: E402
 
 definition = importlib.import_module("hnet_kernels.ssd")
 
-SETS = 3  # of inputs; one is larger than the L2 cache at the sizes that matter
+SETS = 3  # of inputs; one set is larger than the L2 cache at relevant sizes
 ROUNDS = 30
 
 
@@ -49,7 +49,7 @@ def inputs_of(T: int, H: int, N: int, dtype: torch.dtype, seed: int) -> tuple[Te
 
 
 def milliseconds(calls: list[Callable], rounds: int = ROUNDS) -> float:
-    """The median over graph replays of the time of one of `calls`, which are captured one graph each."""
+    """The median time of one of `calls` over graph replays; each call is one graph."""
     graphs = []
     for call in calls:
         call()
@@ -73,7 +73,7 @@ def copy_bytes_per_s() -> float:
     source = torch.randn(2**30, device="cuda")
     target = torch.empty_like(source)
     times = []
-    for _ in range(10):  # not in a graph, where a copy of this kind runs slower
+    for _ in range(10):  # not in a graph, where this kind of copy is slower
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         target.copy_(source)
@@ -84,7 +84,7 @@ def copy_bytes_per_s() -> float:
 
 
 def peak_mib(call: Callable) -> float:
-    """Memory that a call takes beyond what was allocated before it, its results included."""
+    """The memory that a call allocates, with its results."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

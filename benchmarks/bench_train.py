@@ -1,12 +1,12 @@
-"""Time of a training step as train.py runs it: forward, backward, clipping and AdamW, on real packed text.
+"""Measures a training step of train.py: forward, backward, clipping and AdamW, on real packed text.
 
     python benchmarks/bench_train.py --config configs/hnet_1stage_small.json --data DIR --boundaries forced:0.18
-    torchrun --nproc-per-node 2 benchmarks/bench_train.py --replicate 2 ...        # --mbs bytes for each process
+    torchrun --nproc-per-node 2 benchmarks/bench_train.py --replicate 2 ...        # --mbs bytes per process
 
 Prints one JSON object (and writes it with --out): median step time after a warm-up, bytes per second, MFU (6 x matmul
-parameters x tokens really seen, over the data sheet's dense bf16 peak), peak memory allocated and memory reserved (with
-graphs only the latter holds what they use while replayed), time to the first step, kernel launches per step and share
-of the time that the GPU was busy. With --profile FOLDER also a trace, the top kernels and where the CPU's time goes.
+parameters x tokens at each stage, over the data sheet's dense bf16 peak), peak memory allocated and memory reserved
+(only the latter includes the memory of graphs), time to the first step, kernel launches per step and the share of time
+that the GPU was busy. With --profile FOLDER also a trace, the slowest kernels and a profile of the CPU.
 """
 
 import cProfile
@@ -45,32 +45,32 @@ from hnet_trainable import (
 
 @dataclass
 class Benchmark:
-    """What to time."""
+    """What to measure."""
 
     config: str = "configs/hnet_1stage_small.json"
     """Model config."""
     data: str = "data/stdlib"
     """Folder made by fineweb.py prepare."""
     mbs: int = 32768
-    """Bytes a step."""
+    """Bytes per step and process."""
     max_doc: int = 8192
     """Longest row."""
     boundaries: str = "learned"
-    """learned, or forced:RATE[,RATE]: open chunks at random at that rate, stage by stage."""
+    """learned, or forced:RATE[,RATE]: open chunks at random at this rate per stage."""
     warmup: int = 10
-    """Steps before the clock starts."""
+    """Steps before the measured ones."""
     steps: int = 20
-    """Steps timed, and then as many again without waiting for each, as training runs (step_ms_overlapped)."""
+    """Number of timed steps, and of timed steps without waiting for each, as in training (step_ms_overlapped)."""
     compile: str = "eager"
     """eager or graph (whole steps as CUDA graphs)."""
     ac: str = "none"
-    """Activation checkpointing as train.py has it: none, block or selective."""
+    """Activation checkpointing, as in train.py: none, block or selective."""
     device: str = "auto"
     """auto, cpu or cuda."""
     replicate: int = 1
-    """Copies of the weights, as train.py has it."""
+    """Replicas of the weights, as in train.py."""
     reshard: bool = True
-    """Sharded weights are freed after the forward, as train.py has it."""
+    """Free sharded weights after the forward, as in train.py."""
     profile: str = ""
     """Folder for a trace and a table of kernels."""
     out: str = ""
@@ -78,9 +78,9 @@ class Benchmark:
 
 
 def force_boundaries(model: HNetLM, rates: list[float], T: int, seed: int = 0) -> Callable[[], None]:
-    """Replace every router's decisions, not its probabilities, by random ones; documents still open with a chunk.
+    """Replaces every router's decisions, not its probabilities, by random ones; documents still open a chunk.
 
-    Returns what draws new ones: they are stored in one place, where a CUDA graph finds them.
+    Returns a function that draws new decisions, in place, so that a CUDA graph reads them.
     """
     routers = [m for m in model.modules() if isinstance(m, RoutingModule)]
     if len(rates) != len(routers):
@@ -158,7 +158,7 @@ def main(args: Benchmark) -> None:
     first_step_s = time.perf_counter() - program_start
     for i in range(1, args.warmup):
         step(i)
-    gc.freeze()  # as train.py does once a run has begun
+    gc.freeze()  # as in train.py after the first step
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     synchronize()
@@ -169,7 +169,7 @@ def main(args: Benchmark) -> None:
         synchronize()
         times.append(time.perf_counter() - started)
         rates.append(numbers.F_S.tolist())
-    began = time.perf_counter()  # again without waiting for each step, as training runs
+    began = time.perf_counter()  # once more without waiting for each step, as in training
     for i in range(args.warmup, args.warmup + args.steps):
         step(i)
     synchronize()
@@ -209,7 +209,7 @@ def main(args: Benchmark) -> None:
 
 
 def compilations() -> list[float]:
-    """Seconds of each of dynamo's compilations so far; more than one for each kind of block means it recompiled."""
+    """Seconds of each compilation by dynamo so far; more than one per kind of block means recompilation."""
     return torch._dynamo.utils.compilation_time_metrics.get("_compile.compile_inner", [])
 
 

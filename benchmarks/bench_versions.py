@@ -1,10 +1,11 @@
-"""Two versions of the code on one card, taking turns: what did a change cost?
+"""Compares the speed of two versions of the code on one card, which take turns.
 
     python benchmarks/bench_versions.py OLD NEW --config configs/hnet_1stage_small.json --boundaries forced:0.18
 
-OLD and NEW are checkouts. Each runs in a process of its own, which builds the model, warms up and then waits; rounds of
-overlapped training steps alternate between the two. Prints a JSON object for each version: the median and the range of
-its rounds' milliseconds a step, memory reserved, CPU milliseconds and launches a step, and NEW's time over OLD's.
+OLD and NEW are checkouts. Each runs in its own process, which builds the model, warms up and then waits. Rounds of
+overlapped training steps alternate between the two. Prints a JSON object for each version: median and range of its
+milliseconds per step over the rounds, memory reserved, CPU milliseconds and launches per step, and NEW's time over
+OLD's.
 """
 
 import argparse
@@ -34,7 +35,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def work(args: argparse.Namespace) -> None:
-    """One version: answers each line on standard input with a line of JSON."""
+    """The process of one version: answers each line on standard input with a line of JSON."""
     began = time.perf_counter()
     root = Path(args.checkouts[0]).resolve()
     sys.path[:0] = [str(root), str(root / "benchmarks")]
@@ -62,7 +63,7 @@ def work(args: argparse.Namespace) -> None:
     first_step_s = time.perf_counter() - began
     for i in range(1, args.warmup):
         step(i)
-    gc.freeze()  # as train.py does once a run has begun
+    gc.freeze()  # as in train.py after the first step
     for line in sys.stdin:
         if line.strip() == "end":
             break

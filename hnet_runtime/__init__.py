@@ -1,18 +1,18 @@
-"""What `train.py` and the scripts share, by room.
+"""The code that `train.py` and the scripts share.
 
     data/          text files into documents, shards into batches
     steps/         training steps as CUDA graphs, the optimizer over flat memory, activation checkpointing
-    checks/        whether what runs is what the model file says; training against generation
-    runs/          a run's flags, folder, checkpoints, metrics, console, and what watches over it
+    checks/        whether fast steps and generation compute what the model file says
+    runs/          flags, folder, checkpoints, metrics, console and watchdog of a run
     evaluation/    validation, scoring of texts, multiple-choice questions, lm-evaluation-harness
     pages/         chunks in a terminal, curves, the explorer, reports, progress bars
 
-Beside them: processes and sharding (`distributed.py`), FLOPs, what commands share, the console commands.
+Beside them: processes and sharding (`distributed.py`), FLOPs, the code that commands share, the console commands.
 """
 
 
 class UserError(Exception):
-    """A mistake of the person who started the program, told in one sentence; commands exit with status 2 on it."""
+    """A mistake of the user, in one sentence; commands print it and exit with status 2."""
 
 
 class DataError(Exception):

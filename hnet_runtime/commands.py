@@ -1,7 +1,7 @@
-"""What all commands share: reading flags, telling mistakes in one sentence, ending quietly. It imports no torch.
+"""The code that all commands share: reading flags, printing mistakes, exiting. It imports no torch.
 
-A command has `def main(argv)`, which begins with `options = parse(Options, argv, __doc__)` and imports torch and the
-like only after that, so that --help is fast; and it ends with `if __name__ == "__main__": run(main)`.
+A command has `def main(argv)`. It begins with `options = parse(Options, argv, __doc__)` and imports torch only after
+that, so that --help is fast. The file ends with `if __name__ == "__main__": run(main)`.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from hnet_runtime import DataError, UserError
 
 Options = TypeVar("Options")
 
-READER_GONE = 141  # what a shell reports of a process that SIGPIPE ended
+READER_GONE = 141  # the status that a shell reports for a process ended by SIGPIPE
 INTERRUPTED = 130
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
@@ -26,8 +26,8 @@ _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 def parse(options: type[Options], argv: Sequence[str], about: str) -> Options:
     """The flags in `argv` as an instance of the dataclass `options`; `--help` shows `about` and ends the process.
 
-    Paragraphs of `about` that have an indented line or a command (python, torchrun, hnet-...) are examples: their lines
-    stay lines of their own. Wrong flags end it with status 2.
+    Paragraphs of `about` that have an indented line or a command (python, torchrun, hnet-...) are examples, whose
+    lines are not joined. Wrong flags end the process with status 2.
     """
     import tyro
 
@@ -35,7 +35,7 @@ def parse(options: type[Options], argv: Sequence[str], about: str) -> Options:
 
 
 def _with_examples(about: str) -> str:
-    """`about` with its examples indented, which tyro leaves as they are."""
+    """`about` with its examples indented, so that tyro does not change them."""
     paragraphs = re.split(r"\n\s*\n", about.strip("\n"))
     is_example = re.compile(r"^( |python |torchrun |hnet-)", re.MULTILINE)
     return "\n\n".join(
@@ -48,10 +48,10 @@ def run(main: Callable[[list[str]], int | None], output_may_fail: bool = False) 
     """Runs `main` on this process's arguments and ends the process with the status that it returns (None: 0).
 
     A mistake of the user (UserError, DataError, ConfigError) is one line on stderr, "error: ...", and status 2. Ctrl-C
-    is status 130. Where the reader of stdout has gone, as in `| head`, the command ends there without a word, with
-    status 141: write files before you print. With `output_may_fail` the command instead runs to its end, and what
-    nobody can read is dropped. What is printed to stderr never ends a command, nor does a character that the
-    terminal's encoding lacks: it is printed as its number (\\u65e5).
+    is status 130. If the reader of stdout closes it, as in `| head`, the command ends silently with status 141: so
+    write files before printing. With `output_may_fail` the command instead runs to its end and its output is dropped.
+    Printing to stderr never ends a command. A character that the terminal's encoding lacks is printed as its number
+    (\\u65e5).
     """
     with _safe_streams(output_may_fail):
         try:
@@ -60,12 +60,12 @@ def run(main: Callable[[list[str]], int | None], output_may_fail: bool = False) 
         except KeyboardInterrupt:
             status = INTERRUPTED
         except SystemExit as ended:
-            if not isinstance(ended.__context__, BrokenPipeError):  # from which rich makes a status 1
+            if not isinstance(ended.__context__, BrokenPipeError):  # which rich turns into status 1
                 raise
             _discard_stdout()
             status = READER_GONE
         except BrokenPipeError:
-            if output_may_fail:  # then it was no output that failed
+            if output_may_fail:  # then the error is not from stdout
                 raise
             _discard_stdout()
             status = READER_GONE
@@ -82,22 +82,22 @@ def run(main: Callable[[list[str]], int | None], output_may_fail: bool = False) 
 
 
 def print_error(mistake: Exception) -> int:
-    """Prints a mistake of the user on stderr, in one write, and returns the status for it."""
+    """Prints a mistake of the user to stderr in one write, and returns its exit status."""
     sys.stderr.write(f"error: {mistake}\n")
     return 2
 
 
 def user_errors() -> tuple[type[Exception], ...]:
-    """The exception classes that stand for a mistake of the user; ConfigError once its module has been imported."""
+    """The exception classes for mistakes of the user; ConfigError only if its module has been imported."""
     config = sys.modules.get("hnet_config")
     return (UserError, DataError, *([config.ConfigError] if config else []))
 
 
 def unfailing(stream: TextIO) -> TextIO:
-    """A text stream to the same place that never raises: what can't be written there is dropped."""
+    """A text stream with the same destination that never raises: what can't be written is dropped."""
     try:
         descriptor = stream.fileno()
-    except (OSError, ValueError):  # no file of the system's, as under a test
+    except (OSError, ValueError):  # not a file of the operating system, as in tests
         return stream
     with contextlib.suppress(OSError):
         stream.flush()
@@ -130,12 +130,12 @@ def _safe_streams(output_may_fail: bool) -> Iterator[None]:
         sys.stderr.flush()
         try:
             sys.stdout.flush()
-        except OSError:  # else Python tries again when it ends, and complains
+        except OSError:  # else Python tries again at exit and prints an error
             _discard_stdout()
         sys.stdout, sys.stderr = before
 
 
 def _discard_stdout() -> None:
-    """Sends to nowhere what is left in stdout's buffer, where writing it again would only fail again."""
+    """Discards stdout's buffer, because writing it would fail again at exit."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

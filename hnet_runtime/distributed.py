@@ -21,17 +21,17 @@ from hnet_runtime.steps.flat_adamw import FlatAdamW
 from hnet_trainable import HNet, HNetConfig, HNetLM, Isotropic, RoutingModule, initial_weight
 
 logger = logging.getLogger("hnet")
-# Its advice is against in-place operations on what a sharded module returns; there are none
+# It warns of in-place operations on results of a sharded module; there are none
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
-PLAIN_FLOAT32 = ("A_log", "dt_bias", "D")  # a few numbers a layer, whose float32 the recurrence needs
+PLAIN_FLOAT32 = ("A_log", "dt_bias", "D")  # a few elements per layer, which the recurrence needs in float32
 
 
 class World(NamedTuple):
-    """The processes of a run and this one's place among them.
+    """The processes of a run, and the rank of this one.
 
-    mesh: one dimension, "shard", or two, ("replicate", "shard"): weights are cut over the second and copied over the
-    first (HSDP). Ranks of one shard group are neighbours, so with as many as a node has GPUs, groups are nodes.
+    mesh: one dimension, "shard", or two, ("replicate", "shard"): weights are sharded over the second and replicated
+    over the first (HSDP). The ranks of a shard group are consecutive, so a group of the size of a node is a node.
     """
 
     rank: int
@@ -45,21 +45,21 @@ class World(NamedTuple):
 
     @property
     def shards(self) -> int:
-        """The number of ranks that a weight is cut over."""
+        """The number of ranks over which a weight is sharded."""
         return self.mesh.size(self.mesh.ndim - 1)
 
 
 def start(device: str = "auto", replicate: int = 1, timeout: float = 600) -> World:
-    """Join the process group that torchrun describes, or make one of this process alone; pick the device.
+    """Joins the process group of torchrun, or creates one of this process alone, and chooses the device.
 
-    device: `auto` (CUDA where torch has it), `cpu` or `cuda`. replicate: copies of the weights (HSDP).
-    timeout: seconds after which torch gives up a collective operation.
-    Raises UserError where that device isn't there, or `replicate` doesn't divide the number of processes.
+    device: `auto` (CUDA if torch has it), `cpu` or `cuda`. replicate: replicas of the weights (HSDP).
+    timeout: seconds after which a collective operation fails.
+    Raises UserError if the device does not exist or `replicate` does not divide the number of processes.
     """
     rank, size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if size % replicate:
         raise UserError(f"--replicate {replicate}: expected a divisor of the number of processes, which is {size}")
-    if "PYTORCH_ALLOC_CONF" not in os.environ:  # sizes vary from step to step, which would leave gaps in fixed segments
+    if "PYTORCH_ALLOC_CONF" not in os.environ:  # sizes vary between steps, which would fragment fixed segments
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
@@ -67,7 +67,7 @@ def start(device: str = "auto", replicate: int = 1, timeout: float = 600) -> Wor
         )
     if device == "auto" and not torch.cuda.is_available() and shutil.which("nvidia-smi") and rank == 0:
         logger.warning(
-            "a GPU seems to be present, but this torch (%s) can't use it; going on on the CPU", torch.__version__
+            "a GPU seems to be present, but this torch (%s) can't use it; continuing on the CPU", torch.__version__
         )
     kind = "cuda" if torch.cuda.is_available() and device != "cpu" else "cpu"
     if kind == "cuda":
@@ -80,8 +80,8 @@ def start(device: str = "auto", replicate: int = 1, timeout: float = 600) -> Wor
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         where = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # When torchrun starts a job again the agent's store still holds the addresses of those who died, which gloo
-            # would try to reach (seen with torch 2.13): so each attempt has its own part of the store
+            # After a restart by torchrun the agent's store still has the addresses of dead processes, which gloo would
+            # try to reach (seen with torch 2.13). So each attempt has its own prefix in the store
             address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=timeout))
             part = f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
@@ -99,11 +99,11 @@ def make_mesh(kind: str, size: int, replicate: int = 1) -> DeviceMesh:
     return init_device_mesh(kind, (replicate, size // replicate), mesh_dim_names=("replicate", "shard"))
 
 
-def too_large_for_copies(config: HNetConfig, world: World) -> str | None:
-    """Why a model should rather be cut than copied to each process, or None; on every rank the same.
+def too_large_to_replicate(config: HNetConfig, world: World) -> str | None:
+    """Why a model should be sharded instead of replicated on each process, or None; the same on every rank.
 
-    A copy takes 8 bytes a parameter, for weights (see `FlatAdamW`) and gradients in float32; and its part of 8 for the
-    moments. Half of a GPU's memory is left to activations.
+    A replica takes 8 bytes per parameter, for weights (see `FlatAdamW`) and float32 gradients, and its shard of 8 bytes
+    for the moments. Half of a GPU's memory is left for activations.
     """
     with torch.device("meta"):
         parameters = sum(p.numel() for p in HNetLM(config).parameters())
@@ -114,7 +114,7 @@ def too_large_for_copies(config: HNetConfig, world: World) -> str | None:
 
 
 def check_same(about: Mapping[str, object], world: World) -> None:
-    """Raises UserError on every rank, naming rank and entry, unless all ranks were started with the same `about`."""
+    """Raises UserError on every rank, with rank and entry, unless all ranks were started with the same `about`."""
     everyone: list = [None] * world.size
     dist.all_gather_object(everyone, dict(about))
     for rank, theirs in enumerate(everyone):
@@ -126,7 +126,7 @@ def check_same(about: Mapping[str, object], world: World) -> None:
 
 
 def stop() -> None:
-    """Leave the process group. The barrier first: torch 2.13 now and then aborts without (seen after DCP saves)."""
+    """Leaves the process group. The barrier comes first: without it torch 2.13 sometimes aborts (after DCP saves)."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -140,17 +140,17 @@ def build_model(
     weights: Mapping[str, Tensor] | None = None,
     reshard: bool = True,
 ) -> HNetLM:
-    """An HNetLM with float32 masters that computes in `compute_dtype`, sharded (`shard_model`) where that is of use.
+    """An HNetLM with float32 master weights that computes in `compute_dtype`, sharded (`shard_model`) if useful.
 
-    It is built on the meta device. Every weight is drawn from (seed, name) alone, so it's the same at any world size,
-    or comes from `weights`, whole tensors by official name. Raises UserError where the weights alone take more than the
+    It is built on the meta device. Every weight depends only on (seed, name), so it is the same at any world size, or
+    comes from `weights`, unsharded tensors by official name. Raises UserError if the weights alone take more than the
     machine's memory.
     """
     if world.device.type == "cpu":
         _require_memory(config, world)
     with torch.device("meta"):
         model = HNetLM(config)
-    if world.shards > 1 or compute_dtype != torch.float32:  # else there is nothing to gather and nothing to cast
+    if world.shards > 1 or compute_dtype != torch.float32:  # else nothing is gathered or cast
         shard_model(model, world.mesh, compute_dtype, reshard)
     model.to_empty(device=world.device)
     _fill_other_tensors(model, config, world.device)
@@ -173,7 +173,7 @@ def _require_memory(config: HNetConfig, world: World) -> None:
 def _fill_other_tensors(model: HNetLM, config: HNetConfig, device: torch.device) -> None:
     """Gives buffers, and tensors that are attributes of modules, the values that their modules gave them.
 
-    On the meta device they had none. Our own modules have no such tensors; those of a changed model may.
+    The meta device has no values. Our modules have no such tensors; those of a changed model may.
     """
     found = [
         (name, kind, key)
@@ -191,7 +191,7 @@ def _fill_other_tensors(model: HNetLM, config: HNetConfig, device: torch.device)
 
 @torch.no_grad()
 def assign(parameter: Tensor, value: Tensor) -> None:
-    """Copy a whole `value` into a parameter, sharded or not. Every rank holds the same value, so nothing is sent."""
+    """Copies an unsharded `value` into a parameter, sharded or not. Every rank has the value, so nothing is sent."""
     if isinstance(parameter, DTensor):
         value = distribute_tensor(
             value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
@@ -199,22 +199,21 @@ def assign(parameter: Tensor, value: Tensor) -> None:
     parameter.copy_(value)
 
 
-def whole(parameter: Tensor) -> Tensor:
-    """A parameter's whole value, gathered from all ranks where it is sharded: then every rank must ask."""
+def unsharded(parameter: Tensor) -> Tensor:
+    """A parameter's full value, gathered from all ranks if it is sharded: then every rank must call this."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def shard_model(model: HNetLM, mesh: DeviceMesh, compute_dtype: torch.dtype, reshard: bool = True) -> None:
-    """FSDP2: one group for BLOCKS_PER_GROUP blocks of a stack, one for a router, one for a residual projection (kept in
-    float32), and one for the rest.
+    """Applies FSDP2. Groups: BLOCKS_PER_GROUP blocks of a stack, a router, a float32 residual projection, the rest.
 
-    Masters, gradients and their reduction are float32; weights are gathered in `compute_dtype`. Inputs are not cast:
-    the residual stream stays float32 across blocks. A_log, dt_bias and D, a few numbers a layer, stay whole and float32
-    on every rank; `reduce_plain_gradients` averages their gradients.
+    Master weights, gradients and their reduction are float32; weights are gathered in `compute_dtype`. Inputs are not
+    cast: the residual stream stays float32 across blocks. A_log, dt_bias and D, a few elements per layer, stay
+    unsharded and float32 on every rank; `reduce_plain_gradients` averages their gradients.
 
     reshard: free a group's gathered weights after its forward and gather them again for its backward.
 
-    A process alone has nothing to gather: there a group is a whole stack of blocks, which saves most of the hooks'
+    A single process has nothing to gather. There a group is a full stack of blocks, which saves most of the hooks'
     time, and weights stay in `compute_dtype` until the backward has used them.
     """
     plain = {p for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] in PLAIN_FLOAT32}
@@ -235,7 +234,7 @@ def shard_model(model: HNetLM, mesh: DeviceMesh, compute_dtype: torch.dtype, res
             wrap(module.residual_proj, torch.float32)
     wrap(model, compute_dtype)
     if alone:
-        # all casts at once and before the first stage waits for its boundaries, while the device has other work
+        # all casts at once, before the first stage waits for its boundaries, while the device is busy
         stacks = [module for module in model.modules() if isinstance(module, Isotropic)]
 
         def unshard_all(*_) -> None:
@@ -244,24 +243,24 @@ def shard_model(model: HNetLM, mesh: DeviceMesh, compute_dtype: torch.dtype, res
 
         model.register_forward_pre_hook(unshard_all)
         return
-    # Each group asks for the next one's weights before it computes. FSDP by itself does so in the backward alone, and
-    # in the forward relies on the CPU running ahead, which it cannot where a stage waits for its number of chunks.
+    # Each group prefetches the next one's weights before it computes. FSDP does so only in the backward. In the forward
+    # it relies on the CPU running ahead, which is impossible where a stage waits for its number of chunks.
     order = list(groups_in_order(model.backbone))
     for group, following in zip(order, order[1:]):
         group[0].set_modules_to_forward_prefetch([following[0]])
 
 
-BLOCKS_PER_GROUP = 4  # of XL's main network 0.4 GB in bfloat16; with smaller groups the CPU falls behind
+BLOCKS_PER_GROUP = 4  # 0.4 GB in bfloat16 for XL's main network; with smaller groups the CPU is the limit
 
 
 def block_groups(stack: Isotropic) -> list[list[nn.Module]]:
-    """The blocks of a stack, those of a group together."""
+    """The blocks of a stack, by group."""
     layers = list(stack.layers)
     return [layers[i : i + BLOCKS_PER_GROUP] for i in range(0, len(layers), BLOCKS_PER_GROUP)]
 
 
 def groups_in_order(hnet: HNet) -> Iterator[list[nn.Module]]:
-    """The modules that `shard_model` makes groups of, without the root, as a forward reaches them."""
+    """The groups of modules of `shard_model` without the root, in the order of the forward."""
     if hnet.is_innermost:
         yield from block_groups(hnet.main_network)
         return
@@ -272,21 +271,22 @@ def groups_in_order(hnet: HNet) -> Iterator[list[nn.Module]]:
 
 
 class Traffic(NamedTuple):
-    """Bytes that each rank sends in a step, by ring algorithms."""
+    """Bytes that each rank sends per step with ring algorithms."""
 
     gathers: float  # weights, within a shard group
     scatters: float  # gradients, within a shard group
-    copies: float  # gradients of shards, between the copies of the weights
+    replicas: float  # gradients of shards, between replicas
 
 
 def traffic(
     config: HNetConfig, shards: int, replicate: int = 1, slices: int = 1, weight_bytes: int = 2, reshard: bool = True
 ) -> Traffic:
-    """What `shard_model` sends for each rank's `slices` micro-batches, from the sizes of the weights alone.
+    """The traffic of `shard_model` for `slices` micro-batches per rank, computed from the sizes of the weights.
 
-    A ring over n ranks sends (n - 1) / n of what is gathered or scattered, and twice that to reduce it to all. Weights
+    A ring over n ranks sends (n - 1) / n of what is gathered or scattered, and twice that for an all-reduce. Weights
     are gathered in `weight_bytes` (residual projections in 4) for the forward and, with `reshard`, for the backward of
-    every slice; the root group's stay. Gradients go once a step, in float32. A_log, dt_bias and D are left out.
+    every slice; the root group stays gathered. Gradients are sent once per step in float32. A_log, dt_bias and D are
+    left out.
     """
     with torch.device("meta"):
         model = HNetLM(config)
@@ -302,7 +302,7 @@ def traffic(
 
 
 def reduce_plain_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
-    """Average the gradients of unsharded parameters over all ranks, as FSDP does those of the sharded ones."""
+    """Averages the gradients of unsharded parameters over all ranks, as FSDP does for sharded ones."""
     grads = [p.grad for p in parameters if not isinstance(p, DTensor) and p.grad is not None]
     if world.size == 1 or not grads:
         return
@@ -316,7 +316,7 @@ BETAS = (0.9, 0.95)  # of AdamW
 
 
 def optimizer_groups(groups: list[dict]) -> list[dict]:
-    """The groups of `parameter_groups`, with sharded and whole parameters apart: no fused kernel takes both at once."""
+    """The groups of `parameter_groups`, with sharded and unsharded parameters apart: no fused kernel takes both."""
     apart = []
     for group in groups:
         for sharded in (True, False):
@@ -328,10 +328,10 @@ def optimizer_groups(groups: list[dict]) -> list[dict]:
 
 @torch.no_grad()
 def grad_norm(parameters: Iterable[nn.Parameter], world: World) -> Tensor:
-    """The global norm of all gradients, on the device; nothing waits for it."""
+    """The global norm of all gradients, on the device, without waiting for it."""
     grads = [p.grad for p in parameters if p.grad is not None]
     shards = _squares([g.to_local() for g in grads if isinstance(g, DTensor)], world)
-    if world.shards > 1:  # over one copy of the weights: with HSDP, other ranks hold the same shards
+    if world.shards > 1:  # over one replica: with HSDP, other ranks have the same shards
         dist.all_reduce(shards, group=world.mesh.get_group("shard"))
     return (shards + _squares([g for g in grads if not isinstance(g, DTensor)], world)).sqrt()
 
@@ -350,10 +350,10 @@ def clip_in_optimizer(
     world: World,
     loss: Tensor | float = 0.0,
 ) -> Tensor:
-    """Let the next step of a fused optimizer scale all gradients to a global norm of at most `max_norm` (0: don't).
+    """Makes the next step of a fused optimizer clip the gradients to a global norm of `max_norm` (0: no clipping).
 
-    Returns the norm before, on the device. A step whose norm or loss isn't finite changes no weight and no state, so
-    that nobody has to wait for them before.
+    Returns the norm before clipping, on the device. A step whose norm or loss is not finite changes no weight and no
+    state, so the host need not wait for them first.
     """
     norm = optimizer.grad_norm() if isinstance(optimizer, FlatAdamW) else grad_norm(parameters, world)
     optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0) if max_norm > 0 else torch.ones_like(norm)
@@ -362,7 +362,7 @@ def clip_in_optimizer(
 
 
 class Fetched:
-    """A small tensor on its way to the host, which goes on meanwhile."""
+    """A small tensor that is being copied to the host, which does not wait."""
 
     def __init__(self, values: Tensor):
         self._arrived = None
@@ -375,17 +375,17 @@ class Fetched:
         self._arrived.record()
 
     def numbers(self) -> Tensor:
-        """The tensor on the host; waits for it."""
+        """Waits for the tensor and returns it, on the host."""
         if self._arrived:
             self._arrived.synchronize()
         return self._values
 
 
 def anywhere(world: World, *flags: bool) -> list[bool]:
-    """For each flag, whether any rank has it; every rank gets the same answer."""
+    """For each flag, whether it is true on any rank; the same on every rank."""
     if world.size == 1:
         return list(flags)
-    asked = torch.tensor(flags, dtype=torch.float32)  # on the host, where nothing waits for a GPU
+    asked = torch.tensor(flags, dtype=torch.float32)  # on the host, so that nothing waits for a GPU
     dist.all_reduce(asked, op=dist.ReduceOp.MAX)
     return asked.bool().tolist()
 
@@ -400,9 +400,9 @@ def first_answer(world: World, answer: str | None) -> str | None:
 
 
 def gather_slices(values: Tensor, world: World) -> Tensor:
-    """Numbers of this rank's n slices (n, K) -> those of all slices of the step (n * size, K), in their order.
+    """Values of this rank's n slices, (n, K) -> those of all slices of the step, (n * size, K), in their order.
 
-    Rank r of W holds slices r, r + W, ... What is then computed from them is the same at any number of processes.
+    Rank r of W has slices r, r + W, ... Results computed from them are the same for any number of processes.
     """
     if world.size == 1:
         return values
@@ -412,10 +412,10 @@ def gather_slices(values: Tensor, world: World) -> Tensor:
 
 
 def imbalance(per_slice: Tensor, world: World) -> Tensor:
-    """How unevenly work falls to ranks that wait for each other: (G, S) counts from `gather_slices` -> (S,).
+    """How unevenly work is divided between ranks that wait for each other: (G, S) from `gather_slices` -> (S,).
 
-    Slices W i to W i + W - 1 run side by side, one a rank: the largest of them over their mean, averaged over i.
-    1: even, 1.2: ranks wait for one that has a fifth more than the mean.
+    Slices W i to W i + W - 1 run at the same time, one per rank: the largest count over their mean, averaged over i.
+    1: even; 1.2: ranks wait for one with a fifth more than the mean.
     """
     side_by_side = per_slice.unflatten(0, (-1, world.size))
     return (side_by_side.amax(1) / side_by_side.mean(1)).mean(0)
@@ -426,7 +426,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L
 
 
 def peak_flops(device: torch.device) -> float:
-    """The device's dense bf16 peak in FLOP/s, NaN where we don't know it."""
+    """The device's dense bf16 peak in FLOP/s; NaN if it is unknown."""
     if device.type != "cuda":
         return math.nan
     name = torch.cuda.get_device_name(device)

@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, from the lengths that each stage really saw."""
+"""Floating-point operations of a training step, from the document lengths at each stage."""
 
 import dataclasses
 import functools
@@ -12,10 +12,10 @@ from hnet_trainable import Block, HNetLM, stage_of
 
 
 class Flops(NamedTuple):
-    """Floating-point operations of one forward and backward (a multiply-add counts two)."""
+    """Floating-point operations of one forward and backward (a multiply-add counts as two)."""
 
-    matmul: float  # 6 x parameters of matrix products x tokens that really reach them
-    mixing: float  # what mixers compute beside: attention's scores and their use, Mamba-2's recurrence
+    matmul: float  # 6 x parameters of matrix products x tokens that reach them
+    mixing: float  # other work of mixers: attention's scores and weighted sums, Mamba-2's recurrence
 
     @property
     def total(self) -> float:
@@ -24,7 +24,7 @@ class Flops(NamedTuple):
 
 @functools.cache
 def _parts(config: HNetConfig) -> tuple[list[int], list[list[torch.nn.Module]]]:
-    """Of each stage: the elements of its matrices, and its mixers."""
+    """Per stage: the number of elements of its matrices, and its mixers."""
     with torch.device("meta"):
         model = HNetLM(config)
     elements, mixers = [0] * (config.num_stages + 1), [[] for _ in range(config.num_stages + 1)]
@@ -38,9 +38,9 @@ def _parts(config: HNetConfig) -> tuple[list[int], list[list[torch.nn.Module]]]:
 
 
 def count_flops(config: HNetConfig, stage_lengths: Sequence[Sequence[int]]) -> Flops:
-    """FLOPs of a training step from the lengths really seen. `stage_lengths[s]` holds stage s's document lengths.
+    """FLOPs of a training step. stage_lengths[s]: the lengths of stage s's documents, in its tokens.
 
-    Model FLOPs: what is computed again (recomputation, activation checkpointing) does not count.
+    These are model FLOPs: recomputation (activation checkpointing) does not count.
     """
     if len(stage_lengths) != config.num_stages + 1:
         raise ValueError(f"stage_lengths: {len(stage_lengths)} lists for {config.num_stages + 1} stages")

@@ -1,4 +1,4 @@
-"""The console commands of an installed package: hnet-train, hnet-generate and so on, each one of our programs.
+"""The console commands of an installed package: hnet-train, hnet-generate and so on.
 
 A command runs the file that a checkout starts with `python train.py` or `python scripts/generate.py`, as the main
 module, so that both read their flags and end in the same way.

@@ -1,4 +1,4 @@
-"""Communication volume of a training step, computed from the configs: the tables of docs/SCALING.md.
+"""Computes the communication of a training step from the configs: the tables of docs/SCALING.md.
 
 python scripts/communication.py --bytes-per-gpu 32768
 """
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from hnet_trainable import HNetConfig
 
 ROOT = Path(__file__).parent.parent
-NVLINK, NETWORK = 450e9, 50e9  # bytes/s each way and GPU: NVLink 4 and 400 Gb/s InfiniBand, data sheets
-MATMUL = 400e12  # FLOP/s assumed for a step's matrix products, about half of what was measured for them alone
+NVLINK, NETWORK = 450e9, 50e9  # bytes/s per GPU and direction: NVLink 4 and 400 Gb/s InfiniBand, from data sheets
+MATMUL = 400e12  # assumed FLOP/s of a step's matrix products, about half of their rate measured alone
 LAYOUTS = (("2 GPUs", 2, 1, False), ("8 GPUs, one node", 8, 1, False), ("64 GPUs, FSDP over all", 64, 1, True))
 LAYOUTS += (("64 GPUs, --replicate 8", 8, 8, False),)
 
 
 @dataclass
 class Options:
-    """What a step sends over links and network, for three of the official configs."""
+    """Bytes that a step sends over links and network, for three official configs."""
 
     bytes_per_gpu: int = 32768
-    """Bytes of text that each GPU reads in a step."""
+    """Bytes of text per GPU and step."""
 
 
 def row(config: "HNetConfig", layout: str, shards: int, replicate: int, crosses: bool, tokens: int) -> str:
@@ -34,11 +34,11 @@ def row(config: "HNetConfig", layout: str, shards: int, replicate: int, crosses:
     from hnet_runtime.flops import count_flops
 
     sent = traffic(config, shards, replicate)
-    within, across = sent.gathers + sent.scatters, sent.copies
+    within, across = sent.gathers + sent.scatters, sent.replicas
     ms = 1000 * (within / (NETWORK if crosses else NVLINK) + across / NETWORK)
     lengths = [[tokens / n] for n in config.N_compress]
     compute_ms = 1000 * count_flops(config, lengths).matmul / MATMUL
-    cells = (sent.gathers, sent.scatters, sent.copies)
+    cells = (sent.gathers, sent.scatters, sent.replicas)
     return f"| {layout} | " + " | ".join(f"{x / 1e9:.2f}" for x in cells) + f" | {ms:.1f} | {compute_ms:.1f} |"
 
 

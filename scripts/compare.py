@@ -1,11 +1,11 @@
-"""Run two checkpoints, or one in two ways, over the same text and show where they differ.
+"""Runs two checkpoints, or one in two ways, on the same text and shows where they differ.
 
 python scripts/compare.py RUN_A RUN_B --text article.txt
     two models: bits per byte, chunks, predictions
 python scripts/compare.py RUN --how-a training --how-b steps
-    one model: training forward against stepping
+    one model: training forward against steps
 python scripts/compare.py RUN --how-b prefill --tolerance 1e-3
-    ends with status 1 beyond the tolerance
+    exits with status 1 if a difference exceeds the tolerance
 """
 
 import math
@@ -36,29 +36,29 @@ class Options:
     a: tyro.conf.Positional[str]
     """A run or checkpoint of train.py, a .pt or .safetensors file or its folder, or hf:owner/name."""
     b: tyro.conf.Positional[str] = ""
-    """Another; empty: the same."""
+    """The second; empty: the first again."""
     text: str = ""
     """File with the text, of any bytes."""
     prompt: str = ""
     """The text itself."""
     limit: int = 4096
-    """Bytes of the text that are read."""
+    """Read this many bytes of the text at most."""
     how_a: How = "training"
-    """How the first is run."""
+    """How the first runs."""
     how_b: How = "training"
-    """How the second is run."""
+    """How the second runs."""
     config_a: str = ""
     """Model config, for weights that come without one."""
     config_b: str = ""
     """The same for the second."""
     tolerance: float = math.inf
-    """Largest difference of logits that is not an error (status 1)."""
+    """Exit with status 1 if logits differ by more than this."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
+    """Device; auto: CUDA if torch has it."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Precision."""
+    """Compute dtype."""
     chunks: Annotated[bool, tyro.conf.arg(aliases=["-k"])] = False
-    """Print the text as each cuts it."""
+    """Print the text with the chunks of each."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -118,7 +118,7 @@ def trace(source: str, config: str, how: How, text: bytes, options: Options) -> 
 
 
 def byte_starts(trace: "Trace") -> list[tuple[bool, ...]]:
-    """For BOS and each byte: does it open a chunk of stage 0, 1, ..."""
+    """For BOS and each byte: whether it opens a chunk of stage 0, 1, ..."""
     import torch
 
     n = len(trace.logits[0])
@@ -130,7 +130,7 @@ def byte_starts(trace: "Trace") -> list[tuple[bool, ...]]:
 
 
 def report(console: "Console", text: bytes, a: "Trace", b: "Trace") -> float:
-    """Print the tables; returns the largest difference of logits."""
+    """Prints the tables. Returns the largest difference of logits."""
     import torch
     import torch.nn.functional as F
     from rich.table import Table

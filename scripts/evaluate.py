@@ -1,9 +1,9 @@
-"""Measure a checkpoint: bits per byte of any text, robustness on multiple-choice questions, lm-evaluation-harness.
+"""Evaluates a checkpoint: bits per byte of any text, robustness on multiple-choice questions, lm-evaluation-harness.
 
 python scripts/evaluate.py RUN
-    the held-out text of the run, as training validates
+    held-out text of the run, as in validation during training
 python scripts/evaluate.py RUN --data texts/ --stride 4096
-    any text that fineweb.py reads, whole documents
+    any text that fineweb.py reads, in complete documents
 python scripts/evaluate.py RUN --data a.jsonl --by language
     bits per byte of each language
 python scripts/evaluate.py RUN --choices hellaswag_val.jsonl
@@ -11,7 +11,7 @@ python scripts/evaluate.py RUN --choices hellaswag_val.jsonl
 python scripts/evaluate.py RUN --tasks arc_easy,lambada_openai
     lm-evaluation-harness (the extra lm_eval)
 torchrun --nproc-per-node 8 scripts/evaluate.py ...
-    the same numbers, sooner
+    the same results in less time
 """
 
 import json
@@ -40,40 +40,40 @@ class Options:
     config: Annotated[str, tyro.conf.arg(aliases=["-c"])] = ""
     """Model config, for weights that come without one."""
     data: str = ""
-    """Text to score: a folder of `fineweb.py prepare`, or what that command takes: files, a folder, stdlib,
-    hf:owner/name. Empty: what the run validates on, cut into rows as there, which gives the run's val_bpb."""
+    """Text to score: a folder made by `fineweb.py prepare`, or a source of that command: a file, a folder, stdlib,
+    hf:owner/name. Empty: the validation text of the run in the same rows, which gives the run's val_bpb."""
     split: Literal["validation", "train"] = "validation"
-    """Which part of a prepared folder."""
+    """Split of a prepared folder."""
     text_column: str = "text"
-    """Where .jsonl and .parquet have their text."""
+    """Column with the text of .jsonl and .parquet."""
     by: str = ""
-    """Also bits per byte by group: `script`, told from the letters, or a column of .jsonl and .parquet with labels."""
+    """Bits per byte also by group: `script`, found from the letters, or a column with labels of .jsonl and .parquet."""
     context: int = 0
-    """Most bytes that the model reads at once. 0: 8192, or with the run's own text the rows of training."""
+    """Most bytes that the model reads at once. 0: 8192, or for the run's own text the rows of training."""
     stride: int = 0
-    """Bytes that each row after a document's first scores, the others being context. 0: as many as --context."""
+    """Bytes scored by each row after a document's first; the others are context. 0: the value of --context."""
     limit: int = 0
-    """Score only the first so many documents (or questions, or items of each task), cut as without a limit; 0: all."""
+    """Score only this many first documents (or questions, or items of each task); 0: all."""
     batch: int = 16
-    """Rows that run together. Changes the speed alone."""
+    """Rows per batch. It changes only the speed."""
     choices: str = ""
     """A .jsonl file of questions in the HellaSwag format."""
     seed: int = 0
     """Seed of the random perturbations."""
     tasks: str = ""
-    """Tasks of lm-evaluation-harness, or .yaml files of tasks, joined by commas (needs the extra lm_eval)."""
+    """Tasks of lm-evaluation-harness, or .yaml files of tasks, separated by commas (needs the extra lm_eval)."""
     include_path: str = ""
-    """A file or folder of tasks of your own (.yaml), known to --tasks. Without --tasks: all of them are run."""
+    """A file or folder of your own tasks (.yaml) for --tasks. Without --tasks all of them run."""
     num_fewshot: int | None = None
-    """Worked examples before each question of --tasks. None: as each task says."""
+    """Solved examples before each question of --tasks. None: the number that each task sets."""
     bytes_per_token: float = 4.0
-    """Tasks limit answers in tokens; an answer may have this many bytes for each of them."""
+    """Bytes of an answer per token of a task's limit, which is in tokens."""
     out: str = ""
     """Write OUT.json and OUT.md."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
+    """Device; auto: CUDA if torch has it."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """Precision; auto: bfloat16 on CUDA, float32 on the CPU."""
+    """Compute dtype; auto: bfloat16 on CUDA, float32 on the CPU."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
     from hnet_runtime import distributed
     from hnet_runtime.evaluation import choices, harness, scoring
     from hnet_runtime.pages.progress_bar import Progress
-    from hnet_runtime.pages.reports import markdown, write_whole
+    from hnet_runtime.pages.reports import markdown, write_atomically
     from hnet_runtime.runs.weights import load_training
 
     began = time.perf_counter()
@@ -128,10 +128,12 @@ def main(argv: Sequence[str]) -> None:
     page = markdown(result) if world.is_main else ""
     if options.out and world.is_main:
         for form, content in {"json": json.dumps(result, indent=1), "md": page}.items():
-            content = (content + "\n").encode("utf-8", "backslashreplace")  # a file's name need be no UTF-8
-            write_whole(Path(f"{options.out}.{form}"), lambda scratch, content=content: scratch.write_bytes(content))
+            content = (content + "\n").encode("utf-8", "backslashreplace")  # file names may not be UTF-8
+            write_atomically(
+                Path(f"{options.out}.{form}"), lambda scratch, content=content: scratch.write_bytes(content)
+            )
     distributed.stop()
-    if world.is_main:  # last, because who reads it may be gone
+    if world.is_main:  # last, because the reader may have closed the output
         print(page)
 
 
@@ -155,22 +157,22 @@ def check(options: Options) -> None:
 
 
 class Text(NamedTuple):
-    """What is scored."""
+    """The text to score."""
 
-    how: dict[str, Any]  # where it comes from and how it is cut, in words
+    how: dict[str, Any]  # its source and how it is cut, in words
     rows: "Callable[[], Iterator[scoring.Row]]"  # the same rows at each call
     groups: dict[int, str]  # the documents' labels, filled as the rows are read
-    is_near: bool = True  # False for text that comes over the network, which is read only once
+    is_near: bool = True  # False for text from the network, which is read only once
 
     def labels_in_all(self) -> int | None:
-        """How many labels all rows score, from reading them once; None where that would fetch the text twice."""
+        """The number of labels of all rows, counted by reading them; None if that would download the text twice."""
         from hnet_runtime.evaluation.scoring import labels_of
 
         return labels_of(self.rows()) if self.is_near else None
 
 
 def text_to_score(options: Options) -> Text:
-    """The text that the flags name. Raises UserError where they name none."""
+    """The text selected by the flags. Raises UserError if they select none."""
     import fineweb
     from hnet_runtime.evaluation import scoring
     from hnet_runtime.runs import checkpoint
@@ -219,7 +221,7 @@ def documents(data: str, options: Options) -> "Iterator[scoring.Document]":
             for _, text, label in fineweb.read_documents(data, options.text_column, column):
                 yield scoring.Document(text, label)
         except fineweb.DataError as error:
-            if column and repr(column) in str(error):  # there it is a column like any other
+            if column and repr(column) in str(error):  # there the label is a column like others
                 raise UserError(str(error).replace("--text-column", "--by")) from None
             raise
         return

@@ -1,10 +1,11 @@
-"""See where a model cuts a text: one HTML file that needs no network.
+"""Shows the chunks of a text in one HTML file that needs no network.
 
     python scripts/explore.py RUN --text article.txt --out page.html
     python scripts/explore.py RUN_A RUN_B --text article.txt
         two checkpoints side by side
 
-The page shows chunks of every stage, nested; boundary probabilities on hover; what each byte cost to predict, as heat.
+The page shows the nested chunks of every stage, boundary probabilities on hover, and the bits of each byte as a heat
+map.
 """
 
 import time
@@ -23,16 +24,16 @@ TEXT = "Grüße! The model reads bytes; where it begins a chunk is its own choic
 
 @dataclass
 class Options:
-    """Write a page that shows how one or two checkpoints cut a text into chunks."""
+    """Writes a page that shows how one or two checkpoints cut a text into chunks."""
 
     checkpoint: tyro.conf.Positional[str]
     """A run or checkpoint of train.py, a .pt or .safetensors file or its folder, or hf:owner/name."""
     other: tyro.conf.Positional[str] = ""
-    """A second one, to be shown beside it."""
+    """A second one, shown beside the first."""
     text: str = ""
-    """File with the text, of any bytes. Empty: a few lines to try."""
+    """File with the text, of any bytes. Empty: a few example lines."""
     out: str = "chunks.html"
-    """The page to write."""
+    """HTML file to write."""
     config: Annotated[str, tyro.conf.arg(aliases=["-c"])] = ""
     """Model config, for weights that come without one."""
     config_other: str = ""
@@ -40,9 +41,9 @@ class Options:
     context: int = 8192
     """Most bytes that the model reads at once; a longer text is read in rows that overlap by half."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
+    """Device; auto: CUDA if torch has it."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Precision."""
+    """Compute dtype."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     import torch
 
     from hnet_runtime.pages import explorer
-    from hnet_runtime.pages.reports import write_whole
+    from hnet_runtime.pages.reports import write_atomically
     from hnet_runtime.runs.weights import load_training
 
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -71,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
         targets.append(model.config.target_ratios)
     names = [source for source, _ in sources]
     page = explorer.page(text, names, analyses, targets, Path(options.text).name or "A few lines")
-    write_whole(Path(options.out), lambda scratch: scratch.write_bytes(page.encode("utf-8", "backslashreplace")))
+    write_atomically(Path(options.out), lambda scratch: scratch.write_bytes(page.encode("utf-8", "backslashreplace")))
     speed = len(text) * len(sources) / max(seconds, 1e-9)
     size = f"{len(page) / 1e6:.1f} MB"
     print(f"{options.out}: {len(text):,} bytes of text, read at {speed:,.0f} bytes/s, {size}; open it in a browser")

@@ -1,4 +1,4 @@
-"""Write a model's weights for others: as the released code loads them (.pt), or as safetensors, with a config.json.
+"""Exports a model's weights as .pt for the released code, or as safetensors, with a config.json.
 
 python scripts/export.py RUN OUT
     both forms, in the dtype of the checkpoint
@@ -17,18 +17,18 @@ from hnet_runtime.commands import parse, run
 
 @dataclass
 class Options:
-    """Write a model's weights as .pt and safetensors, each in a folder with its config.json."""
+    """Exports a model's weights as .pt and safetensors, each in a folder with its config.json."""
 
     checkpoint: tyro.conf.Positional[str]
     """A run or checkpoint of train.py, a .pt or .safetensors file or its folder, or hf:owner/name."""
     out: tyro.conf.Positional[Path]
-    """Folder to write; with both forms, folders `pt` and `safetensors` in it."""
+    """Folder to write; with both forms it gets the folders `pt` and `safetensors`."""
     config: Annotated[str, tyro.conf.arg(aliases=["-c"])] = ""
     """Model config, for weights that come without one."""
     form: Literal["both", "pt", "safetensors"] = "both"
-    """pt: for the released code, whose config.json must not have N_compress; model.pt.json has the whole config."""
+    """pt: for the released code, whose config.json must not have N_compress; model.pt.json has the full config."""
     dtype: Literal["keep", "float32", "bfloat16"] = "keep"
-    """Precision; A_log, dt_bias, D and residual_proj stay in at least float32."""
+    """Dtype of the weights; A_log, dt_bias, D and residual_proj stay in at least float32."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     for form in ("pt", "safetensors") if options.form == "both" else (options.form,):
         folder = options.out / form if options.form == "both" else options.out
         files += export(checkpoint, folder, form, dtype)
-    for file in files:  # when all are written: who reads this may be gone
+    for file in files:  # after all are written: the reader may have closed the output
         print(f"{file}  {file.stat().st_size:,} bytes")
 
 

@@ -1,4 +1,4 @@
-"""Plot one or several runs over each other: a PNG and one HTML file that needs no network.
+"""Plots one or several runs in one figure: a PNG and one HTML file that needs no network.
 
 python scripts/plot.py runs/a
     writes runs/a/plots.png and runs/a/plots.html
@@ -23,7 +23,7 @@ class Options:
     runs: tyro.conf.Positional[tuple[str, ...]]
     """Folders of runs of train.py."""
     out: str = ""
-    """Write OUT.png and OUT.html. Empty: plots in the folder of the first run."""
+    """Write OUT.png and OUT.html. Empty: plots.png and plots.html in the folder of the first run."""
 
 
 def main(argv: Sequence[str]) -> None:

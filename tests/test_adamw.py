@@ -70,7 +70,7 @@ def optimizer_of(model: HNetLM, flat: bool, compute_weights=(), narrow: bool = F
 def train(
     model: HNetLM, optimizer: torch.optim.AdamW, world, steps: range, bad: int | None = None, rounded: bool = False
 ) -> None:
-    """Steps on random gradients: clipped or not in turn, with changing rates; the one of `bad` is not finite.
+    """Steps on random gradients, alternately clipped, with changing rates; the gradient of step `bad` is not finite.
 
     rounded: to bfloat16.
     """
@@ -115,7 +115,7 @@ def check_same(ours, optimizer, theirs, other, tolerance: float) -> None:
 
 
 def check_flat(optimizer: FlatAdamW) -> None:
-    """Everything lies in the flat memory, and what fills up is zero."""
+    """All tensors are views of the flat memory, and padding is zero."""
     of_spans = optimizer.weights, optimizer.compute_weights, optimizer.low_bits, optimizer.gradients, optimizer._moments
     filling = 0
     for at, *flat, gradients, moments in zip(optimizer.spans, *of_spans):
@@ -151,8 +151,8 @@ def test_steps_are_those_of_torch(world, dtype):
     torch.testing.assert_close(*statistics, rtol=1e-5, atol=0)
 
 
-def test_gradients_may_be_of_the_copies_dtype(world):
-    """Steps are those of the same numbers in float32; what clipping writes back is rounded."""
+def test_gradients_may_have_the_compute_dtype(world):
+    """Steps equal those with the same values in float32; clipped gradients are rounded."""
     ours, theirs = build(world), build(world)
     order = list(ours.parameters())
     compute_weights = [(nn.Parameter(p.detach().to(torch.bfloat16)), p) for p in order[::2]]
@@ -179,7 +179,7 @@ def test_a_step_that_is_not_finite_changes_nothing(world, copied):
         (nn.Parameter(p.detach().to(torch.bfloat16)), p) for p in list(model.parameters())[::2] if copied
     ]
     optimizer = optimizer_of(model, True, compute_weights)
-    for first in (0, 1):  # as the first step, and after one
+    for first in (0, 1):  # as the first step, and after one step
         train(model, optimizer, world, range(first))
         master = (*(x for x in (*optimizer.weights, *optimizer.compute_weights, *optimizer.low_bits) if x is not None),)
         master += *optimizer._moments[0], *optimizer._moments[-1]
@@ -245,8 +245,8 @@ def test_splitting_float32_loses_no_bit_and_rounds_the_high_half(bits):
 
 @given(st.data())
 @settings(max_examples=30, deadline=None)
-def test_processes_that_update_a_part_each_do_what_one_does(data):
-    """To the bit, however parameters fall to processes; here one after the other, with what would be sent."""
+def test_processes_that_update_a_shard_each_do_what_one_does(data):
+    """To the bit, for any sharding; here the processes run one after the other, and communication is recorded."""
     size = data.draw(st.integers(2, 4), "processes")
     lengths = data.draw(st.lists(st.integers(1, 3 * BLOCK), min_size=1, max_size=8), "parameters")
     places = [(data.draw(st.integers(0, 2)), data.draw(st.integers(0, size - 1))) for _ in lengths]  # span, process
@@ -295,7 +295,7 @@ def test_processes_that_update_a_part_each_do_what_one_does(data):
             assert parts[-1][1] == span.stop and len({stop - start for start, stop in parts}) == 1
 
 
-def test_what_it_cannot_take_is_refused(world):
+def test_mismatched_parameters_are_refused(world):
     model = build(world)
     order, groups = list(model.parameters()), parameter_groups(model, RATE, DECAY)
     with pytest.raises(ValueError, match="each parameter of the groups once"):
@@ -315,7 +315,7 @@ def test_what_it_cannot_take_is_refused(world):
 @pytest.mark.parametrize("loads", ["torch", "flat"])
 @pytest.mark.parametrize("saves", ["torch", "flat"])
 def test_checkpoints_go_both_ways(world, tmp_path, saves, loads):
-    """A run of six steps, saved and loaded after three, is the run of six steps."""
+    """Three steps, a save, a load and three more steps equal six steps."""
     whole, before, after = build(world), build(world), build(world)
     reference = optimizer_of(whole, flat=False)
     train(whole, reference, world, range(6))
@@ -324,7 +324,7 @@ def test_checkpoints_go_both_ways(world, tmp_path, saves, loads):
     saver = checkpoint.Saver(tmp_path, before, optimizer)
     saver.start(3, {})
     saver.staged()
-    train(before, optimizer, world, range(3, 4))  # what is being written doesn't notice
+    train(before, optimizer, world, range(3, 4))  # does not change what is being written
     folder = saver.finish()
     elements = sum(p.numel() for p in before.parameters())
     written = sum(f.stat().st_size for f in folder.glob("*.distcp"))
@@ -332,7 +332,7 @@ def test_checkpoints_go_both_ways(world, tmp_path, saves, loads):
 
     optimizer = optimizer_of(after, flat=loads == "flat")
     if loads == "flat":
-        train(after, optimizer, world, range(20, 22))  # what was there doesn't matter
+        train(after, optimizer, world, range(20, 22))  # the old values do not matter
     checkpoint.load(folder, after, optimizer)
     train(after, optimizer, world, range(3, 6))
     check_same(after, optimizer, whole, reference, TOLERANCE[torch.float32])
@@ -415,7 +415,7 @@ def gaps(name: str, device: str, K: int = 5) -> dict[str, float]:
     v = 0.5 * v.square()
     v[0, :10], g[0, :10], m[0, :10] = 1e-20, 1e-10, 0.0  # sizes of eps
     for x in (w, g, m, v):
-        x[-1, 100:] = 0  # what fills up
+        x[-1, 100:] = 0  # padding
     g = g.to(gradients)
     used, low = None if compute_weights is None else w.to(compute_weights), None
     split, whole = name.startswith("split"), w

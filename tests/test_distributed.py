@@ -236,7 +236,7 @@ def test_gradients_are_those_of_one_process(worlds, name):
     assert worlds["1"]["norm"].item() == pytest.approx(exact, rel=1e-5)
 
 
-def test_graphs_average_gradients_over_copies(worlds):
+def test_graphs_average_gradients_over_replicas(worlds):
     """Like above, against graphs on one process; that these are right is shown in float64 in test_graphs.py."""
     one, many = worlds["1"]["graphed"], worlds["2 copies"]["graphed"]
     assert one.keys() == worlds["1"]["gradients"].keys()
@@ -365,7 +365,7 @@ def test_a_run_goes_on_at_another_world_size(corpus, undisturbed, tmp_path, size
     check_close(go_on_from_step_8(undisturbed, tmp_path / "run", corpus, size, *more), undisturbed)
 
 
-def test_a_run_in_which_each_process_updates_a_part_of_whole_weights_goes_on(corpus, undisturbed, tmp_path):
+def test_a_run_with_unsharded_weights_on_each_process_resumes(corpus, undisturbed, tmp_path):
     """Each has saved its part. Two such processes go on with the same bits, one alone with the same losses; also where
     one of them was killed."""
     folder = tmp_path / "run"

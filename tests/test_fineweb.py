@@ -362,7 +362,7 @@ def test_ctrl_c_is_one_line_and_can_be_continued(many, tmp_path):
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     stderr = process.communicate()[1]
-    assert process.returncode == 130 and stderr.count("\n") == 1 and "goes on from here" in stderr
+    assert process.returncode == 130 and stderr.count("\n") == 1 and "continues from here" in stderr
     done = command("prepare", many / "in", "--out", tmp_path / "out", "--shard-bytes", "150000", "--processes", "1")
     assert done.returncode == 0 and "were read before" in done.stdout
     assert shards(tmp_path / "out") == shards(many / "out")
@@ -375,7 +375,7 @@ def test_a_full_disk_leaves_nothing_torn(many, tmp_path):
     arguments = ("prepare", many / "in", "--out", tmp_path / "out", "--shard-bytes", "150000", "--processes", "2")
     done = command(*arguments, preexec_fn=small_files)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "no room to write it (File too large)" in done.stderr and str(tmp_path / "out") in done.stderr
+    assert "no space to write it (File too large)" in done.stderr and str(tmp_path / "out") in done.stderr
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert all(data == shards(many / "out")[name] for name, data in shards(tmp_path / "out").items())
     assert command(*arguments).returncode == 0

@@ -431,7 +431,7 @@ def check(found: dict[str, float], tolerance: float, case: str = "") -> None:
 @given(st.floats(width=32))
 @example(1 + 2**-8).via("a tie")
 @example(2.0**-149).via("next to zero")
-def test_a_number_and_what_rounding_took_of_it_are_the_number_again_to_16_bits(number):
+def test_split24_keeps_16_significant_bits(number):
     x = torch.tensor(number)
     y = norm.join24(*norm.split24(x, torch.bfloat16), torch.float32)
     if x.abs() < 2.0**127:
@@ -462,7 +462,7 @@ def test_definitions_match_autograd(name):
 
 
 @pytest.mark.parametrize("name", ["add_norm", "add_norm, a stack's first"])
-def test_the_definition_matches_autograd_where_bfloat16_does_more_than_round_what_comes_out(name):
+def test_definitions_in_bfloat16_match_autograd(name):
     """Its kernel is checked on a GPU: Triton's interpreter cuts off what bfloat16 would round."""
     check(distances(name, torch.bfloat16, "cpu"), TOLERANCE[torch.bfloat16])
 

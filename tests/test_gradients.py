@@ -1,7 +1,7 @@
-"""Where gradients of weights go: partial sums of small weights, and the destinations that a caller gives.
+"""Destinations of gradients, and partial sums for small weights.
 
-That operations fill them is tested in test_operations.py, that they are a model's gradients in test_graphs.py, and the
-kernel that adds up partial sums in test_fused_triton.py.
+test_operations.py tests that operations fill them, test_graphs.py that they are a model's gradients, and
+test_fused_triton.py the kernel that reduces partial sums.
 """
 
 import pytest
@@ -25,7 +25,7 @@ def layers(dtype: torch.dtype) -> list[list[torch.Tensor]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_slots_that_are_filled_in_any_order_give_each_weights_gradient(dtype):
+def test_slots_may_be_filled_in_any_order(dtype):
     sums, weights = PartialSums(), layers(dtype)
     wanted = [[torch.randn(w.shape).to(dtype) for w in layer] for layer in weights]
     for _ in range(2):
@@ -37,7 +37,7 @@ def test_slots_that_are_filled_in_any_order_give_each_weights_gradient(dtype):
             assert weight is its and a.dtype == b.dtype == dtype and torch.equal(a, b)
 
 
-def test_parts_are_at_least_float32_and_added_up_at_once():
+def test_partial_sums_are_at_least_float32_and_reduced_at_once():
     sums, called = PartialSums(), []
 
     def add_up(parts_LNW, dtype):
@@ -50,8 +50,8 @@ def test_parts_are_at_least_float32_and_added_up_at_once():
     assert called == [((4, 5, 9), torch.float32, torch.bfloat16)]
 
 
-def test_a_layer_that_ran_over_other_tokens_has_partial_sums_of_its_own():
-    """Its gradients are returned by its backward, and nobody else's are given out for it."""
+def test_a_layer_with_other_tokens_has_its_own_partial_sums():
+    """Its backward returns its gradients, and no other layer's."""
     weights = [torch.zeros(2) for _ in range(3)]
     destinations = Destinations({w: torch.full((2,), torch.nan) for w in weights})
     with writing_to(destinations):
@@ -67,8 +67,8 @@ def test_a_layer_that_ran_over_other_tokens_has_partial_sums_of_its_own():
     assert destinations[1].tensor.isnan().all(), "what its backward returns is written by who called it"
 
 
-def test_a_second_backward_finds_the_same():
-    """As one has with retain_graph: what waited together is returned, as the sums of the first have been given out."""
+def test_a_second_backward_gives_the_same():
+    """With retain_graph: then the gradients are returned, because the first sums have been written."""
     weights = [torch.zeros(2) for _ in range(2)]
     destinations = Destinations({w: torch.empty(2) for w in weights})
     with writing_to(destinations):
@@ -106,7 +106,7 @@ def test_places_are_for_the_first_use_of_a_weight():
     assert destination_of(weight) is None
 
 
-def test_small_weights_wait_together_only_where_all_of_them_have_a_place():
+def test_small_weights_share_a_slot_only_if_all_have_a_destination():
     weights = layers(torch.float32)
     destinations = Destinations({x: torch.empty_like(x) for layer in weights[:3] for x in layer})
     destinations.free.discard(weights[2][0])
@@ -144,7 +144,7 @@ def test_another_part_of_a_forward_has_other_destinations():
 
 
 @pytest.mark.parametrize("to", [None, torch.bfloat16, torch.float32], ids=str)
-def test_a_product_is_rounded_once_to_the_dtype_of_where_it_goes(to):
+def test_a_product_is_rounded_once_to_the_dtype_of_its_destination(to):
     generator = torch.Generator().manual_seed(0)
     dy, x = (torch.randn(300, n, generator=generator).bfloat16() for n in (3, 5))
     weight, exact = torch.zeros(3, 5, dtype=torch.bfloat16), dy.double().T @ x.double()

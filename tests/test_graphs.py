@@ -23,7 +23,7 @@ from hnet_runtime.distributed import World
 from hnet_runtime.runs.statistics import router_statistics
 from hnet_runtime.steps import graphs
 from hnet_runtime.steps.flat_adamw import FlatAdamW
-from hnet_runtime.steps.graphs import SIZES_PER_OCTAVE, TOKENS, GraphedModel, _filled_up, _step
+from hnet_runtime.steps.graphs import SIZES_PER_OCTAVE, TOKENS, GraphedModel, _padded, _step
 from hnet_runtime.steps.segments import BackwardPart, SavedPool, Segment
 from hnet_trainable import HNetConfig, HNetLM, init_weights, nested_like
 
@@ -70,7 +70,7 @@ def eager(model: HNetLM, iids, labels) -> tuple[list[torch.Tensor], dict[str, to
 
 
 def gradient(graphed: GraphedModel) -> torch.Tensor:
-    """All that the optimizer will read, as it is now."""
+    """A copy of all gradients that the optimizer will read."""
     return torch.cat(graphed.optimizer.gradients)
 
 
@@ -104,7 +104,7 @@ def check_equal(raw: dict, dtype: torch.dtype, tolerance: float) -> None:
 
 @pytest.mark.parametrize("stages", LAYOUTS)
 def test_losses_and_gradients_are_those_of_the_model(stages):
-    """The document of zeros that fills up inner stages must reach nothing: in float64, sums in another order remain."""
+    """The padding of inner stages must affect nothing: in float64 only the order of sums differs."""
     check_equal(LAYOUTS[stages], torch.float64, 1e-9)
 
 
@@ -121,12 +121,10 @@ def test_boundaries_that_a_benchmark_forces_are_forced():
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_matrices_have_gradients_that_are_rounded_once_at_most_and_whoever_runs_the_copies_gets_his_own(
-    processes, monkeypatch
-):
+def test_gradients_of_matrices_are_rounded_at_most_once(processes, monkeypatch):
     """A segment's backward writes them to the masters' `grad`; a plain backward returns them in bfloat16.
 
-    One process has them in bfloat16, too. Several add them up, in float32: there the products have not been rounded.
+    One process has them in bfloat16 too. Several processes reduce them in float32: there the products are not rounded.
     """
     monkeypatch.setattr(FlatAdamW, "reduce_gradients", lambda self, span: None)
     world = World(0, processes, torch.device(DEVICE), None)
@@ -147,7 +145,7 @@ def test_matrices_have_gradients_that_are_rounded_once_at_most_and_whoever_runs_
 
 
 def saved_bytes(run) -> int:
-    """What autograd keeps of `run` in plain tensors, each storage once."""
+    """The bytes of plain tensors that autograd saves in `run`, each storage once."""
     storages = {}
 
     def pack(x):
@@ -161,7 +159,7 @@ def saved_bytes(run) -> int:
 
 
 @pytest.mark.parametrize("stages", LAYOUTS)
-def test_activation_checkpointing_keeps_less_and_gives_the_same_bits(stages):
+def test_activation_checkpointing_saves_less_and_gives_the_same_bits(stages):
     pair, dtype = batch(BATCHES[0], 0), torch.bfloat16
     gradients, kept = {}, {}
     for ac in MODES:
@@ -177,7 +175,7 @@ def test_activation_checkpointing_keeps_less_and_gives_the_same_bits(stages):
 
 
 class Made(TorchDispatchMode):
-    """Collects what operations make."""
+    """Collects the results of operations."""
 
     def __init__(self):
         super().__init__()
@@ -191,10 +189,10 @@ class Made(TorchDispatchMode):
 
 @pytest.mark.parametrize("ac", MODES)
 @pytest.mark.parametrize("stages", [1, 2, "edited"])
-def test_a_backward_reads_nothing_that_its_forward_left_outside_the_pool(stages, ac, monkeypatch):
-    """Other graphs write there meanwhile. Here the test does, as soon as a forward is over.
+def test_a_backward_reads_only_what_was_saved_in_the_pool(stages, ac, monkeypatch):
+    """Other graphs overwrite all other memory. Here the test does, after each forward.
 
-    edited: the model computes weights in its forward, where those of others stay as they are.
+    edited: the model computes weights in its forward.
     """
     if stages == "edited":
         weights, stages = hnet_trainable.Mamba2.weights, 2
@@ -254,7 +252,7 @@ def test_an_pool_gives_out_its_buffer_and_then_other_memory():
 
 
 @given(st.lists(st.tuples(st.integers(0, 3000), st.sampled_from([torch.uint8, torch.bfloat16, torch.float64]))))
-def test_what_an_pool_gives_out_does_not_overlap_and_lies_there_again_next_time(wanted):
+def test_tensors_of_a_pool_do_not_overlap_and_have_the_same_addresses_next_time(wanted):
     pool = SavedPool([], torch.device("cpu"))
     pool.grow(16_384)
     seen = []
@@ -271,13 +269,13 @@ def test_what_an_pool_gives_out_does_not_overlap_and_lies_there_again_next_time(
     assert seen[0] == seen[1]
 
 
-def test_a_segment_that_finds_no_room_in_its_pool_is_captured_again_with_more(monkeypatch):
-    """Else what lies beside the pool is overwritten by graphs that were captured before, as in one run it was."""
+def test_a_segment_is_captured_again_if_its_pool_was_too_small(monkeypatch):
+    """Else graphs captured before would overwrite what did not fit into the pool, as happened in one run."""
     graphed, room = GraphedModel(build(ONE_STAGE, torch.float32), torch.float32, ALPHA), []
     pool = graphed.pools["inner 1"] = SavedPool([], torch.device("cpu"))
 
     class Captured(Segment):
-        """As on a GPU, but for the graphs."""
+        """A segment as on a GPU, without graphs."""
 
         def capture(self, pool, stream):
             room.append(len(self.pool.buffer))
@@ -304,7 +302,7 @@ def test_a_segment_that_finds_no_room_in_its_pool_is_captured_again_with_more(mo
 
 @pytest.mark.gpu
 def test_graphs_of_many_sizes_give_the_bits_of_new_ones():
-    """Whatever was captured before. A longer document makes larger tables, so a part keeps more for as many tokens."""
+    """Also after other captures. A longer document needs larger tables, so a part saves more for the same tokens."""
     graphed = GraphedModel(build(TWO_STAGES, torch.float32), torch.bfloat16, ALPHA)
     fresh = GraphedModel(build(TWO_STAGES, torch.float32), torch.bfloat16, ALPHA)
     for lengths in ([1000] * 40, [40_000], [1000] * 40, [20_000, 20_000], [100] * 400, [40_000], [1000] * 40):
@@ -317,7 +315,7 @@ def test_graphs_of_many_sizes_give_the_bits_of_new_ones():
 
 
 def test_graphs_of_other_sizes_go_where_memory_runs_out(monkeypatch):
-    """Once: the step is run again without them. A second time in a row ends it."""
+    """Once, and the step is repeated without them. A second failure in a row ends it."""
     graphed = GraphedModel(build(ONE_STAGE, torch.float64), torch.float64, ALPHA)
     graphed.forward_backward([batch([1024], 0)])
     wanted = graphed.forward_backward([batch([3000], 1)]).ce.item()
@@ -368,7 +366,7 @@ def test_graphs_go_where_there_is_no_room_beside_them(error, again):
         assert calls == [True]
 
 
-def test_memory_that_runs_out_while_buffers_are_made_is_asked_for_again(monkeypatch):
+def test_running_out_of_memory_in_allocating_buffers_is_retried(monkeypatch):
     graphed = GraphedModel(build(TWO_STAGES, torch.float32), torch.float32, ALPHA)
     wanted, made = graphed.forward_backward([batch([1024], 0)]).ce.item(), []
 
@@ -387,7 +385,7 @@ def test_memory_that_runs_out_while_buffers_are_made_is_asked_for_again(monkeypa
 
 @pytest.mark.parametrize("uses", [0, 1, 2])
 @pytest.mark.parametrize("shared", [False, True])
-def test_gradients_of_weights_add_up_however_often_they_are_read(uses, shared):
+def test_gradients_of_weights_used_several_times_add_up(uses, shared):
     x_TD, weight = torch.randn(8, 4), nn.Parameter(torch.randn(6, 4))
     place, dx_TD = torch.full((6, 4), 5.0 if shared else torch.nan), torch.zeros(8, 4)
 
@@ -416,7 +414,7 @@ def test_micro_batches_add_up():
     assert losses.ce.tolist() == [found.ce.item() for found, _ in each]
 
 
-def test_micro_batches_add_up_in_float32_where_that_was_foreseen():
+def test_micro_batches_accumulate_in_float32():
     graphed = GraphedModel(build(ONE_STAGE, torch.float32), torch.bfloat16, ALPHA)
     pair = batch(BATCHES[0], 0)
     assert {g.dtype for g in graphed.optimizer.gradients} == {torch.bfloat16, torch.float32}
@@ -430,8 +428,8 @@ def test_micro_batches_add_up_in_float32_where_that_was_foreseen():
     assert distance(gradient(graphed), one) < 1e-6, "an eighth, eight times"
 
 
-def test_a_backward_in_pieces_gives_the_same_bits(monkeypatch):
-    """Two processes cut it where weights are many, add up each piece's gradients as it ends, and each weigh half."""
+def test_a_backward_in_parts_gives_the_same_bits(monkeypatch):
+    """Two processes cut a backward with many weights into parts, reduce each part when it ends, and have weight 1/2."""
     pairs, dtype = [batch(lengths, i) for i, lengths in enumerate(BATCHES[:3])], torch.bfloat16
     whole = GraphedModel(build(TWO_STAGES, torch.float32), dtype, ALPHA, accumulates=True)
     monkeypatch.setattr(graphs, "WEIGHTS_PER_PART", 1)
@@ -456,8 +454,8 @@ def test_a_backward_in_pieces_gives_the_same_bits(monkeypatch):
 
 @pytest.mark.parametrize("ac", MODES)
 @pytest.mark.parametrize("cut", [False, True], ids=["whole", "in pieces"])
-def test_gradients_of_small_weights_are_added_up_once_a_kind_and_piece(cut, ac, monkeypatch):
-    """And are those of the model, as all others."""
+def test_gradients_of_small_weights_are_reduced_once_per_kind_and_part(cut, ac, monkeypatch):
+    """They equal those of the model."""
     if cut:
         monkeypatch.setattr(graphs, "WEIGHTS_PER_PART", 1)
         monkeypatch.setattr(FlatAdamW, "reduce_gradients", lambda self, span: None)
@@ -515,18 +513,18 @@ def test_sizes():
 
 @given(st.integers(1, 200_000))
 def test_sizes_waste_little(T):
-    sizes = _filled_up(T)
-    assert sizes >= T and _filled_up(sizes) == sizes
+    sizes = _padded(T)
+    assert sizes >= T and _padded(sizes) == sizes
     assert sizes - T < max(TOKENS, T / SIZES_PER_OCTAVE + 1) and sizes - T < _step(T) <= max(TOKENS, sizes)
     assert _step(T) <= _step(T + 1)  # what `_leave` has for all numbers of chunks up to T
 
 
-def test_a_new_number_of_chunks_makes_segments_of_its_stage_alone():
+def test_a_new_number_of_chunks_captures_only_segments_of_its_stage():
     graphed = GraphedModel(build(TWO_STAGES, torch.float32), torch.float32, ALPHA)
     seen = set()
-    for seed, lengths in enumerate([[2] * 2048, [4] * 1024, [1000] * 4 + [96], [64] * 64]):  # falling numbers of chunks
+    for seed, lengths in enumerate([[2] * 2048, [4] * 1024, [1000] * 4 + [96], [64] * 64]):  # fewer and fewer chunks
         graphed.forward_backward([batch(lengths, seed)])
-        seen.add(tuple(map(_filled_up, graphed.tokens)))
+        seen.add(tuple(map(_padded, graphed.tokens)))
     _, one, two = (set(column) for column in zip(*seen))
     assert len(one) > 1 and len(two) > 1
     made = {part: len(found) for part, found in graphed.segments.items()}
@@ -537,7 +535,7 @@ def test_a_new_number_of_chunks_makes_segments_of_its_stage_alone():
     assert graphed.captured == sum(made.values())
 
 
-def test_batches_of_about_one_size_share_segments_and_old_ones_go(monkeypatch):
+def test_batches_of_similar_size_share_segments_and_old_ones_are_dropped(monkeypatch):
     monkeypatch.setattr(graphs, "CACHED", 2)
     graphed = GraphedModel(build(ONE_STAGE, torch.float32), torch.float32, ALPHA)
     for lengths in ([600, 1, 423], [512, 512], [1024]):
@@ -551,9 +549,9 @@ def test_batches_of_about_one_size_share_segments_and_old_ones_go(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("stages", LAYOUTS)
 def test_bfloat16_gradients_are_close_to_eager_ones(stages):
-    """The same arithmetic in the same dtypes, but for sums over sizes that are filled up: compared on what is large.
+    """The same arithmetic in the same dtypes, except for sums over padded sizes: compared by norm.
 
-    Eager takes the copies' weights, so that both round them alike, and boundaries are the same.
+    Eager steps take the same compute weights, so boundaries are the same.
     """
     model = build(LAYOUTS[stages], torch.float32)
     graphed = GraphedModel(model, torch.bfloat16, ALPHA)
@@ -570,7 +568,7 @@ def test_bfloat16_gradients_are_close_to_eager_ones(stages):
 
 @pytest.mark.gpu
 def test_a_step_waits_for_the_device_once_a_stage(monkeypatch):
-    """torch's sync debug mode raises at any wait but for an event, as for that of a stage's counts."""
+    """torch's sync debug mode raises at any wait except for an event, such as that of a stage's counts."""
     graphed = GraphedModel(build(TWO_STAGES, torch.float32), torch.bfloat16, ALPHA)
     batches = [batch(lengths, i) for i, lengths in enumerate(BATCHES)]
     waited = []
@@ -590,7 +588,7 @@ def test_a_step_waits_for_the_device_once_a_stage(monkeypatch):
 
 @pytest.mark.parametrize("lost", ["none", "sum", "gradient"])
 def test_a_deep_stacks_residual_stream_and_gradient_are_better_than_bfloat16(lost, monkeypatch):
-    """They are rounded to it for products; without what that takes, errors add up on the way."""
+    """They are rounded to bfloat16 only for products; without the low bits errors would accumulate."""
     model, exact = (HNetLM(HNetConfig.load(NO_STAGE | {"arch_layout": ["T24"]})).to(DEVICE) for _ in "12")
     init_weights(model, seed=0)  # as training begins: most of the gradient comes along the stream
     graphed, pair = GraphedModel(model, torch.bfloat16, ALPHA), batch(BATCHES[0], 0)

@@ -1,7 +1,7 @@
-"""The tests can fail: wrong versions of the maths, each caught by the test that is named beside it.
+"""The tests can fail: wrong versions of the maths, each caught by the test named beside it.
 
-A mutation replaces what has a role, such as the ratio loss, by a wrong version of it. ROLES says where each role is
-played: if something gets another name, its line there is all that changes.
+A mutation replaces the function of a role, such as the ratio loss, by a wrong version. ROLES has the function of each
+role: after a rename only its line there changes.
 """
 
 import ast
@@ -158,7 +158,7 @@ def mutate(monkeypatch, changes) -> None:
 
 
 def edited(function: FunctionType, change: Callable[[ast.AST], ast.AST | None]) -> FunctionType:
-    """The function with one node of its source replaced: the only one for which `change` returns another."""
+    """The function with one node of its source replaced, the only one for which `change` returns another."""
     found = []
 
     class Edit(ast.NodeTransformer):
@@ -199,12 +199,12 @@ def one_document(cu: Tensor) -> Tensor:
 
 
 def before(x: Tensor) -> Tensor:
-    """In each row what stands in the row before."""
+    """x with each row replaced by the one before."""
     return x.roll(1, 0)
 
 
 def with_gradient(x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """x, whose gradient is changed on its way back."""
+    """x with a changed gradient."""
     x = x.clone()
     if x.requires_grad:
         x.register_hook(change)
@@ -245,7 +245,7 @@ def range_of_p():
 
 
 def matmul_flops():
-    test_training_parts.test_matmul_flops_equal_what_the_linear_layers_really_compute("two_stages")
+    test_training_parts.test_matmul_flops_equal_those_of_the_linear_layers("two_stages")
 
 
 def attention_flops():
@@ -695,7 +695,7 @@ def own_decay_after_input(right):
 
 
 def end_of_chunk_without(dropped: type):
-    """The scan's backward, where of what the sum at a chunk's end gets one term is missing, by its kind of node."""
+    """The scan's backward without one term of the gradient of the sum at a chunk's end, by its kind of node."""
 
     def change(node):
         at_end = isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Subscript)
@@ -707,7 +707,7 @@ def end_of_chunk_without(dropped: type):
 
 
 def products_alone(transposed: bool):
-    """The scan's backward, where of the gradients of C (`transposed`: of B) what goes through states is missing."""
+    """The scan's backward without the part of C's gradient (`transposed`: B's) that comes through states."""
 
     def change(node):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) and isinstance(node.right, ast.Call):
@@ -836,7 +836,7 @@ def block():
 
 
 def graphs() -> None:
-    """Steps as graphs give the gradients of the model: parts, with padding, whose gradients are written to places."""
+    """Steps as graphs give the gradients of the model: parts, with padding, and destinations of gradients."""
     said = agreement.steps_as_graphs(H.HNetConfig.load(TWO_STAGES))
     if said and "fails with" in said:
         raise RuntimeError(said)  # a mutation gives wrong numbers, no error
@@ -865,7 +865,7 @@ def readers() -> None:
 
 
 def weights_with_destinations() -> None:
-    """A matrix and a norm's weight, each used twice: the first use's gradient is in its place, the other's returned."""
+    """A matrix and a norm's weight, each used twice: the first gradient is written, the second returned."""
     x_TD, weights = normal(7, 6, seed=0), [normal(6, 6, seed=1), normal(6, seed=2)]
     found = []
     for places in ([torch.full_like(w, torch.nan) for w in weights], []):
@@ -898,7 +898,7 @@ def last_of_a_byte(right):
 
 
 def swapped(i: int, j: int):
-    """A wrong version in which two results have changed places."""
+    """A wrong version with two results swapped."""
 
     def change(found):
         found = list(found)
@@ -963,7 +963,7 @@ def z_before_forgotten(right):
 
 
 def layers_reversed(right):
-    """Each gets the gradient of another layer of its shape."""
+    """Each layer gets the gradient of another layer of its shape."""
 
     def total(self):
         found, by_shape = right(self), {}
@@ -996,7 +996,7 @@ def taken_twice(right):
 
 
 def of_rows_before(right):
-    """What is recomputed comes of the rows before."""
+    """The recomputed result is that of the rows before."""
     return lambda y, x, compute: right(y, x, lambda x: compute(before(x)))
 
 
@@ -1114,7 +1114,7 @@ def test_a_wrong_version_is_caught(mutation, monkeypatch):
 
 
 def test_the_right_version_passes():
-    """Every check that a mutation fails."""
+    """Every check of a mutation passes without it."""
     checks = {param.values[0].caught_by for param in EVERYTHING}
     assert len(checks) > 20
     for check in checks:
@@ -1122,7 +1122,7 @@ def test_the_right_version_passes():
 
 
 def test_every_role_is_played():
-    """None is left over, and none has lost its name."""
+    """Every role is used by a mutation, and has a function."""
     used = {role for param in EVERYTHING for role, _ in param.values[0].changes}
     assert used == set(ROLES)
     for owner, name in ROLES.values():

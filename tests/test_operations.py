@@ -1,9 +1,9 @@
-"""The operations of hnet_kernels: what each computes fast against its definition, outputs and every gradient by name,
-and where its gradients go. The kernels by themselves are tested in test_fused_triton.py and the files beside it.
+"""The operations of hnet_kernels: each fast implementation against its definition, outputs and every gradient by name,
+and the destinations of gradients. The kernels alone are tested in test_fused_triton.py and the files beside it.
 
-Without a GPU a fast implementation is its own backward over the kernels' definitions, so float64 shows whether its
-formulas are right. A few sizes run the kernels under Triton's interpreter, in a process of its own: this file, run as a
-script, prints what `interpreted` finds.
+Without a GPU a fast implementation runs its own backward on the kernels' definitions, so float64 shows whether its
+formulas are right. A few sizes run the kernels under Triton's interpreter in a separate process: this file, run as a
+script, prints the result of `interpreted`.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ EXACT = 1e-9  # float64: sums in another order, of some hundred terms, differ by
 
 
 class Case(NamedTuple):
-    """An operation's inputs, by name; those of `leaves` have gradients. call(**leaves, **others) gives its outputs."""
+    """An operation's inputs by name; those of `leaves` have gradients. call(**leaves, **others) is called."""
 
     leaves: dict[str, Tensor]
     others: dict[str, Any]
@@ -73,7 +73,7 @@ class Inputs:
         return torch.randint(high, shape, generator=self.generator).to(self.device)
 
     def share(self, T: int) -> Tensor:
-        """T numbers in (0, 1), in at least float32."""
+        """T values in (0, 1), in at least float32."""
         return self(T, wide=True).sigmoid()
 
     def documents(self, lengths: list[int], filler: int = 0) -> dict[str, Tensor]:
@@ -105,8 +105,8 @@ def widen_case(new: Inputs, *shape: int) -> Case:
 
 
 def stream_case(new: Inputs, stack: Callable[..., list[Tensor]], T: int = 70, D: int = 24) -> Case:
-    """stack(residual, norm, block) -> what is read of a residual stream. `norm` and `block` have other weights at each
-    call; block(x) is what a mixer makes of it."""
+    """stack(residual, norm, block) returns the values read from a residual stream. Each call of `norm` and `block` has
+    its own weights; block(x) stands for a mixer."""
     names = [f"{kind}{i}" for i in range(4) for kind in ("norm", "block")]
     leaves = {n: 1 + new(D, scale=0.3) if n.startswith("norm") else new(D, D, scale=0.3) for n in names}
 
@@ -124,7 +124,7 @@ def stream_case(new: Inputs, stack: Callable[..., list[Tensor]], T: int = 70, D:
 
 
 def plain(r, norm, block):
-    """As Isotropic.forward has it."""
+    """As in Isotropic.forward."""
     for _ in range(3):
         r = r + block(norm(r))
     return [norm(r)]
@@ -138,7 +138,7 @@ def read_between(r, norm, block):
 
 
 def two_norms(r, norm, block):
-    """Two readers of one residual, as in a parallel block, and another of it once more was added."""
+    """Two readers of one residual, as in a parallel block, and a third after another addition."""
     r = r + block(norm(r))
     a, b = norm(r), norm(r)
     r = r + (block(a) + block(b))
@@ -146,7 +146,7 @@ def two_norms(r, norm, block):
 
 
 def two_streams(r, norm, block):
-    """Two that go on from one sum."""
+    """Two streams that continue from one sum."""
     x = norm(r)
     left, right = r + block(x), r + block(x)
     return [norm(left), norm(right), r * 2]
@@ -160,7 +160,7 @@ def scaled(r, norm, block):
 
 
 def skipped(r, norm, block):
-    """A block that returns what it takes; and one whose result nobody uses."""
+    """A block that returns its input, and one whose result is not used."""
     r = r + block(norm(r))
     norm(r)
     return [norm(r)]
@@ -206,7 +206,7 @@ def swiglu_case(new: Inputs, *shape: int) -> Case:
 
 
 def attention_case(new: Inputs, lengths: list[int], window: int = -1, H: int = 2, P: int = 16, R: int = 4) -> Case:
-    """qkv is a result, as a projection's: the operation may overwrite it."""
+    """qkv is the result of another operation, such as a projection: attention may overwrite it."""
     angles = torch.arange(max(lengths))[:, None] * 10000.0 ** (-torch.arange(R) / max(R, 1))
     wide = torch.promote_types(new.dtype, torch.float32)
     tables = {"cos": angles.cos().to(new.device, wide), "sin": angles.sin().to(new.device, wide)}
@@ -246,7 +246,7 @@ def rows_case(new: Inputs, T: int, *width: int, share: float = 0.3) -> Case:
 
 
 def cut_case(new: Inputs, lengths: list[int], opens: float, filler: int = 0, room: bool = False) -> Case:
-    """opens: the share of tokens that do, where no document begins. room: for more chunks than there are tokens."""
+    """opens: the share of tokens that open a chunk within documents. room: space for more chunks than tokens."""
     T = sum(lengths) + filler
     to = {"to": Chunks.empty(new(T + 9, wide=True), len(lengths))} if room else {}
     if room:
@@ -267,7 +267,7 @@ def smooth_case(new: Inputs, lengths: list[int], low: float = 1e-4, high: float 
 
 
 def upsample_case(new: Inputs, T: int, C: int, spare: int = 0) -> Case:
-    """With `spare` rows of z that no token takes."""
+    """With `spare` rows of z that no token reads."""
     start = torch.randperm(T - 1, generator=new.generator)[: C - 1].sort().values + 1
     start = F.pad(start, (1, 0)).to(new.device)
     chunk = torch.bucketize(torch.arange(T, device=new.device), start, right=True) - 1
@@ -415,8 +415,8 @@ def poisoned() -> Iterator[None]:
 
 
 def distances(name: str, dtype: torch.dtype, device: str, layout: str = "dense") -> dict[str, float]:
-    """What an operation finds fast against its definition in float64, relative to the size of that; of integers, how
-    many differ."""
+    """The difference of a fast operation from its definition in float64, relative to its norm; for integers the number
+    of differing elements."""
     compared, result = Compared(name, dtype, device, layout), {}
     with poisoned():
         found = compared.run(fast=True, is_exact=False)
@@ -478,7 +478,7 @@ def test_on_gpu(name, dtype, layout):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [name for name in CASES if name != "embed, rows"])  # which is torch's own
 def test_nothing_waits_for_the_device(name):
-    """Nor does a backward, so all can be captured."""
+    """Neither does a backward, so all can be captured."""
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("the scan and attention have kernels on Hopper GPUs alone")
     compared = Compared(name, torch.bfloat16, "cuda", "dense")
@@ -500,7 +500,7 @@ INTERPRETED = [name for name in CASES if name not in SLOW] + ["smooth, empty doc
 
 
 def interpreted() -> dict[str, dict[str, float]]:
-    """What the kernels find under Triton's interpreter, in float32; attention has none in that."""
+    """The differences of kernels under Triton's interpreter, in float32, in which attention has no kernel."""
     for name in KERNELS:
         importlib.import_module(f"hnet_kernels.{name}").use_fast = lambda operation, device, dtype, reason: (
             dtype != torch.float64 and "attention" not in operation
@@ -545,7 +545,7 @@ def test_every_operation_with_weights_has_a_case_of_places():
 
 
 class Used:
-    """A case, run so often on the same inputs, with destinations for the gradients of some."""
+    """A case, run several times on the same inputs, with destinations for some gradients."""
 
     def __init__(self, name: str, times: int, placed: list[str]):
         case = CASES[name](Inputs(torch.float64, "cpu"))
@@ -589,14 +589,14 @@ def test_only_the_first_use_of_a_weight_writes_to_its_place(name):
 
 
 @pytest.mark.parametrize("name", PLACED)
-def test_a_weight_whose_use_has_no_gradient_leaves_its_place_as_it_is(name):
+def test_a_weight_without_a_gradient_leaves_its_destination_unchanged(name):
     placed = Used(name, 1, PLACED[name])
     found = placed.gradients(*[torch.zeros((), dtype=torch.float64, requires_grad=True) * 1])
     assert not any(destination.written for destination in placed.destinations.by_tensor.values())
     assert all(x is None for x in found.values()) and all(x.isnan().all() for x in placed.tensors.values())
 
 
-def test_what_some_small_weights_lack_is_returned_for_all_of_them():
+def test_small_weights_without_all_destinations_return_their_gradients():
     """A_log, dt_bias and D have their sums in one row; without D it has no destination."""
     plain, placed = (Used("mamba2_inner, without D", 1, places) for places in ([], ["A_log", "dt_bias", "norm"]))
     wanted, found = plain.gradients(*plain.losses), placed.gradients(*placed.losses)
@@ -617,7 +617,7 @@ def test_rows_are_added_to_what_is_in_their_place():
     assert destinations.by_tensor[x].written and torch.equal(there, wanted)
 
 
-def test_small_weights_of_several_layers_are_added_up_in_one_call_for_a_kind(monkeypatch):
+def test_small_weights_of_several_layers_are_reduced_in_one_call_per_kind(monkeypatch):
     new, calls, total = Inputs(torch.float64, "cpu"), [], PartialSums.total
     cases = [mamba_case(new, [65, 9]) for _ in range(3)]
     weights = [{key: x.requires_grad_() for key, x in case.leaves.items()} for case in cases]

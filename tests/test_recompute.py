@@ -1,4 +1,4 @@
-"""Activation checkpointing inside operations: the same bits, fewer bytes, and nothing is computed twice again."""
+"""Activation checkpointing inside operations: the same bits, fewer bytes, and each result is recomputed once."""
 
 import contextlib
 import importlib
@@ -57,7 +57,7 @@ def drawn(dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def stack(w: dict[str, Tensor], edit: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
-    """Mamba-2, an MLP and attention with what surrounds them, and a router. edit: what somebody does between them."""
+    """Mamba-2, an MLP and attention with the operations around them, and a router. edit: applied between them."""
     lengths = torch.tensor(LENGTHS)
     position = torch.cat([torch.arange(n, dtype=torch.int32) for n in LENGTHS]).to(DEVICE)
     cu = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(DEVICE, torch.int32)
@@ -79,14 +79,14 @@ def stack(w: dict[str, Tensor], edit: Callable[[Tensor], Tensor] = lambda x: x) 
 
 
 class Held:
-    """What autograd saves: whether it still does shows in whether this is still there."""
+    """A tensor saved by autograd; it is alive as long as this object is."""
 
     def __init__(self, x: Tensor):
         self.x = x
 
 
 class Saved:
-    """What forwards save for their backwards: by autograd, and in what is to be computed again."""
+    """The tensors that forwards save: by autograd, and for recomputation."""
 
     def __init__(self):
         self.held: weakref.WeakSet[Held] = weakref.WeakSet()
@@ -123,7 +123,7 @@ class Saved:
         return [x for reference in self.made if (x := reference()) is not None]
 
     def bytes(self) -> int:
-        """Each storage once."""
+        """The bytes of all storages."""
         storages, seen, left = {}, set(), [held.x for held in self.held] + self.alive()
         while left:
             x = left.pop()
@@ -173,12 +173,12 @@ def test_modes_give_the_same_bits_and_save_less_and_less(dtype):
     for how in MODES[1:]:
         assert torch.equal(ran[how].output, ran["none"].output) and same_bits(ran[how].gradients(), wanted), how
     of = {how: one.bytes for how, one in ran.items()}
-    # selective does without what norms, convolutions and SwiGLU give; block without what projections give, too
+    # selective does not save the results of norms, convolutions and SwiGLU; block also not those of projections
     assert of["none"] > 1.4 * of["selective"] and of["selective"] > 3 * of["block"], of
 
 
 @pytest.mark.parametrize("how", MODES)
-def test_each_thing_is_computed_again_once_for_all_who_need_it(how):
+def test_each_result_is_recomputed_once_for_all_backwards(how):
     ran = Ran(how, torch.bfloat16)
     made, used = ran.saved.calls, [reference() is not None and reference().users > 0 for reference in ran.saved.made]
     assert len(made) == {"none": 0, "selective": 5 * LAYERS + 1, "block": 11 * LAYERS + 3}[how]
@@ -189,7 +189,7 @@ def test_each_thing_is_computed_again_once_for_all_who_need_it(how):
 
 
 @pytest.mark.parametrize("how", MODES)
-def test_what_was_computed_again_is_let_go_after_the_last_who_needs_it(how):
+def test_a_recomputed_result_is_freed_after_its_last_use(how):
     ran = Ran(how, torch.bfloat16)
     again = ran.saved.alive()
     ran.gradients()
@@ -204,8 +204,8 @@ def test_what_is_saved_goes_with_the_graph(how):
     assert not ran.saved.held and not ran.saved.alive()
 
 
-def test_what_somebody_does_between_operations_counts():
-    """Then their results are saved as ever, and what is computed again ends there."""
+def test_edits_between_operations_count():
+    """Then their results are saved as usual, and recomputation ends there."""
     wanted = Ran("none", torch.float32).gradients()
     ran = {how: Ran(how, torch.float32, lambda x: 1.5 * x) for how in MODES}
     gradients = ran["none"].gradients()

@@ -1,7 +1,7 @@
 """A residual stream in bfloat16: what blocks may do with it, and that its sums and gradients have 16 significant bits.
 
-float64 cannot show that: there the stream has no second part. So a stack of blocks runs as `Residual`, as a plain
-float32 stream, and exactly; all take the same weights, and round the same products to bfloat16.
+float64 cannot test this, because there the stream is not split. So a stack of blocks runs with `Residual`, with a plain
+float32 stream, and in float64. All use the same weights and round the same products to bfloat16.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ Stream = Tensor | Residual
 
 
 def drawn() -> dict[str, Tensor]:
-    """The stream's start and the weights: a block adds a fifth of it, so most of the gradient comes along it."""
+    """The start of the stream, and weights: a block adds a fifth of it, so most of the gradient follows the stream."""
     generator = torch.Generator().manual_seed(0)
 
     def new(*shape: int) -> Tensor:
@@ -39,7 +39,7 @@ def as_tensor(r: Stream) -> Tensor:
 
 
 class Layer:
-    """What a block has: two modules, and somewhere to leave what it has read beside them."""
+    """The parts of a block: two modules, and a list for other values that it reads."""
 
     def __init__(self, i: int, weights: dict[str, Tensor]):
         self.i, self.weights, self.seen = i, weights, []
@@ -60,7 +60,7 @@ def turned_round(r: Stream, layer: Layer) -> Stream:
 
 
 def read_by_value(r: Stream, layer: Layer) -> Stream:
-    """After the sum was made and before the next norm makes another of it."""
+    """Reads the value after a sum and before the next norm."""
     r = r + layer.mixer(layer.norm(r))
     gate = as_tensor(r).sigmoid()
     return r + layer.mixer(layer.norm(r)) * gate.to(layer.weights["x"].dtype)
@@ -77,7 +77,7 @@ def two_norms(r: Stream, layer: Layer) -> Stream:
 
 
 def scaled(r: Stream, layer: Layer) -> Stream:
-    """Once, in the middle: from there on the stream is a tensor."""
+    """Scales the stream once, in the middle; after that it is a tensor."""
     r = r + layer.mixer(layer.norm(r))
     return r * 0.5 + layer.mixer(layer.norm(r)) if layer.i == LAYERS // 2 else r
 
@@ -87,7 +87,7 @@ def skipped(r: Stream, layer: Layer) -> Stream:
 
 
 def ignored(r: Stream, layer: Layer) -> Stream:
-    """What the block computes is not used."""
+    """Does not use the block's result."""
     delta = layer.mixer(layer.norm(r))
     return r if layer.i % 2 else r + delta
 
@@ -105,7 +105,7 @@ BLOCKS = (
 
 
 def found(block: Callable[[Stream, Layer], Stream], fast: bool, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The output of a stack, and gradients by name."""
+    """The output of a stack, and its gradients by name."""
     weights = {name: x.detach().to(dtype, copy=True).requires_grad_() for name, x in drawn().items()}
     layers = [Layer(i, weights) for i in range(LAYERS)]
     with forcing(fast):
@@ -126,8 +126,8 @@ def errors(these: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, floa
 
 @contextlib.contextmanager
 def losing(what: str) -> Iterator[None]:
-    """As a mistake would have it: the second parts of sums, or of gradients, are zero; or the gradients of two readers
-    are those that autograd adds up, which knows the first parts alone."""
+    """Imitates a mistake: the low bits of sums or of gradients are zero, or the gradients of two readers are added by
+    autograd, which knows only the high bits."""
 
     def rounded(x: norm.Split24) -> norm.Split24:
         return x._replace(low=torch.zeros_like(x.low))
@@ -167,7 +167,7 @@ def losing(what: str) -> Iterator[None]:
 # Both streams round products to bfloat16, by 2^-9 at most; so both are off by some 2.5e-3. That a sum along the stream
 # has 16 bits adds 2^-17 at each of 16 to 32 sums, a hundredth of that. Measured: 0.97 to 1.03 times the error of
 # float32 in what is most sensitive, the output and the stream's first gradient, and up to 1.43 times in a norm's
-# weight, which has 64 elements; and 1.8 times or more where the second parts are lost.
+# weight, which has 64 elements; and 1.8 times or more where the low bits are lost.
 CLOSE, FAR = 1.2, 1.6
 ANY_WEIGHT = 2
 
@@ -202,15 +202,15 @@ def test_a_stream_is_as_good_as_one_of_float32(block, streams):
     [("sums", "output"), ("gradients", "gradient of x"), ("gradients of two readers", "gradient of x")],
     ids=lambda x: x,
 )
-def test_what_loses_the_second_parts_of_a_stream_is_noticed(lost, where, block, streams):
+def test_losing_the_low_bits_of_a_stream_is_noticed(lost, where, block, streams):
     exact, of_float32 = streams(block)
     with losing(lost):
         its = errors(found(block, True, HALF), exact)
     assert its[where] > FAR * of_float32[where], "else the test above would show nothing"
 
 
-def test_what_else_reads_the_sum_is_refused():
-    """Its gradient would be lost: autograd hands on the first part of it alone."""
+def test_other_readers_of_the_sum_are_refused():
+    """Its gradient would lose bits: autograd passes on only the high bits."""
     weight, x = torch.ones(D, requires_grad=True), torch.randn(T, D, requires_grad=True)
     with forcing(True):
         r = residual_stream(x)
@@ -219,8 +219,8 @@ def test_what_else_reads_the_sum_is_refused():
         (r._sum.high.sum() + y.sum()).backward()
 
 
-def test_a_backward_to_the_last_weights_leaves_nothing_for_the_next():
-    """As one has who compares the gradients of losses in one layer, with retain_graph."""
+def test_a_partial_backward_leaves_no_gradients_for_the_next():
+    """Such as a comparison of losses' gradients in one layer, with retain_graph."""
     weights = {name: x.double().requires_grad_() for name, x in drawn().items()}
     layers, gradients = [Layer(i, weights) for i in range(3)], []
     for fast in (False, True):
@@ -253,8 +253,8 @@ def test_a_stream_acts_like_a_tensor():
             assert torch.equal(of_stream, of_tensor)
 
 
-def test_a_stream_is_not_what_it_began_with():
-    """Who writes to one leaves the other as it is."""
+def test_a_stream_does_not_share_memory_with_its_start():
+    """Writing to one does not change the other."""
     x = torch.randn(T, D)
     for fast in (True, False):
         with forcing(fast):

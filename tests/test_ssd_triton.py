@@ -187,7 +187,7 @@ def test_interpreted_kernels_pass_nothing_between_documents():
     assert interpreted("leaks") == []
 
 
-def test_interpreted_kernels_find_the_same_with_what_the_forward_kept():
+def test_interpreted_kernels_give_the_same_with_saved_states():
     assert interpreted("changed_by_keeping") == {name: [] for name in SMALL}
 
 

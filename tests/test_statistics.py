@@ -135,7 +135,7 @@ def test_the_inner_stage_is_looked_at_on_its_own():
     health = RouterHealth([3.0, 3.0], 900)
     lines = [health.look(step, {"stage0_F": 1 / 3, "stage1_F": 0.01, "rows": 3}) for step in range(1, 60)]
     assert [line for found in lines for line in found] == [
-        "stage 1 is dead: no chunk begins but at the beginning of a row (for 50 steps)"
+        "stage 1 is dead: no chunk begins except at the beginning of a row (for 50 steps)"
     ]
     assert health.stuck
 

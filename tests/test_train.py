@@ -264,8 +264,8 @@ def test_a_checkpoint_whose_bytes_have_changed_is_named(corpus, undisturbed, tmp
     assert f"resuming from {before}" in succeed(corpus, *resume)
 
 
-def test_no_checkpoint_is_lost_where_a_run_goes_on_from_another_one(corpus, undisturbed, tmp_path):
-    """Later ones would be what --resume auto goes on from, and the new ones the first to be deleted."""
+def test_no_checkpoint_is_lost_when_a_run_resumes_from_another_one(corpus, undisturbed, tmp_path):
+    """--resume auto would resume from later ones, and the new ones would be deleted first."""
     folder = shutil.copytree(undisturbed, tmp_path / "run")
     contents = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     first, *_, last = checkpoint.complete(folder)
@@ -495,7 +495,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(corpus
     assert (folder / "checkpoints" / f"step_{len(rows):08d}" / "manifest.json").exists()
 
 
-def test_a_loss_that_is_not_finite_is_named_though_the_next_step_has_been_launched(corpus, tmp_path):
+def test_a_loss_that_is_not_finite_is_reported_after_the_next_launch(corpus, tmp_path):
     flags = ["--steps", "20", "--save-dir", str(tmp_path / "run"), "--clip", "0", "--warmup", "0", "--lr", "1e30"]
     message = refused(corpus, *flags)
     finite = records(tmp_path / "run")
@@ -772,7 +772,7 @@ GB = 10**9
         "asked for",
     ],
 )
-def test_graphs_and_with_them_copies_of_the_weights_where_they_are_possible(monkeypatch, changed, taken, copies):
+def test_graphs_and_replicas_are_used_where_possible(monkeypatch, changed, taken, copies):
     """As if on a Hopper GPU."""
     changed = dict(changed)
     memory = changed.pop("memory", 80 * GB)

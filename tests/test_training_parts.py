@@ -269,7 +269,7 @@ def stage_lengths_of(out, iids):
 
 
 @pytest.mark.parametrize("name", ["two_stages", "hnet_1stage_tiny", "isotropic_tiny"])
-def test_matmul_flops_equal_what_the_linear_layers_really_compute(name):
+def test_matmul_flops_equal_those_of_the_linear_layers(name):
     """Counted by hooks: 2 x in x out for each token that reaches a linear layer, and twice that backwards."""
     raw = TWO_STAGES if name == "two_stages" else json.loads((CONFIGS / f"{name}.json").read_text())
     model = build(H, raw, dtype=torch.float32)

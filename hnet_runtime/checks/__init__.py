@@ -1,1 +1,1 @@
-"""Is what runs what the model file says? Checks before a run, and training against generation."""
+"""Checks that fast steps and generation compute what the model file says."""

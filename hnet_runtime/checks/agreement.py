@@ -1,13 +1,13 @@
-"""Does what runs compute what the files say? Small checks that answer before a run begins.
+"""Checks before a run that fast code computes what the model file and the definitions say.
 
-- `operations`: each operation of hnet_kernels has a fast implementation beside its definition. Where the two differ,
-  as when somebody has edited a definition, the definition runs.
-- `steps_as_graphs`: the graphs call the parts of the model, not its forward. A toy with the config's stages, letters
-  and options runs both ways, in float64 on the CPU.
-- `captured`: the run's own model on its device, captured and replayed, against the same model run eagerly.
-- `generation`: prefill and steps go on from a cache, where training reads whole documents.
+- `operations`: each operation of hnet_kernels has a fast implementation beside its definition. Where they differ, such
+  as after an edit of the definition, the definition runs.
+- `steps_as_graphs`: graphs call the parts of the model, not its forward. A toy with the config's stages, letters and
+  options runs both ways, in float64 on the CPU.
+- `captured`: the run's own model on its device, captured and replayed, is compared with the same model run eagerly.
+- `generation`: prefill and steps continue from a cache, where training reads complete documents.
 
-What differs first is named, and the run takes the next slower way that agrees.
+The first difference is named, and the run takes the next slower way that agrees.
 """
 
 import logging
@@ -29,20 +29,20 @@ from hnet_trainable import BOS, NORM_EPS, HNetConfig, HNetLM, nested_like, rotar
 
 logger = logging.getLogger("hnet")
 
-ALPHA = 0.3  # weight of the ratio losses in a check; any value would do that lets both parts matter
-EXACT = 1e-9  # float64: sums in another order, over some hundred tokens, differ by 1e-12; a wrong formula by far more
-# bfloat16 against float64: each output and each operand of a product is rounded by up to 2^-9, 1e-3 in the mean; a
-# mixer chains some of those
+ALPHA = 0.3  # weight of the ratio losses in a check; any value at which both losses matter
+EXACT = 1e-9  # float64: another order of summation differs by 1e-12, a wrong formula by far more
+# bfloat16 against float64: each output and each operand of a matrix product is rounded by up to 2^-9, 1e-3 on average;
+# a mixer has several of these in a row
 ROUNDED = 2e-2
-# two ways of rounding the same sums, captured with padding and without: at most 4.5e-3 of all gradients on an H200
+# captured with padding against eager without it, which round differently: at most 4.5e-3 of all gradients on an H200
 CAPTURED = 3e-2
 
-# Two batches of as many bytes and other document lengths: rows of one byte, and inner stages that need padding
+# Two batches of equal size with different document lengths: rows of one byte, and inner stages that need padding
 BATCHES = ([37, 1, 58], [2] * 8 + [80])
 
 
 def _gap(found: Tensor, wanted: Tensor) -> float:
-    """The distance of two tensors in units of the second's size; infinite where one is not finite."""
+    """The distance of two tensors over the norm of the second; infinite if one is not finite."""
     gap = (found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-9)
     return gap.nan_to_num(nan=torch.inf, posinf=torch.inf).item()
 
@@ -55,7 +55,7 @@ def _failure(error: Exception) -> str:
 
 
 class _Draw:
-    """Inputs for an operation: random tensors that want a gradient, and documents of 1, 40 and 23 tokens."""
+    """Inputs for an operation: random tensors that need a gradient, and documents of 1, 40 and 23 tokens."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
         self.generator, self.device, self.dtype = torch.Generator().manual_seed(0), device, dtype
@@ -91,7 +91,7 @@ def _chunks(draw: _Draw) -> tuple[Tensor, Tensor]:
     return token_T // 4, token_T[::4].contiguous()
 
 
-# Of each operation: its name in OPERATIONS, what to call and with which inputs. d: how to draw those.
+# For each operation, by its name in OPERATIONS: the call and its inputs. d: draws the inputs.
 EXAMPLES: dict[str, Callable[[_Draw], tuple[Callable[..., Any], list[Any]]]] = {
     "embed": lambda d: (K.embed, [d.whole(256, 64), d(256, 64)]),
     "linear": lambda d: (K.linear, [d(64, 64), d(48, 64, scale=0.1)]),
@@ -132,7 +132,7 @@ EXAMPLES: dict[str, Callable[[_Draw], tuple[Callable[..., Any], list[Any]]]] = {
 
 
 def _outputs_and_gradients(name: str, draw: _Draw, values: list[Any] | None, fast: bool) -> tuple[list[Tensor], list]:
-    """What an operation's example gives; then its inputs. values: what the inputs are, in another dtype."""
+    """Outputs and gradients of an operation's example; then its inputs. values: the inputs, in another dtype."""
     call, inputs = EXAMPLES[name](draw)
     if values is not None:
         for x, value in zip(inputs, values):
@@ -149,7 +149,7 @@ def _outputs_and_gradients(name: str, draw: _Draw, values: list[Any] | None, fas
 
 
 def operations(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """The operations whose fast implementation differs from the definition, each with how.
+    """The operations whose fast implementation differs from the definition, each with the difference.
 
     Outputs and the gradient of every input are compared with those of the definition in float64, on the same inputs.
     """
@@ -161,7 +161,7 @@ def operations(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
             fast, inputs = _outputs_and_gradients(name, _Draw(device, dtype), None, True)
             exact, _ = _outputs_and_gradients(name, _Draw(device, torch.float64), inputs, False)
             gaps = [_gap(a, b) for a, b in zip(fast, exact, strict=True)]
-        except Exception as error:  # of code that somebody has changed: anything
+        except Exception as error:  # edited code can raise anything
             found[name] = _failure(error)
             continue
         if max(gaps) > limit:
@@ -170,10 +170,10 @@ def operations(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
 
 
 def choose_implementations(device: torch.device, dtype: torch.dtype, config: HNetConfig | None = None) -> list[str]:
-    """Lets definitions run where their fast implementations differ from them, on the device or in float64 on the CPU.
+    """Makes definitions run where fast implementations differ from them, on the device or in float64 on the CPU.
 
-    And where a toy of the config does, as when it reads what a fast implementation has changed in place, or recomputes
-    a block. Returns their names, and says so in a line.
+    Also where only a toy of the config differs, for example because it reads a tensor that a fast implementation
+    changes in place. Returns the names of these operations and logs them.
     """
     differing = operations(torch.device("cpu"), torch.float64)
     if device.type == "cuda" and OPERATIONS["linear"].runs_fast(torch.empty(0, dtype=dtype, device=device)):
@@ -197,15 +197,15 @@ def choose_implementations(device: torch.device, dtype: torch.dtype, config: HNe
 
 
 def _fast_steps(config: HNetConfig) -> str | None:
-    """What a toy's forward and backward do with fast implementations that they do not with definitions, in float64."""
+    """How a toy's forward and backward differ between fast implementations and definitions, in float64; or None."""
     pair = _batch(BATCHES[0], torch.device("cpu"))
     try:
         model = equivalence.random_model(toy_config(config), 0, "cpu", torch.float64).train()
         with forcing(False):
             wanted = _plain_step(model, pair)
             if _draws_random_numbers(lambda: model(*pair)) or _difference(_plain_step(model, pair), wanted, "", ""):
-                return None  # two runs differ anyway
-    except Exception:  # of code that somebody has changed; the run will say more
+                return None  # two runs differ in any case
+    except Exception:  # of edited code; the run will report it
         return None
     try:
         with forcing(True):
@@ -218,8 +218,10 @@ def _fast_steps(config: HNetConfig) -> str | None:
 
 
 def toy_config(config: HNetConfig) -> HNetConfig:
-    """A config with the same stages, letters and options, but few layers and small sizes: each stage 64 wide, or twice,
-    three times ... as wide where the config's stages widen."""
+    """A config with the same stages, letters and options, but few layers and small sizes.
+
+    Stages have 64 channels, or a multiple of it where the config's stages widen.
+    """
     raw = config.to_dict()
     raw["arch_layout"] = _few_layers(raw["arch_layout"])
     growths = [0]
@@ -245,7 +247,7 @@ def _few_layers(layout: Any) -> Any:
 
 def _batch(lengths: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(sum(lengths) + len(lengths))
-    ids = torch.randint(97, 109, (sum(lengths),), generator=generator)  # few letters, so that they repeat as in text
+    ids = torch.randint(97, 109, (sum(lengths),), generator=generator)  # few letters, which repeat as in text
     ends = torch.tensor([0, *lengths]).cumsum(0)
     ids[ends[:-1]] = BOS
     iids = nested_tensor_from_jagged(ids.to(device), ends.to(device), min_seqlen=min(lengths), max_seqlen=max(lengths))
@@ -270,7 +272,7 @@ def _plain_step(model: HNetLM, pair: tuple[Tensor, Tensor]) -> Step:
 
 def _graph_step(graphed: GraphedModel, pair: tuple[Tensor, Tensor]) -> Step:
     for gradient in graphed.optimizer.gradients:
-        gradient.fill_(torch.nan)  # so that one that nobody writes is found
+        gradient.fill_(torch.nan)  # so that a gradient that is not written is found
     ce, ratio_S, F_S, G_S = (x[0] for x in graphed.forward_backward([pair], reduces=False))
     losses = {"the cross entropy": ce}
     for name, x_S in (("the ratio loss", ratio_S), ("F", F_S), ("G", G_S)):
@@ -285,16 +287,16 @@ def _draws_random_numbers(call: Callable[[], Any]) -> bool:
 
 
 def steps_as_graphs(config: HNetConfig, ac: str = "none") -> str | None:
-    """What a toy's steps as graphs do that its forward under autograd does not, in float64 on the CPU; or None.
+    """How a toy's steps as graphs differ from its forward under autograd, in float64 on the CPU; or None.
 
-    Compared are losses, F and G, and the gradient of every weight, to 1e-9, over two batches of other lengths.
+    Compares losses, F, G and the gradient of every weight to 1e-9, over two batches of different lengths.
     """
     pairs = [_batch(lengths, torch.device("cpu")) for lengths in BATCHES]
     try:
         model = equivalence.random_model(toy_config(config), 0, "cpu", torch.float64).train()
         plain = [_plain_step(model, pair) for pair in pairs]
         if _draws_random_numbers(lambda: model(*pairs[0])):
-            return "the model draws random numbers, which a graph would draw but once"
+            return "the model draws random numbers, which a graph would draw only once"
         again, _ = _plain_step(model, pairs[0])
         if changed := [name for name, x in again.items() if not torch.equal(x, plain[0][0][name])]:
             return f"{changed[0]} is another when a batch comes again, and a graph repeats what was captured"
@@ -302,7 +304,7 @@ def steps_as_graphs(config: HNetConfig, ac: str = "none") -> str | None:
         for step, pair in zip(plain, pairs):
             if difference := _difference(_graph_step(graphed, pair), step, "in graphs", "by hnet_trainable.py"):
                 return difference
-    except Exception as error:  # of code that somebody has changed: anything
+    except Exception as error:  # edited code can raise anything
         return f"a toy of the config fails with {_failure(error)}"
     return None
 
@@ -322,11 +324,11 @@ def _difference(found: Step, wanted: Step, here: str, there: str) -> str | None:
 
 
 def captured(graphed: GraphedModel, tokens: int = 1024) -> str | None:
-    """What graphs of the run's own model do, captured and replayed, that the model does not when run eagerly; or None.
+    """How graphs of the run's own model, captured and replayed, differ from the model run eagerly; or None.
 
-    Both run the same operations in the compute dtype, over two batches of some documents. Where rounding turns a
-    boundary a batch says nothing, so a difference counts if other documents have it, too. Every process of a run does
-    this on its own; `distributed.first_answer` brings their answers together.
+    Both run the same operations in the compute dtype, over two batches of documents. Where rounding changes a boundary,
+    a batch says nothing, so a difference counts only if other documents show it too. Every process of a run does this
+    on its own; `distributed.first_answer` brings their answers together.
     """
     found = None
     for seed in range(2):
@@ -343,7 +345,7 @@ def captured(graphed: GraphedModel, tokens: int = 1024) -> str | None:
             found = f"the capture fails with {_failure(error)}"
         if not found:
             break
-    for gradient in graphed.optimizer.gradients:  # also between weights, where no step writes
+    for gradient in graphed.optimizer.gradients:  # also the padding between weights, which no step writes
         gradient.zero_()
     graphed.forget()
     return found

@@ -1,12 +1,12 @@
-"""Is the inference model the same model? The check behind `train.py -e generate`.
+"""Compares the inference model with the training model: the check behind `train.py -e generate`.
 
-The same documents go through the training forward (all packed), one prefill (all together, padded) and steps (a byte at
-a time); what every layer puts out is compared token by token, then the continuations. Numbers are in units of a layer's
-own size: the largest |x - y| of a token (as vectors) over the root mean square of the training forward's tokens.
+The same documents go through the training forward (all packed), one prefill (all together, padded) and steps (one byte
+at a time). The output of every layer is compared token by token, then the continuations. Differences are in units of a
+layer's size: the largest |x - y| of a token (as vectors) over the root mean square of the training forward's tokens.
 
-Where rounding turns a boundary (p is nearly 0.5 and the two p agree within the tolerance), the two runs cut the text
-differently from there on: such a turn is counted and excused, and what depends on it is not compared. The outermost
-encoder and router depend on no boundary, so there every turn is counted; further in, the first of each document.
+Rounding can change a boundary where p is close to 0.5 and the two p agree within the tolerance. From there on the two
+runs cut the text differently. Such a boundary is counted and excused, and what depends on it is not compared. The
+outermost encoder and router depend on no boundary, so there every one is counted; further in, the first of a document.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from hnet_trainable import BOS, HNetConfig, HNetLM, RoutingModule, init_weights,
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.5}  # of a layer's output, see above
 P_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05}  # of a boundary probability, absolute
-# In bfloat16 a layer's limit is also so many times what rounding does to the training forward itself, measured against
-# a float32 forward of the same weights: how much depends on the weights, 1% of a layer's size or, in the depth of a
-# trained model, 10%. Two runs that each round as much are apart by up to 2; the third is for luck in a few tokens.
+# In bfloat16 a layer's limit is also this many times the rounding error of the training forward, measured against a
+# float32 forward of the same weights. It depends on the weights: 1% of a layer's size or, deep in a trained model, 10%.
+# Two runs with this error each differ by up to twice as much; the third is a margin for single tokens.
 ROUNDINGS = 3.0
 
 DOCUMENTS = (
@@ -47,7 +47,7 @@ DOCUMENTS = (
 
 @dataclasses.dataclass
 class Trace:
-    """What one way of running gave: by layer in the order of computation, then by document, one row a token."""
+    """The results of one way of running: by layer in the order of computation, then by document, one row per token."""
 
     layers: dict[str, list[Tensor]]
     p: list[list[Tensor]]  # [stage][document]
@@ -60,7 +60,7 @@ class Trace:
 
 @dataclasses.dataclass
 class Row:
-    """One layer compared. `tokens` were; NaN or infinity anywhere makes a difference infinite."""
+    """The comparison of one layer over `tokens` tokens. NaN or infinity makes a difference infinite."""
 
     layer: str
     stage: int
@@ -77,18 +77,18 @@ class Row:
 
 @dataclasses.dataclass
 class Report:
-    """What `check` found. `rows` are in the order of computation; `turned[stage]`: |p - 0.5| of excused boundaries."""
+    """The result of `check`. `rows`: in the order of computation; `turned[stage]`: |p - 0.5| of excused boundaries."""
 
     rows: list[Row]
     positions: list[int]  # tokens of each chunking stage
-    turned: list[list[float]]  # in the training forward, of prefill or steps, whichever turned more
+    turned: list[list[float]]  # in the training forward, against prefill or steps, whichever has more
     nearest: list[float]  # the smallest |p - 0.5| of each stage
     continuations: dict[str, tuple[int, int]]  # greedy, sampled: bytes that differ, bytes compared
     exact_continuations: bool
 
     @property
     def first_disagreement(self) -> str | None:
-        """The first layer, or else kind of continuation, that disagrees."""
+        """The first layer that disagrees, or else the kind of continuation; None if all agree."""
         wrong = [row.layer for row in self.rows if not row.ok]
         if self.exact_continuations:
             wrong += [f"{kind} continuation" for kind, (differ, _) in self.continuations.items() if differ]
@@ -99,7 +99,7 @@ class Report:
         return self.first_disagreement is None
 
     def print(self, console: Console | None = None) -> None:
-        """A table of the largest differences, then boundaries, continuations and the verdict."""
+        """Prints a table of the largest differences, then boundaries, continuations and the verdict."""
         console = console or Console()
         lovely = bool(lovely_summary())
         table = Table("stage", "layer", "tokens", "prefill", "steps", "limit", *["training forward"] * lovely)
@@ -129,7 +129,7 @@ class Report:
 
 
 def _taps(model: nn.Module) -> dict[str, tuple[nn.Module, bool]]:
-    """Where to listen, by name: (module, whether to its input). The same names in both models."""
+    """The modules whose values are recorded, by name: (module, whether its input). Both models have the same names."""
     taps = {}
     for name, module in model.named_modules():
         name = name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
@@ -172,7 +172,7 @@ def _stage(name: str, config: HNetConfig) -> int:
 
 @torch.no_grad()
 def trace_training(model: HNetLM, documents: Sequence[bytes]) -> Trace:
-    """The training forward of all documents (with their BOS) packed."""
+    """Runs the training forward of all documents (with BOS), packed."""
     device, heard = next(model.parameters()).device, {}
     lengths = torch.tensor([len(d) for d in documents])
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(device)
@@ -192,7 +192,7 @@ def trace_training(model: HNetLM, documents: Sequence[bytes]) -> Trace:
 
 
 def trace_prefill(model: HNetInference, documents: Sequence[bytes]) -> Trace:
-    """One prefill of all documents."""
+    """Runs one prefill of all documents."""
     heard: dict[str, list[Tensor]] = {}
     with _listening(model, heard):
         out = model.prefill(documents)
@@ -208,7 +208,7 @@ def trace_prefill(model: HNetInference, documents: Sequence[bytes]) -> Trace:
 
 
 def trace_steps(model: HNetInference, documents: Sequence[bytes]) -> Trace:
-    """All documents a byte at a time, in one batch."""
+    """Runs all documents one byte at a time, in one batch."""
     S, B, device = model.config.num_stages, len(documents), model.embeddings.weight.device
     cache, layers = model.new_cache(B), {}
     p, b = ([[[] for _ in range(B)] for _ in range(S)] for _ in "pb")
@@ -235,7 +235,7 @@ def trace_steps(model: HNetInference, documents: Sequence[bytes]) -> Trace:
 
 @dataclasses.dataclass
 class Comparable:
-    """How many tokens of each document can be compared, [stage][document], given where boundaries were turned.
+    """The number of tokens of each document that can be compared, [stage][document], given the changed boundaries.
 
     `before` the inner stage (encoder), in the `router`, up to the first boundary that differs (`agree`), and `after`
     the inner stage (decoder).
@@ -262,7 +262,7 @@ class Comparable:
 
 
 def _turned(a: Trace, b: Trace, extent: Comparable, s: int) -> list[float]:
-    """|p - 0.5| in `a` of the boundaries of stage s that differ, where they can be compared."""
+    """|p - 0.5| in `a` for the boundaries of stage s that differ, as far as they can be compared."""
     found = []
     for p, mask_a, mask_b, n in zip(a.p[s], a.b[s], b.b[s], extent.router[s]):
         found += (p[:n] - 0.5).abs()[mask_a[:n] != mask_b[:n]].tolist()
@@ -275,7 +275,7 @@ def _first_difference(a: Tensor, b: Tensor, n: int) -> int:
 
 
 def _difference(ours: list[Tensor], theirs: list[Tensor], lengths: list[int], scale: float) -> float:
-    """The largest |x - y| of a token, among the first `lengths` of each document, over `scale`."""
+    """The largest |x - y| of a token among the first `lengths` of each document, divided by `scale`."""
     worst = 0.0
     for x, y, n in zip(ours, theirs, lengths):
         if len(x) < n:
@@ -291,7 +291,7 @@ def _size(documents: list[Tensor]) -> float:
 
 
 def lovely_summary() -> Any:
-    """lovely-tensors' function from a tensor to its summary; None where it isn't installed (the `debug` extra)."""
+    """lovely-tensors' function from a tensor to its summary; None if it isn't installed (the `debug` extra)."""
     try:
         from lovely_tensors import lovely
     except ImportError:
@@ -311,11 +311,11 @@ def check(
     new_bytes: int = 24,
     seed: int = 0,
 ) -> Report:
-    """Compare an unsharded training model with an inference model of the same config, dtype and device.
+    """Compares an unsharded training model with an inference model of the same config, dtype and device.
 
-    documents: texts, to which BOS is added. Each is continued by `new_bytes`, greedily and sampled: the bytes that
-    stepping generates must be those that the training forward and a prefill of the whole text choose at each place with
-    the same random numbers. In bfloat16 a continuation may differ where two bytes are nearly as likely: it is counted.
+    documents: texts, to which BOS is added. Each is continued by `new_bytes`, greedily and sampled. The bytes generated
+    by steps must be those that the training forward and a prefill of the complete text choose at each position with the
+    same random numbers. In bfloat16 a continuation may differ where two bytes are about equally likely; it is counted.
     """
     dtype = inference.embeddings.weight.dtype
     documents = [bytes([BOS]) + d for d in documents]
@@ -338,7 +338,7 @@ def check(
         if exact and any(same := (exact_extent.after if is_after else exact_extent.before)[s]):
             limit = min(limit, ROUNDINGS * _difference(exact.layers[name], theirs, same, size))
         rows.append(Row(name, s, min(map(sum, lengths)), *found, limit, _summary(theirs)))
-        if name.endswith("encoder.rmsnorm"):  # then comes the router
+        if name.endswith("encoder.rmsnorm"):  # the router comes next
             p, lengths = reference.p[s], [extent.router[s] for extent in extents]
             found = [_difference(o.p[s], p, n, 1.0) for o, n in zip(others, lengths)]
             router = name.replace("encoder.rmsnorm", "routing_module")
@@ -376,11 +376,11 @@ def _continuations(training, inference, documents, new_bytes: int, seed: int) ->
 
 @torch.no_grad()
 def random_model(config: HNetConfig, seed: int, device: str | torch.device, dtype: torch.dtype) -> HNetLM:
-    """Random weights with which the check means something, drawn from (seed, name).
+    """A model with random weights that make the check meaningful, drawn from (seed, name).
 
-    Fresh ones as training draws them would not do: the routers' projections are the identity and all p lie near 0.5,
-    where rounding decides. Here they map to four dimensions, so that angles between tokens are spread out; and biases,
-    residual_proj and pad_dimension, which start at zero, are drawn as well.
+    The initial weights of training are unsuitable: the routers' projections are the identity and all p are close to
+    0.5, where rounding decides. Here they map to four dimensions, so that angles between tokens are spread out. Biases,
+    residual_proj and pad_dimension, which start at zero, are random too.
     """
     model = init_weights(HNetLM(config), seed)
     generator = torch.Generator().manual_seed(seed)
@@ -415,11 +415,11 @@ def run(
     length: int = 0,
     console: Console | None = None,
 ) -> bool:
-    """The whole check, printed; True if all agrees. With a checkpoint, it's loaded once for each of the two models.
+    """Runs and prints the full check; True if all agrees. A checkpoint is loaded once for each of the two models.
 
-    Without one, the weights are random and the inference model borrows them. `length` adds a document of so many random
-    bytes, to go beyond a window. Raises UserError where a checkpoint can't be read or isn't of this config, ValueError
-    without either.
+    Without one, the weights are random and the inference model shares them. `length` adds a document of that many
+    random bytes, to exceed a window. Raises UserError if a checkpoint can't be read or has another config, ValueError
+    without config and checkpoint.
     """
     if checkpoint:
         training = weights.load_training(checkpoint, config, device, dtype)
@@ -432,7 +432,7 @@ def run(
     generator = torch.Generator().manual_seed(seed)
     long = [bytes(torch.randint(256, (length,), generator=generator).tolist())] * bool(length)
     precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # TF32 is further off than what float32 is held to here
+    torch.set_float32_matmul_precision("highest")  # TF32 exceeds the tolerance of float32
     try:
         report = check(training, inference, (*DOCUMENTS, *long), seed=seed)
     finally:

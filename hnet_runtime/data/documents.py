@@ -21,8 +21,8 @@ from hnet_runtime import DataError
 ROWS, TEXTS, PACKED = (".jsonl", ".ndjson", ".json", ".parquet"), (".txt", ".md", ".py"), (".gz", ".zst", ".bz2")
 KINDS = ", ".join([*TEXTS, *ROWS]) + f" (all but .parquet also with {', '.join(PACKED)})"
 MB = 1 << 20
-BLOCK_BYTES = 8 * MB  # unit of reading
-WHOLE_BYTES = 32 * MB  # a longer text file is not held in memory
+BLOCK_BYTES = 8 * MB  # read at a time
+WHOLE_BYTES = 32 * MB  # longer text files are read in blocks
 VALUE_BYTES = 256 * MB  # longest element of a JSON array
 BOM = codecs.BOM_UTF8
 READ_ERRORS = (OSError, EOFError, zlib.error)
@@ -32,7 +32,7 @@ Reject = Callable[..., None]
 
 
 def suffixes(name: str) -> str:
-    """The suffix of a file's name in lower case, with the one before it where the last names a compression."""
+    """The suffix of a file's name in lower case, with the one before it if the last names a compression."""
     stem, dot, last = name.rpartition("/")[2].lower().rpartition(".")
     if not (stem and dot):
         return ""
@@ -41,24 +41,24 @@ def suffixes(name: str) -> str:
 
 
 def kind(name: str) -> str:
-    """The suffix of a file that can be read, like .json.gz; "" for other files."""
+    """The suffix of a file that can be read, such as .json.gz; "" for other files."""
     found = suffixes(name)
     plain = "." + found.split(".")[1] if found else ""
     return found if plain in ROWS + TEXTS and (found == plain or plain != ".parquet") else ""
 
 
 def has_rows(name: str) -> bool:
-    """Whether a file has a document in each row, rather than being one."""
+    """Whether a file has one document per row; else it is one document."""
     return kind(name).startswith(ROWS)
 
 
 def is_divisible(name: str) -> bool:
-    """Whether several processes can read one file, each a piece of it."""
+    """Whether several processes can each read a piece of the file."""
     return kind(name) in (".jsonl", ".ndjson", ".parquet")
 
 
 def in_words(path: str) -> str:
-    """A path as messages show it: on one line, whatever bytes and control characters it has."""
+    """A path in a message: on one line, with its other bytes and control characters escaped."""
     escaped = (c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in path)
     return path if path.isprintable() else "".join(escaped)
 
@@ -71,7 +71,7 @@ def first_line(e: Exception) -> str:
 
 
 class _Remote(io.RawIOBase):
-    """A file on the hub. Its failures are the network's, never bad input to be skipped."""
+    """A file on the Hub. Its failures are those of the network, and never skipped as bad input."""
 
     def __init__(self, path: str):
         from huggingface_hub import HfFileSystem
@@ -103,7 +103,7 @@ class _Remote(io.RawIOBase):
 
 
 def _open(path: str) -> io.BufferedIOBase:
-    """The file's own bytes; of a file on the hub, from the hub's cache where that has it."""
+    """The bytes of the file; a file on the Hub is read from the Hub's cache if it is there."""
     if not path.startswith("hf://"):
         return open(path, "rb")
     from huggingface_hub import try_to_load_from_cache
@@ -116,7 +116,7 @@ def _open(path: str) -> io.BufferedIOBase:
 
 @contextlib.contextmanager
 def _unpacked(path: str) -> Iterator[io.BufferedIOBase]:
-    """The file's bytes, decompressed."""
+    """The decompressed bytes of the file."""
     with _open(path) as raw:
         if path.lower().endswith(".gz"):
             with gzip.open(raw) as f:
@@ -132,7 +132,7 @@ def _unpacked(path: str) -> Iterator[io.BufferedIOBase]:
 
 
 class LongText:
-    """A text file that is too long to hold in memory: iterates over its blocks, without a byte order mark."""
+    """A long text file, which is not held in memory: iterates over its blocks, without a byte order mark."""
 
     def __init__(self, path: str, size: int):
         self.path, self.size = path, size
@@ -153,7 +153,7 @@ class LongText:
 
 
 def digest(text: bytes | LongText) -> bytes:
-    """16 bytes of SHA-256. Raises UnicodeDecodeError."""
+    """The first 16 bytes of the text's SHA-256. Raises UnicodeDecodeError if it is not UTF-8."""
     if isinstance(text, bytes):
         text.decode()
         return hashlib.sha256(text).digest()[:16]
@@ -169,9 +169,9 @@ def digest(text: bytes | LongText) -> bytes:
 
 
 def read(path: str, size: int, column: str, reject: Reject, piece: int = 0, pieces: int = 1) -> Iterator[Document]:
-    """Documents of one file of a kind that can be read, or of one of equal pieces of it, in order.
+    """The documents of one file, or of one of `pieces` equal pieces of it, in order.
 
-    size: of the file. column: where rows have their text.
+    size: that of the file in bytes. column: the column with the text of rows.
     """
     found = kind(path)
     if found == ".parquet":
@@ -198,7 +198,7 @@ def _reason(e: Exception) -> str:
 
 
 class _NotText(Exception):
-    """Why a row has no text, in words."""
+    """The reason why a row has no text, in words."""
 
 
 def _text_of(row: Any, column: str) -> bytes:
@@ -222,7 +222,7 @@ def _expected(where: str, column: str, why: str) -> str:
 
 
 def _parse(line: bytes) -> Any:
-    """The value of one line of JSON. Raises _NotText."""
+    """The value of one line of JSON. Raises _NotText if it is not valid."""
     try:
         return json.loads(line.decode())
     except UnicodeDecodeError as e:
@@ -234,23 +234,23 @@ def _parse(line: bytes) -> Any:
 
 
 def _read_lines(path: str, start: int, stop: int, column: str, reject: Reject) -> Iterator[Document]:
-    """The rows whose lines begin in bytes [start, stop) of the file; all of them where it is compressed."""
+    """The rows whose lines begin in bytes [start, stop) of the file; all rows if it is compressed."""
     packed, number, at = path.lower().endswith(PACKED), 0, start
 
     def where() -> str:
         before = 0
-        if start:  # the lines of earlier pieces are counted only here, where a message needs them
+        if start:  # the lines of earlier pieces are counted only for a message
             with _open(path) as f:
                 before = sum(f.read(min(MB, begin - done)).count(b"\n") for done in range(0, begin, MB))
         return f"{in_words(path)}, line {before + number}"
 
     try:
         with _unpacked(path) as f:
-            if start:  # a line that began before `start` belongs to the piece before
+            if start:  # a line that began before `start` belongs to the previous piece
                 f.seek(start - 1)
                 at += len(f.readline()) - 1
             begin = at
-            while (packed or at < stop) and (line := f.readline()):  # ends at \n alone: others may stand in a text
+            while (packed or at < stop) and (line := f.readline()):  # only \n ends a line: other separators may be text
                 at, number = at + len(line), number + 1
                 line = line.removeprefix(BOM)
                 if not line.strip():
@@ -267,7 +267,7 @@ def _read_lines(path: str, start: int, stop: int, column: str, reject: Reject) -
 
 
 def _read_json(path: str, column: str, reject: Reject) -> Iterator[Document]:
-    """The rows of a .json file, which are the elements of one array, or lines."""
+    """The rows of a .json file: the elements of one array, or lines."""
     try:
         shape = json_shape(path)
     except READ_ERRORS as e:
@@ -299,7 +299,7 @@ def _read_json(path: str, column: str, reject: Reject) -> Iterator[Document]:
 
 
 def json_shape(path: str) -> str:
-    """How a .json file begins: as an "array" of rows, as "lines" of them, or "" where it begins as something else."""
+    """The shape of a .json file by its beginning: "array" of rows, "lines" of rows, or "" for anything else."""
     with _unpacked(path) as f:
         line = b"\n"
         while line and not line.strip():
@@ -318,7 +318,7 @@ def json_shape(path: str) -> str:
 
 
 def is_settings(path: str, column: str) -> bool:
-    """Whether a .json file is no rows but, like package.json, one object without the column, or another shape."""
+    """Whether a .json file has no rows: like package.json, one object without the column, or another shape."""
     try:
         if (shape := json_shape(path)) != "lines":
             return not shape
@@ -326,21 +326,21 @@ def is_settings(path: str, column: str) -> bool:
             lines = [line for line in (f.readline(BLOCK_BYTES).strip() for _ in range(2)) if line]
         return len(lines) == 1 and len(lines[0]) < BLOCK_BYTES and column not in _parse(lines[0].removeprefix(BOM))
     except (*READ_ERRORS, _NotText):
-        return False  # what reads it will say what is wrong
+        return False  # the reader will report the error
 
 
 def _elements(f: io.BufferedIOBase) -> Iterator[Any]:
-    """The elements of one JSON array, a few megabytes of the file in memory at a time. Raises ValueError."""
+    """The elements of one JSON array, with a few megabytes in memory at a time. Raises ValueError if invalid."""
     decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8-sig")()
     buffer, at, ended = "", 0, False
 
     def more() -> None:
         nonlocal buffer, at, ended
-        block = f.read(max(MB, len(buffer) - at))  # twice as much each time, so that a long element is parsed seldom
+        block = f.read(max(MB, len(buffer) - at))  # doubled each time, so that a long element is parsed few times
         buffer, at, ended = buffer[at:] + utf8.decode(block, final=not block), 0, not block
 
     def mark() -> str:
-        """The next character that is no white space; "" at the end."""
+        """The next character that is not white space; "" at the end."""
         nonlocal at
         while True:
             while at < len(buffer) and buffer[at] in " \t\r\n":
@@ -375,7 +375,7 @@ def _elements(f: io.BufferedIOBase) -> Iterator[Any]:
 
 
 def _read_parquet(path: str, piece: int, pieces: int, column: str, reject: Reject) -> Iterator[Document]:
-    """The rows of the row groups in one of `pieces` equal parts, decoded a few megabytes at a time."""
+    """The rows of the row groups in one of `pieces` equal pieces, decoded a few megabytes at a time."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -384,7 +384,7 @@ def _read_parquet(path: str, piece: int, pieces: int, column: str, reject: Rejec
         f = pq.ParquetFile(_open(path), pre_buffer=False, buffer_size=MB, page_checksum_verification=True)
         schema = f.schema_arrow
     except (pa.ArrowException, OSError) as e:
-        if piece == 0:  # once for the file, not for each of its pieces
+        if piece == 0:  # once per file, not per piece
             why = e.strerror if isinstance(e, PermissionError) else f"not a whole parquet file ({first_line(e)})"
             reject(f"{name}: {why}")
         return
@@ -401,7 +401,7 @@ def _read_parquet(path: str, piece: int, pieces: int, column: str, reject: Rejec
         batch_rows = max(1, min(4096, rows * BLOCK_BYTES // max(1, groups[group].total_byte_size)))
         try:
             for batch in f.iter_batches(batch_rows, [group], [column], use_threads=False):
-                texts = batch.column(batch.schema.get_field_index(column))  # `column` also asks for `column.other`
+                texts = batch.column(batch.schema.get_field_index(column))  # `column` also selects `column.other`
                 texts = texts.dictionary_decode() if pa.types.is_dictionary(kind_of_text) else texts
                 for text in texts.cast(pa.large_binary()).to_pylist():
                     yield lambda: f"{name}, row {row} (counted from 0)", text or b""  # noqa: B023 (called at once)
@@ -411,7 +411,7 @@ def _read_parquet(path: str, piece: int, pieces: int, column: str, reject: Rejec
 
 
 def _wrong_column(schema, column: str) -> str:
-    """What is wrong with the column of a parquet file that is to hold text, in words; "" where nothing is."""
+    """Why the column of a parquet file can't be read as text, in words; "" if it can."""
     import pyarrow as pa
 
     named = [field.type for field in schema if field.name == column]

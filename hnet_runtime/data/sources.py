@@ -1,11 +1,11 @@
-"""Which files of a source are text to train on: of a folder, of the standard library, of a dataset on the hub.
+"""Which files of a source are training text: of a folder, the standard library, or a dataset on the Hub.
 
-Files of a dataset that belong to its test or validation split are held out by whoever made it. Which files are "train"
-is what the `datasets` library says: it is shown a folder of empty files with the same names and the same card. That
-decides for every dataset on the hub. It decides for a local folder that has a dataset card, or where the library finds
-a train split by name; other folders are taken whole.
+The test and validation splits of a dataset are held out. Which files are "train" is decided by the `datasets` library:
+it is given a folder of empty files with the same names and the same card. This decides for every dataset on the Hub. It
+decides for a local folder that has a dataset card, or in which the library finds a train split by name. Of other
+folders all files are taken.
 
-A source is a root and the files below it, in sorted order. `Report` counts what is taken and what is left out, by kind.
+A source is a root and the files below it, in sorted order. `Report` counts what is taken and left out, by kind.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from typing import NamedTuple
 from hnet_runtime import DataError
 from hnet_runtime.data.documents import KINDS, Reject, first_line, has_rows, in_words, is_settings, kind, suffixes
 
-CARD, MORE_OF_CARD = "README.md", (".huggingface.yaml", "dataset_infos.json")  # what `datasets` reads beside the card
+CARD, MORE_OF_CARD = "README.md", (".huggingface.yaml", "dataset_infos.json")  # other files that `datasets` reads
 NAMED_LIKE = "takes folders and files that are named like a held-out split, too"
 HELD_OUT = re.compile(r"(^|[-._ 0-9])(validation|valid|dev|val|test|testing|eval|evaluation)([-._ 0-9]|$)")
 SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<rest>\..*)")
@@ -31,20 +31,20 @@ SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<rest>
 class File(NamedTuple):
     """A file of a source."""
 
-    path: str  # below the root
-    bytes: int  # -1 where it is a link to a file that is missing
+    path: str  # relative to the root
+    bytes: int  # -1 for a link to a missing file
     version: str | int  # changes when the file does
 
 
 class Report:
-    """What a source gave, by kind of file: how many were taken, and how many left out, with examples."""
+    """Files taken and left out of a source, counted by kind, with examples."""
 
     def __init__(self):
         self.taken: Counter[str] = Counter()
         self.left: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
         self.notes: list[str] = []
-        self.numbered: dict[tuple[str, ...], set[int]] = {}  # of files like train-00000-of-00002.parquet
+        self.numbered: dict[tuple[str, ...], set[int]] = {}  # for names such as train-00000-of-00002.parquet
 
     def take(self, path: str) -> None:
         self.taken[kind(path)] += 1
@@ -58,13 +58,13 @@ class Report:
             examples.append(in_words(path))
 
     def note(self, what: str, paths: list[str]) -> None:
-        """Adds a sentence about some files, of which a few are named."""
+        """Adds a sentence about some files, with a few of their names."""
         if paths:
             some = ", ".join(map(in_words, paths[:3])) + (f" and {len(paths) - 3:,} more" if len(paths) > 3 else "")
             self.notes.append(f"{what}: {some}")
 
     def finish(self) -> None:
-        """To be called when all files are known: notes the files that are missing from a numbered series."""
+        """Notes the files that are missing from a numbered series. To be called when all files are known."""
         for (stem, total, rest), there in self.numbered.items():
             missing = sorted(set(range(int(total))) - there)
             self.note(
@@ -73,7 +73,7 @@ class Report:
             )
 
     def lines(self) -> list[str]:
-        """What a person should know, a sentence a line."""
+        """The report as sentences, one per line."""
 
         def plural(n: int) -> str:
             return f"{n:,} file" + "s" * (n != 1)
@@ -97,10 +97,10 @@ class Report:
 
 
 def find(source: str, column: str, reject: Reject, report: Report) -> tuple[str, Iterator[File]]:
-    """Root and files of a source; `report` is filled as they are read.
+    """The root and the files of a source; `report` is filled while they are read.
 
-    source: stdlib, a file, a folder, or hf:owner/name[@revision][:config]. column: where rows have their text.
-    `reject` is told of folders and links that can't be read.
+    source: stdlib, a file, a folder, or hf:owner/name[@revision][:config]. column: the column with the
+    text of rows. `reject` is called for folders and links that can't be read.
     """
     if source == "stdlib":
         root = sysconfig.get_path("stdlib")
@@ -128,7 +128,7 @@ def find(source: str, column: str, reject: Reject, report: Report) -> tuple[str,
 def _walk(root: str, reject: Reject, report: Report, skip: tuple[str, ...] = ()) -> Iterator[File]:
     """Files below a folder in sorted order, one folder's names in memory at a time.
 
-    Links are followed, but none to a folder that was reached before or holds the root. Hidden files are left out.
+    Links are followed, except to a folder that was reached before or contains the root. Hidden files are left out.
     """
 
     def identity(path: str) -> tuple[int, int] | str:
@@ -198,7 +198,7 @@ def _of_stdlib(root: str, reject: Reject, report: Report) -> Iterator[File]:
 
 
 def _of_folder(root: str, column: str, reject: Reject, report: Report) -> Iterator[File]:
-    with_rows: set[str] = set()  # folders below which there are rows: a README.md there is about them
+    with_rows: set[str] = set()  # folders with rows: a README.md there describes them
     texts = code = trains = False
     for file in _walk(root, _ignore, Report()):
         found = kind(file.path)
@@ -207,7 +207,7 @@ def _of_folder(root: str, column: str, reject: Reject, report: Report) -> Iterat
         if has_rows(file.path) and os.path.dirname(file.path) not in with_rows:
             with_rows.update(map(str, Path(file.path).parents), [os.path.dirname(file.path)])
     split_of, card = None, {}
-    if with_rows or texts:  # the library would take neither .py nor .md for text
+    if with_rows or texts:  # the library does not take .py and .md for text
         card = _front_matter(os.path.join(root, CARD))
     if "configs" in card or ((card or trains) and (with_rows or not code)):
         split_of = _splits_of_folder(root, bool(card))
@@ -244,7 +244,7 @@ def _not_train(split: str | None, found: str) -> str:
 
 
 def _named_like_held_out(path: str) -> Iterator[str]:
-    """The first folder of a path that is named like a validation or test split; or the file, where it is data."""
+    """The first folder of a path that is named like a validation or test split, or the file if it is data."""
     parts = path.split(os.sep)
     for n, part in enumerate(parts, 1):
         if HELD_OUT.search(part) and (n < len(parts) or kind(part) not in (".py", ".md")):
@@ -253,7 +253,7 @@ def _named_like_held_out(path: str) -> Iterator[str]:
 
 
 def _splits_of_folder(root: str, card: bool) -> dict[str, str] | None:
-    """The split of each file of a local folder, where that is a dataset; None where it is to be taken whole.
+    """The split of each file of a local folder that is a dataset; None if all its files are to be taken.
 
     card: whether the folder has a dataset card.
     """
@@ -261,7 +261,7 @@ def _splits_of_folder(root: str, card: bool) -> dict[str, str] | None:
     for name in (CARD, *MORE_OF_CARD) if card else ():
         with contextlib.suppress(OSError):
             contents[name] = Path(root, name).read_bytes()
-    here, all_of_them = [], []  # without links to files that are missing, and with them
+    here, all_of_them = [], []  # without links to missing files, and with them
     for file in _walk(root, _ignore, Report()):
         all_of_them.append(file.path)
         here += [file.path] * (file.bytes >= 0)
@@ -282,7 +282,7 @@ def _splits_of_folder(root: str, card: bool) -> dict[str, str] | None:
 
 
 def _front_matter(path: str) -> dict:
-    """What a dataset's card declares at its head; empty where there is no card, or a README.md that is none."""
+    """The declarations at the head of a dataset's card; empty if there is no card, or README.md is not one."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
         with open(path, encoding="utf-8") as f:
             if f.readline().rstrip() != "---":
@@ -302,10 +302,10 @@ def _front_matter(path: str) -> dict:
 def decide(
     spec: str, names: Iterable[str], contents: dict[str, bytes], config: str = ""
 ) -> tuple[dict[str, list[str]], bool]:
-    """The files of each split of a dataset, as the `datasets` library finds them; whether names tell splits apart.
+    """The files of each split of a dataset, as the `datasets` library finds them; and whether names show the splits.
 
-    names: of all files of the dataset. contents: of those that say which files are which, such as the card. config: a
-    config of the card, "" for its default one; where the card declares none, a folder. Raises DataError.
+    names: all files of the dataset. contents: those of files that declare splits, such as the card. config: a config
+    of the card, "" for its default one; if the card declares none, a folder. Raises DataError.
     """
     import datasets
     from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
@@ -317,7 +317,7 @@ def decide(
         root, originals = os.path.join(os.path.realpath(top), "files"), {}
         os.mkdir(root)
         for name in [*names, *contents]:
-            shown = name.encode(errors="surrogateescape").decode(errors="replace")  # the library wants UTF-8
+            shown = name.encode(errors="surrogateescape").decode(errors="replace")  # the library expects UTF-8
             originals.setdefault(shown, {})[name] = None
             os.makedirs(os.path.dirname(os.path.join(root, shown)), exist_ok=True)
             Path(root, shown).write_bytes(contents.get(name, b""))
@@ -342,7 +342,7 @@ def decide(
             if "same data file format" not in str(e):
                 why = first_line(e).replace(root + os.sep, "").replace(root, "it")
                 raise DataError(f"{spec}: the datasets library can't tell which files are which ({why})") from e
-            where = os.path.join(root, below)  # it wants one format in all splits, which is nothing to us
+            where = os.path.join(root, below)  # the library expects one format in all splits
             files = DataFilesDict.from_patterns(get_data_patterns(where), base_path=where)
         by_name = False
         with contextlib.suppress(EmptyDatasetError):
@@ -362,7 +362,7 @@ def _one_of(spec: str, configs: list[str]) -> str:
 
 
 def require_train(spec: str, splits: dict[str, list[str]]) -> list[str]:
-    """The files of the train split that can be read. Raises DataError, naming what there is, where there are none."""
+    """The readable files of the train split. Raises DataError, with the splits that exist, if there are none."""
     others = ", ".join(splits)
     if splits and not splits.get("train"):
         raise DataError(f"{spec}: has no train split, only {others}; prepare takes no text that is held out")
@@ -378,7 +378,7 @@ def require_train(spec: str, splits: dict[str, list[str]]) -> list[str]:
 
 
 def _of_hub(spec: str, reject: Reject, report: Report) -> tuple[str, Iterator[File]]:
-    """Data files of a dataset on the hub, at one commit; without a network, those that the hub's cache holds."""
+    """The data files of a dataset on the Hub, at one commit; without a network, those in the Hub's cache."""
     import huggingface_hub as hub
     from huggingface_hub import errors
 
@@ -405,7 +405,7 @@ def _of_hub(spec: str, reject: Reject, report: Report) -> tuple[str, Iterator[Fi
         raise DataError(f"{spec}: the hub has no dataset {repo} (or it is private: hf auth login)") from e
     except errors.RevisionNotFoundError as e:
         raise DataError(f"{spec}: {repo} has no revision {revision}") from e
-    except Exception as e:  # offline, or what the HTTP library of this release of huggingface_hub raises
+    except Exception as e:  # offline, or an error of the HTTP library of this huggingface_hub
         reason = first_line(e)
     where = {"repo_type": "dataset", "revision": revision or None}
     try:
@@ -414,7 +414,7 @@ def _of_hub(spec: str, reject: Reject, report: Report) -> tuple[str, Iterator[Fi
         raise DataError(f"{spec}: not in the hub's cache, and the hub can't be reached ({reason})") from e
     files = {file.path: file for file in _walk(root, reject, Report())}
     contents = {name: Path(root, name).read_bytes() for name in (CARD, *MORE_OF_CARD) if Path(root, name).is_file()}
-    with contextlib.suppress(Exception):  # not every release remembers, for every download, what the hub listed
+    with contextlib.suppress(Exception):  # not every release stores the Hub's list for every download
         files = {file.path: File(file.path, -1, "") for file in hub.get_cached_repo_tree(repo, **where)} | files
     chosen = _choose(spec, list(files), contents, config, report)
     here = [name for name in chosen if files[name].bytes >= 0]
@@ -426,7 +426,7 @@ def _of_hub(spec: str, reject: Reject, report: Report) -> tuple[str, Iterator[Fi
 
 
 def _choose(spec: str, names: list[str], contents: dict[str, bytes], config: str, report: Report) -> list[str]:
-    """The training files of a dataset that can be read."""
+    """The readable training files of a dataset."""
     splits = decide(spec, names, contents, config)[0]
     chosen = require_train(spec, splits)
     split_of, taken = {name: split for split, files in splits.items() for name in files}, set(chosen)

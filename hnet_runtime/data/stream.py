@@ -1,9 +1,9 @@
-"""Shards and the batches that training reads from them. See fineweb.py, which makes shards from text.
+"""Reads micro-batches from shards. fineweb.py makes shards from text.
 
     stream = ByteStream("DIR", slice_bytes=32768)   shards become micro-batches
     inputs, labels = stream.slice(0).nested("cuda")
 
-`ByteStream` is a pure function of the shards, the seed and the sizes: to resume is to know the step.
+`ByteStream` is a pure function of the shards, the seed and the sizes: to resume, only the step is needed.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ MANIFEST, WORK = "manifest.json", ".work"
 MB = 1 << 20
 BLOCK_BYTES = 8 * MB  # unit of copying and hashing
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-SECTION_DOCUMENTS = 1 << 16  # of the order by length, located together
+SECTION_DOCUMENTS = 1 << 16  # documents of a section in the order by length
 
 
 # ---------------------------------------------------------------------------------------------------------- files
@@ -47,20 +47,20 @@ def named(path: str | Path) -> str:
 
 
 def say(*lines: str, file: TextIO | None = None) -> None:
-    """Prints lines, also where the output can't encode all of their characters; nothing where it has no reader."""
+    """Prints lines. Replaces characters that the output can't encode, and prints nothing if it has no reader."""
     file = file or sys.stdout
     encoding = getattr(file, "encoding", None) or "utf-8"
     try:
         for line in lines:
             print(line.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
-    except OSError:  # its reader is gone, which is no reason to stop; Python would try again at its end
+    except OSError:  # the reader is gone, which is no reason to stop; Python would try again at exit
         with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), file.fileno())
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path, scratch: Path | None = None):
-    """A binary file that appears as `path` only when it is complete and on disk; `scratch` is where it grows."""
+    """A binary file that appears as `path` only when it is complete and on disk; it is written as `scratch`."""
     temporary = (scratch or path.parent) / f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp"
     try:
         with open(temporary, "wb", buffering=MB) as f:
@@ -77,7 +77,7 @@ def atomic_file(path: Path, scratch: Path | None = None):
 
 
 def sync_folder(path: Path) -> None:
-    """Makes renames in a folder outlast a power cut."""
+    """Makes renames in a folder survive a power failure."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -86,11 +86,11 @@ def sync_folder(path: Path) -> None:
 
 
 def disk_full(path: Path, e: OSError) -> DataError:
-    return DataError(f"{path}: no room to write it ({e.strerror}); make room and run the same command again")
+    return DataError(f"{path}: no space to write it ({e.strerror}); free some and run the same command again")
 
 
 def write_table(path: Path, header: dict, blocks: Iterable[bytes], scratch: Path | None = None) -> None:
-    """One line of JSON, then raw little-endian data: the format of indexes and runs."""
+    """Writes one line of JSON, then raw little-endian data: the format of indexes and runs."""
     with atomic_file(path, scratch) as f:
         f.write(json.dumps(header, separators=(",", ":")).encode() + b"\n")
         for block in blocks:
@@ -101,9 +101,9 @@ def write_table(path: Path, header: dict, blocks: Iterable[bytes], scratch: Path
 
 
 def write_index(shard: Path, starts: np.ndarray, sha256: str, scratch: Path | None = None, **extra) -> None:
-    """`starts` int64 (documents + 1,): where each document's BOS is, then the size of the shard.
+    """Writes a shard's index. starts: int64 (documents + 1,): each document's BOS, then the size of the shard.
 
-    The header ties the index to one state of the shard file, by size and time; `crc32` guards the index itself.
+    The header ties the index to one state of the shard, by size and time; `crc32` protects the index itself.
     """
     stat, body = shard.stat(), starts.astype("<i8").tobytes()
     header = dict(bytes=stat.st_size, mtime_ns=stat.st_mtime_ns, sha256=sha256, crc32=zlib.crc32(body), **extra)
@@ -111,7 +111,7 @@ def write_index(shard: Path, starts: np.ndarray, sha256: str, scratch: Path | No
 
 
 def read_index(shard: Path, header_only: bool = False) -> tuple[dict, np.ndarray | None]:
-    """Header and starts of a shard's index; the header is empty where it is missing, torn or older than the shard."""
+    """Header and starts of a shard's index. The header is empty if it is missing, damaged or older than the shard."""
     try:
         stat = shard.stat()
         with open(shard.with_suffix(".index"), "rb") as f:
@@ -127,7 +127,7 @@ def read_index(shard: Path, header_only: bool = False) -> tuple[dict, np.ndarray
 
 
 def _scan(shard: Path) -> tuple[np.ndarray, str]:
-    """Starts and SHA-256 of a shard from its bytes alone, a block at a time."""
+    """Starts and SHA-256 of a shard, from its bytes, read block by block."""
     found, position, digest = [], 0, hashlib.sha256()
     with open(shard, "rb") as f:
         while block := f.read(BLOCK_BYTES):
@@ -138,11 +138,11 @@ def _scan(shard: Path) -> tuple[np.ndarray, str]:
 
 
 def reindex(shard: Path, sha256: str) -> np.ndarray:
-    """Starts of a shard whose index is missing or stale: proves the contents first, then caches if it can."""
+    """Starts of a shard whose index is missing or outdated. Verifies the shard, and writes the index if it can."""
     starts, found = _scan(shard)
     if found != sha256:
         raise DataError(f"{shard}: its contents changed after prepare wrote it; prepare the folder again")
-    with contextlib.suppress(OSError, DataError):  # a read-only or full disk costs a scan each time, nothing else
+    with contextlib.suppress(OSError, DataError):  # with a read-only or full disk each start needs a scan
         write_index(shard, starts, sha256)
     return starts
 
@@ -179,22 +179,22 @@ def fingerprint(shards: list[dict]) -> str:
 
 @dataclass(frozen=True)
 class Slice:
-    """One micro-batch: T byte pairs, cut into B rows. A row lies inside one document."""
+    """One micro-batch: T byte pairs in B rows. Each row is inside one document."""
 
     inputs: np.ndarray  # uint8 (T,); 0xFE where a document starts
     labels: np.ndarray  # uint8 (T,); the byte after each input, 0xFF where the document ends
     row_lengths: np.ndarray  # int64 (B,), sums to T
     documents: np.ndarray  # int64 (B,), number of the row's document in file order, unique over the stream
-    document_bytes: np.ndarray  # int64 (B,), text bytes of that whole document
+    document_bytes: np.ndarray  # int64 (B,), text bytes of that document
     offsets: np.ndarray  # int64 (B,), inputs of the document before this row; 0 where the row starts with BOS
 
     @property
     def text_bytes(self) -> int:
-        """Labels that are text: T less the ends of documents. What bits per byte are divided by."""
+        """The number of labels that are text: T less the ends of documents. The divisor of bits per byte."""
         return int(np.count_nonzero(self.labels != EOS))
 
     def nested(self, device="cpu"):
-        """`(iids, labels)`: two NJTs (B, j0), int64, sharing one offsets tensor; nothing waits for the device."""
+        """`(iids, labels)`: two int64 NJTs (B, j0) with one offsets tensor; nothing waits for the device."""
         import torch
 
         pin = torch.device(device).type == "cuda"
@@ -210,7 +210,7 @@ class Slice:
 
 
 def slice_numbers(step: int, global_slices: int, rank: int = 0, world: int = 1) -> range:
-    """The slices that `rank` of `world` takes in a step: r, r+W, ... of [step*G, (step+1)*G). W must divide G."""
+    """The slices of `rank` of `world` in a step: r, r+W, ... of [step*G, (step+1)*G). W must divide G."""
     if global_slices % world:
         raise DataError(f"{world} processes can't share {global_slices} slices a step evenly; use a divisor of that")
     return range(step * global_slices + rank, (step + 1) * global_slices, world)
@@ -221,7 +221,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def _mix(x):
-    """The finaliser of splitmix64, a bijection of 64-bit words: of an int, or of a uint64 array in place."""
+    """The finalizer of splitmix64, a bijection of 64-bit words, on an int or in place on a uint64 array."""
     if isinstance(x, int):
         x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
         x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -233,7 +233,7 @@ def _mix(x):
 
 
 def _permutation(n: int, *key: int) -> np.ndarray:
-    """A permutation of range(n), int64, from the key alone, also under another numpy: distinct words, sorted."""
+    """A permutation of range(n), int64, that depends only on the key: the order of sorted distinct words."""
     state = 0
     for word in key:
         state = _mix((state + word + _GOLDEN) & _MASK)
@@ -244,7 +244,7 @@ def _permutation(n: int, *key: int) -> np.ndarray:
 
 
 class _Section(NamedTuple):
-    """Consecutive documents of an order; pairs [bounds[d], bounds[d+1]) of the section are those of document d."""
+    """Consecutive documents of an order; document d has the section's pairs [bounds[d], bounds[d+1])."""
 
     documents: np.ndarray  # int64 (n,), global numbers
     shards: np.ndarray  # int (n,)
@@ -253,7 +253,7 @@ class _Section(NamedTuple):
 
 
 class _File:
-    """An open shard, which closes itself when the cache lets go of it."""
+    """An open shard, which is closed when the cache drops it."""
 
     def __init__(self, path: Path):
         self.path, self.fd = path, os.open(path, os.O_RDONLY)
@@ -273,7 +273,7 @@ class _File:
 
 
 class Corpus:
-    """One split of one prepared folder: pairs in file order, in an epoch's order, or by length.
+    """One split of one prepared folder. Reads pairs in file order, in an epoch's order, or by length.
 
     A document of n bytes has n + 1 pairs and takes n + 1 bytes of its shard, so pairs are counted in shard bytes.
     """
@@ -286,7 +286,7 @@ class Corpus:
         self.hashes = [shard["sha256"] for shard in shards]
         self.sizes = np.array([shard["bytes"] for shard in shards], np.int64)
         self.counts = np.array([shard["documents"] for shard in shards], np.int64)
-        self.first = np.cumsum(self.counts) - self.counts  # number of each shard's first document
+        self.first = np.cumsum(self.counts) - self.counts  # the number of each shard's first document
         self.pairs, self.documents = int(self.sizes.sum()), int(self.counts.sum())
         self.fingerprint = fingerprint(shards)
         if not self.documents:
@@ -309,7 +309,7 @@ class Corpus:
             list(pool.map(lambda i: len(reindex(self.paths[i], self.hashes[i])), stale))
 
     def starts(self, shard: int) -> np.ndarray:
-        """int64 (documents + 1,)"""
+        """The starts of a shard's documents and its size, int64 (documents + 1,)."""
         starts = read_index(self.paths[shard])[1]
         if starts is None:
             starts = reindex(self.paths[shard], self.hashes[shard])
@@ -319,7 +319,7 @@ class Corpus:
 
     @functools.cached_property
     def _by_length(self) -> tuple[np.ndarray, np.ndarray]:
-        """Document numbers, short ones first and equal ones in file order, uint32; the pairs of each section."""
+        """Document numbers, uint32, by increasing length, then in file order; and the pairs of each section."""
         lengths = np.concatenate([np.diff(self.starts(shard)) for shard in range(len(self.paths))])
         order = np.argsort(lengths, kind="stable").astype(np.uint32)
         return order, np.add.reduceat(lengths[order], np.arange(0, len(order), SECTION_DOCUMENTS))
@@ -353,25 +353,25 @@ class Corpus:
         return _Section(documents, shards, starts, np.concatenate([[0], np.cumsum(lengths)]))
 
     def read(self, start: int, count: int, max_doc: int, order: str) -> Slice:
-        """Pairs [start, start + count) of the endless sequence of epochs."""
+        """Reads pairs [start, start + count) of the infinite sequence of epochs."""
         inputs, labels, rows, done = np.empty(count, np.uint8), np.empty(count, np.uint8), [], 0
-        while done < count:  # a turn for each section
+        while done < count:  # one turn per section
             epoch, p = divmod(start + done, self.pairs)
-            epoch = epoch if order == "shuffle" else 0  # the other orders are the same in every epoch
+            epoch = epoch if order == "shuffle" else 0  # other orders are the same in every epoch
             ids, before = self._layout(order, epoch)
             j = int(np.searchsorted(before, p, side="right")) - 1
             section, p = self._section(order, epoch, int(ids[j])), p - int(before[j])
             stop = min(p + count - done, int(section.bounds[-1]))
-            a, b = np.searchsorted(section.bounds, (p + 1, stop)) - (1, 0)  # documents [a, b) hold pairs [p, stop)
-            pieces = []
+            a, b = np.searchsorted(section.bounds, (p + 1, stop)) - (1, 0)  # documents [a, b) have pairs [p, stop)
+            reads = []
             for d in range(a, b):
                 low, high = (int(bound) for bound in section.bounds[d : d + 2])
                 text = (self._file(int(section.shards[d])), int(section.starts[d]), int(section.documents[d]))
-                pieces.append((*text, high - low, max(p, low) - low, min(stop, high) - low))
-            for file, where, _, _, begin, end in pieces:  # all of them first, so that a cold disk serves them at once
+                reads.append((*text, high - low, max(p, low) - low, min(stop, high) - low))
+            for file, where, _, _, begin, end in reads:  # all of them first, so that a slow disk reads them at once
                 file.announce(where + begin, end - begin)
-            for file, where, document, pairs, begin, end in pieces:
-                text = file.read(where + begin, end - begin + (end < pairs))  # and the last label, unless it is EOS
+            for file, where, document, pairs, begin, end in reads:
+                text = file.read(where + begin, end - begin + (end < pairs))  # with the last label, unless it is EOS
                 if begin == 0 and text[0] != BOS:
                     raise DataError(f"{file.path}: changed while it was being read; prepare the folder again")
                 n = end - begin
@@ -385,17 +385,17 @@ class Corpus:
 
 
 class ByteStream:
-    """Endless slices of byte pairs from prepared folders; slice i is a pure function of the arguments and i.
+    """An infinite sequence of slices from prepared folders; slice i is a pure function of the arguments and i.
 
-    folder: a folder made by `prepare`, or a weighted mixture "a:0.7,b:0.3". In a mixture each slice belongs wholly to
-        one folder, in a fixed rotation of 10,000 slices that is as even as the weights allow; each folder goes
-        through its own epochs.
-    slice_bytes: T, pairs in a slice. max_doc: longest row; a longer document goes on in further rows, without BOS.
+    folder: a folder made by `prepare`, or a weighted mixture "a:0.7,b:0.3". Each slice of a mixture comes
+        from one folder, in a fixed rotation of 10,000 slices that is as even as the weights allow; each folder has
+        its own epochs.
+    slice_bytes: T, pairs per slice. max_doc: longest row; a longer document continues in further rows, without BOS.
     order: "shuffle" draws an order of shards and of documents within them from (seed, epoch); "length" takes short
-        documents first, the same in every epoch.
+        documents first, in the same order in every epoch.
 
-    pairs_per_epoch, text_bytes, documents: totals over the folders. fingerprint: changes when any shard's bytes do.
-    Raises DataError for a folder that is missing, unfinished, empty, torn or changed.
+    pairs_per_epoch, text_bytes, documents: totals over the folders. fingerprint: changes with any shard's bytes.
+    Raises DataError for a folder that is missing, unfinished, empty, damaged or changed.
     """
 
     def __init__(
@@ -427,7 +427,7 @@ class ByteStream:
         self.fingerprint = prints[0] if len(prints) == 1 else hashlib.sha256(mixed).hexdigest()[:16]
 
     def slice(self, i: int) -> Slice:
-        """Slice i >= 0: pairs [iT, (i+1)T). Epochs join without a gap, so a slice may end one and begin the next."""
+        """Slice i >= 0: pairs [iT, (i+1)T). Epochs follow each other without a gap, also within a slice."""
         if i < 0:
             raise IndexError(f"slice {i}: expected a number from 0")
         turn, r = divmod(i, len(self._rotation[0]))
@@ -435,13 +435,13 @@ class ByteStream:
         return self._read(which, (turn * per_turn + nth) * self.slice_bytes, self.slice_bytes, self.order)
 
     def step(self, k: int, global_slices: int, rank: int = 0, world: int = 1) -> Iterator[Slice]:
-        """The slices of step k that belong to `rank` of `world`: see `slice_numbers`."""
+        """The slices of step k for `rank` of `world`: see `slice_numbers`."""
         return map(self.slice, slice_numbers(k, global_slices, rank, world))
 
     def slices_once(self, limit: int | None = None, rank: int = 0, world: int = 1) -> Iterator[Slice]:
         """Every pair of the split exactly once, in file order, T at a time; the last slice of a folder may be shorter.
 
-        limit: so many slices only, the same ones each time, evenly spaced. Ranks take turns.
+        limit: only that many slices, evenly spaced and the same each time. Ranks take turns.
         """
         T, counts = self.slice_bytes, [-(-corpus.pairs // self.slice_bytes) for corpus in self._corpora]
         total = sum(counts)
@@ -453,22 +453,22 @@ class ByteStream:
             yield self._read(c, at * T, min(T, self._corpora[c].pairs - at * T), "file")
 
     def require(self, pairs: int) -> None:
-        """Raises DataError if a batch of so many pairs would hold some of them twice."""
+        """Raises DataError if a batch of so many pairs would contain a pair twice."""
         for corpus, weight in zip(self._corpora, self._weights):
             if corpus.pairs < (need := int(pairs * weight)):
                 less = f"{corpus.pairs:,} bytes are less than one batch ({need:,})"
                 raise DataError(f"{corpus.folder}: {less}; use more text, or fewer or shorter slices")
 
     def _read(self, which: int, start: int, count: int, order: str) -> Slice:
-        piece = self._corpora[which].read(start, count, self.max_doc, order)
-        piece.documents[:] += sum(corpus.documents for corpus in self._corpora[:which])
-        return piece
+        slice_ = self._corpora[which].read(start, count, self.max_doc, order)
+        slice_.documents[:] += sum(corpus.documents for corpus in self._corpora[:which])
+        return slice_
 
 
 def validation_stream(folder: str | Path, *, slice_bytes: int, max_doc: int = 8192) -> ByteStream | None:
-    """The held-out text of folders as `ByteStream` takes them, but for those that --holdout 0 left without; or None.
+    """The validation stream of folders, as `ByteStream` takes them; None if none of them has held-out text.
 
-    Logs which are without.
+    Folders prepared with --holdout 0 are left out, and logged.
     """
     mixture, without = [], []
     for path, weight in _parse_mixture(folder):
@@ -487,7 +487,7 @@ def validation_stream(folder: str | Path, *, slice_bytes: int, max_doc: int = 81
 
 
 def _without_validation(manifest: dict) -> bool:
-    """Whether a prepared folder has no validation split because that was asked for."""
+    """Whether a prepared folder has no validation split because of --holdout 0."""
     asked = manifest.get("plan", {}).get("options", {}).get("holdout")
     return asked == 0 and not manifest["splits"].get("validation", {}).get("shards")
 
@@ -501,7 +501,7 @@ def _parse_mixture(folder: str | Path | list[tuple[Path, float]]) -> list[tuple[
     if os.path.exists(text) or not ("," in text or ":" in text):
         return [(Path(text), 1.0)]
     mixture, at = [], 0
-    while at < len(text) and (part := MIXTURE_PART.match(text, at)):  # a path may have commas and colons, too
+    while at < len(text) and (part := MIXTURE_PART.match(text, at)):  # a path may contain commas and colons
         mixture.append((Path(part["path"]), float(part["weight"])))
         at = part.end()
     total = sum(weight for _, weight in mixture)
@@ -515,7 +515,7 @@ def _parse_mixture(folder: str | Path | list[tuple[Path, float]]) -> list[tuple[
 
 
 def _rotation(weights: list[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each slice of a turn: its folder, its number among that folder's slices, and how many those are in a turn."""
+    """Per slice of a rotation: its folder, its number among that folder's slices; and the slices of each folder."""
     if len(weights) == 1:
         return np.zeros(1, int), np.zeros(1, int), np.ones(1, int)
     turn = 10_000
@@ -524,6 +524,6 @@ def _rotation(weights: list[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     counts[np.argsort(counts - exact, kind="stable")[: turn - counts.sum()]] += 1
     which = np.repeat(np.arange(len(counts)), counts)
     nth = np.concatenate([np.arange(count) for count in counts])
-    # A folder's slices at even distances over the turn, the folders interleaved
+    # The slices of a folder are evenly spaced over the rotation, and the folders interleaved
     order = np.argsort((2 * nth + 1) / (2 * counts[which]), kind="stable")
     return which[order], nth[order], counts[which[order]]

@@ -1,8 +1,8 @@
-"""Multiple-choice questions in the HellaSwag format, and how well a model answers them when their text is perturbed.
+"""Multiple-choice questions in the HellaSwag format, and a model's robustness to perturbations of their text.
 
 The five perturbations are those of the Byte Latent Transformer (arXiv 2412.09871, section 6.1), which the H-Net paper
-measures robustness with: the prompt, the endings, or both are perturbed, and the accuracies of the three averaged. The
-score says how much of the accuracy above chance is left, in percent:
+also uses. They change the prompt, the endings, or both, and the three accuracies are averaged. The robustness score is
+the share of the accuracy above chance that remains, in percent:
 
     100 * (perturbed accuracy - chance) / (accuracy - chance)
 """
@@ -28,14 +28,14 @@ class Question(NamedTuple):
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """Questions of a .jsonl file in the HellaSwag format: `ctx`, `endings`, `label` and, where there, `activity_label`.
+    """Questions of a .jsonl file in the HellaSwag format: `ctx`, `endings`, `label` and optionally `activity_label`.
 
-    Text is cleaned as evaluations of HellaSwag commonly do: `[title]` becomes a full stop, other brackets go, and an
-    activity's name stands before the context. Raises UserError naming the file and the line.
+    Text is cleaned as usual in evaluations of HellaSwag: `[title]` becomes a full stop, other brackets are removed, and
+    the activity's name comes before the context. Raises UserError with the file and the line.
     """
     questions = []
     try:
-        lines = Path(path).read_bytes().split(b"\n")  # other ends of lines may stand in a text
+        lines = Path(path).read_bytes().split(b"\n")  # other line separators may be text
     except OSError as error:
         raise UserError(f"--choices {path}: can't be read ({error.strerror})") from None
     for number, line in enumerate(lines, 1):
@@ -79,27 +79,27 @@ def _clean(text: str) -> str:
 
 
 def ant_speak(text: str, draw: random.Random) -> str:
-    """All upper case, with a space between characters."""
+    """Upper case, with a space between characters."""
     return " ".join(text.upper())
 
 
 def drop(text: str, draw: random.Random) -> str:
-    """Each character is left out with probability 0.1."""
+    """Removes each character with probability 0.1."""
     return "".join(ch for ch in text if draw.random() >= 0.1)
 
 
 def random_case(text: str, draw: random.Random) -> str:
-    """Each character becomes upper or lower case, either with probability 0.5."""
+    """Makes each character upper or lower case, with probability 0.5 each."""
     return "".join(ch.upper() if draw.random() < 0.5 else ch.lower() for ch in text)
 
 
 def repeat(text: str, draw: random.Random) -> str:
-    """Each character is, with probability 0.2, repeated one to four times, each number as likely."""
+    """Repeats each character with probability 0.2, one to four times with equal probability."""
     return "".join(ch * (1 + draw.randint(1, 4)) if draw.random() < 0.2 else ch for ch in text)
 
 
 def upper_case(text: str, draw: random.Random) -> str:
-    """All upper case."""
+    """Upper case."""
     return text.upper()
 
 
@@ -114,7 +114,7 @@ PARTS = ("prompt", "endings", "both")
 
 
 def perturbed(question: Question, name: str, part: str, key: str) -> Question:
-    """The question with a perturbation of one part or both. `key` seeds the draws: each text has its own."""
+    """The question with a perturbation of one part or both. `key` seeds the random draws of each text."""
 
     def change(text: str, which: object) -> str:
         return PERTURBATIONS[name](text, random.Random(f"{key} {name} {which}"))
@@ -131,7 +131,7 @@ def perturbed(question: Question, name: str, part: str, key: str) -> Question:
 
 
 def answers(model: Likelihoods, questions: list[Question]) -> tuple[list[bool], list[bool]]:
-    """Whether each question is answered right: by the most likely ending, and by the likeliest per byte."""
+    """Whether each question is answered correctly: by the most likely ending, and by the most likely per byte."""
     pairs = [(q.prompt.encode(), f" {ending}".encode()) for q in questions for ending in q.endings]
     scores = iter(model.of_continuations(pairs))
     plain, per_byte = [], []
@@ -144,14 +144,14 @@ def answers(model: Likelihoods, questions: list[Question]) -> tuple[list[bool], 
 
 
 def work(questions: list[Question]) -> int:
-    """How many endings `robustness` scores: of every question as it is, and perturbed in each way and part."""
+    """The number of endings that `robustness` scores, of original and perturbed questions."""
     return sum(len(q.endings) for q in questions) * (1 + len(PERTURBATIONS) * len(PARTS))
 
 
 def robustness(model: Likelihoods, questions: list[Question], seed: int = 0) -> dict[str, Any]:
     """Accuracies (per byte, in percent) unperturbed and under each perturbation and part, and the robustness scores.
 
-    A score is None where the unperturbed accuracy isn't above chance.
+    A score is None if the unperturbed accuracy is not above chance.
     """
 
     def accuracy(right: list[bool]) -> float:

@@ -26,16 +26,16 @@ from hnet_runtime.pages.progress_bar import Progress
 from hnet_simple import HNetInference, Sampling, stream
 from hnet_trainable import HNetConfig, HNetLM
 
-BYTES_PER_TOKEN = 4.0  # tasks limit answers in tokens; a token of common vocabularies has about four bytes of English
-DEFAULT_TOKENS = 256  # lm_eval's own limit for tasks that name none
-LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that is given counts
+BYTES_PER_TOKEN = 4.0  # tasks limit answers in tokens; a token of a common vocabulary is about four bytes of English
+DEFAULT_TOKENS = 256  # lm_eval's default limit
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first one given counts
 UNDERSTOOD = {*LIMITS, "max_length", "until", "do_sample", "temperature", "top_k", "top_p", "min_p"}
-CHARACTER = 4  # most bytes of one
-STDERR_DRAWS = 1000  # bootstrap draws for the standard errors of metrics that are no means
+CHARACTER = 4  # the most bytes of a character
+STDERR_DRAWS = 1000  # bootstrap draws for standard errors of metrics that are not means
 
 
 class Limit(NamedTuple):
-    """How many bytes an answer may have, and whether that is less than its task asks for."""
+    """The most bytes of an answer, and whether that is less than its task allows."""
 
     bytes: int
     is_shortened: bool
@@ -47,9 +47,9 @@ def _generation_differs(config: str) -> str | None:
 
 
 class Answers:
-    """What the harness asks of a model, on bytes and without the harness. No answer depends on `batch`.
+    """The requests of the harness, answered on bytes without importing it. No answer depends on `batch`.
 
-    `counts` says how many requests there were, and what was cut from them.
+    `counts`: the number of requests, and of those that were shortened.
     """
 
     def __init__(self, model: HNetLM, context: int, batch: int, bytes_per_token: float = BYTES_PER_TOKEN):
@@ -61,7 +61,7 @@ class Answers:
         self.seconds_generating = 0.0
 
     def loglikelihood(self, requests: Sequence[tuple[Any, Any]]) -> list[tuple[float, bool]]:
-        """For each (context, continuation): nats, and whether greedy generation would give the continuation."""
+        """For each (context, continuation): its log-likelihood, and whether greedy generation would produce it."""
         pairs = [(_text(a), _text(b)) for a, b in requests]
         self.counts["loglikelihoods"] += len(pairs)
         self.counts["loglikelihood_prompts_cut"] += sum(bool(a) and len(a) + len(b) > self.context for a, b in pairs)
@@ -70,7 +70,7 @@ class Answers:
             return self.likelihoods.of_continuations(pairs)
 
     def loglikelihood_rolling(self, requests: Sequence[tuple[Any]]) -> list[float]:
-        """For each text the nats of all of it."""
+        """For each text the log-likelihood of all its bytes."""
         texts = [_text(text) for (text,) in requests]
         self.counts["rolling"] += len(texts)
         self.counts["rolling_in_windows"] += sum(len(text) > self.context for text in texts)
@@ -79,12 +79,12 @@ class Answers:
             return self.likelihoods.of_texts(texts)
 
     def generate_until(self, requests: Sequence[tuple[Any, dict[str, Any]]]) -> list[str]:
-        """For each (prompt, options): the continuation before the first of the texts in `until`, greedy unless asked.
+        """For each (prompt, options): the continuation up to the first text of `until`; greedy by default.
 
-        Options as the harness has them: `until`, `do_sample`, `temperature`, `top_p`, `top_k`, and a limit in tokens
-        under one of its names in LIMITS, or `max_length`, which counts the prompt too. A limit becomes bytes by
-        `bytes_per_token`, and is shortened where prompt and answer would exceed the context. Prompts are never cut:
-        raises UserError, before it generates anything, where some leave no room for an answer.
+        Options are those of the harness: `until`, `do_sample`, `temperature`, `top_p`, `top_k`, and a limit in tokens
+        under one of the names in LIMITS, or `max_length`, which includes the prompt. `bytes_per_token` converts it to
+        bytes. It is shortened if prompt and answer would exceed the context. Prompts are never cut: raises UserError,
+        before anything is generated, if some leave no room for an answer.
         """
         if difference := _generation_differs(json.dumps(self.inference.config.to_dict())):
             raise UserError(f"--tasks: these generate text, which differs from hnet_trainable.py: {difference}")
@@ -104,7 +104,7 @@ class Answers:
         self.counts["limits_shortened"] += sum(limit.is_shortened for limit in limits)
 
         def alike(n: int) -> tuple:
-            """Equal for requests that can run together: what is not shortened ends at its limit, to the byte."""
+            """The key of requests that can run together: answers that are not shortened end exactly at their limit."""
             return samplings[n], limits[n].is_shortened, -1 if limits[n].is_shortened else limits[n].bytes
 
         answers, began = [""] * len(requests), time.perf_counter()
@@ -120,7 +120,7 @@ class Answers:
         return answers
 
     def _limit(self, prompt: bytes, options: dict[str, Any]) -> Limit:
-        """The limit of one answer; fewer than one byte where the prompt leaves no room."""
+        """The limit of one answer; less than one byte if the prompt leaves no room."""
         asked = next((options[name] for name in LIMITS if options.get(name) is not None), None)
         if asked is None and options.get("max_length") is not None:
             wanted = self._bytes("max_length", options["max_length"]) - len(prompt)
@@ -128,7 +128,7 @@ class Answers:
             name = next((name for name in LIMITS if options.get(name) is not None), LIMITS[0])
             wanted = self._bytes(name, DEFAULT_TOKENS if asked is None else asked)
         room = self.context - len(prompt)
-        # Answers of other lengths run beside a shortened one, so it can't be made to end at the end of a character
+        # Other answers run in the same batch, so a shortened one can't be ended at the end of a character
         return Limit(wanted, False) if wanted <= room else Limit(room - (CHARACTER - 1), True)
 
     def _bytes(self, name: str, tokens: Any) -> int:
@@ -143,7 +143,7 @@ class Answers:
         at_most = max(limit.bytes for limit in limits) + (CHARACTER - 1) * limits[0].is_shortened
         written, ends = [bytearray() for _ in prompts], [-1] * len(prompts)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a short prompt's limit beside a long prompt is no reason to warn
+            warnings.simplefilter("ignore")  # no warning for the limit of a short prompt beside a long one
             emitting = stream(self.inference, prompts, at_most, sampling, seeds, valid_utf8=True)
         for emitted in emitting:
             b = emitted.sequence
@@ -159,11 +159,11 @@ class Answers:
                 self.counts["ended_at_limit"] += 1
             if all(end >= 0 for end in ends):
                 break
-        # Only a shortened answer can end inside a character, which is left out
+        # Only a shortened answer can end inside a character, which is then removed
         return [bytes(w[:end] if end >= 0 else w).decode(errors="ignore") for w, end in zip(written, ends)]
 
     def report(self) -> dict[str, Any]:
-        """The counts as results: of each kind of request how many there were, and what was cut."""
+        """The counts as results: the requests of each kind, and how many were shortened."""
         n = self.counts
         result: dict[str, Any] = {"context": self.context, "bytes_per_token": self.bytes_per_token}
         if n["loglikelihoods"]:
@@ -185,7 +185,7 @@ class Answers:
 
 
 def _text(value: Any) -> bytes:
-    """The bytes of what a task gives as text; tasks give numbers too. Half a surrogate pair becomes a question mark."""
+    """The bytes of a task's text, which may be a number. Half a surrogate pair becomes a question mark."""
     return str(value).encode(errors="replace")
 
 
@@ -212,7 +212,7 @@ def _sampling(options: dict[str, Any]) -> Sampling:
 
 
 def harness_model(model: HNetLM, context: int, batch: int, bytes_per_token: float = BYTES_PER_TOKEN) -> Any:
-    """An `lm_eval.api.model.LM` around `Answers`. Raises UserError where the harness isn't installed."""
+    """An `lm_eval.api.model.LM` around `Answers`. Raises UserError if the harness isn't installed."""
     try:
         import lm_eval  # noqa: F401
         from lm_eval.api.model import LM
@@ -253,15 +253,15 @@ def run_tasks(
     num_fewshot: int | None = None,
     include_path: str = "",
 ) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
-    """The harness's results by task (metric -> number, with standard errors), and how they came about.
+    """The harness's results by task (metric -> value, with standard errors), and how they were computed.
 
-    tasks: names, patterns of names, or files; where there are none, all tasks of `include_path`, a file or folder whose
-    tasks are known beside the harness's own. Raises UserError for a task that isn't known or can't be loaded.
+    tasks: names, patterns of names, or files. If empty, all tasks of `include_path`, a file or folder with tasks beside
+    those of the harness. Raises UserError for a task that is unknown or can't be loaded.
     """
     adapter = harness_model(model, context, batch, bytes_per_token)
     import lm_eval
 
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # bootstrap in this process: forks of one that has torch may hang
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # no forks for bootstrap: with torch they may hang
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the results
         known, names = _find_tasks(tasks, include_path)
         try:
@@ -285,7 +285,7 @@ def run_tasks(
         task: {
             name.removesuffix(",none"): float(value)
             for name, value in values.items()
-            if isinstance(value, numbers.Real) and "," in name  # without a filter's name it is no metric: sample_len
+            if isinstance(value, numbers.Real) and "," in name  # without a filter's name it is not a metric: sample_len
         }
         for task, values in out["results"].items()
     }
@@ -301,12 +301,12 @@ def run_tasks(
 
 
 def _find_tasks(tasks: Sequence[str], include_path: str) -> tuple[Any, list[str]]:
-    """A manager that knows the harness's tasks and those of `include_path`; and the names that `tasks` stands for."""
+    """A manager of the harness's tasks and those of `include_path`; and the names selected by `tasks`."""
     from lm_eval.tasks import TaskManager
 
     class Known(TaskManager):
         def load(self, task_list):
-            """As the harness does, but what goes wrong is told in a sentence that names the task."""
+            """Loads tasks as the harness does, but errors become one sentence that names the task."""
             loaded: dict[str, dict] = {"tasks": {}, "groups": {}, "group_map": {}}
             for task in task_list:
                 try:
@@ -333,7 +333,7 @@ def _find_tasks(tasks: Sequence[str], include_path: str) -> tuple[Any, list[str]
             if not own:
                 raise UserError(f"--include-path {include_path}: holds no tasks; expected .yaml files of lm_eval")
         folder = folder.parent if folder.is_file() else folder
-    # reading the harness's own tasks takes seconds, and what comes from files needs none of them
+    # reading the harness's own tasks takes seconds, and tasks from files do not need them
     by_name = any(not Path(task).is_file() for task in tasks)
     known = Known(include_path=str(folder) if include_path else None, include_defaults=by_name)
     names = list(own)

@@ -1,8 +1,8 @@
 """Exact bits per byte of any text: documents -> rows -> batches -> the nats of every document -> a summary.
 
-A row is what the model reads at once, by itself; packing rows into a batch changes nothing but speed. Every label of a
-document (each byte of its text, then its end) is scored once. Where a document is longer than the context, the rows
-overlap, and each scores only the labels that no row before it did.
+A row is read by the model at once and alone: packing rows into a batch changes only the speed. Every label of a
+document (each byte of its text, then its end) is scored once. If a document is longer than the context, its rows
+overlap, and each scores only the labels that no earlier row has scored.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from hnet_runtime.distributed import World
 from hnet_runtime.evaluation.validation import LENGTH_BUCKETS
 from hnet_trainable import BOS, EOS, HNetLM
 
-CONTEXT = 8192  # bytes of a training document in the paper's recipe
+CONTEXT = 8192  # bytes of a training document in the paper
 
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 
 class Row(NamedTuple):
-    """Byte pairs that the model reads by themselves, and which of them count."""
+    """Byte pairs that the model reads alone, and which of them are scored."""
 
     inputs: np.ndarray  # uint8 (n,)
     labels: np.ndarray  # uint8 (n,), the byte after each input
-    skip: int  # so many labels at the front are context alone
+    skip: int  # this many first labels are context and not scored
     start: int  # labels of the document before this row
     document: int
 
@@ -45,10 +45,10 @@ class Row(NamedTuple):
 def windows(
     text: bytes, context: int, stride: int, document: int = 0, scored_from: int = 0, eos: bool = True
 ) -> Iterator[Row]:
-    """Rows of at most `context` labels that score, each once, the labels of `text` from number `scored_from` on.
+    """Rows of at most `context` labels that score each label of `text` from `scored_from` on once.
 
-    The first row has all the context that fits; each row after it scores up to `stride` labels more, with at least
-    context - stride inputs before them. The document's end is the last label, unless `eos` is False.
+    The first row has as much context as fits. Each later row scores up to `stride` more labels, with at least context -
+    stride inputs before them. The last label is the document's end, unless `eos` is False.
     """
     pairs = np.frombuffer(bytes([BOS]) + text + bytes([EOS] * eos), np.uint8)
     n, scored = len(pairs) - 1, scored_from
@@ -60,12 +60,12 @@ def windows(
 
 
 def labels_of(rows: Iterable[Row]) -> int:
-    """How many labels the rows score."""
+    """The number of labels that the rows score."""
     return sum(len(row.labels) - row.skip for row in rows)
 
 
 def first_documents(rows: Iterable[Row], limit: int) -> Iterator[Row]:
-    """The rows of the first `limit` documents, which come one after the other; 0: all."""
+    """The rows of the first `limit` documents (0: all), where a document's rows are consecutive."""
     seen: set[int] = set()
     for row in rows:
         seen.add(row.document)
@@ -75,7 +75,7 @@ def first_documents(rows: Iterable[Row], limit: int) -> Iterator[Row]:
 
 
 def training_rows(stream: fineweb.ByteStream, limit: int | None) -> Iterator[Row]:
-    """The rows that training's validation reads: those of `stream.slices_once(limit)`."""
+    """The rows of training's validation: those of `stream.slices_once(limit)`."""
     for slice_ in stream.slices_once(limit):
         cuts = np.cumsum(slice_.row_lengths)[:-1]
         rows = zip(np.split(slice_.inputs, cuts), np.split(slice_.labels, cuts), slice_.offsets, slice_.documents)
@@ -83,7 +83,7 @@ def training_rows(stream: fineweb.ByteStream, limit: int | None) -> Iterator[Row
 
 
 def pack(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(iids, labels): two NJTs (B, j), int64, one document a row."""
+    """(iids, labels): two int64 NJTs (B, j), one document per row."""
     lengths = [len(row.inputs) for row in rows]
     offsets = torch.tensor([0, *itertools.accumulate(lengths)], device=device)
     flat = [torch.from_numpy(np.concatenate(parts)).to(device).long() for parts in list(zip(*rows))[:2]]
@@ -92,7 +92,7 @@ def pack(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def score(model: HNetLM, rows: list[Row]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each row the nats of its labels, float64 (n,), and whether each is the most likely byte, bool (n,)."""
+    """For each row the nats of its labels, float64 (n,), and whether each label is the most likely byte, bool (n,)."""
     iids, labels = pack(rows, next(model.parameters()).device)
     logits_TV, labels_T = model(iids).logits.values(), labels.values()
     logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
@@ -117,7 +117,7 @@ class Document(NamedTuple):
 
 
 def held_out(stream: fineweb.ByteStream) -> Iterator[Document]:
-    """The documents of a prepared split, whole, in file order."""
+    """The complete documents of a prepared split, in file order."""
     text = bytearray()
     for slice_ in stream.slices_once():
         for labels in np.split(slice_.labels, np.cumsum(slice_.row_lengths)[:-1]):
@@ -128,7 +128,7 @@ def held_out(stream: fineweb.ByteStream) -> Iterator[Document]:
 
 
 def script_of(text: bytes) -> str:
-    """The script of most letters in the first 4,000 characters, as Unicode's names begin: Latin, Cyrillic, Cjk."""
+    """The script of most letters in the first 4,000 characters, from Unicode's names: Latin, Cyrillic, Cjk."""
     letters = Counter(ch for ch in text[:16_000].decode(errors="ignore")[:4000] if ch.isalpha())
     scripts: Counter[str] = Counter()
     for letter, n in letters.items():
@@ -140,7 +140,7 @@ def script_of(text: bytes) -> str:
 
 
 class Tally(NamedTuple):
-    """What a document's scored labels cost. `nats_at`, `bytes_at`: the same by position, in LENGTH_BUCKETS."""
+    """Nats and bytes of a document's scored labels; nats_at, bytes_at: by position, in LENGTH_BUCKETS."""
 
     nats: float
     bytes: int
@@ -149,17 +149,17 @@ class Tally(NamedTuple):
 
 
 def nothing(amount: float) -> None:
-    """What is told of progress where nobody wants to know."""
+    """A progress callback that ignores its argument."""
 
 
 def tally(
     model: HNetLM, rows: Iterable[Row], batch: int, world: World, advance: Callable[[float], None] = nothing
 ) -> dict[int, Tally]:
-    """Scores all rows, `batch` at a time; every rank is given the same rows and gets every document's tally.
+    """Scores all rows, `batch` at a time. Every rank passes the same rows and gets every document's tally.
 
-    Ranks take the batches in turn. The batches and the order of every sum are the same for any number of ranks, and so
-    are the results, to the last bit on one kind of device. `advance` is told of the labels that all ranks have scored,
-    as far as this one can know.
+    Ranks take batches in turn. The batches and the order of all sums do not depend on the number of ranks, and so the
+    results have the same bits on one kind of device. advance: called with the number of labels that all ranks have
+    scored, as estimated by this one.
     """
     parts = []  # (number of the batch, document, nats by position, text bytes by position)
     model.eval()
@@ -186,10 +186,10 @@ def tally(
 
 
 def ratio(tallies: list[Tally]) -> dict[str, Any]:
-    """`bpb` with `ci95`, its 95% interval by document (None for fewer than 2), `documents` and `bytes`.
+    """`bpb` with `ci95`, its 95% interval over documents (None for fewer than 2), `documents` and `bytes`.
 
-    Documents are taken as drawn independently; bpb is a ratio of two sums over them, whose standard error is that of
-    the linearised ratio (the residuals nats_d - R bytes_d). How unsure the weights are is not in it.
+    Documents are assumed independent. bpb is a ratio of two sums over them; its standard error is that of the
+    linearized ratio (the residuals nats_d - R bytes_d). The uncertainty of the weights is not included.
     """
     nats, size = np.array([t.nats for t in tallies]), np.array([t.bytes for t in tallies], float)
     n, R = len(tallies), nats.sum() / max(size.sum(), 1)
@@ -201,9 +201,9 @@ def ratio(tallies: list[Tally]) -> dict[str, Any]:
 
 
 def summarise(tallies: dict[int, Tally], labels: dict[int, str]) -> dict[str, Any]:
-    """`ratio` of all documents, and by label, length of the document (bytes scored of it) and position in it.
+    """`ratio` of all documents, and by label, length of the document (its scored bytes) and position in it.
 
-    Raises UserError where no text byte was scored.
+    Raises UserError if no text byte was scored.
     """
     if not sum(t.bytes for t in tallies.values()):
         raise UserError("no text to score: every document is empty")
@@ -227,9 +227,9 @@ def summarise(tallies: dict[int, Tally], labels: dict[int, str]) -> dict[str, An
 
 
 class Likelihoods:
-    """Log-likelihoods (nats) of continuations and of whole texts; documents begin with BOS, as in training.
+    """Log-likelihoods (nats) of continuations and of complete texts; documents begin with BOS, as in training.
 
-    `advance` is told how many of them are done, as they are.
+    advance: called with the number of requests done.
     """
 
     def __init__(self, model: HNetLM, context: int = CONTEXT, batch: int = 16):
@@ -239,7 +239,7 @@ class Likelihoods:
     def of_continuations(self, pairs: list[tuple[bytes, bytes]]) -> list[tuple[float, bool]]:
         """For each (context, continuation): the log-likelihood, and whether each byte is the most likely one.
 
-        A context that is too long loses its beginning; a continuation that is too long is scored in windows.
+        The beginning of a context that is too long is cut off; a continuation that is too long is scored in windows.
         """
         requests = [windows(a + b, self.context, self.stride, 0, len(a), False) for a, b in pairs]
         return [(-float(nats), bool(best)) for nats, best in self._sums(requests)]
@@ -254,11 +254,11 @@ class Likelihoods:
         return max(1, self.context // 2)
 
     def _sums(self, requests: list[Iterator[Row]]) -> list[list]:
-        """For each request the nats of its rows, and whether all their labels are the most likely ones."""
+        """For each request the nats of its rows, and whether all their labels are the most likely bytes."""
         rows = [row._replace(document=i) for i, request in enumerate(requests) for row in request]
-        rows.sort(key=lambda row: len(row.inputs))  # rows of a batch alike
+        rows.sort(key=lambda row: len(row.inputs))  # rows of a batch have similar lengths
         sums, left = [[0.0, True] for _ in requests], Counter(row.document for row in rows)
-        self.advance(len(requests) - len(left))  # those without a label to score
+        self.advance(len(requests) - len(left))  # requests without labels to score
         for some in in_batches(rows, self.batch):
             for row, (nats_T, best_T) in zip(some, score(self.model, some)):
                 sums[row.document][0] += nats_T[row.skip :].sum()

@@ -1,4 +1,4 @@
-"""Validation: exact bits per byte of held-out text, and where a model puts its chunks."""
+"""Validation: exact bits per byte of held-out text, and the positions of chunks."""
 
 import math
 from typing import Any
@@ -13,14 +13,14 @@ from hnet_runtime.data.stream import ByteStream
 from hnet_runtime.distributed import World
 from hnet_trainable import BOS, EOS, HNetLM
 
-LENGTH_BUCKETS = (256, 1024, 4096, 16384)  # text bytes of the whole document: val_bpb_le_256, ..., val_bpb_longer
+LENGTH_BUCKETS = (256, 1024, 4096, 16384)  # text bytes of the document: val_bpb_le_256, ..., val_bpb_longer
 
 _WORD = np.ones(256, dtype=bool)  # letters, digits and everything beyond ASCII; not whitespace, punctuation, control
 _WORD[:128] = [chr(b).isalnum() for b in range(128)]
 
 
 def word_edges(iids: Tensor) -> Tensor:
-    """Where text changes between {whitespace, punctuation} and the rest: bool (T,), for an NJT of bytes (B, j).
+    """Where text changes between {whitespace, punctuation} and other bytes: bool (T,), for an NJT of bytes (B, j).
 
     True at t if byte t - 1 and byte t differ in kind; false at the first byte of a row.
     """
@@ -32,13 +32,13 @@ def word_edges(iids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def validate(model: HNetLM, stream: ByteStream, world: World, limit: int | None) -> dict[str, Any]:
-    """Scores the first `limit` slices of a held-out split (None: all), every byte once. Called by every rank.
+    """Scores `limit` slices of a held-out split (None: all), every byte once. Called by every rank.
 
     Returns `val_bpb` (bits per text byte; the ends of documents are predicted too, as in training),
     `val_bpb_le_<n>` by the length of the document, `val_bpb_at_<n>` by the position in it (each up to n bytes),
     `val_bytes`, each stage's compression, and for stage 0
-    `val_edge_share` (share of boundaries that lie at a word edge) over `val_edge_base` (share of positions that do;
-    first bytes of rows left out of both).
+    `val_edge_share` (share of boundaries at a word edge) over `val_edge_base` (share of positions at one; both
+    without first bytes of rows).
     """
     model.eval()
     buckets, S = len(LENGTH_BUCKETS) + 1, model.config.num_stages
@@ -84,7 +84,7 @@ def validate(model: HNetLM, stream: ByteStream, world: World, limit: int | None)
 
 
 def _same_number_each(stream: ByteStream, world: World, limit: int | None):
-    """This rank's slices with weight 1, then slices of weight 0 until all ranks have had as many: FSDP needs that."""
+    """This rank's slices with weight 1, then slices with weight 0 until all ranks have as many, as FSDP needs."""
     total = sum(1 for _ in range(0, stream.pairs_per_epoch, stream.slice_bytes))
     total = total if limit is None else min(limit, total)
     mine = list(stream.slices_once(limit, world.rank, world.size))
@@ -95,9 +95,9 @@ def _same_number_each(stream: ByteStream, world: World, limit: int | None):
 
 @torch.no_grad()
 def chunks_of(model: HNetLM, text: bytes, world: World) -> list[np.ndarray]:
-    """Where the model cuts `text`, run as one document: for each stage a bool array (len(text),), True opens a chunk.
+    """The chunks of `text`, run as one document: for each stage a bool array (len(text),), True where a chunk begins.
 
-    The model sees BOS before the first byte and always opens a chunk there; the first byte is shown as its start.
+    The model reads BOS before the first byte and always opens a chunk there; the first byte is marked as its start.
     """
     ids = torch.tensor([BOS, *text], device=world.device)
     offsets = torch.tensor([0, len(ids)], device=world.device)
@@ -105,7 +105,7 @@ def chunks_of(model: HNetLM, text: bytes, world: World) -> list[np.ndarray]:
     model.eval()
     stages = model(iids).stages
     model.train()
-    opens, at = [], np.arange(len(ids))  # bytes that reach the stage at hand
+    opens, at = [], np.arange(len(ids))  # bytes that reach the current stage
     for stage in stages:
         at = at[stage.b_T.cpu().numpy()]
         mask = np.isin(np.arange(1, len(ids)), at)

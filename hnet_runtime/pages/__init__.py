@@ -1,1 +1,1 @@
-"""What a person looks at: chunks in a terminal, curves, the explorer, reports, progress bars."""
+"""Output for people: chunks in a terminal, curves, the explorer, reports, progress bars."""

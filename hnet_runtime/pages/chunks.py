@@ -1,11 +1,12 @@
-"""Text with its chunks shown in a terminal: colours where it has 256 or more, bars elsewhere.
+"""Shows text with its chunks in a terminal: in colours if it has 256 or more, else with bars.
 
-A chunk of the innermost chunking stage has one hue, its neighbours others; the chunks of stage 0 in it alternate
-between a lighter and a darker shade; with three stages or more, those in between alternate between underlined and not.
+A chunk of the innermost chunking stage has one hue, different from its neighbours. The chunks of stage 0 inside it
+alternate between a lighter and a darker shade. With three stages or more, the chunks of the middle stages alternate
+between underlined and not.
 
-Bytes are shown as soon as they're known to be a whole character. A character has the style of its first byte: where a
-chunk begins inside one, a mark (`¦`) follows it. What is no UTF-8, and what a terminal would obey (escapes, text
-direction), is shown by its number: \\xff, \\u202e. The chunks are exact all the same.
+Bytes are shown as soon as they form a complete character. A character has the style of its first byte; if a chunk
+begins inside it, a mark (`¦`) follows. Bytes that are not UTF-8, and characters that control a terminal (escapes, text
+direction), are shown as numbers: \\xff, \\u202e. The chunks stay exact.
 """
 
 from __future__ import annotations
@@ -22,33 +23,33 @@ from rich.text import Text
 
 from hnet_simple import UTF8_NEXT
 
-# light and dark shade of a hue, apart for the colour-blind; black on them reads well on any terminal
+# light and dark shades of hues, distinguishable for the colour-blind and readable with black text
 HUES = (("#d6ecff", "#9ccbf5"), ("#ffe9bd", "#f7c35f"), ("#d3f2dc", "#8fd6ab"), ("#fbdcee", "#eda6cf"))
 INSIDE = "¦"
-BARS = "|‖⦀"  # before a chunk of stage 0, 1, 2; without colours
-ASCII_BARS = str.maketrans({"‖": "||", "⦀": "|||", INSIDE: "!"})  # where the encoding lacks them
+BARS = "|‖⦀"  # before a chunk of stage 0, 1, 2, without colours
+ASCII_BARS = str.maketrans({"‖": "||", "⦀": "|||", INSIDE: "!"})  # if the encoding lacks them
 DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they would reorder the line
 _NEXT = UTF8_NEXT.tolist()
 
 
 class Piece(NamedTuple):
-    """A run of text to print, and what to print it in: `counts[s]` is the number of its chunk of stage s."""
+    """A piece of text in one style: `counts[s]` is the number of its chunk of stage s."""
 
     text: str
     counts: tuple[int, ...]
-    opens: int  # how many stages, outermost first, begin a chunk here
-    is_text: bool = True  # False for marks and for numbers that stand for bytes
+    opens: int  # the number of stages, outermost first, that begin a chunk here
+    is_text: bool = True  # False for marks and for numbers of bytes
 
 
 class Chunks:
-    """Cuts a stream of bytes into printable pieces. Feed it every byte with its chunk starts, then `close` it."""
+    """Cuts a stream of bytes into printable pieces. `feed` it every byte with its chunk starts, then `close` it."""
 
     def __init__(self):
         self.pending: list[tuple[int, tuple[int, ...], int]] = []  # bytes of an unfinished character
         self.state, self.counts = 0, ()
 
     def feed(self, byte: int, starts: Sequence[bool]) -> list[Piece]:
-        """The pieces that this byte completes: none inside a character, several where one turns out to be broken."""
+        """The pieces that this byte completes: none inside a character, several after an invalid one."""
         self.counts = tuple(n + bool(s) for n, s in zip(self.counts or (0,) * len(starts), starts))
         opens = sum(map(bool, starts))
         pieces, then = [], _NEXT[self.state][byte]
@@ -61,7 +62,7 @@ class Chunks:
         return pieces if then else pieces + self._character()
 
     def close(self) -> list[Piece]:
-        """What is left: bytes that never became a character, by their numbers."""
+        """The remaining bytes, which form no character, as numbers."""
         pieces = [Piece(f"\\x{byte:02x}", counts, opens, False) for byte, counts, opens in self.pending]
         self.pending, self.state = [], 0
         return pieces
@@ -76,7 +77,7 @@ class Chunks:
 
 
 def _shown(character: str) -> str:
-    """The character, or its number where printing it would do something else than show it."""
+    """The character, or its number if printing it would not show it."""
     obeyed = unicodedata.category(character) == "Cc" and character not in "\n\t"
     if not obeyed and character not in DIRECTIONS:
         return character
@@ -85,7 +86,7 @@ def _shown(character: str) -> str:
 
 
 def style_of(piece: Piece) -> Style:
-    """Hue, shade and underline by the numbers of the piece's chunks."""
+    """Hue, shade and underline for the chunk numbers of a piece."""
     if not piece.counts:
         return Style(dim=not piece.is_text)
     underline = sum(piece.counts[1:-1]) % 2 == 1
@@ -94,16 +95,16 @@ def style_of(piece: Piece) -> Style:
 
 
 def pieces_of(data: bytes, starts: Iterable[Sequence[bool]]) -> list[Piece]:
-    """All pieces of a finished text. `starts`: for each byte, whether it opens a chunk of stage 0, 1, ..."""
+    """All pieces of a complete text. `starts`: for each byte, whether it opens a chunk of stage 0, 1, ..."""
     chunks = Chunks()
     pieces = [piece for byte, opens in zip(data, starts, strict=True) for piece in chunks.feed(byte, opens)]
     return pieces + chunks.close()
 
 
 def render(data: bytes, starts: Iterable[Sequence[bool]]) -> Text:
-    """The text in colours, for `rich` to print. ValueError unless there's one entry of `starts` for each byte.
+    """The text in colours, for `rich`. Raises ValueError unless `starts` has one entry per byte.
 
-    Masks, one for each stage, as `evaluation.validation.chunks_of` returns them, become `starts` by zip(*masks).
+    zip(*masks) makes `starts` from one mask per stage, which `evaluation.validation.chunks_of` returns.
     """
     runs = itertools.groupby(pieces_of(data, starts), style_of)
     return Text.assemble(*(("".join(piece.text for piece in run), style) for style, run in runs))
@@ -120,9 +121,9 @@ def to_html(data: bytes, starts: Iterable[Sequence[bool]]) -> str:
 
 
 def bars(data: bytes, starts: Iterable[Sequence[bool]]) -> str:
-    """The text with a bar before each chunk but the first: | opens one of stage 0, ‖ also one of stage 1, and so on.
+    """The text with a bar before each chunk except the first: | for stage 0, ‖ also for stage 1, and so on.
 
-    A chunk that begins inside a character is marked `¦` after it.
+    A chunk that begins inside a character is marked by `¦` after it.
     """
     return "".join(_barred(piece, first=not n) for n, piece in enumerate(pieces_of(data, starts)))
 
@@ -133,12 +134,12 @@ def _barred(piece: Piece, first: bool) -> str:
 
 
 def has_colours(console: Console) -> bool:
-    """Whether the console shows the shades of HUES: 16 colours have one for all of them, and NO_COLOR asks for none."""
+    """Whether the console can show the shades of HUES, which needs more than 16 colours and no NO_COLOR."""
     return console.color_system in ("256", "truecolor") and not console.no_color
 
 
 def print_chunks(data: bytes, starts: Iterable[Sequence[bool]], console: Console | None = None) -> None:
-    """Print a finished text and end the line: in colours where `has_colours`, else with bars in unbroken lines."""
+    """Prints a complete text and ends the line: in colours if `has_colours`, else with bars in unbroken lines."""
     console = console or Console()
     if has_colours(console):
         console.print(render(data, starts), soft_wrap=True)
@@ -147,7 +148,7 @@ def print_chunks(data: bytes, starts: Iterable[Sequence[bool]], console: Console
 
 
 def _write(console: Console, text: str) -> None:
-    """Past `rich`, which breaks lines at 80 columns where there is no terminal and makes spaces of tabs."""
+    """Prints without `rich`, which breaks lines at 80 columns without a terminal and replaces tabs by spaces."""
     try:
         text.encode(console.encoding)
     except UnicodeEncodeError:
@@ -157,17 +158,17 @@ def _write(console: Console, text: str) -> None:
 
 
 class Printer:
-    """Prints a stream byte by byte: in colours where the console has enough of them, else with bars."""
+    """Prints a stream byte by byte: in colours if the console has enough of them, else with bars."""
 
     def __init__(self, console: Console):
         self.console, self.chunks, self.is_first = console, Chunks(), True
 
     def feed(self, byte: int, starts: Sequence[bool]) -> None:
-        """Print what this byte completes, at once."""
+        """Prints what this byte completes, at once."""
         self._print(self.chunks.feed(byte, starts))
 
     def close(self) -> None:
-        """Print what is left and end the line."""
+        """Prints the rest and ends the line."""
         self._print(self.chunks.close())
         _write(self.console, "\n")
 
@@ -181,7 +182,7 @@ class Printer:
 
 
 def legend(stages: int, colours: bool = True) -> str:
-    """One line that says what the colours mean, or the bars."""
+    """One line that explains the colours or the bars."""
     if not stages:
         return "no chunks: the model has no chunking stage"
     if not colours:

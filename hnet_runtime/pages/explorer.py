@@ -1,4 +1,4 @@
-"""One HTML page, without network, that shows how one or two models cut a text into chunks and what each byte cost."""
+"""One HTML page, without network, that shows the chunks of a text by one or two models, and the bits of each byte."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ TEMPLATE = Path(__file__).with_name("explorer.html")
 
 
 class Analysis(NamedTuple):
-    """What a model makes of a text of T bytes."""
+    """The results of a model for a text of T bytes."""
 
-    bits: np.ndarray  # float32 (T,): what it cost to predict each byte from those before it
-    starts: np.ndarray  # bool (S, T): does the byte open a chunk of stage s; the first byte always does
-    p: np.ndarray  # float32 (S, T): boundary probability, NaN where the byte does not reach the stage
+    bits: np.ndarray  # float32 (T,): bits to predict each byte from those before it
+    starts: np.ndarray  # bool (S, T): whether the byte opens a chunk of stage s; the first byte always does
+    p: np.ndarray  # float32 (S, T): boundary probability; NaN if the byte does not reach the stage
 
 
 @torch.no_grad()
 def analyse(model: HNetLM, text: bytes, context: int, stride: int) -> Analysis:
-    """Runs `text` as one document: in rows of `context` bytes, `stride` of them new, where it is longer.
+    """Runs `text` as one document; a longer text runs in rows of `context` bytes, of which `stride` are new.
 
-    The model sees BOS first and always opens a chunk there; the first byte of the text is shown as its start. Bits have
-    the position of the byte that is predicted, p and starts that of the byte that opens a chunk.
+    The model reads BOS first and always opens a chunk there; the first byte of the text is marked as its start. Bits
+    have the position of the predicted byte, p and starts that of the byte that opens a chunk.
     """
     T, S = len(text), model.config.num_stages
     bits, starts, p = np.zeros(T, np.float32), np.zeros((S, T), bool), np.full((S, T), np.nan, np.float32)
@@ -46,11 +46,11 @@ def analyse(model: HNetLM, text: bytes, context: int, stride: int) -> Analysis:
         nats_T = F.cross_entropy(logits_TV, labels.values(), reduction="none").cpu().numpy()
         first, stop = row.start + row.skip, min(row.start + len(nats_T), T)  # bytes; the last label is the text's end
         bits[first:stop] = nats_T[row.skip :][: stop - first] / math.log(2)
-        at = np.arange(len(nats_T)) + row.start - 1  # the byte that each input is; -1 is BOS
+        at = np.arange(len(nats_T)) + row.start - 1  # the index of each input byte; -1 is BOS
         for s, stage in enumerate(out.stages):
             p_T = stage.p_T.float().cpu().numpy()
             b_T = stage.b_T.cpu().numpy()
-            new = at >= max(first - 1, 0)  # the rows before had the inputs up to byte first - 2
+            new = at >= max(first - 1, 0)  # earlier rows had the inputs up to byte first - 2
             p[s, at[new]] = p_T[new]
             starts[s, at[new & b_T]] = True
             at = at[b_T]
@@ -59,7 +59,7 @@ def analyse(model: HNetLM, text: bytes, context: int, stride: int) -> Analysis:
 
 
 def page(text: bytes, names: list[str], analyses: list[Analysis], targets: list[tuple[float, ...]], title: str) -> str:
-    """The page for one or two models. `names` and `targets` (compression, one a stage) go with `analyses`."""
+    """The page for one or two models. `names` and `targets` (compression, one per stage) belong to `analyses`."""
     models = []
     for name, (bits, starts, p), target in zip(names, analyses, targets):
         S = len(starts)
@@ -74,7 +74,7 @@ def page(text: bytes, names: list[str], analyses: list[Analysis], targets: list[
                 "target": list(target),
                 "starts": _packed(mask),
                 "bits": _packed(np.clip(np.round(bits * 1000), 0, 65535).astype("<u2")),
-                # 65535 stands for no probability: the byte does not reach the stage
+                # 65535: the byte does not reach the stage
                 "p": [_packed(np.where(np.isnan(q), 65535, np.round(q * 65534)).astype("<u2")) for q in p],
             }
         )
@@ -82,7 +82,7 @@ def page(text: bytes, names: list[str], analyses: list[Analysis], targets: list[
     parts = {"__TITLE__": html.escape(title), "__DATA__": data.replace("<", "\\u003c")}
     template = TEMPLATE.read_text(encoding="utf-8")
     content = re.sub("|".join(parts), lambda mark: parts[mark[0]], template)
-    return content.encode(errors="backslashreplace").decode()  # a file's name may be no text
+    return content.encode(errors="backslashreplace").decode()  # a file name may not be text
 
 
 def _packed(array: np.ndarray) -> str:

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 from hnet_config import ConfigError, HNetConfig
 from hnet_runtime import UserError
-from hnet_runtime.pages.reports import write_whole
+from hnet_runtime.pages.reports import write_atomically
 from hnet_runtime.runs.metrics import read_metrics
 
 TEMPLATE = Path(__file__).with_name("plots.html")
-POINTS = 1200  # of a curve; longer ones are thinned
+POINTS = 1200  # per curve; longer curves are thinned
 FEW = 40  # a curve of fewer points is drawn with dots and is not smoothed
 PANELS = (  # title, pattern of the keys, logarithmic, smoothed
     ("bits per byte", r"(val_)?bpb", False, True),
@@ -32,16 +32,16 @@ PANELS = (  # title, pattern of the keys, logarithmic, smoothed
     ("held-out bits per byte by length of the document", r"val_bpb_(le_\d+|longer)", False, False),
     ("held-out bits per byte by position in the document", r"val_bpb_at_\w+", False, False),
 )
-# apart for the colour-blind: eight of Okabe and Ito, four of Tol
+# distinguishable for the colour-blind: eight of Okabe and Ito, four of Tol
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8a6d00")
 COLOURS += ("#882255", "#44aa99", "#332288", "#999933")
 DASHES = ("", "6 3", "8 3 2 3", "12 4")  # of the first twelve curves of a panel, the next twelve, and so on
 OF_TARGETS = "2 3"
-AXES = {"bytes": "bytes_so_far", "seconds": "seconds_so_far", "flops": "flops_so_far"}  # beside steps
+AXES = {"bytes": "bytes_so_far", "seconds": "seconds_so_far", "flops": "flops_so_far"}  # other than steps
 
 
 class Curve(NamedTuple):
-    """One line of a panel. `dash` as SVG has it; `dots` where there are few points."""
+    """One curve of a panel. dash: as in SVG; dots: whether there are few points."""
 
     name: str
     run: int
@@ -49,7 +49,7 @@ class Curve(NamedTuple):
     dash: str
     dots: bool
     points: list[tuple[int, float]]  # step, value
-    means: list[float] | None  # of the last `window` points up to each; None where the curve is not smoothed
+    means: list[float] | None  # of the last `window` points up to each point; None if the curve is not smoothed
     window: int
 
 
@@ -60,11 +60,11 @@ class Panel(NamedTuple):
 
 
 def read_run(run: str | Path) -> list[dict[str, Any]]:
-    """The records of a run's metrics.jsonl, with what config.json tells of them.
+    """The records of a run's metrics.jsonl, with values derived from config.json.
 
-    Each has `bytes_so_far`, `seconds_so_far` (in steps, without validation and saving) and `flops_so_far` (of matrix
-    products, as MFU counts them) where they are known, and each stage's learning rate. A last line that a crash tore is
-    left out. Raises UserError naming the folder or the line.
+    Each has `bytes_so_far`, `seconds_so_far` (of steps, without validation and saving) and `flops_so_far` (of matrix
+    products, as in MFU) if they are known, and each stage's learning rate. A last line that a crash cut off is left
+    out. Raises UserError with the folder or the line.
     """
     from hnet_trainable import lr_modulation  # imports torch
 
@@ -86,7 +86,7 @@ def read_run(run: str | Path) -> list[dict[str, Any]]:
 
 
 def _add_progress(records: list[dict[str, Any]], config: HNetConfig | None) -> None:
-    """Adds what each step has reached. A step without a record counts like the one after it."""
+    """Adds the sums up to each step. A step without a record counts like the next one."""
     from hnet_runtime.flops import count_flops
 
     stages = range(config.num_stages + 1) if config else ()
@@ -96,7 +96,7 @@ def _add_progress(records: list[dict[str, Any]], config: HNetConfig | None) -> N
         steps, step = record["step"] - step, record["step"]
         if _is_number(record.get("bytes_seen")):
             reached["bytes_so_far"] = record["bytes_seen"]
-            shares = [record.get(f"stage{s}_F") for s in stages[:-1]]  # of a stage's tokens, those the next one gets
+            shares = [record.get(f"stage{s}_F") for s in stages[:-1]]  # of tokens that the next stage gets
             if all(map(_is_number, shares)):
                 tokens = accumulate(shares, lambda n, share: n * share, initial=record["bytes_seen"] / max(step, 1))
                 reached["flops_so_far"] += steps * sum(n * flops for n, flops in zip(tokens, per_token))
@@ -106,13 +106,13 @@ def _add_progress(records: list[dict[str, Any]], config: HNetConfig | None) -> N
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300  # so not NaN
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300  # not NaN
 
 
 def panels_of(runs: dict[str, list[dict[str, Any]]]) -> list[Panel]:
-    """`runs`: records by name. A panel that no run has numbers for is left out, and so is a curve without numbers.
+    """The panels of runs (records by name). Panels and curves without values are left out.
 
-    The curves of a panel differ in colour, those after the twelfth in dashes. A target is a lighter, dotted line.
+    The curves of a panel differ in colour, and after the twelfth in dashes. A target is a lighter, dotted line.
     """
     panels = []
     for title, pattern, logarithmic, smoothed in PANELS:
@@ -149,12 +149,12 @@ def _words(key: str) -> str:
 
 
 def _lighter(colour: str) -> str:
-    """Half way to white."""
+    """The colour halfway to white."""
     return "#" + "".join(f"{(int(colour[i : i + 2], 16) + 255) // 2:02x}" for i in (1, 3, 5))
 
 
 def _running_mean(values: Sequence[float], window: int) -> list[float]:
-    """For each value the mean of it and those before it, `window` of them at most."""
+    """For each value the mean of the last `window` values up to it."""
     sums = [0.0, *accumulate(values)]
     firsts = [max(0, i - window) for i in range(1, len(sums))]
     return [(sums[i] - sums[first]) / (i - first) for i, first in enumerate(firsts, 1)]
@@ -166,7 +166,7 @@ def _thinned(points: list) -> list:
 
 
 def about_smoothing(panels: list[Panel]) -> str:
-    """One sentence on what is drawn thick and what faint; empty where nothing is smoothed."""
+    """One sentence about thick and faint curves; empty if nothing is smoothed."""
     windows = {curve.window for panel in panels for curve in panel.curves if curve.means}
     if not windows:
         return ""
@@ -178,7 +178,7 @@ def about_smoothing(panels: list[Panel]) -> str:
 
 
 def _label(name: str) -> str:
-    """A name as matplotlib shows it: whole, though a file may be called `_a`, which is hidden, or `$a$`, a formula."""
+    """A name for matplotlib, which would hide `_a` and read `$a$` as a formula."""
     return " " * name.startswith("_") + name.encode(errors="backslashreplace").decode().replace("$", r"\$")
 
 
@@ -211,14 +211,14 @@ def write_png(panels: list[Panel], path: Path) -> None:
         axis.set_visible(False)
     if about := about_smoothing(panels):
         figure.text(0.5, 0.0, about, fontsize=7, ha="center", va="top", wrap=True)
-    write_whole(path, lambda scratch: figure.savefig(scratch, format="png", dpi=100, bbox_inches="tight"))
+    write_atomically(path, lambda scratch: figure.savefig(scratch, format="png", dpi=100, bbox_inches="tight"))
     plt.close(figure)
 
 
 def progress_table(runs: dict[str, list[dict[str, Any]]], panels: list[Panel]) -> list[dict[str, Any]]:
-    """For each run its `name`, the `steps` that its curves have points at, and for each of AXES what they reached.
+    """For each run its `name`, the `steps` of its points, and for each of AXES the value reached there.
 
-    None where a run does not tell.
+    None for values that a run does not have.
     """
     tables = []
     for n, (name, records) in enumerate(runs.items()):
@@ -242,13 +242,13 @@ def write_html(panels: list[Panel], runs: dict[str, list[dict[str, Any]]], path:
     }
     template = TEMPLATE.read_text(encoding="utf-8")
     content = re.sub(f"__({'|'.join(parts)})__", lambda place: parts[place[1]], template)
-    write_whole(path, lambda scratch: scratch.write_bytes(content.encode(errors="backslashreplace")))
+    write_atomically(path, lambda scratch: scratch.write_bytes(content.encode(errors="backslashreplace")))
 
 
 def plot(runs: list[str | Path], out: Path) -> list[Path]:
     """Writes OUT.png and OUT.html for the folders of one or several runs; returns the two paths."""
     names = [Path(run).resolve().name for run in runs]
-    if len(set(names)) < len(names):  # folders of one name in different places
+    if len(set(names)) < len(names):  # folders with the same name
         names = [str(run) for run in runs]
     records = {name: read_run(run) for name, run in zip(names, runs)}
     panels = panels_of(records)

@@ -1,4 +1,4 @@
-"""How far long work is, on stderr: a bar with the time left on a terminal, elsewhere a line every ten seconds."""
+"""Shows progress on stderr: a bar with the time left on a terminal, elsewhere a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import sys
 import time
 from typing import Any
 
-SECONDS = 10  # between lines where there is no terminal
+SECONDS = 10  # between lines without a terminal
 
 
 class Progress:
-    """A context manager; tell it of work done with `advance`. It prints nothing where `shown` is False.
+    """A context manager that shows progress; call `advance` for work done. It prints nothing if `shown` is False.
 
-    what: the first words of the bar or line. total: the amount of work, None where it isn't known beforehand. unit: of
-    `total` and of what `advance` is told, such as "bytes"; speed is given in it per second.
+    what: the first words of the bar or line. total: the amount of work; None if unknown. unit: that of `total` and of
+    `advance`, such as "bytes"; the speed is in this unit per second.
     """
 
     def __init__(self, what: str, total: float | None, unit: str, shown: bool = True):
@@ -39,7 +39,7 @@ class Progress:
             self.bar.stop()
 
     def advance(self, amount: float) -> None:
-        """Say that `amount` more is done."""
+        """Reports that `amount` more is done."""
         self.done += amount
         now = time.monotonic()
         if self.bar:

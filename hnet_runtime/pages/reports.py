@@ -1,4 +1,4 @@
-"""Results as files that appear whole, and an evaluation's as a page of Markdown tables."""
+"""Writes result files atomically, and an evaluation as a page of Markdown tables."""
 
 import os
 import tempfile
@@ -9,10 +9,10 @@ from typing import Any
 from hnet_runtime import UserError
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Has `write` write a file that becomes `path` once it is complete; until then, what was there stays.
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file atomically: `write` writes a temporary file, which is renamed to `path` when complete.
 
-    Raises UserError where that can't be done.
+    Raises UserError if it can't be written.
     """
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
@@ -29,7 +29,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """`result`: what scripts/evaluate.py writes as JSON."""
+    """The Markdown page of a result, as scripts/evaluate.py writes it in JSON."""
     lines = [f"# {result['checkpoint']}", "", f"{result['dtype']} on {result['device']}, {result['seconds']} s"]
     if speed := result.get("bytes_per_s"):
         lines[-1] += f", text scored at {speed:,.0f} bytes/s"
@@ -70,7 +70,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _of_requests(how: dict[str, Any]) -> list[str]:
-    """What was cut from a harness's requests, in sentences."""
+    """Sentences about shortened requests of the harness."""
     lines = []
     if made := how.get("loglikelihood"):
         cut = made["prompts_cut_on_the_left"]

@@ -1,1 +1,1 @@
-"""A training run: its flags, folder, checkpoints, metrics, console, and what watches over it."""
+"""A training run: its flags, folder, checkpoints, metrics, console and watchdog."""

@@ -1,10 +1,10 @@
-"""Checkpoints: a folder a step, written by torch's distributed checkpointing under a temporary name, then renamed.
+"""Checkpoints: one folder per step, written by torch's distributed checkpointing (DCP) and renamed when complete.
 
 RUN/checkpoints/step_00000450/
     .metadata, *.distcp     DCP: `model.<official name>`, `optimizer.<...>`
     config.json             the model's config, as `HNetConfig.load` reads it
-    train.json              the training config and the position: steps done, data fingerprint, code revision
-    sha256.json             the digest of each of these; checked where training goes on from here
+    train.json              the training config, steps done, data fingerprint, code revision
+    sha256.json             the digest of each of these, checked when training resumes from here
     manifest.json           every file with its size; written last, so a folder without it is incomplete
 """
 
@@ -37,7 +37,7 @@ from torch.distributed.tensor import DTensor
 
 from hnet_runtime import UserError
 from hnet_runtime.data.stream import sync_folder
-from hnet_runtime.runs.run_folder import (  # noqa: F401 (some are for those who import this module)
+from hnet_runtime.runs.run_folder import (  # noqa: F401 (some are for importers of this module)
     WITHOUT,
     CheckpointError,
     complete,
@@ -53,18 +53,18 @@ _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 class Saver:
-    """Writes a run's checkpoints while training goes on. Every rank makes one and calls its methods alike.
+    """Writes a run's checkpoints in the background. Every rank creates one and calls its methods in the same order.
 
-    `start` copies the state and returns; a thread writes the copy by DCP, talking to other ranks through a process
-    group of its own. On a GPU the copy is first made there, which takes milliseconds, of as much as there is room for;
-    the rest goes to the host beside the next forward and backward, and training waits for it before that step changes
-    the weights (`staged`). When all ranks have written, rank 0 adds the manifest and renames the folder. Until then the
-    checkpoint doesn't exist under its name, so a crash leaves the one before as the newest.
+    `start` copies the state and returns. A thread writes the copy with DCP, over a process group of its own. On a GPU
+    as much as fits into free memory is first copied there, in milliseconds. The rest is copied to the host during the
+    next forward and backward; training waits for it before that step changes the weights (`staged`). When all ranks
+    have written, rank 0 adds the manifest and renames the folder. Until then the checkpoint doesn't exist under its
+    name, so after a crash the one before is the newest.
 
-    torch's own `dcp.async_save` can take over again when torch 2.11 need not be served: its stager fails at its second
-    use (github.com/pytorch/pytorch/issues/183413).
+    torch's own `dcp.async_save` can replace this when torch 2.11 is no longer supported: there its stager fails at its
+    second use (github.com/pytorch/pytorch/issues/183413).
 
-    keep: how many of the newest checkpoints stay (0: all). keep_every: those of every so many steps stay for good.
+    keep: the number of newest checkpoints to keep (0: all). keep_every: checkpoints of every so many steps are kept.
     """
 
     def __init__(
@@ -72,18 +72,18 @@ class Saver:
     ):
         self.run, self.model, self.optimizer, self.keep, self.keep_every = run, model, optimizer, keep, keep_every
         self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
-        # One thread of OpenMP's in the saver's: a team of its own would be more threads than cores for as long as it
-        # lives, and libgomp then hardly spins at barriers, which makes a step on a CPU a third slower ever after
+        # One OpenMP thread in the saver's thread: with a team there would be more threads than cores, and libgomp would
+        # then hardly spin at barriers, which makes later steps on a CPU a third slower
         # (gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html)
         self._thread = ThreadPoolExecutor(1, "saver", initializer=torch.set_num_threads, initargs=(1,))
         # Training launches kernels while the saver plans its files in Python. It gets the interpreter back after this
-        # long, by default after 5 ms, and asks for it some hundred times a step
+        # many seconds (by default 5 ms), and needs it some hundred times per step
         sys.setswitchinterval(1e-4)
         self._device = next(model.parameters()).device
-        # One for good: torch hands out 32 in turn (github.com/pytorch/pytorch/blob/main/c10/cuda/CUDAStream.h), and one
-        # made for each save would some day be that on which training captures graphs, the saver's copies with them
+        # One stream for all saves: torch gives out 32 in turn, and a new one per save would at some point be that on
+        # which training captures graphs (github.com/pytorch/pytorch/blob/main/c10/cuda/CUDAStream.h)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        self._host: dict[str, Tensor] = {}  # on a GPU: page-locked, so made once
+        self._host: dict[str, Tensor] = {}  # on a GPU: page-locked, so allocated once
         self._meshes: dict[DeviceMesh, DeviceMesh] = {}  # for copies of shards on the host
         for mesh in dict.fromkeys(p.device_mesh for p in model.parameters() if isinstance(p, DTensor)):
             on_cpu = mesh.device_type == "cpu"
@@ -94,11 +94,11 @@ class Saver:
         self._staging: Future | None = None
         self._written: Future | None = None
         self._step, self._stall = 0, 0.0
-        if self._device.type == "cuda":  # page-locking holds up whatever else calls CUDA: best while kernels compile
+        if self._device.type == "cuda":  # page-locking blocks other CUDA calls: done while kernels compile
             self._thread.submit(self._lock_pages, self._state())
 
     def start(self, step: int, train: dict[str, Any]) -> None:
-        """Begin to write the checkpoint of `step` steps done; a former one is finished first. Raises as `finish`."""
+        """Starts to write the checkpoint after `step` steps. Finishes an earlier one first; raises as `finish` does."""
         began = time.perf_counter()
         self.finish()
         self._step, error = step, None
@@ -125,11 +125,11 @@ class Saver:
         self._stall += time.perf_counter() - began
 
     def _state(self) -> dict[str, Tensor | SplitFloat32]:
-        """What this rank writes: torch's `get_model_state_dict` and `get_optimizer_state_dict`, in less time.
+        """The state that this rank writes, as torch's `get_model_state_dict` and `get_optimizer_state_dict` have it.
 
-        Ranks that hold whole copies of all weights write a part each; where a rank alone updates some, these.
+        With unsharded weights each rank writes a part of the state: what it alone updates, if there is any such thing.
         """
-        weights = self.model.state_dict()  # first: it puts back the shards of what FSDP has gathered
+        weights = self.model.state_dict()  # first: it restores the shards of weights that FSDP has gathered
         parameters = dict(self.model.named_parameters())
         names = {id(p): name for name, p in parameters.items()}
         values = {names[id(p)]: found for p, found in self.optimizer.state.items() if found}
@@ -165,7 +165,7 @@ class Saver:
         scratch: Path,
         train: dict[str, Any],
     ) -> None:
-        """The thread: copies to the host where the state is on a GPU, writes, publishes."""
+        """Runs in the thread: copies the state to the host if it is on a GPU, writes it and renames the folder."""
         try:
             try:
                 state = self._to_host(rest, ready)
@@ -185,7 +185,7 @@ class Saver:
                 sync_folder(final.parent)
                 self._remove_old()
             written.set_result(final)
-        except BaseException as failure:  # told by `finish`
+        except BaseException as failure:  # reported by `finish`
             if dist.get_rank() == 0:
                 shutil.rmtree(scratch, ignore_errors=True)
             written.set_exception(failure)
@@ -202,21 +202,21 @@ class Saver:
         return {name: self._like(tensor, self._host[name]) for name, tensor in state.items()}
 
     def _lock_pages(self, state: dict[str, Tensor | SplitFloat32]) -> None:
-        """Makes the copies' places on the host that are not there yet."""
+        """Allocates the page-locked host memory that is not there yet."""
         with torch.cuda.device(self._device):
             for name, tensor in state.items():
                 if name not in self._host:
                     self._host[name] = torch.empty(_local(tensor).shape, dtype=tensor.dtype, pin_memory=True)
 
     def _like(self, tensor: Tensor | SplitFloat32, local: Tensor) -> Tensor:
-        """`local` as what `tensor` is: itself, or a shard of a tensor on the host."""
+        """`local` itself, or where `tensor` is a DTensor, `local` as its shard on the host."""
         if not isinstance(tensor, DTensor):
             return local
         mesh, sizes = self._meshes[tensor.device_mesh], {"shape": tensor.shape, "stride": tensor.stride()}
         return DTensor.from_local(local, mesh, tensor.placements, run_check=False, **sizes)
 
     def staged(self) -> None:
-        """Wait until the state has been copied: to be called before it changes."""
+        """Waits until the state has been copied. To be called before it changes."""
         if self._staging is not None:
             began = time.perf_counter()
             self._staging.result()
@@ -224,19 +224,19 @@ class Saver:
             self._stall += time.perf_counter() - began
 
     def stall(self) -> float:
-        """Seconds that training has waited in `start` and `staged` since this was last asked."""
+        """The seconds that training has waited in `start` and `staged` since the last call."""
         seconds, self._stall = self._stall, 0.0
         return seconds
 
     @property
     def failed(self) -> bool:
-        """Whether this rank knows that the last checkpoint could not be written; `finish` then tells why."""
+        """Whether this rank knows that the last checkpoint could not be written; `finish` then raises the reason."""
         return self._written is not None and self._written.done() and self._written.exception() is not None
 
     def finish(self) -> Path | None:
-        """Wait until the checkpoint that was started last is complete. Returns its folder.
+        """Waits until the checkpoint that was started last is complete. Returns its folder.
 
-        Raises UserError on every rank where the disk is full or the folder can't be written.
+        Raises UserError on every rank if the disk is full or the folder can't be written.
         """
         if self._written is None:
             return None
@@ -268,9 +268,9 @@ def _local(tensor: Tensor | SplitFloat32) -> Tensor | SplitFloat32:
 
 
 def _free_gpu_memory(device: torch.device) -> float:
-    """Bytes that nobody has reserved on a GPU, less an eighth of all: what a step needs varies with the chunks.
+    """The bytes on a GPU that are not reserved, less an eighth of its memory: a step's need varies with the chunks.
 
-    What torch has reserved without using it may belong to graphs, which alone can use it.
+    Memory that torch has reserved and does not use may belong to graphs, which alone can use it.
     """
     if device.type == "cpu":
         return math.inf
@@ -281,14 +281,14 @@ def _free_gpu_memory(device: torch.device) -> float:
 def save(
     run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, train: dict[str, Any], keep: int
 ) -> Path:
-    """Write the checkpoint of `step` steps done and wait for it, on every rank; see `Saver`. Returns its folder."""
+    """Writes the checkpoint after `step` steps and waits for it, on every rank; see `Saver`. Returns its folder."""
     saver = Saver(run, model, optimizer, keep)
     saver.start(step, train)
     return saver.finish()
 
 
 def require_disk_space(run: Path, parameters: int) -> None:
-    """Raises UserError unless the disk of `run` has room for a checkpoint: float32 weights and two moments of each."""
+    """Raises UserError if a checkpoint does not fit on the disk of `run`: float32 weights with two moments each."""
     needed, free = 12 * parameters, shutil.disk_usage(run).free
     if free < needed:
         raise UserError(f"--save-dir {run}: {free / 1e6:,.1f} MB are free and a checkpoint takes {needed / 1e6:,.1f}")
@@ -302,7 +302,7 @@ def _reason(error: BaseException) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that it's on disk when this returns."""
+    """Writes JSON and waits until it is on disk."""
     with open(path, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
         file.flush()
@@ -315,9 +315,9 @@ def _sha256(path: Path) -> str:
 
 
 def check_contents(folder: Path) -> None:
-    """Raises CheckpointError on every rank where a file's bytes are not those that were written. Rank 0 reads them all.
+    """Raises CheckpointError on every rank if a file differs from what was written. Rank 0 reads all files.
 
-    A checkpoint without digests, as earlier versions wrote them, passes.
+    A checkpoint of an earlier version, without digests, passes.
     """
     damaged = [damaged_file(folder) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(damaged)
@@ -326,7 +326,7 @@ def check_contents(folder: Path) -> None:
 
 
 def damaged_file(folder: Path) -> str | None:
-    """The first file of a checkpoint that is not as it was written."""
+    """The first file of a checkpoint that differs from what was written, or None."""
     noted = folder / "sha256.json"
     if not noted.exists():
         return None
@@ -338,9 +338,9 @@ def damaged_file(folder: Path) -> str | None:
 
 
 def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Fill model and optimizer in place, at whatever world size and sharding they have. Called by every rank.
+    """Loads model and optimizer in place, with any world size and sharding. Called by every rank.
 
-    Raises UserError where the checkpoint is incomplete or its model config is another one (naming the first keys).
+    Raises UserError if the checkpoint is incomplete or has another model config (it names the first differing keys).
     """
     read_train(checkpoint)
     theirs, ours = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")), model.config.to_dict()
@@ -364,12 +364,12 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
 
 
 def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:
-    """What of an optimizer is saved: rates and decays come from the config, and tensors need no pickle."""
+    """The part of an optimizer's state that is saved: tensors, which need no pickle. Rates come from the config."""
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
 
 class SafeReader(dcp.FileSystemReader):
-    """torch's reader of checkpoint folders, but for how it opens the index: an unlisted name raises CheckpointError."""
+    """torch's reader of checkpoint folders, except that an index with an unlisted name raises CheckpointError."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
         with open(Path(self.path) / ".metadata", "rb") as file:
@@ -379,7 +379,7 @@ class SafeReader(dcp.FileSystemReader):
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Opens a checkpoint's index, for which torch 2.11 and 2.13 use the full pickle module, with an allow-list."""
+    """Opens a checkpoint's index with an allow-list; torch 2.11 and 2.13 use the full pickle module for it."""
 
     _METADATA = "Metadata TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata TensorProperties"
     _METADATA += " MetadataIndex StorageMeta _MEM_FORMAT_ENCODING"

@@ -1,4 +1,4 @@
-"""What a run writes down: one JSON record a step, a line on the console, wandb or TensorBoard where asked for."""
+"""A run's metrics: one JSON record per step; wandb or TensorBoard on request; and warnings about routers."""
 
 import itertools
 import json
@@ -11,22 +11,22 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hnet_runtime import UserError
-from hnet_runtime.pages.reports import write_whole
+from hnet_runtime.pages.reports import write_atomically
 
 logger = logging.getLogger("hnet")
 
 
 class Sink(Protocol):
-    """Takes records: numbers, `sample` (text with bars between its chunks), `sample_html` (in colours, for wandb)."""
+    """Receives records: numbers, `sample` (text with bars between chunks), `sample_html` (in colours, for wandb)."""
 
     def log(self, step: int, record: dict[str, Any]) -> None: ...
     def close(self) -> None: ...
 
 
 class JsonlSink:
-    """`metrics.jsonl`: one line a step, each step once. A resumed run drops the lines past the step it starts from.
+    """`metrics.jsonl`: one line per step. A resumed run drops the lines after the step from which it resumes.
 
-    A run that starts from the beginning renames the metrics that it finds, to metrics-1.jsonl, metrics-2.jsonl, ...
+    A run from the beginning renames existing metrics to metrics-1.jsonl, metrics-2.jsonl, ...
     """
 
     def __init__(self, path: Path, first_step: int):
@@ -35,8 +35,8 @@ class JsonlSink:
             path.rename(kept_as)
             logger.warning("%s: these metrics are of an earlier start; they are kept as %s", path, kept_as.name)
         kept = "".join(json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= first_step)
-        write_whole(path, lambda scratch: scratch.write_text(kept, encoding="utf-8"))
-        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (lives as long as the run)
+        write_atomically(path, lambda scratch: scratch.write_text(kept, encoding="utf-8"))
+        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (open as long as the run)
 
     def log(self, step: int, record: dict[str, Any]) -> None:
         safe = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
@@ -53,13 +53,13 @@ class JsonlSink:
 
 
 def _free_name(path: Path) -> Path:
-    """`metrics-1.jsonl` beside `metrics.jsonl`, or the first number after 1 that nothing has."""
+    """`metrics-1.jsonl` beside `metrics.jsonl`, or the first free number after 1."""
     names = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in itertools.count(1))
     return next(name for name in names if not name.exists())
 
 
 def read_lines(path: Path) -> list[str]:
-    """The whole lines of a metrics file; a last line that a crash tore is left out. Empty if there is no file."""
+    """The complete lines of a metrics file, without a last line that a crash cut off. Empty if there is no file."""
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
@@ -67,7 +67,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a run's `metrics.jsonl`, in step order. Raises UserError for a line that is none."""
+    """The records of a run's `metrics.jsonl`, in step order. Raises UserError for a line that is no record."""
     records = []
     for number, line in enumerate(read_lines(path), 1):
         try:
@@ -87,31 +87,31 @@ GROUPS = {  # panel -> prefixes of the keys in it, for wandb and TensorBoard
 
 
 def panel(key: str) -> str:
-    """`stage0_F` -> `stages/stage0_F`: wandb and TensorBoard group curves by what stands before the slash."""
+    """`stage0_F` -> `stages/stage0_F`: wandb and TensorBoard group curves by the part before the slash."""
     return next((f"{group}/{key}" for group, prefixes in GROUPS.items() if key.startswith(prefixes)), f"other/{key}")
 
 
 class WandbSink:
-    """wandb, online or offline; the run's id is kept in its folder, so a resumed run goes on in the same curves.
+    """wandb, online or offline. The run's id is stored in its folder, so a resumed run continues the same curves.
 
-    Curves go by `step`, the optimizer steps done. wandb's own step must grow from record to record, or its server drops
-    them, and a resumed run repeats steps: there it is the time since the run began, in ms.
+    Curves are drawn over `step`, the optimizer steps done. wandb's own step must increase from record to record, or its
+    server drops records, but a resumed run repeats steps. So wandb's step is the time since the run began, in ms.
     """
 
     def __init__(self, run: Path, first_step: int, config: dict[str, Any]):
         import wandb
 
         id_file = run / "wandb_id"
-        if first_step == 0 or not id_file.exists():  # what starts from the beginning has curves of its own
+        if first_step == 0 or not id_file.exists():  # a run from the beginning has new curves
             id_file.write_text(secrets.token_hex(4), encoding="utf-8")
         self._began, self._own_step = id_file.stat().st_mtime, 0
         run_id = id_file.read_text(encoding="utf-8")
         keywords = dict(project="hnet", name=run.name, id=run_id, resume="allow", dir=run, config=config)
         try:
             self._run = wandb.init(settings=wandb.Settings(init_timeout=30), **keywords)
-        except Exception as error:  # whatever wandb raises, it must not stop training
+        except Exception as error:  # no error of wandb may stop training
             logger.warning("wandb: %s; this run is logged offline", str(error).strip().splitlines()[0])
-            wandb.teardown()  # its service still holds the id
+            wandb.teardown()  # its service still uses the id
             self._run = wandb.init(mode="offline", **keywords)
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
@@ -131,7 +131,7 @@ class WandbSink:
 
 
 class TensorBoardSink:
-    """TensorBoard's event files, in the run's folder; what a resumed run repeats is purged."""
+    """TensorBoard's event files, in the run's folder. Steps that a resumed run repeats are purged."""
 
     def __init__(self, run: Path, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -152,7 +152,7 @@ class TensorBoardSink:
 
 
 class Metrics:
-    """Hands each record to all sinks. One that fails, other than the JSONL file, is dropped with one line."""
+    """Passes each record to all sinks. A sink that fails, other than the JSONL file, is dropped with one warning."""
 
     def __init__(self, sinks: list[Sink]):
         self._sinks = sinks
@@ -170,21 +170,21 @@ class Metrics:
             except Exception as error:
                 if isinstance(sink, JsonlSink):
                     raise
-                logger.warning("%s failed (%s): training goes on without it", type(sink).__name__, error)
+                logger.warning("%s failed (%s): training continues without it", type(sink).__name__, error)
                 self._sinks.remove(sink)
 
 
 class RouterHealth:
-    """Names in one line what goes wrong with a router, when it starts; looks only at numbers that were read anyway.
+    """Reports a problem of a router in one line when it starts, from numbers that are read anyway.
 
-    - dead: for PATIENCE steps in a row no chunk began but where one must, at the beginning of a row;
-    - collapse: as long, nearly every token opened a chunk, or a tenth of the target share or fewer;
-    - oscillation: the smoothed share of boundaries went from 1.25 times the target to 0.8 times or back SWINGS times
-      in SPAN steps.
+    - dead: for PATIENCE steps in a row no chunk began except at the beginning of a row;
+    - collapse: for as many steps nearly every token opened a chunk, or less than a tenth of the target share did;
+    - oscillation: the smoothed share of boundaries moved between 1.25 and 0.8 times the target SWINGS times in SPAN
+      steps.
     """
 
     PATIENCE, SWINGS, SPAN = 50, 4, 200
-    SMOOTHING = 0.1  # a mean over ten steps: a long document fills several small batches, and has chunks of its own
+    SMOOTHING = 0.1  # a mean over about ten steps: one long document can fill several small batches
 
     def __init__(self, targets: Sequence[float], slice_bytes: int):
         self.targets, self.slice_bytes = targets, slice_bytes
@@ -194,14 +194,14 @@ class RouterHealth:
         self.swinging = [False for _ in targets]
 
     def look(self, step: int, record: dict[str, Any]) -> list[str]:
-        """What starts at this step. `record` as metrics.jsonl has it, with `rows`, the mean of rows in a slice."""
+        """The problems that start at this step. record: as in metrics.jsonl, with `rows`, the mean rows per slice."""
         said, tokens = [], float(self.slice_bytes)
         for s, N in enumerate(self.targets):
             F = record[f"stage{s}_F"]
             tokens *= F
             signs = {"dead": tokens <= record["rows"] * 1.001, "high": F > 0.98, "low": F < 0.1 / N}
             words = {
-                "dead": "is dead: no chunk begins but at the beginning of a row",
+                "dead": "is dead: no chunk begins except at the beginning of a row",
                 "high": f"collapsed: {F:.0%} of its tokens open a chunk, 1 in {N:g} should",
                 "low": f"collapsed: 1 in {1 / F:.0f} of its tokens opens a chunk, 1 in {N:g} should",
             }
@@ -214,7 +214,7 @@ class RouterHealth:
 
     @property
     def stuck(self) -> bool:
-        """Whether a stage is dead or has collapsed at the step that `look` saw last."""
+        """Whether a stage is dead or has collapsed at the last step that `look` was given."""
         return any(n >= self.PATIENCE for signs in self.since for n in signs.values())
 
     def _swing(self, s: int, step: int, relative: float) -> list[str]:

@@ -1,4 +1,4 @@
-"""A run's folder and what can happen to it: opening, locking, resuming, interrupting."""
+"""A run's folder: opening, locking and resuming; and what can interrupt a run."""
 
 import contextlib
 import ctypes
@@ -25,9 +25,9 @@ Returned = TypeVar("Returned")
 
 
 def open_folder(save_dir: str, name: str, world: World) -> Path:
-    """The run's folder, made and locked: `save_dir`, or runs/<name>-<time>. Raises UserError where a live run has it.
+    """The run's folder, created and locked: `save_dir`, or runs/<name>-<time>.
 
-    The lock goes with its process, however that ends.
+    Raises UserError if another live run uses it. The lock ends with its process, however that ends.
     """
 
     def make() -> Path:
@@ -50,9 +50,9 @@ def open_folder(save_dir: str, name: str, world: World) -> Path:
 
 
 def of_main(call: Callable[[], Returned], world: World) -> Returned:
-    """What `call` returns on rank 0, on every rank; where it raises a UserError there, every rank does.
+    """The result of `call` on rank 0, returned on every rank. A UserError raised there is raised on every rank.
 
-    For what ranks could see differently, as where one of them has gone on already.
+    For what ranks could see differently, such as a folder that one of them has already changed.
     """
     found, mistake = None, None
     if world.is_main:
@@ -69,7 +69,7 @@ def of_main(call: Callable[[], Returned], world: World) -> Returned:
 
 
 def leave_unused(run: Path, world: World) -> None:
-    """Removes the folder, if `open_folder` has made it, of a run that was refused then."""
+    """Removes the folder of a run that was refused, if `open_folder` created it."""
     if world.is_main and run in _made and [path.name for path in run.iterdir()] == [".lock"]:
         (run / ".lock").unlink()
         run.rmdir()
@@ -80,15 +80,15 @@ _made: set[Path] = set()
 
 
 def checkpoint_to_resume(run: Path, resume: str, world: World) -> Path | None:
-    """The checkpoint that `--resume` means: `auto` the run's newest complete one, if any; a path that one; empty none.
+    """The checkpoint of `--resume`. auto: the newest complete one of the run, or None. A path: that one. Empty: None.
 
-    Raises UserError where the folder holds a run that is not being resumed, or checkpoints later than the one named.
+    Raises UserError if the folder has a run that is not being resumed, or checkpoints later than the named one.
     """
     return of_main(lambda: _choose_checkpoint(run, resume), world)
 
 
 def newest(path: Path) -> Path:
-    """A run's newest complete checkpoint; anything else as it is."""
+    """The newest complete checkpoint of a run; any other path unchanged."""
     found = checkpoint.complete(path)
     return found[-1] if found else path
 
@@ -97,7 +97,7 @@ def _choose_checkpoint(run: Path, resume: str) -> Path | None:
     found = checkpoint.complete(run)
     holds_a_run = bool(found) or (run / "metrics.jsonl").exists()
     if resume:
-        read_metrics(run / "metrics.jsonl")  # a damaged line is told now, to all ranks
+        read_metrics(run / "metrics.jsonl")  # reports a damaged line now, on all ranks
     if resume == "auto":
         for folder in checkpoint.incomplete(run):
             logger.warning("passed over %s: not a complete checkpoint", folder)
@@ -105,13 +105,13 @@ def _choose_checkpoint(run: Path, resume: str) -> Path | None:
             logger.warning("%s: no complete checkpoint to resume from; the run starts from the beginning", run)
         return found[-1] if found else None
     if not resume and holds_a_run:
-        raise UserError(f"--save-dir {run}: holds a run already; go on with --resume auto, or name another folder")
+        raise UserError(f"--save-dir {run}: holds a run already; resume it with --resume auto, or name another folder")
     if not resume:
         return None
     source = newest(Path(resume))
     if holds_a_run and source.resolve().parent.parent != run.resolve():
         raise UserError(f"--save-dir {run}: holds another run than {source}; name another folder")
-    if found and source.name < found[-1].name:  # a later --resume auto would go on from there
+    if found and source.name < found[-1].name:  # a later --resume auto would resume from there
         raise UserError(
             f"--save-dir {run}: holds {found[-1].name}, which is later than {source}; name another folder, or delete "
             "what is later"
@@ -120,17 +120,17 @@ def _choose_checkpoint(run: Path, resume: str) -> Path | None:
 
 
 class Compilations:
-    """Counts the kernels that Triton compiles from now on in this process, with how long that takes."""
+    """Counts the kernels that Triton compiles from now on in this process, and the seconds that it takes."""
 
     def __init__(self):
         self.new, self.cached, self.seconds = 0, 0, 0.0
-        with contextlib.suppress(ImportError):  # no Triton, or one that tells nobody (before 3.4)
+        with contextlib.suppress(ImportError):  # no Triton, or a version without this hook (before 3.4)
             from triton import knobs
 
             knobs.compilation.listener = self._count
 
     def _count(self, times: Any = None, cache_hit: bool = False, **_: Any) -> None:
-        """What is told differs with Triton's version, and must not stop a run."""
+        """The arguments differ between versions of Triton; a difference must not stop a run."""
         self.new, self.cached = self.new + (not cache_hit), self.cached + cache_hit
         self.seconds += getattr(times, "total", 0) / 1e6  # from microseconds
 
@@ -139,10 +139,10 @@ class Compilations:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what a step frees for the next one, rather than hand it back and have the kernel zero it anew.
+    """Makes glibc keep freed memory for the next step, instead of returning it to the kernel, which zeroes it.
 
-    For training on a CPU: 6,000 to 10,000 page faults in a step of 1,024 bytes of the default model become a few.
-    Elsewhere than on glibc: nothing.
+    For training on a CPU: it avoids 6,000 to 10,000 page faults per step of 1,024 bytes of the default model. Without
+    glibc it does nothing.
     """
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -155,7 +155,7 @@ def code_revision() -> str:
     """The git revision of this checkout, with `+` where files differ from it; `unknown` outside git."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        is_ours = [*git, "ls-files", "--error-unmatch", __file__]  # an installed package may lie in another's checkout
+        is_ours = [*git, "ls-files", "--error-unmatch", __file__]  # an installed package may be inside another checkout
         subprocess.run(is_ours, capture_output=True, check=True)
         revision = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, check=True)
         changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, check=True)
@@ -165,10 +165,10 @@ def code_revision() -> str:
 
 
 class Interrupts:
-    """Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP ask for a save and an orderly end after this step.
+    """Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP request a save and an orderly end after this step.
 
-    A second Ctrl-C ends at once. SIGHUP comes where a terminal is closed or ssh loses its connection; under nohup it is
-    ignored from the start, and stays so.
+    A second Ctrl-C ends the program at once. SIGHUP comes when a terminal is closed or an ssh connection is lost; under
+    nohup it stays ignored.
     """
 
     def __init__(self):
@@ -184,7 +184,7 @@ class Interrupts:
 
 
 def in_words(error: BaseException) -> str:
-    """What went wrong, for the sentence that ends a run."""
+    """The error in words, for the sentence that ends a run."""
     if memory_ran_out(error):
         return (
             "the GPU's memory is full: take --ac selective or block, a smaller --mbs with more --global-slices, "

@@ -1,6 +1,6 @@
-"""The checkpoints in a run's folder: which there are, which are complete, and the flags and steps they were saved with.
+"""The checkpoints in a run's folder: which are complete, and the flags and steps with which they were saved.
 
-Nothing here imports torch: train.py reads the flags of a run that it resumes before anything else.
+Nothing here imports torch: train.py reads the flags of a resumed run before anything else.
 """
 
 import json
@@ -10,20 +10,20 @@ from typing import Any
 
 from hnet_runtime import UserError
 
-WITHOUT = "without this folder, --resume auto goes on from the checkpoint before"
+WITHOUT = "without this folder, --resume auto resumes from the checkpoint before"
 
 
 class CheckpointError(UserError):
-    """Weights that can't be read or don't fit; one sentence that names the file and what was expected."""
+    """Weights can't be read or don't fit. The message names the file and what was expected."""
 
 
 def step_folder(run: Path, step: int) -> Path:
-    """The folder of the checkpoint of `step` steps done."""
+    """The folder of the checkpoint after `step` steps."""
     return run / "checkpoints" / f"step_{step:08d}"
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the manifest is there and every file in it has its size."""
+    """Whether the manifest exists and every file in it has the size given there."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         sizes_fit = all((folder / name).stat().st_size == size for name, size in manifest.items())
@@ -42,12 +42,12 @@ def complete(run: Path) -> list[Path]:
 
 
 def incomplete(run: Path) -> list[Path]:
-    """Folders that a crash left unfinished, or that were damaged since."""
+    """The folders of checkpoints that a crash left unfinished or that were damaged later."""
     return [p for p in _steps(run) if p.suffix == ".writing" or not is_complete(p)]
 
 
 def read_train(checkpoint: Path) -> dict[str, Any]:
-    """What `save` was given as `train`, plus `step`. Raises UserError for a folder that isn't a complete checkpoint."""
+    """The `train` argument of `save`, plus `step`. Raises UserError for a folder that isn't a complete checkpoint."""
     if not is_complete(checkpoint):
         raise UserError(f"{checkpoint}: not a complete checkpoint (no manifest.json, or files that differ from it)")
     try:
@@ -60,7 +60,7 @@ def read_train(checkpoint: Path) -> dict[str, Any]:
 
 
 def train_config_of(source: str) -> dict[str, Any] | None:
-    """The flags of train.py that a run or one of its checkpoints was made with; None for weights from elsewhere."""
+    """The flags of train.py of a run or one of its checkpoints; None for other weights."""
     folder = Path(source)
     if found := complete(folder):
         folder = found[-1]

@@ -1,7 +1,7 @@
-"""What a router does and how fast weights move, as tensors on the device: nothing here waits for it.
+"""What a router does and how fast weights change, as tensors on the device: nothing here waits for it.
 
-A training step computes these every `--stats-every` steps from what it has anyway (the boundary probabilities of its
-last slice, gradients and optimizer states after the update) and reads them together with its loss.
+Every `--stats-every` steps a training step computes these from values that it has anyway: the boundary probabilities of
+its last slice, and gradients and optimizer states after the update. They are read together with its loss.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from hnet_runtime.steps.flat_adamw import FlatAdamW, as_tensor
 from hnet_trainable import StageOutput
 
 BINS = 10  # of the histogram of boundary probabilities
-BATCH_ELEMENTS = 1 << 26  # elements of weights looked at together
+BATCH_ELEMENTS = 1 << 26  # elements of weights per launch
 
-# kinds of bytes: letters, digits and what begins a character beyond ASCII; whitespace; punctuation and other ASCII; the
-# inside of a UTF-8 character; BOS
+# kinds of bytes: letters, digits and first bytes of characters beyond ASCII; whitespace; punctuation and other ASCII;
+# bytes inside a UTF-8 character; BOS
 _KINDS = [1 if chr(b).isspace() else 0 if chr(b).isalnum() else 2 for b in range(128)]
 _KINDS += [3 if b < 0xC0 else 4 if b == 0xFE else 0 for b in range(128, 256)]
 _ROUTER = ("chunk_mean", "chunk_cv", "chunk_max", "at_whitespace", "at_punctuation", "at_inside", "cosine_std")
@@ -31,7 +31,7 @@ _WEIGHTS = ("grad_norm", "weight_norm", "update_ratio")
 
 
 def names(stages: int) -> list[str]:
-    """The names of `router_statistics` and `weight_statistics`, one after the other, for S chunking stages."""
+    """The names of the elements of `router_statistics`, then of `weight_statistics`, for S chunking stages."""
     per_stage = [*_ROUTER, *(f"p_{i / BINS:.1f}" for i in range(BINS))]
     found = [f"stage{s}_{name}" for s in range(stages) for name in per_stage]
     return found + [f"stage{s}_{name}" for s in range(stages + 1) for name in _WEIGHTS]
@@ -64,12 +64,12 @@ class StepNumbers(NamedTuple):
 
 @torch.no_grad()
 def router_statistics(iids: Tensor, stages: Sequence[StageOutput]) -> Tensor:
-    """Of one slice: float32 (S * (7 + BINS),), for each stage
+    """Statistics of one slice, float32 (S * (7 + BINS),). For each stage:
 
     - mean, coefficient of variation and maximum of its chunks' lengths in bytes;
-    - the share of its boundaries at a whitespace byte, at punctuation, inside a UTF-8 character (rows' first bytes left
-      out, where a chunk must begin);
-    - the standard deviation of the cosine that the router takes (without those first ones);
+    - the share of its boundaries at a whitespace byte, at punctuation, inside a UTF-8 character (without rows' first
+      bytes, where a chunk must begin);
+    - the standard deviation of the router's cosine (without those first bytes);
     - the share of its tokens in each of BINS equal ranges of boundary probability.
     """
     byte_T, offsets = iids.values(), iids.offsets()
@@ -77,7 +77,7 @@ def router_statistics(iids: Tensor, stages: Sequence[StageOutput]) -> Tensor:
     kind_T = torch.tensor(_KINDS).to(device, non_blocking=True)[byte_T]
     first_T = torch.zeros(T, dtype=torch.bool, device=device).index_fill_(0, offsets[:-1], True)
     index_T = torch.arange(T, device=device)
-    at_C = index_T  # the byte at which each token of the stage begins
+    at_C = index_T  # the first byte of each token of the stage
     found: list[Tensor] = []
     for s, stage in enumerate(stages):
         p_C, b_C = stage.p_T.float(), stage.b_T
@@ -102,10 +102,10 @@ def router_statistics(iids: Tensor, stages: Sequence[StageOutput]) -> Tensor:
 
 @torch.no_grad()
 def weight_statistics(optimizer: torch.optim.AdamW, stages: int, world: World) -> Tensor:
-    """Of each stage, innermost network last: norm of its gradients, of its weights, and of the update over the latter.
+    """Per stage, innermost last: the norms of its gradients and its weights, and the update's norm over the weights'.
 
-    float32 ((S + 1) * 3,). After `optimizer.step()` and before gradients are cleared; gradients are as the optimizer
-    left them, that is clipped. The update is worked out from AdamW's state, so the former weights are not needed.
+    float32 ((S + 1) * 3,). Call it after `optimizer.step()` and before gradients are cleared; gradients are clipped.
+    The update is computed from AdamW's state, so the old weights are not needed.
     """
     sharded, whole = torch.zeros(2, stages + 1, 3, device=world.device).unbind(0)
     shards_updates = isinstance(optimizer, FlatAdamW) and optimizer.shards_updates
@@ -124,7 +124,7 @@ def weight_statistics(optimizer: torch.optim.AdamW, stages: int, world: World) -
             into[group["stage"]] += torch.stack(squares)
     if shards_updates:
         dist.all_reduce(sharded)
-    elif world.shards > 1:  # over one copy of the weights: with HSDP, other ranks hold the same shards
+    elif world.shards > 1:  # over one replica: with HSDP, other ranks have the same shards
         dist.all_reduce(sharded, group=world.mesh.get_group("shard"))
     norms = (sharded + whole).sqrt()
     norms[:, 2] /= norms[:, 1].clamp_min(1e-12)
@@ -155,7 +155,7 @@ def _batches(
 
 
 def _updates(ws: list[Tensor], ms: list[Tensor], vs: list[Tensor], step: Tensor, group: dict[str, Any]) -> list[Tensor]:
-    """What AdamW subtracts from the weights, over the learning rate."""
+    """The update that AdamW subtracts from the weights, divided by the learning rate."""
     beta1, beta2 = group["betas"]
     updates = torch._foreach_sqrt(vs)
     torch._foreach_div_(updates, (1 - beta2**step).sqrt())

@@ -1,15 +1,15 @@
-"""Weights in and out: official .pt files, safetensors, our own checkpoints; by path or from the Hugging Face Hub.
+"""Loading and exporting weights: official .pt files, safetensors and our checkpoints, by path or from the Hub.
 
 A source is one of
-    model.pt, model.safetensors        a file; its config lies beside it (model.pt.json, config.json or
-                                       model.json, whichever comes first) or is given
-    RUN/checkpoints/step_00000450      a checkpoint of train.py (torch's distributed checkpointing); or the folder RUN,
-                                       which means its newest complete one
-    FOLDER                             one that holds a .safetensors or .pt file
-    hf:owner/name                      a repository of the Hub, fetched once and kept in its client's cache
+    model.pt, model.safetensors        a file; its config is beside it (the first of model.pt.json, config.json
+                                       and model.json) or is passed
+    RUN/checkpoints/step_00000450      a checkpoint of train.py (torch's distributed checkpointing); the folder RUN
+                                       means its newest complete one
+    FOLDER                             a folder with a .safetensors or .pt file
+    hf:owner/name                      a repository of the Hugging Face Hub, downloaded once to its client's cache
 
-No file is trusted: pickles are opened with `weights_only=True` and an allow-list, and so is the index of our own
-checkpoints, which torch would open with the full pickle module. Whatever is wrong ends in a CheckpointError.
+No file is trusted. Pickles are opened with `weights_only=True` and an allow-list, and so is the index of our
+checkpoints, which torch would open with the full pickle module. Every problem raises a CheckpointError.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from hnet_config import CONFIGS, find_config
 from hnet_runtime import UserError
 from hnet_runtime.distributed import PLAIN_FLOAT32
-from hnet_runtime.pages.reports import write_whole
+from hnet_runtime.pages.reports import write_atomically
 from hnet_runtime.runs import checkpoint as own
 from hnet_runtime.runs.checkpoint import CheckpointError, SafeReader
 from hnet_simple import HNetInference
@@ -53,12 +53,12 @@ class Checkpoint(NamedTuple):
 def load(
     source: str | Path, config: HNetConfig | str | Path | None = None, N_compress: Sequence[float] | None = None
 ) -> Checkpoint:
-    """Read weights and config from a source as the module describes.
+    """Reads weights and config from a source, see the module's description.
 
-    config: a config or its file, for weights that come without one. Where they come with one, it must not differ in
-    anything that changes results. N_compress: the target compression, instead of that of the config. Where nothing
-    names one, which configs for the released code do not, the default is taken, and the log says so.
-    Raises CheckpointError, ConfigError for a config file that is none.
+    config: a config or its file, for weights that come without one. If they come with one, it must agree in everything
+    that changes results. N_compress: the target compression, which replaces the config's. Configs for the released code
+    have none: then the default is used, and the log says so.
+    Raises CheckpointError, and ConfigError for a config file that is not one.
     """
     path = fetch(str(source)) if str(source).startswith("hf:") else Path(source)
     path = _inside(path, str(source))
@@ -98,7 +98,7 @@ def load_inference(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
 ) -> HNetInference:
-    """An HNetInference with the weights of a source. `dtype` (default: the file's) as `cast` applies it."""
+    """An HNetInference with the weights of a source. dtype: see `cast`; by default that of the file."""
     checkpoint = load(source, config)
     return _build(HNetInference, checkpoint, device, dtype).eval()
 
@@ -109,7 +109,7 @@ def load_training(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
 ) -> HNetLM:
-    """The same as a training model, not sharded."""
+    """An unsharded HNetLM with the weights of a source."""
     return _build(HNetLM, load(source, config), device, dtype)
 
 
@@ -124,7 +124,7 @@ def _build(kind: type, checkpoint: Checkpoint, device, dtype) -> Any:
 
 
 def cast(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Weights in a compute dtype; A_log, dt_bias, D and residual_proj in at least float32, as training keeps them."""
+    """Weights in a compute dtype; A_log, dt_bias, D and residual_proj in at least float32, as in training."""
 
     def wanted(name: str) -> torch.dtype:
         precise = name.rsplit(".", 1)[-1] in PLAIN_FLOAT32 or "residual_proj" in name
@@ -134,7 +134,7 @@ def cast(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
 
 
 def _inside(path: Path, source: str) -> Path:
-    """The file or the checkpoint folder that a path means."""
+    """The file or the checkpoint folder that a path stands for."""
     if not path.exists():
         raise CheckpointError(f"{source}: no such file or folder")
     if not path.is_dir():
@@ -161,7 +161,7 @@ def _inside(path: Path, source: str) -> Path:
 
 
 def _config_beside(path: Path, source: str) -> Path | None:
-    """The config file of weights. The first that is tried is the whole config that `export` writes beside a .pt."""
+    """The config file of weights. The first one tried is the full config that `export` writes beside a .pt."""
     name = source.rsplit("/", 1)[-1]
     places = [path / "config.json"]
     if not path.is_dir():  # official checkpoints come without their config
@@ -175,7 +175,7 @@ def _load_beside(place: Path, path: Path) -> HNetConfig:
         return HNetConfig.load(place)
     except ConfigError as error:
         where = "in" if path.is_dir() else "beside"
-        raise CheckpointError(f"{error}; it lies {where} {path.name}: name another config file") from None
+        raise CheckpointError(f"{error}; it is {where} {path.name}: name another config file") from None
 
 
 def names_target(config_file: str | Path) -> bool:
@@ -202,7 +202,7 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class _Ignored:
-    """Stands in for every harmless global of a pickled OmegaConf config: takes any arguments and keeps nothing."""
+    """Replaces every harmless global of a pickled OmegaConf config: takes any arguments and stores nothing."""
 
     def __new__(cls, *args: Any) -> _Ignored:
         return super().__new__(cls)
@@ -233,7 +233,7 @@ def _load_pt(path: Path) -> dict[str, Tensor]:
                 f"{path}: refused, because it holds more than weights ({foreign[1]}); nothing of it was run"
             ) from None
         raise CheckpointError(f"{path}: not a file of weights, or damaged") from None
-    except Exception:  # what an unpickler makes of damaged files can be anything
+    except Exception:  # unpickling a damaged file can raise anything
         raise CheckpointError(f"{path}: damaged or cut short ({path.stat().st_size} bytes)") from None
     for key in ("model", "state_dict", "model_state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -254,7 +254,7 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_own_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Whole weights from a checkpoint folder of train.py, whatever number of processes wrote it; no process group."""
+    """The unsharded weights of a checkpoint folder of train.py, written by any number of processes."""
     try:
         reader = SafeReader(path)
         index = reader.read_metadata().state_dict_metadata
@@ -263,18 +263,18 @@ def load_own_checkpoint(path: Path) -> dict[str, Tensor]:
             for key, entry in index.items()
             if key.startswith("model.") and isinstance(entry, TensorStorageMetadata)
         }
-        with warnings.catch_warnings():  # it says that one process alone loads, which is what we want
+        with warnings.catch_warnings():  # it warns that one process alone loads, which is intended
             warnings.simplefilter("ignore", UserWarning)
             dcp.load(state, storage_reader=reader, no_dist=True)
     except CheckpointError:
         raise
-    except (Exception, dcp.CheckpointException):  # the latter, a BaseException, holds whatever a file led to
+    except (Exception, dcp.CheckpointException):  # the latter, a BaseException, wraps any error of a file
         raise CheckpointError(f"{path}: damaged or incomplete") from None
     return {key.removeprefix("model."): tensor for key, tensor in state.items()}
 
 
 def fetch(source: str) -> Path:
-    """The folder of `hf:owner/name` (or `hf:owner/name@revision`) in the Hub client's cache, fetched where needed."""
+    """The folder of `hf:owner/name` (or `hf:owner/name@revision`) in the Hub client's cache, downloaded if needed."""
     name, _, revision = source.removeprefix("hf:").partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise CheckpointError(f"{source}: expected hf:owner/name")
@@ -288,7 +288,7 @@ def fetch(source: str) -> Path:
         raise CheckpointError(f"{source}: the Hub has no such repository, or it is private") from None
     except LocalEntryNotFoundError:
         raise CheckpointError(f"{source}: the Hub can't be reached, and nothing of this name is cached") from None
-    except Exception as error:  # what else its HTTP library raises differs between versions
+    except Exception as error:  # its HTTP library's errors differ between versions
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{source}: could not be fetched ({reason})") from None
 
@@ -297,9 +297,9 @@ def fetch(source: str) -> Path:
 
 
 def fit(weights: Mapping[str, Tensor], config: HNetConfig, source: str) -> dict[str, Tensor]:
-    """The weights under their official names, all of them and no others.
+    """The weights under their official names, complete and without others.
 
-    Drops wrappers' prefixes and rotary tables, which are computed; fills a tied lm_head. Raises CheckpointError naming
+    Removes wrappers' prefixes and rotary tables, which are computed; fills a tied lm_head. Raises CheckpointError with
     the config keys that the weights contradict, or the names that are missing, unknown or of another shape.
     """
     names = {name: re.sub(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|module)(?=\.)", "", name) for name in weights}
@@ -328,14 +328,14 @@ def fit(weights: Mapping[str, Tensor], config: HNetConfig, source: str) -> dict[
 
 
 def _rounded(config: HNetConfig) -> list[int]:
-    """d_intermediate as weights have it: 0 in stages without an MLP."""
+    """d_intermediate as the weights show it: 0 in stages without an MLP."""
     layers = [[parse_layout(layout) for layout in config.layouts(s)] for s in range(config.num_stages + 1)]
     uses = [any(layer.has_mlp for stack in stacks for layer in stack) for stacks in layers]
     return [-(-width // 128) * 128 if used else 0 for width, used in zip(config.d_intermediate, uses)]
 
 
 def structure(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The config keys that can be read off the names and shapes of weights; {} where they are not an H-Net's."""
+    """The config keys that follow from the names and shapes of weights; {} if they are not those of an H-Net."""
 
     def stack(prefix: str) -> str:
         letters = []
@@ -370,11 +370,11 @@ def structure(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 def export(
     model: nn.Module | Checkpoint, folder: str | Path, form: str, dtype: torch.dtype | None = None
 ) -> list[Path]:
-    """Write weights and config.json into `folder`; returns the files. Nothing half-written keeps its name.
+    """Writes weights and config.json into `folder`; returns the files. No incomplete file keeps its name.
 
-    model: an unsharded HNetLM or HNetInference, or a Checkpoint. form: `safetensors`, with the whole config; or `pt`, a
-    state dict as the released code loads it, with a config.json of the keys that it knows and the whole config in
-    model.pt.json. dtype: as `cast` applies it.
+    model: an unsharded HNetLM or HNetInference, or a Checkpoint. form: `safetensors`, with the full config; or `pt`, a
+    state dict for the released code, with a config.json of the keys that it knows and the full config in
+    model.pt.json. dtype: see `cast`.
     """
     if form not in ("pt", "safetensors"):
         raise ValueError(f"form: {form!r}; expected pt or safetensors")
@@ -390,15 +390,15 @@ def export(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if form == "pt":
-            write_whole(file, lambda temporary: torch.save(weights, temporary))
+            write_atomically(file, lambda temporary: torch.save(weights, temporary))
         else:
             from safetensors.torch import save_file
 
-            separate = {name: tensor.clone() for name, tensor in weights.items()}  # tied weights would share memory
-            write_whole(file, lambda temporary: save_file(separate, temporary, metadata={"format": "pt"}))
+            separate = {name: tensor.clone() for name, tensor in weights.items()}  # tied weights share memory
+            write_atomically(file, lambda temporary: save_file(separate, temporary, metadata={"format": "pt"}))
         for name, keys in configs.items():
             text = json.dumps(keys, indent=2) + "\n"
-            write_whole(folder / name, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
+            write_atomically(folder / name, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
     except (UserError, OSError, RuntimeError) as error:
         said = str(error).splitlines()[0] if isinstance(error, RuntimeError) else str(error)
         raise CheckpointError(f"{folder}: can't be written ({getattr(error, 'strerror', None) or said})") from None

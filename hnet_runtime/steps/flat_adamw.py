@@ -191,10 +191,10 @@ class FlatAdamW(torch.optim.AdamW):
         begin = self._slices[p].start - start
         return None if flat is None else flat[begin : begin + p.numel()].view(p.shape)
 
-    def _own_shard(self, whole: Tensor, span: int) -> Tensor:
+    def _own_shard(self, flat: Tensor, span: int) -> Tensor:
         """The shard of a span's flat tensor that this process updates."""
         begin, own = self.spans[span].start, self._own_shards[span]
-        return whole[own.start - begin : own.stop - begin]
+        return flat[own.start - begin : own.stop - begin]
 
     def _refresh(self) -> None:
         """Copies the unsplit weights to their compute weights."""
@@ -233,13 +233,13 @@ class FlatAdamW(torch.optim.AdamW):
 
         The gradients of the other shards are overwritten.
         """
-        whole, own = self.gradients[span], self._own_shard(self.gradients[span], span)
-        if len(own) < len(whole):
-            work = dist.reduce_scatter_tensor(own, whole, async_op=True)
-        elif not self.shards_updates or not len(whole):
+        flat, own = self.gradients[span], self._own_shard(self.gradients[span], span)
+        if len(own) < len(flat):
+            work = dist.reduce_scatter_tensor(own, flat, async_op=True)
+        elif not self.shards_updates or not len(flat):
             return
         else:
-            work = dist.all_reduce(whole, async_op=True)
+            work = dist.all_reduce(flat, async_op=True)
         self._pending.append(work)
 
     def wait_for_gradients(self) -> None:
@@ -250,10 +250,10 @@ class FlatAdamW(torch.optim.AdamW):
 
     def all_gather(self, parts: Sequence[Tensor]) -> None:
         """Sends this process's shard of each span's tensor, such as `gradients`, to all and receives theirs."""
-        for span, whole in enumerate(parts):
-            own = self._own_shard(whole, span)
-            if len(own) < len(whole):
-                self._pending.append(dist.all_gather_into_tensor(whole, own, async_op=True))
+        for span, flat in enumerate(parts):
+            own = self._own_shard(flat, span)
+            if len(own) < len(flat):
+                self._pending.append(dist.all_gather_into_tensor(flat, own, async_op=True))
         self.wait_for_gradients()
 
     @torch.no_grad()

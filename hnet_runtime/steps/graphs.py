@@ -109,7 +109,7 @@ def _step(T: int) -> int:
     return max(TOKENS, _power(T) // (2 * SIZES_PER_OCTAVE))
 
 
-def _filled_up(T: int) -> int:
+def _padded(T: int) -> int:
     """The padded size of an inner stage with T tokens."""
     return -(-T // _step(T)) * _step(T)
 
@@ -217,13 +217,13 @@ class GraphedModel:
         self.captures, self.found_stages = captures, None
         if captures and (reason := why_unsupported(config, self.device, compute_dtype)):
             raise ValueError(f"steps as graphs: {reason}")
-        parameters, copies = dict(masters.named_parameters()), []  # copies: (compute weight, master weight)
+        parameters, compute_weights = dict(masters.named_parameters()), []  # pairs (compute weight, master weight)
         computed: dict[int, Any] = {id(x): x for x in (config, *masters.buffers())}  # buffers are shared
         for name, p in parameters.items():
             computed[id(p)] = p
             if not _stays_float32(name) and p.dtype != compute_dtype:
                 computed[id(p)] = nn.Parameter(p.detach().to(compute_dtype), p.requires_grad)
-                copies.append((computed[id(p)], p))
+                compute_weights.append((computed[id(p)], p))
         self.model: HNetLM = copy.deepcopy(masters, computed)
         self.levels: list[HNet] = [self.model.backbone]
         for _ in range(self.S):
@@ -243,7 +243,7 @@ class GraphedModel:
         spans, rank = self._spans(parameters), world.rank if world else 0
         narrow = [0] if self.size == 1 and not accumulates and compute_dtype == torch.bfloat16 else []
         self.optimizer = FlatAdamW(
-            groups or [everything], spans, BETAS, compute_weights=copies, rank=rank, narrow=narrow
+            groups or [everything], spans, BETAS, compute_weights=compute_weights, rank=rank, narrow=narrow
         )
         own = [name for name in parameters if name not in self.shared]
         self.all_gradients = self._gradients(own), self._gradients(self.shared)
@@ -359,7 +359,7 @@ class GraphedModel:
         self.iids_T, self.labels_T = torch.zeros(2, T, dtype=torch.int64, device=self.device)
         sizes = [T]
         while len(sizes) <= self.S:
-            sizes.append(_filled_up(sizes[-1]))
+            sizes.append(_padded(sizes[-1]))
         self.packings: list[Packing] = []
         for hnet, n in zip(self.levels, sizes):
             ends, position_T = (torch.zeros(m, dtype=torch.int32, device=self.device) for m in (documents + 2, n))
@@ -416,7 +416,7 @@ class GraphedModel:
         p_T = hnet.routing_module(x_TD, packing)
         documents = packing.cu_seqlens[: sizes.B + 1]
         b_T = hnet.routing_module.opens(p_T)
-        p_T, G, chunks = cut(p_T, b_T, packing.position_T, documents, to.of(T, _filled_up(T), sizes.B))
+        p_T, G, chunks = cut(p_T, b_T, packing.position_T, documents, to.of(T, _padded(T), sizes.B))
         ratio = ratio_loss(StageOutput(p_T, chunks.b_T, chunks.shares[0], G, None), N)
         self.losses[1 + s].copy_(ratio.detach())
         return [(x_TD, to.dx_TD[:T]), (p_T, to.dp_T[:T]), (ratio, self.dlosses[1 + s])]
@@ -432,7 +432,7 @@ class GraphedModel:
         return [(residual_TD, at.dresidual_TD[:T])]
 
     def _leave(self, s: int, sizes: Sizes, leaf: Leaf) -> Outputs:
-        hnet, at, T, C = self.levels[s], self.buffers[s], sizes.T, _filled_up(sizes.T)
+        hnet, at, T, C = self.levels[s], self.buffers[s], sizes.T, _padded(sizes.T)
         chunks, packing = at.of(T, C, sizes.B), self._packing(s, sizes)
         p_T, z_CD = leaf(chunks.p_T[:T], at.dp_T[:T]), leaf(at.z_CD[:C], at.dz_CD[:C])
         residual_TD = leaf(at.residual_TD[:T], at.dresidual_TD[:T])
@@ -444,7 +444,7 @@ class GraphedModel:
     def _sizes(self, s: int, T: int, M: int) -> Sizes:
         """Padded sizes. B and M never shrink, so that most steps find a captured segment."""
         if s:
-            T, M = _filled_up(T), max(M, _step(T))
+            T, M = _padded(T), max(M, _step(T))
         self.most_M[s] = max(self.most_M[s], _power(M))
         return Sizes(T, self.most_B, self.most_M[s])
 
