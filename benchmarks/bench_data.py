@@ -24,7 +24,9 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from ledger import append  # noqa: E402
 
 from fineweb import BOS, ByteStream, load_manifest, prepare, write_index  # noqa: E402
 
@@ -76,6 +78,14 @@ def bench_prepare(args, work: Path) -> None:
     )
     print(f"prepare: median {total / 1e6 / statistics.median(seconds):.0f} MB/s, {statistics.median(cpu):.1f} s of CPU")
     print(f"prepare: the largest process took {max(peak):.0f} MiB")
+    if args.ledger:
+        numbers = {"text_bytes": total, "processes_count": args.processes, "prepare_s": statistics.median(seconds)}
+        numbers |= {
+            "mb_per_s": total / 1e6 / statistics.median(seconds),
+            "cpu_s": statistics.median(cpu),
+            "peak_mib": max(peak),
+        }
+        append(args.ledger, "data/prepare", numbers, what="text from parquet into shards, median")
 
 
 def forget(folder: Path) -> None:
@@ -109,9 +119,15 @@ def bench_slices(args, work: Path) -> None:
     print(
         f"slices: 32,768 bytes, {rows:.0f} rows, from shards of {sizes} GB; the first of a shard {1e3 * first:.1f} ms"
     )
+    numbers = {"first_ms": 1e3 * first, "slice_bytes": 32768}
     for name, times in (("cold", cold), ("warm", warm)):
         cuts = np.percentile(times, [50, 95, 100])
+        numbers |= {f"{name}_ms": float(cuts[0]), f"{name}_longest_ms": float(cuts[2])}
         print(f"slices: {name}: median {cuts[0]:.3f} ms, 95% {cuts[1]:.3f} ms, longest {cuts[2]:.3f} ms")
+    if args.ledger:
+        append(
+            args.ledger, "data/slices", numbers, what="a slice out of shards that the page cache holds, or not; medians"
+        )
 
 
 def bench_index(args, work: Path) -> None:
@@ -153,6 +169,7 @@ def main() -> None:
     parser.add_argument("--slices", type=int, default=300)
     parser.add_argument("--documents", type=int, default=15_000_000)
     parser.add_argument("--profile", action="store_true", help="prepare in one process, under a profiler")
+    parser.add_argument("--ledger", default="", help="record to add prepare or slices to: benchmarks/ledger.jsonl")
     parser.add_argument("--work", type=Path, default=Path("."))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.work, prefix=".bench-data-") as work:

@@ -9,6 +9,7 @@ text. Small inputs may come from the cache.
 
 import itertools
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 import tyro
+from ledger import append
 from torch import Tensor
 
 try:
@@ -80,6 +82,8 @@ class Benchmark:
     """Also with other sizes of tiles and launch options."""
     out: str = ""
     """File for the numbers."""
+    ledger: str = ""
+    """Record of measurements to add the kernels' times to: benchmarks/ledger.jsonl."""
 
 
 def rand(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
@@ -217,6 +221,14 @@ def main(args: Benchmark) -> None:
             )
             for constant, value in before.items():
                 setattr(module, constant, value)
+    if args.ledger:
+        times = {
+            re.sub(r"\W+", "_", row["kernel"]) + "_us": 1000 * row["ms"] for row in rows if row["kernel"] in all_cases
+        }
+        numbers = {"matmul_tflop_per_s": rate / 1e12, "copy_tb_per_s": bandwidth / 1e12, "tokens_count": args.tokens}
+        append(
+            args.ledger, "kernels", numbers | times, what="single kernels at the sizes of hnet_1stage_small, medians"
+        )
     if args.out:
         Path(args.out).write_text(json.dumps({"device": name, "torch": torch.__version__, "kernels": rows}, indent=1))
 

@@ -30,7 +30,9 @@ from typing import Any
 import tyro
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from ledger import append  # noqa: E402
+
 from hnet_runtime.runs.metrics import read_metrics  # noqa: E402 (run from anywhere)
 
 
@@ -66,6 +68,8 @@ class Benchmark:
     """Seconds after which a run is stopped."""
     out: str = ""
     """File for the result."""
+    ledger: str = ""
+    """Record of measurements to add each config and way to: benchmarks/ledger.jsonl."""
 
     def flags(self, way: str, processes: int) -> list[str]:
         """The flags of train.py and bench_train.py for this way to share the work."""
@@ -221,9 +225,26 @@ def main(args: Benchmark) -> None:
                 if "bytes_per_s" in a and "bytes_per_s" in b:
                     b["times_one"] = b["bytes_per_s"] / a["bytes_per_s"]
             print(config, f"{P} processes, {way}:", table[way], flush=True)
+            if args.ledger:
+                record_in(args, config, way, table["1"]["same_work"], table[way]["same_work"])
             if args.out:
                 Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
+
+
+def record_in(args: Benchmark, config: str, way: str, one: dict[str, Any], many: dict[str, Any]) -> None:
+    """Add the times of one process and of several, each with as many bytes, to the record of measurements."""
+    import torch  # noqa: F401 (for the card's name)
+
+    if "failed" in one or "failed" in many:
+        return
+    numbers = {
+        "gpus_count": args.processes, "one_step_ms": one["step_ms"], "step_ms": many["step_ms"],
+        "bytes_per_s": many["bytes_per_s"], "speedup_ratio": many["times_one"], "one_reserved_gib": one["reserved_gib"],
+        "reserved_gib": many["reserved_gib"], "process_bytes": args.mbs,
+    }  # fmt: skip
+    name = f"scaling/{Path(config).stem}/{way}/{args.processes}-processes"
+    append(args.ledger, name, numbers, what="the same work per process on one and on several", config=Path(config).stem)
 
 
 def gpu_name(args: Benchmark) -> str | None:

@@ -22,7 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
+
+from ledger import append  # noqa: E402
 
 from hnet_kernels import kernel_report, ssd  # noqa: E402
 
@@ -120,6 +122,7 @@ def main() -> None:
     parser.add_argument("--definition", action="store_true", help="time the plain-torch definition too")
     parser.add_argument("--kernels", action="store_true", help="time every kernel too")
     parser.add_argument("--json", type=Path, help="write the numbers here")
+    parser.add_argument("--ledger", default="", help="record to add the times to: benchmarks/ledger.jsonl")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this measures a GPU, and torch sees none")
@@ -151,6 +154,11 @@ def main() -> None:
             if args.kernels:
                 row["kernels_us"] = by_kernel(call)
             results.append(row)
+            if args.ledger:
+                numbers = {k: v for k, v in row.items() if k in ("us", "floor_us", "peak_mib", "definition_us")}
+                numbers |= {"tokens_count": T, "heads_count": H, "state_count": N, "copy_tb_per_s": copy / 1e12}
+                numbers["time_us"] = numbers.pop("us")
+                append(args.ledger, f"scan/{direction}/{T}x{H}x{N}/{name}", numbers, what="Mamba-2 scan, median")
             print(
                 f"{T:6} {H:3} {N:3} {name:>9}  {direction:9} {row['us']:7.1f} {row['floor_us']:10.1f} "
                 f"{row['share_of_copy']:14.0%} {row['peak_mib']:9.0f} {row.get('definition_us', float('nan')):14.0f}",

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 import tyro
+from ledger import append
 
 import fineweb
 import train
@@ -75,6 +76,8 @@ class Benchmark:
     """Folder for a trace and a table of kernels."""
     out: str = ""
     """File for the result."""
+    ledger: str = ""
+    """Record of measurements to add the result to: benchmarks/ledger.jsonl."""
 
 
 def force_boundaries(model: HNetLM, rates: list[float], T: int, seed: int = 0) -> Callable[[], None]:
@@ -177,7 +180,7 @@ def main(args: Benchmark) -> None:
     mean_rates = [statistics.mean(column) for column in zip(*rates)]
     record = {f"stage{s}_F": F for s, F in enumerate(mean_rates)}
     result = {
-        **{k: v for k, v in vars(args).items() if k not in ("out", "profile")},
+        **{k: v for k, v in vars(args).items() if k not in ("out", "profile", "ledger")},
         "processes": world.size,
         "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or "CPU",
         "torch": torch.__version__,
@@ -205,7 +208,28 @@ def main(args: Benchmark) -> None:
         print(json.dumps(result))
     if args.out and world.is_main:
         Path(args.out).write_text(json.dumps(result) + "\n")
+    if args.ledger and world.is_main:
+        record_in(args.ledger, result)
     distributed.stop()
+
+
+def record_in(file: str, result: dict) -> None:
+    """Add a result to the record of measurements."""
+    config, world = Path(result["config"]).stem, result["processes"]
+    name = [config, result["compile"]] + [result["ac"]] * (result["ac"] != "none")
+    name += [f"{result['mbs']}-bytes"] * (result["mbs"] != 32768) + [f"{world}-gpus"] * (world > 1)
+    name += ["learned"] * (result["boundaries"] == "learned")
+    numbers = {
+        "gpus_count": world, "step_bytes": result["mbs"] * world,
+        "chunks_percent": [100 * rate for rate in result["boundary_rates"]],
+        "step_ms": result["step_ms_overlapped"], "waited_step_ms": result["step_ms_median"],
+        "bytes_per_s": result["bytes_per_s"], "mfu_percent": result["mfu"] and 100 * result["mfu"],
+        "reserved_gib": result["reserved_gib"], "allocated_gib": result["peak_gib"],
+        "launches_count": result.get("launches_per_step"), "gpu_busy_ms": result.get("gpu_busy_ms"),
+        "first_step_s": result["first_step_s"],
+    }  # fmt: skip
+    how = {key: result[key] for key in ("compile", "ac", "boundaries")}
+    append(file, "train/" + "/".join(name), numbers, what="training step", config=config, **how)
 
 
 def compilations() -> list[float]:

@@ -30,6 +30,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="steps a round")
     parser.add_argument("--warmup", type=int, default=26, help="steps before the first round")
+    parser.add_argument(
+        "--ledger", default="", help="record to add the last version's result to: benchmarks/ledger.jsonl"
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser
 
@@ -84,7 +87,8 @@ def main(argv: list[str]) -> None:
     args = arguments().parse_args(argv)
     if args.worker:
         return work(args)
-    flags = argv[len(args.checkouts) :]
+    ledger, args.ledger = args.ledger, ""
+    flags = [f"--{name}={value}" for name, value in vars(args).items() if name not in ("checkouts", "worker", "ledger")]
     workers = []
     for checkout in args.checkouts:
         command = [sys.executable, str(Path(__file__).resolve()), checkout, *flags, "--worker"]
@@ -104,15 +108,43 @@ def main(argv: list[str]) -> None:
     for _ in range(args.rounds):
         for worker, found in zip(workers, rounds):
             found.append(ask(worker, "steps"))
-    medians = []
+    medians, reports = [], []
     for checkout, worker, found in zip(args.checkouts, workers, rounds):
         times = [one["ms"] for one in found]
         medians.append(statistics.median(times))
         about = {"checkout": checkout, "config": args.config, "boundaries": args.boundaries, "ac": args.ac}
         about |= {"ms": round(medians[-1], 3), "ms_range": [round(min(times), 3), round(max(times), 3)]}
         about |= {"cpu_ms": round(statistics.median(one["cpu_ms"] for one in found), 2)}
-        print(json.dumps(about | ask(worker, "end") | {"ratio": round(medians[-1] / medians[0], 4)}), flush=True)
+        reports.append(about | ask(worker, "end") | {"ratio": round(medians[-1] / medians[0], 4)})
+        print(json.dumps(reports[-1]), flush=True)
         worker.wait()
+    if ledger:
+        record_in(ledger, args, reports[0], reports[-1])
+
+
+def record_in(file: str, args: argparse.Namespace, old: dict, new: dict) -> None:
+    """Add the last version's result, with the first's times, to the record of measurements."""
+    import torch  # noqa: F401 (for the card's name)
+    from ledger import append, commit
+
+    config = Path(args.config).stem
+    numbers = {
+        "gpus_count": 1, "step_bytes": args.mbs, "step_ms": new["ms"], "lowest_and_highest_ms": new["ms_range"],
+        "bytes_per_s": 1000 * args.mbs / new["ms"], "reserved_gib": new.get("reserved_gib"), "cpu_ms": new["cpu_ms"],
+        "launches_count": new.get("launches"), "first_step_s": new["first_step_s"], "old_step_ms": old["ms"],
+        "old_reserved_gib": old.get("reserved_gib"), "new_over_old_ratio": new["ratio"],
+    }  # fmt: skip
+    what = f"two versions taking turns on one card; the old one is {commit(Path(old['checkout']).resolve())}"
+    how = {"compile": args.compile, "ac": args.ac, "boundaries": args.boundaries}
+    append(
+        file,
+        f"turns/{config}/{args.compile}",
+        numbers,
+        Path(new["checkout"]).resolve(),
+        what=what,
+        config=config,
+        **how,
+    )
 
 
 if __name__ == "__main__":
