@@ -43,11 +43,14 @@ def number(field: str, value: Any) -> str:
     if not isinstance(value, int | float):
         return str(value)
     if field.endswith("bytes_per_s"):
-        unit = next(u for u in ((1e6, "MB/s"), (1e3, "kB/s"), (1, "bytes/s")) if value >= u[0] or u[0] == 1)
-        return f"{value / unit[0]:{'.2f' if unit[0] == 1e6 else '.0f'}} {unit[1]}"
+        if value < 1e4:
+            return f"{value:,.0f} bytes/s"
+        return f"{value / 1e6:.2f} MB/s" if value >= 1e6 else f"{value / 1e3:.0f} kB/s"
+    if field == "chunk_bytes":
+        return f"{value:.1f}"
     for unit, text in (
         ("_ms", "{:.1f} ms"), ("_us", "{:.1f} us"), ("_gib", "{:.1f} GiB"), ("_percent", "{:.1f}%"), ("_s", "{:.0f} s"),
-        ("_min", "{:.1f} min"), ("_bpb", "{:.3f}"), ("_ratio", "{:.3f}"), ("_count", "{:,.0f}"), ("_bytes", "{:,.6g}"),
+        ("_min", "{:.1f} min"), ("_bpb", "{:.3f}"), ("_ratio", "{:.3f}"), ("_count", "{:,.0f}"), ("_bytes", "{:,.0f}"),
     ):  # fmt: skip
         if field.endswith(unit):
             return text.format(value)
@@ -64,8 +67,8 @@ def measured(entry: Entry) -> str:
         return entry["source"]
     card = entry["card"].removeprefix("NVIDIA ").removesuffix(" 80GB HBM3")
     if "source" in entry:
-        return f"{entry['date']}, {card}; ours, of their code"
-    return f"{entry['date']}, {card}, {'of ' if entry.get('commit_of') == 'code' else 'by '}`{entry['commit']}`"
+        return f"{entry['date']}, {card}, by us"
+    return f"{entry['date']}, {card}, {'at' if entry['commit_of'] == 'code' else 'before'} `{entry['commit']}`"
 
 
 def memory(entry: Entry) -> str:
@@ -88,9 +91,13 @@ TABLES: dict[str, dict[str, Callable[[Entry], str]]] = {
         "Config": field("config"), "Code": code, "Step": field("step_ms"), "Speed": field("bytes_per_s"),
         "MFU": field("mfu_percent"), "GPU memory": memory, "First step": field("first_step_s"), "Measured": measured,
     },
+    "results": {
+        "Config": field("config"), "Code": code, "Step": field("step_ms"), "MFU": field("mfu_percent"),
+        "GPU memory": memory, "Measured": measured,
+    },
     "memory": {
         "Config": field("config"), "`--ac`": lambda e: e.get("ac", "none"), "Reserved": memory,
-        "Step": field("step_ms"), "Chunk rates": field("chunks_percent"), "Measured": measured,
+        "Step": field("step_ms"), "Boundaries": field("boundaries"), "Measured": measured,
     },
     "sizes": {
         "Bytes per step": field("step_bytes"), "Step": field("step_ms"), "Speed": field("bytes_per_s"),
@@ -101,12 +108,20 @@ TABLES: dict[str, dict[str, Callable[[Entry], str]]] = {
         "Step": field("step_ms"), "MFU": field("mfu_percent"), "GPU memory": memory, "Measured": measured,
     },
     "history": {
-        "Date": field("date"), "Card": lambda e: short_name(e["card"]).upper(), "Change": field("what"),
+        "Date": lambda e: e["date"].replace("-", "\u2011"), "Card": lambda e: short_name(e["card"]).upper(),
+        "Change": field("what"),
         "Step": field("step_ms"), "MFU": field("mfu_percent"), "Launches": field("launches_count"),
         "GPU busy": field("gpu_busy_ms"),
     },
+    "profile": {
+        "Config": field("config"), "Matmuls": field("matmul_ms"), "Scan": field("scan_ms"),
+        "Attention": field("attention_ms"), "Optimizer": field("optimizer_ms"), "Norms": field("norm_ms"),
+        "Gated norm": field("gated_norm_ms"), "Conv": field("convolution_ms"),
+        "SwiGLU, rotary": field("swiglu_rotary_ms"), "Other": field("other_ms"), "Gaps": field("gap_ms"),
+    },
     "turns": {
-        "Config": field("config"), "Old": field("old_step_ms"), "New": field("step_ms"),
+        "Config": field("config"), "`--ac`": lambda e: e.get("ac", "none"), "Old": field("old_step_ms"),
+        "New": field("step_ms"),
         "New / old": field("new_over_old_ratio"),
         "Memory, old": field("old_reserved_gib"), "Memory, new": field("reserved_gib"),
     },
@@ -128,7 +143,8 @@ TABLES: dict[str, dict[str, Callable[[Entry], str]]] = {
 
 def table(name: str, entries: list[Entry]) -> str:
     columns = TABLES[name]
-    rows = [[show(entry) for show in columns.values()] for entry in entries]
+    units = re.compile(r"(?<=\d) (?=(s|ms|GiB|[kM]?B/s|bytes/s)\b)")
+    rows = [[units.sub("\u00a0", show(entry)) for show in columns.values()] for entry in entries]
     kept = [n for n in range(len(columns)) if any(row[n] != "-" for row in rows)]
     lines = [[list(columns)[n] for n in kept], ["-"] * len(kept), *([row[n] for n in kept] for row in rows)]
     return "\n".join(
@@ -159,7 +175,7 @@ def rendered(text: str, entries: dict[str, Entry]) -> str:
 
 # ------------------------------------------------------------------------------------------------------------- drawing
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 880, 380, 66, 170, 44, 44
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 880, 380, 66, 184, 44, 44
 COLOURS = {
     "light": dict(ink="#1f2328", soft="#59636e", line="#d1d9e0", h200="#0969da", h100="#bc4c00"),
     "dark": dict(ink="#f0f6fc", soft="#9198a1", line="#3d444d", h200="#4493f8", h100="#f0883e"),
@@ -189,7 +205,7 @@ def drawing(entries: dict[str, Entry], colours: dict[str, str]) -> str:
         place = f'x="{at_x:.1f}" y="{at_y:.1f}" fill="{colours[fill]}" text-anchor="{anchor}"'
         return f"<text {place}{more}>{escape(what)}</text>"
 
-    title = "hnet_1stage_small: time of a training step of 32,768 bytes on one GPU (logarithmic)"
+    title = f"hnet_1stage_small: time of a training step of 32,768 bytes on one GPU, {days[0][:4]} (logarithmic)"
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
         'font-family="system-ui, -apple-system, Segoe UI, sans-serif" font-size="13" role="img">',
@@ -214,7 +230,7 @@ def drawing(entries: dict[str, Entry], colours: dict[str, str]) -> str:
         of_day = [e for e in points if e["date"] == day]
         placed += [(at_x + (n + 1) * slot, e) for n, e in enumerate(of_day)]
         width = (len(of_day) + 1) * slot
-        lines.append(text(at_x + width / 2, HEIGHT - BOTTOM + 20, day, "soft", "middle"))
+        lines.append(text(at_x + width / 2, HEIGHT - BOTTOM + 20, day[5:], "soft", "middle"))
         at_x += width
         if day != days[-1]:
             lines.append(f'<path d="M{at_x:.1f} {TOP}V{HEIGHT - BOTTOM}" stroke="{colours["line"]}"/>')

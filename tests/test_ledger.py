@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import ledger  # noqa: E402
 import render  # noqa: E402
 
+FILE = ledger.FILE
 ENTRIES = ledger.read()
 
 
@@ -80,12 +81,36 @@ def test_pages_and_drawings_show_what_the_ledger_says(file):
     assert file.read_text(encoding="utf-8") == wanted, "run python benchmarks/render.py"
 
 
+def test_no_figure_begins_a_line():
+    """A line that begins with a comment would end the paragraph before it, in Markdown."""
+    for page in render.pages():
+        for line in page.read_text(encoding="utf-8").splitlines():
+            mark = render.MARK.match(line.lstrip())
+            assert not mark, f"{page.name}: {line}"
+
+
+def test_pages_cite_the_ledger():
+    for page in ("docs/PERFORMANCE.md",):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert len(render.MARK.findall(text)) > 3
+        assert len(render.MARK.findall(text)) == text.count("<!-- ledger:") == text.count("<!-- end -->")
+
+
 def test_the_drawing_is_svg_with_a_point_for_each_version():
     for scheme in render.COLOURS:
         tree = ElementTree.parse(ROOT / "docs" / "images" / f"speed-{scheme}.svg")
         points = [e for e in tree.iter("{http://www.w3.org/2000/svg}circle") if len(e)]
         assert len(points) == len(render.curve(ENTRIES))
         assert all(0 < float(e.get(axis)) < limit for e in points for axis, limit in (("cx", 880), ("cy", 380)))
+
+
+def test_raw_results_are_those_that_pages_and_code_cite():
+    texts = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("hnet_kernels/*.py"), FILE]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in texts)
+    results = ROOT / "benchmarks" / "results"
+    there = {str(path.relative_to(results)) for path in results.rglob("*") if path.is_file()}
+    cited = set(re.findall(r"h[12]00-20\d\d-\d\d-\d\d(?:-\d+)?/\w[\w.]*\w", text))
+    assert cited - there == set() and there - cited == set()
 
 
 def entry(**more) -> dict:
@@ -105,7 +130,7 @@ def test_marks_become_what_their_entries_say():
     assert "-->1.0 to 2.5 ms<!-- end -->." in text
     rows = text.split(" as training -->\n")[1].split("\n<!-- end -->")[0].splitlines()
     assert rows[0] == "| Config | Code | Step | Speed | Measured |" and rows[1] == "|-|-|-|-|-|"
-    assert "| 31.7 ms | 1.03 MB/s | 2026-01-02, H200, of `abc1234` |" in rows[2] and len(rows) == 4
+    assert "| 31.7\u00a0ms | 1.03\u00a0MB/s | 2026-01-02, H200, at `abc1234` |" in rows[2] and len(rows) == 4
     assert render.rendered(text, entries) == text
 
 
