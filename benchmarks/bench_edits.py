@@ -10,6 +10,7 @@ of --rate. Prints a JSON object for each edit.
 import argparse
 import gc
 import json
+import re
 import statistics
 import sys
 import time
@@ -21,6 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 import test_edits  # noqa: E402
 import torch  # noqa: E402
 from bench_train import force_boundaries  # noqa: E402
+from ledger import append  # noqa: E402
 
 import fineweb  # noqa: E402
 import train  # noqa: E402
@@ -65,7 +67,14 @@ def main(args: argparse.Namespace) -> None:
             differing = agreement.choose_implementations(world.device, torch.bfloat16, hnet)
             said = agreement.steps_as_graphs(hnet)
             found = {"edit": name or "none", "runs": "eager" if said else "graphs", "definitions": differing}
-            print(json.dumps(found | measure(hnet, args, world, graphs=not said)), flush=True)
+            times = measure(hnet, args, world, graphs=not said)
+            print(json.dumps(found | times), flush=True)
+            if args.ledger:
+                slug = re.sub(r"\W+", "-", found["edit"])
+                numbers = {"step_bytes": args.mbs, "waited_step_ms": times["step_ms_median"]}
+                numbers |= {"reserved_gib": times["reserved_gib"], "definitions_count": len(differing)}
+                how = {"config": Path(args.config).stem, "compile": "eager" if said else "graph"}
+                append(args.ledger, f"edit/{how['config']}/{slug}", numbers, what=found["edit"], **how)
         gc.collect()
         torch.cuda.empty_cache()
     distributed.stop()
@@ -80,4 +89,5 @@ if __name__ == "__main__":
     parser.add_argument("--edits", type=int, default=20, help="how many edits, spread over the list")
     parser.add_argument("--warmup", type=int, default=14, help="steps before the clock starts")
     parser.add_argument("--steps", type=int, default=11, help="steps timed")
+    parser.add_argument("--ledger", default="", help="record to add each edit to: benchmarks/ledger.jsonl")
     main(parser.parse_args())

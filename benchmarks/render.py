@@ -125,6 +125,10 @@ TABLES: dict[str, dict[str, Callable[[Entry], str]]] = {
         "New / old": field("new_over_old_ratio"),
         "Memory, old": field("old_reserved_gib"), "Memory, new": field("reserved_gib"),
     },
+    "edits": {
+        "Edit": field("what"), "Runs as": lambda e: {"graph": "CUDA graphs", "eager": "eager"}[e["compile"]],
+        "Operations by definition": field("definitions_count"), "Step": field("waited_step_ms"),
+    },
     "decoding": {
         "Config": field("config"), "Code": lambda e: "**this project**" if e["code"] == "this project" else e["code"],
         "Weights": lambda e: "random" if "random" in e["what"] else "trained", "Batch": field("batch_count"),
