@@ -145,16 +145,17 @@ TABLES: dict[str, dict[str, Callable[[Entry], str]]] = {
 }  # fmt: skip
 
 
+TURNED = ("profile",)
+
+
 def table(name: str, entries: list[Entry]) -> str:
-    columns = TABLES[name]
+    """A row for each entry, or, of a table in TURNED, a column. What no entry has is left out."""
     units = re.compile(r"(?<=\d) (?=(s|ms|GiB|[kM]?B/s|bytes/s)\b)")
-    rows = [[units.sub("\u00a0", show(entry)) for show in columns.values()] for entry in entries]
-    kept = [n for n in range(len(columns)) if any(row[n] != "-" for row in rows)]
-    lines = [[list(columns)[n] for n in kept], ["-"] * len(kept), *([row[n] for n in kept] for row in rows)]
-    return "\n".join(
-        "|" + "|".join(cell if cell == "-" and line is lines[1] else f" {cell} " for cell in line) + "|"
-        for line in lines
-    )
+    columns = [[title, *(show(entry) for entry in entries)] for title, show in TABLES[name].items()]
+    columns = [column for column in columns if any(cell != "-" for cell in column[1:])]
+    rows = columns if name in TURNED else [list(row) for row in zip(*columns)]
+    lines = ["| " + " | ".join(units.sub("\u00a0", cell) for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "-|" * len(rows[0]), *lines[1:]])
 
 
 def rendered(text: str, entries: dict[str, Entry]) -> str:
