@@ -48,9 +48,11 @@ def number(field: str, value: Any) -> str:
         return f"{value / 1e6:.2f} MB/s" if value >= 1e6 else f"{value / 1e3:.0f} kB/s"
     if field == "chunk_bytes":
         return f"{value:.1f}"
+    if field.endswith("_ratio"):
+        return f"{value:.3f}".rstrip("0")
     for unit, text in (
         ("_ms", "{:.1f} ms"), ("_us", "{:.1f} us"), ("_gib", "{:.1f} GiB"), ("_percent", "{:.1f}%"), ("_s", "{:.0f} s"),
-        ("_min", "{:.1f} min"), ("_bpb", "{:.3f}"), ("_ratio", "{:.3f}"), ("_count", "{:,.0f}"), ("_bytes", "{:,.0f}"),
+        ("_min", "{:.1f} min"), ("_bpb", "{:.3f}"), ("_count", "{:,.0f}"), ("_bytes", "{:,.0f}"),
     ):  # fmt: skip
         if field.endswith(unit):
             return text.format(value)
@@ -139,8 +141,9 @@ TABLES: dict[str, dict[str, Callable[[Entry], str]]] = {
         "Zero-shot accuracy": field("zero_shot_percent"), "Bytes per chunk": field("chunk_bytes"),
     },
     "quality": {
-        "Model": field("what"), "Parameters": field("parameters_count"), "MFLOP per byte": field("mflop_per_byte"),
-        "Bits per byte": field("val_bpb"), "Bytes per chunk": field("chunk_bytes"), "Measured": measured,
+        "Model": field("what"), "Parameters": field("parameters_count"),
+        "Training MFLOP per byte": field("mflop_per_byte"), "Bits per byte": field("val_bpb"),
+        "Bytes per chunk": field("chunk_bytes"), "Measured": measured,
     },
 }  # fmt: skip
 
