@@ -1,7 +1,7 @@
-"""An H-Net for one document at a time, written from the paper as plainly as autograd allows: what is right.
+"""A plain H-Net for one document, written from the paper: the definition against which the model is tested.
 
-It shares no code with `hnet_trainable.py`: no packing, no NJT, no chunked scan, no gradient of its own. `weights` holds
-a state dict's tensors, `config` the JSON keys. Slow (quadratic) and for float64.
+It shares no code with `hnet_trainable.py`: no packing, no NJT, no chunked scan, no backward of its own. `weights`: the
+tensors of a state dict; `config`: the JSON keys. It is slow (quadratic) and meant for float64.
 """
 
 import re

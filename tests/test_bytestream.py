@@ -1,4 +1,4 @@
-"""ByteStream's laws: every pair once per epoch, rows inside documents, slices a pure function of their number."""
+"""ByteStream: every pair once per epoch, rows inside documents, slices a pure function of their number."""
 
 import hashlib
 import json
@@ -67,7 +67,7 @@ def same(a, b) -> bool:
 
 
 def check_epoch(shards, pieces, max_doc):
-    """The pieces hold every pair of the documents once, in rows that lie inside one document."""
+    """The slices have every pair of the documents once, in rows inside one document."""
     documents = [document for shard in shards for document in shard]
     found = {}
     for piece in pieces:
@@ -163,7 +163,7 @@ def test_a_validation_pass_reads_every_byte_once(corpus, world):
 @settings(LAW, max_examples=15)
 @given(corpora(), st.integers(100, 2000))
 def test_prepared_text_comes_back(corpus, shard_bytes):
-    """Through prepare: what went in, less empty documents and duplicates, is what an epoch holds."""
+    """After prepare an epoch has the input documents without empty ones and duplicates."""
     documents = [bytes(x & 127 for x in d) for shard in corpus[0] for d in shard]
     _, T, max_doc = corpus
     with tempfile.TemporaryDirectory() as folder:
@@ -244,7 +244,7 @@ def test_mixtures_follow_their_weights_and_stay_pure(tmp_path):
 
 
 def test_a_turn_of_a_mixture_joins_the_next(tmp_path):
-    """Past 10,000 slices the rotation starts again, and each folder goes on where it was."""
+    """After 10,000 slices the rotation repeats, and each folder continues where it was."""
     for name in "abc":
         write_corpus(tmp_path / name, [[f"{name}{i}".encode() for i in range(7)]])
     stream = ByteStream(",".join(f"{tmp_path}/{name}:1" for name in "abc"), slice_bytes=4)

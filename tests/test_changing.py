@@ -1,5 +1,5 @@
-"""docs/CHANGING.md says what is so: its Python blocks run and do what the text around them promises, and the files,
-names and messages that it mentions exist."""
+"""docs/CHANGING.md is correct: its Python blocks run and do what the text says, and the files, names and messages that
+it mentions exist."""
 
 import inspect
 import json

@@ -1,4 +1,4 @@
-"""How commands start and end: --help, mistakes, readers that go, full disks, characters that a terminal lacks."""
+"""How commands start and end: --help, mistakes, closed outputs, full disks, characters that a terminal lacks."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def command(tmp_path_factory) -> Path:
 
 
 def shell(line: str, encoding: str = "utf-8") -> tuple[int, str]:
-    """Status and output of a line of bash; the status of its first command, where it is a pipe."""
+    """Exit status and output of a line of bash; for a pipe the status of its first command."""
     environment = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding, "PATH": "/usr/bin:/bin"}
     line = f"{line}; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, timeout=60)
@@ -107,7 +107,7 @@ print(json.dumps([told, heavy]))
 
 @pytest.fixture(scope="module")
 def helps() -> tuple[dict[str, tuple[str, float]], list[str]]:
-    """What --help of each script says and the seconds it takes; the heavy modules that were imported for it."""
+    """The output of each script's --help, its seconds, and the heavy modules that it imported."""
     scripts = sorted(str(path) for path in (ROOT / "scripts").glob("*.py"))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
     called = [sys.executable, "-c", HELP, *scripts]
@@ -137,7 +137,7 @@ def test_help_has_the_examples_as_lines(helps):
 
 
 def on_a_terminal(program: str, talk: Callable[[int], None], streams: str = "in out err") -> str:
-    """What a program of Python prints on a terminal, to whose other end `talk` writes."""
+    """The output of a Python program on a terminal, to whose other end `talk` writes."""
     master, slave = pty.openpty()
     ends = [slave if name in streams.split() else subprocess.DEVNULL for name in ("in", "out", "err")]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}", "TERM": "xterm"}

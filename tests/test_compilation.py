@@ -1,5 +1,5 @@
-"""Every Triton kernel compiles for the GPUs it is meant for, with sizes of the configs, and fits into their shared
-memory: no GPU is needed to find that out. What they compute is tested elsewhere.
+"""Every Triton kernel compiles for its GPUs, with sizes of the configs, and fits into their shared memory. This test
+needs no GPU. The results of the kernels are tested elsewhere.
 
 This file, run as a script with a compute capability, prints the shared memory of each kernel that it has compiled.
 """
@@ -23,7 +23,10 @@ OTHERS = {
     "adamw_triton", "boundaries_triton", "conv_triton", "cross_entropy_triton", "ema_triton", "norm_triton",
     "pointwise_triton", "router_triton",
 }  # fmt: skip
-LARGEST = {80: 163 * 1024, 90: 227 * 1024}  # shared memory of a program (CUDA programming guide, compute capabilities)
+LARGEST = {
+    80: 163 * 1024,
+    90: 227 * 1024,
+}  # shared memory of a thread block (CUDA programming guide)
 HALF, WIDE = torch.bfloat16, torch.float32
 
 

@@ -1,4 +1,4 @@
-"""Model configs: what the files in configs/ hold, and what is said to someone who got one wrong."""
+"""Model configs: the files in configs/, and the messages for invalid ones."""
 
 import copy
 import json
@@ -100,7 +100,7 @@ def test_a_config_file_builds_the_model_it_describes(path):
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
 
 
-OFFICIAL = {  # layouts from outside in, widths, MLP widths; heads 16, window 1023 but innermost, as in issue and paper
+OFFICIAL = {  # layouts from outside in, widths, MLP widths; heads 16, window 1023 except innermost, as in the paper
     "1stage_L": (["m4", "T22", "m4"], [1024, 1536], [0, 4096], [32, 48]),
     "1stage_XL": (["m4", "T24", "m4"], [1024, 2048], [0, 5504], [32, 64]),
     "2stage_L": (["m4", "T1m4", "T26", "m4T1", "m4"], [1024, 1024, 1536], [0, 2816, 4096], [32, 32, 48]),

@@ -1,6 +1,6 @@
 """The kernels in hnet_kernels/conv_triton.py against the definition in float64: outputs, and every gradient by name.
 
-Without a GPU they run under Triton's interpreter, in a process of its own: this file, run as a script, prints what
+Without a GPU they run under Triton's interpreter, in a separate process: this file, run as a script, prints what
 `distances` finds. See test_ssd_triton.py.
 """
 
@@ -91,7 +91,7 @@ def check(found: dict[str, float], tolerance: float, case: str = "") -> None:
 
 
 def test_interpreted_kernels_match_the_definition():
-    """All of them in one test, so that one process interprets."""
+    """All cases in one test, so that one process runs the interpreter."""
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The same training on 1, 2 and 4 processes, sharded or in copies; what happens when one of them dies."""
+"""The same training on 1, 2 and 4 processes, sharded or replicated; and what happens when one of them dies."""
 
 import json
 import os
@@ -38,7 +38,13 @@ from hnet_runtime.steps.graphs import GraphedModel
 from hnet_runtime.steps.plain import PlainModel
 from hnet_trainable import Block, HNetConfig, HNetLM, init_weights, parameter_groups
 
-WORLDS = {"1": (1, 1), "2": (2, 1), "4": (4, 1), "2x2": (4, 2), "2 copies": (2, 2)}  # processes, copies of the weights
+WORLDS = {
+    "1": (1, 1),
+    "2": (2, 1),
+    "4": (4, 1),
+    "2x2": (4, 2),
+    "2 replicas": (2, 2),
+}  # processes, replicas
 G, STEPS = 4, 20
 
 
@@ -66,7 +72,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 class Run:
-    """What a rank of a scenario does again and again."""
+    """The steps that a rank of a scenario repeats."""
 
     def __init__(self, corpus: Path, size: int, replicate: int):
         self.world: World = distributed.start("cpu", replicate)
@@ -81,7 +87,7 @@ class Run:
         return distributed.build_model(self.hnet, self.world, dtype, 0, self.weights, reshard)
 
     def gradients(self, model: HNetLM, step: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
-        """Statistics of a step, and this rank's part of every gradient."""
+        """The statistics of a step, and this rank's shard of every gradient."""
         slices = list(self.stream.step(step, G, self.world.rank, self.world.size))
         groups = distributed.optimizer_groups(parameter_groups(model, 1e-4, 0.1))
         steps = PlainModel(model, self.config.alpha, self.world, groups)
@@ -90,7 +96,7 @@ class Run:
 
 
 def scenario(corpus: Path, name: str, folder: Path) -> None:
-    """Everything that is compared between worlds, in one job. Rank 0 writes it down."""
+    """Computes everything that is compared between worlds, in one job. Rank 0 writes it to a file."""
     run = Run(corpus, *WORLDS[name])
     model = run.model()
     with Collectives() as sent:
@@ -125,7 +131,7 @@ def scenario(corpus: Path, name: str, folder: Path) -> None:
         found["checked"].append(distributed.first_answer(run.world, answer))
         train.forward_backward(graphed, list(run.stream.step(0, G, run.world.rank, run.world.size)), run.world)
         found["graphed norm"] = graphed.optimizer.grad_norm().item()
-        graphed.optimizer.all_gather(graphed.optimizer.gradients)  # each has the sums of its own part
+        graphed.optimizer.all_gather(graphed.optimizer.gradients)  # each has the sums of its own shard
         found["graphed"] = {n: p.grad for n, p in graphed.masters.named_parameters()}
         found["spans"], found["owned"] = len(graphed.optimizer.spans), len(graphed.optimizer.owned)
 
@@ -153,7 +159,7 @@ SCATTER, GATHER = (
 
 
 class Collectives:
-    """Counts reduce-scatters, and the bytes that they and the all-gathers take by a ring."""
+    """Counts reduce-scatters, and the bytes of reduce-scatters and all-gathers by a ring."""
 
     def __enter__(self):
         self.reductions, self.gathered, self.scattered = 0, 0.0, 0.0
@@ -178,7 +184,7 @@ class Collectives:
 
 
 def dtypes_seen(run: Run) -> dict[str, set[str]]:
-    """Under bfloat16: dtypes inside blocks while they compute, of what they pass on, and of gradients."""
+    """With bfloat16: the dtypes inside blocks while they compute, of their results, and of gradients."""
     model, seen = run.model(torch.bfloat16), {}
 
     def note(what: str, tensor: Tensor) -> None:
@@ -220,11 +226,11 @@ def worlds(corpus, tmp_path_factory, worker_id) -> dict[str, dict]:
     return {name: torch.load(folder / f"{name}.pt") for name in WORLDS}
 
 
-@pytest.mark.parametrize("name", ["2", "4", "2x2", "2 copies"])
+@pytest.mark.parametrize("name", ["2", "4", "2x2", "2 replicas"])
 def test_gradients_are_those_of_one_process(worlds, name):
-    """In float32 sums of G slices in another order: some roundings of 6e-8, which the network's depth amplifies.
+    """In float32 the sums of G slices have another order: some roundings of 6e-8, which the network's depth amplifies.
 
-    A gradient that is a thousandth of all is a sum whose terms nearly cancel, and keeps the roundings of those.
+    A gradient of a thousandth of the norm is a sum whose terms nearly cancel, and has their rounding errors.
     """
     one, many = worlds["1"]["gradients"], worlds[name]["gradients"]
     assert one.keys() == many.keys() and all(g.any() for g in one.values())
@@ -237,26 +243,26 @@ def test_gradients_are_those_of_one_process(worlds, name):
 
 
 def test_graphs_average_gradients_over_replicas(worlds):
-    """Like above, against graphs on one process; that these are right is shown in float64 in test_graphs.py."""
-    one, many = worlds["1"]["graphed"], worlds["2 copies"]["graphed"]
+    """As above, against graphs on one process; test_graphs.py shows in float64 that those are right."""
+    one, many = worlds["1"]["graphed"], worlds["2 replicas"]["graphed"]
     assert one.keys() == worlds["1"]["gradients"].keys()
     for parameter, wanted in one.items():
         gap = (many[parameter] - wanted).norm() / wanted.norm()
         assert gap < 1e-5, (parameter, gap)
-    assert worlds["2 copies"]["graphed norm"] == pytest.approx(worlds["1"]["graphed norm"], rel=1e-5)
-    assert worlds["2 copies"]["spans"] > 6 and 0 < worlds["2 copies"]["owned"] < len(one)
+    assert worlds["2 replicas"]["graphed norm"] == pytest.approx(worlds["1"]["graphed norm"], rel=1e-5)
+    assert worlds["2 replicas"]["spans"] > 6 and 0 < worlds["2 replicas"]["owned"] < len(one)
 
 
 def test_all_processes_learn_what_the_check_of_one_finds(worlds):
-    for name in ("1", "2 copies"):
+    for name in ("1", "2 replicas"):
         nothing, something = worlds[name]["checked"]
         assert nothing is None and "eagerly" in something, name
 
 
-@pytest.mark.parametrize("name", ["2", "4", "2x2", "2 copies"])
+@pytest.mark.parametrize("name", ["2", "4", "2x2", "2 replicas"])
 def test_twenty_steps_are_those_of_one_process(worlds, name):
-    """Losses, ratio losses, F, G and the norm before clipping. Rounding was seen to stay near 1e-7."""
-    columns = 3 + 3 * 2  # without the imbalance, which a world has for itself
+    """Losses, ratio losses, F, G and the norm before clipping. Measured rounding differences are near 1e-7."""
+    columns = 3 + 3 * 2  # without the imbalance, which depends on the world
     for step, (one, many) in enumerate(zip(worlds["1"]["losses"], worlds[name]["losses"], strict=True)):
         assert many[:columns] == pytest.approx(one[:columns], rel=1e-5), step
         assert many[-1] == pytest.approx(one[-1], rel=1e-5), step
@@ -264,16 +270,16 @@ def test_twenty_steps_are_those_of_one_process(worlds, name):
 
 
 def test_slices_are_reduced_once_a_step(worlds):
-    """However many slices a rank accumulates: one reduce-scatter for each group of parameters."""
+    """One reduce-scatter per group of parameters, for any number of slices per rank."""
     for name in ("2", "4", "2x2"):
         assert worlds[name]["reductions"] == worlds[name]["groups"] == 10
-    for name in ("1", "2 copies"):
+    for name in ("1", "2 replicas"):
         assert worlds[name]["groups"] == worlds[name]["reductions"] == 0
 
 
 @pytest.mark.parametrize("name", ["2", "4", "2x2"])
 def test_what_is_sent_is_what_traffic_says(worlds, name):
-    """Within a twentieth: FSDP fills rows up to a multiple of the shards."""
+    """Within a twentieth: FSDP pads rows to a multiple of the shards."""
     W, R = WORLDS[name]
     told = distributed.traffic(HNetConfig.load(TWO_STAGES), W // R, R, G // W, weight_bytes=4)
     assert worlds[name]["sent"] == pytest.approx(told[:2], rel=0.05)
@@ -281,12 +287,12 @@ def test_what_is_sent_is_what_traffic_says(worlds, name):
 
 @pytest.mark.parametrize("how", ["block", "selective", "guard", "kept"])
 def test_gradients_do_not_depend_on_what_is_kept(worlds, how):
-    """Recomputation, with or without the guard's switch, and weights that stay gathered: the same bits."""
+    """Recomputation, with or without the guard, and weights that stay gathered give the same bits."""
     assert {name: world["differing"][how] for name, world in worlds.items()} == {name: [] for name in WORLDS}
 
 
 def test_the_guard_counts_micro_batches(worlds):
-    """A limit of 10 chunks is passed in every micro-batch, on all ranks together."""
+    """A limit of 10 chunks is exceeded in every micro-batch, on all ranks at once."""
     assert {n: world["guarded"] for n, world in worlds.items()} == {n: G // W for n, (W, _) in WORLDS.items()}
 
 
@@ -303,7 +309,7 @@ def test_dtypes_under_bfloat16(worlds):
 
 
 def test_imbalance_by_hand():
-    """Two ranks, four slices: (2, 4) and (3, 3) run side by side; largest over mean 4/3 and 1."""
+    """Two ranks, four slices: (2, 4) and (3, 3) run at the same time; largest over mean: 4/3 and 1."""
     world = World(0, 2, torch.device("cpu"), None)
     counts = torch.tensor([[2.0], [4.0], [3.0], [3.0]])
     assert distributed.imbalance(counts, world).tolist() == pytest.approx([(4 / 3 + 1) / 2])
@@ -334,7 +340,7 @@ def train_job(corpus: Path, folder: Path, size: int, *more: str, of_rank: dict[i
 
 
 def wait_for(condition, job: Job, seconds: float = 600) -> None:
-    """Until the condition holds or the job has ended."""
+    """Waits until the condition holds or the job has ended."""
     until = time.monotonic() + seconds
     while not condition() and all(rank.is_alive() for rank in job.ranks):
         assert time.monotonic() < until, job.printed()
@@ -356,18 +362,19 @@ def undisturbed(corpus, tmp_path_factory, worker_id) -> Path:
     return folder
 
 
-COPIES = ["-C", "graph"]  # whole weights on each, as graphs; without capture on a CPU
+COPIES = ["-C", "graph"]  # replicated weights, as graphs; without capture on a CPU
 
 
 @pytest.mark.parametrize("size, more", [(1, []), (2, COPIES), (4, ["--replicate", "2", "--ac", "block"])])
 def test_a_run_goes_on_at_another_world_size(corpus, undisturbed, tmp_path, size, more):
-    """From step 8 of two processes on one, two with whole weights, four in two copies: the same losses."""
+    """From step 8 of two processes: on one, on two with replicated weights, on four with two replicas: equal losses."""
     check_close(go_on_from_step_8(undisturbed, tmp_path / "run", corpus, size, *more), undisturbed)
 
 
 def test_a_run_with_unsharded_weights_on_each_process_resumes(corpus, undisturbed, tmp_path):
-    """Each has saved its part. Two such processes go on with the same bits, one alone with the same losses; also where
-    one of them was killed."""
+    """Each saves its shard. Two such processes resume with the same bits, one alone with the same losses; also after
+    one of them was killed.
+    """
     folder = tmp_path / "run"
     train_job(corpus, folder, 2, *COPIES).succeed()
     check_close(folder, undisturbed)
@@ -378,7 +385,7 @@ def test_a_run_with_unsharded_weights_on_each_process_resumes(corpus, undisturbe
 
 
 def test_the_same_in_bfloat16(corpus, tmp_path):
-    """Then each process has of what others update the bfloat16 half alone."""
+    """Then each process has only the high bits of the other processes' shards."""
     folder, how = tmp_path / "run", [*COPIES, "--dtype", "bfloat16"]
     train_job(corpus, folder, 2, *how).succeed()
     assert timeless(go_on_from_step_8(folder, tmp_path / "two", corpus, 2, *how)) == timeless(folder)
@@ -405,7 +412,7 @@ def check_close(one: Path, other: Path) -> None:
 
 
 def kill_one_and_resume(corpus: Path, folder: Path, seed: int, *more: str) -> None:
-    """Two processes; kill -9 of one at a random step. The other names it and ends; a second job goes on."""
+    """Two processes; kill -9 of one at a random step. The other names it and ends; a second job resumes."""
     rng = random.Random(seed)
     job, target, victim = train_job(corpus, folder, 2, *more), rng.randint(1, 18), rng.randrange(2)
     wait_for(lambda: steps_done(folder) >= target, job)
@@ -414,7 +421,7 @@ def kill_one_and_resume(corpus: Path, folder: Path, seed: int, *more: str) -> No
     codes = job.wait()
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 1, (codes, job.printed())
     message = job.printed()
-    # where rank 0 dies without torchrun, the store through which ranks are heard of is gone too
+    # if rank 0 dies without torchrun, the store with the ranks' reports is gone too
     assert f"rank {victim} (step " in message and "died" in message, message
     assert "The last good checkpoint: " in message, message
     assert (folder / "failure" / f"rank{1 - victim}.stacks").stat().st_size
@@ -428,7 +435,7 @@ def test_one_process_killed_and_the_job_resumed_equals_undisturbed(corpus, undis
 
 
 def test_torchrun_starts_again_by_itself(corpus, undisturbed, tmp_path):
-    """As a person starts it; one process is killed, and nobody does anything."""
+    """Started by torchrun; one process is killed, and the job recovers by itself."""
     folder = tmp_path / "run"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     with open(tmp_path / "log", "w") as log:
@@ -470,7 +477,7 @@ def test_sigterm_to_one_process_saves_and_loses_no_step(corpus, undisturbed, tmp
 
 
 def test_a_process_that_hangs_ends_the_job(corpus, tmp_path):
-    """Stopped by the system, it neither dies nor speaks."""
+    """A process stopped by the system neither dies nor reports."""
     folder = tmp_path / "run"
     job = train_job(corpus, folder, 2, "--timeout", "10", "--steps", "1000")
     wait_for(lambda: steps_done(folder) >= 6, job)
@@ -485,7 +492,7 @@ def test_a_process_that_hangs_ends_the_job(corpus, tmp_path):
 
 
 def test_a_kill_during_a_save_of_two_processes(corpus, undisturbed, tmp_path):
-    """As soon as files of step 8 appear: it is either complete or not taken, whatever was written."""
+    """Killed when files of step 8 appear: its checkpoint is either complete or ignored."""
     folder = tmp_path / "run"
     job = train_job(corpus, folder, 2)
     wait_for(lambda: list((folder / "checkpoints").glob("step_00000008*/*")), job)
@@ -508,7 +515,7 @@ def test_processes_started_differently_say_so(corpus, tmp_path):
 
 
 def test_mistakes_of_several_processes(corpus, undisturbed, tmp_path):
-    """Every rank says so and ends, instead of waiting for the others."""
+    """Every rank reports it and ends, instead of waiting for the others."""
     job = train_job(corpus, undisturbed, 2)
     assert job.wait() == [2, 2] and job.printed().count("holds a run already") == 2
     job = train_job(corpus, tmp_path / "a" / "run", 2, "--replicate", "3")
@@ -518,7 +525,7 @@ def test_mistakes_of_several_processes(corpus, undisturbed, tmp_path):
 
 
 def test_a_step_has_a_slice_for_each_process_unless_told_otherwise(corpus, tmp_path):
-    """And the run keeps the number: a single process that goes on accumulates."""
+    """And the run keeps the number: a single process that resumes accumulates."""
     flags, run = ("--global-slices", "0", "--steps", "2"), tmp_path / "run"
     train_job(corpus, run, 2, *flags).succeed()
     assert [row["bytes_seen"] for row in records(run)] == [2 * 128, 4 * 128]
@@ -536,7 +543,7 @@ def test_a_disk_without_room_is_refused(tmp_path):
 
 
 def test_what_is_saved_has_torchs_names(tmp_path):
-    """Loading goes through torch's own functions."""
+    """Loading uses torch's own functions."""
     distributed.start("cpu")
     model = init_weights(HNetLM(HNetConfig.load(MODEL | {"tie_embeddings": True})), 0)
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, 0.1))
@@ -554,7 +561,7 @@ def test_what_is_saved_has_torchs_names(tmp_path):
 
 
 def test_old_checkpoints_go_and_some_stay(tmp_path):
-    """The newest two, and every sixth step's."""
+    """The newest two, and those of every sixth step."""
     distributed.start("cpu")
     model = torch.nn.Linear(2, 2)
     model.config = HNetConfig.load(MODEL)
@@ -568,7 +575,7 @@ def test_old_checkpoints_go_and_some_stay(tmp_path):
 
 
 def test_what_is_saved_is_the_state_when_the_save_began(tmp_path):
-    """Weights that change while the writing goes on are not torn: the copy was made before `staged` returned."""
+    """Weights that change during writing do not corrupt it: the copy was made before `staged` returned."""
     distributed.start("cpu")
     model = torch.nn.Linear(64, 64)
     model.config = HNetConfig.load(MODEL)

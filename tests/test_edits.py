@@ -1,8 +1,8 @@
 """An edit of the model takes effect in training, validation and generation, or is announced before step 1.
 
-Each edit says what it comes to: `graphs` where steps as graphs follow it, so that their gradients are those of the
-edited model; `definition` where one operation's fast implementation no longer agrees and its definition runs, in graphs
-too; `eager` where the check says what differs, so that the run takes eager steps. And whether generation follows it.
+Each edit has its expected result. `graphs`: steps as graphs follow it, and their gradients are those of the edited
+model. `definition`: the fast implementation of an operation no longer agrees, and its definition runs, also in graphs.
+`eager`: the check names the difference, and the run takes eager steps. And whether generation follows the edit.
 """
 
 import contextlib

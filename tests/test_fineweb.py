@@ -1,4 +1,4 @@
-"""fineweb.py's prepare and show: real files and processes; what is killed and run again gives the same bytes."""
+"""fineweb.py's prepare and show, with real files and processes; killed and restarted, it gives the same bytes."""
 
 import contextlib
 import gzip
@@ -69,7 +69,7 @@ def command(*arguments, **options) -> subprocess.CompletedProcess:
 
 
 def prepared(tmp_path: Path, documents: dict[str, str], *flags: str) -> tuple[int, dict, list[str], list[str]]:
-    """Status of the command, manifest, training and validation documents, of files with these names and texts."""
+    """(exit status, manifest, training and validation documents) of prepare on files with these names and texts."""
     shutil.rmtree(tmp_path / "texts", ignore_errors=True)
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
     (tmp_path / "texts").mkdir()
@@ -433,7 +433,7 @@ def refuses(match: str, source: Path | str, out: Path, **options) -> None:
 
 
 def skips(source: Path, out: Path, expected: list[str], bad: int = 1) -> None:
-    """Without --skip-bad it is refused; with it, the rest is kept and the bad counted."""
+    """Without --skip-bad the input is refused; with it, the good documents are taken and the others counted."""
     refuses("--skip-bad", source, out)
     manifest = prepare(str(source), out, skip_bad=True)
     assert sorted(documents(out)) == sorted(expected)
@@ -610,7 +610,7 @@ A dataset.
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as its client asks for, over `server.files`; `server.broken` drops file contents."""
+    """The parts of the Hub that its client needs, with `server.files`; `server.broken` drops file contents."""
 
     protocol_version = "HTTP/1.1"
 

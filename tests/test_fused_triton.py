@@ -2,7 +2,7 @@
 gradients that are written into longer rows, all against the definitions in float64: outputs, and every gradient by
 name.
 
-Without a GPU they run under Triton's interpreter, in a process of its own: this file, run as a script, prints what
+Without a GPU they run under Triton's interpreter, in a separate process: this file, run as a script, prints what
 `distances` finds. See test_ssd_triton.py.
 """
 
@@ -85,7 +85,7 @@ def add_norm_case(new: Inputs, T: int, D: int, first: bool) -> dict[str, tuple[T
     loss = (outputs * exact(dx)).sum() + (wide * exact(norm.join24(*dsum, torch.float32))).sum()
     _, wanted_dboth, wanted_dweight = torch.autograd.grad(loss, leaves)
     for split, wanted in ((sum_, wide), (dboth, wanted_dboth)):
-        # float32 does better, but 16 bits are kept, whose rounding is 2^-16 at most, but for a few numbers
+        # float32 does better, but 16 bits are stored, with a rounding error of at most 2^-16, except for a few values
         assert (exact(norm.join24(*split, torch.float32)) - wanted).norm() <= 1e-5 * wanted.norm()
     found = {"x": x, "scale": scale, "dboth": dboth.high, "dweight": dweight}
     return found, {"x": outputs, "scale": scales, "dboth": wanted_dboth, "dweight": wanted_dweight}
@@ -162,7 +162,7 @@ def rotary_case(new: Inputs, lengths: list[int], H: int, P: int, R: int):
 
 
 def attention_case(new: Inputs, lengths: list[int], H: int, P: int, window: int = -1, empty: int = 3):
-    """With empty documents among the others and at the end."""
+    """With empty documents between others and at the end."""
     T = sum(lengths)
     ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
     cu = torch.cat([ends[:1], ends, ends[-1:].repeat(empty)]).to(new.device)
@@ -177,7 +177,7 @@ def attention_case(new: Inputs, lengths: list[int], H: int, P: int, window: int 
 
 
 def tile_order_case(new: Inputs, lengths: list[int], empty: int = 3):
-    """The kernel's list, where there is one: all tiles, those first that have most before them."""
+    """The kernel's list, if there is one: all tiles, in the order of decreasing tiles before them."""
     ends = torch.tensor([0, *lengths, *[0] * empty]).cumsum(0)
     tiles = [(-j, b) for b, n in enumerate(lengths) for j in range(-(-n // 64))]
     wanted = [(ends[b], ends[b + 1], ends[b] - 64 * less) for less, b in sorted(tiles)]
@@ -205,7 +205,7 @@ def router_case(new: Inputs, lengths: list[int], D: int):
 
 
 def chunks_case(new: Inputs, lengths: list[int], zeros: int, spare: int, forced: bool = False):
-    """With `zeros` tokens that fill up, and room for `spare` chunks more than there are tokens; empty documents too."""
+    """With `zeros` tokens of padding, space for `spare` more chunks than tokens, and empty documents."""
     lengths, N = [0, *lengths, 0, 0], 3.5
     tokens, T = sum(lengths), sum(lengths) + zeros
     C, B = T + spare, len(lengths)
@@ -246,7 +246,7 @@ def chunks_case(new: Inputs, lengths: list[int], zeros: int, spare: int, forced:
 
 
 def gather_rows_case(new: Inputs, T: int, D: int, E: int):
-    """E = 0: no pad."""
+    """E = 0: without pad."""
     place = torch.randint(T, (2 * T,), generator=new.generator).to(new.device)
     x, pad = new(T, D), new(E) if E else None
     wanted = torch.cat([x[place], *([pad.expand(2 * T, -1)] if E else [])], 1)
@@ -254,7 +254,7 @@ def gather_rows_case(new: Inputs, T: int, D: int, E: int):
 
 
 def upsample_case(new: Inputs, T: int, C: int, D: int, spare: int):
-    """With `spare` rows of z that no token takes."""
+    """With `spare` rows of z that no token reads."""
     start = torch.cat([torch.zeros(1, dtype=torch.int64), torch.randperm(T - 1, generator=new.generator)[: C - 1] + 1])
     start = start.sort().values.to(new.device)
     chunk = torch.bucketize(torch.arange(T, device=new.device), start, right=True) - 1
@@ -272,7 +272,7 @@ def upsample_case(new: Inputs, T: int, C: int, D: int, spare: int):
 
 
 def scan_case(new: Inputs, lengths: list[int], H: int, N: int, K: int = 4, spread: float = 1, A_log: float = 0):
-    """Mamba-2's scan and the convolution before it, whose gradients are parts of longer rows."""
+    """Mamba-2's scan and its convolution, with gradients that are parts of longer rows."""
     T, P = sum(lengths), 64
     cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=new.device)
     position = torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths]).to(new.device)
@@ -319,7 +319,7 @@ def scan_case(new: Inputs, lengths: list[int], H: int, N: int, K: int = 4, sprea
 
 
 def add_rows_case(new: Inputs, T: int, D: int, spare: int):
-    """With zeros for the last row, named `spare` times, as chunks that there are not have them; of longer rows."""
+    """With zeros for the last row, named `spare` times, as for unused chunks; x has longer rows."""
     place = torch.cat([torch.randperm(T, generator=new.generator)[: T // 2], torch.full((spare,), T)]).to(new.device)
     x, rows = new(T + 1, D), new(len(place), D + 8)[:, :D]
     rows[T // 2 :] = 0
@@ -439,12 +439,12 @@ def test_split24_keeps_16_significant_bits(number):
         assert (exact(x) - exact(y)).abs() <= bound * exact(x).abs().clamp_min(
             torch.finfo(torch.float32).smallest_normal
         )
-    else:  # what is too large may become infinite, and what is not a number stays none
+    else:  # too large values may become infinite; nan stays nan
         assert y.isnan() if x.isnan() else y.abs() >= 2.0**127 and y.sign() == x.sign()
 
 
 def test_interpreted_kernels_match_the_definition():
-    """All of them in one test, so that one process interprets."""
+    """All cases in one test, so that one process runs the interpreter."""
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
@@ -457,13 +457,13 @@ def test_interpreted_kernels_match_the_definition():
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in WITHOUT_DEFINITION])
 def test_definitions_match_autograd(name):
-    """In float32 on the CPU, where the definitions run."""
+    """In float32 on the CPU, where definitions run."""
     check(distances(name, torch.float32, "cpu"), TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("name", ["add_norm", "add_norm, a stack's first"])
 def test_definitions_in_bfloat16_match_autograd(name):
-    """Its kernel is checked on a GPU: Triton's interpreter cuts off what bfloat16 would round."""
+    """Its kernel is tested on a GPU: Triton's interpreter truncates to bfloat16 instead of rounding."""
     check(distances(name, torch.bfloat16, "cpu"), TOLERANCE[torch.bfloat16])
 
 

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show. Skipped where there is none."""
+"""Tests that need a CUDA device; skipped without one."""
 
 import pytest
 import torch

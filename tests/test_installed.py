@@ -1,4 +1,4 @@
-"""What `pip install .` gives: the wheel holds all that runs, and its commands work from any folder."""
+"""`pip install .`: the wheel has all files, and its commands work from any folder."""
 
 import configparser
 import os

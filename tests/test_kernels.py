@@ -1,4 +1,4 @@
-"""The definitions in hnet_kernels against loops over time in plain autograd: outputs, and every gradient by name."""
+"""The definitions of hnet_kernels against loops over time under autograd: outputs, and every gradient by name."""
 
 import importlib
 
@@ -94,14 +94,14 @@ def test_ssd_of_other_sizes(heads, P, N):
     ],
 )
 def test_ssd_with_long_and_short_memory(dt, A):
-    """Sums of log decays of 1e5 beside ones of 1e-9: their differences must keep the small ones."""
+    """Sums of log decays of 1e5 beside sums of 1e-9: differences must not lose the small ones."""
     lengths = [257, 65]
     inputs = ssd_inputs(sum(lengths), dt=dt, A=A)
     compare(ssd(*inputs.values(), cu_of(lengths)), ssd_by_document(lengths, **inputs), inputs, rtol=1e-8, atol=1e-9)
 
 
 def test_ssd_in_float32_keeps_small_decays_after_large_ones():
-    """float32 inputs: an answer as close to the float64 one as float32 sums of 300 terms can be."""
+    """With float32 inputs the result is as close to float64 as float32 sums of 300 terms can be."""
     lengths = [300]
     inputs = ssd_inputs(300, dt=(1e-6, 100.0))
     single = [t.detach().float() for t in inputs.values()]
@@ -113,7 +113,7 @@ def test_ssd_in_float32_keeps_small_decays_after_large_ones():
 
 
 def test_ssd_grows_its_chunks(monkeypatch):
-    """Beyond MAX_CHUNKS chunks they get longer: tried with at most 4 chunks of at least 8 tokens."""
+    """More than MAX_CHUNKS chunks are avoided by longer ones: tested with at most 4 chunks of at least 8 tokens."""
     least = ssd_file.MIN_CHUNK
     most = least * ssd_file.MAX_CHUNKS
     assert [ssd_file._chunk_size(T) for T in (0, 1, most, most + 1, 8 * most)] == [
@@ -148,7 +148,7 @@ def test_ssd_gradcheck(monkeypatch):
 
 
 def test_ssd_takes_int64_cu_seqlens_and_mixed_precision():
-    """bfloat16 x, B and C with float32 dt and A: the answer is the float64 one of the same numbers, rounded once."""
+    """bfloat16 x, B and C with float32 dt and A: the result is that of float64 for the same values, rounded once."""
     lengths = [40, 1, 80]
     inputs = {n: t.detach() for n, t in ssd_inputs(121).items()}
     mixed = {n: t.float() if n in ("dt", "A") else t.bfloat16() for n, t in inputs.items()}
@@ -171,9 +171,9 @@ def poison(tensor, rows):
 
 
 def test_nothing_of_a_poisoned_document_reaches_its_neighbours():
-    """Documents of NaN before and after one of numbers, in all operations, forward and backward.
+    """Documents of NaN before and after a finite one, in all operations, forward and backward.
 
-    EMA and scan multiply by a decay of zero where a document ends, and 0 * NaN is NaN: there it is large numbers.
+    EMA and scan multiply by a decay of zero at the end of a document, and 0 * NaN is NaN: there it is large values.
     """
     lengths, middle = [65, 70, 3], slice(65, 135)
     cu = cu_of(lengths)
@@ -270,7 +270,7 @@ def test_attention_equals_the_definition(lengths, window):
 @pytest.mark.parametrize("block", [1, 7, 64])
 @pytest.mark.parametrize("window", [-1, 0, 5, 100])
 def test_attention_in_blocks_of_queries(monkeypatch, block, window):
-    """The definition takes 1024 queries at a time: tried with fewer, windows over several blocks and within one."""
+    """The definition takes blocks of queries: tested with small ones, windows within a block and over several."""
     monkeypatch.setattr(attention_file, "QUERY_BLOCK", block)
     lengths = [1, 66, 0, 30]
     inputs = attention_inputs(97)
@@ -292,7 +292,7 @@ def test_attention_of_large_scores_does_not_overflow():
 
 
 def test_attention_by_hand_at_the_window_edge():
-    """Equal scores: the answer is the mean of the values in sight, i - w..i."""
+    """With equal scores the result is the mean of the visible values, i - w..i."""
     v = torch.arange(6.0, dtype=torch.float64).view(6, 1, 1)
     q = torch.zeros_like(v)
     means = {
@@ -347,7 +347,7 @@ def test_causal_conv_gradcheck():
 
 
 def test_custom_ops_describe_themselves_truly():
-    """Schemas, fakes and registered gradients, as torch.compile will rely on them."""
+    """Schemas, fakes and registered gradients, on which torch.compile relies."""
     lengths = [65, 0, 9]
     cu, total = cu_of(lengths), sum(lengths)
     for op, backward, inputs, rest in (

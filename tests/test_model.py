@@ -1,4 +1,4 @@
-"""The whole model: any config, packed or alone, against a plain definition; and the corners of its router."""
+"""The complete model: any config, packed or alone, against a plain definition; and edge cases of its router."""
 
 import hypothesis.strategies as st
 import pytest

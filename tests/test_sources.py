@@ -1,4 +1,4 @@
-"""Which files of a source become training text, and what shapes of files and rows are read. Real files throughout."""
+"""Which files of a source become training text, and which shapes of files and rows are read; with real files."""
 
 import bz2
 import gzip

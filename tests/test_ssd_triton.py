@@ -1,8 +1,8 @@
 """The kernels in hnet_kernels/ssd_triton.py against the definition in float64: outputs, and every gradient by name.
 
-Without a GPU they run under Triton's interpreter, in float32 alone (its bfloat16 products are wrong) and in processes
-of their own, because `TRITON_INTERPRET` counts only before triton is first imported: this file, run as a script,
-prints what `distances`, `leaks` or `changed_by_keeping` find.
+Without a GPU they run under Triton's interpreter, only in float32 (its bfloat16 products are wrong) and in separate
+processes, because `TRITON_INTERPRET` must be set before triton is imported: this file, run as a script, prints what
+`distances`, `leaks` or `changed_by_saving` find.
 """
 
 import importlib
@@ -32,8 +32,8 @@ class Case(NamedTuple):
     padding: int = 0  # rows after the last document
     heads: int = 2
     N: int = 16
-    dt: tuple[float, float] = (1e-3, 0.1)  # what Mamba-2 begins with, and A in [-16, -1]
-    offset: int = 0  # of the inputs in memory, in numbers
+    dt: tuple[float, float] = (1e-3, 0.1)  # the initial range of Mamba-2, with A in [-16, -1]
+    offset: int = 0  # of the inputs in memory, in elements
     zero_dy: bool = False
 
 
@@ -65,7 +65,7 @@ BFLOAT16_TOLERANCE = 1e-2
 
 
 def inputs_of(case: Case, dtype: torch.dtype, device: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """dy, x, dt, A, B, C as a model has them (x, B and C are parts of one tensor) and cu_seqlens with repeated ends."""
+    """dy, x, dt, A, B, C as in a model (x, B and C are parts of one tensor), and cu_seqlens with repeated ends."""
     T = sum(case.lengths) + case.padding
     generator = torch.Generator().manual_seed(T)
     width = case.heads * 64
@@ -83,10 +83,10 @@ def inputs_of(case: Case, dtype: torch.dtype, device: str) -> tuple[dict[str, to
 
 
 def defined(dy, x, dt, A, B, C, cu_seqlens) -> tuple[tuple[torch.Tensor, ...], tuple[float, ...]]:
-    """The results, and the size of each that rounding errors are relative to.
+    """The results, and for each the size to which rounding errors are relative.
 
-    That is its norm, but for dA: a token's term is the difference of the flows into and out of it, and the terms of
-    all tokens cancel in their sum, while their errors may go together (long memory).
+    It is the norm, except for dA: a token's term is the difference of the flows into and out of it, and the terms of
+    all tokens cancel in their sum, while their errors may add up (long memory).
     """
     y = definition.scan_forward(x, dt, dt * A, B, C, cu_seqlens)
     dx, dgain, dlog_a, dB, dC = definition.scan_backward(dy, x, dt, dt * A, B, C, cu_seqlens)
@@ -97,7 +97,7 @@ def defined(dy, x, dt, A, B, C, cu_seqlens) -> tuple[tuple[torch.Tensor, ...], t
 
 
 def fast(dy, x, dt, A, B, C, cu_seqlens) -> tuple[torch.Tensor, ...]:
-    """The kernels, in memory that is full of NaN before they write to it."""
+    """Runs the kernels in memory that is filled with NaN."""
     from hnet_kernels import ssd_triton
 
     new_empty = torch.Tensor.new_empty
@@ -125,7 +125,7 @@ def distances(case: Case, dtype: torch.dtype, device: str) -> dict[str, float]:
 
 
 def leaks(device: str, dtype: torch.dtype) -> list[str]:
-    """What changes in other documents, be it in the last bit, when one document's numbers change."""
+    """The results of other documents that change, even in the last bit, when one document's values change."""
     case = Case([30, 75, 40], padding=15)
     inputs, cu_seqlens = inputs_of(case, dtype, device)
     before = fast(**inputs, cu_seqlens=cu_seqlens)
@@ -137,9 +137,9 @@ def leaks(device: str, dtype: torch.dtype) -> list[str]:
     return [n for n, a, b in zip(NAMES, before, after) if n != "dA" and not torch.equal(a[others], b[others])]
 
 
-def changed_by_keeping(case: Case, dtype: torch.dtype, device: str) -> list[str]:
-    """What differs, be it in the last bit, when the backward takes what the forward kept: with the skip and bias, which
-    makes softplus(dt + bias) of dt and -exp(A) of A, and without."""
+def changed_by_saving(case: Case, dtype: torch.dtype, device: str) -> list[str]:
+    """The results that differ, even in the last bit, when the backward uses what the forward saved: without and with
+    skip and bias, where softplus(dt + bias) replaces dt and -exp(A) replaces A."""
     from hnet_kernels import ssd_triton
 
     inputs, cu_seqlens = inputs_of(case, dtype, device)
@@ -170,7 +170,7 @@ def check(name: str, found: dict[str, float], tolerance: float) -> None:
 
 
 def interpreted(what: str):
-    """`what` this file prints, run as a script under the interpreter."""
+    """The output `what` of this file, run as a script under the interpreter."""
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run([sys.executable, __file__, what], env=environment, capture_output=True, text=True)
@@ -188,7 +188,7 @@ def test_interpreted_kernels_pass_nothing_between_documents():
 
 
 def test_interpreted_kernels_give_the_same_with_saved_states():
-    assert interpreted("changed_by_keeping") == {name: [] for name in SMALL}
+    assert interpreted("changed_by_saving") == {name: [] for name in SMALL}
 
 
 def test_the_reason_why_there_is_no_kernel():
@@ -223,7 +223,7 @@ def test_gpu_passes_nothing_between_documents(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [*SMALL, *LARGE])
 def test_gpu_finds_the_same_with_what_the_forward_kept(name, dtype):
-    assert changed_by_keeping((SMALL | LARGE)[name], dtype, "cuda") == []
+    assert changed_by_saving((SMALL | LARGE)[name], dtype, "cuda") == []
 
 
 @pytest.mark.gpu
@@ -257,7 +257,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] == "leaks":
         print(json.dumps(leaks("cpu", torch.float32)))
-    elif sys.argv[1] == "changed_by_keeping":
-        print(json.dumps({name: changed_by_keeping(case, torch.float32, "cpu") for name, case in SMALL.items()}))
+    elif sys.argv[1] == "changed_by_saving":
+        print(json.dumps({name: changed_by_saving(case, torch.float32, "cpu") for name, case in SMALL.items()}))
     else:
         print(json.dumps({name: distances(case, torch.float32, "cpu") for name, case in SMALL.items()}))

@@ -1,4 +1,4 @@
-"""Statistics of routers and weights against their definitions, byte by byte; what a router's health is told from."""
+"""Statistics of routers and weights against their definitions, byte by byte; and the health of routers."""
 
 import random
 from types import SimpleNamespace
@@ -67,7 +67,7 @@ def test_router_statistics_are_their_definitions(run):
 
 
 def test_weight_statistics_are_what_the_weights_did(run):
-    """Norms and the update's share, against copies from before; the third step, so that the state counts."""
+    """Norms and the update's share, against copies from before; at the third step, so that the state matters."""
     model = build(hnet_trainable, TWO_STAGES)
     _, iids, labels, _ = run
     groups = parameter_groups(model, 1e-3, 0.1)
@@ -101,13 +101,13 @@ def said(shares: list, N: float = 6.0, rows: float = 4.0) -> list[tuple[int, str
 
 
 def test_a_router_that_is_well_is_let_be():
-    """Noise of a fifth about the target, and a start far from it."""
+    """Noise of a fifth around the target, and a start far from it."""
     draw = random.Random(0)
     assert said([0.6] * 40 + [draw.gauss(1 / 6, 1 / 30) for _ in range(2000)]) == []
 
 
 def test_documents_that_fill_several_batches_are_no_oscillation():
-    """As in the default run, whose documents have chunks of their own for four steps."""
+    """As in the default run, where some documents have other chunks for four steps."""
     draw = random.Random(0)
     shares = [draw.gauss(1 / 6, 1 / 36) for _ in range(500)]
     assert said([F for F in shares for _ in range(4)]) == []
@@ -131,7 +131,7 @@ def test_oscillation_is_named():
 
 
 def test_the_inner_stage_is_looked_at_on_its_own():
-    """Its chunks are counted in tokens that reach it."""
+    """Its chunks are counted in the tokens that reach it."""
     health = RouterHealth([3.0, 3.0], 900)
     lines = [health.look(step, {"stage0_F": 1 / 3, "stage1_F": 0.01, "rows": 3}) for step in range(1, 60)]
     assert [line for found in lines for line in found] == [

@@ -1,4 +1,4 @@
-"""train.py as a person runs it: real processes, a tiny model, real text."""
+"""train.py as a user runs it: real processes, a tiny model, real text."""
 
 import importlib.util
 import json
@@ -155,7 +155,7 @@ def test_statistics_come_every_so_many_steps(undisturbed):
 
 
 def test_a_prompt_may_be_any_bytes(corpus, tmp_path):
-    """As a shell hands them over; a run must not end at its last step for it."""
+    """As passed by a shell. A run must not end at its last step because of them."""
     flags = ["--prompt", os.fsdecode(b"a\xff"), "--steps", "2", "--sample-bytes", "4", "--stats-every", "0"]
     assert "the model writes" in succeed(corpus, *flags, "--save-dir", str(tmp_path / "run"))
     assert newest(tmp_path / "run").name == "step_00000002"
@@ -169,7 +169,7 @@ def test_a_dead_router_is_named_and_stops_the_run(corpus, tmp_path):
     export(model, tmp_path / "dead", "safetensors")
     flags = ["-p", str(tmp_path / "dead"), "--steps", "80", "--lr", "1e-30", "--sample-bytes", "0"]
     done = run(corpus, *flags, "--on-collapse", "stop", "--save-dir", str(tmp_path / "run"))
-    # it is named at step 50, and the run ends after the step that had begun
+    # reported at step 50; the run ends after the step that was launched
     assert done.returncode == 2 and "--on-collapse stop" in done.stderr and "step 51" in done.stderr, done.stderr[
         -2000:
     ]
@@ -184,7 +184,7 @@ def test_the_learning_rate_warms_up_and_decays(undisturbed):
 
 
 def kill_and_resume(corpus: Path, folder: Path, seed: int, steps: int = 20, kills: int = 1) -> None:
-    """Start the undisturbed run again in `folder`, kill -9 it at a random moment, and resume until it is through."""
+    """Starts the undisturbed run in `folder`, kills it (-9) at a random moment, and resumes until it is done."""
     rng = random.Random(seed)
     flags = ["--steps", str(steps), "--save-every", "4", "--val-every", "10", "--save-dir", str(folder)]
     for _ in range(kills):
@@ -280,7 +280,7 @@ def test_no_checkpoint_is_lost_when_a_run_resumes_from_another_one(corpus, undis
 
 @pytest.mark.parametrize("flag", ["-p", "-c"])
 def test_a_run_goes_on_without_what_it_began_with(corpus, undisturbed, tmp_path, flag):
-    """Its checkpoints hold the weights and the model's config."""
+    """Its checkpoints have the weights and the model's config."""
     source, folder = tmp_path / "source", tmp_path / "run"
     shutil.copytree(newest(undisturbed), source) if flag == "-p" else shutil.copy(corpus / "model.json", source)
     succeed(corpus, "--steps", "2", flag, str(source), "--save-dir", str(folder))
@@ -312,7 +312,7 @@ def limit_files(size: int):
 
 
 def test_a_full_disk_leaves_nothing_torn(corpus, tmp_path):
-    """A limit on the size of files stands for a full disk: writes fail half-way, with an error from the system."""
+    """A limit on file sizes imitates a full disk: writes fail halfway with an error of the system."""
     folder = tmp_path / "run"
     flags = ["--steps", "4", "--save-every", "2", "--save-dir", str(folder)]
     done = subprocess.run(
@@ -357,7 +357,7 @@ def test_a_signal_saves_and_ends_well(corpus, undisturbed, tmp_path, number):
 
 
 def test_a_closed_terminal_is_nothing_to_what_nohup_started():
-    """It arrives ignored; the other signals still ask for a save."""
+    """SIGHUP is ignored; the other signals still request a save."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in numbers}
     try:
@@ -373,7 +373,7 @@ def test_a_closed_terminal_is_nothing_to_what_nohup_started():
 
 
 def test_output_that_nobody_reads_ends_no_run(corpus, tmp_path):
-    """Its reader goes after the first line, as in `| head -1`; so it does when the run is resumed."""
+    """The reader closes the output after the first line, as in `| head -1`, also when the run is resumed."""
     folder, pipe = tmp_path / "run", tmp_path / "pipe"
     os.mkfifo(pipe)
     flags = ["--save-every", "4", "--val-every", "3", "--save-dir", str(folder), "--log-every", "1"]
@@ -392,7 +392,7 @@ def test_output_that_nobody_reads_ends_no_run(corpus, tmp_path):
 
 
 def test_an_encoding_that_lacks_characters_ends_no_run(corpus, tmp_path):
-    """What cannot be shown is shown as its number; files are UTF-8, whatever the locale, or ASCII."""
+    """Characters that can't be printed are shown as numbers; files are UTF-8 or ASCII in any locale."""
     folder = tmp_path / "run"
     argv = command(corpus, "--steps", "2", "--prompt", "日本", "--sample-bytes", "4", "--save-dir", str(folder))
     (tmp_path / "flags.yaml").write_text("prompt: 日本", encoding="utf-8")
@@ -408,7 +408,7 @@ def test_an_encoding_that_lacks_characters_ends_no_run(corpus, tmp_path):
 
 
 def test_a_second_ctrl_c_ends_at_once():
-    """In the program itself, so that the second signal can't be merged with the first."""
+    """Sent by the program itself, so that the two signals can't be merged."""
     program = "import os, signal; from hnet_runtime.runs.run import Interrupts; "
     program += "Interrupts(); print('set', flush=True); "
     program += "os.kill(os.getpid(), signal.SIGINT); print('asked', flush=True); "
@@ -418,7 +418,7 @@ def test_a_second_ctrl_c_ends_at_once():
 
 
 def refused(corpus: Path, *flags: str) -> str:
-    """The one line that a mistake ends in, with exit status 2 and no traceback."""
+    """The single line of a mistake, with exit status 2 and without traceback."""
     done = run(corpus, *flags)
     assert done.returncode == 2, (done.returncode, done.stderr[-2000:])
     assert "Traceback" not in done.stderr
@@ -441,7 +441,7 @@ def refused(corpus: Path, *flags: str) -> str:
     ],
 )
 def test_mistakes_in_flags_are_named(tmp_path, monkeypatch, flags, said):
-    """What the program's last lines turn into a sentence and status 2, see below."""
+    """An error that the program turns into a sentence and status 2, see below."""
     monkeypatch.chdir(tmp_path)
     Path("key.json").write_text(json.dumps({**MODEL, "d_hidden": 3}))
     Path("run.yaml").write_text("step: 3\n")
@@ -504,7 +504,7 @@ def test_a_loss_that_is_not_finite_is_reported_after_the_next_launch(corpus, tmp
 
 
 def test_graphs_train_as_eager_steps_do(corpus, tmp_path):
-    """On the CPU without capture: the same sums in another order, in float32; training spreads the difference."""
+    """On the CPU without capture: the same float32 sums in another order; training amplifies the difference."""
     flags = ["--steps", "8", "--global-slices", "2", "--save-every", "4", "--save-dir"]
     for mode in ("eager", "graph"):
         succeed(corpus, *flags, str(tmp_path / mode), "-C", mode)
@@ -519,7 +519,7 @@ def test_graphs_train_as_eager_steps_do(corpus, tmp_path):
 
 
 def test_graphs_in_bfloat16(corpus, tmp_path):
-    """The optimizer has weights in halves, the first of which are what graphs read; checkpoints have them whole."""
+    """The optimizer has split weights, whose high bits graphs read; checkpoints have float32 weights."""
     folder, flags = tmp_path / "run", ["--steps", "20", "-C", "graph", "--dtype", "bfloat16", "--stats-every", "5"]
     succeed(corpus, *flags, "--save-every", "9", "--save-dir", str(folder))
     assert records(folder)[-1]["bpb"] < 0.75 * records(folder)[0]["bpb"]
@@ -535,7 +535,7 @@ def test_graphs_say_what_they_cannot_do(corpus, tmp_path):
 
 
 def test_a_run_goes_on_with_its_own_flags(corpus, tmp_path):
-    """Only what is given changes, and is named."""
+    """Only the given flags change, and they are named."""
     folder = tmp_path / "run"
     flags = ["--alpha", "0.05", "--save-every", "2", "--steps", "4", "--save-dir", str(folder)]
     whole = tmp_path / "whole"
@@ -667,7 +667,7 @@ def test_fine_tuning_starts_from_a_checkpoint_of_any_kind(corpus, undisturbed, t
 
 
 def test_evaluate_gives_the_validation_of_training(corpus, undisturbed, tmp_path):
-    """On two processes, the run's last val_bpb; the rows of a batch are others than in training."""
+    """On two processes, the run's last val_bpb, with other rows per batch than in training."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     launch += [str(ROOT / "scripts" / "evaluate.py"), str(undisturbed), "--device", "cpu", "--batch", "3"]
     launch += ["--out", str(tmp_path / "out")]
@@ -692,7 +692,7 @@ def test_samples_are_printed_and_logged(corpus, tmp_path):
 
 
 def test_curves_in_wandb_go_by_steps_of_our_own(tmp_path, monkeypatch):
-    """wandb drops records whose own step does not grow, which a resumed run repeats."""
+    """wandb drops records whose step does not increase, and a resumed run repeats steps."""
     logged, metrics, ids = [], {}, []
     run = SimpleNamespace(
         define_metric=lambda name, step_metric=None: metrics.update({name: step_metric}),
@@ -729,7 +729,7 @@ def test_wandb_offline(corpus, tmp_path):
 
 @pytest.mark.soak
 def test_wandb_without_a_network_goes_on_offline(corpus, tmp_path, monkeypatch):
-    """Half a minute of waiting for a server that isn't there, then offline."""
+    """Waits half a minute for a server that doesn't exist, then continues offline."""
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
@@ -773,7 +773,7 @@ GB = 10**9
     ],
 )
 def test_graphs_and_replicas_are_used_where_possible(monkeypatch, changed, taken, copies):
-    """As if on a Hopper GPU."""
+    """Imitates a Hopper GPU."""
     changed = dict(changed)
     memory = changed.pop("memory", 80 * GB)
     device, size = torch.device(changed.pop("device", "cuda")), changed.pop("size", 1)
@@ -792,7 +792,7 @@ def test_graphs_and_replicas_are_used_where_possible(monkeypatch, changed, taken
 
 
 def test_compilations_are_counted_and_cached(tmp_path, monkeypatch):
-    """Triton can compile for a GPU that isn't there."""
+    """Triton can compile for a GPU that the machine doesn't have."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -1,4 +1,4 @@
-"""What training needs from the model file: learning-rate multipliers, parameter groups, initial weights, FLOPs."""
+"""Learning-rate multipliers, parameter groups, initial weights and FLOPs of the model file."""
 
 import json
 import math
@@ -134,7 +134,7 @@ def initialised(config, seed=0, dtype=torch.float32):
 
 
 def test_initial_weights_depend_on_seed_and_name_alone():
-    """Not on the order of drawing, the dtype, the global generator, nor on other parameters of the model."""
+    """Not on the order of drawing, the dtype, the global generator or other parameters."""
     config = two_stages()
     first = initialised(config)
     torch.manual_seed(123)
@@ -261,7 +261,7 @@ def test_a_fresh_model_starts_near_the_uniform_distribution():
 
 
 def stage_lengths_of(out, iids):
-    """What a training loop reads off: documents' lengths at every stage."""
+    """The lengths of documents at every stage."""
     lengths = [iids.offsets().diff().tolist()]
     for stage in out.stages:
         lengths.append([int(row.sum()) for row in stage.boundary_mask.unbind()])
@@ -316,7 +316,7 @@ def test_scan_flops_by_hand():
 
 
 def test_mixing_flops_add_up_over_letters():
-    """Each mixer says what it computes: a model of both letters has the sum of models of one each."""
+    """Each mixer counts its own FLOPs: a model with both letters has the sum of models with one each."""
     lengths = [[10, 5], [4, 1], [2, 1]]
     layouts = (
         ["m1", ["M1t1", ["t1"], "m2"], "t1"],
@@ -328,7 +328,7 @@ def test_mixing_flops_add_up_over_letters():
 
 
 def test_inner_stages_count_the_tokens_they_see():
-    """Half the chunks, half the inner stages' operations; the outer stage's stay."""
+    """With half the chunks, inner stages have half the FLOPs; the outer stage is unchanged."""
     config = two_stages()
     many, few = ([[64], [32], [16]], [[64], [32], [8]])
     alone = flops.count_flops(config, [[64], [32], [0]])

@@ -1,4 +1,4 @@
-"""Weights in and out: every format, files that lie, files that are cut short, configs that don't fit."""
+"""Loading and exporting weights: every format, malicious and truncated files, configs that don't fit."""
 
 import os
 import pickle

@@ -1,1 +1,1 @@
-"""Training steps that are fast: as CUDA graphs, with an optimizer over flat memory."""
+"""Training steps: as CUDA graphs with an optimizer over flat memory, or plain with autograd."""

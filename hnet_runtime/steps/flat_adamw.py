@@ -70,10 +70,10 @@ class FlatAdamW(torch.optim.AdamW):
     `full_precision`, and nan outside. Everything but `step` reads and changes weights there. `master_weight` returns
     one parameter's.
 
-    With several processes, a step updates the compute weights of the other processes' shards, or the weights where
-    there are no compute weights. Their master weights are out of date. `shards_updates` says whether that is so.
-    `owned` has the parameters that this process alone updates; `state` has those and the ones that all update. Before
-    a step, call `reduce_gradients` for each span, then `wait_for_gradients`.
+    With several processes, a step also receives the shards of the other processes: their compute weights, or their
+    weights if there are no compute weights. The low bits of those shards are then out of date. `shards_updates` says
+    whether there are such shards. `owned` has the parameters that this process alone updates; `state` has those and the
+    ones that all update. Before a step, call `reduce_gradients` for each span, then `wait_for_gradients`.
 
     `grad_scale` and `found_inf`, where set, are those of torch's fused optimizers: gradients are divided by the first
     in place; where the second is not 0, a step changes nothing. `step` does not wait for the device.
@@ -187,7 +187,7 @@ class FlatAdamW(torch.optim.AdamW):
         self._index_P, self._counts_P = (x.to(like["device"]) for x in (self._index_P, self._counts_P))
 
     def _part(self, flat: Tensor | None, p: Tensor, start: int) -> Tensor | None:
-        """The parameter's view of a flat tensor. start: the offset of that tensor in the whole memory."""
+        """The parameter's view of a flat tensor. start: the offset of that tensor in the flat memory."""
         begin = self._slices[p].start - start
         return None if flat is None else flat[begin : begin + p.numel()].view(p.shape)
 

@@ -6,12 +6,12 @@
     masters               the HNetLM with the float32 weights, which may be the same
     optimizer             AdamW over the masters' weights
     forward_backward      losses of some micro-batches, and the gradients of their mean
-    stages                what the routers decided in the last micro-batch
+    stages                the routers' decisions in the last micro-batch
     finish_step           after the optimizer's step
-    full_precision        where the masters' weights may be read and changed
+    full_precision        a context in which the masters' weights may be read and changed
     free_memory           before validation, samples and saving
     retry_without_graphs  calls a function again if memory ran out
-    captured              parts captured so far, None without graphs; capture_seconds: the time that took
+    captured              parts captured so far, None without graphs; capture_seconds: their time
 """
 
 import contextlib
@@ -30,7 +30,7 @@ Returned = TypeVar("Returned")
 
 
 class Losses(NamedTuple):
-    """What n micro-batches gave, on the device: ce (n,), the others (n, S) for S chunking stages."""
+    """The losses of n micro-batches, on the device: ce (n,), the others (n, S) for S chunking stages."""
 
     ce: Tensor
     ratio: Tensor
@@ -39,7 +39,7 @@ class Losses(NamedTuple):
 
     @classmethod
     def stack(cls, outputs: Sequence[HNetOutput]) -> "Losses":
-        """Those of the outputs of some micro-batches, without gradients."""
+        """The losses of the outputs of some micro-batches, without gradients."""
         ce = torch.stack([out.ce.detach() for out in outputs])
         ratio = torch.stack([out.ratio_losses.detach() for out in outputs])
         shares = [[[getattr(stage, name).detach() for stage in out.stages] for out in outputs] for name in "FG"]
@@ -73,12 +73,12 @@ class PlainModel:
             (training_loss(out.ce, out.ratio_losses, self.alpha) / len(batches)).backward()
             self._stages = [stage.detach() for stage in out.stages]
             outputs.append(HNetOutput(None, out.ce.detach(), out.ratio_losses.detach(), self._stages))
-            del out  # the logits' memory goes before the next forward
+            del out  # frees the logits before the next forward
         distributed.reduce_plain_gradients(self.parameters, self.world)
         return Losses.stack(outputs)
 
     def stages(self) -> list[StageOutput]:
-        """What the routers decided in the last micro-batch."""
+        """The routers' decisions in the last micro-batch."""
         return self._stages
 
     def finish_step(self) -> None:
@@ -86,11 +86,11 @@ class PlainModel:
         self.optimizer.zero_grad()
 
     def full_precision(self) -> contextlib.AbstractContextManager[None]:
-        """The weights are always there in full."""
+        """A context without effect: the weights are always in full precision."""
         return contextlib.nullcontext()
 
     def free_memory(self) -> None:
-        """Nothing is held between steps."""
+        """Does nothing: no memory is kept between steps."""
 
     def retry_without_graphs(self, call: Callable[[], Returned]) -> Returned:
         """The result of `call`."""
