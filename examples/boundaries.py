@@ -1,0 +1,34 @@
+"""Show where a model divides a text, and how sure its router is.
+
+    python examples/boundaries.py
+    python examples/boundaries.py runs/mine "The quick brown fox"
+
+Without a run the model has random weights.
+"""
+
+import sys
+
+import torch
+
+from hnet_runtime.runs.weights import load_training
+from hnet_trainable import BOS, HNetConfig, HNetLM, init_weights
+
+if len(sys.argv) > 1:
+    model = load_training(sys.argv[1])
+else:
+    model = init_weights(HNetLM(HNetConfig.load("hnet_1stage_tiny")), seed=0)
+text = (sys.argv[2] if len(sys.argv) > 2 else "H-Nets learn to divide text.").encode()
+
+iids = torch.nested.nested_tensor([torch.tensor([BOS, *text])], layout=torch.jagged)
+with torch.no_grad():
+    stages = model(iids).stages
+
+position = torch.arange(len(text) + 1)  # the byte at which each token of the stage begins; BOS is 0
+for s, stage in enumerate(stages):
+    (p,), (b,) = stage.boundary_prob.unbind(), stage.boundary_mask.unbind()
+    starts = position[b].tolist()
+    chunks = [text[max(begin - 1, 0) : end - 1] for begin, end in zip(starts, [*starts[1:], len(text) + 1])]
+    print(f"stage {s}: {len(text) / len(chunks):.1f} bytes per chunk")
+    print("  " + "|".join(chunk.decode(errors="replace") for chunk in chunks))
+    print("  p at the starts:", " ".join(f"{x:.2f}" for x in p[b].tolist()))
+    position = position[b]

@@ -1,0 +1,25 @@
+"""Bits per byte of some files, each read as one document.
+
+python examples/score.py runs/mine article.txt prompt.txt
+"""
+
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+from hnet_runtime.runs.weights import load_training
+from hnet_trainable import BOS, EOS
+
+run, *files = sys.argv[1:]
+model = load_training(run).eval()
+texts = [Path(file).read_bytes()[:8192] for file in files]
+
+documents = [torch.tensor([BOS, *text, EOS]) for text in texts]
+iids = torch.nested.nested_tensor([document[:-1] for document in documents], layout=torch.jagged)
+with torch.no_grad():
+    logits = model(iids).logits  # all files in one batch; none sees another
+for file, text, document, logits_of_file in zip(files, texts, documents, logits.unbind()):
+    nats = torch.nn.functional.cross_entropy(logits_of_file.float(), document[1:], reduction="sum").item()
+    print(f"{file}: {nats / math.log(2) / len(text):.3f} bits per byte, {len(text):,} bytes")
