@@ -7,16 +7,16 @@ after the elements, so that the elements do not wait. Norms read their input onc
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from hnet_kernels.adamw import NAN_BITS
+from hnet_kernels.launch import cdiv, kernel
 
 NAN = tl.constexpr(NAN_BITS)
 
 
-@triton.jit
+@kernel
 def _adamw(
     w_ptr, compute_ptr, low_ptr, g_ptr, m_ptr, v_ptr, group_ptr, rates_ptr, bias_ptr, scale_ptr, found_inf_ptr,
     BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr,
@@ -56,7 +56,7 @@ def _adamw(
     tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty), mask=finite & (scale != 1))
 
 
-@triton.jit(do_not_specialize=["K"])
+@kernel(do_not_specialize=["K"])
 def _block_norms(g_ptr, norm_ptr, K, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = k.to(tl.int64)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -64,7 +64,7 @@ def _block_norms(g_ptr, norm_ptr, K, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     tl.store(norm_ptr + k, tl.sqrt_rn(tl.sum(g * g, 1)), mask=k < K)
 
 
-@triton.jit
+@kernel
 def _run_norms(norm_ptr, first_ptr, run_norm_ptr, BLOCK: tl.constexpr):
     """One thread block per run of blocks."""
     p = tl.program_id(0)
@@ -84,7 +84,7 @@ def norms(g_KB: Tensor, first_P: Tensor) -> Tensor:
     norm_K, norm_P = (g_KB.new_empty(n, dtype=torch.float32) for n in (K, P))
     if P:
         with torch.cuda.device_of(g_KB):
-            _block_norms[(triton.cdiv(K, rows),)](g_KB, norm_K, K, BLOCK=B, ROWS=rows)
+            _block_norms[(cdiv(K, rows),)](g_KB, norm_K, K, BLOCK=B, ROWS=rows)
             _run_norms[(P,)](norm_K, first_P, norm_P, BLOCK=1024)
     return norm_P
 

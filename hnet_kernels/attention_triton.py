@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from hnet_kernels.launch import cdiv, descriptor, kernel, next_power_of_2
 from hnet_kernels.saved import saved_empty
 from hnet_kernels.triton_math import LOG2_E
 
@@ -43,7 +44,7 @@ KEYS = Options(64, 4, 2, 168), Options(32, 4, 2)  # 168: three blocks per SM
 QUERIES = Options(64, 4, 3), Options(64, 4, 2)
 
 
-@triton.jit(do_not_specialize=["B", "n", "steps"])
+@kernel(do_not_specialize=["B", "n", "steps"])
 def _order(cu_seqlens_ptr, tiles_ptr, B, n, steps, SIZE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr):
     """tiles_3I: see `tile_order`.
 
@@ -128,7 +129,7 @@ def _attend(
     return o_MP, sum_M, most_M
 
 
-@triton.jit(do_not_specialize=["T", "H"])
+@kernel(do_not_specialize=["T", "H"])
 def _forward(
     q_ptr, kv_desc, o_ptr, lse_ptr, tiles_ptr, T, H, stride, o_stride, scale, window,
     P: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr,
@@ -189,7 +190,7 @@ def _for_keys(
     return dk_NP, dv_NP
 
 
-@triton.jit(do_not_specialize=["T", "H"])
+@kernel(do_not_specialize=["T", "H"])
 def _backward_keys(
     q_desc, k_ptr, v_ptr, do_desc, lse_ptr, delta_ptr, dk_ptr, dv_ptr, tiles_ptr, T, H, stride, d_stride,
     scale, dscale, window,
@@ -252,7 +253,7 @@ def _for_queries(
     return dq_MP
 
 
-@triton.jit(do_not_specialize=["T", "H"])
+@kernel(do_not_specialize=["T", "H"])
 def _backward_queries(
     q_ptr, kv_desc, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, tiles_ptr, T, H, stride, do_stride, d_stride,
     scale, dscale, window,
@@ -295,14 +296,13 @@ def _for_heads(options: tuple[Options, Options], P: int) -> Options:
 
 
 def _constants(options: Options, M: int, N: int, P: int, window: int) -> dict:
-    sizes = {"P": P, "W": triton.next_power_of_2(P), "M": M, "N": N, "WINDOW": window >= 0}
+    sizes = {"P": P, "W": next_power_of_2(P), "M": M, "N": N, "WINDOW": window >= 0}
     return sizes | {"num_warps": options.warps, "num_stages": options.stages, "maxnreg": options.registers}
 
 
 def _described(x: Tensor, rows: int, P: int) -> TensorDescriptor:
     """The descriptor of a dense (T, ..., P) tensor, in tiles of that many rows and one head."""
-    columns = x.stride(0)
-    return TensorDescriptor(x, [len(x), columns], [columns, 1], [rows, triton.next_power_of_2(P)])
+    return descriptor(x, rows, next_power_of_2(P))
 
 
 def tile_order(T: int, cu_seqlens: Tensor) -> Tensor:
@@ -311,10 +311,10 @@ def tile_order(T: int, cu_seqlens: Tensor) -> Tensor:
     The tiles with most keys before them come first; unused entries are zero. cu_seqlens: int32.
     """
     B = len(cu_seqlens) - 1
-    n, block = triton.cdiv(T, SIZE) + B, triton.next_power_of_2(B)
+    n, block = cdiv(T, SIZE) + B, next_power_of_2(B)
     tiles_3I, block_I = cu_seqlens.new_empty(3, n), max(1, min(128, 4096 // block))
     with torch.cuda.device_of(cu_seqlens):
-        _order[(triton.cdiv(n, block_I),)](
+        _order[(cdiv(n, block_I),)](
             cu_seqlens, tiles_3I, B, n, n.bit_length(), SIZE=SIZE, BLOCK_B=block, BLOCK_I=block_I
         )
     return tiles_3I

@@ -12,11 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from hnet_kernels.boundaries import Chunks
+from hnet_kernels.launch import cdiv, kernel
 
 BLOCK = 1024  # tokens, chunks or documents per thread block
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel(do_not_specialize=["T"])
 def _count(
     p_ptr, position_ptr, opens_ptr, tokens_ptr, p_out_ptr, b_ptr, counts_ptr, sums_ptr, T,
     BLOCK: tl.constexpr,
@@ -34,7 +35,7 @@ def _count(
     tl.store(sums_ptr + tl.program_id(0), tl.sum(tl.where(real, p, 0.0), 0))
 
 
-@triton.jit(do_not_specialize=["T", "C", "K"])
+@kernel(do_not_specialize=["T", "C", "K"])
 def _number(
     b_ptr, counts_ptr, sums_ptr, tokens_ptr, chunk_ptr, start_ptr, shares_ptr, shares_stride, T, C, K,
     BLOCK: tl.constexpr,
@@ -68,7 +69,7 @@ def _chunks_before(chunk_ptr, t, inside):
     return tl.load(chunk_ptr + t - 1, mask=inside & (t > 0), other=-1) + 1
 
 
-@triton.jit(do_not_specialize=["T", "C", "B"])
+@kernel(do_not_specialize=["T", "C", "B"])
 def _documents(
     chunk_ptr, start_ptr, position_ptr, cu_ptr, inner_cu_ptr, inner_position_ptr, counts_ptr, T, C, B,
     BLOCK: tl.constexpr,
@@ -93,7 +94,7 @@ def _documents(
         tl.store(inner_position_ptr + k, k - tl.load(chunk_ptr + begin_t, mask=there, other=chunks), mask=k < C)
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel(do_not_specialize=["T"])
 def _add_mean_gradient(dp_ptr, dmean_ptr, tokens_ptr, out_ptr, T, BLOCK: tl.constexpr):
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tokens = tl.load(tokens_ptr)
@@ -105,16 +106,16 @@ def _add_mean_gradient(dp_ptr, dmean_ptr, tokens_ptr, out_ptr, T, BLOCK: tl.cons
 def find_chunks(p_T: Tensor, opens_T: Tensor, position_T: Tensor, cu_seqlens: Tensor, to: Chunks) -> None:
     """`find_chunks` of boundaries.py."""
     T, C, B, tokens = len(p_T), len(to.start_C), len(cu_seqlens) - 1, cu_seqlens[-1]
-    K, p_T, b_T = triton.cdiv(T + 1, BLOCK), p_T.contiguous(), to.b_T.view(torch.uint8)
+    K, p_T, b_T = cdiv(T + 1, BLOCK), p_T.contiguous(), to.b_T.view(torch.uint8)
     counts_K, sums_K = p_T.new_empty(K, dtype=torch.int32), p_T.new_empty(K)
     opens_T = opens_T.contiguous().view(torch.uint8)
     with torch.cuda.device_of(p_T):
         _count[(K,)](p_T, position_T, opens_T, tokens, to.p_T, b_T, counts_K, sums_K, T, BLOCK=BLOCK)
-        _number[(triton.cdiv(C, BLOCK),)](
+        _number[(cdiv(C, BLOCK),)](
             b_T, counts_K, sums_K, tokens, to.chunk_T, to.start_C, to.shares, to.shares.stride(0), T, C, K,
             BLOCK=BLOCK,
         )  # fmt: skip
-        _documents[(1 + triton.cdiv(C, BLOCK),)](
+        _documents[(1 + cdiv(C, BLOCK),)](
             to.chunk_T, to.start_C, position_T, cu_seqlens, to.cu_seqlens, to.position_C, to.counts, T, C, B,
             BLOCK=BLOCK,
         )  # fmt: skip
@@ -124,5 +125,5 @@ def add_mean_gradient(dp_T: Tensor, dmean: Tensor, cu_seqlens: Tensor) -> Tensor
     """`add_mean_gradient` of boundaries.py."""
     dp_T, out_T = dp_T.contiguous(), dp_T.new_empty(len(dp_T))
     with torch.cuda.device_of(dp_T):
-        _add_mean_gradient[(triton.cdiv(len(dp_T), BLOCK),)](dp_T, dmean, cu_seqlens[-1], out_T, len(dp_T), BLOCK=BLOCK)
+        _add_mean_gradient[(cdiv(len(dp_T), BLOCK),)](dp_T, dmean, cu_seqlens[-1], out_T, len(dp_T), BLOCK=BLOCK)
     return out_T

@@ -33,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hnet_kernels.gradients import Slot
+from hnet_kernels.launch import cdiv, kernel
 from hnet_kernels.norm_triton import sm_count, sum_rows
 from hnet_kernels.saved import saved_empty
 
@@ -160,7 +161,7 @@ def _forward_steps(
     return x1, x2, x3
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel(do_not_specialize=["T"])
 def _forward(
     x_ptr,
     weight_ptr,
@@ -245,7 +246,7 @@ def _backward_steps(
     return (x1, x2, x3), (dx1, dx2, dx3), (sum_bias, sum0, sum1, sum2, sum3)
 
 
-@triton.jit(do_not_specialize=["T", "run"])
+@kernel(do_not_specialize=["T", "run"])
 def _backward(
     dy_ptr,
     x_ptr,
@@ -348,9 +349,9 @@ def _run(T: int, D: int, device: torch.device) -> int:
     A second round would leave much of the GPU idle. Shorter runs would reread more tokens at their edges.
     """
     blocks_per_sm, channels, _ = BACKWARD
-    runs = max(1, blocks_per_sm * sm_count(device) // triton.cdiv(D, channels))
+    runs = max(1, blocks_per_sm * sm_count(device) // cdiv(D, channels))
     turn = UNROLL.value * AHEAD.value
-    return max(4 * turn, triton.cdiv(triton.cdiv(T, runs), turn) * turn)
+    return max(4 * turn, cdiv(cdiv(T, runs), turn) * turn)
 
 
 def conv_silu_forward(x_TD: Tensor, weight_D1K: Tensor, bias_D: Tensor, position_T: Tensor) -> Tensor:
@@ -362,7 +363,7 @@ def conv_silu_forward(x_TD: Tensor, weight_D1K: Tensor, bias_D: Tensor, position
     x_TD = _dense_rows(x_TD)
     run, channels, warps = FORWARD
     with torch.cuda.device_of(x_TD):
-        _forward[(triton.cdiv(D, channels), triton.cdiv(T, run))](
+        _forward[(cdiv(D, channels), cdiv(T, run))](
             x_TD, weight_D1K.contiguous(), bias_D.contiguous(), position_T, y_TD, T,
             D=D, X_STRIDE=x_TD.stride(0), K=K, RUN=run, BLOCK_D=channels, PAIRS=_in_pairs(x_TD),
             num_warps=warps,
@@ -387,13 +388,13 @@ def conv_silu_backward(
     dx_TD = x_TD.new_empty(T, D) if out_TD is None else out_TD
     blocks_per_sm, channels, warps = BACKWARD
     run, registers = _run(T, D, x_TD.device), min(255, 2**16 // (32 * warps * blocks_per_sm))
-    runs = triton.cdiv(T, run)
+    runs = cdiv(T, run)
     sums_SKD = dweights.rows(runs, functools.partial(sum_rows, turned=(K, D)))
     if not T:
         return dx_TD
     x_TD, dy_TD = _dense_rows(x_TD), _dense_rows(dy_TD)
     with torch.cuda.device_of(x_TD):
-        _backward[(triton.cdiv(D, channels), runs)](
+        _backward[(cdiv(D, channels), runs)](
             dy_TD, x_TD, weight_D1K.contiguous(), bias_D.contiguous(), position_T, dx_TD, sums_SKD, T,
             run, D=D, X_STRIDE=x_TD.stride(0), DY_STRIDE=dy_TD.stride(0), DX_STRIDE=dx_TD.stride(0), K=K,
             BLOCK_D=channels, PAIRS=_in_pairs(x_TD, dy_TD), num_warps=warps, maxnreg=registers,

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hnet_kernels.launch import cdiv, kernel, next_power_of_2
 from hnet_kernels.triton_math import LOG2_E
 
 TILE = 2048  # elements of rows per thread block
@@ -21,7 +22,7 @@ def _logits(logits_ptr, t, v, T, V):
     return tl.load(logits_ptr + at, mask=inside, other=-float("inf")).to(tl.float32), at, inside
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel(do_not_specialize=["T"])
 def _forward(
     logits_ptr, labels_ptr, loss_ptr, lse_ptr, T, V: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr
 ):  # fmt: skip
@@ -36,7 +37,7 @@ def _forward(
     tl.store(lse_ptr + t, lse, mask=t < T)
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel(do_not_specialize=["T"])
 def _backward(
     dloss_ptr, logits_ptr, labels_ptr, lse_ptr, dlogits_ptr, T,
     V: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -50,7 +51,7 @@ def _backward(
 
 
 def _blocks(V: int) -> dict[str, int]:
-    block = triton.next_power_of_2(V)
+    block = next_power_of_2(V)
     return {"V": V, "ROWS": max(1, TILE // block), "BLOCK_V": block}
 
 
@@ -60,7 +61,7 @@ def cross_entropy_forward(logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, 
     loss_T, lse_T = (logits_TV.new_empty(T, dtype=torch.float32) for _ in range(2))
     assert logits_TV.is_contiguous() and labels_T.is_contiguous()
     with torch.cuda.device_of(logits_TV):
-        _forward[(triton.cdiv(T, blocks["ROWS"]),)](logits_TV, labels_T, loss_T, lse_T, T, **blocks)
+        _forward[(cdiv(T, blocks["ROWS"]),)](logits_TV, labels_T, loss_T, lse_T, T, **blocks)
     return loss_T, lse_T
 
 
@@ -70,5 +71,5 @@ def cross_entropy_backward(dloss: Tensor, logits_TV: Tensor, labels_T: Tensor, l
     dlogits_TV = logits_TV.new_empty(logits_TV.shape)
     assert logits_TV.is_contiguous() and labels_T.is_contiguous()
     with torch.cuda.device_of(logits_TV):
-        _backward[(triton.cdiv(T, blocks["ROWS"]),)](dloss, logits_TV, labels_T, lse_T, dlogits_TV, T, **blocks)
+        _backward[(cdiv(T, blocks["ROWS"]),)](dloss, logits_TV, labels_T, lse_T, dlogits_TV, T, **blocks)
     return dlogits_TV

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hnet_kernels.launch import cdiv, kernel
 from hnet_kernels.saved import saved_empty
 
 RUN, CHANNELS, WARPS = 32, 128, 1  # chunks and channels of a thread block
@@ -40,7 +41,7 @@ def _arriving(totals_ptr, through_ptr, s, S, d, in_D, D, REVERSE: tl.constexpr):
     return state
 
 
-@triton.jit(do_not_specialize=["C"])
+@kernel(do_not_specialize=["C"])
 def _totals(
     x_ptr,
     p_ptr,
@@ -74,7 +75,7 @@ def _totals(
     tl.store(through_ptr + s, through)
 
 
-@triton.jit(do_not_specialize=["C", "S"])
+@kernel(do_not_specialize=["C", "S"])
 def _smooth(
     y_ptr,
     p_ptr,
@@ -100,7 +101,7 @@ def _smooth(
         tl.store(z_ptr + k.to(tl.int64) * D + d, state, mask=in_D & (k < C))
 
 
-@triton.jit(do_not_specialize=["C", "S"])
+@kernel(do_not_specialize=["C", "S"])
 def _smooth_gradient(
     dz_ptr,
     y_ptr,
@@ -137,7 +138,7 @@ def _smooth_gradient(
         tl.store(dp_ptr + tl.program_id(0) * C + k, tl.sum(g * (y - before), 0), mask=k < C)
 
 
-@triton.jit(do_not_specialize=["T", "C", "spare"])
+@kernel(do_not_specialize=["T", "C", "spare"])
 def _sum_chunks(
     x_ptr, scale_ptr, start_ptr, sum_ptr, T, C, D, spare,
     SCALED: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -175,7 +176,7 @@ def _dense_rows(x: Tensor) -> Tensor:
 def _walk(x_CD: Tensor, p_C: Tensor, opens_C: Tensor, reverse: bool) -> tuple[tuple, tuple[Tensor, Tensor], dict]:
     """The grid, the results of `_totals`, and the block sizes."""
     C, D = x_CD.shape
-    grid = triton.cdiv(D, CHANNELS), triton.cdiv(C, RUN)
+    grid = cdiv(D, CHANNELS), cdiv(C, RUN)
     blocks = {"RUN": RUN, "BLOCK_D": CHANNELS, "num_warps": WARPS}
     totals_SD, through_S = p_C.new_empty(grid[1], D), p_C.new_empty(grid[1])
     _totals[grid](x_CD, p_C, opens_C, totals_SD, through_S, C, D, x_CD.stride(0), REVERSE=reverse, **blocks)
@@ -198,7 +199,7 @@ def ema_backward(dz_CD: Tensor, y_CD: Tensor, p_C: Tensor, z_CD: Tensor, cu_seql
     C, D = y_CD.shape
     dz_CD, z_CD, p_C = dz_CD.contiguous(), z_CD.contiguous(), p_C.contiguous()
     y_CD, opens_C = _dense_rows(y_CD), _opens(cu_seqlens, C)
-    dy_CD, dp_PC = y_CD.new_empty(C, D), p_C.new_empty(triton.cdiv(D, CHANNELS), C)
+    dy_CD, dp_PC = y_CD.new_empty(C, D), p_C.new_empty(cdiv(D, CHANNELS), C)
     with torch.cuda.device_of(y_CD):
         grid, found, blocks = _walk(dz_CD, p_C, opens_C, True)
         _smooth_gradient[grid](
@@ -215,7 +216,7 @@ def sum_chunks(
     (T, D), C = x_TD.shape, len(start_C)
     x_TD, sum_CD = x_TD.contiguous(), x_TD.new_empty(C, D, dtype=torch.float32) if out_CD is None else out_CD
     with torch.cuda.device_of(x_TD):
-        _sum_chunks[(triton.cdiv(C, SUM_CHUNKS), triton.cdiv(D, SUM_CHANNELS))](
+        _sum_chunks[(cdiv(C, SUM_CHUNKS), cdiv(D, SUM_CHANNELS))](
             x_TD, x_TD if scale_T is None else scale_T.contiguous(), start_C, sum_CD, T, C, D,
             C if spare is None else spare, SCALED=scale_T is not None,
             CHUNKS=SUM_CHUNKS, BLOCK_D=SUM_CHANNELS, num_warps=SUM_WARPS,

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hnet_kernels.gradients import Slot
+from hnet_kernels.launch import cdiv, kernel, next_power_of_2
 from hnet_kernels.saved import saved_empty
 from hnet_kernels.triton_math import sigmoid
 
@@ -32,7 +33,7 @@ class Walk(NamedTuple):
 
 def _walk_add_norm(D: int) -> Walk:
     """Among the fastest on an H200 for rows of 512 to 2,048 (benchmarks/results/h200-2026-11-28-3/norm_ways.txt)."""
-    return Walk(512, 6 if D <= 1024 else 3, max(4, triton.next_power_of_2(D) // 512))
+    return Walk(512, 6 if D <= 1024 else 3, max(4, next_power_of_2(D) // 512))
 
 
 def _walk_gated_norm(D: int) -> Walk:
@@ -43,7 +44,7 @@ def _walk_gated_norm(D: int) -> Walk:
     few_warps = 1024 < D <= 3072 and D != 2048
     if few_warps:
         return Walk(1024, 3 if D < 2048 else 2, 4)
-    return Walk(1024, 4 if D <= 1024 else 6, max(8, triton.next_power_of_2(D) // 512))
+    return Walk(1024, 4 if D <= 1024 else 6, max(8, next_power_of_2(D) // 512))
 
 
 @triton.jit
@@ -72,7 +73,7 @@ def _join24(x, low, SPLIT: tl.constexpr):
     return number
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel(do_not_specialize=["T"])
 def _add_norm(
     residual_ptr, residual_low_ptr, delta_ptr, weight_ptr, sum_ptr, low_ptr, x_ptr, scale_ptr, T, delta_stride, eps,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SPLIT: tl.constexpr,
@@ -101,7 +102,7 @@ def _add_norm(
     tl.store(scale_ptr + t, scale, mask=t < T)
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel(do_not_specialize=["T"])
 def _recompute_norm(
     sum_ptr, low_ptr, scale_ptr, weight_ptr, x_ptr, T,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
@@ -124,7 +125,7 @@ def _load_rows(ptr, t, stride, end, D: tl.constexpr, BLOCK_D: tl.constexpr):
     return tl.load(ptr + t.to(tl.int64)[:, None] * stride + d, mask=(t < end)[:, None] & (d < D), other=0.0)
 
 
-@triton.jit(do_not_specialize=["T", "rows_per_block"])
+@kernel(do_not_specialize=["T", "rows_per_block"])
 def _add_norm_backward(
     dx_ptr, dsum_ptr, dsum_low_ptr, sum_ptr, sum_low_ptr, scale_ptr, weight_ptr, dboth_ptr, low_ptr, dweight_ptr,
     x_ptr, T, rows_per_block,
@@ -175,7 +176,7 @@ def _add_norm_backward(
     tl.store(dweight_ptr + tl.program_id(0) * D + d, dweight, mask=d < D)
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel(do_not_specialize=["T"])
 def _gated_norm(
     y_ptr, z_ptr, weight_ptr, x_ptr, scale_ptr, T, y_stride, z_stride, eps,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -195,7 +196,7 @@ def _gated_norm(
     tl.store(scale_ptr + t, scale, mask=t < T)
 
 
-@triton.jit(do_not_specialize=["T", "rows_per_block"])
+@kernel(do_not_specialize=["T", "rows_per_block"])
 def _gated_norm_backward(
     dx_ptr, y_ptr, z_ptr, scale_ptr, weight_ptr, dy_ptr, dz_ptr, dweight_ptr, x_ptr, T, rows_per_block,
     y_stride, z_stride, dz_stride,
@@ -232,7 +233,7 @@ def _gated_norm_backward(
     tl.store(dweight_ptr + tl.program_id(0) * D + d, dweight, mask=d < D)
 
 
-@triton.jit(do_not_specialize=["N"])
+@kernel(do_not_specialize=["N"])
 def _sum_rows(parts_ptr, sum_ptr, N, D, K, W, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     layer = tl.program_id(1).to(tl.int64)
@@ -253,7 +254,7 @@ def sum_rows(parts_LND: Tensor, dtype: torch.dtype, turned: tuple[int, int] = (1
     (L, N, D), (K, W) = parts_LND.shape, turned
     sum_LD = parts_LND.new_empty(L, D, dtype=dtype)
     with torch.cuda.device_of(parts_LND):
-        _sum_rows[(triton.cdiv(D, 16), L)](parts_LND, sum_LD, N, D, K, W, ROWS=128, BLOCK_D=16, num_warps=8)
+        _sum_rows[(cdiv(D, 16), L)](parts_LND, sum_LD, N, D, K, W, ROWS=128, BLOCK_D=16, num_warps=8)
     return sum_LD
 
 
@@ -264,14 +265,14 @@ def sm_count(device: torch.device) -> int:
 
 
 def _blocks(D: int, tile: int = TILE, warps: int | None = None) -> dict[str, int]:
-    block = triton.next_power_of_2(D)
+    block = next_power_of_2(D)
     return {"D": D, "BLOCK_D": block, "ROWS": max(1, tile // block), "num_warps": warps or max(4, block // 1024)}
 
 
 def _shares(T: int, rows: int, blocks_per_sm: int, device: torch.device) -> tuple[int, int]:
     """(thread blocks, rows of each): full tiles of `rows`, spread evenly over that many blocks per SM."""
-    share = rows * max(1, triton.cdiv(T, rows * blocks_per_sm * sm_count(device)))
-    return triton.cdiv(T, share), share
+    share = rows * max(1, cdiv(T, rows * blocks_per_sm * sm_count(device)))
+    return cdiv(T, share), share
 
 
 def _dense_rows(x_TD: Tensor) -> Tensor:
@@ -290,7 +291,7 @@ def add_norm_forward(
     x_TD = saved_empty(weight_D, T, D) if save_x else weight_D.new_empty(T, D)
     scale_T = saved_empty(delta_TD, T, dtype=torch.float32)
     with torch.cuda.device_of(delta_TD):
-        _add_norm[(triton.cdiv(T, blocks["ROWS"]),)](
+        _add_norm[(cdiv(T, blocks["ROWS"]),)](
             residual_TD, residual_low_TD, delta_TD, weight_D.contiguous(), sum_TD, low_TD, x_TD, scale_T, T,
             delta_TD.stride(0), eps, HAS_RESIDUAL=residual_TD is not None, SPLIT=split, **blocks,
         )  # fmt: skip
@@ -302,7 +303,7 @@ def recompute_norm(sum_TD: Tensor, low_TD: Tensor | None, scale_T: Tensor, weigh
     (T, D), x_TD = sum_TD.shape, weight_D.new_empty(sum_TD.shape)
     blocks = _blocks(D)
     with torch.cuda.device_of(sum_TD):
-        _recompute_norm[(triton.cdiv(T, blocks["ROWS"]),)](
+        _recompute_norm[(cdiv(T, blocks["ROWS"]),)](
             sum_TD, low_TD, scale_T, weight_D.contiguous(), x_TD, T, SPLIT=low_TD is not None, **blocks
         )
     return x_TD
@@ -336,7 +337,7 @@ def gated_norm_forward(
     x_TD = saved_empty(weight_D, T, D) if save_x else weight_D.new_empty(T, D)
     scale_T, blocks = saved_empty(y_TD, T, dtype=torch.float32), _blocks(D)
     with torch.cuda.device_of(y_TD):
-        _gated_norm[(triton.cdiv(T, blocks["ROWS"]),)](
+        _gated_norm[(cdiv(T, blocks["ROWS"]),)](
             y_TD, z_TD, weight_D.contiguous(), x_TD, scale_T, T, y_TD.stride(0), z_TD.stride(0), eps, **blocks
         )
     return x_TD, scale_T

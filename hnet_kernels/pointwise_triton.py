@@ -5,10 +5,10 @@ positions. All are bound by memory: each element is read once and written once.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from hnet_kernels.launch import cdiv, kernel, next_power_of_2
 from hnet_kernels.saved import saved_empty
 from hnet_kernels.triton_math import sigmoid
 
@@ -16,13 +16,13 @@ ELEMENTS = 1024  # of a thread block of SwiGLU
 TOKENS = 32  # of a thread block of the rotation
 
 
-@triton.jit  # n is specialized: where 16 divides it, several elements are moved at once
+@kernel  # n is specialized: where 16 divides it, several elements are moved at once
 def _to_float32(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out_ptr + i, tl.load(x_ptr + i, mask=i < n, other=0.0).to(tl.float32), mask=i < n)
 
 
-@triton.jit
+@kernel
 def _swiglu(both_ptr, h_ptr, inner, BLOCK: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -33,7 +33,7 @@ def _swiglu(both_ptr, h_ptr, inner, BLOCK: tl.constexpr):
     tl.store(h_ptr + t * inner + i, h.to(h_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel
 def _swiglu_backward(dh_ptr, both_ptr, dboth_ptr, h_ptr, inner, BLOCK: tl.constexpr, RECOMPUTE_H: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -51,7 +51,7 @@ def _swiglu_backward(dh_ptr, both_ptr, dboth_ptr, h_ptr, inner, BLOCK: tl.conste
     tl.store(dboth_ptr + t * 2 * inner + inner + i, dgate.to(dboth_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel(do_not_specialize=["T"])
 def _rotate(
     x_ptr, cos_ptr, sin_ptr, position_ptr, T, stride,
     P: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BACK: tl.constexpr,
@@ -77,7 +77,7 @@ def to_float32(x: Tensor) -> Tensor:
     out, n = x.new_empty(x.shape, dtype=torch.float32), x.numel()
     if n:
         with torch.cuda.device_of(x):
-            _to_float32[(triton.cdiv(n, 2 * ELEMENTS),)](x, out, n, BLOCK=2 * ELEMENTS)
+            _to_float32[(cdiv(n, 2 * ELEMENTS),)](x, out, n, BLOCK=2 * ELEMENTS)
     return out
 
 
@@ -86,7 +86,7 @@ def swiglu_forward(both_T2I: Tensor) -> Tensor:
     T, inner, both_T2I = len(both_T2I), both_T2I.shape[1] // 2, both_T2I.contiguous()
     h_TI = saved_empty(both_T2I, T, inner)
     with torch.cuda.device_of(h_TI):
-        _swiglu[(T, triton.cdiv(inner, ELEMENTS))](both_T2I, h_TI, inner, BLOCK=ELEMENTS)
+        _swiglu[(T, cdiv(inner, ELEMENTS))](both_T2I, h_TI, inner, BLOCK=ELEMENTS)
     return h_TI
 
 
@@ -96,7 +96,7 @@ def swiglu_backward(dh_TI: Tensor, both_T2I: Tensor, recompute_h: bool = True) -
     both_T2I, dh_TI = both_T2I.contiguous(), dh_TI.contiguous()
     dboth_T2I, h_TI = both_T2I.new_empty(T, 2 * inner), both_T2I.new_empty(T, inner) if recompute_h else None
     with torch.cuda.device_of(dh_TI):
-        _swiglu_backward[(T, triton.cdiv(inner, ELEMENTS))](
+        _swiglu_backward[(T, cdiv(inner, ELEMENTS))](
             dh_TI, both_T2I, dboth_T2I, h_TI, inner, BLOCK=ELEMENTS, RECOMPUTE_H=recompute_h
         )
     return dboth_T2I, h_TI
@@ -108,8 +108,8 @@ def rotate_(qkv_T3HP: Tensor, cos_MR: Tensor, sin_MR: Tensor, position_T: Tensor
     assert qkv_T3HP[:1].is_contiguous()
     if T and R:
         with torch.cuda.device_of(qkv_T3HP):
-            _rotate[(triton.cdiv(T, TOKENS), 2 * H)](
+            _rotate[(cdiv(T, TOKENS), 2 * H)](
                 qkv_T3HP, cos_MR, sin_MR, position_T, T, qkv_T3HP.stride(0),
-                P=P, R=R, BLOCK_T=TOKENS, BLOCK_R=triton.next_power_of_2(R), BACK=back, num_warps=2,
+                P=P, R=R, BLOCK_T=TOKENS, BLOCK_R=next_power_of_2(R), BACK=back, num_warps=2,
             )  # fmt: skip
     return qkv_T3HP

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hnet_kernels.ema_triton import sum_chunks
+from hnet_kernels.launch import cdiv, kernel, next_power_of_2
 
 TILE = 2048  # elements of rows per thread block
 
@@ -25,7 +26,7 @@ def _cosine(q_ptr, k_ptr, row, before, d, inside, D):
     return q, k, over_q, over_k, tl.sum(q * k, 1)
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel(do_not_specialize=["T"])
 def _boundary(q_ptr, k_ptr, position_ptr, p_ptr, T, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)[None, :]
@@ -38,7 +39,7 @@ def _boundary(q_ptr, k_ptr, position_ptr, p_ptr, T, D: tl.constexpr, ROWS: tl.co
     tl.store(p_ptr + t, tl.where(position == 0, 1.0, p), mask=t < T)
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel(do_not_specialize=["T"])
 def _boundary_backward(
     dp_ptr, q_ptr, k_ptr, position_ptr, dq_ptr, dk_ptr, T,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -58,7 +59,7 @@ def _boundary_backward(
     tl.store(dk_ptr + row * D + d, dk.to(dk_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel(do_not_specialize=["T"])
 def _upsample(
     z_ptr, scale_ptr, chunk_ptr, residual_ptr, out_ptr, T,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -74,7 +75,7 @@ def _upsample(
     tl.store(out_ptr + row * D + d, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel(do_not_specialize=["T"])
 def _upsample_backward(
     dout_ptr, z_ptr, chunk_ptr, dscale_ptr, T,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -89,7 +90,7 @@ def _upsample_backward(
     tl.store(dscale_ptr + t, tl.sum(z * dout, 1), mask=t < T)
 
 
-@triton.jit(do_not_specialize=["C"])
+@kernel(do_not_specialize=["C"])
 def _gather_rows(
     x_ptr, place_ptr, pad_ptr, rows_ptr, C, x_width,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -103,7 +104,7 @@ def _gather_rows(
     tl.store(rows_ptr + k.to(tl.int64)[:, None] * D + d, x, mask=inside)
 
 
-@triton.jit(do_not_specialize=["C"])
+@kernel(do_not_specialize=["C"])
 def _add_rows(
     x_ptr, place_ptr, rows_ptr, C, rows_stride,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -119,9 +120,9 @@ def _add_rows(
 
 def _blocks(x_TD: Tensor) -> tuple[tuple[int], dict[str, int]]:
     T, D = x_TD.shape
-    block = triton.next_power_of_2(D)
+    block = next_power_of_2(D)
     rows = max(1, TILE // block)
-    return (triton.cdiv(T, rows),), {"D": D, "BLOCK_D": block, "ROWS": rows}
+    return (cdiv(T, rows),), {"D": D, "BLOCK_D": block, "ROWS": rows}
 
 
 def boundary_forward(q_TD: Tensor, k_TD: Tensor, position_T: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hnet_kernels.gradients import Slot
+from hnet_kernels.launch import cdiv, descriptor, kernel, next_power_of_2, row_width
 from hnet_kernels.norm_triton import sm_count, sum_rows
 from hnet_kernels.saved import save_if, saved_empty
 from hnet_kernels.triton_math import LOG2_E
@@ -94,7 +95,7 @@ def _softplus_slope(y):
     return tl.where(y < 0.1, series, 1 - tl.exp(-y))
 
 
-@triton.jit(do_not_specialize=["T", "H", "n_docs"])
+@kernel(do_not_specialize=["T", "H", "n_docs"])
 def _prepare(
     dt_ptr,
     bias_ptr,
@@ -205,7 +206,7 @@ def _cut(decay_ptr, first, end, h, H, REVERSE: tl.constexpr):
     return first, end
 
 
-@triton.jit(do_not_specialize=["H", "n_chunks", "chunks_per_segment"])
+@kernel(do_not_specialize=["H", "n_chunks", "chunks_per_segment"])
 def _totals(
     values_desc,
     keys_desc,
@@ -251,7 +252,7 @@ def _totals(
         tl.store(segment_decay_ptr + s * H + h, through)
 
 
-@triton.jit(do_not_specialize=["H", "n_chunks", "chunks_per_segment"])
+@kernel(do_not_specialize=["H", "n_chunks", "chunks_per_segment"])
 def _states(
     values_desc,
     keys_desc,
@@ -292,7 +293,7 @@ def _states(
         c += STEP
 
 
-@triton.jit(do_not_specialize=["H", "n_chunks", "chunks_per_segment"])
+@kernel(do_not_specialize=["H", "n_chunks", "chunks_per_segment"])
 def _outputs(
     x_desc,
     B_desc,
@@ -481,7 +482,7 @@ def _gradients_across(
     parts_desc.store([row + padded, 0], dC_QN.to(C_QN.dtype))
 
 
-@triton.jit(do_not_specialize=["H", "n_chunks", "heads_per_group"])
+@kernel(do_not_specialize=["H", "n_chunks", "heads_per_group"])
 def _gradients(
     x_desc,
     dy_desc,
@@ -531,7 +532,7 @@ def _gradients(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "H", "n_chunks"], do_not_specialize_on_alignment=["sums_ptr"])
+@kernel(do_not_specialize=["T", "H", "n_chunks"], do_not_specialize_on_alignment=["sums_ptr"])
 def _finish(
     A_ptr,
     B_desc,
@@ -651,19 +652,19 @@ def _launch_for_heads(kernel: str, dtype: torch.dtype, H: int) -> dict[str, int 
     heads it is slower; more would not fit (benchmarks/results/h200-2026-11-28-3/scan_ways.txt).
     """
     registers = 128 if 32 < H <= 64 and dtype == torch.bfloat16 else None
-    return _launch(kernel, dtype) | {"BLOCK_H": triton.next_power_of_2(H), "maxnreg": registers}
+    return _launch(kernel, dtype) | {"BLOCK_H": next_power_of_2(H), "maxnreg": registers}
 
 
 def _dense(x: Tensor) -> Tensor:
     """x, or a copy of it if its rows are not dense or not aligned as a descriptor needs them."""
     aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-    return x if aligned and x[:1].is_contiguous() else x.clone(memory_format=torch.contiguous_format)
+    is_dense = aligned and row_width(x.shape[1:], x.stride()[1:]) is not None
+    return x if is_dense else x.clone(memory_format=torch.contiguous_format)
 
 
 def _described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """The descriptor of a (T, ...) tensor as (T, W), in tiles of (rows, columns)."""
-    x = _dense(x)
-    return TensorDescriptor(x, [len(x), x[0].numel()], [x.stride(0), 1], [rows, columns])
+    return descriptor(_dense(x), rows, columns)
 
 
 class SavedScan(NamedTuple):
@@ -682,10 +683,10 @@ class _Plan:
     def __init__(self, x_THP: Tensor, B_TN: Tensor, C_TN: Tensor):
         (self.T, self.H, self.P), self.N, self.Q = x_THP.shape, B_TN.shape[1], CHUNK[x_THP.dtype]
         self.dtype = x_THP.dtype
-        self.n_chunks = triton.cdiv(self.T, self.Q)
+        self.n_chunks = cdiv(self.T, self.Q)
         # two thread blocks, with one segment each, fit on an SM
-        self.chunks_per_segment = triton.cdiv(self.n_chunks * self.H, 2 * sm_count(x_THP.device))
-        self.segments = triton.cdiv(self.n_chunks, self.chunks_per_segment)
+        self.chunks_per_segment = cdiv(self.n_chunks * self.H, 2 * sm_count(x_THP.device))
+        self.segments = cdiv(self.n_chunks, self.chunks_per_segment)
         self.B, self.C = (_described(t, self.Q, self.N) for t in (B_TN, C_TN))
         self.sizes = self.H, self.n_chunks, self.chunks_per_segment
         self.shape = {"P": self.P, "N": self.N, "Q": self.Q}
@@ -861,5 +862,5 @@ def _groups(n_chunks: int, H: int, device: torch.device) -> int:
 
     Two thread blocks per SM run at once. Besides its heads each writes sums, which take about as long as one head.
     """
-    rounds = {g: triton.cdiv(2 * n_chunks * g, 2 * sm_count(device)) for g in range(1, H + 1) if H % g == 0}
+    rounds = {g: cdiv(2 * n_chunks * g, 2 * sm_count(device)) for g in range(1, H + 1) if H % g == 0}
     return min(rounds, key=lambda g: rounds[g] * (H // g + 1))

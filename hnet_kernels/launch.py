@@ -1,0 +1,145 @@
+"""Launches of Triton kernels that take the CPU little time.
+
+Triton's own launch costs 50 to 90 microseconds of Python, a few hundred times a training step. Most of that is not
+needed once a kernel has run: options are parsed and printed into a key, global constants compared, hooks called though
+there are none. `kernel` instead of `triton.jit` makes a kernel that remembers what Triton has compiled: a later call
+asks Triton's own binder how it would specialise the arguments (dtypes, pointers and integers that 16 divides, integers
+that are 1, constants), looks that up, and calls the compiled kernel's launcher. So a kernel compiled for other
+arguments is never launched.
+
+It relies on what is the same inside Triton 3.6 and 3.7. With another version, or where somebody watches launches or
+debugs kernels, Triton launches as ever.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction, native_specialize_impl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+logger = logging.getLogger("hnet_kernels")
+
+KNOWN = ("3.6.", "3.7.")  # versions of Triton whose binder and launcher are as `Kernel` expects
+
+
+def kernel(function: Callable | None = None, **options: Any) -> Any:
+    """`triton.jit`, for functions that are launched from Python. Those that kernels call need no more than that."""
+    if function is None:
+        return functools.partial(kernel, **options)
+    if knobs.runtime.interpret or not _is_known(triton.__version__):
+        return triton.jit(function, **options)
+    return Kernel(function, **options)
+
+
+@functools.cache
+def _is_known(version: str) -> bool:
+    if version.startswith(KNOWN):
+        return True
+    logger.info("Triton %s: its own launches, which take the CPU longer; faster ones know %s", version, KNOWN)
+    return False
+
+
+def _is_watched() -> bool:
+    """Whether Triton has more to do for a launch than to launch."""
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(
+        getattr(enter, "calls", enter)
+        or getattr(leave, "calls", leave)
+        or runtime.debug
+        or runtime.add_stages_inspection_hook
+        or knobs.compilation.instrumentation_mode
+    )
+
+
+class Kernel(JITFunction):
+    """A kernel that launches what Triton has compiled for such arguments before.
+
+    Triton compiles and launches the first call of each kind. Arguments by name that are no constants, and constants
+    among those by position, leave every call to Triton. Options such as num_warps must be hashable.
+    """
+
+    def __init__(self, function: Callable, **options: Any):
+        super().__init__(function, **options)
+        self.compiled: dict[tuple, tuple[Any, ...]] = {}
+
+    def __getitem__(self, grid: Sequence[int] | Callable[[dict], Sequence[int]]) -> Callable[..., Any]:
+        return functools.partial(self.launch, grid)
+
+    def launch(self, grid: Sequence[int] | Callable[[dict], Sequence[int]], *args: Any, **options: Any) -> None:
+        active = driver.active
+        device = active.get_current_device()
+        backend = self.device_caches[device][3]
+        # as finely as Triton can: also where this kernel's `do_not_specialize` wants it coarser
+        specialised = [native_specialize_impl(backend, x, False, True, True) for x in args]
+        key = device, len(args), *options, *options.values(), *specialised
+        found = self.compiled.get(key)
+        if found is None or self.pre_run_hooks or _is_watched():
+            variant = self.run(*args, grid=grid, warmup=False, **options)
+            self._remember(key, variant, len(args), options)
+            return
+        launcher, function, metadata, constants = found
+        if callable(grid):
+            grid = grid(dict(zip(self.arg_names, (*args, *constants))))
+        x, y, z = (*grid, 1, 1)[:3]
+        stream = active.get_current_stream(device)
+        launcher(x, y, z, stream, function, metadata, None, None, None, *args, *constants)
+
+    def _remember(self, key: tuple, variant: Any, n: int, options: dict[str, Any]) -> None:
+        """variant: what Triton has launched for n arguments by position and some by name."""
+        given, others = self.params[:n], self.params[n:]
+        if any(p.is_constexpr for p in given) or not all(p.is_constexpr for p in others):
+            return
+        if isinstance(variant, CompiledKernel):  # not one whose compilation goes on in the background
+            constants = tuple(options.get(p.name, p.default) for p in others)
+            self.compiled[key] = variant.run, variant.function, variant.packed_metadata, constants
+
+
+@functools.cache
+def row_width(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
+    """The elements of a row of this shape, or None where they are not one after the other in memory."""
+    width = 1
+    for size, stride in zip(reversed(shape), reversed(strides)):
+        if size > 1 and stride != width:
+            return None
+        width *= size
+    return width
+
+
+_widths: dict[tuple, int] = {}  # of matrices that Triton's checks have passed
+
+
+def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Of a (T, ...) tensor as a matrix (T, W), in tiles of (rows, columns). AssertionError where there can be none.
+
+    Triton's checks of what does not depend on the address or on T are made once.
+    """
+    shape, strides = x.shape, x.stride()
+    T, stride, key = shape[0], strides[0], (x.dtype, shape[1:], strides, rows, columns)
+    width = _widths.get(key)
+    if width is None or not T or x.data_ptr() % 16:
+        width = row_width(shape[1:], strides[1:])
+        assert width is not None, f"rows are not dense: shape {tuple(shape)}, strides {strides}"
+        checked = TensorDescriptor(x, [T, width], [stride, 1], [rows, columns])
+        _widths[key] = width
+        return checked
+    found = TensorDescriptor.__new__(TensorDescriptor)  # for what is not set, a dataclass has its defaults
+    found.base, found.shape, found.strides, found.block_shape = x, [T, width], [stride, 1], [rows, columns]
+    return found
+
+
+def cdiv(n: int, size: int) -> int:
+    """n / size, rounded up. `triton.cdiv` can run in kernels too, and on the host takes ten times as long."""
+    return -(-n // size)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is n or more, for n of 1 or more."""
+    return 1 << (n - 1).bit_length()
