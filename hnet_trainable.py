@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nested import nested_tensor_from_jagged
+from torch.nested._internal.nested_tensor import NestedTensor
 
 from hnet_config import HEADDIM, MIXERS, AttnConfig, ConfigError, HNetConfig, Layer, SSMConfig, parse_layout  # noqa: F401
 from hnet_kernels import (
@@ -73,15 +74,60 @@ N_GPT = 4.6  # bytes a token of GPT-2's tokenizer covers (section 2.3.2)
 
 # ---------------------------------------------------------------------------------------------- documents and packing
 #
-# The contract of NJTs: take `values()`, compute on flat tensors, wrap again with the *same offsets object*: only NJTs
-# that share it can be combined.
+# The contract of NJTs: take the values, compute on flat tensors, wrap again with the *same offsets object*: only NJTs
+# that share it can be combined. Two operations do that, `flat` and `nested_like`. Torch's own `values()` and
+# `nested_tensor_from_jagged` mean the same; backwards they cost ten calls of Python for each NJT.
+
+
+class Documents(NamedTuple):
+    """How an NJT's values fall into documents."""
+
+    offsets: Tensor
+    seqlens: dict[str, Tensor]  # what is known of the least and the greatest length
+
+    @classmethod
+    def of(cls, x: Tensor) -> Documents:
+        return cls(x._offsets, x._metadata_cache)
+
+    def nest(self, values: Tensor) -> Tensor:
+        """An NJT of these values, outside autograd."""
+        return NestedTensor(values.detach(), self.offsets, _metadata_cache=self.seqlens)
+
+
+class Flat(torch.autograd.Function):
+    """x_BjD -> x_TD. Gradient: of x, an NJT."""
+
+    @staticmethod
+    def forward(ctx, x_BjD: Tensor) -> Tensor:
+        ctx.documents = Documents.of(x_BjD)
+        return x_BjD._values.detach()
+
+    @staticmethod
+    def backward(ctx, grad_x_TD: Tensor) -> Tensor:
+        return ctx.documents.nest(grad_x_TD)
+
+
+class Nested(torch.autograd.Function):
+    """x_TD -> x_BjD. Gradient: of x, flat."""
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, documents: Documents) -> Tensor:
+        ctx.set_materialize_grads(False)  # autograd can't make zeros of an NJT's shape
+        return documents.nest(x_TD)
+
+    @staticmethod
+    def backward(ctx, grad_x_BjD: Tensor | None):
+        return None if grad_x_BjD is None else grad_x_BjD._values, None
+
+
+def flat(x: Tensor) -> Tensor:
+    """The values `(T, ...)` of the NJT `x`, document after document. Differentiable."""
+    return Flat.apply(x)
 
 
 def nested_like(values: Tensor, like: Tensor) -> Tensor:
     """Flat `values` `(T, ...)` as an NJT with the documents (the very offsets) of the NJT `like`. Differentiable."""
-    return nested_tensor_from_jagged(
-        values, like.offsets(), min_seqlen=like._maybe_min_seqlen, max_seqlen=like._maybe_max_seqlen
-    )
+    return Nested.apply(values, Documents.of(like))
 
 
 def cu_seqlens(x: Tensor) -> Tensor:
@@ -92,7 +138,7 @@ def cu_seqlens(x: Tensor) -> Tensor:
 def positions(x: Tensor) -> Tensor:
     """Each token's place in its document, from 0: int64 `(T,)` for an NJT of T tokens."""
     offsets = x.offsets()
-    t = torch.arange(x.values().shape[0], device=offsets.device)
+    t = torch.arange(len(x._values), device=offsets.device)
     return t - offsets[torch.bucketize(t, offsets[1:], right=True)]
 
 
@@ -115,8 +161,9 @@ class Packing:
 
     @classmethod
     def of(cls, x_BjD: Tensor, rotary_dim: int) -> Packing:
-        dtype = torch.promote_types(x_BjD.dtype, torch.float32)
-        tables = rotary_tables(x_BjD._get_max_seqlen(), rotary_dim, dtype, x_BjD.device)
+        x_TD = x_BjD._values
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        tables = rotary_tables(x_BjD._get_max_seqlen(), rotary_dim, dtype, x_TD.device)
         return cls(cu_seqlens(x_BjD), positions(x_BjD).to(torch.int32), *tables)
 
     def mix(self, mixer: nn.Module, x_TD: Tensor) -> Tensor:
@@ -380,10 +427,10 @@ class SelectChunks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_BjD: Tensor, chunks: Chunks) -> Tensor:
-        ctx.set_materialize_grads(False)  # autograd can't make zeros of an NJT's shape
+        ctx.set_materialize_grads(False)  # see `Nested`
+        ctx.documents = Documents.of(x_BjD)
         total, longest = chunks.counts.tolist()
-        ctx.like = x_BjD.detach()
-        h_CD = TakeRows.forward(ctx, x_BjD.values(), chunks.start_C[:total])
+        h_CD = TakeRows.forward(ctx, x_BjD._values, chunks.start_C[:total])
         offsets = chunks.cu_seqlens.to(torch.int64)
         return nested_tensor_from_jagged(h_CD, offsets, min_seqlen=0, max_seqlen=longest)
 
@@ -391,7 +438,7 @@ class SelectChunks(torch.autograd.Function):
     def backward(ctx, grad_h_BkD: Tensor | None):
         if grad_h_BkD is None:
             return None, None
-        return nested_like(TakeRows.backward(ctx, grad_h_BkD.values())[0], ctx.like), None
+        return ctx.documents.nest(TakeRows.backward(ctx, grad_h_BkD._values)[0]), None
 
 
 def ratio_loss(stage: StageOutput, N: float) -> Tensor:
@@ -432,16 +479,17 @@ class HNet(nn.Module):
     def forward(self, x_BjD: Tensor) -> tuple[Tensor, list[StageOutput]]:
         packing = Packing.of(x_BjD, self.rotary_dim)
         if self.is_innermost:
-            return nested_like(self.run_innermost(x_BjD.values(), packing), x_BjD), []
-        x_TD = self.encode(x_BjD.values(), packing)
+            return nested_like(self.run_innermost(flat(x_BjD), packing), x_BjD), []
+        x_TD = self.encode(flat(x_BjD), packing)
         p_T = self.routing_module(x_TD, packing)
         p_T, G, chunks = cut(p_T, self.routing_module.opens(p_T), packing.position_T, packing.cu_seqlens)
         residual_TD = self.residual_proj(x_TD)
         y_BkD, inner = self.main_network(SelectChunks.apply(nested_like(x_TD, x_BjD), chunks))
-        start_C = chunks.start_C[: len(y_BkD.values())]
-        z_CD = self.smooth(y_BkD.values(), take_rows(p_T, start_C), cu_seqlens(y_BkD))
+        y_CD = flat(y_BkD)
+        start_C = chunks.start_C[: len(y_CD)]
+        z_CD = self.smooth(y_CD, take_rows(p_T, start_C), chunks.cu_seqlens)
         x_TD = self.upsample(z_CD, p_T, chunks._replace(start_C=start_C), residual_TD, x_TD.dtype)
-        stage = StageOutput(p_T, chunks.b_T, chunks.shares[0], G, x_BjD.detach())
+        stage = StageOutput(p_T, chunks.b_T, chunks.shares[0], G, x_BjD)
         return nested_like(self.decode(x_TD, packing), x_BjD), [stage, *inner]
 
     def encode(self, x_TD: Tensor, packing: Packing) -> Tensor:
@@ -508,9 +556,9 @@ class HNetLM(nn.Module):
         vocabulary are refused on the CPU; on another device the caller answers for them (see `check_documents`).
         """
         check_documents(iids, labels, self.config.vocab_size)
-        x_BjD, stages = self.backbone(nested_like(self.embed(iids.values()), iids))
-        logits_TV = self.head(x_BjD.values())
-        ce = None if labels is None else cross_entropy(logits_TV, labels.values())
+        x_BjD, stages = self.backbone(nested_like(self.embed(flat(iids)), iids))
+        logits_TV = self.head(flat(x_BjD))
+        ce = None if labels is None else cross_entropy(logits_TV, flat(labels))
         losses = [ratio_loss(stage, N) for stage, N in zip(stages, self.config.target_ratios)]
         ratio_losses = torch.stack(losses) if losses else logits_TV.new_zeros(0)
         return HNetOutput(nested_like(logits_TV, iids), ce, ratio_losses, stages)
@@ -534,24 +582,24 @@ def check_documents(iids: Tensor, labels: Tensor | None, vocab_size: int = 256) 
             continue
         if not isinstance(x, Tensor):
             raise ValueError(f"{name}: expected a nested tensor (B, j) of jagged layout, got {type(x).__name__}")
-        if not (x.is_nested and x.layout == torch.jagged and x.dim() == 2):
+        if not (isinstance(x, NestedTensor) and x.dim() == 2):
             kind = f"a nested tensor of layout {x.layout}" if x.is_nested else f"a tensor of shape {tuple(x.shape)}"
             raise ValueError(f"{name}: expected a nested tensor (B, j) of jagged layout, got {kind}")
-        if x.dtype != torch.int64:
-            raise ValueError(f"{name}: expected int64, got {str(x.dtype).removeprefix('torch.')}")
+        if (dtype := x._values.dtype) != torch.int64:
+            raise ValueError(f"{name}: expected int64, got {str(dtype).removeprefix('torch.')}")
         if x.lengths() is not None:
             raise ValueError(f"{name}: expected documents without gaps between them; call .contiguous() first")
-    if not iids.values().shape[0]:
+    if not len(iids._values):
         raise ValueError("iids: expected at least one byte, got none")
     same = labels is None or iids.offsets() is labels.offsets()
     if not same and not (iids.offsets().shape == labels.offsets().shape and iids.offsets().equal(labels.offsets())):
         raise ValueError(
             f"labels: expected documents as long as those of iids; iids has {iids.shape[0]} of together "
-            f"{iids.values().shape[0]} bytes, labels {labels.shape[0]} of together {labels.values().shape[0]}"
+            f"{len(iids._values)} bytes, labels {labels.shape[0]} of together {len(labels._values)}"
         )
     for name, x in (("iids", iids), ("labels", labels)):
-        if x is not None and x.device.type == "cpu":
-            least, most = (int(bound) for bound in x.values().aminmax())
+        if x is not None and x._values.device.type == "cpu":
+            least, most = (int(bound) for bound in x._values.aminmax())
             if least < 0 or most >= vocab_size:
                 value = least if least < 0 else most
                 raise ValueError(f"{name}: holds the value {value}; expected 0 to {vocab_size - 1}, the vocabulary")
