@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hnet_kernels.adamw import NAN_BITS
-from hnet_kernels.launch import cdiv, kernel
+from hnet_kernels.launch import cdiv, kernel, on_device_of
 
 NAN = tl.constexpr(NAN_BITS)
 
@@ -83,7 +83,7 @@ def norms(g_KB: Tensor, first_P: Tensor) -> Tensor:
     assert g_KB.is_contiguous()
     norm_K, norm_P = (g_KB.new_empty(n, dtype=torch.float32) for n in (K, P))
     if P:
-        with torch.cuda.device_of(g_KB):
+        with on_device_of(g_KB):
             _block_norms[(cdiv(K, rows),)](g_KB, norm_K, K, BLOCK=B, ROWS=rows)
             _run_norms[(P,)](norm_K, first_P, norm_P, BLOCK=1024)
     return norm_P
@@ -98,7 +98,7 @@ def adamw_(
     (K, B), split = m_KB.shape, low_KB is not None
     assert all(x is None or x.is_contiguous() for x in (w_KB, compute_KB, low_KB, g_KB, m_KB, v_KB, rates_G2))
     if K:
-        with torch.cuda.device_of(m_KB):
+        with on_device_of(m_KB):
             _adamw[(K,)](
                 w_KB, compute_KB.view(torch.int16) if split else compute_KB, low_KB, g_KB, m_KB, v_KB, group_K,
                 rates_G2, bias_2, scale, found_inf, BETA1=betas[0], BETA2=betas[1], EPS=eps, BLOCK=B,

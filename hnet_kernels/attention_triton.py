@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hnet_kernels.launch import cdiv, descriptor, kernel, next_power_of_2
+from hnet_kernels.launch import cdiv, descriptor, kernel, next_power_of_2, on_device_of
 from hnet_kernels.saved import saved_empty
 from hnet_kernels.triton_math import LOG2_E
 
@@ -313,7 +313,7 @@ def tile_order(T: int, cu_seqlens: Tensor) -> Tensor:
     B = len(cu_seqlens) - 1
     n, block = cdiv(T, SIZE) + B, next_power_of_2(B)
     tiles_3I, block_I = cu_seqlens.new_empty(3, n), max(1, min(128, 4096 // block))
-    with torch.cuda.device_of(cu_seqlens):
+    with on_device_of(cu_seqlens):
         _order[(cdiv(n, block_I),)](
             cu_seqlens, tiles_3I, B, n, n.bit_length(), SIZE=SIZE, BLOCK_B=block, BLOCK_I=block_I
         )
@@ -330,7 +330,7 @@ def attention_forward(qkv_T3HP: Tensor, tiles_3I: Tensor, window: int) -> tuple[
     if not T:
         return o_THP, lse_HT
     keys = _described(qkv_T3HP, options.tokens, P)
-    with torch.cuda.device_of(q):
+    with on_device_of(q):
         _forward[(H * tiles_3I.shape[1],)](
             q, keys, o_THP, lse_HT, tiles_3I, T, H, q.stride(0), o_THP.stride(0),
             P**-0.5 * LOG2_E.value, window, **_constants(options, SIZE, options.tokens, P, window),
@@ -355,7 +355,7 @@ def attention_backward(
     keys = _described(qkv_T3HP, of_queries.tokens, P)
     grid, stride, do_stride = (H * tiles_3I.shape[1],), q.stride(0), do_THP.stride(0)
     scales = P**-0.5 * LOG2_E.value, P**-0.5, window
-    with torch.cuda.device_of(q):
+    with on_device_of(q):
         _backward_queries[grid](
             q, keys, o_THP, do_THP, lse_HT, delta_HT, dq, tiles_3I, T, H, stride, do_stride, dq.stride(0), *scales,
             **_constants(of_queries, SIZE, of_queries.tokens, P, window),

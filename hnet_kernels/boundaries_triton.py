@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hnet_kernels.boundaries import Chunks
-from hnet_kernels.launch import cdiv, kernel
+from hnet_kernels.launch import cdiv, kernel, on_device_of
 
 BLOCK = 1024  # tokens, chunks or documents per thread block
 
@@ -109,7 +109,7 @@ def find_chunks(p_T: Tensor, opens_T: Tensor, position_T: Tensor, cu_seqlens: Te
     K, p_T, b_T = cdiv(T + 1, BLOCK), p_T.contiguous(), to.b_T.view(torch.uint8)
     counts_K, sums_K = p_T.new_empty(K, dtype=torch.int32), p_T.new_empty(K)
     opens_T = opens_T.contiguous().view(torch.uint8)
-    with torch.cuda.device_of(p_T):
+    with on_device_of(p_T):
         _count[(K,)](p_T, position_T, opens_T, tokens, to.p_T, b_T, counts_K, sums_K, T, BLOCK=BLOCK)
         _number[(cdiv(C, BLOCK),)](
             b_T, counts_K, sums_K, tokens, to.chunk_T, to.start_C, to.shares, to.shares.stride(0), T, C, K,
@@ -124,6 +124,6 @@ def find_chunks(p_T: Tensor, opens_T: Tensor, position_T: Tensor, cu_seqlens: Te
 def add_mean_gradient(dp_T: Tensor, dmean: Tensor, cu_seqlens: Tensor) -> Tensor:
     """`add_mean_gradient` of boundaries.py."""
     dp_T, out_T = dp_T.contiguous(), dp_T.new_empty(len(dp_T))
-    with torch.cuda.device_of(dp_T):
+    with on_device_of(dp_T):
         _add_mean_gradient[(cdiv(len(dp_T), BLOCK),)](dp_T, dmean, cu_seqlens[-1], out_T, len(dp_T), BLOCK=BLOCK)
     return out_T

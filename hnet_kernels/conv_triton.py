@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hnet_kernels.gradients import Slot
-from hnet_kernels.launch import cdiv, kernel
+from hnet_kernels.launch import cdiv, kernel, on_device_of
 from hnet_kernels.norm_triton import sm_count, sum_rows
 from hnet_kernels.saved import saved_empty
 
@@ -362,7 +362,7 @@ def conv_silu_forward(x_TD: Tensor, weight_D1K: Tensor, bias_D: Tensor, position
         return y_TD
     x_TD = _dense_rows(x_TD)
     run, channels, warps = FORWARD
-    with torch.cuda.device_of(x_TD):
+    with on_device_of(x_TD):
         _forward[(cdiv(D, channels), cdiv(T, run))](
             x_TD, weight_D1K.contiguous(), bias_D.contiguous(), position_T, y_TD, T,
             D=D, X_STRIDE=x_TD.stride(0), K=K, RUN=run, BLOCK_D=channels, PAIRS=_in_pairs(x_TD),
@@ -393,7 +393,7 @@ def conv_silu_backward(
     if not T:
         return dx_TD
     x_TD, dy_TD = _dense_rows(x_TD), _dense_rows(dy_TD)
-    with torch.cuda.device_of(x_TD):
+    with on_device_of(x_TD):
         _backward[(cdiv(D, channels), runs)](
             dy_TD, x_TD, weight_D1K.contiguous(), bias_D.contiguous(), position_T, dx_TD, sums_SKD, T,
             run, D=D, X_STRIDE=x_TD.stride(0), DY_STRIDE=dy_TD.stride(0), DX_STRIDE=dx_TD.stride(0), K=K,

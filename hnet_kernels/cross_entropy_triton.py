@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hnet_kernels.launch import cdiv, kernel, next_power_of_2
+from hnet_kernels.launch import cdiv, kernel, next_power_of_2, on_device_of
 from hnet_kernels.triton_math import LOG2_E
 
 TILE = 2048  # elements of rows per thread block
@@ -60,7 +60,7 @@ def cross_entropy_forward(logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, 
     T, blocks = len(logits_TV), _blocks(logits_TV.shape[1])
     loss_T, lse_T = (logits_TV.new_empty(T, dtype=torch.float32) for _ in range(2))
     assert logits_TV.is_contiguous() and labels_T.is_contiguous()
-    with torch.cuda.device_of(logits_TV):
+    with on_device_of(logits_TV):
         _forward[(cdiv(T, blocks["ROWS"]),)](logits_TV, labels_T, loss_T, lse_T, T, **blocks)
     return loss_T, lse_T
 
@@ -70,6 +70,6 @@ def cross_entropy_backward(dloss: Tensor, logits_TV: Tensor, labels_T: Tensor, l
     T, blocks = len(logits_TV), _blocks(logits_TV.shape[1])
     dlogits_TV = logits_TV.new_empty(logits_TV.shape)
     assert logits_TV.is_contiguous() and labels_T.is_contiguous()
-    with torch.cuda.device_of(logits_TV):
+    with on_device_of(logits_TV):
         _backward[(cdiv(T, blocks["ROWS"]),)](dloss, logits_TV, labels_T, lse_T, dlogits_TV, T, **blocks)
     return dlogits_TV

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hnet_kernels.launch import cdiv, kernel
+from hnet_kernels.launch import cdiv, kernel, on_device_of
 from hnet_kernels.saved import saved_empty
 
 RUN, CHANNELS, WARPS = 32, 128, 1  # chunks and channels of a thread block
@@ -188,7 +188,7 @@ def ema_forward(y_CD: Tensor, p_C: Tensor, cu_seqlens: Tensor) -> Tensor:
     C, D = y_CD.shape
     z_CD = saved_empty(p_C, C, D)
     y_CD, p_C, opens_C = _dense_rows(y_CD), p_C.contiguous(), _opens(cu_seqlens, C)
-    with torch.cuda.device_of(y_CD):
+    with on_device_of(y_CD):
         grid, found, blocks = _walk(y_CD, p_C, opens_C, False)
         _smooth[grid](y_CD, p_C, opens_C, *found, z_CD, C, grid[1], D, y_CD.stride(0), **blocks)
     return z_CD
@@ -200,7 +200,7 @@ def ema_backward(dz_CD: Tensor, y_CD: Tensor, p_C: Tensor, z_CD: Tensor, cu_seql
     dz_CD, z_CD, p_C = dz_CD.contiguous(), z_CD.contiguous(), p_C.contiguous()
     y_CD, opens_C = _dense_rows(y_CD), _opens(cu_seqlens, C)
     dy_CD, dp_PC = y_CD.new_empty(C, D), p_C.new_empty(cdiv(D, CHANNELS), C)
-    with torch.cuda.device_of(y_CD):
+    with on_device_of(y_CD):
         grid, found, blocks = _walk(dz_CD, p_C, opens_C, True)
         _smooth_gradient[grid](
             dz_CD, y_CD, p_C, opens_C, *found, z_CD, dy_CD, dp_PC, C, grid[1], D, y_CD.stride(0), **blocks
@@ -215,7 +215,7 @@ def sum_chunks(
     """(C, D), float32, of `sum_chunks` in ema.py, of x * scale. x_TD: float32 or of 16 bits."""
     (T, D), C = x_TD.shape, len(start_C)
     x_TD, sum_CD = x_TD.contiguous(), x_TD.new_empty(C, D, dtype=torch.float32) if out_CD is None else out_CD
-    with torch.cuda.device_of(x_TD):
+    with on_device_of(x_TD):
         _sum_chunks[(cdiv(C, SUM_CHUNKS), cdiv(D, SUM_CHANNELS))](
             x_TD, x_TD if scale_T is None else scale_T.contiguous(), start_C, sum_CD, T, C, D,
             C if spare is None else spare, SCALED=scale_T is not None,

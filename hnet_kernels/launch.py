@@ -11,14 +11,17 @@ It relies on what is the same inside Triton 3.6 and 3.7. With another version, o
 debugs kernels, Triton launches as ever.
 """
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 from triton import knobs
+from triton.backends.compiler import BaseBackend
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction, native_specialize_impl
@@ -59,6 +62,27 @@ def _is_watched() -> bool:
     )
 
 
+@functools.cache
+def _specialisation(types: tuple[type, ...]) -> Callable[..., tuple]:
+    """A function of arguments of these types: what Triton, with `do_not_specialize` or without, tells them apart by.
+
+    Of tensors that is the dtype and whether 16 divides the address; of integers whether 16 divides them, whether they
+    are 1, and how many bits they take; of others what Triton says. Written out, as it runs at each launch.
+    """
+    terms = []
+    for i, kind in enumerate(types):
+        if issubclass(kind, Tensor):
+            terms += [f"x{i}.dtype", f"x{i}.data_ptr() % 16 == 0"]
+        elif kind is int:
+            terms += [f"x{i} % 16 == 0", f"x{i} == 1", f"x{i} >> 31"]
+        elif kind not in (float, type(None)):
+            terms.append(f"specialise(BaseBackend, x{i}, False, True, True)")
+    names = {"specialise": native_specialize_impl, "BaseBackend": BaseBackend}
+    return eval(
+        f"lambda {', '.join(f'x{i}' for i in range(len(types)))}: ({''.join(f'{term}, ' for term in terms)})", names
+    )
+
+
 class Kernel(JITFunction):
     """A kernel that launches what Triton has compiled for such arguments before.
 
@@ -76,10 +100,8 @@ class Kernel(JITFunction):
     def launch(self, grid: Sequence[int] | Callable[[dict], Sequence[int]], *args: Any, **options: Any) -> None:
         active = driver.active
         device = active.get_current_device()
-        backend = self.device_caches[device][3]
-        # as finely as Triton can: also where this kernel's `do_not_specialize` wants it coarser
-        specialised = [native_specialize_impl(backend, x, False, True, True) for x in args]
-        key = device, len(args), *options, *options.values(), *specialised
+        types = tuple(map(type, args))
+        key = device, types, *options, *options.values(), _specialisation(types)(*args)
         found = self.compiled.get(key)
         if found is None or self.pre_run_hooks or _is_watched():
             variant = self.run(*args, grid=grid, warmup=False, **options)
@@ -97,6 +119,9 @@ class Kernel(JITFunction):
         given, others = self.params[:n], self.params[n:]
         if any(p.is_constexpr for p in given) or not all(p.is_constexpr for p in others):
             return
+        backend = type(self.device_caches[key[0]][3])
+        if backend.get_tensor_specialization is not BaseBackend.get_tensor_specialization:
+            return  # a GPU for which tensors are specialised by more than `_specialisation` knows
         if isinstance(variant, CompiledKernel):  # not one whose compilation goes on in the background
             constants = tuple(options.get(p.name, p.default) for p in others)
             self.compiled[key] = variant.run, variant.function, variant.packed_metadata, constants
@@ -133,6 +158,14 @@ def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     found = TensorDescriptor.__new__(TensorDescriptor)  # for what is not set, a dataclass has its defaults
     found.base, found.shape, found.strides, found.block_shape = x, [T, width], [stride, 1], [rows, columns]
     return found
+
+
+_HERE = contextlib.nullcontext()
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """`torch.cuda.device_of(x)`, which takes longer, unless that device is the current one as it mostly is."""
+    return _HERE if x.is_cuda and x.get_device() == torch.cuda.current_device() else torch.cuda.device_of(x)
 
 
 def cdiv(n: int, size: int) -> int:

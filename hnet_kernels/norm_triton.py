@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hnet_kernels.gradients import Slot
-from hnet_kernels.launch import cdiv, kernel, next_power_of_2
+from hnet_kernels.launch import cdiv, kernel, next_power_of_2, on_device_of
 from hnet_kernels.saved import saved_empty
 from hnet_kernels.triton_math import sigmoid
 
@@ -253,7 +253,7 @@ def sum_rows(parts_LND: Tensor, dtype: torch.dtype, turned: tuple[int, int] = (1
     """
     (L, N, D), (K, W) = parts_LND.shape, turned
     sum_LD = parts_LND.new_empty(L, D, dtype=dtype)
-    with torch.cuda.device_of(parts_LND):
+    with on_device_of(parts_LND):
         _sum_rows[(cdiv(D, 16), L)](parts_LND, sum_LD, N, D, K, W, ROWS=128, BLOCK_D=16, num_warps=8)
     return sum_LD
 
@@ -290,7 +290,7 @@ def add_norm_forward(
     low_TD = saved_empty(delta_TD, T, D, dtype=torch.int8) if split else None
     x_TD = saved_empty(weight_D, T, D) if save_x else weight_D.new_empty(T, D)
     scale_T = saved_empty(delta_TD, T, dtype=torch.float32)
-    with torch.cuda.device_of(delta_TD):
+    with on_device_of(delta_TD):
         _add_norm[(cdiv(T, blocks["ROWS"]),)](
             residual_TD, residual_low_TD, delta_TD, weight_D.contiguous(), sum_TD, low_TD, x_TD, scale_T, T,
             delta_TD.stride(0), eps, HAS_RESIDUAL=residual_TD is not None, SPLIT=split, **blocks,
@@ -302,7 +302,7 @@ def recompute_norm(sum_TD: Tensor, low_TD: Tensor | None, scale_T: Tensor, weigh
     """x_TD of `add_norm_forward`."""
     (T, D), x_TD = sum_TD.shape, weight_D.new_empty(sum_TD.shape)
     blocks = _blocks(D)
-    with torch.cuda.device_of(sum_TD):
+    with on_device_of(sum_TD):
         _recompute_norm[(cdiv(T, blocks["ROWS"]),)](
             sum_TD, low_TD, scale_T, weight_D.contiguous(), x_TD, T, SPLIT=low_TD is not None, **blocks
         )
@@ -320,7 +320,7 @@ def add_norm_backward(
     low_TD = dx_TD.new_empty(T, D, dtype=torch.int8) if split else None
     thread_blocks, rows = _shares(T, blocks["ROWS"], blocks_per_sm, dx_TD.device)
     dweight_ND, x_TD = dweight.rows(thread_blocks, sum_rows), weight_D.new_empty(T, D) if recompute_x else None
-    with torch.cuda.device_of(dx_TD):
+    with on_device_of(dx_TD):
         _add_norm_backward[(thread_blocks,)](
             dx_TD, dsum_TD, dsum_low_TD, sum_TD, sum_low_TD, scale_T, weight_D.contiguous(), dboth_TD, low_TD,
             dweight_ND, x_TD, T, rows, HAS_DSUM=dsum_TD is not None, SPLIT=split, RECOMPUTE_X=recompute_x, **blocks,
@@ -336,7 +336,7 @@ def gated_norm_forward(
     y_TD, z_TD = _dense_rows(y_TD), _dense_rows(z_TD)
     x_TD = saved_empty(weight_D, T, D) if save_x else weight_D.new_empty(T, D)
     scale_T, blocks = saved_empty(y_TD, T, dtype=torch.float32), _blocks(D)
-    with torch.cuda.device_of(y_TD):
+    with on_device_of(y_TD):
         _gated_norm[(cdiv(T, blocks["ROWS"]),)](
             y_TD, z_TD, weight_D.contiguous(), x_TD, scale_T, T, y_TD.stride(0), z_TD.stride(0), eps, **blocks
         )
@@ -354,7 +354,7 @@ def gated_norm_backward(
     dy_TD, blocks = y_TD.new_empty(T, D), _blocks(D, tile, warps)
     thread_blocks, rows = _shares(T, blocks["ROWS"], blocks_per_sm, dx_TD.device)
     dweight_ND, x_TD = dweight.rows(thread_blocks, sum_rows), weight_D.new_empty(T, D) if recompute_x else None
-    with torch.cuda.device_of(dx_TD):
+    with on_device_of(dx_TD):
         _gated_norm_backward[(thread_blocks,)](
             dx_TD, y_TD, z_TD, scale_T, weight_D.contiguous(), dy_TD, dz_TD, dweight_ND, x_TD, T, rows,
             y_TD.stride(0), z_TD.stride(0), dz_TD.stride(0), RECOMPUTE_X=recompute_x, **blocks,

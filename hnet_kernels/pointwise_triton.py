@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from hnet_kernels.launch import cdiv, kernel, next_power_of_2
+from hnet_kernels.launch import cdiv, kernel, next_power_of_2, on_device_of
 from hnet_kernels.saved import saved_empty
 from hnet_kernels.triton_math import sigmoid
 
@@ -76,7 +76,7 @@ def to_float32(x: Tensor) -> Tensor:
     assert x.is_contiguous()
     out, n = x.new_empty(x.shape, dtype=torch.float32), x.numel()
     if n:
-        with torch.cuda.device_of(x):
+        with on_device_of(x):
             _to_float32[(cdiv(n, 2 * ELEMENTS),)](x, out, n, BLOCK=2 * ELEMENTS)
     return out
 
@@ -85,7 +85,7 @@ def swiglu_forward(both_T2I: Tensor) -> Tensor:
     """h_TI of `swiglu_forward` in pointwise.py."""
     T, inner, both_T2I = len(both_T2I), both_T2I.shape[1] // 2, both_T2I.contiguous()
     h_TI = saved_empty(both_T2I, T, inner)
-    with torch.cuda.device_of(h_TI):
+    with on_device_of(h_TI):
         _swiglu[(T, cdiv(inner, ELEMENTS))](both_T2I, h_TI, inner, BLOCK=ELEMENTS)
     return h_TI
 
@@ -95,7 +95,7 @@ def swiglu_backward(dh_TI: Tensor, both_T2I: Tensor, recompute_h: bool = True) -
     T, inner = dh_TI.shape
     both_T2I, dh_TI = both_T2I.contiguous(), dh_TI.contiguous()
     dboth_T2I, h_TI = both_T2I.new_empty(T, 2 * inner), both_T2I.new_empty(T, inner) if recompute_h else None
-    with torch.cuda.device_of(dh_TI):
+    with on_device_of(dh_TI):
         _swiglu_backward[(T, cdiv(inner, ELEMENTS))](
             dh_TI, both_T2I, dboth_T2I, h_TI, inner, BLOCK=ELEMENTS, RECOMPUTE_H=recompute_h
         )
@@ -107,7 +107,7 @@ def rotate_(qkv_T3HP: Tensor, cos_MR: Tensor, sin_MR: Tensor, position_T: Tensor
     (T, _, H, P), R = qkv_T3HP.shape, cos_MR.shape[1]
     assert qkv_T3HP[:1].is_contiguous()
     if T and R:
-        with torch.cuda.device_of(qkv_T3HP):
+        with on_device_of(qkv_T3HP):
             _rotate[(cdiv(T, TOKENS), 2 * H)](
                 qkv_T3HP, cos_MR, sin_MR, position_T, T, qkv_T3HP.stride(0),
                 P=P, R=R, BLOCK_T=TOKENS, BLOCK_R=next_power_of_2(R), BACK=back, num_warps=2,

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hnet_kernels.ema_triton import sum_chunks
-from hnet_kernels.launch import cdiv, kernel, next_power_of_2
+from hnet_kernels.launch import cdiv, kernel, next_power_of_2, on_device_of
 
 TILE = 2048  # elements of rows per thread block
 
@@ -129,7 +129,7 @@ def boundary_forward(q_TD: Tensor, k_TD: Tensor, position_T: Tensor) -> Tensor:
     """p_T (float32) of `boundary_forward` in router.py."""
     q_TD, k_TD, p_T = q_TD.contiguous(), k_TD.contiguous(), q_TD.new_empty(len(q_TD), dtype=torch.float32)
     grid, blocks = _blocks(q_TD)
-    with torch.cuda.device_of(q_TD):
+    with on_device_of(q_TD):
         _boundary[grid](q_TD, k_TD, position_T, p_T, len(q_TD), **blocks)
     return p_T
 
@@ -139,7 +139,7 @@ def boundary_backward(dp_T: Tensor, q_TD: Tensor, k_TD: Tensor, position_T: Tens
     q_TD, k_TD = q_TD.contiguous(), k_TD.contiguous()
     dq_TD, dk_TD = (x.new_empty(x.shape) for x in (q_TD, k_TD))
     grid, blocks = _blocks(q_TD)
-    with torch.cuda.device_of(q_TD):
+    with on_device_of(q_TD):
         _boundary_backward[grid](dp_T.contiguous(), q_TD, k_TD, position_T, dq_TD, dk_TD, len(q_TD), **blocks)
     return dq_TD, dk_TD
 
@@ -148,7 +148,7 @@ def upsample_forward(z_CD: Tensor, scale_T: Tensor, chunk_T: Tensor, residual_TD
     """`upsample_forward` of router.py."""
     residual_TD, out_TD = residual_TD.contiguous(), residual_TD.new_empty(residual_TD.shape, dtype=dtype)
     grid, blocks = _blocks(residual_TD)
-    with torch.cuda.device_of(z_CD):
+    with on_device_of(z_CD):
         _upsample[grid](z_CD.contiguous(), scale_T.contiguous(), chunk_T, residual_TD, out_TD, len(chunk_T), **blocks)
     return out_TD
 
@@ -165,7 +165,7 @@ def upsample_backward(
     """`upsample_backward` of router.py."""
     dout_TD, dscale_T = dout_TD.contiguous(), z_CD.new_empty(len(dout_TD))
     grid, blocks = _blocks(dout_TD)
-    with torch.cuda.device_of(z_CD):
+    with on_device_of(z_CD):
         _upsample_backward[grid](dout_TD, z_CD.contiguous(), chunk_T, dscale_T, len(chunk_T), **blocks)
     return dscale_T, sum_chunks(dout_TD, start_C, dz_CD, spare, scale_T)
 
@@ -176,7 +176,7 @@ def gather_rows(x_TD: Tensor, place_C: Tensor, pad_E: Tensor | None) -> Tensor:
     width = x_TD.shape[1]
     rows_CD = x_TD.new_empty(len(place_C), width + (0 if pad_E is None else len(pad_E)))
     grid, blocks = _blocks(rows_CD)
-    with torch.cuda.device_of(x_TD):
+    with on_device_of(x_TD):
         _gather_rows[grid](x_TD, place_C, x_TD if pad_E is None else pad_E, rows_CD, len(rows_CD), width, **blocks)
     return rows_CD
 
@@ -186,6 +186,6 @@ def add_rows_(x_TD: Tensor, place_C: Tensor, rows_CD: Tensor) -> Tensor:
     assert x_TD.is_contiguous()
     rows_CD = rows_CD if rows_CD.stride(1) == 1 else rows_CD.contiguous()
     grid, blocks = _blocks(rows_CD)
-    with torch.cuda.device_of(x_TD):
+    with on_device_of(x_TD):
         _add_rows[grid](x_TD, place_C, rows_CD, len(rows_CD), rows_CD.stride(0), **blocks)
     return x_TD

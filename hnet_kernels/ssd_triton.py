@@ -35,7 +35,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hnet_kernels.gradients import Slot
-from hnet_kernels.launch import cdiv, descriptor, kernel, next_power_of_2, row_width
+from hnet_kernels.launch import cdiv, descriptor, kernel, next_power_of_2, on_device_of, row_width
 from hnet_kernels.norm_triton import sm_count, sum_rows
 from hnet_kernels.saved import save_if, saved_empty
 from hnet_kernels.triton_math import LOG2_E
@@ -763,7 +763,7 @@ def scan_forward(
     with save_if(save):
         saved = plan.empty(A_H, with_states=save)
     scores = _described(B_TN.new_empty(plan.n_chunks * plan.Q, plan.Q), plan.Q, plan.Q)
-    with torch.cuda.device_of(x_THP):
+    with on_device_of(x_THP):
         plan.prepare(saved, dt_TH, bias_H, A_H, cu_seqlens, scores.base)
         totals_SHPN = plan.totals(x_THP, plan.B, saved, reverse=False)
         x, y = (_described(t, plan.Q, plan.P) for t in (x_THP, y_THP))
@@ -836,7 +836,7 @@ def scan_backward(
     # caller with a slot writes its own backward, in which matrix products come first.
     sums_CW = A_H.new_zeros(n_chunks, len(of_heads) * H) if dweights is None else dweights.rows(n_chunks, sum_rows)
     through_CHP = A_H.new_empty(n_chunks, H, P)
-    with torch.cuda.device_of(x_THP):
+    with on_device_of(x_THP):
         if recompute:
             plan.prepare(saved, dt_TH, bias_H, A_H, cu_seqlens, scores_CQQ=None)
             plan.states(x_THP, plan.B, saved, saved.states_CHPN, reverse=False)
