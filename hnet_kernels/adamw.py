@@ -6,12 +6,10 @@ padding of a parameter's last block is zero in every tensor, and stays zero.
 This file has the definition and the dispatch; the Triton kernel for GPUs is in adamw_triton.py.
 """
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
-from hnet_kernels.dispatch import use_fast
+from hnet_kernels.dispatch import has_triton, use_fast
 
 BLOCK = 1024
 NAN_BITS = 0x7FC00000
@@ -23,7 +21,7 @@ def _fast(operation: str, device: torch.device, dtype: torch.dtype) -> bool:
         reason = "no CUDA device"
     elif dtype != torch.float32:
         reason = f"dtype {str(dtype).removeprefix('torch.')}"
-    elif importlib.util.find_spec("triton") is None:
+    elif not has_triton():
         reason = "no triton"
     return use_fast(operation, device.type, dtype, reason)
 

@@ -3,14 +3,13 @@
 Legend: T tokens of all documents together, H heads, P channels per head.
 """
 
-import importlib.util
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hnet_kernels.dispatch import operation, use_fast
+from hnet_kernels.dispatch import has_triton, operation, use_fast
 from hnet_kernels.pointwise import rotate_
 from hnet_kernels.recompute import Recomputed, mode, recomputed, recomputed_of
 from hnet_kernels.saved import save_if, save_tensor
@@ -139,7 +138,7 @@ def _why_no_packed(device_type: str, dtype: torch.dtype, head_dim: int) -> str |
     capability = torch.cuda.get_device_capability()
     if capability[0] != 9:  # their tile sizes have been tried on no other GPU
         return f"compute capability {capability[0]}.{capability[1]}, not 9.x"
-    return None if importlib.util.find_spec("triton") else "no triton"
+    return None if has_triton() else "no triton"
 
 
 class Attended(NamedTuple):

@@ -5,13 +5,11 @@ Legend: T tokens of all documents together, B documents, D channels, K taps.
 This file has the definition and the operation; the Triton kernels for GPUs are in conv_triton.py.
 """
 
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hnet_kernels.dispatch import use_fast
+from hnet_kernels.dispatch import has_triton, use_fast
 from hnet_kernels.gradients import PartialSums, Slot
 
 MAX_TAPS = 4
@@ -55,7 +53,7 @@ def _why_unsupported(x_TD: Tensor, K: int) -> str | None:
         return f"dtype {str(x_TD.dtype).removeprefix('torch.')}"
     if K > MAX_TAPS:
         return f"{K} taps, more than {MAX_TAPS}"
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         return "no triton"
     return None
 

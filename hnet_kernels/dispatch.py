@@ -39,6 +39,12 @@ def requested() -> str:
     return choice
 
 
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed. Asked at each operation, so looked up once."""
+    return importlib.util.find_spec("triton") is not None
+
+
 OPERATIONS: dict[str, "Operation"] = {}
 _forced: list[bool] = []  # set by `forcing`; the last one counts
 
@@ -107,7 +113,7 @@ def why_unsupported(x: Tensor, widest: int | None = None) -> str | None:
         return "dtype float64"
     if widest is not None and x.shape[1] > widest:
         return f"rows of {x.shape[1]}, more than {widest}"
-    return None if importlib.util.find_spec("triton") else "no triton"
+    return None if has_triton() else "no triton"
 
 
 @torch.compiler.assume_constant_result  # traced as a constant in a compiled region

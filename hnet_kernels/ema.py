@@ -5,12 +5,10 @@ Legend: T tokens and C chunks of all documents together, D channels.
 This file has the definitions and the dispatch; the Triton kernels for GPUs are in ema_triton.py.
 """
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
-from hnet_kernels.dispatch import operation, use_fast
+from hnet_kernels.dispatch import has_triton, operation, use_fast
 from hnet_kernels.ssd import document_ids, scan_forward
 
 
@@ -27,7 +25,7 @@ def _fast(x: Tensor, compute: Tensor) -> bool:
         reason = "no CUDA device"
     elif compute.dtype != torch.float32 or x.dtype == torch.float64:
         reason = f"dtype {str(compute.dtype).removeprefix('torch.')}"
-    elif importlib.util.find_spec("triton") is None:
+    elif not has_triton():
         reason = "no triton"
     return use_fast("ema", x.device.type, x.dtype, reason)
 

@@ -5,7 +5,6 @@ Legend: T tokens of all documents together, H heads, P channels per head, N stat
 This file has the definition and the operation; the Triton kernels for GPUs are in ssd_triton.py.
 """
 
-import importlib.util
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, softplus
 
-from hnet_kernels.dispatch import use_fast
+from hnet_kernels.dispatch import has_triton, use_fast
 from hnet_kernels.gradients import Slot
 
 MIN_CHUNK = 32  # tokens; longer chunks mean more work inside chunks and less between them
@@ -195,7 +194,7 @@ def _why_unsupported(x_THP: Tensor, B_TN: Tensor) -> str | None:
     capability = torch.cuda.get_device_capability(x_THP.device)
     if capability[0] != 9:  # other GPUs lack registers or shared memory, or were not tried
         return f"compute capability {capability[0]}.{capability[1]}, not 9.x"
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         return "no triton"
     return None
 
