@@ -91,7 +91,8 @@ class Documents(NamedTuple):
 
     def nest(self, values: Tensor) -> Tensor:
         """An NJT of these values, outside autograd."""
-        return NestedTensor(values.detach(), self.offsets, _metadata_cache=self.seqlens)
+        with torch._C.DisableTorchFunctionSubclass():  # its constructor asks for its shape; 2.11 answers in Python
+            return NestedTensor(values.detach(), self.offsets, _metadata_cache=self.seqlens)
 
 
 class Flat(torch.autograd.Function):

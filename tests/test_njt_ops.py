@@ -292,6 +292,26 @@ def test_positions_and_cu_seqlens_skip_empty_documents():
     assert H.cu_seqlens(x).dtype == torch.int32
 
 
+def test_flat_and_nested_like_gradcheck():
+    like = nested(normal(T, 2), OFFSETS)
+    assert gradcheck(lambda x: H.flat(nested(x, OFFSETS)), (normal(T, 3),))
+    assert gradcheck(lambda x: H.nested_like(x, like).values(), (normal(T, 3),))
+
+
+def test_flat_and_nested_like_are_what_torch_has():
+    """Values, documents, gradients, and what is known of lengths: as by `values` and `nested_tensor_from_jagged`."""
+    x, like = normal(T, 3), nested(normal(T, 2), OFFSETS)
+    ours, theirs = H.nested_like(x, like), nested(x, OFFSETS)
+    assert torch.equal(ours.values(), theirs.values()) and ours.offsets() is theirs.offsets() is OFFSETS
+    assert (ours._maybe_min_seqlen, ours._maybe_max_seqlen) == (0, 5)
+    assert torch.equal(H.flat(ours), x) and H.flat(ours).data_ptr() == x.data_ptr()
+    assert ours.requires_grad and not H.nested_like(x.detach(), like).requires_grad
+    (found,) = torch.autograd.grad(H.flat(ours).sin().sum(), ours)
+    assert found.offsets() is OFFSETS and torch.equal(found.values(), x.cos())
+    both = torch.autograd.grad((ours + theirs).values().sin().sum(), x)
+    assert torch.equal(both[0], 2 * (2 * x).cos())
+
+
 def test_outputs_share_the_offsets_of_their_inputs():
     """The contract: only NJTs with the very same offsets can be combined."""
     x = nested(normal(T, 3), OFFSETS)
