@@ -347,7 +347,7 @@ def test_files_and_flags_exist(page):
     """What stands in backticks and looks like a file or flag of ours is one; no path of a machine stands anywhere."""
     text = next(p for p in PAGES if p.name == page).read_text(encoding="utf-8")
     assert not re.findall(r"(?<![\w.])/(?:home|root|work|Users|mnt)/\S*", text)
-    for name in re.findall(r"`([\w./]+/[\w.]+\.(?:py|md|json|sh|html|jsonl))`", text):
+    for name in re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|md|json|sh|html|jsonl))`", text):
         is_ours = name.split("/")[0] in {path.name for path in ROOT.iterdir()} - {"data", "runs"}
         assert not is_ours or (ROOT / name).exists(), f"{page}: {name}"
     sources = [ROOT / "train.py", ROOT / "fineweb.py", ROOT / "pyproject.toml", ROOT / "tests" / "test_docs.py"]
