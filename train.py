@@ -545,7 +545,9 @@ def train(config: TrainConfig) -> int:
         del state  # frees its memory first
         state = build(graph := False)
     if graph:
-        logger.info("steps run as graphs, and compute what hnet_trainable.py says: checked on a toy of this config")
+        logger.info(
+            "steps run as graphs, and compute what hnet_trainable.py says: checked on a small model of this config"
+        )
     Run(state).train()
     distributed.stop()
     return 0

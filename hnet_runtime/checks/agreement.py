@@ -2,8 +2,8 @@
 
 - `operations`: each operation of hnet_kernels has a fast implementation beside its definition. Where they differ, such
   as after an edit of the definition, the definition runs.
-- `steps_as_graphs`: graphs call the parts of the model, not its forward. A toy with the config's stages, letters and
-  options runs both ways, in float64 on the CPU.
+- `steps_as_graphs`: graphs call the parts of the model, not its forward. A small model with the config's stages,
+  letters and options runs both ways, in float64 on the CPU.
 - `captured`: the run's own model on its device, captured and replayed, is compared with the same model run eagerly.
 - `generation`: prefill and steps continue from a cache, where training reads complete documents.
 
@@ -172,8 +172,8 @@ def operations(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
 def choose_implementations(device: torch.device, dtype: torch.dtype, config: HNetConfig | None = None) -> list[str]:
     """Makes definitions run where fast implementations differ from them, on the device or in float64 on the CPU.
 
-    Also where only a toy of the config differs, for example because it reads a tensor that a fast implementation
-    changes in place. Returns the names of these operations and logs them.
+    Also where only a small model of the config differs, for example because it reads a tensor that a fast
+    implementation changes in place. Returns the names of these operations and logs them.
     """
     differing = operations(torch.device("cpu"), torch.float64)
     if device.type == "cuda" and OPERATIONS["linear"].runs_fast(torch.empty(0, dtype=dtype, device=device)):
@@ -197,7 +197,7 @@ def choose_implementations(device: torch.device, dtype: torch.dtype, config: HNe
 
 
 def _fast_steps(config: HNetConfig) -> str | None:
-    """How a toy's forward and backward differ between fast implementations and definitions, in float64; or None."""
+    """How forward and backward of a small model differ between fast implementations and definitions; or None."""
     pair = _batch(BATCHES[0], torch.device("cpu"))
     try:
         model = equivalence.random_model(toy_config(config), 0, "cpu", torch.float64).train()
@@ -211,7 +211,7 @@ def _fast_steps(config: HNetConfig) -> str | None:
         with forcing(True):
             return _difference(_plain_step(model, pair), wanted, "with fast operations", "with definitions")
     except Exception as error:
-        return f"a toy of the config fails with {_failure(error)}"
+        return f"a small model of this config fails with {_failure(error)}"
 
 
 # ----------------------------------------------------------------------------------------------------- steps as graphs
@@ -287,7 +287,7 @@ def _draws_random_numbers(call: Callable[[], Any]) -> bool:
 
 
 def steps_as_graphs(config: HNetConfig, ac: str = "none") -> str | None:
-    """How a toy's steps as graphs differ from its forward under autograd, in float64 on the CPU; or None.
+    """How a small model's steps as graphs differ from its forward under autograd, in float64 on the CPU; or None.
 
     Compares losses, F, G and the gradient of every weight to 1e-9, over two batches of different lengths.
     """
@@ -305,7 +305,7 @@ def steps_as_graphs(config: HNetConfig, ac: str = "none") -> str | None:
             if difference := _difference(_graph_step(graphed, pair), step, "in graphs", "by hnet_trainable.py"):
                 return difference
     except Exception as error:  # edited code can raise anything
-        return f"a toy of the config fails with {_failure(error)}"
+        return f"a small model of this config fails with {_failure(error)}"
     return None
 
 
@@ -366,11 +366,11 @@ def _roughly(losses, gradients, wanted_losses, wanted) -> str | None:
 
 
 def generation(config: HNetConfig) -> str | None:
-    """The first layer in which a toy's prefill or steps differ from its forward, in float64 on the CPU; or None."""
+    """The first layer in which prefill or steps of a small model differ from its forward; or None."""
     try:
         training = equivalence.random_model(toy_config(config), 0, "cpu", torch.float64).eval()
         inference = HNetInference.from_training(training)
         report = equivalence.check(training, inference, (b"", b"one, two", b"a longer line\n"), new_bytes=2)
     except Exception as error:
-        return f"a toy of the config fails with {_failure(error)}"
+        return f"a small model of this config fails with {_failure(error)}"
     return report.first_disagreement
