@@ -5,13 +5,15 @@
 `prefill` reads many bytes at once, `step` one byte; both leave a `Cache` with which either can go on. A batch holds
 sequences of any lengths, and each cuts its own chunks: at every stage a sequence stands at a position of its own. In a
 prefill shorter sequences are padded on the right; in a step every stage runs on the whole batch, and sequences for
-which no chunk begins keep their state. So buffers have fixed shapes, no layer waits for the device, and a step copies
-to the host once: the byte and who begins a chunk, after the last router and before the inner network, which can be
-left out when nobody does.
+which no chunk begins keep their state. So buffers have fixed shapes, and no layer waits for the device.
+
+A `Decoder` repeats steps: it draws a byte for each row of a batch, reads it, and replaces texts that have ended by
+others. It runs the same parts as `step`. On a GPU they are captured as CUDA graphs, which need no host: rows draw, stop
+and write down what they did on the device, and the host looks at it every few steps.
 
 The layers are those of hnet_trainable.py: its modules run on flat rows in generation as in training, and each mixer has
 a `prefill` and a `step` of its own. Read in this order: caches, stages, HNetInference (prefill, step, weights borrowed
-from training), sampling, UTF-8, generate.
+from training), sampling, Decoder, generate.
 
 Shape legend, as suffixes of names: B sequences, L new tokens of a stage (padded in a prefill, 1 in a step), K those of
 the stage inside, D width, C channels of a convolution, H heads, P channels a head, N state size, W slots of a key-value
@@ -22,20 +24,40 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import itertools
+import logging
 import math
+import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 
 from hnet_kernels import Chunks, ema_forward
+from hnet_kernels.capture import CapturedFunctions
+from hnet_kernels.dispatch import one_after_the_other
 from hnet_kernels.generation import KVState, Span, even_documents, ring_slots, take
+from hnet_kernels.sampling import (
+    ANY_BYTES,
+    UTF8_MISSING,
+    Events,
+    SamplingRows,
+    draw,
+    draw_rows,
+    note_starts,
+    record,
+    utf8_state,
+)
 from hnet_trainable import BOS, EMA_CLAMP, EOS, HNet, HNetConfig, HNetLM, Isotropic, rotary_tables
 
+logger = logging.getLogger("hnet")
+GRAPH_TOLERANCE, CHECKED_STEPS = 1e-3, 4  # of logits: the same kernels compute both, on the same inputs
 TRAINED_LENGTH = 8192  # bytes of a training document in the paper's recipe; longer inputs get a warning
 
 
@@ -93,9 +115,29 @@ class StageState:
         offset_L = torch.arange(L, device=length_B.device)
         return Span(self.position_B.clone(), length_B, offset_L < length_B[:, None], max(self.tokens), *self.tables)
 
+    def step_span(self, new_B1: Tensor) -> Span:
+        """One new token of each sequence where new_B1 is True."""
+        return Span(self.position_B, new_B1[:, 0].long(), new_B1, max(self.tokens), *self.tables)
+
     def advance(self, tokens: Sequence[int | bool], tokens_B: Tensor) -> None:
         self.tokens = [old + new for old, new in zip(self.tokens, tokens)]
         self.position_B += tokens_B
+
+    def tensors(self) -> list[Tensor]:
+        """All buffers of the sequences, each with a row for each sequence; the rotary tables are not among them."""
+        layers = [t for layer in self.layers.values() for t in vars(layer).values() if isinstance(t, Tensor)]
+        return [t for t in (self.position_B, self.last_hidden_state_BD, self.ema_BD, *layers) if t is not None]
+
+    def put(self, rows: Sequence[int], other: StageState) -> None:
+        """The sequences of `other` take the places of those in `rows`. There must be room: see `reserve`."""
+        rows_B = torch.tensor(rows).to(self.position_B.device, non_blocking=True)
+        for mine, theirs in zip(self.tensors(), other.tensors()):
+            if theirs.ndim == 1:
+                mine[rows_B] = theirs
+            else:  # a ring that is shorter has not turned yet
+                mine[rows_B, : theirs.shape[1]] = theirs
+        for row, tokens in zip(rows, other.tokens):
+            self.tokens[row] = tokens
 
 
 class Continued(NamedTuple):
@@ -137,10 +179,7 @@ class Cache:
 
     def cache_bytes(self) -> int:
         """Bytes of all buffers on the device; the class's docstring has the formula."""
-        tensors = [t for stage in self.stages for t in (stage.position_B, stage.last_hidden_state_BD, stage.ema_BD)]
-        for layer in (layer for stage in self.stages for layer in stage.layers.values()):
-            tensors += [t for t in vars(layer).values() if isinstance(t, Tensor)]
-        return sum(t.nbytes for t in tensors if t is not None)
+        return sum(t.nbytes for stage in self.stages for t in stage.tensors())
 
 
 # -------------------------------------------------------------------------------------------------------------- stages
@@ -172,18 +211,49 @@ def smooth_prefill(y_BKD: Tensor, p_BL: Tensor, b_BL: Tensor, kept_BK: Tensor, s
     return z_BLD
 
 
-def smooth_step(y_BD: Tensor, p_B: Tensor, b_B1: Tensor, state: StageState) -> None:
-    P_B1 = p_B.clamp(EMA_CLAMP, 1 - EMA_CLAMP)[:, None]
-    z_BD = P_B1 * y_BD.to(p_B.dtype) + (1 - P_B1) * state.ema_BD
-    state.ema_BD.copy_(torch.where(b_B1, z_BD, state.ema_BD))
-
-
 def leave(stage: HNet, z_TD: Tensor, p_BL: Tensor, b_BL: Tensor, x_TD: Tensor, how: Continued) -> Tensor:
     """Eq. 6 to 9, where each token has a z of its own, and the decoder."""
     each_T = torch.arange(len(z_TD), device=z_TD.device)
     chunks = Chunks(None, b_BL.flatten(), each_T, each_T, *[None] * 4)
     residual_TD = stage.residual_proj(x_TD)
     return stage.decode(stage.upsample(z_TD, p_BL.flatten(), chunks, residual_TD, x_TD.dtype), how)
+
+
+class Token(NamedTuple):
+    """A new token of each sequence in a step, between the encoder and the decoder of a stage."""
+
+    x_BD: Tensor
+    p_B1: Tensor
+    opens_B1: Tensor  # bool: does it open a chunk?
+    how: Continued
+
+
+def enter_step(stage: HNet, state: StageState, x_BD: Tensor, new_B1: Tensor) -> Token:
+    """Encoder and router for one new token of each sequence where new_B1 is True."""
+    how = Continued(state, state.step_span(new_B1), is_step=True)
+    x_BD = stage.encode(x_BD, how)
+    last_BD, start_B = state.last_hidden_state_BD, state.position_B
+    x_TD = torch.stack([last_BD, x_BD], dim=1).flatten(0, 1)  # each token behind the one before it
+    p_T = stage.routing_module(x_TD, Rows(start_B[:, None].expand(-1, 2).flatten()))
+    torch.where(new_B1, x_BD, last_BD, out=last_BD)
+    p_B1 = p_T[1::2, None]
+    return Token(x_BD, p_B1, stage.routing_module.opens(p_B1) & new_B1, how)
+
+
+def inner_step(stage: HNet, state: StageState, x_BD: Tensor, new_B1: Tensor) -> Tensor:
+    """The innermost stage for one new token of each sequence where new_B1 is True."""
+    return stage.run_innermost(x_BD, Continued(state, state.step_span(new_B1), is_step=True))
+
+
+def smooth_step(y_BD: Tensor, token: Token) -> None:
+    """Eq. 5 where a chunk has begun."""
+    z_BD, P_B1 = token.how.state.ema_BD, token.p_B1.clamp(EMA_CLAMP, 1 - EMA_CLAMP)
+    torch.where(token.opens_B1, P_B1 * y_BD.to(P_B1.dtype) + (1 - P_B1) * z_BD, z_BD, out=z_BD)
+
+
+def leave_step(stage: HNet, token: Token) -> Tensor:
+    """Upsampling and decoder. The smoothing is done: the stage's z is that of the chunk at hand."""
+    return leave(stage, token.how.state.ema_BD, token.p_B1, token.opens_B1, token.x_BD, token.how)
 
 
 # -------------------------------------------------------------------------------------------------------------- model
@@ -305,33 +375,28 @@ class HNetInference(HNetLM):
             raise ValueError(f"step: {len(byte_B)} bytes, {len(active)} flags for a cache of {cache.batch} sequences")
         if not any(active):
             raise ValueError("active: every sequence is False; a step needs one that goes on")
-        new_B = torch.tensor(active).to(byte_B.device, non_blocking=True).long()
-        x_BD, way_back, probabilities, y_BD = self.embed(byte_B), [], [], None
+        new_B1 = torch.tensor(active).to(byte_B.device, non_blocking=True)[:, None]
         for stage, state in zip(self.stages, cache.stages):
             state.reserve(max(state.tokens) + 1, stage)
-            how = Continued(state, state.span(new_B, 1), is_step=True)
-            p_B1 = None
-            if not stage.is_innermost:
-                x_BD = stage.encode(x_BD, how)
-                p_B1 = route(stage, x_BD, state, how.span)
-                probabilities.append(p_B1[:, 0])
-                new_B = (stage.routing_module.opens(p_B1) & how.span.valid_BL)[:, 0].long()
-            way_back.append((stage, how, x_BD, p_B1))
-        reached = torch.stack([byte_B, *(how.span.length_B for _, how, _, _ in way_back[1:])]).tolist()  # the only wait
-        fed, reached = reached[0], [active, *([bool(b) for b in row] for row in reached[1:])]
-        for s, (stage, how, x_BD, p_B1) in reversed(list(enumerate(way_back))):
-            if not any(reached[s]):
-                continue
-            if stage.is_innermost:
-                y_BD = stage.run_innermost(x_BD, how)
-            else:
-                opens_B1 = way_back[s + 1][1].span.valid_BL
-                if any(reached[s + 1]):
-                    smooth_step(y_BD, p_B1[:, 0], opens_B1, how.state)
-                y_BD = leave(stage, how.state.ema_BD, p_B1, opens_B1, x_BD, how)
-            how.state.advance(reached[s], how.span.length_B)
+        *outer, innermost = zip(self.stages, cache.stages)
+        x_BD, news, tokens = self.embed(byte_B), [new_B1], []
+        for stage, state in outer:
+            tokens.append(enter_step(stage, state, x_BD, news[-1]))
+            x_BD, _, opens_B1, _ = tokens[-1]
+            news.append(opens_B1)
+        fed, *opens = torch.stack([byte_B, *(new_B1[:, 0] for new_B1 in news[1:])]).tolist()  # the only wait
+        reached = [active, *([bool(b) for b in row] for row in opens)]
+        if any(reached[-1]):
+            y_BD = inner_step(*innermost, x_BD, news[-1])
+        for s in reversed(range(len(outer))):
+            if any(reached[s + 1]):
+                smooth_step(y_BD, tokens[s])
+            if any(reached[s]):
+                y_BD = leave_step(outer[s][0], tokens[s])
+        for state, new, new_B1 in zip(cache.stages, reached, news):
+            state.advance(new, new_B1[:, 0])
         starts = list(zip(*reached[1:])) if reached[1:] else [()] * cache.batch
-        return Step(self.head(y_BD), fed, starts, probabilities)
+        return Step(self.head(y_BD), fed, starts, [token.p_B1[:, 0] for token in tokens])
 
     def _check(self, iids, cache: Cache | None) -> list[Tensor]:
         self._check_weights()
@@ -432,77 +497,426 @@ class Sampling:
 
         Inverts the cumulative distribution in the order of the bytes, so a draw depends on its own row alone.
         """
-        logits_BV = logits_BV[:, :256].double()
-        if allowed_BV is not None:
-            logits_BV = logits_BV.masked_fill(~allowed_BV, -torch.inf)
-        if self.temperature == 0:
-            return logits_BV.argmax(-1)
-        highest_B1 = logits_BV.amax(-1, keepdim=True)
-        prob_BV = ((logits_BV - highest_B1) / self.temperature).softmax(-1)
-        sorted_BV, order_BV = prob_BV.sort(dim=-1, descending=True, stable=True)
-        keep_BV = sorted_BV >= self.min_p * sorted_BV[:, :1]
-        if self.top_p < 1:
-            keep_BV &= sorted_BV.cumsum(-1) - sorted_BV < self.top_p
-        if self.top_k:
-            keep_BV[:, self.top_k :] = False
-        keep_BV[:, 0] = True
-        prob_BV = torch.zeros_like(prob_BV).scatter_(1, order_BV, sorted_BV * keep_BV)
-        sum_BV = prob_BV.cumsum(-1)
-        return (sum_BV <= uniform_B[:, None] * sum_BV[:, -1:]).sum(-1)
+        return draw(logits_BV, uniform_B, *dataclasses.astuple(self), allowed_BV)
 
 
-# -------------------------------------------------------------------------------------------------------------- UTF-8
-#
-# An automaton over bytes (the table of well-formed sequences in the Unicode standard, section 3.9): state 0 is between
-# characters, 1 to 3 wait for that many continuation bytes, 4 to 7 for those after E0, ED, F0 and F4, which rule out
-# overlong forms, surrogates and what lies past U+10FFFF.
+class Noise:
+    """Uniform numbers in [0, 1 - 2^-24] for each sequence from a generator of its own, so independent of the batch."""
 
-UTF8_MISSING = torch.tensor([0, 1, 2, 3, 2, 2, 3, 3])  # bytes to the end of the character
+    BLOCK = 256  # numbers drawn at a time
 
+    def __init__(self, seeds: Sequence[int], device: torch.device):
+        self.generators, self.device, self.drawn = [torch.Generator().manual_seed(s) for s in seeds], device, 0
 
-def _utf8_next() -> Tensor:
-    """int64 (8, 256): the state after a byte, -1 where the byte cannot come."""
-    table = torch.full((8, 256), -1)
-    leads = [(0x00, 0x7F, 0), (0xC2, 0xDF, 1), (0xE0, 0xE0, 4), (0xE1, 0xEF, 2), (0xED, 0xED, 5)]
-    leads += [(0xF0, 0xF0, 6), (0xF1, 0xF3, 3), (0xF4, 0xF4, 7)]
-    continuations = {1: (0x80, 0xBF, 0), 2: (0x80, 0xBF, 1), 3: (0x80, 0xBF, 2), 4: (0xA0, 0xBF, 1)}
-    continuations |= {5: (0x80, 0x9F, 1), 6: (0x90, 0xBF, 2), 7: (0x80, 0x8F, 2)}
-    for state, first, last, then in [(0, *lead) for lead in leads] + [(s, *row) for s, row in continuations.items()]:
-        table[state, first : last + 1] = then
-    return table
+    @classmethod
+    def block(cls, generator: torch.Generator) -> Tensor:
+        return torch.rand(cls.BLOCK, generator=generator).double()
 
-
-UTF8_NEXT = _utf8_next()
+    def next(self) -> Tensor:
+        """float64 (B,)."""
+        if self.drawn % self.BLOCK == 0:
+            block_XB = torch.stack([self.block(g) for g in self.generators], dim=1)
+            self.block_XB = block_XB.to(self.device, non_blocking=True)
+        self.drawn += 1
+        return self.block_XB[(self.drawn - 1) % self.BLOCK]
 
 
-def utf8_state(data: bytes) -> int:
-    """The automaton's state after `data`; what is not UTF-8 is skipped, a character cut off at the end is awaited."""
-    state = 0
-    for byte in data[-3:]:  # a character that is cut off has at most three
-        state = int(UTF8_NEXT[state, byte])
-        state = max(int(UTF8_NEXT[0, byte]), 0) if state < 0 else state
-    return state
+# ------------------------------------------------------------------------------------------------------------- Decoder
 
 
-class Utf8Guard:
-    """Which bytes may come next in each of B sequences so that their text decodes, cut after `bytes_left` more bytes.
+class Event(NamedTuple):
+    """One byte of a text, and what the model thought of it."""
 
-    EOS may come between characters, if `eos`. Nothing here waits for the device.
+    text: int  # what `Decoder.add` returned
+    byte: int | None  # None: the model has ended the text, with EOS
+    starts: tuple[bool, ...]  # does the byte open a chunk of stage 0, 1, ...
+    probabilities: tuple[float, ...]  # p of each chunking stage; zero in a stage that the byte did not reach
+    log_probability: float  # of the byte among all 256, in nats, before temperature and filters
+    is_last: bool  # no event of this text follows
+
+
+@dataclasses.dataclass
+class Text:
+    """What the host knows of a text that is being continued."""
+
+    number: int
+    prompt: bytes  # BOS and the prompt
+    sampling: Sampling
+    left: int  # bytes that it may still get
+    utf8: int
+    stop_at_eos: bool
+    echo: bool
+    generator: torch.Generator
+    drawn: int = 0  # random numbers used
+    filled: int = 0  # random numbers on the device
+
+
+class Running(NamedTuple):
+    """Steps that have been started."""
+
+    steps: int
+    texts: list[Text | None]  # of each row
+    end: torch.cuda.Event | None
+
+
+class Decoder:
+    """Continues many texts at once. Each has a row of a batch, which the next text takes when it has ended.
+
+        decoder = Decoder(model, rows=64)
+        for prompt in prompts:
+            decoder.add(prompt, seed=1, max_bytes=500)
+        while decoder.busy:
+            for event in decoder.drain():
+                ...
+
+    `add` and `cancel` can be called at any time: between two drains texts enter and leave without touching the others.
+    A text's bytes depend on its prompt, its options and its seed, but for rounding not on what runs beside it.
+
+    On a GPU the parts of a step are CUDA graphs, captured at the first drain and again where a buffer or a weight has
+    moved. With few rows the host looks after each stage whether a chunk begins, and leaves out the stages inside where
+    none does. With more rows, where nearly always one does, whole steps run without the host. On other devices the same
+    functions are called, and the host always looks. `captures` and `host_decides` choose otherwise. A mixer whose step
+    cannot be captured runs uncaptured; `captured.failure` says why.
     """
 
-    def __init__(self, states: Sequence[int], eos: bool, device: torch.device):
-        self.state_B, self.next = torch.tensor(states).to(device), UTF8_NEXT.to(device)
-        missing = torch.where(UTF8_NEXT >= 0, UTF8_MISSING[UTF8_NEXT], 9)
-        allowed = torch.stack([missing < left for left in range(5)])  # by bytes left, this one included; 4 is plenty
-        allowed[1:, 0, EOS] = eos
-        self.allowed = allowed.to(device)
+    runs_ahead = True  # False: between drains nothing runs
+    STEPS, SECONDS = 16, 0.02  # a drain returns after so many steps, or that time
+    FEW_ROWS = 4
+    PREFILL_BYTES = 1 << 17  # of prompts that are read together, padding included
+    NUMBERS = 2 * Noise.BLOCK  # random numbers of a row on the device
+    RESERVED = 256  # tokens of an inner stage for which there is room from the beginning
 
-    def mask(self, bytes_left: int) -> Tensor:
-        """bool (B, 256)."""
-        return self.allowed[min(bytes_left, 4)][self.state_B]
+    def __init__(
+        self, model: HNetInference, rows: int = 1, captures: bool | None = None, host_decides: bool | None = None
+    ):
+        self.model, self.device = model, model.embeddings.weight.device
+        self.cache = model.new_cache(rows)
+        self.stages = list(zip(model.stages, self.cache.stages))
+        self.S, looks = len(self.stages) - 1, self.device.type != "cuda" or rows <= self.FEW_ROWS
+        self.host_decides = looks if host_decides is None else host_decides
+        self.texts: list[Text | None] = [None] * rows
+        self.waiting: list[Text] = []
+        self.numbers, self.early = itertools.count(), []
+        # on the device, at fixed places
+        zeros, head = torch.zeros, model.lm_head.weight
+        self.logits_BV = zeros(rows, model.config.vocab_size, dtype=head.dtype, device=self.device)
+        self.rows = SamplingRows.new(rows, self.NUMBERS, self.device)
+        wide = at_least_float32(head.dtype)
+        self.events = Events.new(self.STEPS, rows, self.S, wide, self.device)
+        # what the host reads: after a stage, does a chunk begin in any row; after some steps, what they did
+        pinned = {"pin_memory": self.device.type == "cuda"}
+        self.begins_S = zeros(self.S, dtype=torch.bool, **pinned)
+        self.past_EBX = torch.zeros_like(self.events.past_EBX, device="cpu", **pinned)
+        self.running: Running | None = None
+        self.overlaps, self.is_checked = True, False
+        self.tokens: list[Token | None] = [None] * self.S
+        self.captured = CapturedFunctions(self.device, self.device.type == "cuda" if captures is None else captures)
 
-    def feed(self, byte_B: Tensor) -> None:
-        self.state_B = self.next[self.state_B, byte_B].clamp_min(0)
+    @property
+    def busy(self) -> bool:
+        """Is there a text that has not ended, or an event that was not drained?"""
+        return bool(self.waiting or self.early or any(self.texts))
+
+    def add(
+        self, prompt: str | bytes, seed: int = 0, sampling: Sampling = Sampling(), max_bytes: int = 256,
+        valid_utf8: bool = False, stop_at_eos: bool = True, echo: bool = False,
+    ) -> int:  # fmt: skip
+        """Continue a prompt, with BOS before it, by up to `max_bytes` bytes, when a row is free. Returns its number.
+
+        With `valid_utf8` prompt and continuation together are UTF-8, also where `max_bytes` ends it (if the prompt is,
+        but for a character cut off at its end, which is completed). EOS ends the text unless `stop_at_eos` is False.
+        `echo`: the prompt's bytes are events as well, without probabilities.
+
+        Raises ValueError for max_bytes < 1, or too few to complete a character.
+        """
+        prompt = as_bytes(prompt)
+        utf8 = utf8_state(prompt) if valid_utf8 else ANY_BYTES
+        least = max(1, int(UTF8_MISSING[utf8]) if valid_utf8 else 0)
+        if max_bytes < least:
+            why = "expected 1 or more" if least == 1 else f"a prompt ends in a character that needs {least} more"
+            raise ValueError(f"max_bytes: {max_bytes}; {why}")
+        generator = torch.Generator().manual_seed(seed)
+        text = Text(next(self.numbers), bytes([BOS]) + prompt, sampling, max_bytes, utf8, stop_at_eos, echo, generator)
+        self.waiting.append(text)
+        return text.number
+
+    def cancel(self, number: int) -> None:
+        """End a text: no event of it follows. Its row is free for the next one."""
+        self.waiting = [text for text in self.waiting if text.number != number]
+        self.early = [event for event in self.early if event.text != number]
+        for row, text in enumerate(self.texts):
+            if text and text.number == number:
+                self.rows.active_B[row] = False
+                self.texts[row] = None
+
+    @torch.no_grad()
+    def drain(self) -> list[Event]:
+        """Run up to `STEPS` steps of all texts. Returns what has been written, in the order of the steps."""
+        self.model._check_weights()
+        events, self.early = self.early, []
+        if self.running is None:
+            self._start()
+            events, self.early = events + self.early, []
+        if self.running is None:
+            return events
+        done, self.running = self.running, None
+        past_EBX = self._wait(done)
+        texts = [text if text is self.texts[row] else None for row, text in enumerate(done.texts)]  # not cancelled
+        ended = self._keep_account(texts, past_EBX)
+        if self.runs_ahead and not self.host_decides and not ended and not (self.waiting and None in self.texts):
+            self._start()  # the GPU computes while the host makes and handles events
+        return events + self._events(texts, ended, past_EBX)
+
+    # ------------------------------------------------------------------------------------------------ parts of a step
+
+    def _parts(self) -> list[tuple[str, int]]:
+        """What the host runs, by method and stage: whole steps, or else what it can leave out."""
+        if not self.host_decides:
+            return [("step", 0)]
+        way_in, way_out = ([(name, s) for s in range(self.S)] for name in ("enter", "leave"))
+        return [*way_in, ("inner", self.S), *reversed(way_out)]
+
+    def _run(self, name: str, s: int) -> None:
+        if not self.captured.replay((name, s)):
+            getattr(self, f"_{name}")(s)
+
+    def _run_step(self) -> None:
+        """One step of all rows."""
+        if not self.host_decides:
+            self._run("step", 0)
+            return
+        reached = 0
+        while reached < self.S:
+            self._run("enter", reached)
+            if self.device.type == "cuda":
+                torch.cuda.current_stream().synchronize()  # the wait for a stage
+            if not self.begins_S[reached]:
+                break
+            reached += 1
+        if reached == self.S:
+            self._run("inner", self.S)
+        for s in reversed(range(min(reached + 1, self.S))):
+            self._run("leave", s)
+
+    def _step(self, _: int) -> None:
+        for s in range(self.S):
+            self._enter(s)
+        self._inner(self.S)
+        for s in reversed(range(self.S)):
+            self._leave(s)
+
+    def _draw(self) -> Tensor:
+        """The embeddings of the next bytes."""
+        sampling = {text.sampling for text in self.texts if text}
+        shared = dataclasses.astuple(*sampling) if len(sampling) == 1 and not self.captured.captures else None
+        draw_rows(self.logits_BV, self.rows, shared)
+        return self.model.embed(self.rows.byte_B)
+
+    def _enter(self, s: int) -> None:
+        x_BD, new_B1 = self.tokens[s - 1][::2] if s else (self._draw(), self.rows.active_B[:, None])
+        self.tokens[s] = token = enter_step(*self.stages[s], x_BD, new_B1)
+        note_starts(self.events, s, token.p_B1, token.opens_B1, new_B1, self.rows)
+        if self.host_decides:
+            self.begins_S[s].copy_(self.events.begins_S[s], non_blocking=True)
+
+    def _inner(self, S: int) -> None:
+        x_BD, new_B1 = self.tokens[-1][::2] if self.S else (self._draw(), self.rows.active_B[:, None])
+        stage, state = self.stages[-1]
+        self._go_out(S, inner_step(stage, state, x_BD, new_B1), new_B1)
+
+    def _leave(self, s: int) -> None:
+        token = self.tokens[s]
+        self._go_out(s, leave_step(self.stages[s][0], token), token.how.span.valid_BL)
+
+    def _go_out(self, s: int, y_BD: Tensor, new_B1: Tensor) -> None:
+        """What stage s gives goes to the stage around it, or becomes logits; then the step is done."""
+        self.stages[s][1].position_B += new_B1[:, 0]
+        if s:
+            smooth_step(y_BD, self.tokens[s - 1])
+            return
+        self.logits_BV.copy_(self.model.head(y_BD))
+        record(self.events, self.rows)
+
+    # -------------------------------------------------------------------------------------------------------- the host
+
+    def _idle(self) -> Callable[[], None]:
+        """Lets steps change nothing, until the function that is returned is called."""
+        active_B, logits_BV = self.rows.active_B.clone(), self.logits_BV.clone()
+        self.rows.active_B.zero_()
+        self.events.written.zero_()
+
+        def undo() -> None:
+            self.rows.active_B.copy_(active_B)
+            self.logits_BV.copy_(logits_BV)
+
+        return undo
+
+    def _capture(self) -> None:
+        """Capture the parts of a step, if need be. What is used is checked once, or something slower is used."""
+        if not self.captured.captures:
+            return
+        functions = {(name, s): functools.partial(getattr(self, f"_{name}"), s) for name, s in self._parts()}
+        for overlaps in (True, False) if self.overlaps else (False,):
+            self.overlaps = overlaps
+            with contextlib.nullcontext() if overlaps else one_after_the_other():
+                self.captured.prepare((overlaps, *self._places()), functions, self._idle)
+            if self.is_checked or not self.captured.captures:
+                return
+            gap = self._error_of_graphs()
+            if gap <= GRAPH_TOLERANCE:
+                self.is_checked = True
+                return
+        self.captured.give_up(RuntimeError(f"graphs of a step are off by {gap:.1e}"))
+        logger.warning("generation runs one operation after the other: %s", self.captured.failure)
+
+    def _error_of_graphs(self) -> float:
+        """How far the logits are, after a few steps as graphs, from those of the functions that were captured."""
+        rows, events = (vars(x).values() for x in (self.rows, self.events))
+        changed = [self.logits_BV, *rows, *events, *(t for _, state in self.stages for t in state.tensors())]
+        before, active_B = [t.clone() for t in changed], self.rows.active_B.clone()
+
+        def logits() -> Tensor:
+            for _ in range(CHECKED_STEPS):
+                self._run_step()
+            logits_BV = self.logits_BV[active_B].double()
+            for t, value in zip(changed, before):
+                t.copy_(value)
+            return logits_BV
+
+        found = logits()
+        self.captured.captures = False
+        with one_after_the_other():
+            wanted = logits()
+        self.captured.captures = True
+        gap = (found - wanted).norm() / wanted.norm().clamp_min(1e-9)
+        return gap.nan_to_num(nan=math.inf).item()
+
+    def _places(self) -> tuple[int, ...]:
+        """The addresses that graphs read and write."""
+        tensors = [*self.parameters]
+        for _, state in self.stages:
+            tensors += [*state.tensors(), *state.tables]
+        return tuple(t.data_ptr() for t in tensors)
+
+    def _admit(self) -> None:
+        """Waiting texts get the free rows. A prefill takes as long as some steps, so a few are read together."""
+        free = [row for row, text in enumerate(self.texts) if text is None]
+        enough = min(len(self.waiting), max(1, len(self.texts) // 8))
+        if not self.waiting or (len(free) < enough and any(self.texts)):
+            return
+        while free and self.waiting:
+            longest, texts = 0, []
+            for text in self.waiting[: len(free)]:
+                longest = max(longest, len(text.prompt))
+                if texts and longest * (len(texts) + 1) > self.PREFILL_BYTES:
+                    break
+                texts.append(text)
+            self._read(texts, free[: len(texts)])
+            self.waiting, free = self.waiting[len(texts) :], free[len(texts) :]
+
+    def _read(self, texts: list[Text], rows: list[int]) -> None:
+        """Prefill some texts into rows."""
+        self.parameters = list(self.model.parameters())  # training may have replaced some since the last text
+        first = self.model.prefill([text.prompt for text in texts])
+        bytes_ = max(len(text.prompt) + text.left for text in texts)
+        for s, ((stage, state), read) in enumerate(zip(self.stages, first.cache.stages)):
+            state.reserve(max(bytes_ if s == 0 else min(bytes_, self.RESERVED), *read.tokens), stage)
+            state.put(rows, read)
+        rows_B = torch.tensor(rows).to(self.device, non_blocking=True)
+        self.logits_BV[rows_B] = first.last_logits()
+        values = {
+            "temperature_B": [text.sampling.temperature for text in texts],
+            "top_k_B": [text.sampling.top_k for text in texts],
+            "top_p_B": [text.sampling.top_p for text in texts],
+            "min_p_B": [text.sampling.min_p for text in texts],
+            "drawn_B": [0] * len(texts),
+            "left_B": [text.left for text in texts],
+            "utf8_B": [text.utf8 for text in texts],
+            "stops_B": [text.stop_at_eos for text in texts],
+            "active_B": [True] * len(texts),
+        }
+        for name, value in values.items():
+            buffer = getattr(self.rows, name)
+            buffer[rows_B] = torch.tensor(value, dtype=buffer.dtype).to(self.device, non_blocking=True)
+        for i, (row, text) in enumerate(zip(rows, texts)):
+            self.texts[row] = text
+            if text.echo:
+                for byte, starts in zip(text.prompt[1:], first.starts_BLS[i, 1:].tolist()):
+                    self.early.append(Event(text.number, byte, tuple(starts), (), math.nan, False))
+
+    def _fill_noise(self, steps: int) -> None:
+        """Each row needs a random number a step."""
+        for first in (0, Noise.BLOCK):
+            rows = [
+                row
+                for row, text in enumerate(self.texts)
+                if text and text.filled < text.drawn + steps and text.filled % self.NUMBERS == first
+            ]
+            if not rows:
+                continue
+            block_BX = torch.stack([Noise.block(self.texts[row].generator) for row in rows])
+            rows_B = torch.tensor(rows).to(self.device, non_blocking=True)
+            place = slice(first, first + Noise.BLOCK)
+            self.rows.noise_BN[rows_B, place] = block_BX.to(self.device, non_blocking=True)
+            for row in rows:
+                self.texts[row].filled += Noise.BLOCK
+
+    def _start(self) -> None:
+        """Give free rows to waiting texts and run some steps."""
+        self._admit()
+        if not any(self.texts):
+            return
+        steps = min(self.STEPS, max(text.left for text in self.texts if text))
+        for stage, state in self.stages:
+            state.reserve(max(state.tokens) + max(steps, CHECKED_STEPS), stage)
+        self._fill_noise(steps)
+        self._capture()
+        self.events.written.zero_()
+        began, done = time.perf_counter(), 0
+        while done < steps and (done == 0 or not self.host_decides or time.perf_counter() - began < self.SECONDS):
+            self._run_step()
+            done += 1
+        self.past_EBX.copy_(self.events.past_EBX, non_blocking=True)
+        self.running = Running(done, list(self.texts), torch.cuda.Event() if self.device.type == "cuda" else None)
+        if self.running.end:
+            self.running.end.record()
+
+    def _wait(self, running: Running) -> np.ndarray:
+        if running.end:
+            running.end.synchronize()
+        return self.past_EBX[: running.steps].numpy().copy()
+
+    def _keep_account(self, texts: list[Text | None], past_EBX: np.ndarray) -> set[int]:
+        """Bring the host's numbers up to date. Returns the rows whose text has ended, which are free."""
+        steps_B = (past_EBX[..., 0] >= 0).sum(0).tolist()
+        last_B = past_EBX[-1, :, 0].tolist()
+        tokens_SB = past_EBX[..., 2 : 2 + self.S].sum(0).astype(int).T.tolist()
+        ended = set()
+        for row, text in enumerate(texts):
+            if text is None:
+                continue
+            text.left, text.drawn = text.left - steps_B[row], text.drawn + steps_B[row]
+            for (_, state), tokens_B in zip(self.stages, (steps_B, *tokens_SB)):
+                state.tokens[row] += tokens_B[row]
+            if text.left == 0 or last_B[row] < 0 or (text.stop_at_eos and last_B[row] == EOS):
+                ended.add(row)
+                self.texts[row] = None
+        return ended
+
+    def _events(self, texts: list[Text | None], ended: set[int], past_EBX: np.ndarray) -> list[Event]:
+        events: list[Event] = []
+        last: dict[int, int] = {}  # where a row's last event is
+        for of_step in past_EBX.tolist():
+            for row, (byte, log_probability, *more) in enumerate(of_step):
+                if byte < 0 or (text := texts[row]) is None:
+                    continue
+                starts, p = tuple(map(bool, more[: self.S])), tuple(more[self.S :])
+                is_end = text.stop_at_eos and byte == EOS
+                last[row] = len(events)
+                events.append(Event(text.number, None if is_end else int(byte), starts, p, log_probability, False))
+        for row in ended & last.keys():
+            events[last[row]] = events[last[row]]._replace(is_last=True)
+        return events
 
 
 # ----------------------------------------------------------------------------------------------------------- generate
@@ -533,23 +947,6 @@ class Generation:
         return self.data.decode(errors="replace")
 
 
-class Noise:
-    """Uniform numbers in [0, 1 - 2^-24] for each sequence from a generator of its own, so independent of the batch."""
-
-    BLOCK = 256  # numbers drawn at a time
-
-    def __init__(self, seeds: Sequence[int], device: torch.device):
-        self.generators, self.device, self.drawn = [torch.Generator().manual_seed(s) for s in seeds], device, 0
-
-    def next(self) -> Tensor:
-        """float64 (B,)."""
-        if self.drawn % self.BLOCK == 0:
-            block_XB = torch.stack([torch.rand(self.BLOCK, generator=g) for g in self.generators], dim=1)
-            self.block_XB = block_XB.double().to(self.device, non_blocking=True)
-        self.drawn += 1
-        return self.block_XB[(self.drawn - 1) % self.BLOCK]
-
-
 def as_bytes(prompt: str | bytes) -> bytes:
     """A prompt's bytes. ValueError for a str that UTF-8 cannot hold (lone surrogates)."""
     if isinstance(prompt, bytes):
@@ -561,6 +958,9 @@ def as_bytes(prompt: str | bytes) -> bytes:
         raise ValueError(f"prompt: character {error.start} ({found!r}) is no text; pass raw bytes as bytes") from None
 
 
+MOST_ROWS = 256  # of a batch; further prompts wait for a row
+
+
 def stream(
     model: HNetInference,
     prompts: Sequence[str | bytes],
@@ -570,17 +970,17 @@ def stream(
     valid_utf8: bool = False,
     stop_at_eos: bool = True,
     echo: bool = False,
+    decoder: Decoder | None = None,
 ) -> Iterator[Emitted]:
-    """Continue each prompt by up to `max_bytes` bytes; yields them as they are decided, sequence by sequence.
+    """Continue each prompt by up to `max_bytes` bytes; yields them as they are decided, of all sequences in turn.
 
-    BOS goes before each prompt; an empty one is BOS alone. Sequence b draws from its own generator, seeded with
-    seed[b] (seed + b for a single number), so that it gets the same bytes in any batch. A sequence ends at EOS, which
-    is not yielded, unless `stop_at_eos` is False. With `valid_utf8` prompt and continuation together are UTF-8, also
-    where `max_bytes` ends it (if the prompt is, but for a character cut off at its end, which is completed).
-    `echo` yields the prompts' bytes first.
+    Sequence b draws from its own generator, seeded with seed[b] (seed + b for a single number), so it gets the same
+    bytes in any batch. A sequence ends at EOS, which is not yielded, unless `stop_at_eos` is False. `echo` yields the
+    prompts' bytes first. For the other options see `Decoder.add`. `decoder`: one of this model that is not busy, whose
+    graphs are captured already.
 
-    Raises ValueError for no prompt, max_bytes < 1 or too few to complete a character, or a wrong number of seeds; warns
-    of lengths beyond TRAINED_LENGTH.
+    Raises ValueError for no prompt, a wrong number of seeds, or what `Decoder.add` refuses; warns of lengths beyond
+    TRAINED_LENGTH.
     """
     data = [as_bytes(prompt) for prompt in prompts]
     seeds = [seed + b for b in range(len(data))] if isinstance(seed, int) else list(seed)
@@ -588,11 +988,6 @@ def stream(
         raise ValueError(
             f"prompts: {len(data)} with {len(seeds)} seeds; expected at least one prompt and a seed for each"
         )
-    states = [utf8_state(prompt) if valid_utf8 else 0 for prompt in data]
-    least = max(1, *(int(UTF8_MISSING[state]) for state in states))
-    if max_bytes < least:
-        why = "expected 1 or more" if least == 1 else f"a prompt ends in a character that needs {least} more"
-        raise ValueError(f"max_bytes: {max_bytes}; {why}")
     longest = max(map(len, data))
     if longest + max_bytes > TRAINED_LENGTH:
         warnings.warn(
@@ -600,30 +995,21 @@ def stream(
             "expect worse text",
             stacklevel=2,
         )
-    return _stream(model, data, max_bytes, sampling, seeds, states if valid_utf8 else None, stop_at_eos, echo)
+    decoder = decoder or Decoder(model, min(len(data), MOST_ROWS))
+    options = {"sampling": sampling, "max_bytes": max_bytes, "valid_utf8": valid_utf8, "stop_at_eos": stop_at_eos}
+    numbers = [decoder.add(prompt, seed, echo=echo, **options) for prompt, seed in zip(data, seeds)]
+    return _stream(decoder, {number: b for b, number in enumerate(numbers)})
 
 
-def _stream(model, data, max_bytes, sampling, seeds, utf8_states, stop_at_eos, echo) -> Iterator[Emitted]:
-    first = model.prefill([bytes([BOS]) + prompt for prompt in data])
-    if echo:
-        for b, prompt in enumerate(data):
-            for byte, starts in zip(prompt, first.starts_BLS[b, 1:].tolist()):
-                yield Emitted(b, byte, tuple(starts))
-    logits_BV, cache, active = first.last_logits(), first.cache, [True] * len(data)
-    guard = None if utf8_states is None else Utf8Guard(utf8_states, stop_at_eos, logits_BV.device)
-    noise = Noise(seeds, logits_BV.device)
-    for n in range(max_bytes):
-        byte_B = sampling.draw(logits_BV, noise.next(), guard and guard.mask(max_bytes - n))
-        if guard:
-            guard.feed(byte_B)
-        out = model.step(byte_B, cache, active)
-        logits_BV = out.logits_BV
-        for b in [b for b, goes_on in enumerate(active) if goes_on]:
-            active[b] = not (stop_at_eos and out.bytes[b] == EOS)
-            if active[b]:
-                yield Emitted(b, out.bytes[b], out.starts[b])
-        if not any(active):
-            return
+def _stream(decoder: Decoder, sequence: dict[int, int]) -> Iterator[Emitted]:
+    try:
+        while decoder.busy:
+            for event in decoder.drain():
+                if event.byte is not None:
+                    yield Emitted(sequence[event.text], event.byte, event.starts)
+    finally:
+        for number in sequence:  # where the caller has stopped listening
+            decoder.cancel(number)
 
 
 def generate(model: HNetInference, prompts: Sequence[str | bytes], **options) -> list[Generation]:

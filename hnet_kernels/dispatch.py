@@ -102,6 +102,24 @@ def forcing(fast: bool) -> Iterator[None]:
         _forced.pop()
 
 
+_OVERLAPS = [True]
+
+
+def kernels_overlap() -> bool:
+    """Whether kernels may begin before the ones before them have ended: see `overlap` in triton_math.py."""
+    return _OVERLAPS[-1]
+
+
+@contextlib.contextmanager
+def one_after_the_other() -> Iterator[None]:
+    """No kernel that is launched or captured inside begins before the one before it has ended."""
+    _OVERLAPS.append(False)
+    try:
+        yield
+    finally:
+        _OVERLAPS.pop()
+
+
 def why_unsupported(x: Tensor, widest: int | None = None) -> str | None:
     """Why a Triton kernel that runs on any GPU cannot run on x, or None.
 

@@ -1,11 +1,14 @@
 """What mixers do when a text goes on: they read L new tokens of each of B sequences, after those that a state holds.
 
+A step, which reads one token of each, has Triton kernels in generation_triton.py beside the definitions here.
+
 Legend: B sequences, L new tokens of each (padded on the right; 1 in a step), T = B L rows, H heads, P channels a head,
 N state size, C channels of a convolution, W slots of a key-value ring or of a convolution's past, R half the rotary
 dimensions.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import torch
@@ -13,13 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hnet_kernels.attention import attention, rotate
-from hnet_kernels.dispatch import wide
+from hnet_kernels.dispatch import use_fast, why_unsupported, wide
 from hnet_kernels.ssd import ssd
 
+WIDEST = 8192  # channels that a kernel holds in the registers of one block
 MIN_SLOTS = 64  # a key-value ring starts with as many
 
 
-class Span(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Span:
     """Where new tokens of one stage stand: sequence b adds length[b] of them, from position start[b].
 
     In a step L = 1, and sequences of length 0 are those that are not active: they keep all their state.
@@ -36,9 +41,13 @@ class Span(NamedTuple):
     def shape(self) -> torch.Size:
         return self.valid_BL.shape
 
-    def position_T(self) -> Tensor:
+    @functools.cached_property
+    def angles(self) -> tuple[Tensor, Tensor]:
+        """The rotary tables' rows (T, R) of the new tokens, the same for all layers."""
         offset_L = torch.arange(self.shape[1], device=self.start_B.device)
-        return (self.start_B[:, None] + offset_L).flatten().clamp_max(len(self.cos_MR) - 1)  # padding may lie beyond
+        position_T = (self.start_B[:, None] + offset_L).flatten()
+        position_T = position_T.clamp_max(len(self.cos_MR) - 1)  # padding may be stored beyond
+        return self.cos_MR[position_T], self.sin_MR[position_T]
 
 
 def take(x_BLX: Tensor, index_BK: Tensor) -> Tensor:
@@ -49,6 +58,11 @@ def take(x_BLX: Tensor, index_BK: Tensor) -> Tensor:
 def even_documents(B: int, L: int, device: torch.device) -> Tensor:
     """cu_seqlens, int32 (B + 1,), of B documents of L rows each."""
     return torch.arange(B + 1, dtype=torch.int32, device=device) * L
+
+
+def _fast(operation: str, x_TX: Tensor, widest: int, obstacle: str = "") -> bool:
+    obstacle = why_unsupported(x_TX) or obstacle or (f"rows of {widest}" if widest > WIDEST else None)
+    return use_fast(operation, x_TX.device.type, x_TX.dtype, obstacle)
 
 
 # ------------------------------------------------------------------------------------------------------------- Mamba-2
@@ -75,15 +89,6 @@ class MambaWeights(NamedTuple):
 
 def mamba2_prefill(projected_TX: Tensor, weights: MambaWeights, state: MambaState, span: Span, eps: float) -> Tensor:
     """`mamba2_inner` of sequences that go on from a state, which is brought up to date. Returns (T, D)."""
-    return _mamba2(projected_TX, weights, state, span, eps, _scan_prefill)
-
-
-def mamba2_step(projected_TX: Tensor, weights: MambaWeights, state: MambaState, span: Span, eps: float) -> Tensor:
-    """`mamba2_prefill` of one token each."""
-    return _mamba2(projected_TX, weights, state, span, eps, _scan_step)
-
-
-def _mamba2(projected_TX, weights: MambaWeights, state: MambaState, span: Span, eps: float, scan) -> Tensor:
     conv_C1K, conv_bias_C, dt_bias_H, A_log_H, D_H, norm_D = weights
     H, D, conv_dim = len(A_log_H), len(norm_D), len(conv_bias_C)
     N = (conv_dim - D) // 2
@@ -91,10 +96,45 @@ def _mamba2(projected_TX, weights: MambaWeights, state: MambaState, span: Span, 
     x, B, C = _convolve(xBC, conv_C1K, conv_bias_C, state, span).split([D, N, N], dim=-1)
     x, A_H = x.unflatten(-1, (H, D // H)), -wide(A_log_H).exp()
     dt = F.softplus(dt.to(A_H.dtype) + (0 if dt_bias_H is None else dt_bias_H))
-    y = scan(x, dt, A_H, B, C, state, span)
+    y = _scan(x, dt, A_H, B, C, state, span)
     y = y if D_H is None else y + D_H[:, None] * x
-    u_TD = (wide(y.flatten(-2)) * F.silu(wide(z))).flatten(0, 1)
+    return _gated_norm(y.flatten(-2).flatten(0, 1), z.flatten(0, 1), norm_D, eps)
+
+
+def _gated_norm(y_TD: Tensor, z_TD: Tensor, norm_D: Tensor, eps: float) -> Tensor:
+    u_TD = wide(y_TD) * F.silu(wide(z_TD))
     return (u_TD * torch.rsqrt(u_TD.square().mean(-1, keepdim=True) + eps) * norm_D).to(norm_D.dtype)
+
+
+def mamba2_step(projected_TX: Tensor, weights: MambaWeights, state: MambaState, span: Span, eps: float) -> Tensor:
+    """`mamba2_prefill` of one token each. What is returned for a sequence that is not active means nothing."""
+    H, D = len(weights.A_log_H), len(weights.norm_D)
+    if _fast("mamba2_step", projected_TX, D, f"heads of {D // H}, not a power of two" if D // H & (D // H - 1) else ""):
+        from hnet_kernels import generation_triton  # not above: triton is not everywhere
+
+        states = state.conv_BWC, state.ssm_BHPN
+        return generation_triton.mamba2_step(projected_TX, weights, *states, span.valid_BL, eps)
+    return _mamba2_step(projected_TX, weights, state, span, eps)
+
+
+def _mamba2_step(projected_BX: Tensor, weights: MambaWeights, state: MambaState, span: Span, eps: float) -> Tensor:
+    conv_C1K, conv_bias_C, dt_bias_H, A_log_H, D_H, norm_D = weights
+    (_, H, P, N), D, dtype = state.ssm_BHPN.shape, len(norm_D), state.ssm_BHPN.dtype
+    z_BD, newest_BC, dt_BH = projected_BX.split([D, len(conv_bias_C), H], dim=-1)
+    past_BKC = torch.cat([state.conv_BWC, newest_BC[:, None]], dim=1)
+    torch.where(span.valid_BL[..., None], past_BKC[:, 1:], state.conv_BWC, out=state.conv_BWC)
+    xBC = (wide(past_BKC) * wide(conv_C1K).squeeze(1).T).sum(1) + conv_bias_C
+    x_BD, B_BN, C_BN = F.silu(xBC.to(newest_BC.dtype)).to(dtype).split([D, N, N], dim=-1)
+    dt_BH = F.softplus(dt_BH.to(dtype) if dt_bias_H is None else dt_BH.to(dtype) + dt_bias_H)
+    dt_BH1 = (dt_BH * span.valid_BL)[..., None]  # dt = 0 leaves the state as it is
+    decay_BH1 = (dt_BH1 * -wide(A_log_H).exp()[:, None]).exp()
+    x_BHP = x_BD.unflatten(-1, (H, P))
+    added_BHPN = (x_BHP * dt_BH1)[..., None] * B_BN[:, None, None]
+    state.ssm_BHPN.mul_(decay_BH1[..., None]).add_(added_BHPN)
+    y_BD = torch.bmm(state.ssm_BHPN.flatten(1, 2), C_BN[..., None]).squeeze(-1).to(newest_BC.dtype)
+    if D_H is not None:
+        y_BD = y_BD + (D_H[:, None] * x_BHP).flatten(1)
+    return _gated_norm(y_BD, z_BD, norm_D, eps)
 
 
 def _convolve(x_BLC: Tensor, conv_C1K: Tensor, bias_C: Tensor, state: MambaState, span: Span) -> Tensor:
@@ -106,7 +146,7 @@ def _convolve(x_BLC: Tensor, conv_C1K: Tensor, bias_C: Tensor, state: MambaState
     return F.silu(convolved.to(x_BLC.dtype))
 
 
-def _scan_prefill(x_BLHP, dt_BLH, A_H, B_BLN, C_BLN, state: MambaState, span: Span) -> Tensor:
+def _scan(x_BLHP, dt_BLH, A_H, B_BLN, C_BLN, state: MambaState, span: Span) -> Tensor:
     """The training kernel from h = 0, plus what the state before contributes: the recurrence is linear."""
     B, L = dt_BLH.shape[:2]
     rows = [t.flatten(0, 1).contiguous() for t in (x_BLHP, dt_BLH, B_BLN, C_BLN)]
@@ -119,14 +159,6 @@ def _scan_prefill(x_BLHP, dt_BLH, A_H, B_BLN, C_BLN, state: MambaState, span: Sp
     added_BHPN = torch.einsum("blhp,bln->bhpn", x_BLHP.to(dtype) * gain_BLH[..., None], B_BLN.to(dtype))
     h_BHPN.mul_(sum_BLH[:, -1].exp().to(dtype)[..., None, None]).add_(added_BHPN)
     return (y_BLHP + kept_BLHP).to(x_BLHP.dtype)
-
-
-def _scan_step(x_B1HP, dt_B1H, A_H, B_B1N, C_B1N, state: MambaState, span: Span) -> Tensor:
-    h_BHPN, dtype = state.ssm_BHPN, state.ssm_BHPN.dtype
-    dt_BH = (dt_B1H * span.valid_BL[..., None])[:, 0]  # dt = 0 leaves h as it is
-    added_BHP = x_B1HP[:, 0].to(dtype) * dt_BH[..., None]
-    h_BHPN.mul_((dt_BH * A_H).exp()[..., None, None]).add_(added_BHP[..., None] * B_B1N.to(dtype)[:, :, None])
-    return torch.einsum("bhpn,bln->blhp", h_BHPN, C_B1N.to(dtype)).to(x_B1HP.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------- attention
@@ -182,8 +214,18 @@ def attention_prefill(qkv_TX: Tensor, n_heads: int, state: KVState, span: Span) 
 def attention_step(qkv_TX: Tensor, n_heads: int, state: KVState, span: Span) -> Tensor:
     """`attention_prefill` of one token each.
 
-    Writes for all: a sequence that is not active overwrites only its next slot, which nothing sees till then.
+    A sequence that is not active keeps what can be seen of its ring; what is returned for it means nothing.
     """
+    if _fast("attention_step", qkv_TX, qkv_TX.shape[1] // (3 * n_heads)):
+        from hnet_kernels import generation_triton
+
+        rings = state.k_BWHP, state.v_BWHP
+        return generation_triton.attention_step(qkv_TX, *rings, span.start_B, span.valid_BL, span.cos_MR, span.sin_MR)
+    return _attention_step(qkv_TX, n_heads, state, span)
+
+
+def _attention_step(qkv_TX: Tensor, n_heads: int, state: KVState, span: Span) -> Tensor:
+    # writes for all: a sequence that is not active overwrites only its next slot, which nothing sees till then
     q_B1HP, k_B1HP, v_B1HP = _rotated(qkv_TX, n_heads, span)
     (B, W), device = state.k_BWHP.shape[:2], qkv_TX.device
     everyone_B, slot_B = torch.arange(B, device=device), span.start_B % W
@@ -196,7 +238,6 @@ def attention_step(qkv_TX: Tensor, n_heads: int, state: KVState, span: Span) -> 
 
 def _rotated(qkv_TX: Tensor, n_heads: int, span: Span) -> list[Tensor]:
     """q, k and v, each (B, L, H, P)."""
-    q, k, v = qkv_TX.unflatten(-1, (3, n_heads, -1)).unbind(1)
-    position_T = span.position_T()
-    cos_TR, sin_TR = span.cos_MR[position_T], span.sin_MR[position_T]
-    return [t.unflatten(0, span.shape) for t in (rotate(q, cos_TR, sin_TR), rotate(k, cos_TR, sin_TR), v)]
+    qk, v = qkv_TX.unflatten(-1, (3, n_heads, -1)).split([2, 1], dim=1)
+    q, k = rotate(qk.flatten(1, 2), *span.angles).chunk(2, dim=1)
+    return [t.unflatten(0, span.shape) for t in (q, k, v.squeeze(1))]

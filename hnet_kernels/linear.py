@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hnet_kernels.dispatch import operation
+from hnet_kernels.dispatch import operation, use_fast, why_unsupported
 from hnet_kernels.gradients import destination_of, slot_of, write_product
 from hnet_kernels.pointwise import to_float32
 from hnet_kernels.recompute import mode, recomputed_from, recomputed_of, save, saved
@@ -43,8 +43,23 @@ class Linear(torch.autograd.Function):
         return dx_TI, write_product(dy_TO, x_TI, weight_OI, ctx.destination) if of_weight else None, None
 
 
+def _few_rows(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor | None:
+    """x W^T + bias by a kernel for one or two rows, as generation has them; None where it does not apply."""
+    if torch.is_grad_enabled() or x_TI.ndim != 2 or not 0 < len(x_TI) <= 2 or not x_TI.is_cuda:
+        return None
+    if not (x_TI.is_contiguous() and weight_OI.is_contiguous()):
+        return None
+    if not use_fast("few_rows", x_TI.device.type, weight_OI.dtype, why_unsupported(weight_OI)):
+        return None
+    from hnet_kernels import linear_triton  # not above: triton is not everywhere
+
+    return linear_triton.few_rows(x_TI, weight_OI, bias_O)
+
+
 @linear.fast
 def _(x_TI: Tensor, weight_OI: Tensor, is_saved: bool = False) -> Tensor:
+    if (y_TO := _few_rows(x_TI, weight_OI)) is not None:
+        return y_TO
     if x_TI.ndim != 2 or x_TI.dtype != weight_OI.dtype:
         return F.linear(x_TI, weight_OI)
     how = mode()
@@ -95,7 +110,8 @@ class WideLinear(torch.autograd.Function):
 
 @wide_linear.fast
 def _(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
-    return WideLinear.apply(x_TI, weight_OI, bias_O)
+    y_TO = _few_rows(x_TI, weight_OI, bias_O)
+    return WideLinear.apply(x_TI, weight_OI, bias_O) if y_TO is None else y_TO
 
 
 @operation

@@ -18,7 +18,7 @@ from torch import Tensor
 from hnet_kernels.gradients import Slot
 from hnet_kernels.launch import cdiv, kernel, next_power_of_2, on_device_of
 from hnet_kernels.saved import saved_empty
-from hnet_kernels.triton_math import sigmoid
+from hnet_kernels.triton_math import let_next_begin, overlap, sigmoid, wait_for_inputs
 
 TILE = 2048  # elements of rows per thread block, in the forward
 
@@ -77,11 +77,14 @@ def _join24(x, low, SPLIT: tl.constexpr):
 def _add_norm(
     residual_ptr, residual_low_ptr, delta_ptr, weight_ptr, sum_ptr, low_ptr, x_ptr, scale_ptr, T, delta_stride, eps,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SPLIT: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    let_next_begin(OVERLAPS)
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
     inside = (t < T)[:, None] & (d < D)[None, :]
     row = t.to(tl.int64)[:, None]
+    wait_for_inputs(OVERLAPS)
     u = tl.load(delta_ptr + row * delta_stride + d[None, :], mask=inside, other=0.0).to(tl.float32)
     at = row * D + d[None, :]
     if HAS_RESIDUAL:
@@ -293,7 +296,7 @@ def add_norm_forward(
     with on_device_of(delta_TD):
         _add_norm[(cdiv(T, blocks["ROWS"]),)](
             residual_TD, residual_low_TD, delta_TD, weight_D.contiguous(), sum_TD, low_TD, x_TD, scale_T, T,
-            delta_TD.stride(0), eps, HAS_RESIDUAL=residual_TD is not None, SPLIT=split, **blocks,
+            delta_TD.stride(0), eps, HAS_RESIDUAL=residual_TD is not None, SPLIT=split, **blocks, **overlap(delta_TD),
         )  # fmt: skip
     return sum_TD, low_TD, x_TD, scale_T
 

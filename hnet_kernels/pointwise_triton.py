@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hnet_kernels.launch import cdiv, kernel, next_power_of_2, on_device_of
 from hnet_kernels.saved import saved_empty
-from hnet_kernels.triton_math import sigmoid
+from hnet_kernels.triton_math import let_next_begin, overlap, sigmoid, wait_for_inputs
 
 ELEMENTS = 1024  # of a thread block of SwiGLU
 TOKENS = 32  # of a thread block of the rotation
@@ -23,10 +23,12 @@ def _to_float32(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
 
 
 @kernel
-def _swiglu(both_ptr, h_ptr, inner, BLOCK: tl.constexpr):
+def _swiglu(both_ptr, h_ptr, inner, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
+    let_next_begin(OVERLAPS)
     t = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < inner
+    wait_for_inputs(OVERLAPS)
     value = tl.load(both_ptr + t * 2 * inner + i, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(both_ptr + t * 2 * inner + inner + i, mask=inside, other=0.0).to(tl.float32)
     h = gate * sigmoid(gate) * value
@@ -86,7 +88,7 @@ def swiglu_forward(both_T2I: Tensor) -> Tensor:
     T, inner, both_T2I = len(both_T2I), both_T2I.shape[1] // 2, both_T2I.contiguous()
     h_TI = saved_empty(both_T2I, T, inner)
     with on_device_of(h_TI):
-        _swiglu[(T, cdiv(inner, ELEMENTS))](both_T2I, h_TI, inner, BLOCK=ELEMENTS)
+        _swiglu[(T, cdiv(inner, ELEMENTS))](both_T2I, h_TI, inner, BLOCK=ELEMENTS, **overlap(h_TI))
     return h_TI
 
 

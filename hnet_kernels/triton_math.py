@@ -1,7 +1,21 @@
-"""Functions that several Triton kernels call."""
+"""Functions that several Triton kernels call; and kernels that begin before the one before them has ended.
 
+On Hopper GPUs a kernel that is launched so (programmatic dependent launch) can load what no kernel before it writes,
+such as weights, while they run. In generation, where a kernel takes a few microseconds, that hides much of its start.
+Such a kernel calls `let_next_begin` first, and `wait_for_inputs` before it reads or writes anything else, in every
+block.
+"""
+
+import functools
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.language.extra import cuda
+
+from hnet_kernels.dispatch import kernels_overlap
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 _COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
@@ -22,3 +36,30 @@ def sigmoid(x):
     else:
         s = 1 / (1 + e)
     return s
+
+
+FEW_ROWS = 256  # with more, kernels take long enough
+
+
+def overlap(x_TX: Tensor) -> dict[str, Any]:
+    """Options of a launch on few rows outside of training: OVERLAPS for the kernel, and what Triton needs to know."""
+    overlaps = x_TX.is_cuda and len(x_TX) <= FEW_ROWS and not torch.is_grad_enabled()
+    overlaps = overlaps and kernels_overlap() and _can_overlap(x_TX.device)
+    return {"OVERLAPS": True, "launch_pdl": True} if overlaps else {"OVERLAPS": False}
+
+
+@functools.cache
+def _can_overlap(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+@triton.jit
+def let_next_begin(OVERLAPS: tl.constexpr):
+    if OVERLAPS:
+        cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_inputs(OVERLAPS: tl.constexpr):
+    if OVERLAPS:
+        cuda.gdc_wait()

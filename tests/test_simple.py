@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import hnet_simple
+from hnet_kernels.sampling import UTF8_NEXT, SamplingRows, draw_rows, utf8_state
 from hnet_runtime.runs.weights import load
-from hnet_simple import HNetInference, Sampling, Utf8Guard, generate, ring_slots, stream, utf8_state
+from hnet_simple import HNetInference, Sampling, generate, ring_slots, stream
 from hnet_trainable import BOS, EOS, HNetConfig, HNetLM, parse_layout
 
 
@@ -563,7 +563,7 @@ def test_automaton_is_pythons():
     """Every string of up to 4 bytes over the edges of all ranges: the automaton ends at 0 where Python decodes it."""
     edges = [0x00, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC1, 0xC2, 0xDF, 0xE0, 0xE1, 0xEC, 0xED, 0xEE, 0xEF]
     edges += [0xF0, 0xF1, 0xF3, 0xF4, 0xF5, 0xFE, 0xFF]
-    table = hnet_simple.UTF8_NEXT.tolist()
+    table = UTF8_NEXT.tolist()
     for data in itertools.chain.from_iterable(itertools.product(edges, repeat=n) for n in range(1, 5)):
         state = 0
         for byte in data:
@@ -598,11 +598,15 @@ def test_ten_thousand_seeds_decode():
 def test_flat_logits_reach_every_kind_of_character():
     """Uniform draws from what the guard allows, so that every lead byte and range is met."""
     B, n, generator = 2000, 12, torch.Generator().manual_seed(1)
-    guard, drawn = Utf8Guard([0] * B, False, torch.device("cpu")), []
-    for left in range(n, 0, -1):
-        byte_B = Sampling().draw(torch.zeros(B, 256), torch.rand(B, generator=generator).double(), guard.mask(left))
-        guard.feed(byte_B)
-        drawn.append(byte_B)
+    rows, drawn = SamplingRows.new(B, n, torch.device("cpu")), []
+    rows.temperature_B += 1
+    rows.top_p_B += 1
+    rows.left_B += n
+    rows.active_B[:] = True
+    rows.noise_BN.copy_(torch.rand(B, n, generator=generator).double())
+    for _ in range(n):
+        draw_rows(torch.zeros(B, 256), rows)
+        drawn.append(rows.byte_B.clone())
     texts = [bytes(row).decode() for row in torch.stack(drawn, 1).tolist()]
     assert {len(c.encode()) for text in texts for c in text} == {1, 2, 3, 4}
     assert len({c.encode()[0] for text in texts for c in text}) == 128 + 30 + 16 + 5

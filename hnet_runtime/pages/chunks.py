@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from hnet_simple import UTF8_NEXT
+from hnet_kernels.sampling import UTF8_NEXT
 
 # light and dark shades of hues, distinguishable for the colour-blind and readable with black text
 HUES = (("#d6ecff", "#9ccbf5"), ("#ffe9bd", "#f7c35f"), ("#d3f2dc", "#8fd6ab"), ("#fbdcee", "#eda6cf"))

@@ -1,0 +1,83 @@
+"""Functions whose work on a GPU is recorded once as CUDA graphs and then replayed with one launch each."""
+
+import functools
+import time
+from collections.abc import Callable, Hashable
+
+import torch
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: cuBLAS has a workspace of some MB for each stream that it has seen."""
+    return torch.cuda.Stream(device)
+
+
+class CapturedFunctions:
+    """Functions without arguments by name, as CUDA graphs, over tensors that keep their places.
+
+    A function must do the same work in each call: it may not read a value from the device, nor depend on values of the
+    host that change. What it leaves for other functions in attributes is made once, and each replay fills it anew.
+
+    `failure`: the error of a capture that failed, as where a function waits for the device; then nothing is captured.
+    """
+
+    keeps = False  # True: the graphs can be looked at
+
+    def __init__(self, device: torch.device, captures: bool):
+        self.device, self.captures = device, captures
+        self.graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self.key: Hashable = None
+        self.failure: Exception | None = None
+        self.captured, self.seconds = 0, 0.0  # functions so far, and the time that it took
+
+    def prepare(
+        self, key: Hashable, functions: dict[Hashable, Callable[[], None]], idle: Callable[[], Callable[[], None]]
+    ) -> None:
+        """Capture the functions, unless `key` is that of the last capture.
+
+        key: what their work depends on, such as the addresses of weights. All functions are run once before, which
+        compiles kernels. `idle` is called first, so that this run changes nothing; it returns what undoes that.
+        """
+        if not self.captures or key == self.key:
+            return
+        began = time.perf_counter()
+        self.graphs.clear()
+        pool, stream = torch.cuda.graph_pool_handle(), _capture_stream(self.device)
+        undo = idle()
+        try:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for function in functions.values():
+                    function()
+            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.synchronize()
+            for name, function in functions.items():
+                graph = torch.cuda.CUDAGraph(keep_graph=self.keeps)
+                with torch.cuda.stream(stream):
+                    graph.capture_begin(pool, capture_error_mode="thread_local")
+                    try:
+                        function()
+                    finally:
+                        graph.capture_end()
+                self.graphs[name] = graph
+                self.captured += 1
+        except Exception as error:  # of a mixer that somebody has written: anything
+            self.give_up(error.with_traceback(None))
+        finally:
+            undo()
+        self.key = key
+        self.seconds += time.perf_counter() - began
+
+    def give_up(self, error: Exception) -> None:
+        """Nothing is captured or replayed any more."""
+        self.failure, self.captures = error, False
+        self.graphs.clear()
+
+    def replay(self, name: Hashable) -> bool:
+        """Whether the function has been captured, and is now being replayed."""
+        graph = self.graphs.get(name)
+        if graph is None or not self.captures:
+            return False
+        graph.replay()
+        return True
