@@ -219,7 +219,8 @@ def test_answers_of_another_model_than_the_files_are_refused(model, monkeypatch)
 def test_prompts_are_kept_whole_and_limits_count_tokens(model, monkeypatch):
     """What the model is asked for, by the options that tasks of lm_eval give; the names are those that it knows."""
     asked = []
-    monkeypatch.setattr(harness, "stream", lambda *args, **_: asked.append(args[1:3]) or iter(()))
+    add = lambda prompt, seed, sampling, limit, **_: asked.append((prompt, limit))  # noqa: E731
+    monkeypatch.setattr(harness, "Decoder", lambda *_: SimpleNamespace(busy=False, add=add))
     prompt = "Problem: what do 5 apples cost? Grüße! Answer:"
     size = len(prompt.encode())
     for options, limit in (
@@ -237,7 +238,7 @@ def test_prompts_are_kept_whole_and_limits_count_tokens(model, monkeypatch):
     ):
         answers = harness.Answers(model, 8192, 16)
         assert answers.generate_until([(prompt, options | {"until": ["Q"]})]) == [""]
-        assert asked.pop() == ([prompt.encode()], limit) and not asked, options
+        assert asked.pop() == (prompt.encode(), limit) and not asked, options
     harness.Answers(model, 8192, 1, bytes_per_token=2.5).generate_until([(prompt, {"max_gen_toks": 3})])
     assert asked.pop()[1] == 8
     requests = [("x" * n, {"max_gen_toks": 4}) for n in (100, 101, 300, 96, 92)]

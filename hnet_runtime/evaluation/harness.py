@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import json
 import math
 import numbers
 import os
 import sys
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,16 +19,15 @@ import torch
 
 from hnet_runtime import UserError
 from hnet_runtime.checks import agreement
-from hnet_runtime.evaluation.scoring import Likelihoods, in_batches
+from hnet_runtime.evaluation.scoring import Likelihoods
 from hnet_runtime.pages.progress_bar import Progress
-from hnet_simple import HNetInference, Sampling, stream
+from hnet_simple import Decoder, HNetInference, Sampling
 from hnet_trainable import HNetConfig, HNetLM
 
 BYTES_PER_TOKEN = 4.0  # tasks limit answers in tokens; a token of a common vocabulary is about four bytes of English
 DEFAULT_TOKENS = 256  # lm_eval's default limit
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first one given counts
 UNDERSTOOD = {*LIMITS, "max_length", "until", "do_sample", "temperature", "top_k", "top_p", "min_p"}
-CHARACTER = 4  # the most bytes of a character
 STDERR_DRAWS = 1000  # bootstrap draws for standard errors of metrics that are not means
 
 
@@ -103,19 +100,8 @@ class Answers:
         self.counts["generations"] += len(requests)
         self.counts["limits_shortened"] += sum(limit.is_shortened for limit in limits)
 
-        def alike(n: int) -> tuple:
-            """The key of requests that can run together: answers that are not shortened end exactly at their limit."""
-            return samplings[n], limits[n].is_shortened, -1 if limits[n].is_shortened else limits[n].bytes
-
-        answers, began = [""] * len(requests), time.perf_counter()
-        order = sorted(range(len(requests)), key=lambda n: (str(alike(n)), len(prompts[n])))
-        with Progress("generating", len(requests), "answers") as progress:
-            for _, group in itertools.groupby(order, key=alike):
-                for some in in_batches(group, self.batch):
-                    of_some = [[values[n] for n in some] for values in (prompts, stops, limits)]
-                    for n, answer in zip(some, self._generate(*of_some, samplings[some[0]], some)):
-                        answers[n] = answer
-                    progress.advance(len(some))
+        began = time.perf_counter()
+        answers = self._generate(prompts, samplings, stops, limits) if requests else []
         self.seconds_generating += time.perf_counter() - began
         return answers
 
@@ -128,8 +114,7 @@ class Answers:
             name = next((name for name in LIMITS if options.get(name) is not None), LIMITS[0])
             wanted = self._bytes(name, DEFAULT_TOKENS if asked is None else asked)
         room = self.context - len(prompt)
-        # Other answers run in the same batch, so a shortened one can't be ended at the end of a character
-        return Limit(wanted, False) if wanted <= room else Limit(room - (CHARACTER - 1), True)
+        return Limit(min(wanted, room), wanted > room)
 
     def _bytes(self, name: str, tokens: Any) -> int:
         try:
@@ -138,29 +123,33 @@ class Answers:
             raise UserError(f"--tasks: a task sets {name} to {tokens!r}; expected a number of tokens") from None
 
     def _generate(
-        self, prompts: list[bytes], stops: list[list[bytes]], limits: list[Limit], sampling: Sampling, seeds: list[int]
+        self, prompts: list[bytes], samplings: list[Sampling], stops: list[list[bytes]], limits: list[Limit]
     ) -> list[str]:
-        at_most = max(limit.bytes for limit in limits) + (CHARACTER - 1) * limits[0].is_shortened
+        """The answers, `batch` of them at a time. One that has met its stop text makes place for the next."""
+        decoder = Decoder(self.inference, min(self.batch, len(prompts)))
+        request: dict[int, int] = {}  # by the number of its text
+        for n in sorted(range(len(prompts)), key=lambda n: len(prompts[n])):  # prompts that are read together are alike
+            text = decoder.add(prompts[n], n, samplings[n], limits[n].bytes, valid_utf8=True)
+            request[text] = n
         written, ends = [bytearray() for _ in prompts], [-1] * len(prompts)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # no warning for the limit of a short prompt beside a long one
-            emitting = stream(self.inference, prompts, at_most, sampling, seeds, valid_utf8=True)
-        for emitted in emitting:
-            b = emitted.sequence
-            if ends[b] >= 0:
-                continue
-            written[b].append(emitted.byte)
-            self.counts["generated_bytes"] += 1
-            found = [len(stop) for stop in stops[b] if written[b].endswith(stop)]
-            if found:
-                ends[b] = len(written[b]) - max(found)
-            elif len(written[b]) == limits[b].bytes:
-                ends[b] = len(written[b])
-                self.counts["ended_at_limit"] += 1
-            if all(end >= 0 for end in ends):
-                break
-        # Only a shortened answer can end inside a character, which is then removed
-        return [bytes(w[:end] if end >= 0 else w).decode(errors="ignore") for w, end in zip(written, ends)]
+        with Progress("generating", len(prompts), "answers") as progress:
+            while decoder.busy:
+                for event in decoder.drain():
+                    n = request[event.text]
+                    if ends[n] >= 0:  # written before it could be stopped
+                        continue
+                    if event.byte is not None:
+                        written[n].append(event.byte)
+                        self.counts["generated_bytes"] += 1
+                    if found := [len(stop) for stop in stops[n] if written[n].endswith(stop)]:
+                        ends[n] = len(written[n]) - max(found)
+                        decoder.cancel(event.text)
+                    elif event.is_last:
+                        ends[n] = len(written[n])
+                        self.counts["ended_at_limit"] += ends[n] == limits[n].bytes
+                    progress.advance(ends[n] >= 0)
+        # a stop text may begin inside a character, which is left out
+        return [bytes(w[:end]).decode(errors="ignore") for w, end in zip(written, ends)]
 
     def report(self) -> dict[str, Any]:
         """The counts as results: the requests of each kind, and how many were shortened."""
