@@ -29,7 +29,7 @@ from hnet_runtime.commands import parse, run
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from hnet_simple import HNetInference, Sampling
+    from hnet_simple import Decoder, Sampling
 
 BOM = b"\xef\xbb\xbf"  # what some editors put before UTF-8
 
@@ -86,13 +86,15 @@ def main(argv: Sequence[str]) -> None:
     from hnet_runtime.checks import agreement
     from hnet_runtime.pages.chunks import has_colours, legend
     from hnet_runtime.runs.weights import load_inference
-    from hnet_simple import Sampling
+    from hnet_simple import Decoder, Sampling
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here")
     sampling = as_flags(lambda: Sampling(options.temperature, options.top_k, options.top_p, options.min_p))
     device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
     dtype = ("bfloat16" if device == "cuda" else "float32") if options.dtype == "auto" else options.dtype
+    if dtype == "bfloat16":  # as in training; it concerns residual_proj alone
+        torch.set_float32_matmul_precision("high")
     model = load_inference(options.checkpoint, options.config or None, device, getattr(torch, dtype))
     if difference := agreement.generation(model.config):
         raise UserError(
@@ -101,12 +103,13 @@ def main(argv: Sequence[str]) -> None:
     console = Console(highlight=False)
     if shows_chunks(options, console) and console.is_terminal:
         console.print(legend(model.config.num_stages, has_colours(console)), style="dim")
+    decoder = Decoder(model, options.samples)
     if prompt is not None:
-        answer(model, prompt, sampling, options, console)
+        answer(decoder, prompt, sampling, options, console)
         return
     for line in lines():
         try:
-            answer(model, line, sampling, options, console)
+            answer(decoder, line, sampling, options, console)
         except (KeyboardInterrupt, UserError) as error:
             print(f"\nerror: {error}" if str(error) else "", file=sys.stderr)
 
@@ -182,16 +185,16 @@ def shows_chunks(options: Options, console: "Console") -> bool:
     return options.show == "chunks" or (options.show == "auto" and console.is_terminal)
 
 
-def answer(model: "HNetInference", prompt: bytes, sampling: "Sampling", options: Options, console: "Console") -> None:
+def answer(decoder: "Decoder", prompt: bytes, sampling: "Sampling", options: Options, console: "Console") -> None:
     """Print the prompt with its continuation (or --samples of them), and to stderr how long that took."""
     from hnet_runtime.pages.chunks import Printer, print_chunks
     from hnet_simple import generate, stream
 
     settings = {"max_bytes": options.max_bytes, "sampling": sampling, "seed": options.seed}
-    settings |= {"valid_utf8": not options.any_bytes, "stop_at_eos": not options.past_eos}
+    settings |= {"valid_utf8": not options.any_bytes, "stop_at_eos": not options.past_eos, "decoder": decoder}
     with_chunks, began = shows_chunks(options, console), time.perf_counter()
     if options.samples > 1:
-        texts = as_flags(lambda: generate(model, [prompt] * options.samples, **settings))
+        texts = as_flags(lambda: generate(decoder.model, [prompt] * options.samples, **settings))
         seconds = time.perf_counter() - began
         for n, made in enumerate(texts):
             print(f"--- seed {options.seed + n}", flush=True)
@@ -202,7 +205,7 @@ def answer(model: "HNetInference", prompt: bytes, sampling: "Sampling", options:
         tell_speed(sum(len(made.continuation) for made in texts), seconds)
         return
     printer, emitted_bytes = Printer(console), 0
-    for emitted in as_flags(lambda: stream(model, [prompt], echo=True, **settings)):
+    for emitted in as_flags(lambda: stream(decoder.model, [prompt], echo=True, **settings)):
         emitted_bytes += 1
         printer.feed(emitted.byte, emitted.starts) if with_chunks else write(bytes([emitted.byte]))
         if emitted_bytes == len(prompt):  # it has been read; what follows is the continuation
