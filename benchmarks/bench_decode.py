@@ -24,11 +24,12 @@ from pathlib import Path
 import torch
 import tyro
 
+from hnet_decoder import Decoder
 from hnet_kernels.capture import CapturedFunctions
 from hnet_kernels.dispatch import forcing
 from hnet_runtime import UserError
 from hnet_runtime.runs import weights
-from hnet_simple import Decoder, HNetInference, Noise, Sampling
+from hnet_simple import HNetInference, Noise, Sampling
 from hnet_trainable import BOS, HNetConfig
 
 GB_PER_S = {"NVIDIA H200": 4300}  # measured with a copy, bytes read and written

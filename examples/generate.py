@@ -5,8 +5,9 @@ python examples/generate.py runs/mine "The " "A chunk"
 
 import sys
 
+from hnet_decoder import generate, stream
 from hnet_runtime.runs.weights import load_inference
-from hnet_simple import Sampling, generate, stream
+from hnet_simple import Sampling
 
 run, *prompts = sys.argv[1:]
 model = load_inference(run)

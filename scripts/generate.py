@@ -29,7 +29,8 @@ from hnet_runtime.commands import parse, run
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from hnet_simple import Decoder, Sampling
+    from hnet_decoder import Decoder
+    from hnet_simple import Sampling
 
 BOM = b"\xef\xbb\xbf"  # what some editors put before UTF-8
 
@@ -83,10 +84,11 @@ def main(argv: Sequence[str]) -> None:
     import torch
     from rich.console import Console
 
+    from hnet_decoder import Decoder
     from hnet_runtime.checks import agreement
     from hnet_runtime.pages.chunks import has_colours, legend
     from hnet_runtime.runs.weights import load_inference
-    from hnet_simple import Decoder, Sampling
+    from hnet_simple import Sampling
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here")
@@ -187,8 +189,8 @@ def shows_chunks(options: Options, console: "Console") -> bool:
 
 def answer(decoder: "Decoder", prompt: bytes, sampling: "Sampling", options: Options, console: "Console") -> None:
     """Print the prompt with its continuation (or --samples of them), and to stderr how long that took."""
+    from hnet_decoder import generate, stream
     from hnet_runtime.pages.chunks import Printer, print_chunks
-    from hnet_simple import generate, stream
 
     settings = {"max_bytes": options.max_bytes, "sampling": sampling, "seed": options.seed}
     settings |= {"valid_utf8": not options.any_bytes, "stop_at_eos": not options.past_eos, "decoder": decoder}

@@ -210,7 +210,8 @@ def as_pattern(message: str) -> str:
 
 
 def test_its_messages_are_those_of_the_code():
-    files = [ROOT / "train.py", *(ROOT / "hnet_runtime").rglob("*.py"), ROOT / "hnet_simple.py"]
+    files = [ROOT / name for name in ("train.py", "hnet_simple.py", "hnet_decoder.py")]
+    files += (ROOT / "hnet_runtime").rglob("*.py")
     source = re.sub(r'"\n\s+f?"', "", "".join(file.read_text(encoding="utf-8") for file in files))
     quoted = re.findall(r"^    (steps run .*)$", TEXT, re.MULTILINE)
     known = messages()

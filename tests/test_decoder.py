@@ -6,9 +6,10 @@ import pytest
 import torch
 from test_simple import config_of, random_model
 
+from hnet_decoder import Decoder, Event, generate, stream
 from hnet_kernels.capture import CapturedFunctions
 from hnet_kernels.sampling import ANY_BYTES, SamplingRows, utf8_state
-from hnet_simple import Decoder, Event, HNetInference, Noise, Sampling, generate, stream
+from hnet_simple import HNetInference, Noise, Sampling
 from hnet_trainable import BOS, EOS, HNetConfig
 
 PROMPTS = ["", "a", "The quick brown fox ", b"\xff\x00\x80", "日本", "x" * 70, "\n\n", "def f(x):"]

@@ -15,7 +15,8 @@ from rich.color import Color, ColorSystem
 from rich.console import Console
 from test_simple import config_of, random_model
 
-import hnet_simple
+import hnet_decoder
+from hnet_decoder import generate
 from hnet_kernels import generation
 from hnet_runtime import UserError
 from hnet_runtime.checks import equivalence
@@ -23,7 +24,7 @@ from hnet_runtime.checks.equivalence import check, run
 from hnet_runtime.pages import chunks
 from hnet_runtime.pages.chunks import Printer, bars, render
 from hnet_runtime.runs import weights
-from hnet_simple import HNetInference, generate
+from hnet_simple import HNetInference
 from hnet_trainable import HNetLM
 
 ROOT = Path(__file__).parent.parent
@@ -262,7 +263,7 @@ def test_a_step_that_differs_is_found(pair, monkeypatch):
 
 def test_continuations_are_compared(pair, monkeypatch):
     model, copy = pair
-    made = hnet_simple.generate
+    made = hnet_decoder.generate
 
     def forgetful(*args, **options):
         texts = made(*args, **options)
@@ -398,7 +399,7 @@ def test_generate_says_what_is_wrong(checkpoint, flags, words):
 
 
 def test_long_prompt_is_warned_of(checkpoint, capfdbinary, monkeypatch):
-    monkeypatch.setattr(hnet_simple, "TRAINED_LENGTH", 20)
+    monkeypatch.setattr(hnet_decoder, "TRAINED_LENGTH", 20)
     script("generate").main([str(checkpoint), "--prompt", "x" * 19, "--max-bytes", "2"])
     assert b"warning: a prompt of 19 bytes and 2 more exceed the 20" in capfdbinary.readouterr().err
 

@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hnet_decoder import generate, stream
 from hnet_kernels.sampling import UTF8_NEXT, SamplingRows, draw_rows, utf8_state
 from hnet_runtime.runs.weights import load
-from hnet_simple import HNetInference, Sampling, generate, ring_slots, stream
+from hnet_simple import HNetInference, Sampling, ring_slots
 from hnet_trainable import BOS, EOS, HNetConfig, HNetLM, parse_layout
 
 

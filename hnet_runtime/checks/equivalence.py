@@ -23,9 +23,10 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nested import nested_tensor_from_jagged
 
+from hnet_decoder import generate
 from hnet_kernels import Residual
 from hnet_runtime.runs import weights
-from hnet_simple import HNetInference, Noise, Sampling, generate
+from hnet_simple import HNetInference, Noise, Sampling
 from hnet_trainable import BOS, HNetConfig, HNetLM, RoutingModule, init_weights, stage_of
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.5}  # of a layer's output, see above

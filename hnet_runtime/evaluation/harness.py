@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hnet_decoder import Decoder
 from hnet_runtime import UserError
 from hnet_runtime.checks import agreement
 from hnet_runtime.evaluation.scoring import Likelihoods
 from hnet_runtime.pages.progress_bar import Progress
-from hnet_simple import Decoder, HNetInference, Sampling
+from hnet_simple import HNetInference, Sampling
 from hnet_trainable import HNetConfig, HNetLM
 
 BYTES_PER_TOKEN = 4.0  # tasks limit answers in tokens; a token of a common vocabulary is about four bytes of English

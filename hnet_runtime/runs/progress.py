@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hnet_decoder import generate
 from hnet_runtime import distributed
 from hnet_runtime.data.stream import ByteStream
 from hnet_runtime.distributed import World
@@ -21,7 +22,7 @@ from hnet_runtime.runs import statistics
 from hnet_runtime.runs.flags import TrainConfig
 from hnet_runtime.runs.metrics import duration, read_metrics
 from hnet_runtime.runs.statistics import StepNumbers
-from hnet_simple import HNetInference, generate
+from hnet_simple import HNetInference
 from hnet_trainable import HNetConfig, HNetLM
 
 logger = logging.getLogger("hnet")

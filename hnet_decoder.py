@@ -1,0 +1,558 @@
+"""Continuing texts with an H-Net: many in one batch, and on a GPU as CUDA graphs.
+
+`generate` and `stream` are what most callers need. Both are written on `Decoder`, which repeats the steps of
+hnet_simple.py: it draws a byte for each row of a batch, reads it, and replaces texts that have ended by others. On a
+GPU the parts of a step are captured as CUDA graphs, which need no host: rows draw, stop and record what they did on the
+device, and the host looks at the record every few steps.
+
+Shape legend, as suffixes of names: B rows of the batch, E steps between two looks, D width, V vocabulary, S number of
+chunking stages, X values of an event.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import logging
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hnet_kernels.capture import CapturedFunctions
+from hnet_kernels.dispatch import one_after_the_other
+from hnet_kernels.sampling import (
+    ANY_BYTES,
+    UTF8_MISSING,
+    Events,
+    SamplingRows,
+    draw_rows,
+    note_starts,
+    record,
+    utf8_state,
+)
+from hnet_simple import (
+    TRAINED_LENGTH,
+    HNetInference,
+    Noise,
+    Sampling,
+    Token,
+    at_least_float32,
+    enter_step,
+    inner_step,
+    leave_step,
+    smooth_step,
+)
+from hnet_trainable import BOS, EOS
+
+logger = logging.getLogger("hnet")
+GRAPH_TOLERANCE, CHECKED_STEPS = 1e-3, 4  # of logits: the same kernels compute both, on the same inputs
+
+
+# ------------------------------------------------------------------------------------------------------------- Decoder
+
+
+class Event(NamedTuple):
+    """One byte of a text, and what the model thought of it."""
+
+    text: int  # what `Decoder.add` returned
+    byte: int | None  # None: the model has ended the text, with EOS
+    starts: tuple[bool, ...]  # does the byte open a chunk of stage 0, 1, ...
+    probabilities: tuple[float, ...]  # p of each chunking stage; zero in a stage that the byte did not reach
+    log_probability: float  # of the byte among all 256, in nats, before temperature and filters
+    is_last: bool  # no event of this text follows
+
+
+@dataclasses.dataclass
+class Text:
+    """What the host knows of a text that is being continued."""
+
+    number: int
+    prompt: bytes  # BOS and the prompt
+    sampling: Sampling
+    left: int  # bytes that it may still get
+    utf8: int
+    stop_at_eos: bool
+    echo: bool
+    generator: torch.Generator
+    drawn: int = 0  # random numbers used
+    filled: int = 0  # random numbers on the device
+
+
+class Running(NamedTuple):
+    """Steps that have been started."""
+
+    steps: int
+    texts: list[Text | None]  # of each row
+    end: torch.cuda.Event | None
+
+
+class Decoder:
+    """Continues many texts at once. Each has a row of a batch, which the next text takes when it has ended.
+
+        decoder = Decoder(model, rows=64)
+        for prompt in prompts:
+            decoder.add(prompt, seed=1, max_bytes=500)
+        while decoder.busy:
+            for event in decoder.drain():
+                ...
+
+    `add` and `cancel` can be called at any time: between two drains texts enter and leave without touching the others.
+    A text's bytes depend on its prompt, its options and its seed, but for rounding not on what runs beside it.
+
+    On a GPU the parts of a step are CUDA graphs, captured at the first drain and again where a buffer or a weight has
+    moved. With few rows the host looks after each stage whether a chunk begins, and leaves out the stages inside where
+    none does. With more rows, where nearly always one does, whole steps run without the host. On other devices the same
+    functions are called, and the host always looks. `captures` and `host_decides` choose otherwise. A mixer whose step
+    cannot be captured runs uncaptured; `captured.failure` says why.
+    """
+
+    runs_ahead = True  # False: between drains nothing runs
+    STEPS, SECONDS = 16, 0.02  # a drain returns after so many steps, or that time
+    FEW_ROWS = 4
+    PREFILL_BYTES = 1 << 17  # of prompts that are read together, padding included
+    NUMBERS = 2 * Noise.BLOCK  # random numbers of a row on the device
+    RESERVED = 256  # tokens of an inner stage for which there is room from the beginning
+
+    def __init__(
+        self, model: HNetInference, rows: int = 1, captures: bool | None = None, host_decides: bool | None = None
+    ):
+        self.model, self.device = model, model.embeddings.weight.device
+        self.cache = model.new_cache(rows)
+        self.stages = list(zip(model.stages, self.cache.stages))
+        self.S, looks = len(self.stages) - 1, self.device.type != "cuda" or rows <= self.FEW_ROWS
+        self.host_decides = looks if host_decides is None else host_decides
+        self.texts: list[Text | None] = [None] * rows
+        self.waiting: list[Text] = []
+        self.numbers, self.early = itertools.count(), []
+        # on the device, at fixed places
+        zeros, head = torch.zeros, model.lm_head.weight
+        self.logits_BV = zeros(rows, model.config.vocab_size, dtype=head.dtype, device=self.device)
+        self.rows = SamplingRows.new(rows, self.NUMBERS, self.device)
+        wide = at_least_float32(head.dtype)
+        self.events = Events.new(self.STEPS, rows, self.S, wide, self.device)
+        # what the host reads: after a stage, does a chunk begin in any row; after some steps, what they did
+        pinned = {"pin_memory": self.device.type == "cuda"}
+        self.begins_S = zeros(self.S, dtype=torch.bool, **pinned)
+        self.past_EBX = torch.zeros_like(self.events.past_EBX, device="cpu", **pinned)
+        self.running: Running | None = None
+        self.overlaps, self.is_checked = True, False
+        self.tokens: list[Token | None] = [None] * self.S
+        self.captured = CapturedFunctions(self.device, self.device.type == "cuda" if captures is None else captures)
+
+    @property
+    def busy(self) -> bool:
+        """Is there a text that has not ended, or an event that was not drained?"""
+        return bool(self.waiting or self.early or any(self.texts))
+
+    def add(
+        self, prompt: str | bytes, seed: int = 0, sampling: Sampling = Sampling(), max_bytes: int = 256,
+        valid_utf8: bool = False, stop_at_eos: bool = True, echo: bool = False,
+    ) -> int:  # fmt: skip
+        """Continue a prompt, with BOS before it, by up to `max_bytes` bytes, when a row is free. Returns its number.
+
+        With `valid_utf8` prompt and continuation together are UTF-8, also where `max_bytes` ends it (if the prompt is,
+        but for a character cut off at its end, which is completed). EOS ends the text unless `stop_at_eos` is False.
+        `echo`: the prompt's bytes are events as well, without probabilities.
+
+        Raises ValueError for max_bytes < 1, or too few to complete a character.
+        """
+        prompt = as_bytes(prompt)
+        utf8 = utf8_state(prompt) if valid_utf8 else ANY_BYTES
+        least = max(1, int(UTF8_MISSING[utf8]) if valid_utf8 else 0)
+        if max_bytes < least:
+            why = "expected 1 or more" if least == 1 else f"a prompt ends in a character that needs {least} more"
+            raise ValueError(f"max_bytes: {max_bytes}; {why}")
+        generator = torch.Generator().manual_seed(seed)
+        text = Text(next(self.numbers), bytes([BOS]) + prompt, sampling, max_bytes, utf8, stop_at_eos, echo, generator)
+        self.waiting.append(text)
+        return text.number
+
+    def cancel(self, number: int) -> None:
+        """End a text: no event of it follows. Its row is free for the next one."""
+        self.waiting = [text for text in self.waiting if text.number != number]
+        self.early = [event for event in self.early if event.text != number]
+        for row, text in enumerate(self.texts):
+            if text and text.number == number:
+                self.rows.active_B[row] = False
+                self.texts[row] = None
+
+    @torch.no_grad()
+    def drain(self) -> list[Event]:
+        """Run up to `STEPS` steps of all texts. Returns what has been written, in the order of the steps."""
+        self.model._check_weights()
+        events, self.early = self.early, []
+        if self.running is None:
+            self._start()
+            events, self.early = events + self.early, []
+        if self.running is None:
+            return events
+        done, self.running = self.running, None
+        past_EBX = self._wait(done)
+        texts = [text if text is self.texts[row] else None for row, text in enumerate(done.texts)]  # not cancelled
+        ended = self._keep_account(texts, past_EBX)
+        if self.runs_ahead and not self.host_decides and not ended and not (self.waiting and None in self.texts):
+            self._start()  # the GPU computes while the host makes and handles events
+        return events + self._events(texts, ended, past_EBX)
+
+    # ------------------------------------------------------------------------------------------------ parts of a step
+
+    def _parts(self) -> list[tuple[str, int]]:
+        """What the host runs, by method and stage: whole steps, or else what it can leave out."""
+        if not self.host_decides:
+            return [("step", 0)]
+        way_in, way_out = ([(name, s) for s in range(self.S)] for name in ("enter", "leave"))
+        return [*way_in, ("inner", self.S), *reversed(way_out)]
+
+    def _run(self, name: str, s: int) -> None:
+        if not self.captured.replay((name, s)):
+            getattr(self, f"_{name}")(s)
+
+    def _run_step(self) -> None:
+        """One step of all rows."""
+        if not self.host_decides:
+            self._run("step", 0)
+            return
+        reached = 0
+        while reached < self.S:
+            self._run("enter", reached)
+            if self.device.type == "cuda":
+                torch.cuda.current_stream().synchronize()  # the wait for a stage
+            if not self.begins_S[reached]:
+                break
+            reached += 1
+        if reached == self.S:
+            self._run("inner", self.S)
+        for s in reversed(range(min(reached + 1, self.S))):
+            self._run("leave", s)
+
+    def _step(self, _: int) -> None:
+        for s in range(self.S):
+            self._enter(s)
+        self._inner(self.S)
+        for s in reversed(range(self.S)):
+            self._leave(s)
+
+    def _draw(self) -> Tensor:
+        """The embeddings of the next bytes."""
+        sampling = {text.sampling for text in self.texts if text}
+        shared = dataclasses.astuple(*sampling) if len(sampling) == 1 and not self.captured.captures else None
+        draw_rows(self.logits_BV, self.rows, shared)
+        return self.model.embed(self.rows.byte_B)
+
+    def _enter(self, s: int) -> None:
+        x_BD, new_B1 = self.tokens[s - 1][::2] if s else (self._draw(), self.rows.active_B[:, None])
+        self.tokens[s] = token = enter_step(*self.stages[s], x_BD, new_B1)
+        note_starts(self.events, s, token.p_B1, token.opens_B1, new_B1, self.rows)
+        if self.host_decides:
+            self.begins_S[s].copy_(self.events.begins_S[s], non_blocking=True)
+
+    def _inner(self, S: int) -> None:
+        x_BD, new_B1 = self.tokens[-1][::2] if self.S else (self._draw(), self.rows.active_B[:, None])
+        stage, state = self.stages[-1]
+        self._go_out(S, inner_step(stage, state, x_BD, new_B1), new_B1)
+
+    def _leave(self, s: int) -> None:
+        token = self.tokens[s]
+        self._go_out(s, leave_step(self.stages[s][0], token), token.how.span.valid_BL)
+
+    def _go_out(self, s: int, y_BD: Tensor, new_B1: Tensor) -> None:
+        """What stage s gives goes to the stage around it, or becomes logits; then the step is done."""
+        self.stages[s][1].position_B += new_B1[:, 0]
+        if s:
+            smooth_step(y_BD, self.tokens[s - 1])
+            return
+        self.logits_BV.copy_(self.model.head(y_BD))
+        record(self.events, self.rows)
+
+    # -------------------------------------------------------------------------------------------------------- the host
+
+    def _idle(self) -> Callable[[], None]:
+        """Lets steps change nothing, until the function that is returned is called."""
+        active_B, logits_BV = self.rows.active_B.clone(), self.logits_BV.clone()
+        self.rows.active_B.zero_()
+        self.events.written.zero_()
+
+        def undo() -> None:
+            self.rows.active_B.copy_(active_B)
+            self.logits_BV.copy_(logits_BV)
+
+        return undo
+
+    def _capture(self) -> None:
+        """Capture the parts of a step, if need be. What is used is checked once, or something slower is used."""
+        if not self.captured.captures:
+            return
+        functions = {(name, s): functools.partial(getattr(self, f"_{name}"), s) for name, s in self._parts()}
+        for overlaps in (True, False) if self.overlaps else (False,):
+            self.overlaps = overlaps
+            with contextlib.nullcontext() if overlaps else one_after_the_other():
+                self.captured.prepare((overlaps, *self._places()), functions, self._idle)
+            if self.is_checked or not self.captured.captures:
+                return
+            gap = self._error_of_graphs()
+            if gap <= GRAPH_TOLERANCE:
+                self.is_checked = True
+                return
+        self.captured.give_up(RuntimeError(f"graphs of a step are off by {gap:.1e}"))
+        logger.warning("generation runs one operation after the other: %s", self.captured.failure)
+
+    def _error_of_graphs(self) -> float:
+        """How far the logits are, after a few steps as graphs, from those of the functions that were captured."""
+        rows, events = (vars(x).values() for x in (self.rows, self.events))
+        changed = [self.logits_BV, *rows, *events, *(t for _, state in self.stages for t in state.tensors())]
+        before, active_B = [t.clone() for t in changed], self.rows.active_B.clone()
+
+        def logits() -> Tensor:
+            for _ in range(CHECKED_STEPS):
+                self._run_step()
+            logits_BV = self.logits_BV[active_B].double()
+            for t, value in zip(changed, before):
+                t.copy_(value)
+            return logits_BV
+
+        found = logits()
+        self.captured.captures = False
+        with one_after_the_other():
+            wanted = logits()
+        self.captured.captures = True
+        gap = (found - wanted).norm() / wanted.norm().clamp_min(1e-9)
+        return gap.nan_to_num(nan=math.inf).item()
+
+    def _places(self) -> tuple[int, ...]:
+        """The addresses that graphs read and write."""
+        tensors = [*self.parameters]
+        for _, state in self.stages:
+            tensors += [*state.tensors(), *state.tables]
+        return tuple(t.data_ptr() for t in tensors)
+
+    def _admit(self) -> None:
+        """Waiting texts get the free rows. A prefill takes as long as some steps, so a few are read together."""
+        free = [row for row, text in enumerate(self.texts) if text is None]
+        enough = min(len(self.waiting), max(1, len(self.texts) // 8))
+        if not self.waiting or (len(free) < enough and any(self.texts)):
+            return
+        while free and self.waiting:
+            longest, texts = 0, []
+            for text in self.waiting[: len(free)]:
+                longest = max(longest, len(text.prompt))
+                if texts and longest * (len(texts) + 1) > self.PREFILL_BYTES:
+                    break
+                texts.append(text)
+            self._read(texts, free[: len(texts)])
+            self.waiting, free = self.waiting[len(texts) :], free[len(texts) :]
+
+    def _read(self, texts: list[Text], rows: list[int]) -> None:
+        """Prefill some texts into rows."""
+        self.parameters = list(self.model.parameters())  # training may have replaced some since the last text
+        first = self.model.prefill([text.prompt for text in texts])
+        bytes_ = max(len(text.prompt) + text.left for text in texts)
+        for s, ((stage, state), read) in enumerate(zip(self.stages, first.cache.stages)):
+            state.reserve(max(bytes_ if s == 0 else min(bytes_, self.RESERVED), *read.tokens), stage)
+            state.put(rows, read)
+        rows_B = torch.tensor(rows).to(self.device, non_blocking=True)
+        self.logits_BV[rows_B] = first.last_logits()
+        values = {
+            "temperature_B": [text.sampling.temperature for text in texts],
+            "top_k_B": [text.sampling.top_k for text in texts],
+            "top_p_B": [text.sampling.top_p for text in texts],
+            "min_p_B": [text.sampling.min_p for text in texts],
+            "drawn_B": [0] * len(texts),
+            "left_B": [text.left for text in texts],
+            "utf8_B": [text.utf8 for text in texts],
+            "stops_B": [text.stop_at_eos for text in texts],
+            "active_B": [True] * len(texts),
+        }
+        for name, value in values.items():
+            buffer = getattr(self.rows, name)
+            buffer[rows_B] = torch.tensor(value, dtype=buffer.dtype).to(self.device, non_blocking=True)
+        for i, (row, text) in enumerate(zip(rows, texts)):
+            self.texts[row] = text
+            if text.echo:
+                for byte, starts in zip(text.prompt[1:], first.starts_BLS[i, 1:].tolist()):
+                    self.early.append(Event(text.number, byte, tuple(starts), (), math.nan, False))
+
+    def _fill_noise(self, steps: int) -> None:
+        """Each row needs a random number a step."""
+        for first in (0, Noise.BLOCK):
+            rows = [
+                row
+                for row, text in enumerate(self.texts)
+                if text and text.filled < text.drawn + steps and text.filled % self.NUMBERS == first
+            ]
+            if not rows:
+                continue
+            block_BX = torch.stack([Noise.block(self.texts[row].generator) for row in rows])
+            rows_B = torch.tensor(rows).to(self.device, non_blocking=True)
+            place = slice(first, first + Noise.BLOCK)
+            self.rows.noise_BN[rows_B, place] = block_BX.to(self.device, non_blocking=True)
+            for row in rows:
+                self.texts[row].filled += Noise.BLOCK
+
+    def _start(self) -> None:
+        """Give free rows to waiting texts and run some steps."""
+        self._admit()
+        if not any(self.texts):
+            return
+        steps = min(self.STEPS, max(text.left for text in self.texts if text))
+        for stage, state in self.stages:
+            state.reserve(max(state.tokens) + max(steps, CHECKED_STEPS), stage)
+        self._fill_noise(steps)
+        self._capture()
+        self.events.written.zero_()
+        began, done = time.perf_counter(), 0
+        while done < steps and (done == 0 or not self.host_decides or time.perf_counter() - began < self.SECONDS):
+            self._run_step()
+            done += 1
+        self.past_EBX.copy_(self.events.past_EBX, non_blocking=True)
+        self.running = Running(done, list(self.texts), torch.cuda.Event() if self.device.type == "cuda" else None)
+        if self.running.end:
+            self.running.end.record()
+
+    def _wait(self, running: Running) -> np.ndarray:
+        if running.end:
+            running.end.synchronize()
+        return self.past_EBX[: running.steps].numpy().copy()
+
+    def _keep_account(self, texts: list[Text | None], past_EBX: np.ndarray) -> set[int]:
+        """Bring the host's numbers up to date. Returns the rows whose text has ended, which are free."""
+        steps_B = (past_EBX[..., 0] >= 0).sum(0).tolist()
+        last_B = past_EBX[-1, :, 0].tolist()
+        tokens_SB = past_EBX[..., 2 : 2 + self.S].sum(0).astype(int).T.tolist()
+        ended = set()
+        for row, text in enumerate(texts):
+            if text is None:
+                continue
+            text.left, text.drawn = text.left - steps_B[row], text.drawn + steps_B[row]
+            for (_, state), tokens_B in zip(self.stages, (steps_B, *tokens_SB)):
+                state.tokens[row] += tokens_B[row]
+            if text.left == 0 or last_B[row] < 0 or (text.stop_at_eos and last_B[row] == EOS):
+                ended.add(row)
+                self.texts[row] = None
+        return ended
+
+    def _events(self, texts: list[Text | None], ended: set[int], past_EBX: np.ndarray) -> list[Event]:
+        events: list[Event] = []
+        last: dict[int, int] = {}  # where a row's last event is
+        for of_step in past_EBX.tolist():
+            for row, (byte, log_probability, *more) in enumerate(of_step):
+                if byte < 0 or (text := texts[row]) is None:
+                    continue
+                starts, p = tuple(map(bool, more[: self.S])), tuple(more[self.S :])
+                is_end = text.stop_at_eos and byte == EOS
+                last[row] = len(events)
+                events.append(Event(text.number, None if is_end else int(byte), starts, p, log_probability, False))
+        for row in ended & last.keys():
+            events[last[row]] = events[last[row]]._replace(is_last=True)
+        return events
+
+
+# ----------------------------------------------------------------------------------------------------------- generate
+
+
+class Emitted(NamedTuple):
+    """One byte of a stream, with whether it opens a chunk of each chunking stage, outermost first."""
+
+    sequence: int
+    byte: int
+    starts: tuple[bool, ...]
+
+
+@dataclasses.dataclass
+class Generation:
+    """A finished text: `starts` has one entry for each byte of prompt and continuation (see Emitted)."""
+
+    prompt: bytes
+    continuation: bytes = b""
+    starts: list[tuple[bool, ...]] = dataclasses.field(default_factory=list)
+
+    @property
+    def data(self) -> bytes:
+        return self.prompt + self.continuation
+
+    @property
+    def text(self) -> str:
+        return self.data.decode(errors="replace")
+
+
+def as_bytes(prompt: str | bytes) -> bytes:
+    """A prompt's bytes. ValueError for a str that UTF-8 cannot hold (lone surrogates)."""
+    if isinstance(prompt, bytes):
+        return prompt
+    try:
+        return prompt.encode()
+    except UnicodeEncodeError as error:
+        found = prompt[error.start]
+        raise ValueError(f"prompt: character {error.start} ({found!r}) is no text; pass raw bytes as bytes") from None
+
+
+MOST_ROWS = 256  # of a batch; further prompts wait for a row
+
+
+def stream(
+    model: HNetInference,
+    prompts: Sequence[str | bytes],
+    max_bytes: int = 256,
+    sampling: Sampling = Sampling(),
+    seed: int | Sequence[int] = 0,
+    valid_utf8: bool = False,
+    stop_at_eos: bool = True,
+    echo: bool = False,
+    decoder: Decoder | None = None,
+) -> Iterator[Emitted]:
+    """Continue each prompt by up to `max_bytes` bytes; yields them as they are decided, of all sequences in turn.
+
+    Sequence b draws from its own generator, seeded with seed[b] (seed + b for a single number), so it gets the same
+    bytes in any batch. A sequence ends at EOS, which is not yielded, unless `stop_at_eos` is False. `echo` yields the
+    prompts' bytes first. For the other options see `Decoder.add`. `decoder`: one of this model that is not busy, whose
+    graphs are captured already.
+
+    Raises ValueError for no prompt, a wrong number of seeds, or what `Decoder.add` refuses; warns of lengths beyond
+    TRAINED_LENGTH.
+    """
+    data = [as_bytes(prompt) for prompt in prompts]
+    seeds = [seed + b for b in range(len(data))] if isinstance(seed, int) else list(seed)
+    if not data or len(seeds) != len(data):
+        raise ValueError(
+            f"prompts: {len(data)} with {len(seeds)} seeds; expected at least one prompt and a seed for each"
+        )
+    longest = max(map(len, data))
+    if longest + max_bytes > TRAINED_LENGTH:
+        warnings.warn(
+            f"a prompt of {longest} bytes and {max_bytes} more exceed the {TRAINED_LENGTH} that H-Nets are trained on; "
+            "expect worse text",
+            stacklevel=2,
+        )
+    decoder = decoder or Decoder(model, min(len(data), MOST_ROWS))
+    options = {"sampling": sampling, "max_bytes": max_bytes, "valid_utf8": valid_utf8, "stop_at_eos": stop_at_eos}
+    numbers = [decoder.add(prompt, seed, echo=echo, **options) for prompt, seed in zip(data, seeds)]
+    return _stream(decoder, {number: b for b, number in enumerate(numbers)})
+
+
+def _stream(decoder: Decoder, sequence: dict[int, int]) -> Iterator[Emitted]:
+    try:
+        while decoder.busy:
+            for event in decoder.drain():
+                if event.byte is not None:
+                    yield Emitted(sequence[event.text], event.byte, event.starts)
+    finally:
+        for number in sequence:  # where the caller has stopped listening
+            decoder.cancel(number)
+
+
+def generate(model: HNetInference, prompts: Sequence[str | bytes], **options) -> list[Generation]:
+    """`stream` with the same options, collected: a Generation per prompt, with the chunk starts of prompt and rest."""
+    done = [Generation(as_bytes(prompt)) for prompt in prompts]
+    for emitted in stream(model, prompts, **{**options, "echo": True}):
+        generation = done[emitted.sequence]
+        if len(generation.starts) >= len(generation.prompt):
+            generation.continuation += bytes([emitted.byte])
+        generation.starts.append(emitted.starts)
+    return done
