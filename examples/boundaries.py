@@ -24,11 +24,13 @@ with torch.no_grad():
     stages = model(iids).stages
 
 position = torch.arange(len(text) + 1)  # the byte at which each token of the stage begins; BOS is 0
+# BOS opens a chunk. It is left out where it is alone in it.
 for s, stage in enumerate(stages):
     (p,), (b,) = stage.boundary_prob.unbind(), stage.boundary_mask.unbind()
     starts = position[b].tolist()
-    chunks = [text[max(begin - 1, 0) : end - 1] for begin, end in zip(starts, [*starts[1:], len(text) + 1])]
-    print(f"stage {s}: {len(text) / len(chunks):.1f} bytes per chunk")
-    print("  " + "|".join(chunk.decode(errors="replace") for chunk in chunks))
-    print("  p at the starts:", " ".join(f"{x:.2f}" for x in p[b].tolist()))
+    ends = [*starts[1:], len(text) + 1]
+    chunks = [(text[max(begin - 1, 0) : end - 1], x) for begin, end, x in zip(starts, ends, p[b].tolist()) if end > 1]
+    print(f"stage {s}: {len(text) / max(len(chunks), 1):.1f} bytes per chunk")
+    print("  " + "|".join(chunk.decode(errors="replace") for chunk, _ in chunks))
+    print("  p at the starts:", " ".join(f"{x:.2f}" for _, x in chunks))
     position = position[b]
