@@ -4,7 +4,8 @@
     python benchmarks/render.py --check            change nothing; name the files that differ, status 1 if any
     python benchmarks/render.py --print XL         the entries whose key contains XL
 
-A mark in a page names one key and a field of its entry, or keys and one of the TABLES:
+A mark in a page names one key and a field of its entry, keys and a field (the lowest to the highest value), or keys and
+one of the TABLES:
 
     A step takes <!-- ledger: train/a/h200/2026-11-29 as step_ms -->31.7 ms<!-- end -->.
 
@@ -43,7 +44,7 @@ def number(field: str, value: Any) -> str:
     if not isinstance(value, int | float):
         return str(value)
     if field.endswith("bytes_per_s"):
-        if value < 1e4:
+        if value < 1e4 or field != "bytes_per_s":  # of generation
             return f"{value:,.0f} bytes/s"
         return f"{value / 1e6:.2f} MB/s" if value >= 1e6 else f"{value / 1e3:.0f} kB/s"
     if field == "chunk_bytes":
@@ -51,6 +52,7 @@ def number(field: str, value: Any) -> str:
     if field.endswith("_ratio"):
         return f"{value:.3f}".rstrip("0")
     for unit, text in (
+        ("_tb_per_s", "{:.1f} TB/s"),
         ("_ms", "{:.1f} ms"), ("_us", "{:.1f} us"), ("_gib", "{:.1f} GiB"), ("_percent", "{:.1f}%"), ("_s", "{:.0f} s"),
         ("_min", "{:.1f} min"), ("_bpb", "{:.3f}"), ("_count", "{:,.0f}"), ("_bytes", "{:,.0f}"),
     ):  # fmt: skip
@@ -73,19 +75,33 @@ def measured(entry: Entry) -> str:
     return f"{entry['date']}, {card}, {'at' if entry['commit_of'] == 'code' else 'before'} `{entry['commit']}`"
 
 
+def when(entry: Entry) -> str:
+    """As `measured`, without the commit."""
+    return measured(entry).partition(", at `")[0].partition(", before `")[0]
+
+
 def memory(entry: Entry) -> str:
-    if "reserved_gib" in entry:
-        return number("reserved_gib", entry["reserved_gib"])
-    return number("allocated_gib", entry["allocated_gib"]) + " allocated" if "allocated_gib" in entry else "-"
+    kinds = [kind for kind in ("reserved", "allocated") if f"{kind}_gib" in entry]
+    return f"{number('reserved_gib', entry[f'{kinds[0]}_gib'])} {kinds[0]}" if kinds else "-"
 
 
 def code(entry: Entry) -> str:
-    ways = {"graph": "CUDA graphs", "eager": "eager", "block": "compiled blocks"}
+    ways = {"graph": "CUDA graphs", "eager": "eager", "block": "compiled blocks", "plain": "plain steps"}
     if "code" in entry:
         return entry["code"]
     way = ways[entry["compile"]] if "compile" in entry else ""
     more = f", `--ac {entry['ac']}`" if entry.get("ac", "none") != "none" else ""
     return f"**this project**, {way}{more}" if way else "**this project**"
+
+
+def decoder(entry: Entry) -> str:
+    """Whose code decodes, and how."""
+    return entry["code"] if "source" in entry else code({k: v for k, v in entry.items() if k != "code"})
+
+
+def opened(entry: Entry) -> str:
+    """The share of bytes that open a chunk of the outermost stage."""
+    return f"{entry['chunks_percent'][0]:.0f}%" if "chunks_percent" in entry else "-"
 
 
 TABLES: dict[str, dict[str, Callable[[Entry], str]]] = {
@@ -95,15 +111,15 @@ TABLES: dict[str, dict[str, Callable[[Entry], str]]] = {
     },
     "results": {
         "Config": field("config"), "Code": code, "Step": field("step_ms"), "MFU": field("mfu_percent"),
-        "GPU memory": memory, "Measured": measured,
+        "GPU memory": memory, "Measured": when,
     },
     "memory": {
-        "Config": field("config"), "`--ac`": lambda e: e.get("ac", "none"), "Reserved": memory,
+        "Config": field("config"), "`--ac`": lambda e: e.get("ac", "none"), "Reserved": field("reserved_gib"),
         "Step": field("step_ms"), "Boundaries": field("boundaries"), "Measured": measured,
     },
     "sizes": {
         "Bytes per step": field("step_bytes"), "Step": field("step_ms"), "Speed": field("bytes_per_s"),
-        "Reserved": memory, "Measured": measured,
+        "Reserved": field("reserved_gib"), "Measured": measured,
     },
     "gpus": {
         "Config": field("config"), "What": field("what"), "Bytes per step": field("step_bytes"),
@@ -131,10 +147,15 @@ TABLES: dict[str, dict[str, Callable[[Entry], str]]] = {
         "Edit": field("what"), "Runs as": lambda e: {"graph": "CUDA graphs", "eager": "eager"}[e["compile"]],
         "Operations by definition": field("definitions_count"), "Step": field("waited_step_ms"),
     },
+    "generation": {
+        "Config": field("config"), "Code": decoder, "Batch": field("batch_count"),
+        "Bytes that open a chunk": opened, "Speed": field("decoded_bytes_per_s"), "Measured": when,
+    },
     "decoding": {
-        "Config": field("config"), "Code": lambda e: "**this project**" if e["code"] == "this project" else e["code"],
+        "Config": field("config"), "Code": decoder,
         "Weights": lambda e: "random" if "random" in e["what"] else "trained", "Batch": field("batch_count"),
-        "Speed": field("decoded_bytes_per_s"), "Measured": measured,
+        "Bytes that open a chunk": opened, "Speed": field("decoded_bytes_per_s"),
+        "Share of the memory's speed": field("floor_percent"), "Measured": measured,
     },
     "paper": {
         "Size": field("config"), "Model": field("code"), "Bits per byte": field("val_bpb"),
@@ -143,7 +164,12 @@ TABLES: dict[str, dict[str, Callable[[Entry], str]]] = {
     "quality": {
         "Model": field("what"), "Parameters": field("parameters_count"),
         "Training MFLOP per byte": field("mflop_per_byte"), "Bits per byte": field("val_bpb"),
-        "Bytes per chunk": field("chunk_bytes"), "Measured": measured,
+        "Bytes per chunk": field("chunk_bytes"), "Measured": when,
+    },
+    "runs": {
+        "Command": lambda e: f"`{e['command']}`", "Bits per byte": field("val_bpb"),
+        "Bytes per chunk": field("chunk_bytes"), "Word edges, times chance": field("edges_ratio"),
+        "Measured": measured,
     },
 }  # fmt: skip
 
@@ -172,11 +198,14 @@ def rendered(text: str, entries: dict[str, Entry]) -> str:
         head = f"<!-- ledger: {match[1]} as {name} -->"
         if name in TABLES:
             return f"{head}\n{table(name, [entries[key] for key in keys])}\n<!-- end -->"
-        if len(keys) != 1 or name not in entries[keys[0]]:
-            raise ValueError(
-                f"{match[1]} as {name}: expected one of {', '.join(TABLES)}, or one key and a field of its entry"
-            )
-        return f"{head}{number(name, entries[keys[0]][name])}<!-- end -->"
+        if any(name not in entries[key] for key in keys):
+            raise ValueError(f"{match[1]} as {name}: expected one of {', '.join(TABLES)}, or a field of each entry")
+        if len(keys) == 1:
+            return f"{head}{number(name, entries[keys[0]][name])}<!-- end -->"
+        values = [entries[key][name] for key in keys]
+        if not all(isinstance(value, int | float) for value in values):
+            raise ValueError(f"{match[1]} as {name}: expected a number in each entry")
+        return f"{head}{number(name, [min(values), max(values)])}<!-- end -->"
 
     return MARK.sub(one, text)
 

@@ -122,12 +122,14 @@ def test_marks_become_what_their_entries_say():
     entries = {
         "a/b": entry(step_ms=31.69, bytes_per_s=1.034e6, config="small"),
         "c/d": entry(step_ms=[1.0, 2.5], config="XL"),
+        "e/f": entry(step_ms=29.0),
     }
     page = "It takes <!-- ledger: a/b as step_ms -->9 ms<!-- end -->, or <!-- ledger: c/d as step_ms --><!-- end -->.\n"
+    page += "All took <!-- ledger: a/b e/f as step_ms --><!-- end -->.\n"
     page += "<!-- ledger: a/b c/d as training -->\nold\n<!-- end -->\n"
     text = render.rendered(page, entries)
     assert text.startswith("It takes <!-- ledger: a/b as step_ms -->31.7 ms<!-- end -->, or ")
-    assert "-->1.0 to 2.5 ms<!-- end -->." in text
+    assert "-->1.0 to 2.5 ms<!-- end -->." in text and "-->29.0 to 31.7 ms<!-- end -->." in text
     rows = text.split(" as training -->\n")[1].split("\n<!-- end -->")[0].splitlines()
     assert rows[0] == "| Config | Code | Step | Speed | Measured |" and rows[1] == "|-|-|-|-|-|"
     assert "| 31.7\u00a0ms | 1.03\u00a0MB/s | 2026-01-02, H200, at `abc1234` |" in rows[2] and len(rows) == 4
@@ -139,7 +141,8 @@ def test_marks_become_what_their_entries_say():
     [
         ("x/y as step_ms", "x/y: no entry"),
         ("a/b as none", "expected one of training"),
-        ("a/b a/b as step_ms", "one key"),
+        ("a/b a/b as launches_count", "a field of each entry"),
+        ("a/b a/b as commit", "a number in each entry"),
     ],
 )
 def test_a_mark_that_names_nothing_is_refused(mark, words):
