@@ -66,7 +66,7 @@ from hnet_runtime.steps import activations, graphs
 from hnet_runtime.steps.graphs import GraphedModel
 from hnet_runtime.steps.plain import PlainModel
 from hnet_runtime.steps.segments import memory_ran_out
-from hnet_simple import HNetInference
+from hnet_simple import GenerationError, HNetInference
 from hnet_trainable import ConfigError, HNetConfig, HNetLM, parameter_groups
 
 logger = logging.getLogger("hnet")
@@ -513,7 +513,10 @@ def train(config: TrainConfig) -> int:
 
     if config.early_exit == "generate":
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-        equal = equivalence.run(hnet, config.pt_ckpt or None, world.device, dtype, config.seed)
+        try:
+            equal = equivalence.run(hnet, config.pt_ckpt or None, world.device, dtype, config.seed)
+        except GenerationError as error:
+            raise UserError(f"-e generate: {error}") from None
         distributed.stop()
         return 0 if equal else 1
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and world.device.type == "cuda")
