@@ -628,6 +628,17 @@ def test_metrics_that_are_damaged_or_cannot_be_written_are_named(tmp_path):
         sink.log(1, {})
 
 
+def test_a_folder_whose_run_ended_before_its_first_step_may_be_used_again(corpus, tmp_path):
+    """Such a run leaves train.yaml, config.json and an empty metrics.jsonl. A line of metrics counts as a run."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("train.yaml", "config.json", "metrics.jsonl"):
+        (folder / name).touch()
+    succeed(corpus, "--steps", "1", "--save-dir", str(folder))
+    shutil.rmtree(folder / "checkpoints")
+    assert "holds a run already" in refused(corpus, "--steps", "1", "--save-dir", str(folder))
+
+
 def test_a_yaml_file_gives_flags_and_flags_win(corpus, tmp_path):
     (tmp_path / "run.yaml").write_text(f"steps: 7\nweight_decay: 0.3\nsave_dir: {tmp_path}/run\nmbs: 128\n")
     succeed(corpus, "--config-file", str(tmp_path / "run.yaml"), "--steps", "2")

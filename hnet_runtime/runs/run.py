@@ -82,7 +82,8 @@ _made: set[Path] = set()
 def checkpoint_to_resume(run: Path, resume: str, world: World) -> Path | None:
     """The checkpoint of `--resume`. auto: the newest complete one of the run, or None. A path: that one. Empty: None.
 
-    Raises UserError if the folder has a run that is not being resumed, or checkpoints later than the named one.
+    Raises UserError if the folder has a run that is not being resumed, or checkpoints later than the named one. A run
+    that ended before its first step has neither checkpoint nor metrics: its folder may be used again.
     """
     return of_main(lambda: _choose_checkpoint(run, resume), world)
 
@@ -95,9 +96,10 @@ def newest(path: Path) -> Path:
 
 def _choose_checkpoint(run: Path, resume: str) -> Path | None:
     found = checkpoint.complete(run)
-    holds_a_run = bool(found) or (run / "metrics.jsonl").exists()
+    metrics = run / "metrics.jsonl"
+    holds_a_run = bool(found or checkpoint.incomplete(run)) or (metrics.exists() and metrics.stat().st_size > 0)
     if resume:
-        read_metrics(run / "metrics.jsonl")  # reports a damaged line now, on all ranks
+        read_metrics(metrics)  # reports a damaged line now, on all ranks
     if resume == "auto":
         for folder in checkpoint.incomplete(run):
             logger.warning("passed over %s: not a complete checkpoint", folder)
