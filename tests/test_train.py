@@ -24,6 +24,7 @@ from hnet_runtime import UserError, distributed
 from hnet_runtime.runs import checkpoint, statistics
 from hnet_runtime.runs.flags import read_config
 from hnet_runtime.runs.metrics import GROUPS, JsonlSink, WandbSink, panel
+from hnet_runtime.runs.progress import Progress
 from hnet_runtime.runs.run import Compilations, Interrupts, code_revision, in_words, newest
 from hnet_runtime.runs.weights import export
 from hnet_trainable import ConfigError, HNetConfig, HNetLM, init_weights
@@ -637,6 +638,17 @@ def test_a_folder_whose_run_ended_before_its_first_step_may_be_used_again(corpus
     succeed(corpus, "--steps", "1", "--save-dir", str(folder))
     shutil.rmtree(folder / "checkpoints")
     assert "holds a run already" in refused(corpus, "--steps", "1", "--save-dir", str(folder))
+
+
+def test_the_time_left_is_that_of_the_steps():
+    """A validation, a sample and a save take time between steps, which `step_ms` does not contain."""
+    config, hnet = read_config(["--steps", "140", "--log-every", "20"]), HNetConfig.load(MODEL)
+    config.global_slices, progress = 1, Progress(hnet, config, 0)
+    numbers = {"bpb": 3.0, "lr": 1e-3, "grad_norm": 1.0, "stage0_ratio_loss": 1.0, "stage0_F": 0.2, "step_ms": 1000.0}
+    assert "ETA 2:19" in progress.add(1, numbers)
+    lines = [progress.add(step, numbers | {"step_ms": 2000.0}) for step in range(2, 21)]
+    assert lines[:-1] == [None] * 18 and "ETA 4:00" in lines[-1]
+    assert "ETA 1:59" in progress.add(21, numbers | {"val_bpb": 2.5})
 
 
 def test_a_yaml_file_gives_flags_and_flags_win(corpus, tmp_path):
