@@ -59,6 +59,7 @@ from hnet_runtime.runs.run import (
     newest,
     of_main,
     open_folder,
+    share_cores,
 )
 from hnet_runtime.runs.statistics import StepNumbers
 from hnet_runtime.runs.watchdog import Watchdog
@@ -509,6 +510,7 @@ def train(config: TrainConfig) -> int:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (one process prints what all find)
     if world.device.type == "cpu":
         keep_freed_memory()
+        share_cores()
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU for what stays float32: residual_proj
 
     if config.early_exit == "generate":

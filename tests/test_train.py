@@ -22,10 +22,11 @@ import fineweb
 import train
 from hnet_runtime import UserError, distributed
 from hnet_runtime.runs import checkpoint, statistics
+from hnet_runtime.runs import run as run_module
 from hnet_runtime.runs.flags import read_config
 from hnet_runtime.runs.metrics import GROUPS, JsonlSink, WandbSink, panel
 from hnet_runtime.runs.progress import Progress
-from hnet_runtime.runs.run import Compilations, Interrupts, code_revision, in_words, newest
+from hnet_runtime.runs.run import Compilations, Interrupts, code_revision, in_words, newest, share_cores, threads_beside
 from hnet_runtime.runs.weights import export
 from hnet_trainable import ConfigError, HNetConfig, HNetLM, init_weights
 
@@ -649,6 +650,34 @@ def test_the_time_left_is_that_of_the_steps():
     lines = [progress.add(step, numbers | {"step_ms": 2000.0}) for step in range(2, 21)]
     assert lines[:-1] == [None] * 18 and "ETA 4:00" in lines[-1]
     assert "ETA 1:59" in progress.add(21, numbers | {"val_bpb": 2.5})
+
+
+@pytest.mark.parametrize(
+    "cores, load, threads",
+    [(2, 0.3, 2), (2, 1.0, 2), (2, 1.4, 1), (2, 5.1, 1), (1, 3.0, 1), (16, 8.0, 16), (16, 9.2, 7), (16, 40.0, 1)],
+)
+def test_a_busy_cpu_gets_a_thread_for_each_free_core(cores, load, threads):
+    assert threads_beside(cores, load) == threads
+
+
+@pytest.mark.parametrize("variable, average, threads", [("", 500.0, 1), ("", 0.0, 3), ("3", 500.0, 3)])
+def test_threads_are_lowered_only_without_the_variable(monkeypatch, caplog, variable, average, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "getloadavg", lambda: (average, average, average))
+    monkeypatch.setattr(run_module, "running_beside", lambda: average)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with caplog.at_level("INFO"):
+            share_cores()
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    said = "4 CPU cores, load 500.0 by other programs: 1 thread; OMP_NUM_THREADS=3 asks for more"
+    assert caplog.messages == [said] * (threads == 1)
 
 
 def test_a_yaml_file_gives_flags_and_flags_win(corpus, tmp_path):
