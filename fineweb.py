@@ -686,7 +686,8 @@ class _Progress:
 
 def _summary(out: Path, manifest: dict) -> str:
     splits, counts = manifest["splits"], manifest["counts"]
-    parts = [f"{splits[s]['documents']:,} {s} documents ({splits[s]['text_bytes'] / 1e6:,.1f} MB)" for s in SPLITS]
+    texts = {s: f"{splits[s]['documents']:,} {s} document{'s' * (splits[s]['documents'] != 1)}" for s in SPLITS}
+    parts = [f"{texts[s]} ({splits[s]['text_bytes'] / 1e6:,.1f} MB)" for s in SPLITS]
     dropped = [f"{counts['duplicates']:,} duplicate", f"{counts['empty']:,} empty", f"{counts['bad']:,} unreadable"]
     if manifest["plan"]["options"]["holdout"] == 0:
         dropped[-1] += "; without validation, as --holdout 0 says"
@@ -710,7 +711,8 @@ def show(folder: str | Path, verify: bool = False) -> None:
         for shard in range(len(corpus.paths)):
             histogram += np.bincount(np.frexp(np.diff(corpus.starts(shard)) - 1)[1], minlength=64)
         mean, non_ascii = split["text_bytes"] / split["documents"], split["non_ascii"] / max(1, split["text_bytes"])
-        lines += ["", f"{name}: {len(corpus.paths)} shards, fingerprint {split['fingerprint']}"]
+        shards = f"{len(corpus.paths)} shard{'s' * (len(corpus.paths) != 1)}"
+        lines += ["", f"{name}: {shards}, fingerprint {split['fingerprint']}"]
         lines += [f"  {non_ascii:.2%} of bytes are not ASCII; documents of {mean:,.0f} bytes on average:"]
         for bits in range(int(np.flatnonzero(histogram)[0]), int(np.flatnonzero(histogram)[-1]) + 1):
             bar = "#" * round(50 * histogram[bits] / histogram.max())

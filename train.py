@@ -307,7 +307,7 @@ class Run:
         logger.info(
             f"{name}: {parameters / 1e6:.1f}M parameters, {world.size} x {world.device.type} in "
             f"{str(state.dtype).removeprefix('torch.')}; {config.data}: "
-            f"{self.train_stream.text_bytes / 1e6:.1f} MB of text; {config.steps} steps of "
+            f"{self.train_stream.text_bytes / 1e6:.1f} MB of text; {config.steps} step{'s' * (config.steps != 1)} of "
             f"{config.mbs * config.global_slices:,} bytes; run folder {self.folder}"
         )
         logger.info("each line gives means over the steps since the line before")

@@ -636,7 +636,7 @@ def test_a_folder_whose_run_ended_before_its_first_step_may_be_used_again(corpus
     folder.mkdir()
     for name in ("train.yaml", "config.json", "metrics.jsonl"):
         (folder / name).touch()
-    succeed(corpus, "--steps", "1", "--save-dir", str(folder))
+    assert "1 step of 256 bytes" in succeed(corpus, "--steps", "1", "--save-dir", str(folder))
     shutil.rmtree(folder / "checkpoints")
     assert "holds a run already" in refused(corpus, "--steps", "1", "--save-dir", str(folder))
 
