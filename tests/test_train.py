@@ -641,6 +641,11 @@ def test_a_folder_whose_run_ended_before_its_first_step_may_be_used_again(corpus
     assert "holds a run already" in refused(corpus, "--steps", "1", "--save-dir", str(folder))
 
 
+def test_resuming_where_no_checkpoint_is_starts_a_run_and_says_so(corpus, tmp_path):
+    said = succeed(corpus, "--steps", "1", "--save-dir", str(tmp_path / "run"), "--resume", "auto")
+    assert f"no checkpoint in {tmp_path}/run: a new run starts\n" in said
+
+
 def test_the_time_left_is_that_of_the_steps():
     """A validation, a sample and a save take time between steps, which `step_ms` does not contain."""
     config, hnet = read_config(["--steps", "140", "--log-every", "20"]), HNetConfig.load(MODEL)

@@ -108,6 +108,8 @@ def _choose_checkpoint(run: Path, resume: str) -> Path | None:
             logger.warning("passed over %s: not a complete checkpoint", folder)
         if not found and holds_a_run:
             logger.warning("%s: no complete checkpoint to resume from; the run starts from the beginning", run)
+        elif not found:
+            logger.info("no checkpoint in %s: a new run starts", run)
         return found[-1] if found else None
     if not resume and holds_a_run:
         raise UserError(f"--save-dir {run}: holds a run already; resume it with --resume auto, or name another folder")
