@@ -281,14 +281,14 @@ def takes_graphs(config: TrainConfig, hnet: HNetConfig, dtype: torch.dtype, worl
 class Run:
     """One run, from its first step or the checkpoint that it resumes to its last. Every rank makes the same calls."""
 
-    def __init__(self, state: TrainState):
-        """Opens the data and the run's folder, and loads a checkpoint if the run resumes.
+    def __init__(self, state: TrainState, data: tuple[fineweb.ByteStream, fineweb.ByteStream | None]):
+        """Opens the run's folder, and loads a checkpoint if the run resumes. data: of `open_data`.
 
-        Raises UserError if data, folder or checkpoint do not match the flags, or ranks have different ones.
+        Raises UserError if folder or checkpoint do not match the flags, or ranks have different ones.
         """
         config, hnet, world = state.config, state.hnet, state.world
         self.state, self.config, self.hnet, self.world = state, config, hnet, world
-        self.train_stream, self.val_stream = open_data(config, world)
+        self.train_stream, self.val_stream = data
         name = Path(config.config or config.pt_ckpt or DEFAULT_CONFIG).stem
         about = {"config": dataclasses.asdict(config), "data": self.train_stream.fingerprint, "code": code_revision()}
         flags = {f"--{key.replace('_', '-')}": value for key, value in about["config"].items()}
@@ -521,6 +521,7 @@ def train(config: TrainConfig) -> int:
             raise UserError(f"-e generate: {error}") from None
         distributed.stop()
         return 0 if equal else 1
+    data = open_data(config, world) if config.early_exit == "no" else None  # a mistake in --data ends the run at once
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and world.device.type == "cuda")
     dtype = torch.bfloat16 if half else torch.float32
     agreement.choose_implementations(world.device, dtype, hnet)
@@ -553,6 +554,6 @@ def train(config: TrainConfig) -> int:
         logger.info(
             "steps run as graphs, and compute what hnet_trainable.py says: checked on a small model of this config"
         )
-    Run(state).train()
+    Run(state, data).train()
     distributed.stop()
     return 0

@@ -467,7 +467,8 @@ def test_mistakes_end_in_one_sentence(corpus, undisturbed, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "--stepz" in refused(corpus, "--stepz", "3")
     assert "not JSON" in refused(corpus, "-c", str(tmp_path / "not.json"))
-    assert "empty" in refused(corpus, "--data", str(tmp_path / "empty"))
+    of_the_model = ["-C", "graph", "--max-chunks-per-rank", "9"]  # the data is opened before the model is checked
+    assert "empty" in refused(corpus, "--data", str(tmp_path / "empty"), *of_the_model)
     assert "one batch" in refused(corpus, "--mbs", "1000000")
     assert "--resume auto" in refused(corpus, "--steps", "20", "--save-dir", str(undisturbed))
     (tmp_path / "other.json").write_text(json.dumps({**MODEL, "d_intermediate": [0, 128]}))
