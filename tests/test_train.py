@@ -733,11 +733,9 @@ def test_evaluate_gives_the_validation_of_training(corpus, undisturbed, tmp_path
     assert done.returncode == 0, done.stderr[-2000:]
     result, last = json.loads((tmp_path / "out.json").read_text())["text"], records(undisturbed)[-1]
     assert result["bpb"] == pytest.approx(last["val_bpb"], abs=1e-4) and result["bytes"] == last["val_bytes"]
-    positions = {name.replace("up to ", "").replace(",", ""): row["bpb"] for name, row in result["by_position"].items()}
-    assert positions == pytest.approx(
-        {key.removeprefix("val_bpb_at_"): value for key, value in last.items() if key.startswith("val_bpb_at_")},
-        abs=1e-4,
-    )
+    for groups, key in (("by_position", "val_bpb_at"), ("by_length", "val_bpb_le")):
+        ends = {f"{key}_{name.split('to ')[-1].replace(',', '')}": row["bpb"] for name, row in result[groups].items()}
+        assert ends == pytest.approx({name: x for name, x in last.items() if name.startswith(key)}, abs=1e-4), groups
 
 
 def test_samples_are_printed_and_logged(corpus, tmp_path):
