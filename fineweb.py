@@ -45,6 +45,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hnet_runtime import DataError
+from hnet_runtime.commands import prog
 from hnet_runtime.data import documents, sources
 from hnet_runtime.data.stream import (  # noqa: F401 (ByteStream, Slice and others are for importers of this file)
     BOS,
@@ -685,7 +686,8 @@ class _Progress:
 
 def _summary(out: Path, manifest: dict) -> str:
     splits, counts = manifest["splits"], manifest["counts"]
-    parts = [f"{splits[s]['documents']:,} {s} documents ({splits[s]['text_bytes'] / 1e6:,.1f} MB)" for s in SPLITS]
+    texts = {s: f"{splits[s]['documents']:,} {s} document{'s' * (splits[s]['documents'] != 1)}" for s in SPLITS}
+    parts = [f"{texts[s]} ({splits[s]['text_bytes'] / 1e6:,.1f} MB)" for s in SPLITS]
     dropped = [f"{counts['duplicates']:,} duplicate", f"{counts['empty']:,} empty", f"{counts['bad']:,} unreadable"]
     if manifest["plan"]["options"]["holdout"] == 0:
         dropped[-1] += "; without validation, as --holdout 0 says"
@@ -709,7 +711,8 @@ def show(folder: str | Path, verify: bool = False) -> None:
         for shard in range(len(corpus.paths)):
             histogram += np.bincount(np.frexp(np.diff(corpus.starts(shard)) - 1)[1], minlength=64)
         mean, non_ascii = split["text_bytes"] / split["documents"], split["non_ascii"] / max(1, split["text_bytes"])
-        lines += ["", f"{name}: {len(corpus.paths)} shards, fingerprint {split['fingerprint']}"]
+        shards = f"{len(corpus.paths)} shard{'s' * (len(corpus.paths) != 1)}"
+        lines += ["", f"{name}: {shards}, fingerprint {split['fingerprint']}"]
         lines += [f"  {non_ascii:.2%} of bytes are not ASCII; documents of {mean:,.0f} bytes on average:"]
         for bits in range(int(np.flatnonzero(histogram)[0]), int(np.flatnonzero(histogram)[-1]) + 1):
             bar = "#" * round(50 * histogram[bits] / histogram.max())
@@ -723,7 +726,8 @@ def show(folder: str | Path, verify: bool = False) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="fineweb.py", description="Prepare text as shards of UTF-8 documents.")
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("prepare", help="make shards", description="Make shards from any text.").add_argument
+    about = {"help": "make shards", "description": "Make shards from any text."}
+    add = commands.add_parser("prepare", prog=prog("fineweb.py prepare"), **about).add_argument
     add("source", help=f"stdlib, hf:owner/name[@revision][:config], or a file or folder of {documents.KINDS}")
     add("--out", required=True, help="the folder to make; needs space for the text twice while it is made")
     add("--text-column", default="text", help="the column with the text of rows (text)")
@@ -732,7 +736,8 @@ def main() -> int:
     add("--part", default="1/1", metavar="I/N", help="prepare one corpus with N commands that share --out; I from 1")
     add("--skip-bad", action="store_true", help="count input that can't be read, and continue")
     add("--shard-bytes", type=int, default=64 * MB, help="target size of shards (67108864)")
-    add = commands.add_parser("show", help="show the contents of a folder of shards").add_argument
+    about = {"help": "show the contents of a folder of shards"}
+    add = commands.add_parser("show", prog=prog("fineweb.py show"), **about).add_argument
     add("folder")
     add("--verify", action="store_true", help="check every shard against its checksum")
     arguments = vars(parser.parse_args())

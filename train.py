@@ -59,6 +59,7 @@ from hnet_runtime.runs.run import (
     newest,
     of_main,
     open_folder,
+    share_cores,
 )
 from hnet_runtime.runs.statistics import StepNumbers
 from hnet_runtime.runs.watchdog import Watchdog
@@ -66,7 +67,7 @@ from hnet_runtime.steps import activations, graphs
 from hnet_runtime.steps.graphs import GraphedModel
 from hnet_runtime.steps.plain import PlainModel
 from hnet_runtime.steps.segments import memory_ran_out
-from hnet_simple import HNetInference
+from hnet_simple import GenerationError, HNetInference
 from hnet_trainable import ConfigError, HNetConfig, HNetLM, parameter_groups
 
 logger = logging.getLogger("hnet")
@@ -280,14 +281,14 @@ def takes_graphs(config: TrainConfig, hnet: HNetConfig, dtype: torch.dtype, worl
 class Run:
     """One run, from its first step or the checkpoint that it resumes to its last. Every rank makes the same calls."""
 
-    def __init__(self, state: TrainState):
-        """Opens the data and the run's folder, and loads a checkpoint if the run resumes.
+    def __init__(self, state: TrainState, data: tuple[fineweb.ByteStream, fineweb.ByteStream | None]):
+        """Opens the run's folder, and loads a checkpoint if the run resumes. data: of `open_data`.
 
-        Raises UserError if data, folder or checkpoint do not match the flags, or ranks have different ones.
+        Raises UserError if folder or checkpoint do not match the flags, or ranks have different ones.
         """
         config, hnet, world = state.config, state.hnet, state.world
         self.state, self.config, self.hnet, self.world = state, config, hnet, world
-        self.train_stream, self.val_stream = open_data(config, world)
+        self.train_stream, self.val_stream = data
         name = Path(config.config or config.pt_ckpt or DEFAULT_CONFIG).stem
         about = {"config": dataclasses.asdict(config), "data": self.train_stream.fingerprint, "code": code_revision()}
         flags = {f"--{key.replace('_', '-')}": value for key, value in about["config"].items()}
@@ -306,7 +307,7 @@ class Run:
         logger.info(
             f"{name}: {parameters / 1e6:.1f}M parameters, {world.size} x {world.device.type} in "
             f"{str(state.dtype).removeprefix('torch.')}; {config.data}: "
-            f"{self.train_stream.text_bytes / 1e6:.1f} MB of text; {config.steps} steps of "
+            f"{self.train_stream.text_bytes / 1e6:.1f} MB of text; {config.steps} step{'s' * (config.steps != 1)} of "
             f"{config.mbs * config.global_slices:,} bytes; run folder {self.folder}"
         )
         logger.info("each line gives means over the steps since the line before")
@@ -509,13 +510,18 @@ def train(config: TrainConfig) -> int:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (one process prints what all find)
     if world.device.type == "cpu":
         keep_freed_memory()
+        share_cores()
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU for what stays float32: residual_proj
 
     if config.early_exit == "generate":
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-        equal = equivalence.run(hnet, config.pt_ckpt or None, world.device, dtype, config.seed)
+        try:
+            equal = equivalence.run(hnet, config.pt_ckpt or None, world.device, dtype, config.seed)
+        except GenerationError as error:
+            raise UserError(f"-e generate: {error}") from None
         distributed.stop()
         return 0 if equal else 1
+    data = open_data(config, world) if config.early_exit == "no" else None  # a mistake in --data ends the run at once
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and world.device.type == "cuda")
     dtype = torch.bfloat16 if half else torch.float32
     agreement.choose_implementations(world.device, dtype, hnet)
@@ -548,6 +554,6 @@ def train(config: TrainConfig) -> int:
         logger.info(
             "steps run as graphs, and compute what hnet_trainable.py says: checked on a small model of this config"
         )
-    Run(state).train()
+    Run(state, data).train()
     distributed.stop()
     return 0

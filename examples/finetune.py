@@ -11,6 +11,9 @@ from fineweb import ByteStream
 from hnet_runtime.runs.weights import export, load_training
 from hnet_trainable import parameter_groups, training_loss
 
+if len(sys.argv) != 4:
+    print(__doc__.strip(), file=sys.stderr)
+    sys.exit(2)
 run, data, out = sys.argv[1:]
 STEPS, RATE, SLICE_BYTES = 5, 1e-3, 512
 

@@ -9,6 +9,9 @@ from hnet_decoder import generate, stream
 from hnet_runtime.runs.weights import load_inference
 from hnet_simple import Sampling
 
+if len(sys.argv) < 3:
+    print(__doc__.strip(), file=sys.stderr)
+    sys.exit(2)
 run, *prompts = sys.argv[1:]
 model = load_inference(run)
 

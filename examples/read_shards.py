@@ -7,9 +7,15 @@ import sys
 
 from fineweb import ByteStream, load_manifest
 
+if len(sys.argv) != 2:
+    print(__doc__.strip(), file=sys.stderr)
+    sys.exit(2)
 folder = sys.argv[1]
 for split, found in load_manifest(folder)["splits"].items():
-    print(f"{split}: {found['documents']} documents, {found['text_bytes']:,} bytes, {len(found['shards'])} shards")
+    shards = len(found["shards"])
+    print(
+        f"{split}: {found['documents']} documents, {found['text_bytes']:,} bytes, {shards} shard{'s' * (shards != 1)}"
+    )
 
 stream = ByteStream(folder, "train", slice_bytes=512)
 piece = stream.slice(0)

@@ -12,6 +12,9 @@ import torch
 from hnet_runtime.runs.weights import load_training
 from hnet_trainable import BOS, EOS
 
+if len(sys.argv) < 3:
+    print(__doc__.strip(), file=sys.stderr)
+    sys.exit(2)
 run, *files = sys.argv[1:]
 model = load_training(run).eval()
 texts = [Path(file).read_bytes()[:8192] for file in files]

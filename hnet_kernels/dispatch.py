@@ -1,7 +1,8 @@
 """Chooses the implementation of an operation.
 
 An `Operation` is a definition in plain torch with a fast implementation beside it. Inside fast implementations,
-`use_fast` chooses Triton kernels; each choice is logged once per (kernel, device type, dtype).
+`use_fast` chooses Triton kernels; each choice is logged once per (kernel, device type, dtype). On a CPU and in float64,
+where no Triton kernel runs, the log level is DEBUG.
 """
 
 import contextlib
@@ -148,7 +149,9 @@ def use_fast(operation: str, device_type: str, dtype: torch.dtype, reason: str |
     key = (operation, device_type, dtype)
     if key not in _chosen:
         _chosen[key] = "fast" if fast else "reference" + (f" ({reason})" if reason else "")
-        logger.info("%s on %s %s: %s", operation, device_type, str(dtype).removeprefix("torch."), _chosen[key])
+        level = logging.DEBUG if device_type == "cpu" or dtype == torch.float64 else logging.INFO
+        shown = str(dtype).removeprefix("torch.")
+        logger.log(level, "%s on %s %s: %s", operation, device_type, shown, _chosen[key])
     return fast
 
 

@@ -4,15 +4,18 @@ A command has `def main(argv)`. It begins with `options = parse(Options, argv, _
 that, so that --help is fast. The file ends with `if __name__ == "__main__": run(main)`.
 """
 
+import ast
 import contextlib
 import errno
+import inspect
 import io
+import itertools
 import os
 import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn, TextIO, TypeVar
+from typing import Annotated, NoReturn, TextIO, TypeVar, get_type_hints
 
 from hnet_runtime import DataError, UserError
 
@@ -31,15 +34,45 @@ def parse(options: type[Options], argv: Sequence[str], about: str) -> Options:
     """
     import tyro
 
-    return tyro.cli(options, args=list(argv), description=_with_examples(about))
+    return tyro.cli(with_joined_help(options), prog=prog(), args=list(argv), description=_with_examples(about))
+
+
+def prog(of_checkout: str | None = None) -> str | None:
+    """The name of the installed command that started this process, such as hnet-plot; else `of_checkout`."""
+    name = os.path.basename(sys.argv[0])
+    return name if name.startswith("hnet-") else of_checkout
+
+
+def with_joined_help(options: type[Options]) -> type[Options]:
+    """The dataclass, with the docstring of each field joined into one line as the field's help.
+
+    tyro would keep the line breaks of the source in a docstring of several lines, and then wrap its lines once more.
+    """
+    import tyro
+
+    with contextlib.suppress(OSError, TypeError):  # no source
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(options))).body
+        types = get_type_hints(options, include_extras=True)
+        for field, docstring in itertools.pairwise(tree.body):
+            match field, docstring:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    options.__annotations__[name] = Annotated[types[name], tyro.conf.arg(help=" ".join(text.split()))]
+    return options
 
 
 def _with_examples(about: str) -> str:
-    """`about` with its examples indented, so that tyro does not change them."""
+    """`about` with its examples indented, so that tyro does not change them, and each other paragraph in one line.
+
+    An installed command shows its own name in the examples.
+    """
+    if prog():
+        about = re.sub(r"\bpython scripts/(\w+)\.py", r"hnet-\1", about)
     paragraphs = re.split(r"\n\s*\n", about.strip("\n"))
     is_example = re.compile(r"^( |python |torchrun |hnet-)", re.MULTILINE)
     return "\n\n".join(
-        textwrap.indent(textwrap.dedent(paragraph), "    ") if is_example.search(paragraph) else paragraph
+        textwrap.indent(textwrap.dedent(paragraph), "    ")
+        if is_example.search(paragraph)
+        else " ".join(paragraph.split())
         for paragraph in paragraphs
     )
 

@@ -33,9 +33,9 @@ TEXT = "Grüße! The model reads bytes; where it begins a chunk is its own choic
 class Options:
     """Compare two checkpoints, or two ways to run one, on given text."""
 
-    a: tyro.conf.Positional[str]
+    a: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_A")]
     """A run or checkpoint of train.py, a .pt or .safetensors file or its folder, or hf:owner/name."""
-    b: tyro.conf.Positional[str] = ""
+    b: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RUN_B]")] = ""
     """The second; empty: the first again."""
     text: str = ""
     """File with the text, of any bytes."""

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 class Options:
     """Bits per byte of held-out or other text, robustness, and lm-evaluation-harness, for one checkpoint."""
 
-    checkpoint: tyro.conf.Positional[str]
+    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """A run or checkpoint of train.py, a .pt or .safetensors file or its folder, or hf:owner/name."""
     config: Annotated[str, tyro.conf.arg(aliases=["-c"])] = ""
     """Model config, for weights that come without one."""

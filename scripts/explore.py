@@ -26,9 +26,9 @@ TEXT = "Grüße! The model reads bytes; where it begins a chunk is its own choic
 class Options:
     """Writes a page that shows how one or two checkpoints cut a text into chunks."""
 
-    checkpoint: tyro.conf.Positional[str]
+    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """A run or checkpoint of train.py, a .pt or .safetensors file or its folder, or hf:owner/name."""
-    other: tyro.conf.Positional[str] = ""
+    other: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RUN]")] = ""
     """A second one, shown beside the first."""
     text: str = ""
     """File with the text, of any bytes. Empty: a few example lines."""

@@ -39,7 +39,7 @@ BOM = b"\xef\xbb\xbf"  # what some editors put before UTF-8
 class Options:
     """Continue text with an H-Net. Without --prompt or --prompt-file: a prompt a line from standard input."""
 
-    checkpoint: tyro.conf.Positional[str]
+    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """A run or checkpoint of train.py, a .pt or .safetensors file or its folder, or hf:owner/name."""
     config: Annotated[str, tyro.conf.arg(aliases=["-c"])] = ""
     """Model config, for weights that come without one."""

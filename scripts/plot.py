@@ -9,6 +9,7 @@ python scripts/plot.py runs/a runs/b --out compared
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -20,7 +21,7 @@ from hnet_runtime.commands import parse, run
 class Options:
     """Loss, compression, learning rates, speed and chunk lengths of runs, as PNG and HTML."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]]
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[RUN ...]")]
     """Folders of runs of train.py."""
     out: str = ""
     """Write OUT.png and OUT.html. Empty: plots.png and plots.html in the folder of the first run."""

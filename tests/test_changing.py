@@ -106,6 +106,22 @@ def test_without_methods_for_generation_the_mixer_trains_and_a_sentence_says_wha
     )
 
 
+def check_the_mixer_without_generation(folder: str) -> None:
+    mixer = execute(MIXER).ShortConv
+    for name in ("prefill", "step"):
+        delattr(mixer, name)
+    program("-c", f"{folder}/model.json", "-e", "generate", "--device", "cpu")
+
+
+def test_the_equivalence_check_of_a_mixer_without_generation_ends_in_one_sentence(tmp_path):
+    (tmp_path / "model.json").write_text(json.dumps(LETTER))
+    job = Job(tmp_path / "logs", 1, check_the_mixer_without_generation, lambda rank: (str(tmp_path),))
+    assert job.wait() == [2]
+    (said,) = (line for line in job.printed().splitlines() if line.startswith("error: "))
+    assert said.endswith("ShortConv trains, but cannot generate: it has no prefill and no step")
+    assert "Traceback" not in job.printed()
+
+
 def test_the_mixers_flops_are_counted(run):
     """Of each: products with 4 D^2 weights, and 2 * 4 taps a channel; three times, for forward and backward."""
     run(MIXER)

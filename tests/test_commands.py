@@ -115,6 +115,36 @@ def helps() -> tuple[dict[str, tuple[str, float]], list[str]]:
     return json.loads(done.stdout)
 
 
+FLAGS = '''
+import dataclasses, sys
+from hnet_runtime.commands import parse
+
+@dataclasses.dataclass
+class Options:
+    """Of no use."""
+
+    flag: str = ""
+    """A sentence that begins in one line of the source and
+    ends in the next."""
+
+parse(Options, ["--help"], "A paragraph of\\ntwo lines.\\n\\npython scripts/plot.py runs/a\\n    draws")
+'''
+
+
+@pytest.mark.parametrize("started_as", ["plot.py", "hnet-plot"])
+def test_help_joins_the_lines_of_a_paragraph_and_keeps_examples(tmp_path, started_as):
+    """It shows the name with which the command was started."""
+    file = tmp_path / started_as
+    file.write_text(FLAGS)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    said = subprocess.run([sys.executable, file], env=environment, capture_output=True, text=True, check=True).stdout
+    assert "A sentence that begins in one line of the source and ends in the next." in said
+    assert "A paragraph of two lines." in said and "\n        draws\n" in said
+    example = "hnet-plot" if started_as == "hnet-plot" else "python scripts/plot.py"
+    assert f"\n    {example} runs/a\n" in said
+    assert said.startswith("usage: hnet-plot [-h]") == (started_as == "hnet-plot")
+
+
 def test_help_imports_nothing_heavy(helps):
     told, heavy = helps
     assert heavy == [] and len(told) >= 7
@@ -123,6 +153,7 @@ def test_help_imports_nothing_heavy(helps):
 def test_help_has_the_examples_as_lines(helps):
     for name, (text, _) in helps[0].items():
         assert "usage: " in text and "options" in text, name
+        assert " STR " not in text.split("-h, --help")[0], f"{name}: a positional argument says what it is"
         docstring = (ROOT / "scripts" / name).read_text(encoding="utf-8").split('"""')[1]
         examples = next(part for part in docstring.split("\n\n") if f"python scripts/{name}" in part)
         examples = textwrap.dedent(examples.strip("\n")).splitlines()

@@ -296,6 +296,16 @@ def test_an_example_runs_as_its_first_lines_say(example, folder):
         assert len(succeed(folder, command).splitlines()) >= 1
 
 
+@pytest.mark.parametrize("example", [path.name for path in EXAMPLES if path.name != "boundaries.py"])
+def test_an_example_without_arguments_shows_its_usage(example):
+    """boundaries.py runs without arguments."""
+    called = [sys.executable, str(ROOT / "examples" / example)]
+    done = subprocess.run(
+        called, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 2 and f"python examples/{example}" in done.stderr and "Traceback" not in done.stderr
+
+
 # --------------------------------------------------------------------------------------------------------------- links
 
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)[^)]*\)|(?:src|href|srcset)=\"([^\"\s]+)")

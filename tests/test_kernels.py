@@ -407,7 +407,13 @@ def test_dispatcher_obeys_and_refuses(dispatch, monkeypatch):
 
 def test_a_choice_is_logged_once(dispatch, monkeypatch, caplog):
     monkeypatch.setenv("HNET_KERNELS", "auto")
-    with caplog.at_level("INFO", logger="hnet_kernels"):
+    with caplog.at_level("DEBUG", logger="hnet_kernels"):
         for _ in range(3):
+            dispatch.use_fast("scan", "cuda", torch.float32, "no triton")
             dispatch.use_fast("scan", "cpu", torch.float32, "no CUDA device")
-    assert [r.getMessage() for r in caplog.records] == ["scan on cpu float32: reference (no CUDA device)"]
+            dispatch.use_fast("scan", "cuda", torch.float64, "dtype float64")
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("INFO", "scan on cuda float32: reference (no triton)"),
+        ("DEBUG", "scan on cpu float32: reference (no CUDA device)"),  # every run on a CPU would print many of these
+        ("DEBUG", "scan on cuda float64: reference (dtype float64)"),
+    ]

@@ -128,13 +128,13 @@ def test_the_interval_is_that_of_a_bootstrap():
     sizes = rng.lognormal(6, 1, 300).astype(int)
     nats = sizes * rng.normal(0.7, 0.15, 300)
     empty = np.zeros(5)
-    result = scoring.ratio([Tally(float(a), int(b), empty, empty) for a, b in zip(nats, sizes)])
+    result = scoring.ratio([Tally(float(a), int(b), empty, empty, int(b)) for a, b in zip(nats, sizes)])
     draws = rng.randint(0, 300, (4000, 300))
     bpb = nats[draws].sum(1) / sizes[draws].sum(1) / math.log(2)
     low, high = result["ci95"]
     assert result["bpb"] == pytest.approx(nats.sum() / sizes.sum() / math.log(2))
     assert (high - low) / 2 == pytest.approx(1.96 * bpb.std(), rel=0.05)
-    assert scoring.ratio([Tally(1.0, 2, empty, empty)])["ci95"] is None
+    assert scoring.ratio([Tally(1.0, 2, empty, empty, 2)])["ci95"] is None
 
 
 def test_groups_sum_to_the_whole(model):
@@ -146,7 +146,7 @@ def test_groups_sum_to_the_whole(model):
     for groups in ("by_label", "by_length", "by_position"):
         bits = sum(group["bpb"] * group["bytes"] for group in result[groups].values())
         assert bits == pytest.approx(result["bpb"] * result["bytes"])
-    assert result["by_position"]["up to 1,024"]["bytes"] == 300 - 256
+    assert result["by_position"]["257 to 1,024"]["bytes"] == 300 - 256
     assert scoring.script_of(b"12 !") == "none" and scoring.script_of("漢字".encode()) == "Cjk"
     with pytest.raises(UserError, match="every document is empty"):
         scoring.summarise(scoring.tally(model, list(windows(b"", 8, 8)), 1, ALONE), {})

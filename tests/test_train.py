@@ -22,9 +22,11 @@ import fineweb
 import train
 from hnet_runtime import UserError, distributed
 from hnet_runtime.runs import checkpoint, statistics
+from hnet_runtime.runs import run as run_module
 from hnet_runtime.runs.flags import read_config
 from hnet_runtime.runs.metrics import GROUPS, JsonlSink, WandbSink, panel
-from hnet_runtime.runs.run import Compilations, Interrupts, code_revision, in_words, newest
+from hnet_runtime.runs.progress import Progress
+from hnet_runtime.runs.run import Compilations, Interrupts, code_revision, in_words, newest, share_cores, threads_beside
 from hnet_runtime.runs.weights import export
 from hnet_trainable import ConfigError, HNetConfig, HNetLM, init_weights
 
@@ -465,7 +467,8 @@ def test_mistakes_end_in_one_sentence(corpus, undisturbed, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "--stepz" in refused(corpus, "--stepz", "3")
     assert "not JSON" in refused(corpus, "-c", str(tmp_path / "not.json"))
-    assert "empty" in refused(corpus, "--data", str(tmp_path / "empty"))
+    of_the_model = ["-C", "graph", "--max-chunks-per-rank", "9"]  # the data is opened before the model is checked
+    assert "empty" in refused(corpus, "--data", str(tmp_path / "empty"), *of_the_model)
     assert "one batch" in refused(corpus, "--mbs", "1000000")
     assert "--resume auto" in refused(corpus, "--steps", "20", "--save-dir", str(undisturbed))
     (tmp_path / "other.json").write_text(json.dumps({**MODEL, "d_intermediate": [0, 128]}))
@@ -628,6 +631,61 @@ def test_metrics_that_are_damaged_or_cannot_be_written_are_named(tmp_path):
         sink.log(1, {})
 
 
+def test_a_folder_whose_run_ended_before_its_first_step_may_be_used_again(corpus, tmp_path):
+    """Such a run leaves train.yaml, config.json and an empty metrics.jsonl. A line of metrics counts as a run."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("train.yaml", "config.json", "metrics.jsonl"):
+        (folder / name).touch()
+    assert "1 step of 256 bytes" in succeed(corpus, "--steps", "1", "--save-dir", str(folder))
+    shutil.rmtree(folder / "checkpoints")
+    assert "holds a run already" in refused(corpus, "--steps", "1", "--save-dir", str(folder))
+
+
+def test_resuming_where_no_checkpoint_is_starts_a_run_and_says_so(corpus, tmp_path):
+    said = succeed(corpus, "--steps", "1", "--save-dir", str(tmp_path / "run"), "--resume", "auto")
+    assert f"no checkpoint in {tmp_path}/run: a new run starts\n" in said
+
+
+def test_the_time_left_is_that_of_the_steps():
+    """A validation, a sample and a save take time between steps, which `step_ms` does not contain."""
+    config, hnet = read_config(["--steps", "140", "--log-every", "20"]), HNetConfig.load(MODEL)
+    config.global_slices, progress = 1, Progress(hnet, config, 0)
+    numbers = {"bpb": 3.0, "lr": 1e-3, "grad_norm": 1.0, "stage0_ratio_loss": 1.0, "stage0_F": 0.2, "step_ms": 1000.0}
+    assert "ETA 2:19" in progress.add(1, numbers)
+    lines = [progress.add(step, numbers | {"step_ms": 2000.0}) for step in range(2, 21)]
+    assert lines[:-1] == [None] * 18 and "ETA 4:00" in lines[-1]
+    assert "ETA 1:59" in progress.add(21, numbers | {"val_bpb": 2.5})
+
+
+@pytest.mark.parametrize(
+    "cores, load, threads",
+    [(2, 0.3, 2), (2, 1.0, 2), (2, 1.4, 1), (2, 5.1, 1), (1, 3.0, 1), (16, 8.0, 16), (16, 9.2, 7), (16, 40.0, 1)],
+)
+def test_a_busy_cpu_gets_a_thread_for_each_free_core(cores, load, threads):
+    assert threads_beside(cores, load) == threads
+
+
+@pytest.mark.parametrize("variable, average, threads", [("", 500.0, 1), ("", 0.0, 3), ("3", 500.0, 3)])
+def test_threads_are_lowered_only_without_the_variable(monkeypatch, caplog, variable, average, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "getloadavg", lambda: (average, average, average))
+    monkeypatch.setattr(run_module, "running_beside", lambda: average)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with caplog.at_level("INFO"):
+            share_cores()
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    said = "4 CPU cores, load 500.0 by other programs: 1 thread; OMP_NUM_THREADS=3 asks for more"
+    assert caplog.messages == [said] * (threads == 1)
+
+
 def test_a_yaml_file_gives_flags_and_flags_win(corpus, tmp_path):
     (tmp_path / "run.yaml").write_text(f"steps: 7\nweight_decay: 0.3\nsave_dir: {tmp_path}/run\nmbs: 128\n")
     succeed(corpus, "--config-file", str(tmp_path / "run.yaml"), "--steps", "2")
@@ -675,11 +733,9 @@ def test_evaluate_gives_the_validation_of_training(corpus, undisturbed, tmp_path
     assert done.returncode == 0, done.stderr[-2000:]
     result, last = json.loads((tmp_path / "out.json").read_text())["text"], records(undisturbed)[-1]
     assert result["bpb"] == pytest.approx(last["val_bpb"], abs=1e-4) and result["bytes"] == last["val_bytes"]
-    positions = {name.replace("up to ", "").replace(",", ""): row["bpb"] for name, row in result["by_position"].items()}
-    assert positions == pytest.approx(
-        {key.removeprefix("val_bpb_at_"): value for key, value in last.items() if key.startswith("val_bpb_at_")},
-        abs=1e-4,
-    )
+    for groups, key in (("by_position", "val_bpb_at"), ("by_length", "val_bpb_le")):
+        ends = {f"{key}_{name.split('to ')[-1].replace(',', '')}": row["bpb"] for name, row in result[groups].items()}
+        assert ends == pytest.approx({name: x for name, x in last.items() if name.startswith(key)}, abs=1e-4), groups
 
 
 def test_samples_are_printed_and_logged(corpus, tmp_path):

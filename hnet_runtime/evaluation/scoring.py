@@ -40,6 +40,7 @@ class Row(NamedTuple):
     skip: int  # this many first labels are context and not scored
     start: int  # labels of the document before this row
     document: int
+    document_bytes: int  # text bytes of the document
 
 
 def windows(
@@ -55,7 +56,7 @@ def windows(
     at = max(0, n - context if n - context <= scored_from else scored_from - (context - stride))
     while scored < n:
         stop = min(at + context, n)
-        yield Row(pairs[at:stop], pairs[at + 1 : stop + 1], scored - at, at, document)
+        yield Row(pairs[at:stop], pairs[at + 1 : stop + 1], scored - at, at, document, len(text))
         scored, at = stop, at + stride
 
 
@@ -78,8 +79,9 @@ def training_rows(stream: fineweb.ByteStream, limit: int | None) -> Iterator[Row
     """The rows of training's validation: those of `stream.slices_once(limit)`."""
     for slice_ in stream.slices_once(limit):
         cuts = np.cumsum(slice_.row_lengths)[:-1]
-        rows = zip(np.split(slice_.inputs, cuts), np.split(slice_.labels, cuts), slice_.offsets, slice_.documents)
-        yield from (Row(inputs, labels, 0, int(start), int(document)) for inputs, labels, start, document in rows)
+        numbers = zip(*(x.tolist() for x in (slice_.offsets, slice_.documents, slice_.document_bytes)))
+        for inputs, labels, of_row in zip(np.split(slice_.inputs, cuts), np.split(slice_.labels, cuts), numbers):
+            yield Row(inputs, labels, 0, *of_row)
 
 
 def pack(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -140,12 +142,16 @@ def script_of(text: bytes) -> str:
 
 
 class Tally(NamedTuple):
-    """Nats and bytes of a document's scored labels; nats_at, bytes_at: by position, in LENGTH_BUCKETS."""
+    """Nats and bytes of a document's scored labels.
+
+    nats_at, bytes_at: by position, in LENGTH_BUCKETS. length: text bytes of the document, scored or not.
+    """
 
     nats: float
     bytes: int
     nats_at: np.ndarray
     bytes_at: np.ndarray
+    length: int
 
 
 def nothing(amount: float) -> None:
@@ -161,7 +167,7 @@ def tally(
     results have the same bits on one kind of device. advance: called with the number of labels that all ranks have
     scored, as estimated by this one.
     """
-    parts = []  # (number of the batch, document, nats by position, text bytes by position)
+    parts = []  # (number of the batch, document, its bytes, nats by position, text bytes by position)
     model.eval()
     for n, some in enumerate(in_batches(rows, batch)):
         if n % world.size != world.rank:
@@ -171,7 +177,7 @@ def tally(
             at_T = np.searchsorted(LENGTH_BUCKETS, np.arange(row.start + row.skip, row.start + len(nats_T)) + 1)
             is_text_T = (row.labels != EOS)[row.skip :]
             sums = [np.bincount(at_T, w, len(LENGTH_BUCKETS) + 1) for w in (nats_T[row.skip :], is_text_T)]
-            parts.append((n, row.document, *sums))
+            parts.append((n, row.document, row.document_bytes, *sums))
         advance(labels_of(some))
     if world.size > 1:
         everyone: list[Any] = [None] * world.size
@@ -179,10 +185,11 @@ def tally(
         parts = sorted(itertools.chain(*everyone), key=lambda part: part[0])
     nats: dict[int, Any] = defaultdict(float)
     text: dict[int, Any] = defaultdict(float)
-    for _, document, nats_at, bytes_at in parts:
+    for _, document, _, nats_at, bytes_at in parts:
         nats[document] = nats[document] + nats_at
         text[document] = text[document] + bytes_at
-    return {d: Tally(float(nats[d].sum()), int(text[d].sum()), nats[d], text[d]) for d in sorted(nats)}
+    lengths = {document: length for _, document, length, *_ in parts}
+    return {d: Tally(float(nats[d].sum()), int(text[d].sum()), nats[d], text[d], lengths[d]) for d in sorted(nats)}
 
 
 def ratio(tallies: list[Tally]) -> dict[str, Any]:
@@ -201,24 +208,28 @@ def ratio(tallies: list[Tally]) -> dict[str, Any]:
 
 
 def summarise(tallies: dict[int, Tally], labels: dict[int, str]) -> dict[str, Any]:
-    """`ratio` of all documents, and by label, length of the document (its scored bytes) and position in it.
+    """`ratio` of all documents, and by label, length of the document and position in it.
 
+    The length is that of the full document, also where only its beginning is scored.
     Raises UserError if no text byte was scored.
     """
     if not sum(t.bytes for t in tallies.values()):
         raise UserError("no text to score: every document is empty")
     by_label, by_length = defaultdict(list), defaultdict(list)
-    names = [f"up to {n:,}" for n in LENGTH_BUCKETS] + [f"beyond {LENGTH_BUCKETS[-1]:,}"]
+    inner = [f"{low + 1:,} to {high:,}" for low, high in itertools.pairwise(LENGTH_BUCKETS)]
+    first, last = LENGTH_BUCKETS[0], LENGTH_BUCKETS[-1]
+    lengths = [f"up to {first:,}", *inner, f"more than {last:,}"]
+    positions = [f"1 to {first:,}", *inner, f"{last + 1:,} and later"]
     for d, t in tallies.items():
         by_label[labels.get(d, "")].append(t)
-        by_length[int(np.searchsorted(LENGTH_BUCKETS, t.bytes))].append(t)
+        by_length[int(np.searchsorted(LENGTH_BUCKETS, t.length))].append(t)
     result = ratio(list(tallies.values()))
     if any(by_label):
         result["by_label"] = {label: ratio(by_label[label]) for label in sorted(by_label)}
-    result["by_length"] = {names[i]: ratio(by_length[i]) for i in sorted(by_length)}
-    nats, size = (sum(column) for column in list(zip(*tallies.values()))[2:])
+    result["by_length"] = {lengths[i]: ratio(by_length[i]) for i in sorted(by_length)}
+    nats, size = (sum(column) for column in list(zip(*tallies.values()))[2:4])
     result["by_position"] = {
-        name: {"bpb": a / b / math.log(2), "bytes": int(b)} for name, a, b in zip(names, nats, size) if b
+        name: {"bpb": a / b / math.log(2), "bytes": int(b)} for name, a, b in zip(positions, nats, size) if b
     }
     return result
 

@@ -36,8 +36,8 @@ def markdown(result: dict[str, Any]) -> str:
     if text := result.get("text"):
         lines += ["", f"## Bits per byte: {text['data']}", "", f"Rows: {text['rows']}. Each byte is scored once."]
         groups = [("all", text)]
-        for kind, prefix in (("by_label", ""), ("by_length", "documents of "), ("by_position", "bytes at ")):
-            groups += [(f"{prefix}{name}", row) for name, row in text.get(kind, {}).items()]
+        for kind, named in (("by_label", "{}"), ("by_length", "documents of {} bytes"), ("by_position", "bytes {}")):
+            groups += [(named.format(name), row) for name, row in text.get(kind, {}).items()]
         table = [("", "bits per byte", "95% interval", "documents", "bytes")]
         for name, row in groups:
             interval = "{:.4f} to {:.4f}".format(*row["ci95"]) if row.get("ci95") else ""

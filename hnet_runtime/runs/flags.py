@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import tyro
 import yaml
 
-from hnet_runtime import UserError
+from hnet_runtime import UserError, commands
 from hnet_runtime.runs import run_folder
 
 DEFAULT_DATA = "data/stdlib"  # prepared on first use from the standard library of the running Python
@@ -29,7 +29,7 @@ def flag(*short: str):
 
 ABOUT = """Train an H-Net. Without flags: a tiny one on the Python standard library, on this machine's best device.
 
---config-file FILE.yaml sets flags, named with underscores as in a run's train.yaml; command-line flags override it."""
+Flags can also come from --config-file FILE.yaml, named as in a run's train.yaml; the command line overrides it."""
 
 
 @dataclass
@@ -181,9 +181,10 @@ def read_config(argv: Sequence[str]) -> TrainConfig:
     parser.add_argument("--config-file", default="")
     file, rest = parser.parse_known_args(argv)
     given = _read_yaml(file.config_file) if file.config_file else {}
-    config = tyro.cli(TrainConfig, args=rest, default=TrainConfig(**given), description=ABOUT)
+    flags, prog = commands.with_joined_help(TrainConfig), commands.prog()
+    config = tyro.cli(flags, prog=prog, args=rest, default=TrainConfig(**given), description=ABOUT)
     if earlier := _flags_of_the_run(config):
-        config = tyro.cli(TrainConfig, args=rest, default=TrainConfig(**earlier | given))
+        config = tyro.cli(flags, prog=prog, args=rest, default=TrainConfig(**earlier | given))
         config.global_slices = config.global_slices or earlier.get("global_slices", 0)
     if config.val_every == -1:
         config.val_every = max(1, config.steps // 3)

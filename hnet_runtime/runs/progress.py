@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,7 +62,6 @@ class Progress:
     def __init__(self, hnet: HNetConfig, config: TrainConfig, first_step: int):
         self.hnet, self.config, self.first_step = hnet, config, first_step
         self._records: list[dict[str, Any]] = []
-        self._last_line = time.perf_counter(), first_step
 
     def add(self, step: int, record: dict[str, Any]) -> str | None:
         """Adds a step's record. Returns a line every --log-every steps and with a validation, else None."""
@@ -71,10 +69,9 @@ class Progress:
         is_due = step in (self.first_step + 1, self.config.steps) or step % self.config.log_every == 0
         if not is_due and "val_bpb" not in record:
             return None
-        now, (then, before) = time.perf_counter(), self._last_line
-        seconds_left = (now - then) / (step - before) * (self.config.steps - step)  # at the pace since the last line
+        seconds_left = self._mean("step_ms") / 1000 * (self.config.steps - step)  # without validations and saves
         line = self._line(step, record, seconds_left)
-        self._records, self._last_line = [], (now, step)
+        self._records = []
         return line
 
     def _line(self, step: int, record: dict[str, Any], seconds_left: float) -> str:

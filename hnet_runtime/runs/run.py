@@ -4,14 +4,17 @@ import contextlib
 import ctypes
 import fcntl
 import logging
+import math
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from hnet_runtime import UserError
@@ -82,7 +85,8 @@ _made: set[Path] = set()
 def checkpoint_to_resume(run: Path, resume: str, world: World) -> Path | None:
     """The checkpoint of `--resume`. auto: the newest complete one of the run, or None. A path: that one. Empty: None.
 
-    Raises UserError if the folder has a run that is not being resumed, or checkpoints later than the named one.
+    Raises UserError if the folder has a run that is not being resumed, or checkpoints later than the named one. A run
+    that ended before its first step has neither checkpoint nor metrics: its folder may be used again.
     """
     return of_main(lambda: _choose_checkpoint(run, resume), world)
 
@@ -95,14 +99,17 @@ def newest(path: Path) -> Path:
 
 def _choose_checkpoint(run: Path, resume: str) -> Path | None:
     found = checkpoint.complete(run)
-    holds_a_run = bool(found) or (run / "metrics.jsonl").exists()
+    metrics = run / "metrics.jsonl"
+    holds_a_run = bool(found or checkpoint.incomplete(run)) or (metrics.exists() and metrics.stat().st_size > 0)
     if resume:
-        read_metrics(run / "metrics.jsonl")  # reports a damaged line now, on all ranks
+        read_metrics(metrics)  # reports a damaged line now, on all ranks
     if resume == "auto":
         for folder in checkpoint.incomplete(run):
             logger.warning("passed over %s: not a complete checkpoint", folder)
         if not found and holds_a_run:
             logger.warning("%s: no complete checkpoint to resume from; the run starts from the beginning", run)
+        elif not found:
+            logger.info("no checkpoint in %s: a new run starts", run)
         return found[-1] if found else None
     if not resume and holds_a_run:
         raise UserError(f"--save-dir {run}: holds a run already; resume it with --resume auto, or name another folder")
@@ -149,6 +156,43 @@ def keep_freed_memory() -> None:
     if mallopt:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def threads_beside(cores: int, load: float) -> int:
+    """Threads for a step on a CPU of which other programs keep `load` cores busy: all, or at high load the free ones.
+
+    A step's threads wait for each other, so one that gets no core delays them all. On 2 cores with a load of 5 a step
+    took up to 15 s with 2 threads instead of 0.4 s.
+    """
+    return cores if load <= cores / 2 else max(1, cores - round(load))
+
+
+def share_cores() -> None:
+    """Lowers torch's number of threads if other programs are busy on this CPU and OMP_NUM_THREADS does not set it."""
+    cores, chosen = os.cpu_count() or 1, torch.get_num_threads()
+    if "OMP_NUM_THREADS" in os.environ or not hasattr(os, "getloadavg"):
+        return
+    load = os.getloadavg()[0]
+    if threads_beside(cores, load) < chosen:
+        load = min(load, running_beside())  # the average of a minute still counts a program that has just ended
+    if (threads := threads_beside(cores, load)) < chosen:
+        torch.set_num_threads(threads)
+        logger.info(
+            f"{cores} CPU cores, load {load:.1f} by other programs: {threads} thread{'s' * (threads > 1)}; "
+            f"OMP_NUM_THREADS={chosen} asks for more"
+        )
+
+
+def running_beside() -> float:
+    """Threads of other programs that run or wait for a core, on average over 0.3 s. Infinite except on Linux."""
+    counts = []
+    for _ in range(10):
+        time.sleep(0.03)
+        try:
+            counts.append(int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]) - 1)  # without this one
+        except (OSError, ValueError, IndexError):
+            return math.inf
+    return sum(counts) / len(counts)
 
 
 def code_revision() -> str:
