@@ -164,7 +164,7 @@ def threads_beside(cores: int, load: float) -> int:
     A step's threads wait for each other, so one that gets no core delays them all. On 2 cores with a load of 5 a step
     took up to 15 s with 2 threads instead of 0.4 s.
     """
-    return cores if load <= cores / 2 else max(1, cores - round(load))
+    return cores if load < cores / 2 else max(1, cores - round(load))
 
 
 def share_cores() -> None:
