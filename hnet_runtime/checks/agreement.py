@@ -24,7 +24,7 @@ import hnet_kernels as K
 from hnet_kernels.dispatch import OPERATIONS, forcing
 from hnet_runtime.checks import equivalence
 from hnet_runtime.steps.graphs import GraphedModel
-from hnet_simple import HNetInference
+from hnet_simple import GenerationError, HNetInference
 from hnet_trainable import BOS, NORM_EPS, HNetConfig, HNetLM, nested_like, rotary_tables, training_loss
 
 logger = logging.getLogger("hnet")
@@ -371,6 +371,8 @@ def generation(config: HNetConfig) -> str | None:
         training = equivalence.random_model(toy_config(config), 0, "cpu", torch.float64).eval()
         inference = HNetInference.from_training(training)
         report = equivalence.check(training, inference, (b"", b"one, two", b"a longer line\n"), new_bytes=2)
+    except GenerationError as error:
+        return str(error)
     except Exception as error:
         return f"a small model of this config fails with {_failure(error)}"
     return report.first_disagreement
