@@ -515,6 +515,7 @@ def train(config: TrainConfig) -> int:
 
     if config.early_exit == "generate":
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+        agreement.choose_implementations(world.device, dtype, hnet)
         try:
             equal = equivalence.run(hnet, config.pt_ckpt or None, world.device, dtype, config.seed)
         except GenerationError as error:

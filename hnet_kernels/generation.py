@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hnet_kernels.attention import attention, rotate
-from hnet_kernels.dispatch import use_fast, why_unsupported, wide
+from hnet_kernels.dispatch import OPERATIONS, use_fast, why_unsupported, wide
 from hnet_kernels.ssd import ssd
 
 WIDEST = 8192  # channels that a kernel holds in the registers of one block
@@ -60,9 +60,15 @@ def even_documents(B: int, L: int, device: torch.device) -> Tensor:
     return torch.arange(B + 1, dtype=torch.int32, device=device) * L
 
 
-def _fast(operation: str, x_TX: Tensor, widest: int, obstacle: str = "") -> bool:
-    obstacle = why_unsupported(x_TX) or obstacle or (f"rows of {widest}" if widest > WIDEST else None)
-    return use_fast(operation, x_TX.device.type, x_TX.dtype, obstacle)
+TRAINED_BY = {"mamba2_step": "mamba2_inner", "attention_step": "rotary_attention"}
+
+
+def _fast(operation: str, x_TX: Tensor, widest: int, reason: str = "") -> bool:
+    """Whether the kernel of `operation` runs: not where training runs the definition, which has been edited then."""
+    if OPERATIONS[TRAINED_BY[operation]].uses_definition:
+        return False
+    reason = why_unsupported(x_TX) or reason or (f"rows of {widest}" if widest > WIDEST else None)
+    return use_fast(operation, x_TX.device.type, x_TX.dtype, reason)
 
 
 # ------------------------------------------------------------------------------------------------------------- Mamba-2

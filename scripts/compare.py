@@ -104,6 +104,7 @@ def read_text(options: Options) -> bytes:
 def trace(source: str, config: str, how: How, text: bytes, options: Options) -> "Trace":
     import torch
 
+    from hnet_runtime.checks import agreement
     from hnet_runtime.checks.equivalence import trace_prefill, trace_steps, trace_training
     from hnet_runtime.runs.weights import load_inference, load_training
     from hnet_trainable import BOS
@@ -113,6 +114,7 @@ def trace(source: str, config: str, how: How, text: bytes, options: Options) -> 
     device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
     load = load_training if how == "training" else load_inference
     model = load(source, config or None, device, getattr(torch, options.dtype))
+    agreement.choose_implementations(torch.device(device), getattr(torch, options.dtype), model.config)
     run_model = {"training": trace_training, "prefill": trace_prefill, "steps": trace_steps}[how]
     return run_model(model, [bytes([BOS]) + text])
 

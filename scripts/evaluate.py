@@ -82,6 +82,7 @@ def main(argv: Sequence[str]) -> None:
     import torch
 
     from hnet_runtime import distributed
+    from hnet_runtime.checks import agreement
     from hnet_runtime.evaluation import choices, harness, scoring
     from hnet_runtime.pages.progress_bar import Progress
     from hnet_runtime.pages.reports import markdown, write_atomically
@@ -96,6 +97,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--tasks: runs on one process, not {world.size}")
     dtype = options.dtype if options.dtype != "auto" else "bfloat16" if world.device.type == "cuda" else "float32"
     model = load_training(options.checkpoint, options.config or None, world.device, getattr(torch, dtype)).eval()
+    agreement.choose_implementations(world.device, getattr(torch, dtype), model.config)
     context = options.context or scoring.CONTEXT
 
     result: dict[str, Any] = {"checkpoint": options.checkpoint, "dtype": dtype, "device": world.device.type}

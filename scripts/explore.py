@@ -53,6 +53,7 @@ def main(argv: Sequence[str]) -> None:
     text = read_text(options.text)
     import torch
 
+    from hnet_runtime.checks import agreement
     from hnet_runtime.pages import explorer
     from hnet_runtime.pages.reports import write_atomically
     from hnet_runtime.runs.weights import load_training
@@ -66,6 +67,7 @@ def main(argv: Sequence[str]) -> None:
     analyses, targets, seconds = [], [], 0.0
     for source, config in sources:
         model = load_training(source, config or None, device, getattr(torch, options.dtype))
+        agreement.choose_implementations(torch.device(device), getattr(torch, options.dtype), model.config)
         began = time.perf_counter()
         analyses.append(explorer.analyse(model, text, options.context, options.context // 2))
         seconds += time.perf_counter() - began

@@ -98,6 +98,7 @@ def main(argv: Sequence[str]) -> None:
     if dtype == "bfloat16":  # as in training; it concerns residual_proj alone
         torch.set_float32_matmul_precision("high")
     model = load_inference(options.checkpoint, options.config or None, device, getattr(torch, dtype))
+    agreement.choose_implementations(torch.device(device), getattr(torch, dtype), model.config)
     if difference := agreement.generation(model.config):
         raise UserError(
             f"generation (hnet_simple.py) differs from hnet_trainable.py, which has been edited: {difference}"

@@ -20,6 +20,7 @@ from small_models import TWO_STAGES, build
 
 import fineweb
 import hnet_trainable
+from hnet_kernels.dispatch import OPERATIONS
 from hnet_runtime import UserError
 from hnet_runtime.evaluation import choices, harness, scoring
 from hnet_runtime.evaluation.scoring import Likelihoods, Tally, windows
@@ -539,6 +540,21 @@ def test_a_limit_keeps_the_rows(saved, texts, monkeypatch, capsys):
     assert "Rows: as in training: all slices of 40" in captured.out and "bytes/s" in captured.out
     lines = [line for line in captured.err.splitlines() if line.startswith("bits per byte: ")]
     assert len(lines) > 1 and "s left" in lines[0] and lines[-1].startswith("bits per byte: 100%, ")
+
+
+def test_an_edited_definition_is_evaluated(saved, tmp_path, monkeypatch):
+    """Of the operation whose fast implementation runs on CPUs, too."""
+    smooth, found = OPERATIONS["smooth"], []
+    (tmp_path / "rows.jsonl").write_text('{"text": "some words to cut into chunks"}\n' * 2, "utf-8")
+    flags = ["--data", str(tmp_path / "rows.jsonl"), "--device", "cpu", "--out", str(tmp_path / "out")]
+    plain = smooth.definition
+    for factor in (1, 2):
+        monkeypatch.setattr(smooth, "definition", lambda *args, factor=factor: factor * plain(*args))
+        monkeypatch.setattr(smooth, "uses_definition", False)  # set by the check, and back at the end
+        command("evaluate")([str(saved), *flags])
+        found.append(json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["text"]["bpb"])
+        assert smooth.uses_definition == (factor == 2)
+    assert found[0] != found[1]
 
 
 def test_results_are_utf8_and_whole_when_the_reader_has_gone(saved, tmp_path):
