@@ -315,7 +315,7 @@ def tile_order(T: int, cu_seqlens: Tensor) -> Tensor:
     tiles_3I, block_I = cu_seqlens.new_empty(3, n), max(1, min(128, 4096 // block))
     with on_device_of(cu_seqlens):
         _order[(cdiv(n, block_I),)](
-            cu_seqlens, tiles_3I, B, n, n.bit_length(), SIZE=SIZE, BLOCK_B=block, BLOCK_I=block_I
+            cu_seqlens.contiguous(), tiles_3I, B, n, n.bit_length(), SIZE=SIZE, BLOCK_B=block, BLOCK_I=block_I
         )
     return tiles_3I
 

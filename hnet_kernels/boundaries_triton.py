@@ -108,7 +108,8 @@ def find_chunks(p_T: Tensor, opens_T: Tensor, position_T: Tensor, cu_seqlens: Te
     T, C, B, tokens = len(p_T), len(to.start_C), len(cu_seqlens) - 1, cu_seqlens[-1]
     K, p_T, b_T = cdiv(T + 1, BLOCK), p_T.contiguous(), to.b_T.view(torch.uint8)
     counts_K, sums_K = p_T.new_empty(K, dtype=torch.int32), p_T.new_empty(K)
-    opens_T = opens_T.contiguous().view(torch.uint8)
+    opens_T, position_T = opens_T.contiguous().view(torch.uint8), position_T.contiguous()
+    cu_seqlens = cu_seqlens.contiguous()
     with on_device_of(p_T):
         _count[(K,)](p_T, position_T, opens_T, tokens, to.p_T, b_T, counts_K, sums_K, T, BLOCK=BLOCK)
         _number[(cdiv(C, BLOCK),)](

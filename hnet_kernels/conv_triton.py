@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hnet_kernels.gradients import Slot
-from hnet_kernels.launch import cdiv, kernel, on_device_of
+from hnet_kernels.launch import cdiv, dense_rows, kernel, on_device_of
 from hnet_kernels.norm_triton import sm_count, sum_rows
 from hnet_kernels.saved import saved_empty
 
@@ -339,10 +339,6 @@ def _in_pairs(*tensors: Tensor) -> bool:
     )
 
 
-def _dense_rows(x_TD: Tensor) -> Tensor:
-    return x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
-
-
 def _run(T: int, D: int, device: torch.device) -> int:
     """Tokens per thread block in the backward, chosen so that all blocks run at once.
 
@@ -360,11 +356,11 @@ def conv_silu_forward(x_TD: Tensor, weight_D1K: Tensor, bias_D: Tensor, position
     y_TD = saved_empty(x_TD, T, D)
     if not T:
         return y_TD
-    x_TD = _dense_rows(x_TD)
+    x_TD = dense_rows(x_TD)
     run, channels, warps = FORWARD
     with on_device_of(x_TD):
         _forward[(cdiv(D, channels), cdiv(T, run))](
-            x_TD, weight_D1K.contiguous(), bias_D.contiguous(), position_T, y_TD, T,
+            x_TD, weight_D1K.contiguous(), bias_D.contiguous(), position_T.contiguous(), y_TD, T,
             D=D, X_STRIDE=x_TD.stride(0), K=K, RUN=run, BLOCK_D=channels, PAIRS=_in_pairs(x_TD),
             num_warps=warps,
         )  # fmt: skip
@@ -392,10 +388,10 @@ def conv_silu_backward(
     sums_SKD = dweights.rows(runs, functools.partial(sum_rows, turned=(K, D)))
     if not T:
         return dx_TD
-    x_TD, dy_TD = _dense_rows(x_TD), _dense_rows(dy_TD)
+    x_TD, dy_TD = dense_rows(x_TD), dense_rows(dy_TD)
     with on_device_of(x_TD):
         _backward[(cdiv(D, channels), runs)](
-            dy_TD, x_TD, weight_D1K.contiguous(), bias_D.contiguous(), position_T, dx_TD, sums_SKD, T,
+            dy_TD, x_TD, weight_D1K.contiguous(), bias_D.contiguous(), position_T.contiguous(), dx_TD, sums_SKD, T,
             run, D=D, X_STRIDE=x_TD.stride(0), DY_STRIDE=dy_TD.stride(0), DX_STRIDE=dx_TD.stride(0), K=K,
             BLOCK_D=channels, PAIRS=_in_pairs(x_TD, dy_TD), num_warps=warps, maxnreg=registers,
         )  # fmt: skip

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hnet_kernels.launch import cdiv, kernel, on_device_of
+from hnet_kernels.launch import cdiv, dense_rows, kernel, on_device_of
 from hnet_kernels.saved import saved_empty
 
 RUN, CHANNELS, WARPS = 32, 128, 1  # chunks and channels of a thread block
@@ -169,10 +169,6 @@ def _opens(cu_seqlens: Tensor, C: int) -> Tensor:
     return opens.index_fill_(0, cu_seqlens.long(), 1)  # the last entry is the end
 
 
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _walk(x_CD: Tensor, p_C: Tensor, opens_C: Tensor, reverse: bool) -> tuple[tuple, tuple[Tensor, Tensor], dict]:
     """The grid, the results of `_totals`, and the block sizes."""
     C, D = x_CD.shape
@@ -187,7 +183,7 @@ def ema_forward(y_CD: Tensor, p_C: Tensor, cu_seqlens: Tensor) -> Tensor:
     """z_CD (float32) of `ema_forward` in ema.py. p_C: float32."""
     C, D = y_CD.shape
     z_CD = saved_empty(p_C, C, D)
-    y_CD, p_C, opens_C = _dense_rows(y_CD), p_C.contiguous(), _opens(cu_seqlens, C)
+    y_CD, p_C, opens_C = dense_rows(y_CD), p_C.contiguous(), _opens(cu_seqlens, C)
     with on_device_of(y_CD):
         grid, found, blocks = _walk(y_CD, p_C, opens_C, False)
         _smooth[grid](y_CD, p_C, opens_C, *found, z_CD, C, grid[1], D, y_CD.stride(0), **blocks)
@@ -198,7 +194,7 @@ def ema_backward(dz_CD: Tensor, y_CD: Tensor, p_C: Tensor, z_CD: Tensor, cu_seql
     """(dy_CD, dp_C) of `ema_backward` in ema.py. dz_CD, p_C, z_CD: float32."""
     C, D = y_CD.shape
     dz_CD, z_CD, p_C = dz_CD.contiguous(), z_CD.contiguous(), p_C.contiguous()
-    y_CD, opens_C = _dense_rows(y_CD), _opens(cu_seqlens, C)
+    y_CD, opens_C = dense_rows(y_CD), _opens(cu_seqlens, C)
     dy_CD, dp_PC = y_CD.new_empty(C, D), p_C.new_empty(cdiv(D, CHANNELS), C)
     with on_device_of(y_CD):
         grid, found, blocks = _walk(dz_CD, p_C, opens_C, True)
@@ -217,7 +213,7 @@ def sum_chunks(
     x_TD, sum_CD = x_TD.contiguous(), x_TD.new_empty(C, D, dtype=torch.float32) if out_CD is None else out_CD
     with on_device_of(x_TD):
         _sum_chunks[(cdiv(C, SUM_CHUNKS), cdiv(D, SUM_CHANNELS))](
-            x_TD, x_TD if scale_T is None else scale_T.contiguous(), start_C, sum_CD, T, C, D,
+            x_TD, x_TD if scale_T is None else scale_T.contiguous(), start_C.contiguous(), sum_CD, T, C, D,
             C if spare is None else spare, SCALED=scale_T is not None,
             CHUNKS=SUM_CHUNKS, BLOCK_D=SUM_CHANNELS, num_warps=SUM_WARPS,
         )  # fmt: skip

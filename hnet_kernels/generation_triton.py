@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hnet_kernels.launch import dense_rows
 from hnet_kernels.ssd_triton import _softplus as softplus
 from hnet_kernels.triton_math import LOG2_E, let_next_begin, overlap, sigmoid, wait_for_inputs
 
@@ -105,7 +106,8 @@ def _mamba_norm(
 
 def mamba2_step(projected_BX: Tensor, weights, conv_BWC: Tensor, ssm_BHPN: Tensor, valid_B1: Tensor, eps: float):
     """See generation.py. Two kernels: heads are independent up to the norm, which takes whole rows."""
-    conv_C1K, conv_bias_C, dt_bias_H, A_log_H, D_H, norm_D = weights
+    conv_C1K, conv_bias_C, dt_bias_H, A_log_H, D_H, norm_D = (w if w is None else w.contiguous() for w in weights)
+    projected_BX, valid_B1 = dense_rows(projected_BX), valid_B1.contiguous()
     (B, W, C), (_, H, P, N), D = conv_BWC.shape, ssm_BHPN.shape, len(norm_D)
     gated_BD, out_BD = projected_BX.new_empty(B, D, dtype=torch.float32), norm_D.new_empty(B, D)
     is_few, overlaps, stride = B * H < 2 * MULTIPROCESSORS, overlap(projected_BX), projected_BX.stride(0)
@@ -221,6 +223,7 @@ def attention_step(
 ) -> Tensor:
     """See generation.py. A long ring is read in parts where sequences and heads alone would leave the GPU idle."""
     B, W, H, P = k_BWHP.shape
+    qkv_BX, start_B, valid_B1, cos_MR, sin_MR = (x.contiguous() for x in (qkv_BX, start_B, valid_B1, cos_MR, sin_MR))
     S = max(1, min(W // (2 * SLOTS), 2 * MULTIPROCESSORS // (B * H)))
     out_BD = qkv_BX.new_empty(B, H * P)
     parts = out_BD if S == 1 else qkv_BX.new_empty(B, H, S, P + 2, dtype=torch.float32)

@@ -7,6 +7,9 @@ asks Triton's own binder how it would specialise the arguments (dtypes, pointers
 that are 1, constants), looks that up, and calls the compiled kernel's launcher. So a kernel compiled for other
 arguments is never launched.
 
+A kernel reads a vector as if its elements were adjacent, and rows by their stride. So whoever launches it passes
+`x.contiguous()` and `dense_rows(x)`: a view such as `expand` returns would be read beyond its end.
+
 It relies on what is the same inside Triton 3.6 and 3.7. With another version, or where somebody watches launches or
 debugs kernels, Triton launches as ever.
 """
@@ -166,6 +169,11 @@ _HERE = contextlib.nullcontext()
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[None]:
     """`torch.cuda.device_of(x)`, which takes longer, unless that device is the current one as it mostly is."""
     return _HERE if x.is_cuda and x.get_device() == torch.cuda.current_device() else torch.cuda.device_of(x)
+
+
+def dense_rows(x_TD: Tensor) -> Tensor:
+    """x, or its copy where the elements of a row are not adjacent in memory."""
+    return x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
 
 
 def cdiv(n: int, size: int) -> int:

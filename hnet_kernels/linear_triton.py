@@ -39,6 +39,7 @@ def few_rows(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> T
     (T, I), O = x_TI.shape, len(weight_OI)  # noqa: E741
     y_TO, block_I = weight_OI.new_empty(T, O), triton.next_power_of_2(I)
     block_O = max(1, TILE // block_I)
+    bias_O = None if bias_O is None else bias_O.contiguous()
     _few_rows[(triton.cdiv(O, block_O),)](
         x_TI, weight_OI, bias_O, y_TO, O, I, T, block_O, block_I, bias_O is not None,
         num_warps=WARPS, **overlap(x_TI),

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hnet_kernels.gradients import Slot
-from hnet_kernels.launch import cdiv, kernel, next_power_of_2, on_device_of
+from hnet_kernels.launch import cdiv, dense_rows, kernel, next_power_of_2, on_device_of
 from hnet_kernels.saved import saved_empty
 from hnet_kernels.triton_math import let_next_begin, overlap, sigmoid, wait_for_inputs
 
@@ -278,16 +278,12 @@ def _shares(T: int, rows: int, blocks_per_sm: int, device: torch.device) -> tupl
     return cdiv(T, share), share
 
 
-def _dense_rows(x_TD: Tensor) -> Tensor:
-    return x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
-
-
 def add_norm_forward(
     residual_TD: Tensor | None, residual_low_TD: Tensor | None, delta_TD: Tensor, weight_D: Tensor, eps: float,
     save_x: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
     """(sum_TD, its low bits, x_TD, scale_T) of `add_norm_forward` in norm.py."""
-    (T, D), delta_TD = delta_TD.shape, _dense_rows(delta_TD)
+    (T, D), delta_TD = delta_TD.shape, dense_rows(delta_TD)
     split, blocks = delta_TD.dtype == torch.bfloat16, _blocks(D)
     sum_TD = saved_empty(delta_TD, T, D, dtype=torch.bfloat16 if split else torch.float32)
     low_TD = saved_empty(delta_TD, T, D, dtype=torch.int8) if split else None
@@ -336,7 +332,7 @@ def gated_norm_forward(
 ) -> tuple[Tensor, Tensor]:
     """(x_TD, scale_T) of `gated_norm_forward` in norm.py."""
     T, D = y_TD.shape
-    y_TD, z_TD = _dense_rows(y_TD), _dense_rows(z_TD)
+    y_TD, z_TD = dense_rows(y_TD), dense_rows(z_TD)
     x_TD = saved_empty(weight_D, T, D) if save_x else weight_D.new_empty(T, D)
     scale_T, blocks = saved_empty(y_TD, T, dtype=torch.float32), _blocks(D)
     with on_device_of(y_TD):
@@ -352,7 +348,7 @@ def gated_norm_backward(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(dy_TD, x_TD) of `gated_norm_backward` in norm.py; fills dz_TD, whose rows are dense."""
     T, D = y_TD.shape
-    dx_TD, y_TD, z_TD = dx_TD.contiguous(), _dense_rows(y_TD), _dense_rows(z_TD)
+    dx_TD, y_TD, z_TD = dx_TD.contiguous(), dense_rows(y_TD), dense_rows(z_TD)
     tile, blocks_per_sm, warps = _walk_gated_norm(D)
     dy_TD, blocks = y_TD.new_empty(T, D), _blocks(D, tile, warps)
     thread_blocks, rows = _shares(T, blocks["ROWS"], blocks_per_sm, dx_TD.device)

@@ -111,7 +111,7 @@ def rotate_(qkv_T3HP: Tensor, cos_MR: Tensor, sin_MR: Tensor, position_T: Tensor
     if T and R:
         with on_device_of(qkv_T3HP):
             _rotate[(cdiv(T, TOKENS), 2 * H)](
-                qkv_T3HP, cos_MR, sin_MR, position_T, T, qkv_T3HP.stride(0),
+                qkv_T3HP, cos_MR.contiguous(), sin_MR.contiguous(), position_T.contiguous(), T, qkv_T3HP.stride(0),
                 P=P, R=R, BLOCK_T=TOKENS, BLOCK_R=next_power_of_2(R), BACK=back, num_warps=2,
             )  # fmt: skip
     return qkv_T3HP

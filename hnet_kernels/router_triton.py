@@ -130,7 +130,7 @@ def boundary_forward(q_TD: Tensor, k_TD: Tensor, position_T: Tensor) -> Tensor:
     q_TD, k_TD, p_T = q_TD.contiguous(), k_TD.contiguous(), q_TD.new_empty(len(q_TD), dtype=torch.float32)
     grid, blocks = _blocks(q_TD)
     with on_device_of(q_TD):
-        _boundary[grid](q_TD, k_TD, position_T, p_T, len(q_TD), **blocks)
+        _boundary[grid](q_TD, k_TD, position_T.contiguous(), p_T, len(q_TD), **blocks)
     return p_T
 
 
@@ -140,14 +140,16 @@ def boundary_backward(dp_T: Tensor, q_TD: Tensor, k_TD: Tensor, position_T: Tens
     dq_TD, dk_TD = (x.new_empty(x.shape) for x in (q_TD, k_TD))
     grid, blocks = _blocks(q_TD)
     with on_device_of(q_TD):
-        _boundary_backward[grid](dp_T.contiguous(), q_TD, k_TD, position_T, dq_TD, dk_TD, len(q_TD), **blocks)
+        _boundary_backward[grid](
+            dp_T.contiguous(), q_TD, k_TD, position_T.contiguous(), dq_TD, dk_TD, len(q_TD), **blocks
+        )
     return dq_TD, dk_TD
 
 
 def upsample_forward(z_CD: Tensor, scale_T: Tensor, chunk_T: Tensor, residual_TD: Tensor, dtype: torch.dtype) -> Tensor:
     """`upsample_forward` of router.py."""
     residual_TD, out_TD = residual_TD.contiguous(), residual_TD.new_empty(residual_TD.shape, dtype=dtype)
-    grid, blocks = _blocks(residual_TD)
+    (grid, blocks), chunk_T = _blocks(residual_TD), chunk_T.contiguous()
     with on_device_of(z_CD):
         _upsample[grid](z_CD.contiguous(), scale_T.contiguous(), chunk_T, residual_TD, out_TD, len(chunk_T), **blocks)
     return out_TD
@@ -166,7 +168,7 @@ def upsample_backward(
     dout_TD, dscale_T = dout_TD.contiguous(), z_CD.new_empty(len(dout_TD))
     grid, blocks = _blocks(dout_TD)
     with on_device_of(z_CD):
-        _upsample_backward[grid](dout_TD, z_CD.contiguous(), chunk_T, dscale_T, len(chunk_T), **blocks)
+        _upsample_backward[grid](dout_TD, z_CD.contiguous(), chunk_T.contiguous(), dscale_T, len(chunk_T), **blocks)
     return dscale_T, sum_chunks(dout_TD, start_C, dz_CD, spare, scale_T)
 
 
@@ -177,7 +179,15 @@ def gather_rows(x_TD: Tensor, place_C: Tensor, pad_E: Tensor | None) -> Tensor:
     rows_CD = x_TD.new_empty(len(place_C), width + (0 if pad_E is None else len(pad_E)))
     grid, blocks = _blocks(rows_CD)
     with on_device_of(x_TD):
-        _gather_rows[grid](x_TD, place_C, x_TD if pad_E is None else pad_E, rows_CD, len(rows_CD), width, **blocks)
+        _gather_rows[grid](
+            x_TD,
+            place_C.contiguous(),
+            x_TD if pad_E is None else pad_E.contiguous(),
+            rows_CD,
+            len(rows_CD),
+            width,
+            **blocks,
+        )
     return rows_CD
 
 
@@ -187,5 +197,5 @@ def add_rows_(x_TD: Tensor, place_C: Tensor, rows_CD: Tensor) -> Tensor:
     rows_CD = rows_CD if rows_CD.stride(1) == 1 else rows_CD.contiguous()
     grid, blocks = _blocks(rows_CD)
     with on_device_of(x_TD):
-        _add_rows[grid](x_TD, place_C, rows_CD, len(rows_CD), rows_CD.stride(0), **blocks)
+        _add_rows[grid](x_TD, place_C.contiguous(), rows_CD, len(rows_CD), rows_CD.stride(0), **blocks)
     return x_TD

@@ -96,6 +96,7 @@ def _note_starts(
 def note_starts(events, s: int, p_B1: Tensor, opens_B1: Tensor, new_B1: Tensor) -> None:
     """See sampling.py."""
     B, S = events.starts_BS.shape
+    opens_B1, new_B1 = opens_B1.contiguous(), new_B1.contiguous()
     _note_starts[(1,)](
         events.starts_BS.view(torch.int8), events.p_BS, events.begins_S.view(torch.int8), p_B1, p_B1.stride(0),
         opens_B1.view(torch.int8), new_B1.view(torch.int8), B, S, s, triton.next_power_of_2(B),

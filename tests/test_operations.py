@@ -351,11 +351,21 @@ LAYOUTS = "dense", "strided"
 ACTIVATIONS = "x", "both", "qkv", "projected", "q", "k", "y", "z", "residual", "logits"
 
 
+def apart(x: Any) -> Any:
+    """A tensor's values in every third place of its memory, whose other places hold what no kernel may use."""
+    if not isinstance(x, Tensor) or not x.ndim:
+        return x
+    unused = torch.nan if x.is_floating_point() else -(10**6) if x.dtype in (torch.int32, torch.int64) else 1
+    memory = x.new_full((*x.shape, 3), unused)
+    memory[..., 0] = x
+    return memory[..., 0]
+
+
 class Compared:
     """A case, run fast and then by the definition in float64, along the same directions of its outputs' gradients.
 
-    strided: rows of activations are parts of longer ones, and the gradients of outputs are those of their sums, tensors
-    whose elements have one address.
+    strided: rows of activations are parts of longer ones, elements of other inputs are not adjacent in memory, and the
+    gradients of outputs are those of their sums, tensors whose elements have one address.
     """
 
     def __init__(self, name: str, dtype: torch.dtype, device: str, layout: str):
@@ -384,6 +394,8 @@ class Compared:
         for name in inputs if self.longer else ():
             if name in ACTIVATIONS and inputs[name].ndim == 2:
                 inputs[name] = F.pad(inputs[name], (0, 8), value=torch.nan)[:, :-8]
+            elif name not in leaves:
+                inputs[name] = apart(inputs[name])
         with forcing(fast):
             outputs = self.case.call(**inputs)
         if not isinstance(outputs, dict):
