@@ -15,9 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hnet_kernels.attention import attention, rotate
+from hnet_kernels.attention import attention, rotary_attention, rotate, tile_order
+from hnet_kernels.conv import causal_conv_silu_forward
 from hnet_kernels.dispatch import OPERATIONS, use_fast, why_unsupported, wide
-from hnet_kernels.ssd import ssd
+from hnet_kernels.mamba2 import mamba2_inner
+from hnet_kernels.norm import gated_norm_forward
+from hnet_kernels.ssd import mamba2_scan_forward, ssd
 
 WIDEST = 8192  # channels that a kernel holds in the registers of one block
 MIN_SLOTS = 64  # a key-value ring starts with as many
@@ -41,13 +44,34 @@ class Span:
     def shape(self) -> torch.Size:
         return self.valid_BL.shape
 
+    # the same for all layers
+
     @functools.cached_property
-    def angles(self) -> tuple[Tensor, Tensor]:
-        """The rotary tables' rows (T, R) of the new tokens, the same for all layers."""
+    def position_T(self) -> Tensor:
+        """int32, where the new tokens stand; that of padding, which may be beyond the tables, is their last."""
         offset_L = torch.arange(self.shape[1], device=self.start_B.device)
         position_T = (self.start_B[:, None] + offset_L).flatten()
-        position_T = position_T.clamp_max(len(self.cos_MR) - 1)  # padding may be stored beyond
-        return self.cos_MR[position_T], self.sin_MR[position_T]
+        return position_T.clamp_max(len(self.cos_MR) - 1).to(torch.int32)
+
+    @functools.cached_property
+    def angles(self) -> tuple[Tensor, Tensor]:
+        """The rotary tables' rows (T, R) of the new tokens."""
+        return self.cos_MR[self.position_T], self.sin_MR[self.position_T]
+
+    @functools.cached_property
+    def documents(self) -> Tensor:
+        """cu_seqlens of the new tokens, padding with them."""
+        return even_documents(*self.shape, self.start_B.device)
+
+    @functools.cached_property
+    def _tiles(self) -> dict[int, Tensor | None]:
+        return {}
+
+    def tiles(self, x_TX: Tensor, head_dim: int) -> Tensor | None:
+        """`tile_order` of the new tokens."""
+        if head_dim not in self._tiles:
+            self._tiles[head_dim] = tile_order(x_TX, head_dim, self.documents)
+        return self._tiles[head_dim]
 
 
 def take(x_BLX: Tensor, index_BK: Tensor) -> Tensor:
@@ -94,17 +118,26 @@ class MambaWeights(NamedTuple):
 
 
 def mamba2_prefill(projected_TX: Tensor, weights: MambaWeights, state: MambaState, span: Span, eps: float) -> Tensor:
-    """`mamba2_inner` of sequences that go on from a state, which is brought up to date. Returns (T, D)."""
+    """`mamba2_inner` of sequences that go on from a state, which is brought up to date. Returns (T, D).
+
+    It runs the kernels of training from h = 0 and adds what the state before contributes: the recurrence is linear.
+    """
     conv_C1K, conv_bias_C, dt_bias_H, A_log_H, D_H, norm_D = weights
-    H, D, conv_dim = len(A_log_H), len(norm_D), len(conv_bias_C)
-    N = (conv_dim - D) // 2
-    z, xBC, dt = projected_TX.unflatten(0, span.shape).split([D, conv_dim, H], dim=-1)
-    x, B, C = _convolve(xBC, conv_C1K, conv_bias_C, state, span).split([D, N, N], dim=-1)
-    x, A_H = x.unflatten(-1, (H, D // H)), -wide(A_log_H).exp()
-    dt = F.softplus(dt.to(A_H.dtype) + (0 if dt_bias_H is None else dt_bias_H))
-    y = _scan(x, dt, A_H, B, C, state, span)
-    y = y if D_H is None else y + D_H[:, None] * x
-    return _gated_norm(y.flatten(-2).flatten(0, 1), z.flatten(0, 1), norm_D, eps)
+    H, D, C = len(A_log_H), len(norm_D), len(conv_bias_C)
+    N, A_log_H = (C - D) // 2, wide(A_log_H)
+    dt_bias_H, D_H = (torch.zeros_like(A_log_H) if w is None else wide(w) for w in (dt_bias_H, D_H))
+    z_TD, xBC_TC, dt_TH = projected_TX.split([D, C, H], dim=-1)
+    xBC_TC = _convolve(xBC_TC, conv_C1K, conv_bias_C, state, span)
+    x_TD, B_TN, C_TN = xBC_TC.split([D, N, N], dim=-1)
+    x_THP = x_TD.unflatten(-1, (H, D // H))
+    raw_TH, dt_TH, A_H = dt_TH, F.softplus(dt_TH.to(A_log_H.dtype) + dt_bias_H), -A_log_H.exp()
+    runs_fast = mamba2_inner.runs_fast(projected_TX)  # rounds as training does
+    if runs_fast:
+        y_THP, _ = mamba2_scan_forward(x_THP, raw_TH, dt_bias_H, A_log_H, B_TN, C_TN, D_H, span.documents)
+    else:
+        y_THP = ssd(x_THP, dt_TH, A_H, B_TN, C_TN, span.documents) + D_H[:, None] * x_THP
+    y_TD = _continue(y_THP, x_THP, dt_TH, A_H, B_TN, C_TN, state, span).flatten(1)
+    return gated_norm_forward(y_TD, z_TD, norm_D, eps)[0] if runs_fast else _gated_norm(y_TD, z_TD, norm_D, eps)
 
 
 def _gated_norm(y_TD: Tensor, z_TD: Tensor, norm_D: Tensor, eps: float) -> Tensor:
@@ -143,28 +176,29 @@ def _mamba2_step(projected_BX: Tensor, weights: MambaWeights, state: MambaState,
     return _gated_norm(y_BD, z_BD, norm_D, eps)
 
 
-def _convolve(x_BLC: Tensor, conv_C1K: Tensor, bias_C: Tensor, state: MambaState, span: Span) -> Tensor:
+def _convolve(x_TC: Tensor, conv_C1K: Tensor, bias_C: Tensor, state: MambaState, span: Span) -> Tensor:
     """Depthwise causal convolution and SiLU; what the state has of the inputs before comes in front."""
-    x_BXC, L, W = torch.cat([state.conv_BWC, x_BLC], dim=1), span.shape[1], state.conv_BWC.shape[1]
-    state.conv_BWC.copy_(take(x_BXC, span.length_B[:, None] + torch.arange(W, device=x_BLC.device)))
-    x, taps_KC = wide(x_BXC), wide(conv_C1K).squeeze(1).T  # the last tap meets the newest input
-    convolved = bias_C + sum(tap_C * x[:, k : k + L] for k, tap_C in enumerate(taps_KC))
-    return F.silu(convolved.to(x_BLC.dtype))
+    (B, L), W = span.shape, state.conv_BWC.shape[1]
+    x_BXC = torch.cat([state.conv_BWC, x_TC.unflatten(0, (B, L))], dim=1)
+    state.conv_BWC.copy_(take(x_BXC, span.length_B[:, None] + torch.arange(W, device=x_TC.device)))
+    position_T = torch.arange(W + L, dtype=torch.int32, device=x_TC.device).repeat(B)
+    y_TC = causal_conv_silu_forward(x_BXC.flatten(0, 1), conv_C1K, bias_C, position_T)
+    return y_TC.unflatten(0, (B, W + L))[:, W:].flatten(0, 1)
 
 
-def _scan(x_BLHP, dt_BLH, A_H, B_BLN, C_BLN, state: MambaState, span: Span) -> Tensor:
-    """The training kernel from h = 0, plus what the state before contributes: the recurrence is linear."""
-    B, L = dt_BLH.shape[:2]
-    rows = [t.flatten(0, 1).contiguous() for t in (x_BLHP, dt_BLH, B_BLN, C_BLN)]
-    y_BLHP = ssd(*rows[:2], A_H, *rows[2:], even_documents(B, L, x_BLHP.device)).unflatten(0, (B, L))
-    h_BHPN, dtype = state.ssm_BHPN, state.ssm_BHPN.dtype
-    dt_BLH = dt_BLH * span.valid_BL[..., None]  # padding neither decays the state nor adds to it
-    sum_BLH = (dt_BLH * A_H).double().cumsum(1)
-    kept_BLHP = torch.einsum("bln,bhpn->blhp", C_BLN.to(dtype), h_BHPN) * sum_BLH.exp().to(dtype)[..., None]
-    gain_BLH = (sum_BLH[:, -1:] - sum_BLH).exp().to(dtype) * dt_BLH
-    added_BHPN = torch.einsum("blhp,bln->bhpn", x_BLHP.to(dtype) * gain_BLH[..., None], B_BLN.to(dtype))
-    h_BHPN.mul_(sum_BLH[:, -1].exp().to(dtype)[..., None, None]).add_(added_BHPN)
-    return (y_BLHP + kept_BLHP).to(x_BLHP.dtype)
+def _continue(y_THP, x_THP, dt_TH, A_H, B_TN, C_TN, state: MambaState, span: Span) -> Tensor:
+    """y, from h = 0, with what the state before contributes; the state is brought up to date."""
+    (B, L), h_BHPN, dtype = span.shape, state.ssm_BHPN, state.ssm_BHPN.dtype
+    x_BLHP, dt_BLH, B_BLN, C_BLN = (t.unflatten(0, (B, L)).to(dtype) for t in (x_THP, dt_TH, B_TN, C_TN))
+    dt_BHL = (dt_BLH * span.valid_BL[..., None]).transpose(1, 2)  # padding neither decays the state nor adds to it
+    sum_BHL = (dt_BHL * A_H[:, None]).double().contiguous().cumsum(-1)
+    if span.past:
+        kept_BLHP = torch.einsum("bln,bhpn->blhp", C_BLN, h_BHPN) * sum_BHL.exp().to(dtype).transpose(1, 2)[..., None]
+        y_THP = (y_THP + kept_BLHP.flatten(0, 1)).to(y_THP.dtype)
+    gain_BHL = (sum_BHL[..., -1:] - sum_BHL).exp().to(dtype) * dt_BHL
+    added_BXN = (x_BLHP * gain_BHL.transpose(1, 2)[..., None]).flatten(2).mT @ B_BLN
+    h_BHPN.mul_(sum_BHL[..., -1].exp().to(dtype)[..., None, None]).add_(added_BXN.view_as(h_BHPN))
+    return y_THP
 
 
 # ----------------------------------------------------------------------------------------------------------- attention
@@ -194,27 +228,42 @@ def ring_slots(tokens: int, window: int) -> int:
 def attention_prefill(qkv_TX: Tensor, n_heads: int, state: KVState, span: Span) -> Tensor:
     """`rotary_attention` of sequences that go on from a state, which is brought up to date. Returns (T, H P).
 
-    The training kernel over [what was before | what is new], with empty queries for what was before. Sequences that
-    have less before them than the longest have junk at the front: a document of its own.
+    Sequences that begin are documents as in training. Others run the same kernel over [what was before | what is new],
+    with empty queries for what was before; those that have less before them than the longest have junk at the front: a
+    document of its own.
     """
-    q_BLHP, k_BLHP, v_BLHP = _rotated(qkv_TX, n_heads, span)
     (B, L), W, window, device = span.shape, state.k_BWHP.shape[1], state.window, qkv_TX.device
-    past = span.past if window < 0 else min(span.past, window)
-    before_BX = span.start_B[:, None] - torch.arange(past, 0, -1, device=device)
+    begins = not span.past and rotary_attention.runs_fast(qkv_TX)
+    if begins:  # rotates q and k in place
+        tables, P = (span.cos_MR, span.sin_MR), qkv_TX.shape[1] // (3 * n_heads)
+        o_TD = rotary_attention(
+            qkv_TX, n_heads, window, *tables, span.position_T, span.documents, span.tiles(qkv_TX, P)
+        )
+        _, k_BLHP, v_BLHP = qkv_TX.unflatten(0, (B, L)).unflatten(-1, (3, n_heads, P)).unbind(2)
+    else:
+        q_BLHP, k_BLHP, v_BLHP = _rotated(qkv_TX, n_heads, span)
     both = (state.k_BWHP, k_BLHP), (state.v_BWHP, v_BLHP)
-    k, v = (torch.cat([take(ring, before_BX % W), new], dim=1) for ring, new in both)
-    q = F.pad(q_BLHP, (0, 0, 0, 0, past, 0))
-    junk_B = (past - span.start_B).clamp_min(0).to(torch.int32)
-    cu = even_documents(B, past + L, device)
-    cu = torch.cat([torch.stack([cu[:-1], cu[:-1] + junk_B], 1).flatten(), cu[-1:]])
-    o = attention(*(t.flatten(0, 1).contiguous() for t in (q, k, v)), cu, past + L, window)
+    if begins and L <= W:
+        for ring, new in both:
+            ring[:, :L] = new  # that of padding is in slots that nothing sees until they are written again
+        return o_TD
+    if not begins:
+        past = span.past if window < 0 else min(span.past, window)
+        before_BX = span.start_B[:, None] - torch.arange(past, 0, -1, device=device)
+        k, v = (torch.cat([take(ring, before_BX % W), new], dim=1) for ring, new in both)
+        q = F.pad(q_BLHP, (0, 0, 0, 0, past, 0))
+        junk_B = (past - span.start_B).clamp_min(0).to(torch.int32)
+        cu = even_documents(B, past + L, device)
+        cu = torch.cat([torch.stack([cu[:-1], cu[:-1] + junk_B], 1).flatten(), cu[-1:]])
+        o = attention(*(t.flatten(0, 1).contiguous() for t in (q, k, v)), cu, past + L, window)
+        o_TD = o.unflatten(0, (B, past + L))[:, past:].flatten(0, 1).flatten(1)
 
     # each slot keeps the last position that falls on it; those from `start` on are new
     end_B1, slot_W = (span.start_B + span.length_B)[:, None], torch.arange(W, device=device)
     new_BW = end_B1 - 1 - (end_B1 - 1 - slot_W) % W - span.start_B[:, None]
     for ring, new in both:
         ring.copy_(torch.where((new_BW >= 0)[..., None, None], take(new, new_BW.clamp_min(0)), ring))
-    return o.unflatten(0, (B, past + L))[:, past:].flatten(0, 1).flatten(1)
+    return o_TD
 
 
 def attention_step(qkv_TX: Tensor, n_heads: int, state: KVState, span: Span) -> Tensor:
