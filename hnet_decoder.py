@@ -358,7 +358,7 @@ class Decoder:
         bytes_ = max(len(text.prompt) + text.left for text in texts)
         for s, ((stage, state), read) in enumerate(zip(self.stages, first.cache.stages)):
             state.reserve(max(bytes_ if s == 0 else min(bytes_, self.RESERVED), *read.tokens), stage)
-            state.put(rows, read)
+            state.put(rows, read, read.tokens)
         rows_B = torch.tensor(rows).to(self.device, non_blocking=True)
         self.logits_BV[rows_B] = first.last_logits()
         values = {

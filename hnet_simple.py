@@ -99,25 +99,36 @@ class StageState:
         """One new token of each sequence where new_B1 is True."""
         return Span(self.position_B, new_B1[:, 0].long(), new_B1, max(self.tokens), *self.tables)
 
-    def advance(self, tokens: Sequence[int | bool], tokens_B: Tensor) -> None:
+    def count(self, tokens: Sequence[int | bool]) -> None:
+        """So many tokens more of each sequence, on the host."""
         self.tokens = [old + new for old, new in zip(self.tokens, tokens)]
-        self.position_B += tokens_B
 
     def tensors(self) -> list[Tensor]:
         """All buffers of the sequences, each with a row for each sequence; the rotary tables are not among them."""
         layers = [t for layer in self.layers.values() for t in vars(layer).values() if isinstance(t, Tensor)]
         return [t for t in (self.position_B, self.last_hidden_state_BD, self.ema_BD, *layers) if t is not None]
 
-    def put(self, rows: Sequence[int], other: StageState) -> None:
-        """The sequences of `other` take the places of those in `rows`. There must be room: see `reserve`."""
+    def begin(self) -> None:
+        """All sequences begin anew. Rings keep what nothing sees any more."""
+        rings = {id(t) for layer in self.layers.values() if isinstance(layer, KVState) for t in vars(layer).values()}
+        for t in self.tensors():
+            if id(t) not in rings:
+                t.zero_()
+
+    def put(self, rows: Sequence[int], other: StageState, tokens: Sequence[int]) -> None:
+        """The first sequences of `other`, which have so many tokens, take the places of those in `rows`.
+
+        There must be room: see `reserve`.
+        """
         rows_B = torch.tensor(rows).to(self.position_B.device, non_blocking=True)
         for mine, theirs in zip(self.tensors(), other.tensors()):
             if theirs.ndim == 1:
-                mine[rows_B] = theirs
-            else:  # a ring that is shorter has not turned yet
-                mine[rows_B, : theirs.shape[1]] = theirs
-        for row, tokens in zip(rows, other.tokens):
-            self.tokens[row] = tokens
+                mine[rows_B] = theirs[: len(rows)]
+            else:  # rings may differ in their slots: the shorter has not turned yet
+                both = min(mine.shape[1], theirs.shape[1])
+                mine[rows_B, :both] = theirs[: len(rows), :both]
+        for row, n in zip(rows, tokens):
+            self.tokens[row] = n
 
 
 class Continued(NamedTuple):
@@ -175,6 +186,46 @@ def route(stage: HNet, x_TD: Tensor, state: StageState, span: Span) -> Tensor:
     position_BX = span.start_B[:, None] + torch.arange(-1, L, device=x_TD.device)
     p_T = stage.routing_module(x_BXD.flatten(0, 1), Rows(position_BX.flatten()))
     return p_T.unflatten(0, (B, 1 + L))[:, 1:]
+
+
+class Reading(NamedTuple):
+    """L new tokens of each sequence in a prefill, between the encoder and the decoder of a stage."""
+
+    x_TD: Tensor
+    p_BL: Tensor
+    b_BL: Tensor  # bool: does it open a chunk? False on padding
+    first_BL: Tensor  # int64: the tokens that open chunks, in their order, then the others
+    how: Continued
+
+    def chunks(self, K: int) -> Tensor:
+        """The tokens that open chunks, padded to K of each sequence: (B K, D)."""
+        return take(self.x_TD.unflatten(0, self.p_BL.shape), self.first_BL[:, :K]).flatten(0, 1)
+
+
+def enter_prefill(stage: HNet, state: StageState, x_TD: Tensor, length_B: Tensor) -> Reading:
+    """Encoder and router for length_B[b] new tokens of each sequence, padded to T / B."""
+    how = Continued(state, state.span(length_B, len(x_TD) // len(length_B)), is_step=False)
+    x_TD = stage.encode(x_TD, how)
+    p_BL = route(stage, x_TD, state, how.span)
+    b_BL = stage.routing_module.opens(p_BL) & how.span.valid_BL
+    state.position_B += length_B
+    return Reading(x_TD, p_BL, b_BL, b_BL.logical_not().to(torch.int8).argsort(dim=1, stable=True), how)
+
+
+def inner_prefill(stage: HNet, state: StageState, x_TD: Tensor, length_B: Tensor) -> Tensor:
+    """The innermost stage for length_B[b] new tokens of each sequence, padded to T / B."""
+    y_TD = stage.run_innermost(x_TD, Continued(state, state.span(length_B, len(x_TD) // len(length_B)), is_step=False))
+    state.position_B += length_B
+    return y_TD
+
+
+def leave_prefill(stage: HNet, reading: Reading, y_TD: Tensor | None) -> Tensor:
+    """Smoothing, upsampling and decoder, given what the inner network made of the chunks; None: no chunk began."""
+    (B, _), state = reading.p_BL.shape, reading.how.state
+    kept_BK = reading.first_BL[:, : 0 if y_TD is None else len(y_TD) // B]
+    y_BKD = None if y_TD is None else y_TD.unflatten(0, kept_BK.shape)
+    z_BLD = smooth_prefill(y_BKD, reading.p_BL, reading.b_BL, kept_BK, state)
+    return leave(stage, z_BLD.flatten(0, 1), reading.p_BL, reading.b_BL, reading.x_TD, reading.how)
 
 
 def smooth_prefill(y_BKD: Tensor, p_BL: Tensor, b_BL: Tensor, kept_BK: Tensor, state: StageState) -> Tensor:
@@ -312,35 +363,28 @@ class HNetInference(HNetLM):
         (B, L), tokens, x_TD = byte_BL.shape, lengths, self.embed(byte_BL.flatten())
         origin_BL = torch.arange(L, device=device).expand(B, L)  # the byte at which each token of the stage begins
         starts_BLS = torch.zeros(B, L, self.config.num_stages, dtype=torch.bool, device=device)
-        probabilities, boundaries, way_back, y_TD = [], [], [], None
+        readings, y_TD = [], None
         for s, (stage, state) in enumerate(zip(self.stages, cache.stages)):
             if not len(x_TD):  # no chunk began: the stages inside have nothing to do
-                probabilities += [] if stage.is_innermost else [probabilities[-1][:, :0]]
-                boundaries += [] if stage.is_innermost else [boundaries[-1][:, :0]]
-                continue
+                break
             tokens_B = torch.tensor(tokens).to(device, non_blocking=True)
             state.reserve(max(map(sum, zip(state.tokens, tokens))), stage)
-            span = state.span(tokens_B, len(x_TD) // B)
-            state.advance(tokens, tokens_B)
-            how = Continued(state, span, is_step=False)
             if stage.is_innermost:
-                y_TD = stage.run_innermost(x_TD, how)
+                y_TD = inner_prefill(stage, state, x_TD, tokens_B)
+                state.count(tokens)
                 break
-            x_TD = stage.encode(x_TD, how)
-            p_BL = route(stage, x_TD, state, span)
-            b_BL = stage.routing_module.opens(p_BL) & span.valid_BL
-            tokens = b_BL.sum(1).tolist()  # the stage's only wait
-            kept_BK = b_BL.logical_not().to(torch.int8).argsort(dim=1, stable=True)[:, : max(tokens)]
-            starts_BLS[..., s].scatter_(1, origin_BL, b_BL)
-            way_back.append((stage, how, x_TD, p_BL, b_BL, kept_BK))
-            probabilities.append(p_BL)
-            boundaries.append(b_BL)
-            x_TD, origin_BL = take(x_TD.unflatten(0, span.shape), kept_BK).flatten(0, 1), origin_BL.gather(1, kept_BK)
-        for stage, how, x_TD, p_BL, b_BL, kept_BK in reversed(way_back):
-            y_BKD = None if y_TD is None else y_TD.unflatten(0, kept_BK.shape)
-            z_BLD = smooth_prefill(y_BKD, p_BL, b_BL, kept_BK, how.state)
-            y_TD = leave(stage, z_BLD.flatten(0, 1), p_BL, b_BL, x_TD, how)
+            readings.append(reading := enter_prefill(stage, state, x_TD, tokens_B))
+            state.count(tokens)
+            tokens = reading.b_BL.sum(1).tolist()  # the stage's only wait
+            starts_BLS[..., s].scatter_(1, origin_BL, reading.b_BL)
+            x_TD, origin_BL = reading.chunks(max(tokens)), origin_BL.gather(1, reading.first_BL[:, : max(tokens)])
+        for stage, reading in reversed(list(zip(self.stages, readings))):
+            y_TD = leave_prefill(stage, reading, y_TD)
         logits_BLV = self.head(y_TD).unflatten(0, (B, L))
+        probabilities, boundaries = ([r[i] for r in readings] for i in (1, 2))
+        for _ in range(len(readings), self.config.num_stages):  # stages that got nothing
+            probabilities.append(probabilities[-1][:, :0])
+            boundaries.append(boundaries[-1][:, :0])
         return Prefill(logits_BLV, lengths, probabilities, boundaries, starts_BLS, cache)
 
     @torch.no_grad()
@@ -374,7 +418,8 @@ class HNetInference(HNetLM):
             if any(reached[s]):
                 y_BD = leave_step(outer[s][0], tokens[s])
         for state, new, new_B1 in zip(cache.stages, reached, news):
-            state.advance(new, new_B1[:, 0])
+            state.count(new)
+            state.position_B += new_B1[:, 0]
         starts = list(zip(*reached[1:])) if reached[1:] else [()] * cache.batch
         return Step(self.head(y_BD), fed, starts, [token.p_B1[:, 0] for token in tokens])
 
