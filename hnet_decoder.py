@@ -28,6 +28,7 @@ from torch import Tensor
 
 from hnet_kernels.capture import CapturedFunctions
 from hnet_kernels.dispatch import one_after_the_other
+from hnet_kernels.generation import take
 from hnet_kernels.sampling import (
     ANY_BYTES,
     UTF8_MISSING,
@@ -40,13 +41,19 @@ from hnet_kernels.sampling import (
 )
 from hnet_simple import (
     TRAINED_LENGTH,
+    Cache,
     HNetInference,
     Noise,
+    Reading,
     Sampling,
     Token,
     at_least_float32,
+    chunk_starts,
+    enter_prefill,
     enter_step,
+    inner_prefill,
     inner_step,
+    leave_prefill,
     leave_step,
     smooth_step,
 )
@@ -55,6 +62,110 @@ from hnet_trainable import BOS, EOS
 logger = logging.getLogger("hnet")
 GRAPH_TOLERANCE = 1e-3  # of logits: the same kernels compute both, on the same inputs
 CHECKED_STEPS = 16  # enough to enter the inner stages: at one chunk in five bytes, 97 of 100 checks do
+
+
+# ------------------------------------------------------------------------------------------------------------- prefill
+
+
+def relative_gap(found: Tensor, wanted: Tensor) -> float:
+    """|found - wanted| / |wanted|; infinite where something is not a number."""
+    gap = (found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-9)
+    return gap.nan_to_num(nan=math.inf).item()
+
+
+def padded_size(n: int) -> int:
+    """The least of 32, 48, 64, 96, 128, ... that is n or more: powers of two and what is between them."""
+    power = max(32, 1 << max(n - 1, 0).bit_length())
+    return power * 3 // 4 if 32 < n <= power * 3 // 4 else power
+
+
+class PaddedPrefill:
+    """`HNetInference.prefill` of at most B prompts of at most L bytes, of which each part that comes again is a graph.
+
+    Prompts, caches and what passes between parts have fixed places. After each stage the host looks how many chunks
+    there are, and goes on with the parts for that size; `sizes` are those of the stages so far.
+    """
+
+    def __init__(self, model: HNetInference, B: int, L: int, captures: bool):
+        self.model, self.device = model, model.embeddings.weight.device
+        self.cache = model.new_cache(B, L)
+        self.stages, self.S = list(zip(model.stages, self.cache.stages)), model.config.num_stages
+        self.byte_BL = torch.zeros(B, L, dtype=torch.int64, device=self.device)
+        self.tokens_SB = torch.zeros(self.S + 1, B, dtype=torch.int64, device=self.device)  # of each stage
+        self.host_SB = torch.zeros_like(self.tokens_SB, device="cpu", pin_memory=self.device.type == "cuda")
+        self.readings: dict[tuple[int, ...], Reading] = {}
+        self.outputs: dict[tuple[int, ...], Tensor] = {}  # by sizes and stage; of stage 0: the logits
+        self.captured = CapturedFunctions(self.device, captures)
+
+    @torch.no_grad()
+    def read(self, prompts: Sequence[bytes]) -> tuple[Tensor, list[list[int]], list[Reading]]:
+        """The next byte's logits (B, V), the tokens of each prompt at each stage, and what each stage read."""
+        B, L = self.byte_BL.shape
+        given_BL = torch.zeros(B, L, dtype=torch.int64)
+        self.host_SB.zero_()
+        for b, prompt in enumerate(prompts):
+            given_BL[b, : len(prompt)] = torch.frombuffer(bytearray(prompt), dtype=torch.uint8)
+            self.host_SB[0, b] = len(prompt)
+        self.byte_BL.copy_(given_BL)
+        self.tokens_SB.copy_(self.host_SB)
+        before = self.captured.captured
+        found = self._run(L)
+        if self.captured.captured > before and self.captured.captures:  # what is used is checked first
+            logits_BV, made = found[0].clone(), (dict(self.readings), dict(self.outputs))
+            self.captured.captures = False
+            with one_after_the_other():
+                found = self._run(L)
+            gap = relative_gap(logits_BV[: len(prompts)], found[0][: len(prompts)])
+            if gap <= GRAPH_TOLERANCE:
+                self.captured.captures, (self.readings, self.outputs) = True, made
+            else:
+                self.captured.give_up(RuntimeError(f"graphs of a prefill are off by {gap:.1e}"))
+                logger.warning("prompts are read without graphs: %s", self.captured.failure)
+        logits_BV, readings = found
+        return logits_BV[: len(prompts)], self.host_SB[:, : len(prompts)].tolist(), readings
+
+    def _run(self, L: int) -> tuple[Tensor, list[Reading]]:
+        sizes, run = (L,), self.captured.run
+        for s in range(self.S):
+            run(("enter", sizes), functools.partial(self._enter, s, sizes))
+            if self.device.type == "cuda":
+                torch.cuda.current_stream().synchronize()  # the wait for a stage
+            if not (most := int(self.host_SB[s + 1].max())):
+                break
+            sizes = *sizes, min(padded_size(most), sizes[-1])
+        if len(sizes) > self.S:
+            run(("inner", sizes), functools.partial(self._inner, sizes))
+        entered = min(len(sizes), self.S)
+        for s in reversed(range(entered)):
+            run(("leave", s, sizes), functools.partial(self._leave, s, sizes))
+        return self.outputs[*sizes, 0], [self.readings[sizes[: s + 1]] for s in range(entered)]
+
+    def _take_in(self, s: int, sizes: tuple[int, ...]) -> Tensor:
+        """What stage s gets."""
+        if s:
+            return self.readings[sizes[:-1]].chunks(sizes[-1])
+        for _, state in self.stages:
+            state.begin()
+        return self.model.embed(self.byte_BL.flatten())
+
+    def _enter(self, s: int, sizes: tuple[int, ...]) -> None:
+        self.readings[sizes] = reading = enter_prefill(*self.stages[s], self._take_in(s, sizes), self.tokens_SB[s])
+        torch.sum(reading.b_BL, 1, out=self.tokens_SB[s + 1])
+        self.host_SB[s + 1].copy_(self.tokens_SB[s + 1], non_blocking=True)
+
+    def _inner(self, sizes: tuple[int, ...]) -> None:
+        S = self.S
+        self._go_out(S, sizes, inner_prefill(*self.stages[S], self._take_in(S, sizes), self.tokens_SB[S]))
+
+    def _leave(self, s: int, sizes: tuple[int, ...]) -> None:
+        y_TD = self.outputs.get((*sizes, s + 1))
+        self._go_out(s, sizes, leave_prefill(self.stages[s][0], self.readings[sizes[: s + 1]], y_TD))
+
+    def _go_out(self, s: int, sizes: tuple[int, ...], y_TD: Tensor) -> None:
+        if not s:
+            last_B1 = (self.tokens_SB[0] - 1).clamp_min(0)[:, None]
+            y_TD = self.model.head(take(y_TD.unflatten(0, self.byte_BL.shape), last_B1)[:, 0])
+        self.outputs[*sizes, s] = y_TD
 
 
 # ------------------------------------------------------------------------------------------------------------- Decoder
@@ -119,6 +230,7 @@ class Decoder:
     STEPS, SECONDS = 16, 0.02  # a drain returns after so many steps, or that time
     FEW_ROWS = 4
     PREFILL_BYTES = 1 << 17  # of prompts that are read together, padding included
+    GRAPH_BYTES = 1 << 13  # the same, where the parts of a prefill are graphs; more keep a GPU busy without
     NUMBERS = 2 * Noise.BLOCK  # random numbers of a row on the device
     RESERVED = 256  # tokens of an inner stage for which there is room from the beginning
 
@@ -147,6 +259,8 @@ class Decoder:
         self.overlaps, self.is_checked = True, False
         self.tokens: list[Token | None] = [None] * self.S
         self.captured = CapturedFunctions(self.device, self.device.type == "cuda" if captures is None else captures)
+        self.prefills: dict[tuple[int, int], PaddedPrefill] = {}  # by sizes, those used last at the end
+        self.prefill_places: list[int] = []
 
     @property
     def busy(self) -> bool:
@@ -315,7 +429,7 @@ class Decoder:
             self.events.written.zero_()  # the record has room for `STEPS` steps
             for _ in range(min(CHECKED_STEPS, self.STEPS)):
                 self._run_step()
-            logits_BV = self.logits_BV[active_B].double()
+            logits_BV = self.logits_BV[active_B]
             for t, value in zip(changed, before):
                 t.copy_(value)
             return logits_BV
@@ -325,8 +439,7 @@ class Decoder:
         with one_after_the_other():
             wanted = logits()
         self.captured.captures = True
-        gap = (found - wanted).norm() / wanted.norm().clamp_min(1e-9)
-        return gap.nan_to_num(nan=math.inf).item()
+        return relative_gap(found, wanted)
 
     def _places(self) -> tuple[int, ...]:
         """The addresses that graphs read and write."""
@@ -353,14 +466,13 @@ class Decoder:
 
     def _read(self, texts: list[Text], rows: list[int]) -> None:
         """Prefill some texts into rows."""
-        self.parameters = list(self.model.parameters())  # training may have replaced some since the last text
-        first = self.model.prefill([text.prompt for text in texts])
+        logits_BV, cache, tokens_SB, starts_BLS = self.prefill([text.prompt for text in texts])
         bytes_ = max(len(text.prompt) + text.left for text in texts)
-        for s, ((stage, state), read) in enumerate(zip(self.stages, first.cache.stages)):
-            state.reserve(max(bytes_ if s == 0 else min(bytes_, self.RESERVED), *read.tokens), stage)
-            state.put(rows, read, read.tokens)
+        for s, ((stage, state), read, tokens) in enumerate(zip(self.stages, cache.stages, tokens_SB)):
+            state.reserve(max(bytes_ if s == 0 else min(bytes_, self.RESERVED), *tokens), stage)
+            state.put(rows, read, tokens)
         rows_B = torch.tensor(rows).to(self.device, non_blocking=True)
-        self.logits_BV[rows_B] = first.last_logits()
+        self.logits_BV[rows_B] = logits_BV
         values = {
             "temperature_B": [text.sampling.temperature for text in texts],
             "top_k_B": [text.sampling.top_k for text in texts],
@@ -378,8 +490,28 @@ class Decoder:
         for i, (row, text) in enumerate(zip(rows, texts)):
             self.texts[row] = text
             if text.echo:
-                for byte, starts in zip(text.prompt[1:], first.starts_BLS[i, 1:].tolist()):
+                for byte, starts in zip(text.prompt[1:], starts_BLS[i, 1:].tolist()):
                     self.early.append(Event(text.number, byte, tuple(starts), (), math.nan, False))
+
+    def prefill(self, prompts: list[bytes]) -> tuple[Tensor, Cache, list[list[int]], Tensor]:
+        """Read prompts, BOS included, from their beginnings.
+
+        Returns the next byte's logits, a cache, the tokens at each stage, and chunk starts (B, L, S). Another prefill
+        may change all of them.
+        """
+        self.parameters = list(self.model.parameters())  # training may have replaced some since the last text
+        B, L = 1 << (len(prompts) - 1).bit_length(), padded_size(max(map(len, prompts)))
+        if not self.captured.captures or B * L > self.GRAPH_BYTES:
+            first = self.model.prefill(prompts)
+            return first.last_logits(), first.cache, [state.tokens for state in first.cache.stages], first.starts_BLS
+        if self.prefill_places != (places := [parameter.data_ptr() for parameter in self.parameters]):
+            self.prefills, self.prefill_places = {}, places
+        padded = self.prefills.pop((B, L), None) or PaddedPrefill(self.model, B, L, captures=True)
+        while self.prefills and B * L + sum(map(math.prod, self.prefills)) > 2 * self.GRAPH_BYTES:
+            del self.prefills[next(iter(self.prefills))]
+        self.prefills[B, L] = padded
+        logits_BV, tokens_SB, readings = padded.read(prompts)
+        return logits_BV, padded.cache, tokens_SB, chunk_starts(readings, padded.byte_BL, self.S)
 
     def _fill_noise(self, steps: int) -> None:
         """Each row needs a random number a step."""

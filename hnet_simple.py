@@ -212,6 +212,17 @@ def enter_prefill(stage: HNet, state: StageState, x_TD: Tensor, length_B: Tensor
     return Reading(x_TD, p_BL, b_BL, b_BL.logical_not().to(torch.int8).argsort(dim=1, stable=True), how)
 
 
+def chunk_starts(readings: Sequence[Reading], byte_BL: Tensor, S: int) -> Tensor:
+    """bool (B, L, S): does this byte open a chunk of stage s? readings: those of the stages that got tokens."""
+    starts_BLS = torch.zeros(*byte_BL.shape, S, dtype=torch.bool, device=byte_BL.device)
+    origin_BL = torch.arange(byte_BL.shape[1], device=byte_BL.device).expand_as(byte_BL)  # each token's first byte
+    for s, reading in enumerate(readings):
+        origin_BL = origin_BL[:, : reading.b_BL.shape[1]]
+        starts_BLS[..., s].scatter_(1, origin_BL, reading.b_BL)
+        origin_BL = origin_BL.gather(1, reading.first_BL)
+    return starts_BLS
+
+
 def inner_prefill(stage: HNet, state: StageState, x_TD: Tensor, length_B: Tensor) -> Tensor:
     """The innermost stage for length_B[b] new tokens of each sequence, padded to T / B."""
     y_TD = stage.run_innermost(x_TD, Continued(state, state.span(length_B, len(x_TD) // len(length_B)), is_step=False))
@@ -361,10 +372,8 @@ class HNetInference(HNetLM):
         cache, lengths = cache or self.new_cache(len(rows)), [len(row) for row in rows]
         byte_BL = pad_sequence(rows, batch_first=True).to(device, non_blocking=True)
         (B, L), tokens, x_TD = byte_BL.shape, lengths, self.embed(byte_BL.flatten())
-        origin_BL = torch.arange(L, device=device).expand(B, L)  # the byte at which each token of the stage begins
-        starts_BLS = torch.zeros(B, L, self.config.num_stages, dtype=torch.bool, device=device)
         readings, y_TD = [], None
-        for s, (stage, state) in enumerate(zip(self.stages, cache.stages)):
+        for stage, state in zip(self.stages, cache.stages):
             if not len(x_TD):  # no chunk began: the stages inside have nothing to do
                 break
             tokens_B = torch.tensor(tokens).to(device, non_blocking=True)
@@ -376,11 +385,11 @@ class HNetInference(HNetLM):
             readings.append(reading := enter_prefill(stage, state, x_TD, tokens_B))
             state.count(tokens)
             tokens = reading.b_BL.sum(1).tolist()  # the stage's only wait
-            starts_BLS[..., s].scatter_(1, origin_BL, reading.b_BL)
-            x_TD, origin_BL = reading.chunks(max(tokens)), origin_BL.gather(1, reading.first_BL[:, : max(tokens)])
+            x_TD = reading.chunks(max(tokens))
         for stage, reading in reversed(list(zip(self.stages, readings))):
             y_TD = leave_prefill(stage, reading, y_TD)
         logits_BLV = self.head(y_TD).unflatten(0, (B, L))
+        starts_BLS = chunk_starts(readings, byte_BL, self.config.num_stages)
         probabilities, boundaries = ([r[i] for r in readings] for i in (1, 2))
         for _ in range(len(readings), self.config.num_stages):  # stages that got nothing
             probabilities.append(probabilities[-1][:, :0])

@@ -16,8 +16,10 @@ entered, states of Mamba-2 read and written, keys and values read) over the memo
 import contextlib
 import json
 import platform
+import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,8 +51,12 @@ class Benchmark:
     """How often a chunk begins, stage by stage, or learned."""
     prompt_bytes: int = 256
     """Length of each prompt."""
+    mixed: bool = False
+    """Prompts of lengths from an eighth of --prompt-bytes to all of it."""
     max_bytes: int = 512
     """Bytes written to each text."""
+    prefill: int = 0
+    """Time so many prefills as well, and the training model's forward of the same prompts, without gradients."""
     plain: int = 0
     """Time so many plain steps as well: prefill and step, without graphs."""
     definitions: bool = False
@@ -152,8 +158,9 @@ def synchronize(model: HNetInference) -> None:
 
 
 def prompts(args: Benchmark) -> list[bytes]:
-    generator = torch.Generator().manual_seed(0)
-    return [bytes(torch.randint(97, 123, (args.prompt_bytes,), generator=generator).tolist()) for _ in range(args.rows)]
+    generator, n = torch.Generator().manual_seed(0), args.prompt_bytes
+    lengths = [n - n * 7 * row // (8 * args.rows) if args.mixed else n for row in range(args.rows)]
+    return [bytes(torch.randint(97, 123, (length,), generator=generator).tolist()) for length in lengths]
 
 
 def decode(model: HNetInference, args: Benchmark) -> dict:
@@ -209,6 +216,35 @@ def plain_steps(model: HNetInference, args: Benchmark) -> dict:
     return {"plain_bytes_per_s": args.rows / per_step, "plain_ms_per_step": 1000 * per_step, "prefill_s": prefill_s}
 
 
+def timed(call: Callable[[], object], times: int) -> tuple[float, float]:
+    """Medians in milliseconds, after three calls: by the clock, and from first to last kernel on a GPU."""
+    clock, gpu = [], []
+    for _ in range(times + 3):
+        ends = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if torch.cuda.is_available() else []
+        began = time.perf_counter()
+        for end in ends[:1]:
+            end.record()
+        call()
+        for end in ends[1:]:
+            end.record()
+            end.synchronize()
+        clock.append(1000 * (time.perf_counter() - began))
+        gpu.append(ends[0].elapsed_time(ends[1]) if ends else clock[-1])
+    return statistics.median(clock[3:]), statistics.median(gpu[3:])
+
+
+@torch.no_grad()
+def prefills(model: HNetInference, args: Benchmark) -> dict:
+    """A decoder's prefill of all prompts, and the training model's forward of them, by the learned boundaries."""
+    rows = [bytes([BOS]) + prompt for prompt in prompts(args)]
+    documents = torch.nested.nested_tensor([torch.tensor(list(row)) for row in rows], layout=torch.jagged)
+    documents = documents.to(model.embeddings.weight.device)
+    decoder = Decoder(model, args.rows)
+    ours, training = (timed(call, args.prefill) for call in (lambda: decoder.prefill(rows), lambda: model(documents)))
+    result = {"prefill_ms": ours[0], "prefill_gpu_ms": ours[1]}
+    return result | {"training_forward_ms": training[0], "training_forward_gpu_ms": training[1]}
+
+
 def main(args: Benchmark) -> dict:
     model, CapturedFunctions.keeps = build(args), True
     S, forced = model.config.num_stages, args.rates != "learned"
@@ -216,10 +252,12 @@ def main(args: Benchmark) -> dict:
     if forced and len(rates) != S:
         raise UserError(f"--rates: {len(rates)} rates for {S} stages; expected one for each")
     tokens = 1 + args.prompt_bytes + args.max_bytes
+    timings = prefills(model, args) if args.prefill else {}
     if forced:
         force_boundaries(model, args.rows, tokens, rates)
     device = torch.cuda.get_device_name() if model.embeddings.weight.is_cuda else platform.processor() or "CPU"
     result = {**vars(args), "device": device, "torch": torch.__version__}
+    result |= timings
     del result["out"]
     decode(model, args)  # compiles kernels
     result |= decode(model, args)

@@ -30,6 +30,8 @@ class CapturedFunctions:
         self.key: Hashable = None
         self.failure: Exception | None = None
         self.captured, self.seconds = 0, 0.0  # functions so far, and the time that it took
+        self.calls: dict[Hashable, int] = {}  # of `run`
+        self.pool: tuple[int, int] | None = None
 
     def prepare(
         self, key: Hashable, functions: dict[Hashable, Callable[[], None]], idle: Callable[[], Callable[[], None]]
@@ -53,21 +55,39 @@ class CapturedFunctions:
             torch.cuda.current_stream().wait_stream(stream)
             torch.cuda.synchronize()
             for name, function in functions.items():
-                graph = torch.cuda.CUDAGraph(keep_graph=self.keeps)
-                with torch.cuda.stream(stream):
-                    graph.capture_begin(pool, capture_error_mode="thread_local")
-                    try:
-                        function()
-                    finally:
-                        graph.capture_end()
-                self.graphs[name] = graph
-                self.captured += 1
+                self._capture(name, function, pool)
         except Exception as error:  # of a mixer that somebody has written: anything
             self.give_up(error.with_traceback(None))
         finally:
             undo()
         self.key = key
         self.seconds += time.perf_counter() - began
+
+    def _capture(self, name: Hashable, function: Callable[[], None], pool: tuple[int, int]) -> None:
+        graph = torch.cuda.CUDAGraph(keep_graph=self.keeps)
+        with torch.cuda.stream(_capture_stream(self.device)):
+            graph.capture_begin(pool, capture_error_mode="thread_local")
+            try:
+                function()
+            finally:
+                graph.capture_end()
+        self.graphs[name] = graph
+        self.captured += 1
+
+    def run(self, name: Hashable, function: Callable[[], None]) -> None:
+        """Do the work of a function. Its second call captures it, since work that comes twice will come again."""
+        self.calls[name] = self.calls.get(name, 0) + 1
+        if self.captures and name not in self.graphs and self.calls[name] > 1:
+            began = time.perf_counter()
+            try:
+                torch.cuda.synchronize()
+                self.pool = self.pool or torch.cuda.graph_pool_handle()
+                self._capture(name, function, self.pool)
+            except Exception as error:
+                self.give_up(error.with_traceback(None))
+            self.seconds += time.perf_counter() - began
+        if not self.replay(name):
+            function()
 
     def give_up(self, error: Exception) -> None:
         """Nothing is captured or replayed any more."""

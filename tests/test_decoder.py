@@ -6,10 +6,10 @@ import pytest
 import torch
 from test_simple import config_of, random_model
 
-from hnet_decoder import Decoder, Event, generate, stream
+from hnet_decoder import Decoder, Event, PaddedPrefill, generate, stream
 from hnet_kernels.capture import CapturedFunctions
 from hnet_kernels.sampling import ANY_BYTES, SamplingRows, utf8_state
-from hnet_simple import HNetInference, Noise, Sampling
+from hnet_simple import HNetInference, Noise, Sampling, chunk_starts
 from hnet_trainable import BOS, EOS, HNetConfig
 
 PROMPTS = ["", "a", "The quick brown fox ", b"\xff\x00\x80", "日本", "x" * 70, "\n\n", "def f(x):"]
@@ -162,6 +162,52 @@ class Replayed:
         self.replay = function
 
 
+def capture(self: CapturedFunctions, name, function, pool) -> None:
+    self.graphs[name] = Replayed(function)
+    self.captured += 1
+
+
+@pytest.mark.parametrize("is_wrong", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_padded_prefills_are_prefills(monkeypatch, name, is_wrong):
+    """Of few and many prompts of other lengths, in parts that are captured when they come again and then checked."""
+    monkeypatch.setattr(CapturedFunctions, "_capture", capture)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    go_out, replaying = PaddedPrefill._go_out, []
+
+    def goes_out(self, s, sizes, y_TD):
+        go_out(self, s, sizes, y_TD + len(replaying))
+
+    def capture_wrongly(self, name, function, pool):
+        capture(self, name, lambda: (replaying.append(name), function(), replaying.clear()), pool)
+
+    monkeypatch.setattr(PaddedPrefill, "_go_out", goes_out)
+    if is_wrong:
+        monkeypatch.setattr(CapturedFunctions, "_capture", capture_wrongly)
+    lm = inference(name)
+    padded = PaddedPrefill(lm, 4, 96, captures=True)
+    for round_ in range(4):
+        prompts = [bytes([BOS]) + bytes(range(97, 97 + (7 * n + round_) % 90)) for n in range(4 - round_ % 2)]
+        logits_BV, tokens_SB, readings = padded.read(prompts)
+        wanted = lm.prefill(prompts)
+        assert (logits_BV - wanted.last_logits()).abs().max() < 1e-12
+        L = wanted.starts_BLS.shape[1]
+        starts_BLS = chunk_starts(readings, padded.byte_BL, padded.S)[: len(prompts), :L]
+        assert torch.equal(starts_BLS, wanted.starts_BLS)
+        assert tokens_SB == [state.tokens for state in wanted.cache.stages]
+        rows, continued = [2, 0, 3, 1][: len(prompts)], []
+        for states in (padded.cache.stages, wanted.cache.stages):
+            cache = lm.new_cache(4, 200)
+            for state, source, tokens in zip(cache.stages, states, tokens_SB):
+                state.put(rows, source, tokens)
+            active = [row in rows for row in range(4)]
+            steps = [lm.step(torch.tensor([97, 98, 99, 100 + n]), cache, active).logits_BV[rows] for n in range(3)]
+            continued.append(torch.stack(steps))
+        assert (continued[0] - continued[1]).abs().max() < 1e-12
+    assert (padded.captured.failure is not None) == is_wrong and bool(padded.captured.graphs) != is_wrong
+
+
 @pytest.mark.parametrize("is_wrong", [False, True])
 @pytest.mark.parametrize("host_decides", [True, False])
 def test_graphs_are_checked_before_they_are_used(monkeypatch, host_decides, is_wrong):
@@ -177,6 +223,7 @@ def test_graphs_are_checked_before_they_are_used(monkeypatch, host_decides, is_w
             self.key = key
 
     monkeypatch.setattr(CapturedFunctions, "prepare", prepare)
+    monkeypatch.setattr(CapturedFunctions, "_capture", capture)
     leave = Decoder._leave
 
     def leaves_wrongly(self, s):
