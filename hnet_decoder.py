@@ -74,9 +74,9 @@ def relative_gap(found: Tensor, wanted: Tensor) -> float:
 
 
 def padded_size(n: int) -> int:
-    """The least of 32, 48, 64, 96, 128, ... that is n or more: powers of two and what is between them."""
-    power = max(32, 1 << max(n - 1, 0).bit_length())
-    return power * 3 // 4 if 32 < n <= power * 3 // 4 else power
+    """The least size that is n or more: multiples of 16 up to 128, then eight sizes between two powers of two."""
+    step = max(16, (1 << (n - 1).bit_length()) // 16)
+    return -(-n // step) * step
 
 
 class PaddedPrefill:
@@ -230,7 +230,7 @@ class Decoder:
     STEPS, SECONDS = 16, 0.02  # a drain returns after so many steps, or that time
     FEW_ROWS = 4
     PREFILL_BYTES = 1 << 17  # of prompts that are read together, padding included
-    GRAPH_BYTES = 1 << 13  # the same, where the parts of a prefill are graphs; more keep a GPU busy without
+    GRAPH_BYTES = 1 << 14  # the same, where the parts of a prefill are graphs; more keep a GPU busy without
     NUMBERS = 2 * Noise.BLOCK  # random numbers of a row on the device
     RESERVED = 256  # tokens of an inner stage for which there is room from the beginning
 
