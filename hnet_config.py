@@ -7,8 +7,11 @@ ConfigError that names the key and says what is allowed.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
+import operator
+import os
 import re
 import reprlib
 from collections.abc import Mapping
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HEADDIM = 64  # channels per head of Mamba-2
+BOS, EOS = 0xFE, 0xFF  # neither byte occurs in UTF-8 (code)
 _HERE = Path(__file__).resolve().parent
 CONFIGS = _HERE / "hnet_configs" if (_HERE / "hnet_configs").is_dir() else _HERE / "configs"  # installed, or a checkout
 
@@ -26,6 +30,10 @@ class ConfigError(ValueError):
 
 # The registry of mixers: letter of layouts -> class. hnet_trainable.py registers its own.
 MIXERS: dict[str, Any] = {}
+
+# The registry of routers: name in `routers` -> class. hnet_routers.py and hnet_trainable.py register theirs.
+ROUTERS: dict[str, Any] = {}
+LEARNED = "learned"  # the router of the paper, and the default
 
 
 # No model that fits into a machine is near these bounds; a larger size is a typing error.
@@ -89,6 +97,25 @@ def parse_layout(layout: str) -> list[Layer]:
     return [Layer(letter.lower(), letter.isupper()) for (letter, _), count in zip(found, counts) for _ in range(count)]
 
 
+def parse_router(written: str, s: int) -> tuple[Any, str]:
+    """`"stride:4"` -> the class that is registered as `stride`, and `"4"`.
+
+    Raises ConfigError if there is no such router or stage s cannot have it.
+    """
+    if not ROUTERS:
+        import hnet_routers  # noqa: F401 (it registers them; here, because it imports torch)
+    name, colon, argument = written.partition(":") if isinstance(written, str) else ("", "", "")
+    if name not in ROUTERS:
+        known = ", ".join(dict.fromkeys([LEARNED, *(kind.usage for kind in ROUTERS.values())]))
+        raise ConfigError(f"routers: {_shown(written)} for stage {s}; expected one of {known}")
+    kind = ROUTERS[name]
+    if not re.fullmatch(kind.argument, argument) or bool(colon) != bool(argument):
+        raise ConfigError(f"routers: {_shown(written)} for stage {s}; expected {kind.usage}")
+    if kind.reads_bytes and s:
+        raise ConfigError(f"routers: {_shown(written)} for stage {s}; it reads bytes, so only stage 0 can have it")
+    return kind, argument
+
+
 @dataclasses.dataclass(frozen=True)
 class HNetConfig:
     """The official JSON keys plus `N_compress`. Stage 0 is outermost; a config of S + 1 widths has S chunking stages.
@@ -97,6 +124,7 @@ class HNetConfig:
     d_model, d_intermediate: a width per stage; d_intermediate is 0 where no layer has an MLP, and is rounded up to a
         multiple of 128 (code).
     N_compress: `(1, 3, 9)`: target bytes per token at each stage; a chunk of stage s should have N[s + 1] / N[s].
+    routers: what decides where chunks begin, one for each chunking stage: `learned`, or a rule of ROUTERS.
     """
 
     arch_layout: Any
@@ -107,6 +135,7 @@ class HNetConfig:
     attn_cfg: AttnConfig = AttnConfig()
     tie_embeddings: bool = False
     N_compress: tuple[float, ...] = ()
+    routers: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, source: str | Path | Mapping[str, Any], **overrides: Any) -> HNetConfig:
@@ -131,12 +160,13 @@ class HNetConfig:
         if not isinstance(raw, dict):
             raise ConfigError(f"{source}: expected a JSON object with the keys {', '.join(_keys(cls))}")
         try:
-            return cls._from_mapping({**raw, **overrides})
+            return cls._from_mapping({**raw, **overrides}, find_config(source).parent)
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}") from None
 
     @classmethod
-    def _from_mapping(cls, raw: dict[str, Any]) -> HNetConfig:
+    def _from_mapping(cls, raw: dict[str, Any], folder: Path = Path(".")) -> HNetConfig:
+        """folder: where a file that the config names is looked for first."""
         for section, kind in (("", cls), ("ssm_cfg", SSMConfig), ("attn_cfg", AttnConfig)):
             given = raw.get(section, {}) if section else raw
             if not isinstance(given, Mapping):
@@ -154,15 +184,19 @@ class HNetConfig:
         stages = len(lists["d_model"]) - 1
         if stages < 0:
             raise ConfigError("d_model: an empty list; expected one width per stage")
+        routers = _routers(raw.get("routers", [LEARNED] * stages), stages, folder)
         if not ratios:
-            if stages > 2:
+            rates = [_known_rate(router, s) for s, router in enumerate(routers)]
+            if stages > 2 and None in rates:
                 raise ConfigError(
                     f"N_compress: missing; it has no default for {stages} stages: give {stages + 1} numbers"
                 )
-            ratios = ((1,), (1, 6), (1, 3, 9))[stages]
+            default = 6 if stages == 1 else 3
+            ratios = tuple(itertools.accumulate([1, *(rate or default for rate in rates)], operator.mul))
+            ratios = _numbers(ratios, "N_compress", whole=False)
         ssm = SSMConfig(**{k: _whole(v, f"ssm_cfg.{k}") for k, v in raw.get("ssm_cfg", {}).items()})
         fields = {**raw, **lists, "ssm_cfg": ssm, "attn_cfg": AttnConfig(**heads), "N_compress": ratios}
-        config = cls(**fields)
+        config = cls(**fields | {"routers": routers})
         config._check()
         return config
 
@@ -186,6 +220,13 @@ class HNetConfig:
             )
         if self.N_compress[0] != 1 or any(a >= b for a, b in zip(self.N_compress, self.N_compress[1:])):
             raise ConfigError(f"N_compress: {list(self.N_compress)}; expected 1 and then growing numbers, like 1, 3, 9")
+        for s, (router, N) in enumerate(zip(self.routers, self.target_ratios)):
+            rate = _known_rate(router, s)
+            if rate and not math.isclose(N, rate):
+                raise ConfigError(
+                    f"N_compress: {list(self.N_compress)} with {router} for stage {s}; expected "
+                    f"{rate * self.N_compress[s]:g} in place of {self.N_compress[s + 1]:g}"
+                )
         node = self.arch_layout
         for s in range(S + 1):
             wanted, form = (3, '["m4", [...], "m4"]') if s < S else (1, '["T12"]')
@@ -238,7 +279,7 @@ class HNetConfig:
                 total += sum({"m": mamba, "t": 4 * D * D}.get(layer.mixer, 0) + D for layer in layers)
                 total += sum(3 * D * mlp + D for layer in layers if layer.has_mlp)
             if s < self.num_stages:
-                total += 3 * D * D + D  # the router and residual_proj
+                total += D * D + D + self.is_learned[s] * 2 * D * D  # residual_proj and a learned router
             total += D - self.d_model[max(s - 1, 0)]  # pad_dimension
         return total
 
@@ -252,6 +293,30 @@ class HNetConfig:
         """N of the ratio loss (eq. 10) for each chunking stage: the target number of its tokens per chunk."""
         return tuple(inner / outer for outer, inner in zip(self.N_compress, self.N_compress[1:]))
 
+    def _router(self, s: int) -> Any:
+        """The class of stage s's router; None for a learned one, for which torch need not be there."""
+        return None if self.routers[s] == LEARNED else parse_router(self.routers[s], s)[0]
+
+    @property
+    def is_learned(self) -> tuple[bool, ...]:
+        """For each chunking stage, whether its router learns. A rule has no weights and no ratio loss."""
+        return tuple((kind := self._router(s)) is None or kind.is_learned for s in range(self.num_stages))
+
+    @property
+    def learned_ratios(self) -> tuple[float | None, ...]:
+        """`target_ratios`, but None for a rule, which has no target."""
+        return tuple(N if learns else None for N, learns in zip(self.target_ratios, self.is_learned))
+
+    @property
+    def stages_by_cuts(self) -> tuple[int, ...]:
+        """The chunking stages whose routers read the `cuts` of `HNetLM.forward`."""
+        return tuple(s for s in range(self.num_stages) if (kind := self._router(s)) and kind.reads_cuts)
+
+    @property
+    def stages_not_causal(self) -> tuple[int, ...]:
+        """The chunking stages whose routers open chunks by bytes that come later."""
+        return tuple(s for s in range(self.num_stages) if (kind := self._router(s)) and not kind.is_causal)
+
     def layouts(self, s: int) -> tuple[str, ...]:
         """Stage s's layouts: (encoder, decoder), or (main network,) for the innermost."""
         node = self.arch_layout
@@ -260,8 +325,11 @@ class HNetConfig:
         return tuple(node[::2])
 
     def to_dict(self) -> dict[str, Any]:
-        """The mapping that `load` reads, ready for JSON."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        """The mapping that `load` reads, ready for JSON. `routers` is left out where all are learned."""
+        raw = json.loads(json.dumps(dataclasses.asdict(self)))
+        if all(router == LEARNED for router in self.routers):
+            del raw["routers"]
+        return raw
 
 
 def find_config(source: str | Path) -> Path:
@@ -294,6 +362,41 @@ def _numbers(values: Any, key: str, whole: bool = True) -> tuple:
             raise ConfigError(f"{key}: {value} in the list; expected finite numbers")
         _bounded(value, key, f"{_shown(value)} in the list")
     return tuple(values)
+
+
+def _routers(written: Any, stages: int, folder: Path) -> tuple[str, ...]:
+    """The routers of all chunking stages, checked, with complete paths of their files."""
+    if not isinstance(written, list | tuple):
+        raise ConfigError(f"routers: {_shown(written)}; expected a list of names, one for each chunking stage")
+    if len(written) != stages:
+        raise ConfigError(f"routers: {len(written)} names for {stages} chunking stages; give one for each")
+    found: list[str] = []
+    for s, name in enumerate(written):
+        if name == LEARNED:
+            found.append(name)
+            continue
+        kind, argument = parse_router(name, s)
+        if kind.reads_cuts and s and (found[-1] == LEARNED or not parse_router(found[-1], s - 1)[0].reads_cuts):
+            raise ConfigError(
+                f"routers: {_shown(name)} for stage {s}; expected a router of this kind for stage {s - 1}, too"
+            )
+        found.append(f"{name.partition(':')[0]}:{_find_file(argument, s, folder)}" if kind.reads_file else name)
+    return tuple(found)
+
+
+def _find_file(name: str, s: int, folder: Path) -> Path:
+    """The complete path of a file: beside the config, or from the working directory."""
+    for path in (folder / name, Path(name), folder / Path(name).name):
+        if path.is_file():
+            return path.resolve()
+    places = dict.fromkeys((str(folder.resolve()), os.getcwd()))
+    raise ConfigError(f"routers: the file {name!r} for stage {s} is missing; looked for in {' and '.join(places)}")
+
+
+def _known_rate(router: str, s: int) -> int | None:
+    """The tokens per chunk of a rule that fixes them."""
+    kind, argument = (None, "") if router == LEARNED else parse_router(router, s)
+    return int(argument) if kind and kind.fixes_rate else None
 
 
 def _bounded(value: Any, key: str, shown: str) -> Any:

@@ -149,7 +149,8 @@ class PaddedPrefill:
         return self.model.embed(self.byte_BL.flatten())
 
     def _enter(self, s: int, sizes: tuple[int, ...]) -> None:
-        self.readings[sizes] = reading = enter_prefill(*self.stages[s], self._take_in(s, sizes), self.tokens_SB[s])
+        inputs = self._take_in(s, sizes), self.tokens_SB[s], self.byte_BL
+        self.readings[sizes] = reading = enter_prefill(*self.stages[s], *inputs)
         torch.sum(reading.b_BL, 1, out=self.tokens_SB[s + 1])
         self.host_SB[s + 1].copy_(self.tokens_SB[s + 1], non_blocking=True)
 
@@ -364,7 +365,7 @@ class Decoder:
 
     def _enter(self, s: int) -> None:
         x_BD, new_B1 = self.tokens[s - 1][::2] if s else (self._draw(), self.rows.active_B[:, None])
-        self.tokens[s] = token = enter_step(*self.stages[s], x_BD, new_B1)
+        self.tokens[s] = token = enter_step(*self.stages[s], x_BD, new_B1, self.rows.byte_B)
         note_starts(self.events, s, token.p_B1, token.opens_B1, new_B1, self.rows)
         if self.host_decides:
             self.begins_S[s].copy_(self.events.begins_S[s], non_blocking=True)

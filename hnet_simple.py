@@ -49,7 +49,15 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 class GenerationError(RuntimeError):
-    """A mixer that cannot generate."""
+    """A mixer or a router that cannot generate."""
+
+
+def why_no_generation(config: HNetConfig) -> str | None:
+    """Why no model of this config can generate, whatever its code: a router needs what is not written yet; or None."""
+    for s in sorted({*config.stages_not_causal, *config.stages_by_cuts}):
+        why = "depends on later bytes" if s in config.stages_not_causal else "is told by the caller where chunks begin"
+        return f"the model cannot generate: the router {config.routers[s]} of stage {s} {why}"
+    return None
 
 
 @dataclasses.dataclass
@@ -62,6 +70,7 @@ class StageState:
     dtype: torch.dtype  # that of the computation
     last_hidden_state_BD: Tensor | None = None  # the router's x_{t-1}; not innermost
     ema_BD: Tensor | None = None  # the smoothing's z of the chunk at hand, at least float32; not innermost
+    last_byte_B: Tensor | None = None  # int64, the byte before, for a router that reads bytes
     tables: tuple[Tensor, Tensor] | None = None  # rotary, of as many positions as were reserved
 
     @classmethod
@@ -79,6 +88,8 @@ class StageState:
         if not stage.is_innermost:
             state.last_hidden_state_BD = some.new_zeros(batch, len(some))
             state.ema_BD = some.new_zeros(batch, len(some), dtype=at_least_float32(some.dtype))
+            if stage.routing_module.reads_bytes:
+                state.last_byte_B = some.new_zeros(batch, dtype=torch.int64)
         return state
 
     def reserve(self, tokens: int, stage: HNet) -> None:
@@ -106,7 +117,8 @@ class StageState:
     def tensors(self) -> list[Tensor]:
         """All buffers of the sequences, each with a row for each sequence; the rotary tables are not among them."""
         layers = [t for layer in self.layers.values() for t in vars(layer).values() if isinstance(t, Tensor)]
-        return [t for t in (self.position_B, self.last_hidden_state_BD, self.ema_BD, *layers) if t is not None]
+        own = self.position_B, self.last_hidden_state_BD, self.ema_BD, self.last_byte_B
+        return [t for t in (*own, *layers) if t is not None]
 
     def begin(self) -> None:
         """All sequences begin anew. Rings keep what nothing sees any more."""
@@ -147,6 +159,7 @@ class Rows(NamedTuple):
     """What the router needs of a Packing."""
 
     position_T: Tensor
+    byte_T: Tensor | None  # only for a router that reads bytes
 
 
 @dataclasses.dataclass
@@ -158,6 +171,7 @@ class Cache:
         (d_conv - 1) (expand D + 2 d_state) c + expand D d_state a   for each Mamba-2 layer,
         2 W D c                                                 for each attention layer,
         D c + D a                                               for each chunking stage: router and smoothing,
+        8                                                       for a router that reads bytes: the last one,
     where D is the stage's width and W = ring_slots(tokens, window): for n tokens seen by the longest sequence at that
     stage the next power of two from 64 on, at most window + 1. Only W grows, and only in layers of attention.
     """
@@ -178,13 +192,20 @@ class Cache:
 # All that is computed for each token alone runs on flat rows, as in training: T = B L of them.
 
 
-def route(stage: HNet, x_TD: Tensor, state: StageState, span: Span) -> Tensor:
-    """p (B, L) of new tokens, each compared with the one before, of which the first is in the state."""
-    B, L = span.shape
+def route(stage: HNet, x_TD: Tensor, state: StageState, span: Span, byte_BL: Tensor) -> Tensor:
+    """p (B, L) of new tokens, each compared with the one before, of which the first is in the state.
+
+    byte_BL: what is read; of use at stage 0 alone.
+    """
+    (B, L), byte_T = span.shape, None
     x_BXD = torch.cat([state.last_hidden_state_BD[:, None], x_TD.unflatten(0, (B, L))], dim=1)
     state.last_hidden_state_BD.copy_(take(x_BXD, span.length_B[:, None])[:, 0])
     position_BX = span.start_B[:, None] + torch.arange(-1, L, device=x_TD.device)
-    p_T = stage.routing_module(x_BXD.flatten(0, 1), Rows(position_BX.flatten()))
+    if state.last_byte_B is not None:
+        byte_BX = torch.cat([state.last_byte_B[:, None], byte_BL], dim=1)
+        state.last_byte_B.copy_(byte_BX.gather(1, span.length_B[:, None])[:, 0])
+        byte_T = byte_BX.flatten()
+    p_T = stage.routing_module(x_BXD.flatten(0, 1), Rows(position_BX.flatten(), byte_T))
     return p_T.unflatten(0, (B, 1 + L))[:, 1:]
 
 
@@ -202,11 +223,11 @@ class Reading(NamedTuple):
         return take(self.x_TD.unflatten(0, self.p_BL.shape), self.first_BL[:, :K]).flatten(0, 1)
 
 
-def enter_prefill(stage: HNet, state: StageState, x_TD: Tensor, length_B: Tensor) -> Reading:
-    """Encoder and router for length_B[b] new tokens of each sequence, padded to T / B."""
+def enter_prefill(stage: HNet, state: StageState, x_TD: Tensor, length_B: Tensor, byte_BL: Tensor) -> Reading:
+    """Encoder and router for length_B[b] new tokens of each sequence, padded to T / B. byte_BL: as in `route`."""
     how = Continued(state, state.span(length_B, len(x_TD) // len(length_B)), is_step=False)
     x_TD = stage.encode(x_TD, how)
-    p_BL = route(stage, x_TD, state, how.span)
+    p_BL = route(stage, x_TD, state, how.span, byte_BL)
     b_BL = stage.routing_module.opens(p_BL) & how.span.valid_BL
     state.position_B += length_B
     return Reading(x_TD, p_BL, b_BL, b_BL.logical_not().to(torch.int8).argsort(dim=1, stable=True), how)
@@ -270,13 +291,17 @@ class Token(NamedTuple):
     how: Continued
 
 
-def enter_step(stage: HNet, state: StageState, x_BD: Tensor, new_B1: Tensor) -> Token:
-    """Encoder and router for one new token of each sequence where new_B1 is True."""
+def enter_step(stage: HNet, state: StageState, x_BD: Tensor, new_B1: Tensor, byte_B: Tensor) -> Token:
+    """Encoder and router for one new token of each sequence where new_B1 is True. byte_B: as in `route`."""
     how = Continued(state, state.step_span(new_B1), is_step=True)
     x_BD = stage.encode(x_BD, how)
     last_BD, start_B = state.last_hidden_state_BD, state.position_B
     x_TD = torch.stack([last_BD, x_BD], dim=1).flatten(0, 1)  # each token behind the one before it
-    p_T = stage.routing_module(x_TD, Rows(start_B[:, None].expand(-1, 2).flatten()))
+    byte_T, last_B = None, state.last_byte_B
+    if last_B is not None:
+        byte_T = torch.stack([last_B, byte_B], dim=1).flatten()
+        torch.where(new_B1[:, 0], byte_B, last_B, out=last_B)
+    p_T = stage.routing_module(x_TD, Rows(start_B[:, None].expand(-1, 2).flatten(), byte_T))
     torch.where(new_B1, x_BD, last_BD, out=last_BD)
     p_B1 = p_T[1::2, None]
     return Token(x_BD, p_B1, stage.routing_module.opens(p_B1) & new_B1, how)
@@ -351,9 +376,13 @@ class HNetInference(HNetLM):
 
         `max_len` reserves for that many tokens a sequence, at every stage or given stage by stage: up to there buffers
         keep their size and place. Without it, or beyond, the rings of attention layers grow as they must.
+
+        Raises GenerationError for a config whose routers cannot generate.
         """
         if batch < 1:
             raise ValueError(f"batch: {batch}; expected 1 or more")
+        if reason := why_no_generation(self.config):
+            raise GenerationError(reason)
         cache = Cache([StageState.new(stage, batch) for stage in self.stages])
         for s, (stage, state) in enumerate(zip(self.stages, cache.stages)):
             state.reserve(max_len if isinstance(max_len, int) else max_len[s], stage)
@@ -382,7 +411,7 @@ class HNetInference(HNetLM):
                 y_TD = inner_prefill(stage, state, x_TD, tokens_B)
                 state.count(tokens)
                 break
-            readings.append(reading := enter_prefill(stage, state, x_TD, tokens_B))
+            readings.append(reading := enter_prefill(stage, state, x_TD, tokens_B, byte_BL))
             state.count(tokens)
             tokens = reading.b_BL.sum(1).tolist()  # the stage's only wait
             x_TD = reading.chunks(max(tokens))
@@ -414,7 +443,7 @@ class HNetInference(HNetLM):
         *outer, innermost = zip(self.stages, cache.stages)
         x_BD, news, tokens = self.embed(byte_B), [new_B1], []
         for stage, state in outer:
-            tokens.append(enter_step(stage, state, x_BD, news[-1]))
+            tokens.append(enter_step(stage, state, x_BD, news[-1], byte_B))
             x_BD, _, opens_B1, _ = tokens[-1]
             news.append(opens_B1)
         fed, *opens = torch.stack([byte_B, *(new_B1[:, 0] for new_B1 in news[1:])]).tolist()  # the only wait

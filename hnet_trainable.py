@@ -33,7 +33,20 @@ from torch import Tensor, nn
 from torch.nested import nested_tensor_from_jagged
 from torch.nested._internal.nested_tensor import NestedTensor
 
-from hnet_config import HEADDIM, MIXERS, AttnConfig, ConfigError, HNetConfig, Layer, SSMConfig, parse_layout  # noqa: F401
+from hnet_config import (  # noqa: F401
+    BOS,
+    EOS,
+    HEADDIM,
+    MIXERS,
+    ROUTERS,
+    AttnConfig,
+    ConfigError,
+    HNetConfig,
+    Layer,
+    SSMConfig,
+    parse_layout,
+    parse_router,
+)
 from hnet_kernels import (
     Chunks,
     Residual,
@@ -65,8 +78,8 @@ from hnet_kernels.generation import (
     mamba2_step,
 )
 from hnet_kernels.router import TakeRows
+from hnet_routers import Router, inner_cuts
 
-BOS, EOS = 0xFE, 0xFF  # neither byte occurs in UTF-8 (code)
 NORM_EPS = 1e-5
 EMA_CLAMP = 1e-4  # the smoothing's P stays in [1e-4, 1 - 1e-4] (code)
 N_GPT = 4.6  # bytes a token of GPT-2's tokenizer covers (section 2.3.2)
@@ -158,14 +171,16 @@ class Packing:
     position_T: Tensor  # int32, from 0 in each document
     cos_MR: Tensor  # at least float32
     sin_MR: Tensor
+    byte_T: Tensor | None = None  # int64, what is read; at stage 0
+    cuts_T: Tensor | None = None  # where chunks begin, for routers that are told so: see `HNetLM.forward`
     _tiles: dict[int, Tensor | None] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, x_BjD: Tensor, rotary_dim: int) -> Packing:
+    def of(cls, x_BjD: Tensor, rotary_dim: int, byte_T: Tensor | None = None, cuts_T: Tensor | None = None) -> Packing:
         x_TD = x_BjD._values
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         tables = rotary_tables(x_BjD._get_max_seqlen(), rotary_dim, dtype, x_TD.device)
-        return cls(cu_seqlens(x_BjD), positions(x_BjD).to(torch.int32), *tables)
+        return cls(cu_seqlens(x_BjD), positions(x_BjD).to(torch.int32), *tables, byte_T, cuts_T)
 
     def mix(self, mixer: nn.Module, x_TD: Tensor) -> Tensor:
         """What a mixer makes of whole documents. In generation, hnet_simple.py continues them from a cache instead."""
@@ -403,10 +418,12 @@ class StageOutput(NamedTuple):
         return StageOutput(*(x.detach() for x in self))
 
 
-class RoutingModule(nn.Module):
-    """Where chunks begin (section 2.2.1)."""
+class RoutingModule(Router):
+    """Where chunks begin (section 2.2.1): the router `learned`. hnet_routers.py has others, which are rules."""
 
-    def __init__(self, width: int):
+    usage, is_learned = "learned", True
+
+    def __init__(self, width: int, argument: str = ""):
         super().__init__()
         self.q_proj_layer = Linear(width, width, is_saved=True)
         self.k_proj_layer = Linear(width, width, is_saved=True)
@@ -418,6 +435,9 @@ class RoutingModule(nn.Module):
     def opens(self, p_T: Tensor) -> Tensor:
         """b_T (bool): which tokens open a chunk, beside the first of each document. A tie is no boundary (code)."""
         return p_T.detach() > 0.5
+
+
+ROUTERS["learned"] = RoutingModule
 
 
 class SelectChunks(torch.autograd.Function):
@@ -472,22 +492,26 @@ class HNet(nn.Module):
             self.main_network = Isotropic(layouts[0], config, s)
             return
         self.encoder = Isotropic(layouts[0], config, s)
-        self.routing_module = RoutingModule(width)
+        kind, argument = parse_router(config.routers[s], s)
+        self.routing_module = kind(width, argument)
         self.residual_proj = WideLinear(width, width)
         self.main_network = HNet(config, s + 1)
         self.decoder = Isotropic(layouts[1], config, s)
 
-    def forward(self, x_BjD: Tensor) -> tuple[Tensor, list[StageOutput]]:
-        packing = Packing.of(x_BjD, self.rotary_dim)
+    def forward(
+        self, x_BjD: Tensor, byte_T: Tensor | None = None, cuts_T: Tensor | None = None
+    ) -> tuple[Tensor, list[StageOutput]]:
+        packing = Packing.of(x_BjD, self.rotary_dim, byte_T, cuts_T)
         if self.is_innermost:
             return nested_like(self.run_innermost(flat(x_BjD), packing), x_BjD), []
         x_TD = self.encode(flat(x_BjD), packing)
         p_T = self.routing_module(x_TD, packing)
         p_T, G, chunks = cut(p_T, self.routing_module.opens(p_T), packing.position_T, packing.cu_seqlens)
         residual_TD = self.residual_proj(x_TD)
-        y_BkD, inner = self.main_network(SelectChunks.apply(nested_like(x_TD, x_BjD), chunks))
+        h_BkD = SelectChunks.apply(nested_like(x_TD, x_BjD), chunks)
+        start_C = chunks.start_C[: len(h_BkD._values)]
+        y_BkD, inner = self.main_network(h_BkD, None, None if cuts_T is None else inner_cuts(cuts_T, start_C))
         y_CD = flat(y_BkD)
-        start_C = chunks.start_C[: len(y_CD)]
         z_CD = self.smooth(y_CD, take_rows(p_T, start_C), chunks.cu_seqlens)
         x_TD = self.upsample(z_CD, p_T, chunks._replace(start_C=start_C), residual_TD, x_TD.dtype)
         stage = StageOutput(p_T, chunks.b_T, chunks.shares[0], G, x_BjD)
@@ -521,7 +545,10 @@ class HNet(nn.Module):
 
 
 class HNetOutput(NamedTuple):
-    """`logits`: NJT (B, j0, V); `ce`: nats, mean over labels, None without labels; `ratio_losses` (S,); S `stages`."""
+    """`logits`: NJT (B, j0, V); `ce`: nats, mean over labels, None without labels; S `stages`.
+
+    `ratio_losses` (S,): 0 for a stage whose router is a rule.
+    """
 
     logits: Tensor
     ce: Tensor | None
@@ -550,17 +577,26 @@ class HNetLM(nn.Module):
             self.lm_head.weight = self.embeddings.weight
         return self
 
-    def forward(self, iids: Tensor, labels: Tensor | None = None) -> HNetOutput:
+    def forward(self, iids: Tensor, labels: Tensor | None = None, cuts: Tensor | None = None) -> HNetOutput:
         """`iids` and `labels`: NJTs (B, j0) of int64, at least one byte in all.
 
-        Raises ValueError for anything else, and where the documents of the two differ in length. Values beyond the
+        `cuts`: for the routers `given` and `tokens:FILE`, an NJT (B, j0). For one such stage it is bool: does the byte
+        open a chunk? For several it counts the stages, from stage 0 on, for which the byte does.
+
+        Raises ValueError for anything else, and where the documents of these differ in length. Values beyond the
         vocabulary are refused on the CPU; on another device the caller answers for them (see `check_documents`).
         """
-        check_documents(iids, labels, self.config.vocab_size)
-        x_BjD, stages = self.backbone(nested_like(self.embed(flat(iids)), iids))
+        config = self.config
+        check_documents(iids, labels, config.vocab_size)
+        check_cuts(cuts, iids, config)
+        byte_T, cuts_T = flat(iids), None if cuts is None else cuts._values
+        x_BjD, stages = self.backbone(nested_like(self.embed(byte_T), iids), byte_T, cuts_T)
         logits_TV = self.head(flat(x_BjD))
         ce = None if labels is None else cross_entropy(logits_TV, flat(labels))
-        losses = [ratio_loss(stage, N) for stage, N in zip(stages, self.config.target_ratios)]
+        losses = [
+            torch.zeros_like(stage.G) if N is None else ratio_loss(stage, N)
+            for stage, N in zip(stages, config.learned_ratios)
+        ]
         ratio_losses = torch.stack(losses) if losses else logits_TV.new_zeros(0)
         return HNetOutput(nested_like(logits_TV, iids), ce, ratio_losses, stages)
 
@@ -604,6 +640,24 @@ def check_documents(iids: Tensor, labels: Tensor | None, vocab_size: int = 256) 
             if least < 0 or most >= vocab_size:
                 value = least if least < 0 else most
                 raise ValueError(f"{name}: holds the value {value}; expected 0 to {vocab_size - 1}, the vocabulary")
+
+
+def check_cuts(cuts: Tensor | None, iids: Tensor, config: HNetConfig) -> None:
+    """ValueError unless `cuts` are what the routers of the config need: see `HNetLM.forward`."""
+    stages = config.stages_by_cuts
+    if cuts is None or not stages:
+        if cuts is None and stages:
+            raise ValueError(f"cuts: missing; the router {config.routers[stages[0]]} needs to know where chunks begin")
+        if cuts is not None:
+            raise ValueError(f"cuts: given, but the routers {', '.join(config.routers)} do not read them")
+        return
+    kinds = (torch.bool,) if len(stages) == 1 else (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    if not (isinstance(cuts, NestedTensor) and cuts.dim() == 2 and cuts._values.dtype in kinds):
+        kind = "bool" if len(stages) == 1 else f"whole numbers from 0 to {len(stages)}"
+        raise ValueError(f"cuts: expected a nested tensor (B, j) of jagged layout, of {kind}")
+    same = cuts.offsets() is iids.offsets()
+    if not same and not (cuts.offsets().shape == iids.offsets().shape and cuts.offsets().equal(iids.offsets())):
+        raise ValueError("cuts: expected documents as long as those of iids")
 
 
 # ------------------------------------------------------------------------------------------------- what training needs

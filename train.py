@@ -41,6 +41,8 @@ import fineweb
 from hnet_config import find_config
 from hnet_runtime import UserError, distributed
 from hnet_runtime.checks import agreement, equivalence
+from hnet_runtime.data import cuts
+from hnet_runtime.data.cuts import Cutter
 from hnet_runtime.distributed import World
 from hnet_runtime.evaluation.validation import validate
 from hnet_runtime.pages.chunks import print_chunks
@@ -67,7 +69,7 @@ from hnet_runtime.steps import activations, graphs
 from hnet_runtime.steps.graphs import GraphedModel
 from hnet_runtime.steps.plain import PlainModel
 from hnet_runtime.steps.segments import memory_ran_out
-from hnet_simple import GenerationError, HNetInference
+from hnet_simple import GenerationError, HNetInference, why_no_generation
 from hnet_trainable import ConfigError, HNetConfig, HNetLM, parameter_groups
 
 logger = logging.getLogger("hnet")
@@ -217,8 +219,10 @@ class TrainState:
 # ------------------------------------------------------------------------------------------------------------ the run
 
 
-def open_data(config: TrainConfig, world: World) -> tuple[fineweb.ByteStream, fineweb.ByteStream | None]:
-    """(training stream, held-out stream). Prepares the default corpus on first use.
+def open_data(
+    config: TrainConfig, world: World, cutter: Cutter | None = None
+) -> tuple[fineweb.ByteStream, fineweb.ByteStream | None]:
+    """(training stream, held-out stream). Prepares the default corpus on first use. cutter: see hnet_runtime/data/cuts.
 
     The held-out stream is None if the data was prepared with --holdout 0.
     """
@@ -228,10 +232,13 @@ def open_data(config: TrainConfig, world: World) -> tuple[fineweb.ByteStream, fi
     if config.global_slices % world.size:
         kept = "; a run keeps the number it began with, by default one for each process then" if config.resume else ""
         raise UserError(f"--global-slices {config.global_slices}: {world.size} processes do not divide it{kept}")
-    common = {"slice_bytes": config.mbs, "max_doc": config.max_doc}
+    common = {"slice_bytes": config.mbs, "max_doc": config.max_doc, "cutter": cutter}
     train = fineweb.ByteStream(config.data, "train", seed=config.seed, order=config.order, **common)
     train.require(config.mbs * config.global_slices)
     return train, fineweb.validation_stream(config.data, **common)
+
+
+NOT_FLAGS = {"data": "the text in --data", "tokenizer": "the file of the router tokens"}
 
 
 def check_continuation(source: Path, about: dict[str, Any]) -> int:
@@ -240,10 +247,10 @@ def check_continuation(source: Path, about: dict[str, Any]) -> int:
     The order of the data depends only on the values compared here; all others may change when a run is resumed.
     """
     saved = checkpoint.read_train(source)
-    theirs, ours = ({**a["config"], "data": a["data"]} for a in (saved, about))
-    for name in ("data", "seed", "mbs", "global_slices", "max_doc", "order"):
+    theirs, ours = ({**a["config"], **{name: a.get(name) for name in NOT_FLAGS}} for a in (saved, about))
+    for name in ("data", "tokenizer", "seed", "mbs", "global_slices", "max_doc", "order"):
         if theirs.get(name) != ours[name]:
-            what = "the text in --data" if name == "data" else f"--{name.replace('_', '-')}"
+            what = NOT_FLAGS.get(name, f"--{name.replace('_', '-')}")
             raise UserError(
                 f"{source}: {what} differs ({theirs.get(name)} there, {ours[name]} here), so the data would not "
                 "continue where it stopped; to start a new run from these weights use -p"
@@ -291,6 +298,8 @@ class Run:
         self.train_stream, self.val_stream = data
         name = Path(config.config or config.pt_ckpt or DEFAULT_CONFIG).stem
         about = {"config": dataclasses.asdict(config), "data": self.train_stream.fingerprint, "code": code_revision()}
+        if tokenizer := cuts.fingerprint(hnet):
+            about["tokenizer"] = tokenizer
         flags = {f"--{key.replace('_', '-')}": value for key, value in about["config"].items()}
         same = {"code revision": about["code"], "model config": hnet.to_dict(), "text in --data": about["data"]}
         distributed.check_same(flags | same, world)
@@ -315,11 +324,13 @@ class Run:
         if world.device.type == "cuda":
             logger.info("the first step compiles kernels, for up to a minute where Triton's cache has none of them")
         self.inference = None  # where generation computes another model, no samples are written
-        if config.sample_bytes and (difference := agreement.generation(hnet)):
+        if config.sample_bytes and (reason := why_no_generation(hnet)):
+            logger.warning("no samples: %s", reason)
+        elif config.sample_bytes and (difference := agreement.generation(hnet)):
             logger.warning("no samples: generation (hnet_simple.py) differs from hnet_trainable.py: %s", difference)
         elif config.sample_bytes:
             self.inference = HNetInference.from_training(state.evaluated)  # borrows the weights: nothing is copied
-        self.interrupts, self.health = Interrupts(), RouterHealth(hnet.target_ratios, config.mbs)
+        self.interrupts, self.health = Interrupts(), RouterHealth(hnet.learned_ratios, config.mbs)
         self.progress, self.settled = Progress(hnet, config, self.step), time.perf_counter()
         self.saver = checkpoint.Saver(self.folder, state.model, state.optimizer, config.keep, config.keep_every)
         # of the last step: its numbers, which the device has not delivered yet, and the host's counts
@@ -522,7 +533,12 @@ def train(config: TrainConfig) -> int:
             raise UserError(f"-e generate: {error}") from None
         distributed.stop()
         return 0 if equal else 1
-    data = open_data(config, world) if config.early_exit == "no" else None  # a mistake in --data ends the run at once
+    data = None
+    if config.early_exit == "no":  # a mistake in --data ends the run at once
+        data = open_data(config, world, cuts.cutter(hnet))
+        hnet, measured = cuts.with_measured_rate(hnet, data[0])
+        if measured:
+            logger.info(measured)
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and world.device.type == "cuda")
     dtype = torch.bfloat16 if half else torch.float32
     agreement.choose_implementations(world.device, dtype, hnet)

@@ -30,6 +30,7 @@ from ledger import append
 import fineweb
 import train
 from hnet_kernels import kernel_report
+from hnet_routers import Router
 from hnet_runtime import UserError, distributed
 from hnet_runtime.distributed import World
 from hnet_runtime.runs.statistics import StepNumbers
@@ -39,7 +40,6 @@ from hnet_runtime.steps.plain import PlainModel
 from hnet_trainable import (
     HNetConfig,
     HNetLM,
-    RoutingModule,
     parameter_groups,
 )
 
@@ -85,7 +85,7 @@ def force_boundaries(model: HNetLM, rates: list[float], T: int, seed: int = 0) -
 
     Returns a function that draws new decisions, in place, so that a CUDA graph reads them.
     """
-    routers = [m for m in model.modules() if isinstance(m, RoutingModule)]
+    routers = [m for m in model.modules() if isinstance(m, Router)]
     if len(rates) != len(routers):
         raise UserError(f"--boundaries: {len(rates)} rates for {len(routers)} stages; expected one for each")
     device = next(model.parameters()).device

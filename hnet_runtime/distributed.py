@@ -16,9 +16,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from hnet_routers import Router
 from hnet_runtime import UserError
 from hnet_runtime.steps.flat_adamw import FlatAdamW
-from hnet_trainable import HNet, HNetConfig, HNetLM, Isotropic, RoutingModule, initial_weight
+from hnet_trainable import HNet, HNetConfig, HNetLM, Isotropic, initial_weight
 
 logger = logging.getLogger("hnet")
 # It warns of in-place operations on results of a sharded module; there are none
@@ -228,7 +229,7 @@ def shard_model(model: HNetLM, mesh: DeviceMesh, compute_dtype: torch.dtype, res
         if isinstance(module, Isotropic):
             for group in [module] if alone else block_groups(module):
                 wrap(group, compute_dtype)
-        elif isinstance(module, RoutingModule) and not alone:
+        elif isinstance(module, Router) and not alone and module.is_learned:
             wrap(module, compute_dtype)
         elif isinstance(module, HNet) and not module.is_innermost:
             wrap(module.residual_proj, torch.float32)
@@ -265,7 +266,7 @@ def groups_in_order(hnet: HNet) -> Iterator[list[nn.Module]]:
         yield from block_groups(hnet.main_network)
         return
     yield from block_groups(hnet.encoder)
-    yield from ([hnet.routing_module], [hnet.residual_proj])
+    yield from ([part] for part in (hnet.routing_module, hnet.residual_proj) if any(True for _ in part.parameters()))
     yield from groups_in_order(hnet.main_network)
     yield from block_groups(hnet.decoder)
 

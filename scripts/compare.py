@@ -75,17 +75,17 @@ def main(argv: Sequence[str]) -> int:
 
     from hnet_runtime.pages.chunks import print_chunks
 
-    sides = [
+    sides, given_cuts = zip(
         trace(options.a, options.config_a, options.how_a, text, options),
         trace(b, config_b, options.how_b, text, options),
-    ]
+    )
     console = Console(highlight=False)
     names = f"A: {options.a}, {options.how_a}", f"B: {b}, {options.how_b}"
     for name, side in zip(names, sides):
         console.print(name, markup=False, soft_wrap=True)
         if options.chunks:
             print_chunks(text, byte_starts(side)[1:], console)
-    worst = report(console, text, *sides)
+    worst = report(console, text, *sides, given_cuts)
     return int(worst > options.tolerance)
 
 
@@ -101,12 +101,14 @@ def read_text(options: Options) -> bytes:
     return text
 
 
-def trace(source: str, config: str, how: How, text: bytes, options: Options) -> "Trace":
+def trace(source: str, config: str, how: How, text: bytes, options: Options) -> "tuple[Trace, bool]":
+    """A run of a model on the text, and whether a router of the model depends on later bytes."""
     import torch
 
     from hnet_runtime.checks import agreement
     from hnet_runtime.checks.equivalence import trace_prefill, trace_steps, trace_training
     from hnet_runtime.runs.weights import load_inference, load_training
+    from hnet_simple import why_no_generation
     from hnet_trainable import BOS
 
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -116,7 +118,9 @@ def trace(source: str, config: str, how: How, text: bytes, options: Options) -> 
     model = load(source, config or None, device, getattr(torch, options.dtype))
     agreement.choose_implementations(torch.device(device), getattr(torch, options.dtype), model.config)
     run_model = {"training": trace_training, "prefill": trace_prefill, "steps": trace_steps}[how]
-    return run_model(model, [bytes([BOS]) + text])
+    if how != "training" and (reason := why_no_generation(model.config)):
+        raise UserError(f"{source}: {reason}; only --how training is possible")
+    return run_model(model, [bytes([BOS]) + text]), bool(model.config.stages_not_causal)
 
 
 def byte_starts(trace: "Trace") -> list[tuple[bool, ...]]:
@@ -131,8 +135,11 @@ def byte_starts(trace: "Trace") -> list[tuple[bool, ...]]:
     return list(zip(*masks)) if masks else [()] * n
 
 
-def report(console: "Console", text: bytes, a: "Trace", b: "Trace") -> float:
-    """Prints the tables. Returns the largest difference of logits."""
+def report(console: "Console", text: bytes, a: "Trace", b: "Trace", given_cuts: Sequence[bool]) -> float:
+    """Prints the tables. Returns the largest difference of logits.
+
+    given_cuts: whether chunks of A and of B depend on later bytes. Such bits per byte are not shown beside others.
+    """
     import torch
     import torch.nn.functional as F
     from rich.table import Table
@@ -142,7 +149,8 @@ def report(console: "Console", text: bytes, a: "Trace", b: "Trace") -> float:
     labels = torch.tensor(list(text))
     starts = [byte_starts(trace) for trace in (a, b)]
     table = Table("", "A", "B")
-    table.add_row("bits per byte", *(f"{F.nll_loss(x[:-1], labels).item() / math.log(2):.4f}" for x in log_p))
+    bits = (f"{F.nll_loss(x[:-1], labels).item() / math.log(2):.4f}" for x in log_p)
+    table.add_row("bits per byte", *("given cuts" if given else n for n, given in zip(bits, given_cuts)))
     for s in range(max(len(row[0]) for row in starts)):
         lengths = [len(row) / sum(flags[s] for flags in row) if s < len(row[0]) else None for row in starts]
         table.add_row(f"bytes per chunk of stage {s}", *("" if n is None else f"{n:.2f}" for n in lengths))

@@ -84,6 +84,7 @@ def main(argv: Sequence[str]) -> None:
     from hnet_runtime import distributed
     from hnet_runtime.checks import agreement
     from hnet_runtime.evaluation import choices, harness, scoring
+    from hnet_runtime.evaluation.validation import bits_name
     from hnet_runtime.pages.progress_bar import Progress
     from hnet_runtime.pages.reports import markdown, write_atomically
     from hnet_runtime.runs.weights import load_training
@@ -99,6 +100,12 @@ def main(argv: Sequence[str]) -> None:
     model = load_training(options.checkpoint, options.config or None, world.device, getattr(torch, dtype)).eval()
     agreement.choose_implementations(world.device, getattr(torch, dtype), model.config)
     context = options.context or scoring.CONTEXT
+    if model.config.stages_not_causal and (questions or asks_harness):
+        flag, router = "--choices" if questions else "--tasks", model.config.routers[model.config.stages_not_causal[0]]
+        raise UserError(
+            f"{flag}: the router {router} opens chunks by bytes that come later, so the likelihoods of this model do "
+            "not compare with those of others"
+        )
 
     result: dict[str, Any] = {"checkpoint": options.checkpoint, "dtype": dtype, "device": world.device.type}
     if options.data or not (options.choices or asks_harness):
@@ -108,7 +115,8 @@ def main(argv: Sequence[str]) -> None:
         with Progress("bits per byte", total, "bytes", world.is_main) as progress:
             tallies = scoring.tally(model, text.rows(), options.batch, world, progress.advance)
         seconds = time.perf_counter() - scoring_began
-        result["text"] = text.how | scoring.summarise(tallies, text.groups)
+        scores = scoring.summarise(tallies, text.groups)
+        result["text"] = text.how | scoring.renamed(scores, bits_name(model.config))
         result["bytes_per_s"] = round(result["text"]["bytes"] / seconds, 1)
     if questions and world.is_main:
         likelihoods = scoring.Likelihoods(model, context, options.batch)

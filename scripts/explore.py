@@ -64,16 +64,18 @@ def main(argv: Sequence[str]) -> None:
     sources = [(options.checkpoint, options.config)]
     if options.other:
         sources.append((options.other, options.config_other))
-    analyses, targets, seconds = [], [], 0.0
+    analyses, targets, given_cuts, seconds = [], [], [], 0.0
     for source, config in sources:
         model = load_training(source, config or None, device, getattr(torch, options.dtype))
         agreement.choose_implementations(torch.device(device), getattr(torch, options.dtype), model.config)
         began = time.perf_counter()
         analyses.append(explorer.analyse(model, text, options.context, options.context // 2))
         seconds += time.perf_counter() - began
-        targets.append(model.config.target_ratios)
+        targets.append(model.config.learned_ratios)
+        given_cuts.append(bool(model.config.stages_not_causal))
     names = [source for source, _ in sources]
-    page = explorer.page(text, names, analyses, targets, Path(options.text).name or "A few lines")
+    title = Path(options.text).name or "A few lines"
+    page = explorer.page(text, names, analyses, targets, title, given_cuts)
     write_atomically(Path(options.out), lambda scratch: scratch.write_bytes(page.encode("utf-8", "backslashreplace")))
     speed = len(text) * len(sources) / max(seconds, 1e-9)
     size = f"{len(page) / 1e6:.1f} MB"

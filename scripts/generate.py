@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
     from hnet_runtime.checks import agreement
     from hnet_runtime.pages.chunks import has_colours, legend
     from hnet_runtime.runs.weights import load_inference
-    from hnet_simple import Sampling
+    from hnet_simple import Sampling, why_no_generation
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here")
@@ -99,6 +99,8 @@ def main(argv: Sequence[str]) -> None:
         torch.set_float32_matmul_precision("high")
     model = load_inference(options.checkpoint, options.config or None, device, getattr(torch, dtype))
     agreement.choose_implementations(torch.device(device), getattr(torch, dtype), model.config)
+    if reason := why_no_generation(model.config):
+        raise UserError(f"{options.checkpoint}: {reason}")
     if difference := agreement.generation(model.config):
         raise UserError(
             f"generation (hnet_simple.py) differs from hnet_trainable.py, which has been edited: {difference}"

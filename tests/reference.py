@@ -5,6 +5,7 @@ tensors of a state dict; `config`: the JSON keys. It is slow (quadratic) and mea
 """
 
 import re
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +60,7 @@ class Reference:
         self.w, self.config = weights, config
         self.ssm = {"d_conv": 4, "d_state": 128, "expand": 2, **config.get("ssm_cfg", {})}
         self.depth = len(config["d_model"]) - 1
+        self.rules: dict[int, Callable[[int], list[int]]] = {}
 
     def mamba2(self, x: Tensor, at: str) -> Tensor:
         w, N, inner = self.w, self.ssm["d_state"], self.ssm["expand"] * x.shape[1]
@@ -105,6 +107,14 @@ class Reference:
                 x = x + self.mlp(rms_norm(x, self.w[here + "norm2.weight"]), here + "mlp.")
         return rms_norm(x, self.w[at + "rmsnorm.weight"])
 
+    def router(self, x: Tensor, at: str, s: int) -> Tensor:
+        """p of each token, 1 for the first. self.rules has another router's 0 and 1, given the number of tokens."""
+        if s in self.rules:
+            return torch.tensor(self.rules[s](len(x)), dtype=x.dtype)
+        q = F.normalize(x[:-1] @ self.w[at + "routing_module.q_proj_layer.weight"].T, dim=1)
+        k = F.normalize(x[1:] @ self.w[at + "routing_module.k_proj_layer.weight"].T, dim=1)
+        return torch.cat([x.new_ones(1), ((1 - (q * k).sum(1)) / 2).clamp(0, 1)])
+
     def stage(self, x: Tensor, layout: list, at: str, s: int, decisions: list) -> Tensor:
         outer = x.shape[1]
         if at + "pad_dimension" in self.w:
@@ -112,9 +122,7 @@ class Reference:
         if s == self.depth:
             return self.stack(x, layout[0], at + "main_network.", s)[:, :outer]
         x = self.stack(x, layout[0], at + "encoder.", s)
-        q = F.normalize(x[:-1] @ self.w[at + "routing_module.q_proj_layer.weight"].T, dim=1)
-        k = F.normalize(x[1:] @ self.w[at + "routing_module.k_proj_layer.weight"].T, dim=1)
-        p = torch.cat([x.new_ones(1), ((1 - (q * k).sum(1)) / 2).clamp(0, 1)])
+        p = self.router(x, at, s)
         b = p.detach() > 0.5
         decisions.append((p, b))
         y = self.stage(x[b], layout[1], at + "main_network.", s + 1, decisions)

@@ -18,8 +18,9 @@ from torch import nn
 
 import fineweb
 import hnet_trainable as H
-from hnet_config import MIXERS
+from hnet_config import MIXERS, ROUTERS
 from hnet_kernels.dispatch import OPERATIONS
+from hnet_routers import Router
 from hnet_runtime import flops
 from hnet_runtime.checks import agreement
 from hnet_trainable import HNetConfig
@@ -30,6 +31,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 PLACE = re.compile(r"# hnet_trainable\.py(?:, class (\w+))?\n")  # such a block replaces a function there
 EDITS = [block for block in BLOCKS if PLACE.match(block)]
 (MIXER,) = (block for block in BLOCKS if "MIXERS[" in block)
+(ROUTER,) = (block for block in BLOCKS if "ROUTERS[" in block)
 (OPERATION,) = (block for block in BLOCKS if "@operation" in block)
 LETTER = ONE_STAGE | {"arch_layout": ["c1m1", ["T1C1"], "m1c1"]}
 CPU = torch.device("cpu")
@@ -46,7 +48,7 @@ def execute(block: str) -> SimpleNamespace:
 @pytest.fixture
 def run():
     """`execute`, but what a block registers is taken back when the test ends."""
-    registries = [(registry, dict(registry)) for registry in (MIXERS, OPERATIONS, agreement.EXAMPLES)]
+    registries = [(registry, dict(registry)) for registry in (MIXERS, ROUTERS, OPERATIONS, agreement.EXAMPLES)]
     yield execute
     for registry, before in registries:
         registry.clear()
@@ -160,6 +162,50 @@ def test_the_mixer_trains_validates_and_writes_a_sample(tmp_path):
     assert "steps run as graphs, and compute what hnet_trainable.py says" in printed and "no samples" not in printed
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 3 and math.isfinite(last["val_bpb"]) and "the model writes" in printed
+
+
+# ------------------------------------------------------------------------------------------------------------ a router
+
+
+def test_the_router_opens_lines_runs_as_graphs_and_generates(run):
+    run(ROUTER)
+    config = HNetConfig.load(ONE_STAGE | {"routers": ["lines"]})
+    iids = torch.nested.nested_tensor([torch.tensor(list(b"a\nbc\n\nd")), torch.tensor([7, 8])], layout=torch.jagged)
+    (stage,) = H.init_weights(H.HNetLM(config), 0)(iids).stages
+    assert stage.b_T.tolist() == [True, False, True, False, False, True, True, True, False]
+    assert agreement.steps_as_graphs(config) is None
+    assert agreement.generation(config) is None
+
+
+class Neighbour(Router):
+    """A learned router with one weight vector: sigmoid of its product with a token's difference to the one before."""
+
+    usage, is_learned = "neighbour", True
+
+    def __init__(self, width: int, argument: str = ""):
+        super().__init__()
+        self.direction = nn.Parameter(torch.empty(width))
+
+    def forward(self, x_TD, packing):
+        difference_TD = (x_TD - x_TD.roll(1, 0)).to(torch.promote_types(x_TD.dtype, torch.float32))
+        return (
+            (difference_TD @ self.direction.to(difference_TD.dtype)).sigmoid().masked_fill(packing.position_T == 0, 1.0)
+        )
+
+    def opens(self, p_T):
+        return p_T.detach() > 0.5
+
+
+def test_a_learned_router_of_ones_own_trains_as_graphs_and_generates(run, monkeypatch):
+    monkeypatch.setitem(ROUTERS, "neighbour", Neighbour)
+    config = HNetConfig.load(ONE_STAGE | {"routers": ["neighbour"]})
+    model = H.init_weights(H.HNetLM(config), 0)
+    iids = torch.nested.nested_tensor([torch.arange(20)], layout=torch.jagged)
+    out = model(iids, iids)
+    (gradient,) = torch.autograd.grad(out.ratio_losses.sum(), model.backbone.routing_module.direction)
+    assert out.ratio_losses[0] > 0 and gradient.norm() > 0
+    assert agreement.steps_as_graphs(config) is None
+    assert agreement.generation(config) is None
 
 
 # ------------------------------------------------------------------------------------------------------------ a weight

@@ -427,8 +427,8 @@ def _(set_):
 def _(set_):
     forward = H.HNet.forward
 
-    def scaled(self, x_BjD):
-        y_BjD, stages = forward(self, x_BjD)
+    def scaled(self, *inputs):
+        y_BjD, stages = forward(self, *inputs)
         return H.nested_like(1.1 * y_BjD.values(), y_BjD), stages
 
     set_(H.HNet, "forward", scaled)

@@ -24,7 +24,7 @@ import hnet_kernels as K
 from hnet_kernels.dispatch import OPERATIONS, forcing
 from hnet_runtime.checks import equivalence
 from hnet_runtime.steps.graphs import GraphedModel
-from hnet_simple import GenerationError, HNetInference
+from hnet_simple import GenerationError, HNetInference, why_no_generation
 from hnet_trainable import BOS, NORM_EPS, HNetConfig, HNetLM, nested_like, rotary_tables, training_loss
 
 logger = logging.getLogger("hnet")
@@ -198,7 +198,7 @@ def choose_implementations(device: torch.device, dtype: torch.dtype, config: HNe
 
 def _fast_steps(config: HNetConfig) -> str | None:
     """How forward and backward of a small model differ between fast implementations and definitions; or None."""
-    pair = _batch(BATCHES[0], torch.device("cpu"))
+    pair = _batch(BATCHES[0], torch.device("cpu"), config)
     try:
         model = equivalence.random_model(toy_config(config), 0, "cpu", torch.float64).train()
         with forcing(False):
@@ -245,19 +245,25 @@ def _few_layers(layout: Any) -> Any:
     return [_few_layers(part) for part in layout]
 
 
-def _batch(lengths: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+def _batch(lengths: list[int], device: torch.device, config: HNetConfig | None = None) -> tuple[Tensor, ...]:
+    """A batch as `HNetLM.forward` takes it. Routers that are told where chunks begin get random places."""
     generator = torch.Generator().manual_seed(sum(lengths) + len(lengths))
     ids = torch.randint(97, 109, (sum(lengths),), generator=generator)  # few letters, which repeat as in text
+    ids[ids == 108] = 32  # a space, for the router of that name
     ends = torch.tensor([0, *lengths]).cumsum(0)
     ids[ends[:-1]] = BOS
     iids = nested_tensor_from_jagged(ids.to(device), ends.to(device), min_seqlen=min(lengths), max_seqlen=max(lengths))
-    return iids, nested_like(iids.values().roll(-1), iids)
+    pair = iids, nested_like(iids.values().roll(-1), iids)
+    if not config or not (stages := config.stages_by_cuts):
+        return pair
+    cuts_T = torch.randint(len(stages) + 1, (sum(lengths),), generator=generator).to(device)
+    return *pair, nested_like(cuts_T.bool() if len(stages) == 1 else cuts_T, iids)
 
 
 Step = tuple[dict[str, Tensor], dict[str, Tensor]]  # losses, and gradients by weight
 
 
-def _plain_step(model: HNetLM, pair: tuple[Tensor, Tensor]) -> Step:
+def _plain_step(model: HNetLM, pair: tuple[Tensor, ...]) -> Step:
     """Losses and gradients by autograd through the model's forward."""
     out = model(*pair)
     loss = training_loss(out.ce, out.ratio_losses, ALPHA)
@@ -270,7 +276,7 @@ def _plain_step(model: HNetLM, pair: tuple[Tensor, Tensor]) -> Step:
     return losses, dict(zip(weights, gradients))
 
 
-def _graph_step(graphed: GraphedModel, pair: tuple[Tensor, Tensor]) -> Step:
+def _graph_step(graphed: GraphedModel, pair: tuple[Tensor, ...]) -> Step:
     for gradient in graphed.optimizer.gradients:
         gradient.fill_(torch.nan)  # so that a gradient that is not written is found
     ce, ratio_S, F_S, G_S = (x[0] for x in graphed.forward_backward([pair], reduces=False))
@@ -291,7 +297,7 @@ def steps_as_graphs(config: HNetConfig, ac: str = "none") -> str | None:
 
     Compares losses, F, G and the gradient of every weight to 1e-9, over two batches of different lengths.
     """
-    pairs = [_batch(lengths, torch.device("cpu")) for lengths in BATCHES]
+    pairs = [_batch(lengths, torch.device("cpu"), config) for lengths in BATCHES]
     try:
         model = equivalence.random_model(toy_config(config), 0, "cpu", torch.float64).train()
         plain = [_plain_step(model, pair) for pair in pairs]
@@ -333,7 +339,7 @@ def captured(graphed: GraphedModel, tokens: int = 1024) -> str | None:
     found = None
     for seed in range(2):
         documents = [[tokens - 2 - seed, 1, 1 + seed], [2] * 16 + [tokens - 32 - seed, seed + 0][: 1 + (seed > 0)]]
-        pairs = [_batch([n for n in lengths if n], graphed.device) for lengths in documents]
+        pairs = [_batch([n for n in lengths if n], graphed.device, graphed.model.config) for lengths in documents]
         try:
             for pair in (*pairs, pairs[0]):
                 losses, gradients = _graph_step(graphed, pair)
@@ -367,6 +373,8 @@ def _roughly(losses, gradients, wanted_losses, wanted) -> str | None:
 
 def generation(config: HNetConfig) -> str | None:
     """The first layer in which prefill or steps of a small model differ from its forward; or None."""
+    if reason := why_no_generation(config):
+        return reason
     try:
         training = equivalence.random_model(toy_config(config), 0, "cpu", torch.float64).eval()
         inference = HNetInference.from_training(training)

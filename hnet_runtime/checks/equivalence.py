@@ -25,6 +25,7 @@ from torch.nested import nested_tensor_from_jagged
 
 from hnet_decoder import generate
 from hnet_kernels import Residual
+from hnet_runtime.data.cuts import cuts_like
 from hnet_runtime.runs import weights
 from hnet_simple import HNetInference, Noise, Sampling
 from hnet_trainable import BOS, HNetConfig, HNetLM, RoutingModule, init_weights, stage_of
@@ -184,7 +185,7 @@ def trace_training(model: HNetLM, documents: Sequence[bytes]) -> Trace:
         max_seqlen=int(lengths.max()),
     )
     with _listening(model, heard):
-        out = model(iids)
+        out = model(iids, None, cuts_like(iids, model.config))
     b = [list(stage.boundary_mask.unbind()) for stage in out.stages]
     counts = [lengths.tolist(), *([int(mask.sum()) for mask in masks] for masks in b)]
     heard["logits"] = [out.logits.values()]

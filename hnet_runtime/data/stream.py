@@ -7,6 +7,7 @@
 """
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import hashlib
@@ -28,6 +29,7 @@ import numpy as np
 
 from hnet_runtime import DataError
 from hnet_runtime.data import documents
+from hnet_runtime.data.cuts import Cutter
 
 BOS, EOS = 0xFE, 0xFF  # neither occurs in UTF-8
 SPLITS = ("train", "validation")
@@ -187,6 +189,7 @@ class Slice:
     documents: np.ndarray  # int64 (B,), number of the row's document in file order, unique over the stream
     document_bytes: np.ndarray  # int64 (B,), text bytes of that document
     offsets: np.ndarray  # int64 (B,), inputs of the document before this row; 0 where the row starts with BOS
+    cuts: np.ndarray | None = None  # bool (T,), where a router is told to open chunks: see cuts.py
 
     @property
     def text_bytes(self) -> int:
@@ -194,7 +197,10 @@ class Slice:
         return int(np.count_nonzero(self.labels != EOS))
 
     def nested(self, device="cpu"):
-        """`(iids, labels)`: two int64 NJTs (B, j0) with one offsets tensor; nothing waits for the device."""
+        """What `HNetLM.forward` takes: two int64 NJTs (B, j0), iids and labels, and the cuts if there are some.
+
+        They have one offsets tensor; nothing waits for the device.
+        """
         import torch
 
         pin = torch.device(device).type == "cuda"
@@ -205,7 +211,9 @@ class Slice:
 
         offsets = put(np.concatenate([[0], np.cumsum(self.row_lengths)]))
         shape = dict(offsets=offsets, min_seqlen=int(self.row_lengths.min()), max_seqlen=int(self.row_lengths.max()))
-        values = (put(self.inputs).long(), put(self.labels).long())
+        values = [put(self.inputs).long(), put(self.labels).long()]
+        if self.cuts is not None:
+            values.append(put(self.cuts))
         return tuple(torch.nested.nested_tensor_from_jagged(v, **shape) for v in values)
 
 
@@ -393,6 +401,7 @@ class ByteStream:
     slice_bytes: T, pairs per slice. max_doc: longest row; a longer document continues in further rows, without BOS.
     order: "shuffle" draws an order of shards and of documents within them from (seed, epoch); "length" takes short
         documents first, in the same order in every epoch.
+    cutter: finds the cuts of each slice, see cuts.py.
 
     pairs_per_epoch, text_bytes, documents: totals over the folders. fingerprint: changes with any shard's bytes.
     Raises DataError for a folder that is missing, unfinished, empty, damaged or changed.
@@ -407,6 +416,7 @@ class ByteStream:
         max_doc: int = 8192,
         seed: int = 0,
         order: Literal["shuffle", "length"] = "shuffle",
+        cutter: Cutter | None = None,
     ):
         if split not in SPLITS:
             raise DataError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
@@ -414,7 +424,7 @@ class ByteStream:
             raise DataError(f"order {order!r}: expected shuffle or length")
         if slice_bytes < 1 or max_doc < 1:
             raise DataError(f"slice_bytes {slice_bytes} and max_doc {max_doc} must be at least 1")
-        self.slice_bytes, self.max_doc, self.order = slice_bytes, max_doc, order
+        self.slice_bytes, self.max_doc, self.order, self.cutter = slice_bytes, max_doc, order, cutter
         mixture = _parse_mixture(folder)
         self._corpora = [Corpus(path, split, seed) for path, _ in mixture]
         self._weights = [weight for _, weight in mixture]
@@ -462,10 +472,14 @@ class ByteStream:
     def _read(self, which: int, start: int, count: int, order: str) -> Slice:
         slice_ = self._corpora[which].read(start, count, self.max_doc, order)
         slice_.documents[:] += sum(corpus.documents for corpus in self._corpora[:which])
-        return slice_
+        if self.cutter is None:
+            return slice_
+        return dataclasses.replace(slice_, cuts=self.cutter(slice_.inputs, slice_.row_lengths))
 
 
-def validation_stream(folder: str | Path, *, slice_bytes: int, max_doc: int = 8192) -> ByteStream | None:
+def validation_stream(
+    folder: str | Path, *, slice_bytes: int, max_doc: int = 8192, cutter: Cutter | None = None
+) -> ByteStream | None:
     """The validation stream of folders, as `ByteStream` takes them; None if none of them has held-out text.
 
     Folders prepared with --holdout 0 are left out, and logged.
@@ -483,7 +497,8 @@ def validation_stream(folder: str | Path, *, slice_bytes: int, max_doc: int = 81
             else "trains without validation"
         )
         logging.getLogger("hnet").info(f"{how}: {', '.join(without)} prepared with --holdout 0")
-    return ByteStream(mixture, "validation", slice_bytes=slice_bytes, max_doc=max_doc) if mixture else None
+    sizes = {"slice_bytes": slice_bytes, "max_doc": max_doc}
+    return ByteStream(mixture, "validation", **sizes, cutter=cutter) if mixture else None
 
 
 def _without_validation(manifest: dict) -> bool:

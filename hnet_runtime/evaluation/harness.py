@@ -22,7 +22,7 @@ from hnet_runtime import UserError
 from hnet_runtime.checks import agreement
 from hnet_runtime.evaluation.scoring import Likelihoods
 from hnet_runtime.pages.progress_bar import Progress
-from hnet_simple import HNetInference, Sampling
+from hnet_simple import HNetInference, Sampling, why_no_generation
 from hnet_trainable import HNetConfig, HNetLM
 
 BYTES_PER_TOKEN = 4.0  # tasks limit answers in tokens; a token of a common vocabulary is about four bytes of English
@@ -84,6 +84,8 @@ class Answers:
         bytes. It is shortened if prompt and answer would exceed the context. Prompts are never cut: raises UserError,
         before anything is generated, if some leave no room for an answer.
         """
+        if reason := why_no_generation(self.inference.config):
+            raise UserError(f"--tasks: these generate text; {reason}")
         if difference := _generation_differs(json.dumps(self.inference.config.to_dict())):
             raise UserError(f"--tasks: these generate text, which differs from hnet_trainable.py: {difference}")
         prompts = [_text(prompt) for prompt, _ in requests]

@@ -23,6 +23,7 @@ from torch.nested import nested_tensor_from_jagged
 
 import fineweb
 from hnet_runtime import UserError
+from hnet_runtime.data.cuts import cuts_like
 from hnet_runtime.distributed import World
 from hnet_runtime.evaluation.validation import LENGTH_BUCKETS
 from hnet_trainable import BOS, EOS, HNetLM
@@ -96,7 +97,7 @@ def pack(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor]:
 def score(model: HNetLM, rows: list[Row]) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each row the nats of its labels, float64 (n,), and whether each label is the most likely byte, bool (n,)."""
     iids, labels = pack(rows, next(model.parameters()).device)
-    logits_TV, labels_T = model(iids).logits.values(), labels.values()
+    logits_TV, labels_T = model(iids, None, cuts_like(iids, model.config)).logits.values(), labels.values()
     logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
     nats_T = F.cross_entropy(logits_TV, labels_T, reduction="none").double().cpu().numpy()
     best_T = (logits_TV.argmax(-1) == labels_T).cpu().numpy()
@@ -232,6 +233,13 @@ def summarise(tallies: dict[int, Tally], labels: dict[int, str]) -> dict[str, An
         name: {"bpb": a / b / math.log(2), "bytes": int(b)} for name, a, b in zip(positions, nats, size) if b
     }
     return result
+
+
+def renamed(result: Any, name: str) -> Any:
+    """A result with `name` in place of the key `bpb`, at every depth."""
+    if not isinstance(result, dict):
+        return result
+    return {name if key == "bpb" else key: renamed(value, name) for key, value in result.items()}
 
 
 # -------------------------------------------------------------------------------------------------------- likelihoods

@@ -9,11 +9,21 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from hnet_runtime.data.cuts import cuts_like
 from hnet_runtime.data.stream import ByteStream
 from hnet_runtime.distributed import World
-from hnet_trainable import BOS, EOS, HNetLM
+from hnet_trainable import BOS, EOS, HNetConfig, HNetLM
 
 LENGTH_BUCKETS = (256, 1024, 4096, 16384)  # text bytes of the document: val_bpb_le_256, ..., val_bpb_longer
+
+
+def bits_name(config: HNetConfig) -> str:
+    """The name of bits per byte: `bpb`, or `bpb_given_cuts` where a router opens chunks by bytes that come later.
+
+    Then the positions of chunks tell the model something of the bytes that it predicts.
+    """
+    return "bpb_given_cuts" if config.stages_not_causal else "bpb"
+
 
 _WORD = np.ones(256, dtype=bool)  # letters, digits and everything beyond ASCII; not whitespace, punctuation, control
 _WORD[:128] = [chr(b).isalnum() for b in range(128)]
@@ -38,7 +48,7 @@ def validate(model: HNetLM, stream: ByteStream, world: World, limit: int | None)
     `val_bpb_le_<n>` by the length of the document, `val_bpb_at_<n>` by the position in it (each up to n bytes),
     `val_bytes`, each stage's compression, and for stage 0
     `val_edge_share` (share of boundaries at a word edge) over `val_edge_base` (share of positions at one; both
-    without first bytes of rows).
+    without first bytes of rows). Where routers depend on later bytes, names have `bpb_given_cuts` in place of `bpb`.
     """
     model.eval()
     buckets, S = len(LENGTH_BUCKETS) + 1, model.config.num_stages
@@ -48,8 +58,8 @@ def validate(model: HNetLM, stream: ByteStream, world: World, limit: int | None)
     edges = torch.zeros(4, dtype=torch.float64)  # boundaries, those at edges, positions, those at edges
     slices = list(stream.slices_once(limit)) if world.size == 1 else _same_number_each(stream, world, limit)
     for slice_, weight in ((p, 1.0) for p in slices) if world.size == 1 else slices:
-        iids, labels = slice_.nested(world.device)
-        out = model(iids)
+        iids, labels, *cuts = slice_.nested(world.device)
+        out = model(iids, None, *cuts)
         logits_TV = out.logits.values().to(torch.promote_types(out.logits.dtype, torch.float32))
         nats_T = F.cross_entropy(logits_TV, labels.values(), reduction="none").double().cpu()
         bucket_T = np.repeat(np.searchsorted(LENGTH_BUCKETS, slice_.document_bytes), slice_.row_lengths)
@@ -70,9 +80,10 @@ def validate(model: HNetLM, stream: ByteStream, world: World, limit: int | None)
     if world.size > 1:
         for t in (sums, sums_at, counts, edges):
             dist.all_reduce(t)
-    result = {"val_bpb": (sums[0].sum() / sums[1].sum() / math.log(2)).item(), "val_bytes": int(sums[1].sum())}
+    bits = f"val_{bits_name(model.config)}"
+    result = {bits: (sums[0].sum() / sums[1].sum() / math.log(2)).item(), "val_bytes": int(sums[1].sum())}
     for i, name in enumerate([f"le_{n}" for n in LENGTH_BUCKETS] + ["longer"]):
-        for found, key in ((sums, f"val_bpb_{name}"), (sums_at, f"val_bpb_at_{name.removeprefix('le_')}")):
+        for found, key in ((sums, f"{bits}_{name}"), (sums_at, f"{bits}_at_{name.removeprefix('le_')}")):
             if found[1, i]:
                 result[key] = (found[0, i] / found[1, i] / math.log(2)).item()
     for s in range(S):
@@ -103,7 +114,7 @@ def chunks_of(model: HNetLM, text: bytes, world: World) -> list[np.ndarray]:
     offsets = torch.tensor([0, len(ids)], device=world.device)
     iids = torch.nested.nested_tensor_from_jagged(ids, offsets, min_seqlen=len(ids), max_seqlen=len(ids))
     model.eval()
-    stages = model(iids).stages
+    stages = model(iids, None, cuts_like(iids, model.config)).stages
     model.train()
     opens, at = [], np.arange(len(ids))  # bytes that reach the current stage
     for stage in stages:

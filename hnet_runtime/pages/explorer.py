@@ -7,6 +7,7 @@ import html
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from hnet_runtime.data.cuts import cuts_like
 from hnet_runtime.evaluation.scoring import pack, windows
 from hnet_trainable import HNetLM
 
@@ -40,7 +42,7 @@ def analyse(model: HNetLM, text: bytes, context: int, stride: int) -> Analysis:
     model.eval()
     for row in windows(text, context, stride):
         iids, labels = pack([row], next(model.parameters()).device)
-        out = model(iids)
+        out = model(iids, None, cuts_like(iids, model.config))
         logits_TV = out.logits.values()
         logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
         nats_T = F.cross_entropy(logits_TV, labels.values(), reduction="none").cpu().numpy()
@@ -58,10 +60,20 @@ def analyse(model: HNetLM, text: bytes, context: int, stride: int) -> Analysis:
     return Analysis(bits, starts, p)
 
 
-def page(text: bytes, names: list[str], analyses: list[Analysis], targets: list[tuple[float, ...]], title: str) -> str:
-    """The page for one or two models. `names` and `targets` (compression, one per stage) belong to `analyses`."""
+def page(
+    text: bytes,
+    names: list[str],
+    analyses: list[Analysis],
+    targets: list[tuple[float | None, ...]],
+    title: str,
+    given_cuts: Sequence[bool] = (),
+) -> str:
+    """The page for one or two models, to whose `analyses` the other lists belong.
+
+    targets: compression, one per stage, None for a rule. given_cuts: whether chunks depend on later bytes.
+    """
     models = []
-    for name, (bits, starts, p), target in zip(names, analyses, targets):
+    for i, (name, (bits, starts, p), target) in enumerate(zip(names, analyses, targets)):
         S = len(starts)
         counts = [len(text), *starts.sum(1).tolist()]
         mask = sum((starts[s].astype(np.uint8) << s for s in range(S)), np.zeros(len(text), np.uint8))
@@ -70,6 +82,7 @@ def page(text: bytes, names: list[str], analyses: list[Analysis], targets: list[
                 "name": name,
                 "stages": S,
                 "bpb": float(bits.sum() / len(text)),
+                "given_cuts": any(given_cuts[i : i + 1]),
                 "compression": [counts[s] / counts[s + 1] for s in range(S)],
                 "target": list(target),
                 "starts": _packed(mask),

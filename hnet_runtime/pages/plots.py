@@ -20,6 +20,7 @@ POINTS = 1200  # per curve; longer curves are thinned
 FEW = 40  # a curve of fewer points is drawn with dots and is not smoothed
 PANELS = (  # title, pattern of the keys, logarithmic, smoothed
     ("bits per byte", r"(val_)?bpb", False, True),
+    ("bits per byte given cuts that depend on later bytes", r"(val_)?bpb_given_cuts", False, True),
     ("ratio loss (1 at the target)", r"stage\d+_ratio_loss", False, True),
     ("tokens per chunk, and the target", r"stage\d+_(compression|target)", True, True),
     ("chunk length: mean and longest", r"stage\d+_chunk_(mean|max)", True, False),

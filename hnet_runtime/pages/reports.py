@@ -34,14 +34,18 @@ def markdown(result: dict[str, Any]) -> str:
     if speed := result.get("bytes_per_s"):
         lines[-1] += f", text scored at {speed:,.0f} bytes/s"
     if text := result.get("text"):
+        name = "bpb" if "bpb" in text else "bpb_given_cuts"
         lines += ["", f"## Bits per byte: {text['data']}", "", f"Rows: {text['rows']}. Each byte is scored once."]
+        if name != "bpb":
+            lines += ["", "Chunks of this model begin where later bytes say, which tells it something of those bytes."]
+            lines += ["These numbers do not compare with those of other models."]
         groups = [("all", text)]
         for kind, named in (("by_label", "{}"), ("by_length", "documents of {} bytes"), ("by_position", "bytes {}")):
             groups += [(named.format(name), row) for name, row in text.get(kind, {}).items()]
-        table = [("", "bits per byte", "95% interval", "documents", "bytes")]
-        for name, row in groups:
+        table = [("", name.replace("bpb", "bits per byte").replace("_", " "), "95% interval", "documents", "bytes")]
+        for group, row in groups:
             interval = "{:.4f} to {:.4f}".format(*row["ci95"]) if row.get("ci95") else ""
-            table.append((name, f"{row['bpb']:.4f}", interval, f"{row.get('documents', '')}", f"{row['bytes']:,}"))
+            table.append((group, f"{row[name]:.4f}", interval, f"{row.get('documents', '')}", f"{row['bytes']:,}"))
         lines += ["", *_table(table)]
     if choices := result.get("choices"):
         lines += ["", f"## Multiple choice: {choices['file']}", ""]

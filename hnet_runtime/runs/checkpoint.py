@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import sys
 import time
@@ -35,6 +36,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from hnet_config import LEARNED
 from hnet_runtime import UserError
 from hnet_runtime.data.stream import sync_folder
 from hnet_runtime.runs.run_folder import (  # noqa: F401 (some are for importers of this module)
@@ -344,7 +346,11 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
     """
     read_train(checkpoint)
     theirs, ours = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")), model.config.to_dict()
-    differing = [f"{key} ({theirs.get(key)} there, {ours[key]} here)" for key in ours if theirs.get(key) != ours[key]]
+    for raw in (ours, theirs):  # a tokenizer may have moved; its contents are compared where the run resumes
+        routers = raw.get("routers", [LEARNED] * (len(raw["d_model"]) - 1))
+        raw["routers"] = [re.sub("^tokens:.*/", "tokens:", router) for router in routers]
+    keys = [key for key in {**ours, **theirs} if theirs.get(key) != ours.get(key)]
+    differing = [f"{key} ({theirs.get(key)} there, {ours.get(key)} here)" for key in keys]
     if differing:
         raise UserError(f"{checkpoint}: its model config differs in {'; '.join(differing[:3])}")
     state: dict[str, Any] = {"model": get_model_state_dict(model)}

@@ -186,7 +186,8 @@ class RouterHealth:
     PATIENCE, SWINGS, SPAN = 50, 4, 200
     SMOOTHING = 0.1  # a mean over about ten steps: one long document can fill several small batches
 
-    def __init__(self, targets: Sequence[float], slice_bytes: int):
+    def __init__(self, targets: Sequence[float | None], slice_bytes: int):
+        """targets: tokens per chunk of each stage; None for a rule, which has no such problems."""
         self.targets, self.slice_bytes = targets, slice_bytes
         self.since = [{"dead": 0, "high": 0, "low": 0} for _ in targets]  # steps in a row
         self.smooth, self.side = [None for _ in targets], [0 for _ in targets]
@@ -199,6 +200,8 @@ class RouterHealth:
         for s, N in enumerate(self.targets):
             F = record[f"stage{s}_F"]
             tokens *= F
+            if N is None:
+                continue
             signs = {"dead": tokens <= record["rows"] * 1.001, "high": F > 0.98, "low": F < 0.1 / N}
             words = {
                 "dead": "is dead: no chunk begins except at the beginning of a row",

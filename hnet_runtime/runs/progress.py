@@ -13,7 +13,7 @@ from hnet_decoder import generate
 from hnet_runtime import distributed
 from hnet_runtime.data.stream import ByteStream
 from hnet_runtime.distributed import World
-from hnet_runtime.evaluation.validation import chunks_of
+from hnet_runtime.evaluation.validation import bits_name, chunks_of
 from hnet_runtime.flops import count_flops
 from hnet_runtime.pages.chunks import bars, print_chunks, to_html
 from hnet_runtime.pages.plots import plot
@@ -30,12 +30,13 @@ logger = logging.getLogger("hnet")
 def describe(numbers: StepNumbers, hnet: HNetConfig, config: TrainConfig) -> dict[str, Any]:
     """A step's numbers, which are on the host, by their names in metrics.jsonl."""
     bits = numbers.ce.item() / math.log(2)
-    record = {"bpb": bits * config.mbs / numbers.text_bytes.item(), "ce": numbers.ce.item()}
+    record = {bits_name(hnet): bits * config.mbs / numbers.text_bytes.item(), "ce": numbers.ce.item()}
     record |= {"rows": numbers.rows.item(), "grad_norm": numbers.grad_norm.item()}
     per_stage = (numbers.ratio_S, numbers.F_S, numbers.G_S, numbers.imbalance_S)
     for s, (ratio, F, G, imbalance) in enumerate(zip(*(x_S.tolist() for x_S in per_stage))):
-        record |= {f"stage{s}_ratio_loss": ratio, f"stage{s}_F": F, f"stage{s}_G": G}
-        record |= {f"stage{s}_compression": 1 / F, f"stage{s}_target": hnet.target_ratios[s]}
+        record |= {f"stage{s}_F": F, f"stage{s}_G": G, f"stage{s}_compression": 1 / F}
+        if hnet.learned_ratios[s]:
+            record |= {f"stage{s}_ratio_loss": ratio, f"stage{s}_target": hnet.learned_ratios[s]}
         record |= {f"stage{s}_imbalance": imbalance}
     return record | dict(zip(statistics.names(hnet.num_stages), numbers.more.tolist()))
 
@@ -67,7 +68,7 @@ class Progress:
         """Adds a step's record. Returns a line every --log-every steps and with a validation, else None."""
         self._records.append(record)
         is_due = step in (self.first_step + 1, self.config.steps) or step % self.config.log_every == 0
-        if not is_due and "val_bpb" not in record:
+        if not is_due and f"val_{bits_name(self.hnet)}" not in record:
             return None
         seconds_left = self._mean("step_ms") / 1000 * (self.config.steps - step)  # without validations and saves
         line = self._line(step, record, seconds_left)
@@ -75,16 +76,19 @@ class Progress:
         return line
 
     def _line(self, step: int, record: dict[str, Any], seconds_left: float) -> str:
-        parts = [f"step {step:>{len(str(self.config.steps))}}/{self.config.steps}", f"bpb {self._mean('bpb'):.3f}"]
-        if stages := range(self.hnet.num_stages):
-            parts.append("ratio loss " + " ".join(f"{self._mean(f'stage{s}_ratio_loss'):.2f}" for s in stages))
-            found = [f"{1 / self._mean(f'stage{s}_F'):.1f}/{self.hnet.target_ratios[s]:g}" for s in stages]
+        name = bits_name(self.hnet)
+        shown = name.replace("_", " ")
+        parts = [f"step {step:>{len(str(self.config.steps))}}/{self.config.steps}", f"{shown} {self._mean(name):.3f}"]
+        if targets := self.hnet.learned_ratios:
+            losses = [f"{self._mean(f'stage{s}_ratio_loss'):.2f}" for s, N in enumerate(targets) if N]
+            parts += [f"ratio loss {' '.join(losses)}"] * bool(losses)
+            found = [f"{1 / self._mean(f'stage{s}_F'):.1f}" + (f"/{N:g}" if N else "") for s, N in enumerate(targets)]
             parts.append(f"{'bytes per chunk' if len(found) == 1 else 'compression'} {' '.join(found)}")
         parts += [f"lr {record['lr']:.1e}", f"grad {self._mean('grad_norm'):.2f}"]
         rate = self.config.mbs * self.config.global_slices / self._mean("step_ms")  # bytes per ms, which is kB per s
         parts += [f"{rate:.1f} kB/s", f"ETA {duration(seconds_left)}"]
-        if "val_bpb" in record:
-            parts.append(f"val bpb {record['val_bpb']:.3f}")
+        if f"val_{name}" in record:
+            parts.append(f"val {shown} {record[f'val_{name}']:.3f}")
         return "  ".join(parts)
 
     def _mean(self, key: str) -> float:
@@ -126,7 +130,7 @@ def show_results(model: HNetLM, val_stream: ByteStream | None, run: Path, world:
     if not world.is_main:
         return
     plot([run], run / "plots")
-    records = [record for record in read_metrics(run / "metrics.jsonl") if "val_bpb" in record]
+    records = [record for record in read_metrics(run / "metrics.jsonl") if "val_bytes" in record]
     if not records:
         return
     last = records[-1]
@@ -138,7 +142,9 @@ def show_results(model: HNetLM, val_stream: ByteStream | None, run: Path, world:
         logger.info(
             f"{share:.0%} of the chunks begin at the edge of a word, where {base:.0%} of all bytes do{compared}"
         )
+    name = bits_name(model.config)
+    given = "" if name == "bpb" else ", given chunks that depend on later bytes"
     logger.info(
-        f"{last['val_bpb']:.3f} bits per byte on {last['val_bytes']:,} bytes of held-out text; "
+        f"{last[f'val_{name}']:.3f} bits per byte on {last['val_bytes']:,} bytes of held-out text{given}; "
         f"curves in {run / 'plots.html'}"
     )

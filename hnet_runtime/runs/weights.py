@@ -184,7 +184,7 @@ def names_target(config_file: str | Path) -> bool:
 
 
 def _check_configs(source: str | Path, given: HNetConfig, theirs: HNetConfig) -> None:
-    ours, found = _flat(given.to_dict()), _flat(theirs.to_dict())
+    ours, found = ({"routers": list(config.routers)} | _flat(config.to_dict()) for config in (given, theirs))
     differing = [key for key in ours if ours[key] != found[key] and key not in ("N_compress", "ssm_cfg.chunk_size")]
     if differing:
         pairs = "; ".join(f"{key} is {found[key]} there, {ours[key]} in the one given" for key in differing[:3])
@@ -385,7 +385,11 @@ def export(
     file, whole = folder / f"model.{form}", config.to_dict()
     configs = {"config.json": whole}
     if form == "pt":
-        known = {key: value for key, value in whole.items() if key != "N_compress"}
+        if not all(config.is_learned):
+            raise CheckpointError(
+                f"--form pt: the released code has no router {', '.join(config.routers)}; export safetensors"
+            )
+        known = {key: value for key, value in whole.items() if key not in ("N_compress", "routers")}
         configs = {"config.json": known, "model.pt.json": whole}
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -16,8 +16,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from hnet_kernels import Residual
 from hnet_kernels.recompute import recomputing
+from hnet_routers import Router
 from hnet_runtime.distributed import World
-from hnet_trainable import Block, HNet, HNetLM, RoutingModule
+from hnet_trainable import Block, HNet, HNetLM
 
 
 def _operations(*names: str) -> set[Any]:
@@ -90,7 +91,7 @@ class ChunkGuard:
         inside = [m.forward for m in stage.main_network.modules() if isinstance(m, Block)]
         pending: list[tuple[Tensor, Any]] = []
 
-        def ask(module: RoutingModule, inputs: Any, p_T: Tensor) -> None:
+        def ask(module: Router, inputs: Any, p_T: Tensor) -> None:
             if torch.is_grad_enabled():
                 chunks = module.opens(p_T).sum()
                 alone = self.world.size == 1

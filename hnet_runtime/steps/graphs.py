@@ -46,6 +46,7 @@ from hnet_kernels.conv import MAX_TAPS
 from hnet_kernels.dispatch import forcing, requested
 from hnet_kernels.gradients import Destinations, settle, writing_to
 from hnet_kernels.recompute import recomputing
+from hnet_routers import inner_cuts
 from hnet_runtime.distributed import BETAS, PLAIN_FLOAT32, Fetched, World
 from hnet_runtime.steps.flat_adamw import FlatAdamW, Span
 from hnet_runtime.steps.plain import Losses
@@ -58,6 +59,7 @@ from hnet_trainable import (
     Isotropic,
     Packing,
     StageOutput,
+    check_cuts,
     positions,
     ratio_loss,
     rotary_tables,
@@ -360,11 +362,13 @@ class GraphedModel:
         sizes = [T]
         while len(sizes) <= self.S:
             sizes.append(_padded(sizes[-1]))
+        takes_cuts = bool(self.masters.config.stages_by_cuts)
         self.packings: list[Packing] = []
         for hnet, n in zip(self.levels, sizes):
+            cuts_T = torch.zeros(n + 1, dtype=torch.int8, device=self.device) if takes_cuts else None
             ends, position_T = (torch.zeros(m, dtype=torch.int32, device=self.device) for m in (documents + 2, n))
             tables = rotary_tables(_power(max(n, LONGEST)), hnet.rotary_dim, wide, self.device)
-            self.packings.append(Packing(ends, position_T, *tables))
+            self.packings.append(Packing(ends, position_T, *tables, None if self.packings else self.iids_T, cuts_T))
         shares_S2 = self.losses[1 + self.S :].view(2, -1).T
         self.buffers = [
             StageBuffers(sizes[s], sizes[s + 1], D, self.dtype, shares_S2[s], self.packings[s + 1])
@@ -382,7 +386,10 @@ class GraphedModel:
         """The documents of stage s; the last one of an inner stage is the document of zeros."""
         T, B, M = sizes
         at = self.packings[s]
-        return Packing(at.cu_seqlens[: B + 1 + (s > 0)], at.position_T[:T], at.cos_MR[:M], at.sin_MR[:M])
+        byte_T, cuts_T = (x_T if x_T is None else x_T[:T] for x_T in (at.byte_T, at.cuts_T))
+        return Packing(
+            at.cu_seqlens[: B + 1 + (s > 0)], at.position_T[:T], at.cos_MR[:M], at.sin_MR[:M], byte_T, cuts_T
+        )
 
     def _begin(self, s: int, sizes: Sizes, leaf: Leaf) -> Tensor:
         """The input of stage s: bytes, or the tokens of the stage outside that open chunks."""
@@ -391,6 +398,8 @@ class GraphedModel:
             return self.model.embed(self.iids_T[:T])
         outer = self.buffers[s - 1]
         self.packings[s].cu_seqlens[B + 1].fill_(T)
+        if (cuts_T := self.packings[s].cuts_T) is not None:
+            cuts_T[:T].copy_(inner_cuts(self.packings[s - 1].cuts_T, outer.chunks.start_C[:T]))
         return take_rows(leaf(outer.x_TD, outer.dx_TD, adds=True), outer.chunks.start_C[:T])
 
     def _end(self, s: int, x_TD: Tensor, packing: Packing, leaf: Leaf) -> Outputs:
@@ -417,9 +426,12 @@ class GraphedModel:
         documents = packing.cu_seqlens[: sizes.B + 1]
         b_T = hnet.routing_module.opens(p_T)
         p_T, G, chunks = cut(p_T, b_T, packing.position_T, documents, to.of(T, _padded(T), sizes.B))
-        ratio = ratio_loss(StageOutput(p_T, chunks.b_T, chunks.shares[0], G, None), N)
-        self.losses[1 + s].copy_(ratio.detach())
-        return [(x_TD, to.dx_TD[:T]), (p_T, to.dp_T[:T]), (ratio, self.dlosses[1 + s])]
+        outputs = [(x_TD, to.dx_TD[:T])]
+        if hnet.routing_module.is_learned:  # a rule's p has no gradient, and its ratio loss is 0
+            ratio = ratio_loss(StageOutput(p_T, chunks.b_T, chunks.shares[0], G, None), N)
+            self.losses[1 + s].copy_(ratio.detach())
+            outputs += [(p_T, to.dp_T[:T]), (ratio, self.dlosses[1 + s])]
+        return outputs
 
     def _inner(self, s: int, sizes: Sizes, leaf: Leaf) -> Outputs:
         packing = self._packing(s, sizes)
@@ -501,11 +513,11 @@ class GraphedModel:
 
     # ---------------------------------------------------------------------------------------------------------- a step
 
-    def forward_backward(self, batches: Sequence[tuple[Tensor, Tensor]], reduces: bool = True) -> Losses:
+    def forward_backward(self, batches: Sequence[tuple[Tensor, ...]], reduces: bool = True) -> Losses:
         """Losses of the micro-batches; writes the gradient of the mean of ce + alpha * ratio losses to the masters'
         `grad`.
 
-        batches: n NJTs (iids, labels), each (B, j) of int64; more than one needs `accumulates`.
+        batches: n times what `HNetLM.forward` takes, (iids, labels) or with cuts; more than one needs `accumulates`.
         reduces: the gradients become the mean over all processes, each of which gets that of the weights it updates;
         otherwise they are those of this process's micro-batches.
         Raises ValueError for more than one without it.
@@ -519,9 +531,9 @@ class GraphedModel:
             self.share = share
             self.dloss.fill_(share)
         gradients, losses = self.optimizer.gradients, []
-        for pair in earlier:  # the next one overwrites the gradients
+        for batch in earlier:  # the next one overwrites the gradients
             add = torch._foreach_add_ if losses else torch._foreach_copy_
-            losses.append(self._micro_batch(*pair))
+            losses.append(self._micro_batch(batch))
             add(self.sums, gradients)
 
         def finished(span: int) -> None:
@@ -530,7 +542,7 @@ class GraphedModel:
             if reduces:
                 self.optimizer.reduce_gradients(span)
 
-        losses.append(self._micro_batch(*last, finished if reduces else lambda span: None))
+        losses.append(self._micro_batch(last, finished if reduces else lambda span: None))
         parts = sum(map(len, self.weights.values())) if reduces else 0
         for span in range(parts, len(self.optimizer.spans)):  # all spans, or that of float32 weights
             finished(span)
@@ -538,28 +550,28 @@ class GraphedModel:
         ce, *of_stages = torch.stack(losses).split([1, self.S, self.S, self.S], dim=1)
         return Losses(ce.squeeze(1), *of_stages)
 
-    def _micro_batch(self, iids: Tensor, labels: Tensor, finished: Callable[[int], None] = lambda span: None) -> Tensor:
+    def _micro_batch(self, batch: tuple[Tensor, ...], finished: Callable[[int], None] = lambda span: None) -> Tensor:
         """The losses of a micro-batch, ordered as in `losses`. finished: see `Segment.backward`."""
         if not self.captures:
-            losses = self._eagerly(iids, labels)
+            losses = self._eagerly(batch)
             for span in reversed(range(sum(map(len, self.weights.values())) if self.size > 1 else 0)):
                 finished(span)
             return losses
-        segments = self.retry_without_graphs(functools.partial(self._forward, iids, labels))
+        segments = self.retry_without_graphs(functools.partial(self._forward, *batch))
         for name in self.shared:  # every part adds to these
             self.masters.get_parameter(name).grad.zero_()
         for segment in reversed(segments):
             segment.backward(finished)
         return self.losses.clone()  # the next micro-batch overwrites them
 
-    def _eagerly(self, iids: Tensor, labels: Tensor) -> Tensor:
+    def _eagerly(self, batch: tuple[Tensor, ...]) -> Tensor:
         """Runs a micro-batch through the model's own forward."""
         own, shared = self.all_gradients
         destinations = Destinations(own)
         for gradient in shared.values():
             gradient.zero_()
         with writing_to(destinations):
-            out = self.model(iids, labels)
+            out = self.model(*batch)
         loss = training_loss(out.ce, out.ratio_losses, self.alpha)
         wanted = [*destinations.by_tensor, *shared]
         gradients = torch.autograd.grad(loss, wanted, self.dloss.to(loss.dtype), allow_unused=True)
@@ -568,13 +580,16 @@ class GraphedModel:
         shares = [stage.F for stage in self.found_stages] + [stage.G for stage in self.found_stages]
         return torch.cat([out.ce.detach()[None], out.ratio_losses.detach(), *(x[None] for x in shares)])
 
-    def _forward(self, iids: Tensor, labels: Tensor) -> list[Segment]:
+    def _forward(self, iids: Tensor, labels: Tensor, cuts: Tensor | None = None) -> list[Segment]:
         """Runs a micro-batch's forward. Returns its segments; their backwards run in reverse order."""
         T, offsets = len(iids.values()), iids.offsets()
         if self.capacity < T:
             self._allocate(T)
         self.iids_T[:T].copy_(iids.values())
         self.labels_T[:T].copy_(labels.values())
+        check_cuts(cuts, iids, self.masters.config)
+        if cuts is not None:
+            self.packings[0].cuts_T[:T].copy_(cuts.values())
         ends, position_T = self.packings[0].cu_seqlens, self.packings[0].position_T
         position_T[:T].copy_(positions(iids))
         ends[: len(offsets)].copy_(offsets)

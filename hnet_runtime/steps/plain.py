@@ -59,17 +59,17 @@ class PlainModel:
         self.optimizer = torch.optim.AdamW(groups, betas=BETAS, fused=True)
         self._stages: list[StageOutput] = []
 
-    def forward_backward(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Losses:
+    def forward_backward(self, batches: Sequence[tuple[Tensor, ...]]) -> Losses:
         """Losses of the micro-batches; the gradient of the mean of ce + alpha * ratio losses, averaged over ranks.
 
-        batches: n NJTs (iids, labels), each (B, j) of int64; every rank has the same n.
+        batches: n times what `HNetLM.forward` takes, (iids, labels) or with cuts; every rank has the same n.
         """
         outputs = []
-        for i, (iids, labels) in enumerate(batches):
+        for i, batch in enumerate(batches):
             if isinstance(self.model, FSDPModule):  # gradients are reduced once per step, with the last micro-batch
                 self.model.set_requires_gradient_sync(i == len(batches) - 1)
                 self.model.set_is_last_backward(i == len(batches) - 1)
-            out = self.model(iids, labels)
+            out = self.model(*batch)
             (training_loss(out.ce, out.ratio_losses, self.alpha) / len(batches)).backward()
             self._stages = [stage.detach() for stage in out.stages]
             outputs.append(HNetOutput(None, out.ce.detach(), out.ratio_losses.detach(), self._stages))

@@ -1,0 +1,105 @@
+"""Rules: routers that do not learn. The config's key `routers` names one for each chunking stage.
+
+The router `learned` is RoutingModule of hnet_trainable.py. A rule has the same two methods, `forward` to the boundary
+probability p and `opens` to the decision b, but no weights and no ratio loss: p is 0 or 1, so that c of eq. 6 is 1 and
+only the positions of chunks differ from a learned router.
+
+To add a router, write a class and register it: see docs/CHANGING.md.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hnet_config import BOS, ROUTERS
+
+
+class Router(nn.Module):
+    """What a config knows of a router, as attributes of its class."""
+
+    usage = ""  # how a config writes it
+    argument = ""  # regular expression of what follows the name and a colon
+    is_learned = False
+    is_causal = True  # whether b_t depends on no byte after t
+    reads_bytes = False  # packing.byte_T, which only stage 0 has
+    reads_cuts = False  # packing.cuts_T
+    reads_file = False  # the argument is the name of a file
+    fixes_rate = False  # the argument is the number of tokens in a chunk
+
+
+class Rule(Router):
+    """A router that does not learn. A subclass says in `starts` where chunks begin."""
+
+    def __init__(self, width: int, argument: str = ""):
+        super().__init__()
+        self.given = argument
+
+    def starts(self, packing: Any) -> Tensor:
+        """bool (T,): the tokens that open a chunk. The first token of a document opens one in any case.
+
+        packing: a Packing of hnet_trainable.py or, in generation, what hnet_simple.py has of one.
+        """
+        raise NotImplementedError
+
+    def forward(self, x_TD: Tensor, packing: Any) -> Tensor:
+        """p_T: 1 where a chunk begins and 0 elsewhere, in at least float32."""
+        opens_T = self.starts(packing) | (packing.position_T == 0)
+        return opens_T.to(torch.promote_types(x_TD.dtype, torch.float32))
+
+    def opens(self, p_T: Tensor) -> Tensor:
+        """b_T (bool)."""
+        return p_T > 0.5
+
+
+class Space(Rule):
+    """SpaceByte's rule (arXiv 2404.14408, github.com/kjslag/spacebyte): where spacelike bytes begin, and BOS.
+
+    All bytes are spacelike but ASCII's letters and digits and those that continue a character of UTF-8.
+    """
+
+    usage, reads_bytes = "space", True
+
+    def starts(self, packing: Any) -> Tensor:
+        byte_T = packing.byte_T
+        ranges = (ord("0"), ord("9")), (ord("A"), ord("Z")), (ord("a"), ord("z")), (0x80, 0xBF)
+        spacelike_T = torch.stack([(byte_T < first) | (byte_T > last) for first, last in ranges]).all(0)
+        return (spacelike_T & ~spacelike_T.roll(1)) | (byte_T == BOS)
+
+
+class Stride(Rule):
+    """Every K-th token of a document, from its first."""
+
+    usage, argument, fixes_rate = "stride:K with K from 2 to 9999", "[2-9]|[1-9][0-9]{1,3}", True
+
+    def starts(self, packing: Any) -> Tensor:
+        return packing.position_T % int(self.given) == 0
+
+
+class Given(Rule):
+    """Where the caller says: see `cuts` of `HNetLM.forward`."""
+
+    usage, is_causal, reads_cuts = "given", False, True
+
+    def starts(self, packing: Any) -> Tensor:
+        return packing.cuts_T > 0
+
+
+class GivenCausal(Given):
+    """`given` by a caller who vouches that no decision depends on a later byte."""
+
+    usage, is_causal = "given_causal", True
+
+
+class Tokens(Given):
+    """Where a tokenizer begins a token. hnet_runtime/data/cuts.py computes that, and passes it as `cuts`."""
+
+    usage, argument, reads_file = "tokens:FILE", ".+", True
+
+
+def inner_cuts(cuts_T: Tensor, start_C: Tensor) -> Tensor:
+    """The `cuts_T` of the stage inside, at the first token of each chunk. They count stages, of which one is done."""
+    return cuts_T[start_C].to(torch.int8) - 1
+
+
+ROUTERS |= {"space": Space, "stride": Stride, "tokens": Tokens, "given": Given, "given_causal": GivenCausal}
