@@ -44,6 +44,7 @@ from hnet_runtime.checks import agreement, equivalence
 from hnet_runtime.data import cuts
 from hnet_runtime.data.cuts import Cutter
 from hnet_runtime.distributed import World
+from hnet_runtime.evaluation.boundaries import CutHistory
 from hnet_runtime.evaluation.validation import validate
 from hnet_runtime.pages.chunks import print_chunks
 from hnet_runtime.pages.reports import write_atomically
@@ -331,6 +332,7 @@ class Run:
         elif config.sample_bytes:
             self.inference = HNetInference.from_training(state.evaluated)  # borrows the weights: nothing is copied
         self.interrupts, self.health = Interrupts(), RouterHealth(hnet.learned_ratios, config.mbs)
+        self.history = CutHistory(self.folder)
         self.progress, self.settled = Progress(hnet, config, self.step), time.perf_counter()
         self.saver = checkpoint.Saver(self.folder, state.model, state.optimizer, config.keep, config.keep_every)
         # of the last step: its numbers, which the device has not delivered yet, and the host's counts
@@ -415,7 +417,9 @@ class Run:
             self.state.steps.free_memory()
         if validates:
             watch.at(step, "validation")
-            record |= validate(self.state.evaluated, self.val_stream, self.world, config.val_slices or None)
+            opens: list = []
+            record |= validate(self.state.evaluated, self.val_stream, self.world, config.val_slices or None, opens)
+            record |= self.history.update(step, opens, self.world)
         written = None
         if samples:
             watch.at(step, "writing a sample")

@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
 
     from hnet_runtime import distributed
     from hnet_runtime.checks import agreement
-    from hnet_runtime.evaluation import choices, harness, scoring
+    from hnet_runtime.evaluation import boundaries, choices, harness, scoring
     from hnet_runtime.evaluation.validation import bits_name
     from hnet_runtime.pages.progress_bar import Progress
     from hnet_runtime.pages.reports import markdown, write_atomically
@@ -113,10 +113,12 @@ def main(argv: Sequence[str]) -> None:
         total = text.labels_in_all() if world.is_main else None
         scoring_began = time.perf_counter()
         with Progress("bits per byte", total, "bytes", world.is_main) as progress:
-            tallies = scoring.tally(model, text.rows(), options.batch, world, progress.advance)
+            tallies, of_cuts = scoring.tally_with_cuts(model, text.rows(), options.batch, world, progress.advance)
         seconds = time.perf_counter() - scoring_began
         scores = scoring.summarise(tallies, text.groups)
         result["text"] = text.how | scoring.renamed(scores, bits_name(model.config))
+        if model.config.num_stages:
+            result["text"]["cuts"] = boundaries.summary(of_cuts)
         result["bytes_per_s"] = round(result["text"]["bytes"] / seconds, 1)
     if questions and world.is_main:
         likelihoods = scoring.Likelihoods(model, context, options.batch)

@@ -25,8 +25,9 @@ import fineweb
 from hnet_runtime import UserError
 from hnet_runtime.data.cuts import cuts_like
 from hnet_runtime.distributed import World
+from hnet_runtime.evaluation import boundaries
 from hnet_runtime.evaluation.validation import LENGTH_BUCKETS
-from hnet_trainable import BOS, EOS, HNetLM
+from hnet_trainable import BOS, EOS, HNetLM, StageOutput
 
 CONTEXT = 8192  # bytes of a training document in the paper
 
@@ -79,9 +80,9 @@ def first_documents(rows: Iterable[Row], limit: int) -> Iterator[Row]:
 def training_rows(stream: fineweb.ByteStream, limit: int | None) -> Iterator[Row]:
     """The rows of training's validation: those of `stream.slices_once(limit)`."""
     for slice_ in stream.slices_once(limit):
-        cuts = np.cumsum(slice_.row_lengths)[:-1]
+        ends = np.cumsum(slice_.row_lengths)[:-1]
         numbers = zip(*(x.tolist() for x in (slice_.offsets, slice_.documents, slice_.document_bytes)))
-        for inputs, labels, of_row in zip(np.split(slice_.inputs, cuts), np.split(slice_.labels, cuts), numbers):
+        for inputs, labels, of_row in zip(np.split(slice_.inputs, ends), np.split(slice_.labels, ends), numbers):
             yield Row(inputs, labels, 0, *of_row)
 
 
@@ -93,16 +94,21 @@ def pack(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor]:
     return tuple(nested_tensor_from_jagged(x, offsets, min_seqlen=min(lengths), max_seqlen=max(lengths)) for x in flat)
 
 
-@torch.no_grad()
 def score(model: HNetLM, rows: list[Row]) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each row the nats of its labels, float64 (n,), and whether each label is the most likely byte, bool (n,)."""
+    nats_T, best_T, _ = _score(model, rows)
+    ends = np.cumsum([len(row.inputs) for row in rows])[:-1]
+    return list(zip(np.split(nats_T, ends), np.split(best_T, ends)))
+
+
+@torch.no_grad()
+def _score(model: HNetLM, rows: list[Row]) -> tuple[np.ndarray, np.ndarray, list[StageOutput]]:
     iids, labels = pack(rows, next(model.parameters()).device)
-    logits_TV, labels_T = model(iids, None, cuts_like(iids, model.config)).logits.values(), labels.values()
+    out, labels_T = model(iids, None, cuts_like(iids, model.config)), labels.values()
+    logits_TV = out.logits.values()
     logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
     nats_T = F.cross_entropy(logits_TV, labels_T, reduction="none").double().cpu().numpy()
-    best_T = (logits_TV.argmax(-1) == labels_T).cpu().numpy()
-    cuts = np.cumsum([len(row.inputs) for row in rows])[:-1]
-    return list(zip(np.split(nats_T, cuts), np.split(best_T, cuts)))
+    return nats_T, (logits_TV.argmax(-1) == labels_T).cpu().numpy(), out.stages
 
 
 def in_batches(items: Iterable, size: int) -> Iterator[list]:
@@ -168,13 +174,25 @@ def tally(
     results have the same bits on one kind of device. advance: called with the number of labels that all ranks have
     scored, as estimated by this one.
     """
+    return tally_with_cuts(model, rows, batch, world, advance)[0]
+
+
+def tally_with_cuts(
+    model: HNetLM, rows: Iterable[Row], batch: int, world: World, advance: Callable[[float], None] = nothing
+) -> tuple[dict[int, Tally], np.ndarray]:
+    """`tally`, and the counts of `boundaries.count` over all rows."""
     parts = []  # (number of the batch, document, its bytes, nats by position, text bytes by position)
+    counted = [(-1, boundaries.nothing_counted(model.config.num_stages))]  # (number of the batch, its counts)
     model.eval()
     for n, some in enumerate(in_batches(rows, batch)):
         if n % world.size != world.rank:
             advance(labels_of(some))
             continue
-        for row, (nats_T, _) in zip(some, score(model, some)):
+        lengths, skips = (np.array(x) for x in zip(*((len(row.inputs), row.skip) for row in some)))
+        nats_all, _, stages = _score(model, some)
+        inputs = np.concatenate([row.inputs for row in some])
+        counted.append((n, boundaries.count(inputs, lengths, nats_all, stages, skips)[0]))
+        for row, nats_T in zip(some, np.split(nats_all, np.cumsum(lengths)[:-1])):
             at_T = np.searchsorted(LENGTH_BUCKETS, np.arange(row.start + row.skip, row.start + len(nats_T)) + 1)
             is_text_T = (row.labels != EOS)[row.skip :]
             sums = [np.bincount(at_T, w, len(LENGTH_BUCKETS) + 1) for w in (nats_T[row.skip :], is_text_T)]
@@ -182,15 +200,16 @@ def tally(
         advance(labels_of(some))
     if world.size > 1:
         everyone: list[Any] = [None] * world.size
-        dist.all_gather_object(everyone, parts)
-        parts = sorted(itertools.chain(*everyone), key=lambda part: part[0])
+        dist.all_gather_object(everyone, (parts, counted))
+        parts, counted = (sorted(itertools.chain(*x), key=lambda part: part[0]) for x in zip(*everyone))
     nats: dict[int, Any] = defaultdict(float)
     text: dict[int, Any] = defaultdict(float)
     for _, document, _, nats_at, bytes_at in parts:
         nats[document] = nats[document] + nats_at
         text[document] = text[document] + bytes_at
     lengths = {document: length for _, document, length, *_ in parts}
-    return {d: Tally(float(nats[d].sum()), int(text[d].sum()), nats[d], text[d], lengths[d]) for d in sorted(nats)}
+    tallies = {d: Tally(float(nats[d].sum()), int(text[d].sum()), nats[d], text[d], lengths[d]) for d in sorted(nats)}
+    return tallies, sum(counts for _, counts in counted)
 
 
 def ratio(tallies: list[Tally]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from hnet_runtime.data.cuts import cuts_like
 from hnet_runtime.data.stream import ByteStream
 from hnet_runtime.distributed import World
+from hnet_runtime.evaluation import boundaries
 from hnet_trainable import BOS, EOS, HNetConfig, HNetLM
 
 LENGTH_BUCKETS = (256, 1024, 4096, 16384)  # text bytes of the document: val_bpb_le_256, ..., val_bpb_longer
@@ -41,14 +42,19 @@ def word_edges(iids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def validate(model: HNetLM, stream: ByteStream, world: World, limit: int | None) -> dict[str, Any]:
+def validate(
+    model: HNetLM, stream: ByteStream, world: World, limit: int | None, opens: list[list[np.ndarray]] | None = None
+) -> dict[str, Any]:
     """Scores `limit` slices of a held-out split (None: all), every byte once. Called by every rank.
+
+    opens: a list to which this rank appends, for each of its slices and each stage, which bytes open chunks.
 
     Returns `val_bpb` (bits per text byte; the ends of documents are predicted too, as in training),
     `val_bpb_le_<n>` by the length of the document, `val_bpb_at_<n>` by the position in it (each up to n bytes),
     `val_bytes`, each stage's compression, and for stage 0
     `val_edge_share` (share of boundaries at a word edge) over `val_edge_base` (share of positions at one; both
-    without first bytes of rows). Where routers depend on later bytes, names have `bpb_given_cuts` in place of `bpb`.
+    without first bytes of rows); and what `boundaries.metrics` says of all stages. Where routers depend on later bytes,
+    names have `bpb_given_cuts` in place of `bpb`.
     """
     model.eval()
     buckets, S = len(LENGTH_BUCKETS) + 1, model.config.num_stages
@@ -56,6 +62,7 @@ def validate(model: HNetLM, stream: ByteStream, world: World, limit: int | None)
     sums_at = torch.zeros(2, buckets, dtype=torch.float64)  # the same by position in it
     counts = torch.zeros(S + 1, dtype=torch.float64)  # tokens of each stage
     edges = torch.zeros(4, dtype=torch.float64)  # boundaries, those at edges, positions, those at edges
+    of_cuts = torch.from_numpy(boundaries.nothing_counted(S))
     slices = list(stream.slices_once(limit)) if world.size == 1 else _same_number_each(stream, world, limit)
     for slice_, weight in ((p, 1.0) for p in slices) if world.size == 1 else slices:
         iids, labels, *cuts = slice_.nested(world.device)
@@ -76,9 +83,13 @@ def validate(model: HNetLM, stream: ByteStream, world: World, limit: int | None)
             inner_T[iids.offsets()[:-1].cpu()] = False
             b_T &= inner_T
             edges += weight * torch.tensor([b_T.sum(), (b_T & edge_T).sum(), inner_T.sum(), edge_T.sum()])
+            more, starts = boundaries.count(slice_.inputs, slice_.row_lengths, nats_T.numpy(), out.stages)
+            of_cuts += weight * torch.from_numpy(more)
+            if opens is not None and weight:
+                opens.append(starts)
     model.train()
     if world.size > 1:
-        for t in (sums, sums_at, counts, edges):
+        for t in (sums, sums_at, counts, edges, of_cuts):
             dist.all_reduce(t)
     bits = f"val_{bits_name(model.config)}"
     result = {bits: (sums[0].sum() / sums[1].sum() / math.log(2)).item(), "val_bytes": int(sums[1].sum())}
@@ -91,7 +102,7 @@ def validate(model: HNetLM, stream: ByteStream, world: World, limit: int | None)
     if S:
         result["val_edge_share"] = (edges[1] / edges[0].clamp_min(1)).item()
         result["val_edge_base"] = (edges[3] / edges[2].clamp_min(1)).item()
-    return result
+    return result | boundaries.metrics(of_cuts.numpy())
 
 
 def _same_number_each(stream: ByteStream, world: World, limit: int | None):

@@ -47,6 +47,8 @@ def markdown(result: dict[str, Any]) -> str:
             interval = "{:.4f} to {:.4f}".format(*row["ci95"]) if row.get("ci95") else ""
             table.append((group, f"{row[name]:.4f}", interval, f"{row.get('documents', '')}", f"{row['bytes']:,}"))
         lines += ["", *_table(table)]
+        if found := text.get("cuts"):
+            lines += ["", "## Where chunks begin", "", *cuts_in_words(found), "", *cuts_table(found)]
     if choices := result.get("choices"):
         lines += ["", f"## Multiple choice: {choices['file']}", ""]
         lines += [
@@ -71,6 +73,32 @@ def markdown(result: dict[str, Any]) -> str:
                     table.append((task, name, f"{value:.4f}", "" if error is None else f"{error:.4f}"))
         lines += ["", "## lm-evaluation-harness", "", *_table(table), "", *_of_requests(result.get("harness", {}))]
     return "\n".join(lines)
+
+
+def cuts_in_words(found: dict[str, Any]) -> list[str]:
+    """A line for each stage of `evaluation.boundaries.summary`."""
+    lines = []
+    for s, stage in enumerate(found["stages"]):
+        enrichment, entropy = ("-" if x is None else f"{x:.2f}" for x in (stage["enrichment"], stage["p_entropy"]))
+        lines.append(
+            f"- Stage {s}: {stage['cuts']:,} chunks; surprisal of the bytes that open them {enrichment} times the mean; "
+            f"entropy of p {entropy} bits."
+        )
+    return lines
+
+
+def cuts_table(found: dict[str, Any]) -> list[str]:
+    """A table of the places where the chunks of `evaluation.boundaries.summary` begin, beside chance."""
+    from hnet_runtime.evaluation.boundaries import IN_WORDS
+
+    head = ["first byte of a chunk", "share of all bytes"]
+    head += [f"of chunks of stage {s}" for s in range(len(found["stages"]))]
+    table = [tuple(head)]
+    for name, chance in found["chance"].items():
+        shares = [stage["places"][name] for stage in found["stages"]]
+        cells = [f"{share:.1%} ({share / chance:.2f} times)" if chance else f"{share:.1%}" for share in shares]
+        table.append((IN_WORDS.get(name, name), f"{chance:.1%}", *cells))
+    return _table(table)
 
 
 def _of_requests(how: dict[str, Any]) -> list[str]:
