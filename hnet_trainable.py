@@ -462,12 +462,20 @@ class SelectChunks(torch.autograd.Function):
         return ctx.documents.nest(TakeRows.backward(ctx, grad_h_BkD._values)[0]), None
 
 
-def ratio_loss(stage: StageOutput, N: float) -> Tensor:
+def ratio_loss(stage: StageOutput, N: float | Tensor) -> Tensor:
     """Eq. 10: N / (N - 1) * ((N - 1) F G + (1 - F) (1 - G)); 1 where F = G = 1 / N. Gradient through G alone."""
     return N / (N - 1) * ((N - 1) * stage.F * stage.G + (1 - stage.F) * (1 - stage.G))
 
 
-def training_loss(ce: Tensor, ratio_losses: Tensor, alpha: float) -> Tensor:
+def ratio_hinge(stage: StageOutput, N: float | Tensor) -> Tensor:
+    """Eq. 10 where F > 1 / N, else 1: only too many chunks cost, as in FLEXITOKENS (arXiv 2507.12720). Off by default.
+
+    Eq. 10 is 1 + N / (N - 1) * (N F - 1) (G - 1 / N), so its gradient pushes G down where F > 1 / N and up elsewhere.
+    """
+    return 1 + N / (N - 1) * (N * stage.F - 1).clamp_min(0) * (stage.G - 1 / N)
+
+
+def training_loss(ce: Tensor, ratio_losses: Tensor, alpha: float | Tensor) -> Tensor:
     """What a step minimises: the cross entropy and, weighted, the ratio losses (S,) of all stages."""
     return ce + alpha * ratio_losses.sum()
 
@@ -565,6 +573,7 @@ class HNetLM(nn.Module):
     def __init__(self, config: HNetConfig):
         super().__init__()
         self.config = config
+        self.ratio_form, self.ratio_targets = "both", config.learned_ratios  # training may change them: losses.py
         self.embeddings = Embedding(config.vocab_size, config.d_model[0])
         self.backbone = HNet(config)
         self.lm_head = Linear(config.d_model[0], config.vocab_size, is_saved=True)
@@ -593,12 +602,17 @@ class HNetLM(nn.Module):
         x_BjD, stages = self.backbone(nested_like(self.embed(byte_T), iids), byte_T, cuts_T)
         logits_TV = self.head(flat(x_BjD))
         ce = None if labels is None else cross_entropy(logits_TV, flat(labels))
-        losses = [
-            torch.zeros_like(stage.G) if N is None else ratio_loss(stage, N)
-            for stage, N in zip(stages, config.learned_ratios)
-        ]
+        losses = [self.ratio_loss(s, stage) for s, stage in enumerate(stages)]
         ratio_losses = torch.stack(losses) if losses else logits_TV.new_zeros(0)
         return HNetOutput(nested_like(logits_TV, iids), ce, ratio_losses, stages)
+
+    def ratio_loss(self, s: int, stage: StageOutput) -> Tensor:
+        """The ratio loss of stage s, in the form and towards the target of this step; 0 for a rule, which has none."""
+        N = self.ratio_targets[s]
+        if N is None:
+            return torch.zeros_like(stage.G)
+        form = ratio_hinge if self.ratio_form == "hinge" else ratio_loss
+        return form(stage, N)
 
     def embed(self, iids_T: Tensor) -> Tensor:
         return self.embeddings(iids_T)
@@ -690,18 +704,23 @@ def has_weight_decay(name: str) -> bool:
     return leaf not in NO_DECAY and not module.startswith("norm") and module != "rmsnorm"
 
 
-def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, lr: float, weight_decay: float, router_lr: float = 1.0) -> list[dict[str, Any]]:
     """Groups for an optimizer: one for each (stage, decay or not), outermost first, every parameter in exactly one.
 
+    router_lr: a factor on eq. 11's multiplier for W_q and W_k, which then have a group of their own in each stage.
+    The paper has none (1). A rate apart shows whether cuts move because routers learn too fast or too slowly.
     Each has `params`, `names`, `lr` (base rate times `multiplier`, eq. 11), `weight_decay`, `stage` and `multiplier`.
     `model` is an HNetLM, plain or sharded.
     """
     multipliers = lr_modulation(model.config)
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    groups: dict[tuple[int, bool, bool], dict[str, Any]] = {}
     for name, parameter in sorted(model.named_parameters(), key=lambda item: stage_of(item[0], model.config)):
         s, decays = stage_of(name, model.config), has_weight_decay(name)
-        group = groups.setdefault((s, decays), {"params": [], "names": [], "stage": s, "multiplier": multipliers[s]})
-        group |= {"lr": lr * multipliers[s], "weight_decay": weight_decay if decays else 0.0}
+        has_own_rate = router_lr != 1 and "routing_module" in name
+        multiplier = multipliers[s] * (router_lr if has_own_rate else 1)
+        new = {"params": [], "names": [], "stage": s, "multiplier": multiplier}
+        group = groups.setdefault((s, decays, has_own_rate), new)
+        group |= {"lr": lr * multiplier, "weight_decay": weight_decay if decays else 0.0}
         group["params"].append(parameter)
         group["names"].append(name)
     grouped = [id(p) for group in groups.values() for p in group["params"]]

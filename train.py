@@ -39,7 +39,7 @@ from torch import Tensor
 
 import fineweb
 from hnet_config import find_config
-from hnet_runtime import UserError, distributed
+from hnet_runtime import UserError, distributed, losses
 from hnet_runtime.checks import agreement, equivalence
 from hnet_runtime.data import cuts
 from hnet_runtime.data.cuts import Cutter
@@ -85,11 +85,7 @@ def read_model(config: TrainConfig) -> tuple[HNetConfig, dict[str, Tensor] | Non
     """The model's config, and the weights to start from if -p names some."""
     source, target = config.config or DEFAULT_CONFIG, {}
     if config.n_compression:
-        try:
-            numbers = [float(n) for n in config.n_compression.split("-")]
-        except ValueError:
-            raise UserError(f"-N {config.n_compression}: expected numbers joined by dashes, like 1-3-9") from None
-        target["N_compress"] = [int(n) if n.is_integer() else n for n in numbers]
+        target["N_compress"] = losses.compression(config.n_compression, "-N")
     from_weights = bool(config.pt_ckpt)
     if config.resume and (from_weights or not find_config(source).exists()):
         resumed = newest(Path(config.save_dir if config.resume == "auto" else config.resume))
@@ -164,11 +160,14 @@ class TrainState:
         self.model, self.dtype, self.hnet, self.config, self.world = model, dtype, hnet, config, world
         self.parameters = list(model.parameters())  # before a forward, after which FSDP shows gathered ones
         groups, limit = distributed.optimizer_groups(groups), config.max_chunks_per_rank
+        self.ratio = losses.ratio(config, hnet, world.device, torch.promote_types(dtype, torch.float32))
+        alpha = self.ratio.weight
         if how == "sharded":
-            self.steps = PlainModel(model, config.alpha, world, groups)
+            self.steps = PlainModel(model, alpha, world, groups)
         else:
             accumulates, captures = config.global_slices > world.size, how == "graph"
-            self.steps = GraphedModel(model, dtype, config.alpha, world, groups, config.ac, accumulates, captures)
+            self.steps = GraphedModel(model, dtype, alpha, world, groups, config.ac, accumulates, captures)
+        losses.attach(self.ratio, self.steps.masters, self.steps.model)
         self.evaluated, self.optimizer = self.steps.model, self.steps.optimizer
         if how != "graph" and (config.ac != "none" or limit):
             activations.recompute(self.evaluated, config.ac)
@@ -181,16 +180,17 @@ class TrainState:
             checkpoint.load(source, self.model, self.optimizer)
 
     def step(
-        self, slices: list[fineweb.Slice], scale: float, wants_statistics: bool, before_update: Callable[[], None]
+        self, done: int, slices: list[fineweb.Slice], wants_statistics: bool, before_update: Callable[[], None]
     ) -> StepNumbers:
         """One optimizer step. It waits for the device only for the stages' numbers of chunks.
 
-        scale: the factor of the learning rates. before_update: called before the weights change.
+        done: the steps before it. before_update: called before the weights change.
         If the loss or the norm is not finite, the weights do not change.
         """
         config, world, optimizer = self.config, self.world, self.optimizer
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * group["multiplier"] * scale
+            group["lr"] = config.lr * group["multiplier"] * lr_scale(done, config)
+        self.ratio.set(done, config.steps)
         numbers = forward_backward(self.steps, slices, world)
         norm = distributed.clip_in_optimizer(optimizer, self.parameters, config.clip, world, numbers.ce)
         numbers, more = numbers._replace(grad_norm=norm), []
@@ -278,7 +278,8 @@ def takes_graphs(config: TrainConfig, hnet: HNetConfig, dtype: torch.dtype, worl
             reason = too_large
         else:
             world = world._replace(mesh=distributed.make_mesh(world.device.type, world.size, world.size))
-    reason = reason or agreement.steps_as_graphs(hnet, config.ac)
+    ratio = losses.ratio(config, hnet, torch.device("cpu"), torch.float64)
+    reason = reason or agreement.steps_as_graphs(hnet, config.ac, functools.partial(losses.attach, ratio))
     if reason and config.compile == "graph":
         raise UserError(f"--compile graph: {reason}; use eager")
     if reason:
@@ -332,7 +333,7 @@ class Run:
         elif config.sample_bytes:
             self.inference = HNetInference.from_training(state.evaluated)  # borrows the weights: nothing is copied
         self.interrupts, self.health = Interrupts(), RouterHealth(hnet.learned_ratios, config.mbs)
-        self.history = CutHistory(self.folder)
+        self.history = CutHistory(self.folder, self.step, world)
         self.progress, self.settled = Progress(hnet, config, self.step), time.perf_counter()
         self.saver = checkpoint.Saver(self.folder, state.model, state.optimizer, config.keep, config.keep_every)
         # of the last step: its numbers, which the device has not delivered yet, and the host's counts
@@ -390,7 +391,7 @@ class Run:
         watch.at(done + 1, "forward and backward")
         before = state.counted()
         wants_statistics = config.stats_every > 0 and (done + 1) % config.stats_every == 0
-        numbers = state.step(slices, lr_scale(done, config), wants_statistics, self.saver.staged)
+        numbers = state.step(done, slices, wants_statistics, self.saver.staged)
         if self.waiting:
             record = self._settle(done, *self.waiting)
             self.metrics.log(done, record)
@@ -419,7 +420,7 @@ class Run:
             watch.at(step, "validation")
             opens: list = []
             record |= validate(self.state.evaluated, self.val_stream, self.world, config.val_slices or None, opens)
-            record |= self.history.update(step, opens, self.world)
+            record |= self.history.update(step, opens, checkpoint.oldest_step(self.folder))
         written = None
         if samples:
             watch.at(step, "writing a sample")
@@ -448,6 +449,8 @@ class Run:
             )
         record = describe(numbers, self.hnet, config)
         record["lr"] = config.lr * lr_scale(done - 1, config)
+        targets = self.state.ratio.targets_at(done - 1, config.steps)
+        record |= {f"stage{s}_target": target for s, target in enumerate(targets) if target}
         record |= {"bytes_seen": done * config.mbs * config.global_slices} | of_host
         if waited := self.saver.stall():
             record["save_ms"] = 1000 * waited  # by the save before this step
@@ -519,6 +522,7 @@ def train(config: TrainConfig) -> int:
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s", stream=sys.stdout)
     hnet, start_weights = read_model(config)
+    losses.check(config, hnet)
     world = distributed.start(config.device, config.replicate or 1, max(600, 2 * config.timeout))
     config.global_slices = config.global_slices or world.size
     if config.early_exit != "no" and not world.is_main:
@@ -553,7 +557,7 @@ def train(config: TrainConfig) -> int:
         # unsharded models have separate weights in the compute dtype beside the float32 ones
         own_dtype = torch.float32 if unsharded else dtype
         model = distributed.build_model(hnet, world, own_dtype, config.seed, start_weights, config.reshard)
-        groups = parameter_groups(model, config.lr, config.weight_decay)
+        groups = parameter_groups(model, config.lr, config.weight_decay, config.router_lr)
         if config.early_exit == "dumpparams":
             dump_parameters(model, groups)
             distributed.stop()

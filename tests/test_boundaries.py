@@ -152,11 +152,13 @@ def test_moved_cuts(tmp_path):
     b = np.array([1, 0, 0, 1, 0, 0], bool)
     assert boundaries.moved(a, a) == 0 and boundaries.moved(a, ~a) == 1
     assert boundaries.moved(a, b) == (2 + 1) / (3 + 2)  # two cuts of a are not in b, one of b is not in a
-    history = boundaries.CutHistory(tmp_path)
-    assert history.update(10, [[a], [b]], ALONE) == {}, "nothing to compare with"
-    assert boundaries.CutHistory(tmp_path).update(20, [[a], [a]], ALONE) == {"val_stage0_moved": 3 / 11}
-    assert history.update(20, [[b], [b]], ALONE) == {}, "a resumed run repeats a step"
-    assert history.update(30, [[b]], ALONE) == {}, "another text"
-    (tmp_path / boundaries.FILE).write_bytes(b"torn")
-    assert history.update(40, [[b]], ALONE) == {}
-    assert history.update(50, [[b]], ALONE) == {"val_stage0_moved": 0.0}
+    history = boundaries.CutHistory(tmp_path, 0, ALONE)
+    assert history.update(10, [[a], [b]]) == {}, "nothing to compare with"
+    assert history.update(20, [[a], [a]]) == {"val_stage0_moved": 3 / 11}
+    resumed = boundaries.CutHistory(tmp_path, 10, ALONE)
+    assert resumed.update(20, [[a], [a]]) == {"val_stage0_moved": 3 / 11}, "as in the run that was not interrupted"
+    assert resumed.update(30, [[b]]) == {}, "another text"
+    (tmp_path / "cuts" / "step_00000030.npz").write_bytes(b"torn")
+    assert resumed.update(40, [[b]]) == {}
+    assert resumed.update(50, [[b]], oldest=40) == {"val_stage0_moved": 0.0}
+    assert sorted(path.name for path in (tmp_path / "cuts").iterdir()) == ["step_00000040.npz", "step_00000050.npz"]

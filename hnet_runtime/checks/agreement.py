@@ -263,10 +263,10 @@ def _batch(lengths: list[int], device: torch.device, config: HNetConfig | None =
 Step = tuple[dict[str, Tensor], dict[str, Tensor]]  # losses, and gradients by weight
 
 
-def _plain_step(model: HNetLM, pair: tuple[Tensor, ...]) -> Step:
+def _plain_step(model: HNetLM, pair: tuple[Tensor, ...], alpha: float | Tensor = ALPHA) -> Step:
     """Losses and gradients by autograd through the model's forward."""
     out = model(*pair)
-    loss = training_loss(out.ce, out.ratio_losses, ALPHA)
+    loss = training_loss(out.ce, out.ratio_losses, alpha)
     weights = dict(model.named_parameters())
     gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
     losses = {"the cross entropy": out.ce.detach()}
@@ -292,14 +292,18 @@ def _draws_random_numbers(call: Callable[[], Any]) -> bool:
     return not torch.equal(before, torch.get_rng_state())
 
 
-def steps_as_graphs(config: HNetConfig, ac: str = "none") -> str | None:
+def steps_as_graphs(
+    config: HNetConfig, ac: str = "none", prepare: Callable[[HNetLM], None] = lambda model: None
+) -> str | None:
     """How a small model's steps as graphs differ from its forward under autograd, in float64 on the CPU; or None.
 
+    prepare: changes the small model as the run changes its own, such as the form of its ratio loss.
     Compares losses, F, G and the gradient of every weight to 1e-9, over two batches of different lengths.
     """
     pairs = [_batch(lengths, torch.device("cpu"), config) for lengths in BATCHES]
     try:
         model = equivalence.random_model(toy_config(config), 0, "cpu", torch.float64).train()
+        prepare(model)
         plain = [_plain_step(model, pair) for pair in pairs]
         if _draws_random_numbers(lambda: model(*pairs[0])):
             return "the model draws random numbers, which a graph would draw only once"
@@ -343,7 +347,7 @@ def captured(graphed: GraphedModel, tokens: int = 1024) -> str | None:
         try:
             for pair in (*pairs, pairs[0]):
                 losses, gradients = _graph_step(graphed, pair)
-                wanted_losses, wanted = _plain_step(graphed.model, pair)
+                wanted_losses, wanted = _plain_step(graphed.model, pair, graphed.alpha)
                 found = _roughly(losses, gradients, wanted_losses, wanted)
                 if found:
                     break

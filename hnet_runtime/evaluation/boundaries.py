@@ -27,8 +27,6 @@ IN_WORDS |= {f"letter_{LETTERS}": f"letter {LETTERS} or later", "inside": "insid
 SPACE, LETTER, DIGIT, PUNCTUATION, INSIDE, OTHER = (PLACES.index(PLACES[i]) for i in (0, 1, -4, -3, -2, -1))
 NATS, ENTROPY, TOKENS = (len(PLACES) + i for i in range(3))  # columns of counts after those of the places
 
-FILE = "cuts.npz"  # in a run's folder: the cuts of its last validation
-
 
 # --------------------------------------------------------------------------------------------------------- the places
 
@@ -92,9 +90,9 @@ def count(
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """(counts of these rows, for each stage which bytes open its chunks, bool (T,)).
 
-    byte_T: the rows' inputs. nats_T: of the label after each input. The byte at t is what the label before it predicted,
-    so the first byte of a row, where a chunk must begin, is not counted. skips: so many first labels of each row are
-    context, and the bytes after them are not counted either.
+    byte_T: the rows' inputs. nats_T: of the label after each input; the label of t - 1 is the byte at t. So the first
+    byte of a row, where a chunk must begin, is not counted. skips: the first so many labels of each row are context,
+    and their bytes are not counted either.
     """
     T, ends = len(byte_T), np.cumsum(row_lengths)
     starts = ends - row_lengths
@@ -173,49 +171,56 @@ def moved(before: np.ndarray, after: np.ndarray) -> float:
 
 
 class CutHistory:
-    """The cuts of a run's last validation, stored in its folder, so that the next one can say how many have moved."""
+    """The cuts of a run's validations, stored in its folder, so that the next one can say how many have moved.
 
-    def __init__(self, folder: Path):
-        self.file = folder / FILE
+    Cuts are kept as far back as a checkpoint from which the run can resume, so that a resumed run has the same numbers.
+    """
 
-    def update(self, step: int, opens: list[list[np.ndarray]], world: World) -> dict[str, float]:
+    def __init__(self, folder: Path, step: int, world: World):
+        """step: at which the run starts or resumes; cuts of later steps belong to steps that will be done again."""
+        self.folder, self.world = folder / "cuts", world
+        if world.is_main:
+            for later in [path for at, path in self._stored() if at > step]:
+                later.unlink(missing_ok=True)
+
+    def update(self, step: int, opens: list[list[np.ndarray]], oldest: int = 0) -> dict[str, float]:
         """`val_stage0_moved`, ... since the validation before, if it saw the same text; stores the new cuts.
 
-        opens: for each slice of this rank and each stage, which bytes open chunks. Called by every rank; the main one
-        gets the numbers.
+        opens: for each slice of this rank and each stage, which bytes open chunks. oldest: the earliest step from which
+        the run can resume. Called by every rank; the main one gets the numbers.
         """
-        if world.size > 1:
-            everyone: list[Any] = [None] * world.size
+        if self.world.size > 1:
+            everyone: list[Any] = [None] * self.world.size
             dist.all_gather_object(everyone, opens)
-            opens = [everyone[i % world.size][i // world.size] for i in range(sum(map(len, everyone)))]
-        if not world.is_main or not opens or not opens[0]:
+            size = self.world.size
+            opens = [everyone[i % size][i // size] for i in range(sum(map(len, everyone)))]
+        if not self.world.is_main or not opens or not opens[0]:
             return {}
         masks = {f"stage{s}": np.concatenate(stage) for s, stage in enumerate(zip(*opens))}
-        before, found = self._read(), {}
-        if before.get("step", step) < step:
-            for name, mask in masks.items():
-                old = before.get(name)
-                if old is not None and before.get("bytes") == len(mask):
-                    found[f"val_{name}_moved"] = moved(np.unpackbits(old, count=len(mask)).astype(bool), mask)
-        packed = {name: np.packbits(mask) for name, mask in masks.items()}
-        packed |= {"step": np.array(step), "bytes": np.array(len(masks["stage0"]))}
+        earlier = [(at, path) for at, path in self._stored() if at < step]
+        found = {}
+        for name, old in (_read(earlier[-1][1]) if earlier else {}).items():
+            mask = masks.get(name)
+            if mask is not None and len(old) == -(-len(mask) // 8):
+                found[f"val_{name}_moved"] = moved(np.unpackbits(old, count=len(mask)).astype(bool), mask)
 
         def write(scratch: Path) -> None:
             with open(scratch, "wb") as f:
-                np.savez_compressed(f, **packed)
+                np.savez_compressed(f, **{name: np.packbits(mask) for name, mask in masks.items()})
 
-        write_atomically(self.file, write)
+        self.folder.mkdir(exist_ok=True)
+        write_atomically(self.folder / f"step_{step:08d}.npz", write)
+        for _, path in [(at, path) for at, path in self._stored() if at <= oldest][:-1]:
+            path.unlink(missing_ok=True)
         return found
 
-    def _read(self) -> dict[str, Any]:
-        try:
-            with np.load(self.file, allow_pickle=False) as stored:
-                return {name: stored[name] if stored[name].ndim else int(stored[name]) for name in stored.files}
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            EOFError,
-            zipfile.BadZipFile,
-        ):  # none yet, or not written by this version
-            return {}
+    def _stored(self) -> list[tuple[int, Path]]:
+        return sorted((int(path.stem[5:]), path) for path in self.folder.glob("step_*.npz") if path.stem[5:].isdigit())
+
+
+def _read(file: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # torn, or of another version
+        return {}

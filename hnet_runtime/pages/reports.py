@@ -81,8 +81,8 @@ def cuts_in_words(found: dict[str, Any]) -> list[str]:
     for s, stage in enumerate(found["stages"]):
         enrichment, entropy = ("-" if x is None else f"{x:.2f}" for x in (stage["enrichment"], stage["p_entropy"]))
         lines.append(
-            f"- Stage {s}: {stage['cuts']:,} chunks; surprisal of the bytes that open them {enrichment} times the mean; "
-            f"entropy of p {entropy} bits."
+            f"- Stage {s}: {stage['cuts']:,} chunks; surprisal of the bytes that open them {enrichment} times the "
+            f"mean; entropy of p {entropy} bits."
         )
     return lines
 

@@ -45,6 +45,7 @@ from hnet_runtime.runs.run_folder import (  # noqa: F401 (some are for importers
     complete,
     incomplete,
     is_complete,
+    oldest_step,
     read_train,
     step_folder,
     train_config_of,

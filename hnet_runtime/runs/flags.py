@@ -74,6 +74,16 @@ class TrainConfig:
     """Largest global gradient norm; 0: no clipping."""
     alpha: float = 0.2
     """Weight of the ratio losses. The paper's 0.03 is for long runs; in short ones its chunks are far from words."""
+    ratio_form: Literal["both", "hinge"] = "both"
+    """Form of the ratio losses. both: eq. 10 of the paper, where too many and too few chunks cost. hinge: only too many
+    do, as in FLEXITOKENS (arXiv 2507.12720)."""
+    ratio_from: str = ""
+    """Target compression at the first step, such as 1-2. It then rises linearly to that of -N: from low to high
+    compression, as in ATDC (arXiv 2605.30080). Empty: the target does not change."""
+    ratio_rise: float = 0.0
+    """Share of the steps over which the target rises from --ratio-from."""
+    router_lr: float = 1.0
+    """Factor on the learning rate of the routers' W_q and W_k, beside the multiplier of their stage (eq. 11)."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device; auto: CUDA if torch has it."""
@@ -154,11 +164,14 @@ class TrainConfig:
             self._expect(name, getattr(self, name) >= 0, "0 or more")
         for name, value in vars(self).items():
             self._expect(name, not isinstance(value, float) or math.isfinite(value), "a finite number")
-        for name in ("lr", "timeout"):
+        for name in ("lr", "timeout", "router_lr"):
             self._expect(name, getattr(self, name) > 0, "more than 0")
         for name in ("warmup", "decay"):
             self._expect(name, 0 <= getattr(self, name) <= 1, "a share from 0 to 1")
         self._expect("decay", self.warmup + self.decay <= 1, f"at most 1 together with --warmup {self.warmup}")
+        self._expect("ratio_rise", 0 <= self.ratio_rise <= 1, "a share from 0 to 1")
+        self._expect("ratio_rise", self.ratio_from or not self.ratio_rise, "also --ratio-from, where the target starts")
+        self._expect("ratio_from", self.ratio_rise or not self.ratio_from, "also --ratio-rise, the share of the steps")
         self._expect("seed", 0 <= self.seed < 2**63, "0 or more, below 2**63")
         self._expect("resume", self.resume != "auto" or self.save_dir, "also --save-dir, the folder of the run")
         if self.resume and self.early_exit != "no":

@@ -80,7 +80,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 GROUPS = {  # panel -> prefixes of the keys in it, for wandb and TensorBoard
     "loss": ("bpb", "ce", "val_bpb", "val_bytes"),
-    "stages": ("stage", "val_stage", "val_edge"),
+    "stages": ("stage", "val_stage", "val_edge", "val_chance"),
     "optimizer": ("lr", "grad"),
     "speed": ("step_ms", "bytes", "rows", "mfu", "save_ms", "peak_gib", "reserved_gib", "recomputed", "graphs"),
 }
@@ -198,6 +198,7 @@ class RouterHealth:
         """The problems that start at this step. record: as in metrics.jsonl, with `rows`, the mean rows per slice."""
         said, tokens = [], float(self.slice_bytes)
         for s, N in enumerate(self.targets):
+            N = record.get(f"stage{s}_target", N)  # of this step, where the target changes
             F = record[f"stage{s}_F"]
             tokens *= F
             if N is None:

@@ -35,8 +35,8 @@ def describe(numbers: StepNumbers, hnet: HNetConfig, config: TrainConfig) -> dic
     per_stage = (numbers.ratio_S, numbers.F_S, numbers.G_S, numbers.imbalance_S)
     for s, (ratio, F, G, imbalance) in enumerate(zip(*(x_S.tolist() for x_S in per_stage))):
         record |= {f"stage{s}_F": F, f"stage{s}_G": G, f"stage{s}_compression": 1 / F}
-        if hnet.learned_ratios[s]:
-            record |= {f"stage{s}_ratio_loss": ratio, f"stage{s}_target": hnet.learned_ratios[s]}
+        if hnet.is_learned[s]:
+            record[f"stage{s}_ratio_loss"] = ratio
         record |= {f"stage{s}_imbalance": imbalance}
     return record | dict(zip(statistics.names(hnet.num_stages), numbers.more.tolist()))
 
@@ -80,9 +80,10 @@ class Progress:
         shown = name.replace("_", " ")
         parts = [f"step {step:>{len(str(self.config.steps))}}/{self.config.steps}", f"{shown} {self._mean(name):.3f}"]
         if targets := self.hnet.learned_ratios:
+            targets = [N and record.get(f"stage{s}_target", N) for s, N in enumerate(targets)]
             losses = [f"{self._mean(f'stage{s}_ratio_loss'):.2f}" for s, N in enumerate(targets) if N]
             parts += [f"ratio loss {' '.join(losses)}"] * bool(losses)
-            found = [f"{1 / self._mean(f'stage{s}_F'):.1f}" + (f"/{N:g}" if N else "") for s, N in enumerate(targets)]
+            found = [f"{1 / self._mean(f'stage{s}_F'):.1f}" + (f"/{N:.3g}" if N else "") for s, N in enumerate(targets)]
             parts.append(f"{'bytes per chunk' if len(found) == 1 else 'compression'} {' '.join(found)}")
         parts += [f"lr {record['lr']:.1e}", f"grad {self._mean('grad_norm'):.2f}"]
         rate = self.config.mbs * self.config.global_slices / self._mean("step_ms")  # bytes per ms, which is kB per s

@@ -41,6 +41,12 @@ def complete(run: Path) -> list[Path]:
     return [p for p in _steps(run) if p.suffix != ".writing" and is_complete(p)]
 
 
+def oldest_step(run: Path) -> int:
+    """The steps done by the oldest complete checkpoint of a run; 0 if there is none."""
+    found = complete(run)
+    return int(found[0].name.removeprefix("step_")) if found else 0
+
+
 def incomplete(run: Path) -> list[Path]:
     """The folders of checkpoints that a crash left unfinished or that were damaged later."""
     return [p for p in _steps(run) if p.suffix == ".writing" or not is_complete(p)]

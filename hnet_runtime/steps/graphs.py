@@ -61,7 +61,6 @@ from hnet_trainable import (
     StageOutput,
     check_cuts,
     positions,
-    ratio_loss,
     rotary_tables,
     training_loss,
 )
@@ -192,6 +191,9 @@ class GraphedModel:
     `optimizer` updates the master weights and the compute weights; groups: its parameter groups, by default one.
     Everything else reads and changes master weights inside `optimizer.full_precision()`.
 
+    alpha: the weight of the ratio losses; graphs read a tensor's value at each step, and capture that of a float. The
+    same holds for the model's `ratio_targets`.
+
     world: where several processes have replicas of the weights, gradients are averaged over them, those of a backward
     part while the next one runs. Each process updates one shard of the weights: see FlatAdamW.
 
@@ -205,7 +207,7 @@ class GraphedModel:
         self,
         masters: HNetLM,
         compute_dtype: torch.dtype,
-        alpha: float,
+        alpha: float | Tensor,
         world: World | None = None,
         groups: Sequence[dict[str, Any]] | None = None,
         ac: str = "none",
@@ -418,7 +420,7 @@ class GraphedModel:
 
     def _enter(self, s: int, sizes: Sizes, leaf: Leaf) -> Outputs:
         hnet, to, T = self.levels[s], self.buffers[s], sizes.T
-        packing, N = self._packing(s, sizes), self.masters.config.target_ratios[s]
+        packing = self._packing(s, sizes)
         x_TD = hnet.encode(self._begin(s, sizes, leaf), packing)
         to.x_TD[T].zero_()
         x_TD = CopyTo.apply(x_TD, to.x_TD[:T])
@@ -428,7 +430,7 @@ class GraphedModel:
         p_T, G, chunks = cut(p_T, b_T, packing.position_T, documents, to.of(T, _padded(T), sizes.B))
         outputs = [(x_TD, to.dx_TD[:T])]
         if hnet.routing_module.is_learned:  # a rule's p has no gradient, and its ratio loss is 0
-            ratio = ratio_loss(StageOutput(p_T, chunks.b_T, chunks.shares[0], G, None), N)
+            ratio = self.model.ratio_loss(s, StageOutput(p_T, chunks.b_T, chunks.shares[0], G, None))
             self.losses[1 + s].copy_(ratio.detach())
             outputs += [(p_T, to.dp_T[:T]), (ratio, self.dlosses[1 + s])]
         return outputs

@@ -51,7 +51,7 @@ class PlainModel:
 
     captured, capture_seconds = None, 0.0
 
-    def __init__(self, model: HNetLM, alpha: float, world: World, groups: list[dict[str, Any]]):
+    def __init__(self, model: HNetLM, alpha: float | Tensor, world: World, groups: list[dict[str, Any]]):
         """alpha: the weight of the ratio losses. groups: those of `distributed.optimizer_groups`."""
         self.model = self.masters = model
         self.alpha, self.world = alpha, world
