@@ -261,9 +261,12 @@ def check_continuation(source: Path, about: dict[str, Any]) -> int:
     return saved["step"]
 
 
-def takes_graphs(config: TrainConfig, hnet: HNetConfig, dtype: torch.dtype, world: World) -> tuple[bool, World]:
+def takes_graphs(
+    config: TrainConfig, hnet: HNetConfig, dtype: torch.dtype, world: World, is_checked: bool = False
+) -> tuple[bool, World]:
     """Whether steps run as graphs, and the world with the number of replicas that they need.
 
+    is_checked: a model of this config passed the check in this process.
     Raises UserError if --compile graph is given and they cannot run.
     """
     if config.compile not in ("auto", "graph") or (config.compile == "auto" and world.device.type != "cuda"):
@@ -279,7 +282,8 @@ def takes_graphs(config: TrainConfig, hnet: HNetConfig, dtype: torch.dtype, worl
         else:
             world = world._replace(mesh=distributed.make_mesh(world.device.type, world.size, world.size))
     ratio = losses.ratio(config, hnet, torch.device("cpu"), torch.float64)
-    reason = reason or agreement.steps_as_graphs(hnet, config.ac, functools.partial(losses.attach, ratio))
+    if not is_checked:
+        reason = reason or agreement.steps_as_graphs(hnet, config.ac, functools.partial(losses.attach, ratio))
     if reason and config.compile == "graph":
         raise UserError(f"--compile graph: {reason}; use eager")
     if reason:
@@ -356,8 +360,11 @@ class Run:
             logger.info("all %d steps are done", done)
         return done
 
-    def train(self) -> None:
-        """Runs the steps. Raises UserError for a loss that is not finite, a failed save or a stuck router."""
+    def train(self, then: Callable[["Run"], None] | None = None) -> None:
+        """Runs the steps, and after the last one shows the results or calls `then`.
+
+        Raises UserError for a loss that is not finite, a failed save or a stuck router.
+        """
         config = self.config
         with Watchdog(self.folder, self.world, config.timeout, self.state.model) as watch:
             while self.step < config.steps:
@@ -368,20 +375,27 @@ class Run:
                     self.saver.finish()
                 self._between_steps(watch, saves=interrupted or stuck)
                 if stuck:
-                    saved = self.saver.finish()
+                    saved = self.saver.finish() or "nothing (--save-every 0)"
                     self.metrics.close()
                     raise UserError(
                         f"step {self.step}: a router is stuck, see above (--on-collapse stop); saved {saved}"
                     )
                 if interrupted and self.step < config.steps:
                     saved = self.saver.finish()
-                    logger.info("asked to stop: saved %s; resume with --save-dir %s --resume auto", saved, self.folder)
+                    if saved:
+                        how = f"saved {saved}; resume with --save-dir {self.folder} --resume auto"
+                    else:
+                        how = "nothing is saved (--save-every 0)"
+                    logger.info("asked to stop: %s", how)
                     break
             self.saver.finish()
             self.metrics.close()
             if self.step == config.steps:
                 watch.at(self.step, "showing results")
-                show_results(self.state.evaluated, self.val_stream, self.folder, self.world)
+                if then:
+                    then(self)
+                else:
+                    show_results(self.state.evaluated, self.val_stream, self.folder, self.world)
 
     def _step(self, watch: Watchdog) -> None:
         """Launches one step, and reports the step before while the device runs it."""
@@ -408,7 +422,7 @@ class Run:
         is_last = step == config.steps
         validates = self.val_stream and (is_last or (config.val_every and step % config.val_every == 0))
         samples = self.inference and (is_last or (config.sample_every and step % config.sample_every == 0))
-        saves = saves or is_last or step % config.save_every == 0
+        saves = config.save_every > 0 and (saves or is_last or step % config.save_every == 0)
         at_once = step == self.first_step + 1 or self.world.device.type == "cpu"
         if not (validates or samples or saves or at_once):
             return
@@ -517,8 +531,13 @@ def main(config: TrainConfig) -> int:
         return 1
 
 
-def train(config: TrainConfig) -> int:
-    """Trains with these flags. Raises UserError, ConfigError or DataError for mistakes."""
+def train(config: TrainConfig, then: Callable[[Run], None] | None = None, is_checked: bool = False) -> int:
+    """Trains with these flags. Raises UserError, ConfigError or DataError for mistakes.
+
+    For a program that makes several runs in one process: `then` is called with the finished run in place of showing its
+    results, and the process group stays. is_checked: a run with the same config and flags, other than its seed, passed
+    the checks before graphs in this process.
+    """
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s", stream=sys.stdout)
     hnet, start_weights = read_model(config)
@@ -550,7 +569,7 @@ def train(config: TrainConfig) -> int:
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and world.device.type == "cuda")
     dtype = torch.bfloat16 if half else torch.float32
     agreement.choose_implementations(world.device, dtype, hnet)
-    graph, world = takes_graphs(config, hnet, dtype, world)
+    graph, world = takes_graphs(config, hnet, dtype, world, is_checked)
 
     def build(graph: bool) -> TrainState:
         unsharded = graph or (half and world.device.type == "cuda" and world.shards == 1)
@@ -567,7 +586,7 @@ def train(config: TrainConfig) -> int:
 
     state = build(graph)
     difference = None
-    if graph and world.device.type == "cuda":
+    if graph and world.device.type == "cuda" and not is_checked:
         difference = distributed.first_answer(world, agreement.captured(state.steps))
     if difference:
         if config.compile == "graph":
@@ -579,6 +598,7 @@ def train(config: TrainConfig) -> int:
         logger.info(
             "steps run as graphs, and compute what hnet_trainable.py says: checked on a small model of this config"
         )
-    Run(state, data).train()
-    distributed.stop()
+    Run(state, data).train(then)
+    if not then:
+        distributed.stop()
     return 0

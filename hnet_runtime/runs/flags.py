@@ -114,7 +114,7 @@ class TrainConfig:
     """auto: resume from the newest complete checkpoint in save_dir, if there is one. Or the folder of a run or of a
     checkpoint. Flags that are not given keep the values of that run."""
     save_every: int = 250
-    """Steps between checkpoints; the last step is always saved."""
+    """Steps between checkpoints; the last step is always saved. 0: nothing is saved, and the run cannot be resumed."""
     keep: int = 2
     """Number of newest checkpoints to keep; 0: all."""
     keep_every: int = 0
@@ -144,7 +144,7 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises UserError that names the first flag out of range."""
-        for name in ("mbs", "max_doc", "steps", "save_every", "log_every"):
+        for name in ("mbs", "max_doc", "steps", "log_every"):
             self._expect(name, getattr(self, name) >= 1, "1 or more")
         for name in (
             "global_slices",
@@ -156,6 +156,7 @@ class TrainConfig:
             "sample_bytes",
             "keep",
             "keep_every",
+            "save_every",
             "max_chunks_per_rank",
             "clip",
             "alpha",
