@@ -54,9 +54,9 @@ SPEED = {"cuda": 2.5e14, "cpu": 2e10}
 START = {"cuda": (60.0, 20.0), "cpu": (15.0, 10.0)}
 # flags of train.py that the study sets
 OF_THE_STUDY = {
-    "-c", "--config", "--config-file", "-p", "--pt-ckpt", "-N", "--n-compression", "--data", "--mbs", "--max-doc",
-    "--device", "--global-slices", "--seed", "--lr", "--steps", "--val-every", "--val-slices", "--sample-bytes",
-    "--save-every", "--save-dir", "--resume", "--stats-every", "--log-every", "-e", "--early-exit",
+    "config", "config-file", "pt-ckpt", "n-compression", "data", "mbs", "max-doc", "device", "global-slices", "seed",
+    "lr", "steps", "val-every", "val-slices", "sample-bytes", "save-every", "save-dir", "resume", "stats-every",
+    "log-every", "early-exit",
 }  # fmt: skip
 MARGIN = 1.15  # a run is taken to need this many times its estimate
 TEXT_BYTES = 2048  # of each document of the robustness measurement
@@ -100,8 +100,8 @@ class Study:
     """Bytes per step, in one slice."""
     max_doc: int = 8192
     """Longest row."""
-    flags: str = "--alpha 0.03 --schedule wsd --decay 0.2"
-    """More flags of train.py for every run."""
+    flags: str = "alpha=0.03 schedule=wsd decay=0.2"
+    """More flags of train.py for every run, without their dashes, such as "alpha=0.2 router-lr=0.5"."""
     gpus: int = 1
     """Runs side by side, each on a GPU of its own."""
     seconds: float = 0
@@ -134,11 +134,7 @@ class Study:
                 raise UserError(f"{flag} {unknown[0]}: expected names of {', '.join(known)}")
         if not 0 < self.tolerance < 1:
             raise UserError(f"--tolerance {self.tolerance}: expected a share between 0 and 1, such as 0.03")
-        own = {word for word in self.flags.split() if word.startswith("-")} & OF_THE_STUDY
-        if own:
-            raise UserError(
-                f"--flags {self.flags}: the study sets {', '.join(sorted(own))} itself; expected other flags"
-            )
+        self.train_flags()
         self.learning_rates()
         self.given_rates()
 
@@ -147,6 +143,18 @@ class Study:
         """The architectures, the reference first."""
         given = [name.strip() for name in self.architectures.split(",") if name.strip()]
         return list(dict.fromkeys([LEARNED, *given]))
+
+    def train_flags(self) -> list[str]:
+        """--flags as train.py takes them."""
+        found = []
+        for part in self.flags.split():
+            name, equals, value = part.partition("=")
+            if not equals or name.startswith("-"):
+                raise UserError(f"--flags {part}: expected name=value, such as alpha=0.2")
+            if name.replace("_", "-") in OF_THE_STUDY:
+                raise UserError(f"--flags {part}: the study sets this flag itself; expected another")
+            found += [f"--{name}", value]
+        return found
 
     def learning_rates(self) -> list[float]:
         try:
@@ -322,7 +330,7 @@ class Plan:
         study = self.study
         rates = self.rates_of(name) if name in (LEARNED, LEARNED2) else self.config_of(name)[1]
         flags = ["--data", study.data, "--mbs", str(study.mbs), "--max-doc", str(study.max_doc), "--device"]
-        flags += [study.device, *study.flags.split(), "--global-slices", "1", "--seed", str(seed), "--lr", f"{lr:g}"]
+        flags += [study.device, *study.train_flags(), "--global-slices", "1", "--seed", str(seed), "--lr", f"{lr:g}"]
         flags += ["--steps", str(steps), "--val-every", "0", "--val-slices", "1", "--sample-bytes", "0", "--save-every"]
         flags += ["0", "--stats-every", "0", "--log-every", str(max(1, steps // 4))]
         what = [config.to_dict(), flags[6:], study.max_doc, study.mbs, self.stream.fingerprint]
@@ -576,6 +584,10 @@ def execute(study: Study, plan: Plan, results: Results) -> int:
         link.send(None)
     for process in pool.values():
         process.join(timeout=30)
+    if runner and runner.made:
+        from hnet_runtime import distributed
+
+        distributed.stop()
     return 1 if failed else 0
 
 

@@ -1,0 +1,154 @@
+"""The study: its plan, its resumption after a kill, and the numbers in its tables."""
+
+import json
+import math
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fineweb
+from hnet_runtime import UserError
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import study  # noqa: E402
+from study_tables import difference, page, pooled_deviation, t95  # noqa: E402
+
+ONE = {
+    "arch_layout": ["m1", ["T2"], "m1"], "d_model": [64, 64], "d_intermediate": [0, 128], "ssm_cfg": {"d_state": 16},
+    "attn_cfg": {"num_heads": [2, 2], "rotary_emb_dim": [8, 8], "window_size": [31, -1]},
+}  # fmt: skip
+TWO = {
+    "arch_layout": ["m1", ["m1", ["T2"], "m1"], "m1"], "d_model": [64] * 3, "d_intermediate": [0, 0, 128],
+    "ssm_cfg": {"d_state": 16},
+    "attn_cfg": {"num_heads": [2] * 3, "rotary_emb_dim": [8] * 3, "window_size": [31, 31, -1]},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "texts").mkdir()
+    words, draw = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"], random.Random(0)
+    for i in range(40):
+        (folder / "texts" / f"{i}.txt").write_text(" ".join(draw.choices(words, k=draw.randint(30, 100))))
+    fineweb.prepare(str(folder / "texts"), str(folder / "data"), holdout=0.2)
+    (folder / "one.json").write_text(json.dumps(ONE))
+    (folder / "two.json").write_text(json.dumps(TWO))
+    return folder
+
+
+def flags(corpus: Path, out: Path, *more: str) -> list[str]:
+    given = {
+        "data": corpus / "data", "device": "cpu", "config": corpus / "one.json", "config2": corpus / "two.json",
+        "mbs": 128, "bytes": 512, "lr-bytes": 256, "architectures": "learned,space,mamba", "phases": "lr,main",
+        "lrs": "1e-3", "seeds": 1, "reference-seeds": 2, "val-slices": 2, "robust-texts": 1, "tolerance": 0.4,
+        "out": out,
+    }  # fmt: skip
+    return [word for name, value in given.items() for word in (f"--{name}", str(value))] + list(more)
+
+
+def test_a_study_resumes_after_a_kill_between_runs(corpus, tmp_path):
+    out = tmp_path / "study"
+    command = [sys.executable, str(ROOT / "benchmarks" / "study.py"), *flags(corpus, out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    results, deadline = out / "results.jsonl", time.monotonic() + 300
+    while not (results.exists() and results.read_text().count("\n") >= 1):
+        assert process.poll() is None and time.monotonic() < deadline, "no run has finished"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = results.read_text()
+    with open(results, "a") as file:
+        file.write('{"key": "torn')
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert results.read_text().startswith(before), "what was there is not run again"
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    made = [(row["phase"], row["architecture"], row["seed"]) for row in rows]
+    wanted = [(phase, name, 0) for phase in ("lr", "main") for name in ("learned", "space", "mamba")]
+    assert made == [*wanted, ("main", "learned", 1)]
+    assert len({row["key"] for row in rows}) == 7 and not list((out / "runs").iterdir())
+    for row in rows:
+        assert row["train_bytes"] == {"lr": 256, "main": 512}[row["phase"]] and row["lr"] == 1e-3
+        assert math.isfinite(row["val_bpb"]) and set(row["perturbed_bpb"]) > {"none", "Drop"}
+        assert row["flops_per_byte"] == pytest.approx(rows[0]["flops_per_byte"], rel=0.4)
+        assert len(row["rates"]) == (row["architecture"] != "mamba")
+    tables = (out / "study.md").read_text()
+    assert "| learned, one stage |" in tables and "4 runs of 0.000512 MB" in tables
+    assert "1 degrees of freedom" in tables
+
+
+def test_the_plan_needs_no_run_and_time_limits_it(corpus, tmp_path, capsys):
+    out = tmp_path / "study"
+    study.main(flags(corpus, out, "--plan"))
+    said = capsys.readouterr().out
+    assert [line.split("/")[0].strip() for line in said.splitlines()[:-1]] == ["lr"] * 3 + ["main"] * 4
+    assert "MFLOP per byte" in said and "s of runs are left" in said and not out.exists()
+    assert study.main(flags(corpus, out, "--seconds", "0.01")) == 0
+    assert "3 runs of the phase lr are left" in capsys.readouterr().out
+    assert not (out / "results.jsonl").exists(), "no run starts that would not end in time"
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--architectures", "rnn"], "--architectures rnn: expected names of learned"),
+        (["--flags", "lr=1"], "--flags lr=1: the study sets this flag itself"),
+        (["--flags", "alpha"], "--flags alpha: expected name=value"),
+        (["--rates", "learned:2"], "--rates learned:2: expected learned:RATE"),
+        (["--lrs", "1e-3,x"], "--lrs 1e-3,x: expected numbers above 0"),
+        (["--bytes", "0"], "--bytes 0.0: expected more than 0"),
+        (["--config", "hnet_2stage_tiny"], "--config: has 2 chunking stages; expected 1"),
+    ],
+)
+def test_wrong_flags_are_named(corpus, tmp_path, more, said):
+    with pytest.raises(UserError, match=said):
+        study.main(flags(corpus, tmp_path / "study", *more, "--plan"))
+
+
+def rows_of(name: str, values: np.ndarray, sizes: np.ndarray) -> list[dict]:
+    """Results of seeds with these nats of documents, (seeds, documents)."""
+    common = {"architecture": name, "document_bytes": study.packed(sizes.astype("<i4"))}
+    return [
+        common | {"document_nats": study.packed(nats.astype("<f8")), "val_bpb": nats.sum() / sizes.sum() / math.log(2)}
+        for nats in values
+    ]
+
+
+def test_differences_are_paired_and_deviations_pooled():
+    rng = np.random.RandomState(0)
+    sizes = rng.randint(100, 1000, 50)
+    hard = rng.uniform(0.5, 2, 50) * sizes  # documents differ far more than architectures
+    ours = hard * 1.01 + rng.normal(0, 1, (3, 50))
+    theirs = hard + rng.normal(0, 1, (5, 50))
+    a, b = rows_of("a", ours, sizes), rows_of("b", theirs, sizes)
+    groups = [[row["val_bpb"] for row in rows] for rows in (a, b)]
+    deviation, freedom = pooled_deviation(groups)
+    assert freedom == 6
+    assert deviation == pytest.approx(
+        math.sqrt((2 * statistics.variance(groups[0]) + 4 * statistics.variance(groups[1])) / 6)
+    )
+    found = difference(a, b, deviation, freedom)
+    assert found.value == pytest.approx(statistics.fmean(groups[0]) - statistics.fmean(groups[1]), rel=1e-9)
+    draws = rng.randint(0, 50, (4000, 50))  # a bootstrap over documents, with the pairs kept
+    gap = (ours.mean(0) - theirs.mean(0))[draws].sum(1) / sizes[draws].sum(1) / math.log(2)
+    assert found.documents == pytest.approx(
+        1.96 * gap.std(), rel=0.1
+    )  # 4,000 draws: 1% of noise; the rest is curvature
+    assert found.seeds == pytest.approx(2.447 * deviation * math.sqrt(1 / 3 + 1 / 5))
+    assert found.is_resolved == (abs(found.value) > math.hypot(found.documents, found.seeds))
+    alone = difference(a[:1], b[:1], *pooled_deviation([groups[0][:1], groups[1][:1]]))
+    assert alone.seeds == math.inf and not alone.is_resolved, "one seed each says nothing of seeds"
+    assert (t95(1), t95(30), t95(1000)) == (12.706, 2.042, pytest.approx(1.96, abs=0.01))
+    assert page([], study.ARCHITECTURES, "learned") == "\n"
