@@ -16,6 +16,7 @@ from test_scoring import ALONE, command
 
 import hnet_trainable
 from hnet_runtime import UserError
+from hnet_runtime.evaluation import boundaries
 from hnet_runtime.evaluation.validation import chunks_of
 from hnet_runtime.flops import count_flops
 from hnet_runtime.pages import explorer, plots
@@ -60,6 +61,13 @@ def test_the_page_holds_what_the_model_computed(model, text):
     assert packed(data_of(page)["text"]).tobytes() == text and shown["name"] == "<a>"
     assert np.array_equal(packed(shown["starts"]), analysis.starts[0] + 2 * analysis.starts[1])
     assert packed(shown["bits"], "<u2") == pytest.approx(bits * 1000, abs=0.51)
+    row, nats = np.array([0xFE, *text], np.uint8), np.append(bits * np.log(2), 0)
+    wanted = boundaries.summary(boundaries.count(row, np.array([len(row)]), nats, out.stages, 1)[0])  # as in evaluation
+    for ours, theirs in zip(shown["cuts"]["stages"], wanted["stages"], strict=True):
+        assert ours["places"] == theirs["places"] and ours["cuts"] == theirs["cuts"]
+        for name in ("enrichment", "p_entropy"):
+            exact = theirs[name]  # None for a text without a chunk to count
+            assert ours[name] == (exact and pytest.approx(exact, rel=1e-4)), name  # the page's p and bits are float32
     assert page.count("</script>") == 2 and "http://" not in page and "https://" not in page  # needs no network
 
 
@@ -84,6 +92,7 @@ def test_explore_as_a_command(model, tmp_path, capsys):
     command("explore")([str(tmp_path / "m"), str(tmp_path / "m"), "--text", str(tmp_path / "text.bin"), "--out", out])
     assert "2 bytes of text" in capsys.readouterr().out
     assert len(data_of(Path(out).read_text())["models"]) == 2
+    assert data_of(Path(out).read_text())["moved"] == [0.0, 0.0], "the same model twice"
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(tmp_path / "m" / "model.safetensors", bare)
@@ -143,6 +152,17 @@ def test_runs_with_different_keys_and_a_torn_line_are_overlaid(tmp_path, capsys)
     assert rates == pytest.approx([3.03e-3, 1.43e-3, 0.715e-3], rel=5e-3)  # eq. 11 for 2-stage XL
     command("plot")([b])
     assert (tmp_path / "b" / "plots.png").exists() and (tmp_path / "b" / "plots.html").exists()
+
+
+def test_places_are_drawn_over_chance(tmp_path, no_png):
+    rows = [{"step": step, "bpb": 2.0} for step in (1, 2)]
+    rows[1] |= {"val_stage0_at_space": 0.3, "val_chance_space": 0.15, "val_stage0_at_digit": 0.1}
+    rows[1] |= {"val_chance_digit": 0.001, "val_stage0_enrichment": 1.5, "val_stage0_moved": 0.25}
+    command("plot")([write_run(tmp_path / "a", rows), "--out", str(tmp_path / "plots")])
+    panels = data_of((tmp_path / "plots.html").read_text())
+    curves = {curve["name"]: curve["points"] for panel in panels for curve in panel["curves"]}
+    assert curves["val stage 0 times space"] == [[2, 2.0]] and curves["val stage 0 enrichment"] == [[2, 1.5]]
+    assert curves["val stage 0 moved"] == [[2, 0.25]] and "val stage 0 times digit" not in curves, "too rare"
 
 
 @pytest.fixture
@@ -356,6 +376,12 @@ def test_the_dom_shows_the_models_chunks_exactly(model, browser, tmp_path):
         assert browser.evaluate(f"document.querySelectorAll('.cell')[{pane}].textContent") == TEXT
     nested = "[...document.querySelectorAll('.c[data-stage=\"0\"]')].every(e => e.parentElement.dataset.stage === '1')"
     assert browser.evaluate(nested)
+    said = browser.evaluate("document.querySelector('.names').textContent")
+    masks = [np.stack(chunks_of(m, TEXT.encode(), ALONE)) for m in (model, other)]
+    for s in range(2):
+        share = (masks[0][s] != masks[1][s]).sum() / (masks[0][s].sum() + masks[1][s].sum())
+        assert f"stage {s}: {100 * share:.1f}% of the cuts of A and B are in only one of them" in said
+    assert said.count("surprisal of the bytes that open chunks") == 4 and "letter 5 or later" in said
     assert browser.complaints() == []
 
 

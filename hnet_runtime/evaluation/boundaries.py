@@ -100,27 +100,41 @@ def count(
     first_T[starts] = True
     at_T = np.arange(T) - np.repeat(starts, row_lengths)
     counted_T = at_T > np.repeat(np.broadcast_to(skips, len(row_lengths)), row_lengths)
+    opens, probabilities, at = [], [], np.arange(T)  # at: the first byte of each token of the stage
+    for stage in stages:
+        p_T, opens_T = np.full(T, np.nan), np.zeros(T, bool)
+        p_T[at] = stage.p_T.detach().double().cpu().numpy()
+        at = at[stage.b_T.cpu().numpy()]
+        opens_T[at] = True
+        opens.append(opens_T)
+        probabilities.append(p_T)
     surprise_T = np.concatenate([np.zeros(1), nats_T[:-1]])
-    counts, place_T, opens = nothing_counted(len(stages)), places(byte_T, first_T), []
+    return count_bytes(byte_T, first_T, counted_T, surprise_T, opens, probabilities), opens
 
-    def add(row: np.ndarray, where: np.ndarray) -> None:
-        row[: len(PLACES)] += np.bincount(place_T[where], minlength=len(PLACES))
-        row[NATS] += surprise_T[where].sum()
 
-    add(counts[0], np.flatnonzero(counted_T))
-    at = np.arange(T)  # the first byte of each token of the stage
-    for row, stage in zip(counts[1:], stages):
-        p, b = stage.p_T.double().cpu().numpy(), stage.b_T.cpu().numpy()
-        p = p[counted_T[at]]
-        q = np.stack([p, 1 - p])
-        row[ENTROPY] -= (q * np.log2(q, where=q > 0, out=np.zeros_like(q))).sum()
-        row[TOKENS] += len(p)
-        at = at[b]
-        add(row, at[counted_T[at]])
-        starts_T = np.zeros(T, bool)
-        starts_T[at] = True
-        opens.append(starts_T)
-    return counts, opens
+def count_bytes(
+    byte_T: np.ndarray,
+    first_T: np.ndarray,
+    counted_T: np.ndarray,
+    surprise_T: np.ndarray,
+    opens: Sequence[np.ndarray],
+    p: Sequence[np.ndarray],
+) -> np.ndarray:
+    """The counts of bytes, of which first_T begin a row and counted_T count.
+
+    surprise_T: -log of each byte's probability. For each stage, opens: which bytes open a chunk; p: the boundary
+    probability, NaN where a byte does not reach the stage.
+    """
+    counts, place_T = nothing_counted(len(opens)), places(byte_T, first_T)
+    for row, where_T in zip(counts, (counted_T, *(counted_T & opens_T for opens_T in opens))):
+        row[: len(PLACES)] += np.bincount(place_T[where_T], minlength=len(PLACES))
+        row[NATS] += surprise_T[where_T].sum()
+    for row, p_T in zip(counts[1:], p):
+        known = p_T[counted_T & ~np.isnan(p_T)].astype(np.float64)
+        for q in (known, 1 - known):
+            row[ENTROPY] -= (q * np.log2(q, where=q > 0, out=np.zeros_like(q))).sum()
+        row[TOKENS] += len(known)
+    return counts
 
 
 def summary(counts: np.ndarray) -> dict[str, Any]:

@@ -9,13 +9,14 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from hnet_runtime.data.cuts import cuts_like
+from hnet_runtime.evaluation import boundaries
 from hnet_runtime.evaluation.scoring import pack, windows
 from hnet_trainable import HNetLM
 
@@ -82,6 +83,7 @@ def page(
                 "name": name,
                 "stages": S,
                 "bpb": float(bits.sum() / len(text)),
+                "cuts": where_chunks_begin(text, analyses[i]),
                 "given_cuts": any(given_cuts[i : i + 1]),
                 "compression": [counts[s] / counts[s + 1] for s in range(S)],
                 "target": list(target),
@@ -91,11 +93,23 @@ def page(
                 "p": [_packed(np.where(np.isnan(q), 65535, np.round(q * 65534)).astype("<u2")) for q in p],
             }
         )
-    data = json.dumps({"title": title, "text": _packed(np.frombuffer(text, np.uint8)), "models": models})
+    moved = [boundaries.moved(*masks) for masks in zip(*(a.starts for a in analyses))] if len(analyses) == 2 else []
+    words = {name: boundaries.IN_WORDS.get(name, name) for name in boundaries.PLACES}
+    shown = {"title": title, "models": models, "moved": moved, "places": words}
+    data = json.dumps(shown | {"text": _packed(np.frombuffer(text, np.uint8))})
     parts = {"__TITLE__": html.escape(title), "__DATA__": data.replace("<", "\\u003c")}
     template = TEMPLATE.read_text(encoding="utf-8")
     content = re.sub("|".join(parts), lambda mark: parts[mark[0]], template)
     return content.encode(errors="backslashreplace").decode()  # a file name may not be text
+
+
+def where_chunks_begin(text: bytes, analysis: Analysis) -> dict[str, Any]:
+    """`boundaries.summary` of the text, without its first byte, where a chunk begins in any case."""
+    first_T = np.arange(len(text)) == 0
+    byte_T = np.frombuffer(text, np.uint8)
+    return boundaries.summary(
+        boundaries.count_bytes(byte_T, first_T, ~first_T, analysis.bits, analysis.starts, analysis.p)
+    )
 
 
 def _packed(array: np.ndarray) -> str:

@@ -17,6 +17,7 @@ from hnet_runtime.runs.metrics import read_metrics
 
 TEMPLATE = Path(__file__).with_name("plots.html")
 POINTS = 1200  # per curve; longer curves are thinned
+RARE = 0.01  # a quotient of smaller shares is mostly noise
 FEW = 40  # a curve of fewer points is drawn with dots and is not smoothed
 PANELS = (  # title, pattern of the keys, logarithmic, smoothed
     ("bits per byte", r"(val_)?bpb", False, True),
@@ -25,6 +26,9 @@ PANELS = (  # title, pattern of the keys, logarithmic, smoothed
     ("tokens per chunk, and the target", r"stage\d+_(compression|target)", True, True),
     ("chunk length: mean and longest", r"stage\d+_chunk_(mean|max)", True, False),
     ("share of boundaries", r"stage0_at_(whitespace|punctuation|inside)", False, False),
+    ("held-out chunks that begin at a place, times chance", r"val_stage0_times_\w+", False, False),
+    ("surprisal of the bytes that open chunks, times the mean", r"val_stage\d+_enrichment", False, False),
+    ("entropy of p in bits, and share of the cuts that moved", r"val_stage\d+_(p_entropy|moved)", False, False),
     ("learning rate", r"(stage\d+_)?lr", False, False),
     ("gradient norm", r"(stage\d+_)?grad_norm", True, True),
     ("update over weights", r"stage\d+_update_ratio", True, False),
@@ -67,7 +71,8 @@ def read_run(run: str | Path) -> list[dict[str, Any]]:
     products, as in MFU) if they are known, and each stage's learning rate. A last line that a crash cut off is left
     out. Raises UserError with the folder or the line.
     """
-    from hnet_trainable import lr_modulation  # imports torch
+    from hnet_runtime.evaluation.boundaries import PLACES  # imports torch
+    from hnet_trainable import lr_modulation
 
     path = Path(run) / "metrics.jsonl"
     records = read_metrics(path)
@@ -82,8 +87,19 @@ def read_run(run: str | Path) -> list[dict[str, Any]]:
     for record in records:
         if _is_number(record.get("lr")):
             record |= {f"stage{s}_lr": record["lr"] * m for s, m in enumerate(multipliers)}
+        record |= _over_chance(record, PLACES)
     _add_progress(records, config)
     return records
+
+
+def _over_chance(record: dict[str, Any], places: Sequence[str]) -> dict[str, float]:
+    """How many times as often as by chance chunks of stage 0 begin at each place that is not rare."""
+    found = {}
+    for name in places:
+        share, chance = record.get(f"val_stage0_at_{name}"), record.get(f"val_chance_{name}")
+        if _is_number(share) and _is_number(chance) and chance > RARE:
+            found[f"val_stage0_times_{name}"] = share / chance
+    return found
 
 
 def _add_progress(records: list[dict[str, Any]], config: HNetConfig | None) -> None:
@@ -146,7 +162,7 @@ def panels_of(runs: dict[str, list[dict[str, Any]]]) -> list[Panel]:
 
 
 def _words(key: str) -> str:
-    return re.sub(r"^stage(\d+)_", r"stage \1 ", key).replace("_", " ")
+    return re.sub(r"^(val_)?stage(\d+)_", r"\1stage \2 ", key).replace("_", " ")
 
 
 def _lighter(colour: str) -> str:
