@@ -2,7 +2,7 @@
 
     python benchmarks/study.py --data DIR --plan            # the runs, their FLOPs and time; needs no GPU
     python benchmarks/study.py --data DIR --out FOLDER --gpus 2 --seconds 500
-    python benchmarks/study.py --data DIR --out FOLDER --tables           # writes FOLDER/study.md, as after every call
+    python benchmarks/study.py --out FOLDER --tables --page docs/STUDY.md    # the tables of what is there
     python benchmarks/study.py --data data/stdlib --device cpu --config hnet_1stage_tiny --config2 hnet_2stage_tiny \\
         --mbs 1024 --bytes 4e5 --lr-bytes 1e5 --pilot-steps 20 --out FOLDER       # tried on a CPU
 
@@ -15,6 +15,7 @@ again. No run starts that would not end within --seconds. Three phases follow ea
 """
 
 import base64
+import functools
 import gc
 import hashlib
 import json
@@ -32,6 +33,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+BEGAN = time.perf_counter()
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from hnet_config import ConfigError, HNetConfig  # noqa: E402 (run from anywhere)
@@ -114,6 +116,8 @@ class Study:
     """Held-out documents that are scored with perturbations; 0: none."""
     choices: str = ""
     """A .jsonl file of questions in the HellaSwag format: also measures accuracy and its robustness."""
+    page: str = ""
+    """Markdown page in which the tables replace what is between <!-- study --> and <!-- end -->."""
     plan: bool = False
     """Print the runs with their FLOPs and estimated time, and stop."""
     tables: bool = False
@@ -513,11 +517,14 @@ def work(study: Study, number: int, link: Connection) -> None:
             traceback.print_exc()
             link.send((task, {}, f"{type(error).__name__}: {error}"))
             return
+    from hnet_runtime import distributed
+
+    distributed.stop()
 
 
-def execute(study: Study, plan: Plan, results: Results) -> int:
+def execute(study: Study, plan: Plan, results: Results, began: float) -> int:
     """Makes the runs that are left, as far as time allows. Returns the exit status."""
-    began, kind = time.perf_counter(), device_kind(study)
+    kind = device_kind(study)
     left = lambda: study.seconds - (time.perf_counter() - began) if study.seconds else math.inf  # noqa: E731
     pool: dict[Connection, Any] = {}
     made, busy, failed = dict.fromkeys(range(study.gpus), 0), {}, set()
@@ -627,11 +634,31 @@ def write_tables(study: Study, results: Results) -> None:
 
     if results.rows:
         content = page(list(results.rows.values()), ARCHITECTURES, LEARNED)
+        if study.page:
+            write_into(Path(study.page), content)
         write_atomically(Path(study.out) / "study.md", lambda scratch: scratch.write_text(content, encoding="utf-8"))
         say(f"{study.out}/study.md: the tables of {len(results.rows)} runs")
 
 
-def main(argv: Sequence[str]) -> int:
+def write_into(file: Path, tables: str) -> None:
+    """Puts the tables between the marks of a page."""
+    from hnet_runtime.pages.reports import write_atomically
+
+    begin, end = "<!-- study -->\n", "<!-- end -->"
+    try:
+        before, mark, rest = file.read_text(encoding="utf-8").partition(begin)
+    except OSError as error:
+        raise UserError(f"--page {file}: can't be read ({error.strerror})") from None
+    _, last, after = rest.partition(end)
+    if not (mark and last):
+        raise UserError(f"--page {file}: expected the marks <!-- study --> and <!-- end -->, each once")
+    content = f"{before}{begin}\n{tables}\n{end}{after}"
+    write_atomically(file, lambda scratch: scratch.write_text(content, encoding="utf-8"))
+
+
+def main(argv: Sequence[str], began: float | None = None) -> int:
+    """began: when the process started, from which --seconds counts."""
+    began = began or time.perf_counter()
     study = parse(Study, argv, __doc__)
     study.check()
     try:
@@ -644,7 +671,7 @@ def main(argv: Sequence[str]) -> int:
             show_plan(study, plan)
             return 0
         Path(study.out).mkdir(parents=True, exist_ok=True)
-        status = execute(study, plan, results)
+        status = execute(study, plan, results, began)
         write_tables(study, results)
         return status
     except ConfigError as error:
@@ -652,4 +679,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(functools.partial(main, began=BEGAN))

@@ -144,6 +144,8 @@ def report(console: "Console", text: bytes, a: "Trace", b: "Trace", given_cuts: 
     import torch.nn.functional as F
     from rich.table import Table
 
+    from hnet_runtime.evaluation.boundaries import moved
+
     logits = [trace.logits[0][:, :256].double().cpu() for trace in (a, b)]
     log_p = [x.log_softmax(-1) for x in logits]
     labels = torch.tensor(list(text))
@@ -168,7 +170,8 @@ def report(console: "Console", text: bytes, a: "Trace", b: "Trace", given_cuts: 
         both, either = (masks[0] & masks[1]).sum().item(), (masks[0] | masks[1]).sum().item()
         first = next(iter((masks[0] != masks[1]).nonzero().flatten().tolist()), None)
         where = "" if first is None else f", first at byte {first}"
-        table.add_row(f"chunk starts of stage {s}", f"{both} shared, {either - both} not{where}")
+        share = moved(*(mask.numpy() for mask in masks))
+        table.add_row(f"chunk starts of stage {s}", f"{both} shared, {either - both} not ({share:.1%} of all){where}")
     if a.p and b.p:
         table.add_row(
             "largest difference of p, stage 0", f"{(a.p[0][0].double() - b.p[0][0].double()).abs().max():.2e}"

@@ -44,6 +44,7 @@ LISTED = {  # commands that are not run here, by what they match, and why not
     r"--tasks|--include-path": "needs the extra lm_eval; tests/test_scoring.py runs such tasks where it is installed",
     r"^(python -m )?pytest|^ruff": "tests and style, which run beside this",
     r"bench_\w+\.py|nsys|ncu": "needs a GPU, or takes minutes",
+    r"benchmarks/study\.py": "takes minutes on a GPU; tests/test_study.py makes a small study",
     r"^(pkill|kill|nohup)\b": "acts on a process of the reader",
     r"--part \d+/\d+": "prepares one part of several; tests/test_fineweb.py runs them all",
 }

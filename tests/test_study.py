@@ -85,6 +85,9 @@ def test_a_study_resumes_after_a_kill_between_runs(corpus, tmp_path):
         assert row["flops_per_byte"] == pytest.approx(rows[0]["flops_per_byte"], rel=0.4)
         assert len(row["rates"]) == (row["architecture"] != "mamba")
     tables = (out / "study.md").read_text()
+    (tmp_path / "page.md").write_text("before\n<!-- study -->\nold\n<!-- end -->\nafter\n")
+    study.main(flags(corpus, out, "--tables", "--page", str(tmp_path / "page.md")))
+    assert (tmp_path / "page.md").read_text() == f"before\n<!-- study -->\n\n{tables}\n<!-- end -->\nafter\n"
     assert "| learned, one stage |" in tables and "4 runs of 0.000512 MB" in tables
     assert "1 degrees of freedom" in tables
 
