@@ -60,6 +60,7 @@ OF_THE_STUDY = {
     "lr", "steps", "val-every", "val-slices", "sample-bytes", "save-every", "save-dir", "resume", "stats-every",
     "log-every", "early-exit",
 }  # fmt: skip
+OF_ROUTERS = {"ratio-form", "ratio-from", "ratio-rise", "router-lr"}
 MARGIN = 1.15  # a run is taken to need this many times its estimate
 TEXT_BYTES = 2048  # of each document of the robustness measurement
 
@@ -103,7 +104,8 @@ class Study:
     max_doc: int = 8192
     """Longest row."""
     flags: str = "alpha=0.03 schedule=wsd decay=0.2"
-    """More flags of train.py for every run, without their dashes, such as "alpha=0.2 router-lr=0.5"."""
+    """More flags of train.py for every run, without their dashes, such as "alpha=0.2 router-lr=0.5". Those of routers
+    are left out for architectures without a learned one."""
     gpus: int = 1
     """Runs side by side, each on a GPU of its own."""
     seconds: float = 0
@@ -148,8 +150,8 @@ class Study:
         given = [name.strip() for name in self.architectures.split(",") if name.strip()]
         return list(dict.fromkeys([LEARNED, *given]))
 
-    def train_flags(self) -> list[str]:
-        """--flags as train.py takes them."""
+    def train_flags(self, learns: bool = True) -> list[str]:
+        """--flags as train.py takes them for a model with a router that learns, or without one."""
         found = []
         for part in self.flags.split():
             name, equals, value = part.partition("=")
@@ -157,7 +159,8 @@ class Study:
                 raise UserError(f"--flags {part}: expected name=value, such as alpha=0.2")
             if name.replace("_", "-") in OF_THE_STUDY:
                 raise UserError(f"--flags {part}: the study sets this flag itself; expected another")
-            found += [f"--{name}", value]
+            if learns or name.replace("_", "-") not in OF_ROUTERS:
+                found += [f"--{name}", value]
         return found
 
     def learning_rates(self) -> list[float]:
@@ -334,7 +337,16 @@ class Plan:
         study = self.study
         rates = self.rates_of(name) if name in (LEARNED, LEARNED2) else self.config_of(name)[1]
         flags = ["--data", study.data, "--mbs", str(study.mbs), "--max-doc", str(study.max_doc), "--device"]
-        flags += [study.device, *study.train_flags(), "--global-slices", "1", "--seed", str(seed), "--lr", f"{lr:g}"]
+        flags += [
+            study.device,
+            *study.train_flags(name in (LEARNED, LEARNED2)),
+            "--global-slices",
+            "1",
+            "--seed",
+            str(seed),
+            "--lr",
+            f"{lr:g}",
+        ]
         flags += ["--steps", str(steps), "--val-every", "0", "--val-slices", "1", "--sample-bytes", "0", "--save-every"]
         flags += ["0", "--stats-every", "0", "--log-every", str(max(1, steps // 4))]
         what = [config.to_dict(), flags[6:], study.max_doc, study.mbs, self.stream.fingerprint]

@@ -103,6 +103,12 @@ def test_the_plan_needs_no_run_and_time_limits_it(corpus, tmp_path, capsys):
     assert not (out / "results.jsonl").exists(), "no run starts that would not end in time"
 
 
+def test_flags_of_routers_reach_only_models_that_have_one():
+    given = study.Study(flags="alpha=0.2 router-lr=0.5")
+    assert given.train_flags() == ["--alpha", "0.2", "--router-lr", "0.5"]
+    assert given.train_flags(learns=False) == ["--alpha", "0.2"]
+
+
 @pytest.mark.parametrize(
     "more, said",
     [
