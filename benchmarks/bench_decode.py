@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 import tyro
+from ledger import append
 
 from hnet_decoder import Decoder
 from hnet_kernels.capture import CapturedFunctions
@@ -69,6 +70,8 @@ class Benchmark:
     """auto (bfloat16 on CUDA, else float32), float32 or bfloat16."""
     out: str = ""
     """File for the result."""
+    ledger: str = ""
+    """Record of measurements to add the result to: benchmarks/ledger.jsonl."""
 
 
 def build(args: Benchmark) -> HNetInference:
@@ -258,7 +261,7 @@ def main(args: Benchmark) -> dict:
     device = torch.cuda.get_device_name() if model.embeddings.weight.is_cuda else platform.processor() or "CPU"
     result = {**vars(args), "device": device, "torch": torch.__version__}
     result |= timings
-    del result["out"]
+    del result["out"], result["ledger"]
     decode(model, args)  # compiles kernels
     result |= decode(model, args)
     rates = rates if forced else result["rates"]
@@ -283,7 +286,30 @@ def main(args: Benchmark) -> dict:
     print(json.dumps(result))
     if args.out:
         Path(args.out).write_text(json.dumps(result) + "\n")
+    if args.ledger:
+        record_in(args.ledger, result)
     return result
+
+
+def record_in(file: str, result: dict) -> None:
+    """Add a result to the record of measurements."""
+    config, rows = Path(result["checkpoint"] or result["config"]).stem, result["rows"]
+    compile_ = "graph" if result["nodes"] else "uncaptured"
+    numbers = {
+        "batch_count": rows, "chunks_percent": [100 * rate for rate in result["rates"]],
+        "decoded_bytes_per_s": result["bytes_per_s"], "step_ms": result["ms_per_step"],
+        "step_without_inner_ms": result.get("ms_per_step_without_inner"),
+        "step_with_inner_ms": result.get("ms_per_step_with_inner"),
+        "floor_bytes_per_s": result.get("floor_bytes_per_s"),
+        "floor_percent": 100 * result["share_of_floor"] if "share_of_floor" in result else None,
+        "first_byte_ms": 1000 * result["first_drain_s"], "capture_ms": 1000 * result["capture_s"],
+        "nodes_count": sum(result["nodes"].values()), "cache_gib": result["cache_mb"] * 1e6 / 2**30,
+        "weights_gib": result["weights_mb"] * 1e6 / 2**30, "allocated_gib": result.get("peak_gib"),
+        "prefill_ms": result.get("prefill_ms"), "prefill_gpu_ms": result.get("prefill_gpu_ms"),
+        "training_forward_gpu_ms": result.get("training_forward_gpu_ms"),
+    }  # fmt: skip
+    what = ("weights of a checkpoint" if result["checkpoint"] else "random weights") + ", Decoder"
+    append(file, f"decode/{config}/{compile_}/batch-{rows}", numbers, what=what, config=config, compile=compile_)
 
 
 if __name__ == "__main__":
