@@ -42,6 +42,7 @@ from hnet_kernels.sampling import (
 from hnet_simple import (
     TRAINED_LENGTH,
     Cache,
+    GenerationError,
     HNetInference,
     Noise,
     Reading,
@@ -302,8 +303,30 @@ class Decoder:
 
     @torch.no_grad()
     def drain(self) -> list[Event]:
-        """Run up to `STEPS` steps of all texts. Returns what has been written, in the order of the steps."""
+        """Run up to `STEPS` steps of all texts. Returns what has been written, in the order of the steps.
+
+        Raises GenerationError where the GPU's memory runs out, with the number of rows that would fit.
+        """
         self.model._check_weights()
+        try:
+            return self._drain()
+        except torch.OutOfMemoryError as error:
+            raise GenerationError(self._why_out_of_memory()) from error
+
+    def _why_out_of_memory(self) -> str:
+        texts = [text for text in (*self.texts, *self.waiting) if text]
+        longest = max((len(text.prompt) + text.drawn + text.left for text in texts), default=1)
+        most = [longest, *(max(self.RESERVED, *state.tokens) for _, state in self.stages[1:])]
+        each = sum(state.bytes_of(tokens) for (_, state), tokens in zip(self.stages, most))
+        free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
+        free -= torch.cuda.memory_allocated(self.device) - self.cache.cache_bytes()
+        rows, fit = len(self.texts), int(0.8 * free / each)  # a fifth for what is computed with them
+        return (
+            f"the GPU's memory ran out with {rows} texts at once, each of up to {longest:,} bytes and "
+            f"{each / 1e6:,.0f} MB; about {max(0, min(fit, rows - 1))} would fit"
+        )
+
+    def _drain(self) -> list[Event]:
         events, self.early = self.early, []
         if self.running is None:
             self._start()

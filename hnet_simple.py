@@ -49,7 +49,7 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 class GenerationError(RuntimeError):
-    """A mixer or a router that cannot generate."""
+    """Why a model cannot generate: a mixer, a router, or the memory of the GPU."""
 
 
 def why_no_generation(config: HNetConfig) -> str | None:
@@ -120,12 +120,21 @@ class StageState:
         own = self.position_B, self.last_hidden_state_BD, self.ema_BD, self.last_byte_B
         return [t for t in (*own, *layers) if t is not None]
 
+    def bytes_of(self, tokens: int) -> int:
+        """Bytes on the device for one sequence of so many tokens."""
+        rings = [layer for layer in self.layers.values() if isinstance(layer, KVState)]
+        key_bytes = [ring.k_BWHP.element_size() * math.prod(ring.k_BWHP.shape[2:]) for ring in rings]
+        of_rings = sum(2 * size * ring_slots(tokens, ring.window) for ring, size in zip(rings, key_bytes))
+        return of_rings + sum(t[:1].nbytes for t in self._but_rings())
+
     def begin(self) -> None:
         """All sequences begin anew. Rings keep what nothing sees any more."""
+        for t in self._but_rings():
+            t.zero_()
+
+    def _but_rings(self) -> list[Tensor]:
         rings = {id(t) for layer in self.layers.values() if isinstance(layer, KVState) for t in vars(layer).values()}
-        for t in self.tensors():
-            if id(t) not in rings:
-                t.zero_()
+        return [t for t in self.tensors() if id(t) not in rings]
 
     def put(self, rows: Sequence[int], other: StageState, tokens: Sequence[int]) -> None:
         """The first sequences of `other`, which have so many tokens, take the places of those in `rows`.

@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
     from hnet_runtime.checks import agreement
     from hnet_runtime.pages.chunks import has_colours, legend
     from hnet_runtime.runs.weights import load_inference
-    from hnet_simple import Sampling, why_no_generation
+    from hnet_simple import GenerationError, Sampling, why_no_generation
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here")
@@ -110,12 +110,15 @@ def main(argv: Sequence[str]) -> None:
         console.print(legend(model.config.num_stages, has_colours(console)), style="dim")
     decoder = Decoder(model, options.samples)
     if prompt is not None:
-        answer(decoder, prompt, sampling, options, console)
+        try:
+            answer(decoder, prompt, sampling, options, console)
+        except GenerationError as error:
+            raise UserError(f"--samples {options.samples}: {error}") from None
         return
     for line in lines():
         try:
             answer(decoder, line, sampling, options, console)
-        except (KeyboardInterrupt, UserError) as error:
+        except (KeyboardInterrupt, UserError, GenerationError) as error:
             print(f"\nerror: {error}" if str(error) else "", file=sys.stderr)
 
 

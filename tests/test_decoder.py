@@ -9,7 +9,7 @@ from test_simple import config_of, random_model
 from hnet_decoder import Decoder, Event, PaddedPrefill, generate, stream
 from hnet_kernels.capture import CapturedFunctions
 from hnet_kernels.sampling import ANY_BYTES, SamplingRows, utf8_state
-from hnet_simple import HNetInference, Noise, Sampling, chunk_starts
+from hnet_simple import GenerationError, HNetInference, Noise, Sampling, chunk_starts
 from hnet_trainable import BOS, EOS, HNetConfig
 
 PROMPTS = ["", "a", "The quick brown fox ", b"\xff\x00\x80", "日本", "x" * 70, "\n\n", "def f(x):"]
@@ -246,6 +246,30 @@ def test_a_stream_that_is_left_frees_its_rows():
     next(emitting)
     emitting.close()
     assert not decoder.busy
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_bytes_of_a_sequence_are_those_of_its_buffers(name):
+    cache = inference(name).new_cache(3, 200)
+    assert cache.cache_bytes() == 3 * sum(state.bytes_of(200) for state in cache.stages)
+
+
+def test_out_of_memory_names_the_rows_that_fit(monkeypatch):
+    """As if there were room for four rows, and a fifth for the computation."""
+    lm = inference("short windows")
+    decoder = Decoder(lm, 9)
+    each = sum(state.bytes_of(301 if s == 0 else 256) for s, (_, state) in enumerate(decoder.stages))
+
+    def fails(prompts):
+        raise torch.OutOfMemoryError("as if")
+
+    monkeypatch.setattr(decoder, "prefill", fails)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * each + 8, 0))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: decoder.cache.cache_bytes())
+    decoder.add("", max_bytes=300)
+    with pytest.raises(GenerationError, match=r"9 texts at once, each of up to 301 bytes .* about 4 would fit"):
+        decoder.drain()
 
 
 @pytest.mark.parametrize(
