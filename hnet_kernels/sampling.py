@@ -81,7 +81,7 @@ def utf8_state(data: bytes) -> int:
     return state
 
 
-def _guard_tables() -> tuple[Tensor, Tensor]:
+def guard_tables() -> tuple[Tensor, Tensor]:
     """allowed: bool (5, 9, 256), by the bytes left, this one included (4 is plenty), and the automaton's state: does
     the text decode if it is cut then? EOS may come between characters. next: int64 (9, 256), the state after a byte."""
     missing = torch.where(UTF8_NEXT >= 0, UTF8_MISSING[UTF8_NEXT], 9)
@@ -122,7 +122,7 @@ class SamplingRows:
 
         f64, i64 = torch.float64, torch.int64
         noise_BN = torch.zeros(B, numbers, dtype=f64, device=device)
-        allowed, after = (table.to(device) for table in _guard_tables())
+        allowed, after = (table.to(device) for table in guard_tables())
         return cls(
             *(zeros(dtype) for dtype in (f64, i64, f64, f64)), noise_BN, *(zeros(i64) for _ in range(3)),
             zeros(torch.bool), zeros(torch.bool), zeros(i64), zeros(torch.float32), allowed, after,
