@@ -75,7 +75,8 @@ class StageState:
 
     @classmethod
     def new(cls, stage: HNet, batch: int) -> StageState:
-        stacks = [stack for stack in stage.children() if isinstance(stack, Isotropic)]
+        parts = [part for part in stage.children() if not isinstance(part, HNet)]
+        stacks = [stack for part in parts for stack in part.modules() if isinstance(stack, Isotropic)]
         mixers = [layer.mixer for stack in stacks for layer in stack.layers]
         for mixer in mixers:
             if lacks := [name for name in ("new_state", "prefill", "step") if not hasattr(mixer, name)]:

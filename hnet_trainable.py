@@ -288,6 +288,11 @@ class Mamba2(nn.Module):
 
     def weights(self) -> MambaWeights:
         conv = self.conv1d
+        for name, module in (("conv1d", conv), ("norm", self.norm)):
+            if not isinstance(module, Weights):  # an adapter's forward would not be called
+                raise TypeError(
+                    f"{name} of a Mamba-2 mixer was replaced by {type(module).__name__}, which has no effect"
+                )
         return MambaWeights(conv.weight, conv.bias, self.dt_bias, self.A_log, self.D, self.norm.weight)
 
     def new_state(self, batch: int) -> MambaState:

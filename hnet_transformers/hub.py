@@ -7,6 +7,7 @@ without this repository. Nothing of this file is in such a folder.
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,7 +64,7 @@ class HubMixin:
         token: str | bool | None = None, revision: str | None = None, create_pr: bool = False,
         max_shard_size: int | str = "50GB",
     ) -> str:  # fmt: skip
-        """Uploads what `save_pretrained` writes to the Hub, to a repository that is made if need be. Returns the URL."""
+        """Uploads what `save_pretrained` writes to a repository of the Hub, made if need be. Returns its URL."""
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
@@ -116,6 +117,8 @@ def load(source: str, config: Any, options: Mapping[str, Any]) -> weights.Checkp
         config = HNetConfig.load(config)
     if Path(source).exists() or source.startswith("hf:"):
         return weights.load(source, config)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise weights.CheckpointError(f"{source}: no such file or folder, and no name on the Hub (owner/name)")
     for name in ("token", "cache_dir", "subfolder", "variant"):
         if options.get(name):
             raise weights.CheckpointError(f"{source}: {name} can't be used for weights that are not of transformers")

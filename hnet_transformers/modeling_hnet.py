@@ -9,10 +9,13 @@ K logits of a sequence that are returned, V vocabulary, S chunking stages.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import inspect
 import itertools
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +23,6 @@ from torch import Tensor, nn
 from torch.nested import nested_tensor_from_jagged
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, LogitsProcessor, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
-from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hnet_kernels import Residual, cross_entropy
@@ -41,6 +43,7 @@ except ImportError:
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"  # its name until 5.23
 PRECISE = ["residual_proj", "A_log", "dt_bias", "D"]  # weights that stay in float32
 IGNORED = -100  # the label of what is not predicted
+MODES = ("greedy_search", "sample", "beam_search", "beam_sample")  # of generation
 
 
 # -------------------------------------------------------------------------------------------------------------- cache
@@ -193,9 +196,6 @@ class HNetForCausalLM(HubMixin, PreTrainedModel, GenerationMixin):
     _no_split_modules = ["HNet"]
     _keep_in_fp32_modules_strict = PRECISE
     _tied_weights_keys = {"lm_head.weight": "embeddings.weight"}
-    _supported_generation_modes = [
-        GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE
-    ]  # fmt: skip
 
     def __init__(self, config: HNetTransformersConfig):
         super().__init__(config)
@@ -310,7 +310,8 @@ class HNetForCausalLM(HubMixin, PreTrainedModel, GenerationMixin):
         """
         wants_info, takes_any = kwargs.pop("output_loading_info", False), kwargs.pop("ignore_mismatched_sizes", False)
         options = {"output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
-        model, info = super().from_pretrained(source, *args, config=config, **options)
+        with _without_report():
+            model, info = super().from_pretrained(source, *args, config=config, **options)
         mismatched = () if takes_any else [name for name, *_ in info["mismatched_keys"]]
         found = {"missing": info["missing_keys"], "unknown": info["unexpected_keys"], "of another shape": mismatched}
         if details := [
@@ -401,11 +402,21 @@ class HNetForCausalLM(HubMixin, PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"cache_implementation: {kwargs['cache_implementation']!r}; an H-Net has a cache of its own"
             )
+        if kwargs.get("cache") is not None:
+            kwargs[CACHE] = kwargs.pop("cache")
         return super().generate(inputs, *args, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: it pages the cache of attention."""
         raise ValueError("generate_batch: not supported; an H-Net has a cache of its own: use generate")
+
+    def _validate_generation_mode(self, generation_mode: Any, *args: Any, **kwargs: Any) -> None:
+        if generation_mode.value not in MODES:
+            raise ValueError(
+                f"{generation_mode.value}: not supported, since the states of an H-Net cannot be taken back by some "
+                "bytes; expected greedy search, sampling or beams"
+            )
+        super()._validate_generation_mode(generation_mode, *args, **kwargs)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, next_sequence_length: int | None = None, attention_mask: Tensor | None = None,
@@ -413,7 +424,8 @@ class HNetForCausalLM(HubMixin, PreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:  # fmt: skip
         """What `forward` gets for the next byte: with a cache the columns that it has not read, else all."""
         cache = kwargs.get(CACHE)
-        inputs = {name: value for name, value in kwargs.items() if name != "labels"}
+        known = inspect.signature(self.forward).parameters  # generate's own options, such as tokenizer, are not
+        inputs = {name: value for name, value in kwargs.items() if name in known and value is not None}
         if cache is None:
             return {**inputs, "input_ids": input_ids, "attention_mask": attention_mask}
         new = input_ids.shape[1] if next_sequence_length is None else next_sequence_length
@@ -445,7 +457,8 @@ class HNetForCausalLM(HubMixin, PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"cache_implementation: {generation_config.cache_implementation!r}; an H-Net has a cache of its own"
             )
-        if generation_config.prefill_chunk_size and model_kwargs.get("attention_mask") is not None:
+        mask_BL = model_kwargs.get("attention_mask")
+        if generation_config.prefill_chunk_size and mask_BL is not None and not mask_BL.all():
             raise ValueError("prefill_chunk_size: given with padded texts; expected a batch without padding")
         if model_kwargs.get(CACHE) is None and generation_config.use_cache:
             batch = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
@@ -508,6 +521,18 @@ class HNetForCausalLM(HubMixin, PreTrainedModel, GenerationMixin):
                 else:
                     vars(module).pop("forward", None)
         self.gradient_checkpointing = enable
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """Without transformers' table of weights that don't fit, of which one sentence follows."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    is_no_report = lambda record: "LOAD REPORT" not in record.getMessage()  # noqa: E731
+    logger.addFilter(is_no_report)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_no_report)
 
 
 def _spread(x_TX: Tensor, real_BL: Tensor) -> Tensor:
