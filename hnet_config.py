@@ -159,6 +159,8 @@ class HNetConfig:
             raise ConfigError(f"{source}: not JSON ({error})") from None
         if not isinstance(raw, dict):
             raise ConfigError(f"{source}: expected a JSON object with the keys {', '.join(_keys(cls))}")
+        if "model_type" in raw and isinstance(raw.get("hnet"), dict):  # written by transformers
+            raw = raw["hnet"]
         try:
             return cls._from_mapping({**raw, **overrides}, find_config(source).parent)
         except ConfigError as error:

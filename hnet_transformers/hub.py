@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from hnet_config import HNetConfig
 from hnet_runtime.runs import checkpoint as own
 from hnet_runtime.runs import weights
@@ -145,3 +147,22 @@ def facts_of(source: str) -> dict[str, Any] | None:
         "bytes": records[-1].get("bytes_seen") if records else None,
         "curve": curve[::-1][::every][::-1],  # [bytes seen, bits per byte of held-out text]
     }
+
+
+def export(source: str, folder: Path, config: str | None = None, dtype: str | None = None) -> list[Path]:
+    """Writes the weights of a source in the form of transformers, complete; returns the files.
+
+    dtype: as in `hnet_runtime.runs.weights.cast`; by default that of the weights. A file has its final name when all
+    are written. Raises CheckpointError.
+    """
+    from hnet_transformers.modeling_hnet import HNetForCausalLM
+
+    model = HNetForCausalLM.from_pretrained(source, config=config, dtype=dtype)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
+            model.save_pretrained(scratch)
+            files = sorted(Path(scratch).iterdir(), key=lambda file: (file.suffix == ".py", file.name))
+            return [file.replace(folder / file.name) for file in files]
+    except (OSError, SafetensorError) as error:
+        raise weights.CheckpointError(f"{folder}: can't be written ({getattr(error, 'strerror', error)})") from None

@@ -346,8 +346,8 @@ class HNetForCausalLM(HubMixin, PreTrainedModel, GenerationMixin):
             has_labels = bool(is_label_T.any())
             output.ce = cross_entropy(logits_TV[is_label_T], label_T[is_label_T]) if has_labels else logits_TV.sum() * 0
             output.loss = training_loss(output.ce, output.ratio_losses, self.config.ratio_weight)
-            if num_items_in_batch is not None:
-                output.loss = output.loss * is_label_T.sum() / num_items_in_batch
+            if num_items_in_batch is not None:  # counted like this by Trainer, padding on the left or not
+                output.loss = output.loss * (labels[:, 1:] != IGNORED).sum() / num_items_in_batch
         if output_boundaries:
             output.boundaries = _spread(_starts(out.stages, len(ids_T), ids_T.device), real_BL)
         return output

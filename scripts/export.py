@@ -1,8 +1,10 @@
-"""Exports a model's weights as .pt for the released code, or as safetensors, with a config.json.
+"""Exports a model's weights as .pt for the released code, as safetensors, or for transformers, with a config.json.
 
 python scripts/export.py RUN OUT
     both forms, in the dtype of the checkpoint
 python scripts/export.py RUN OUT --form pt --dtype bfloat16
+python scripts/export.py RUN OUT --form transformers
+    a folder with weights, tokenizer and code that transformers loads without this repository
 """
 
 from collections.abc import Sequence
@@ -12,12 +14,13 @@ from typing import Annotated, Literal
 
 import tyro
 
+from hnet_runtime import UserError
 from hnet_runtime.commands import parse, run
 
 
 @dataclass
 class Options:
-    """Exports a model's weights as .pt and safetensors, each in a folder with its config.json."""
+    """Exports a model's weights as .pt and safetensors, or for transformers, in a folder with a config.json."""
 
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """A run or checkpoint of train.py, a .pt or .safetensors file or its folder, or hf:owner/name."""
@@ -25,14 +28,21 @@ class Options:
     """Folder to write; with both forms it gets the folders `pt` and `safetensors`."""
     config: Annotated[str, tyro.conf.arg(aliases=["-c"])] = ""
     """Model config, for weights that come without one."""
-    form: Literal["both", "pt", "safetensors"] = "both"
-    """pt: for the released code, whose config.json must not have N_compress; model.pt.json has the full config."""
+    form: Literal["both", "pt", "safetensors", "transformers"] = "both"
+    """both: pt and safetensors. pt: for the released code, whose config.json must not have N_compress; model.pt.json
+    has the full config. transformers: a folder for `AutoModelForCausalLM.from_pretrained`, with code and tokenizer."""
     dtype: Literal["keep", "float32", "bfloat16"] = "keep"
     """Dtype of the weights; A_log, dt_bias, D and residual_proj stay in at least float32."""
 
 
 def main(argv: Sequence[str]) -> None:
     options = parse(Options, argv, __doc__)
+    files = for_transformers(options) if options.form == "transformers" else weights_alone(options)
+    for file in files:  # after all are written: the reader may have closed the output
+        print(f"{file}  {file.stat().st_size:,} bytes")
+
+
+def weights_alone(options: Options) -> list[Path]:
     import torch
 
     from hnet_runtime.runs.weights import export, load
@@ -43,8 +53,18 @@ def main(argv: Sequence[str]) -> None:
     for form in ("pt", "safetensors") if options.form == "both" else (options.form,):
         folder = options.out / form if options.form == "both" else options.out
         files += export(checkpoint, folder, form, dtype)
-    for file in files:  # after all are written: the reader may have closed the output
-        print(f"{file}  {file.stat().st_size:,} bytes")
+    return files
+
+
+def for_transformers(options: Options) -> list[Path]:
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        raise UserError("--form transformers: not installed; pip install -e '.[transformers]'") from None
+    from hnet_transformers.hub import export
+
+    dtype = None if options.dtype == "keep" else options.dtype
+    return export(options.checkpoint, options.out, options.config or None, dtype)
 
 
 if __name__ == "__main__":

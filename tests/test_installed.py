@@ -41,7 +41,7 @@ assert all(here in Path(module.__file__).parents for module in ours if module.__
 def installed(tmp_path_factory) -> Path:
     """A folder with what the wheel installs."""
     source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site-packages")
-    for name in ("hnet_kernels", "hnet_runtime", "scripts", "configs"):
+    for name in ("hnet_kernels", "hnet_runtime", "hnet_transformers", "scripts", "configs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for file in (*ROOT.glob("*.py"), ROOT / "pyproject.toml", ROOT / "README.md", ROOT / "LICENSE"):
         shutil.copy(file, source)

@@ -180,7 +180,8 @@ def _load_beside(place: Path, path: Path) -> HNetConfig:
 
 def names_target(config_file: str | Path) -> bool:
     """Whether a config file, which has been read before, names the target compression."""
-    return bool(json.loads(find_config(config_file).read_text(encoding="utf-8-sig")).get("N_compress"))
+    keys = json.loads(find_config(config_file).read_text(encoding="utf-8-sig"))
+    return bool(keys.get("N_compress") or keys.get("hnet", {}).get("N_compress"))
 
 
 def _check_configs(source: str | Path, given: HNetConfig, theirs: HNetConfig) -> None:
