@@ -1,5 +1,6 @@
 # make train   a small H-Net learns the Python standard library on this machine's best device
 # make test    every test that fits in a few minutes on two CPU cores
+# make test-transformers   those of hnet_transformers/, in an environment of their own (.venv-transformers)
 # make soak    the long tests (random kills, many seeds)
 # make lint    ruff
 # Another Python: make PYTHON=python3.12 train
@@ -8,13 +9,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: train test soak lint clean
+.PHONY: train test test-transformers soak lint clean
 
 train: .venv/installed-base
 	$(BIN)/python train.py $(ARGS)
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest $(ARGS)
+
+# bytecode is written for what is imported, which is little of what is installed
+test-transformers: .venv-transformers/installed
+	PYTHONDONTWRITEBYTECODE= .venv-transformers/bin/python -m pytest tests/test_transformers.py $(ARGS)
 
 soak: .venv/installed-dev
 	$(BIN)/python -m pytest -m soak $(ARGS)
@@ -40,5 +45,12 @@ lint: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	@touch $@
 
+.venv-transformers/installed: pyproject.toml constraints-transformers.txt
+	@echo "Installing into .venv-transformers (once) ..."
+	$(PYTHON) -m venv .venv-transformers
+	.venv-transformers/bin/python -m pip install --quiet --no-compile --disable-pip-version-check \
+	  -e '.[transformers,lm_eval]' pytest pytest-xdist hypothesis -c constraints-transformers.txt
+	@touch $@
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-transformers build *.egg-info

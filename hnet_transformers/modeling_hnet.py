@@ -32,7 +32,9 @@ from hnet_simple import Cache, HNetInference
 from hnet_trainable import Block, Embedding, Linear, flat, initial_weight, ratio_loss, training_loss
 from hnet_transformers.configuration_hnet import HNetTransformersConfig
 
-try:  # runs, official files and model cards: not in an exported folder
+try:
+    if __name__ != "hnet_transformers.modeling_hnet":  # a copy in an exported folder
+        raise ImportError
     from hnet_transformers.hub import HubMixin
 except ImportError:
 
@@ -40,7 +42,9 @@ except ImportError:
         """Loading and saving as transformers does it."""
 
 
-CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"  # its name until 5.23
+CACHE = (
+    "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+)  # as in transformers 5.17
 PRECISE = ["residual_proj", "A_log", "dt_bias", "D"]  # weights that stay in float32
 IGNORED = -100  # the label of what is not predicted
 MODES = ("greedy_search", "sample", "beam_search", "beam_sample")  # of generation

@@ -20,3 +20,11 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):  # not item.keywords, where the folders of the path are too
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says why a whole file was skipped."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    files = {report.nodeid: report.longrepr[2] for report in skipped if "::" not in report.nodeid}
+    for file, reason in sorted(files.items()):
+        terminalreporter.write_line(f"{file}: {reason.removeprefix('Skipped: ')}")

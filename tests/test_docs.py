@@ -31,7 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [page for page in PAGES if page.exists()]
 HISTORY = ("LOG.md", "PERFORMANCE.md", "IDEAS_THAT_FAILED.md")  # they speak of files and flags of earlier versions
-WITH_PYTHON = [page for page in PAGES if page.name != "CHANGING.md"]  # whose blocks tests/test_changing.py runs
+ELSEWHERE = ("CHANGING.md", "TRANSFORMERS.md")  # tests/test_changing.py and tests/test_transformers.py run their blocks
+WITH_PYTHON = [page for page in PAGES if page.name not in ELSEWHERE]
 
 LISTED = {  # commands that are not run here, by what they match, and why not
     r"^make (train|test|soak|lint)\b": "installs packages, and takes minutes",
@@ -42,6 +43,7 @@ LISTED = {  # commands that are not run here, by what they match, and why not
     r"^(sbatch|srun|scontrol)\b": "needs Slurm",
     r"\bhf:|hf download": "needs a network",
     r"--tasks|--include-path": "needs the extra lm_eval; tests/test_scoring.py runs such tasks where it is installed",
+    r"--form transformers|^lm_eval|^make test-transformers": "needs the extra transformers: tests/test_transformers.py",
     r"^(python -m )?pytest|^ruff": "tests and style, which run beside this",
     r"bench_\w+\.py|nsys|ncu": "needs a GPU, or takes minutes",
     r"benchmarks/study\.py": "takes minutes on a GPU; tests/test_study.py makes a small study",

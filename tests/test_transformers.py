@@ -1,6 +1,6 @@
 """The H-Net of transformers gives what ours gives: logits, loss, texts, log-likelihoods; saved, exported and adapted.
 
-Runs where the extra `transformers` is installed: `.ci/run` makes an environment for it.
+Runs where the extra `transformers` is installed: `make test-transformers` makes an environment for it.
 """
 
 import ast
@@ -8,6 +8,7 @@ import copy
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="needs the extra: see 'Test a change' in CONTRIBUTING.md")
+pytest.importorskip("transformers", reason="skipped, since transformers is not installed: make test-transformers")
 
 from safetensors.torch import load_file
-from test_docs import MICRO
+from test_docs import MICRO, SENTENCE, python_of
 from test_simple import config_of, nested, random_model
 from transformers import (
     AutoConfig,
@@ -250,6 +251,18 @@ def test_a_pipeline_continues_texts(model, tokenizer):
     assert [text["generated_text"].startswith(TEXTS[n]) for n, (text,) in enumerate(made)] == [True, True]
 
 
+def test_the_page_does_what_it_says(run, tmp_path, monkeypatch):
+    """All Python of docs/TRANSFORMERS.md, one block after the other."""
+    pytest.importorskip("peft")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine").symlink_to(run)
+    (tmp_path / "my_texts").symlink_to(run.parent / "texts")
+    monkeypatch.chdir(tmp_path)
+    blocks = python_of(ROOT / "docs" / "TRANSFORMERS.md")
+    assert len(blocks) == 6
+    exec(compile("\n".join(block for _, block in blocks), "TRANSFORMERS.md", "exec"), {})
+
+
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -305,8 +318,6 @@ RUN_STEPS = ["--mbs", "256", "--global-slices", "1", "--steps", "2", "--val-ever
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """A run of train.py."""
-    from test_docs import SENTENCE
-
     import fineweb
 
     folder = tmp_path_factory.mktemp("run")
@@ -523,7 +534,8 @@ class Hiding(PathFinder):
         top = name.partition(".")[0]
         return None if top in HIDDEN or top.startswith("hnet_") else super().find_spec(name, path, target)
 
-sys.meta_path = [Hiding if finder is PathFinder else finder for finder in sys.meta_path]
+finders = [finder for finder in sys.meta_path if "Editable" not in getattr(finder, "__name__", "")]
+sys.meta_path = [Hiding if finder is PathFinder else finder for finder in finders]
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from transformers.dynamic_module_utils import check_imports
@@ -538,31 +550,31 @@ for source in (folder, name):
     model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
     assert type(model).__module__.startswith("transformers_modules."), type(model)
     batch = tokenizer(["Hello wörld", "a"], return_tensors="pt", padding=True)
-    model.save_pretrained(folder + "/again")
-    again = AutoModelForCausalLM.from_pretrained(folder + "/again", trust_remote_code=True)
-    found[source] = again.generate(**batch, max_new_tokens=8, do_sample=False).tolist()
-made = pipeline("text-generation", model=name, trust_remote_code=True)("Hello", max_new_tokens=4, do_sample=False)
-found["pipeline"] = made[0]["generated_text"]
+    found[source] = model.generate(**batch, max_new_tokens=8, do_sample=False).tolist()
+model.save_pretrained(folder + "/again")
+made = pipeline("text-generation", model=folder + "/again", tokenizer=tokenizer, trust_remote_code=True)
+found["pipeline"] = made("Hello", max_new_tokens=4, do_sample=False)[0]["generated_text"]
 print("FOUND", json.dumps(found))
 """
 
 
-def test_an_exported_folder_loads_where_there_is_only_transformers(cache_of_the_hub, tmp_path, tokenizer):
+def test_an_exported_folder_loads_where_there_is_only_transformers(cache_of_the_hub, tmp_path, tokenizer, capsys):
     """By path and by a name of the Hub, whose files are checked and copied one by one; saved again; as a pipeline."""
     reference = random_model(TWO_STAGES, torch.float32)
     weights.export(reference, tmp_path / "weights", "safetensors")
-    export = [sys.executable, str(ROOT / "scripts" / "export.py"), str(tmp_path / "weights"), str(tmp_path / "out")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*export, "--form", "transformers"], env=environment, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    export = runpy.run_path(str(ROOT / "scripts" / "export.py"))["main"]
+    export([str(tmp_path / "weights"), str(tmp_path / "out"), "--form", "transformers"])
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert sorted(line.split()[0].rsplit("/", 1)[-1] for line in done.stdout.splitlines()) == written
+    assert sorted(line.split()[0].rsplit("/", 1)[-1] for line in capsys.readouterr().out.splitlines()) == written
     snapshot = cache_of_the_hub("someone/exported")
     for path in (tmp_path / "out").iterdir():
         (snapshot / path.name).write_bytes(path.read_bytes())
-    environment |= {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": "",
+    }
     called = [sys.executable, "-c", FOREIGN, str(tmp_path / "out"), "someone/exported"]
     done = subprocess.run(called, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -574,12 +586,21 @@ def test_an_exported_folder_loads_where_there_is_only_transformers(cache_of_the_
     assert found["pipeline"].startswith("Hello")
 
 
-def test_an_export_that_cannot_be_written_leaves_nothing(run, tmp_path):
-    from hnet_transformers.hub import export
+def test_an_export_that_cannot_be_written_leaves_nothing(run, tmp_path, monkeypatch):
+    from hnet_transformers import hub
 
     (tmp_path / "file").write_text("")
     with pytest.raises(weights.CheckpointError, match="can't be written"):
-        export(str(run), tmp_path / "file" / "out")
+        hub.export(str(run), tmp_path / "file" / "out")
+
+    def fill(model, folder, **options):
+        (Path(folder) / "model.safetensors").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(HNetForCausalLM, "save_pretrained", fill)
+    with pytest.raises(weights.CheckpointError, match=r"can't be written \(No space left on device\)"):
+        hub.export(str(run), tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
 
 
 # ------------------------------------------------------------------------------------------------------------ training
