@@ -4,7 +4,7 @@ python scripts/export.py RUN OUT
     both forms, in the dtype of the checkpoint
 python scripts/export.py RUN OUT --form pt --dtype bfloat16
 python scripts/export.py RUN OUT --form transformers
-    a folder with weights, tokenizer and code that transformers loads without this repository
+    a folder that transformers loads without this repository
 """
 
 from collections.abc import Sequence
