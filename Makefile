@@ -45,11 +45,14 @@ lint: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	@touch $@
 
-.venv-transformers/installed: pyproject.toml constraints-transformers.txt
+# on top of .venv, whose packages it sees and does not install again
+.venv-transformers/installed: .venv/installed-dev constraints-transformers.txt
 	@echo "Installing into .venv-transformers (once) ..."
 	$(PYTHON) -m venv .venv-transformers
+	place='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	  $(BIN)/python -c "$$place" > "$$(.venv-transformers/bin/python -c "$$place")/venv.pth"
 	.venv-transformers/bin/python -m pip install --quiet --no-compile --disable-pip-version-check \
-	  -e '.[transformers,lm_eval]' pytest pytest-xdist hypothesis -c constraints-transformers.txt
+	  -e '.[transformers,lm-eval]' -c constraints-transformers.txt
 	@touch $@
 
 clean:

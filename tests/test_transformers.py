@@ -18,6 +18,7 @@ import torch
 
 pytest.importorskip("transformers", reason="skipped, since transformers is not installed: make test-transformers")
 
+from processes import made_once
 from safetensors.torch import load_file
 from test_docs import MICRO, SENTENCE, python_of
 from test_simple import config_of, nested, random_model
@@ -32,6 +33,7 @@ from transformers import (
     pipeline,
 )
 
+import fineweb
 from hnet_config import CONFIGS, HNetConfig
 from hnet_decoder import generate
 from hnet_runtime.evaluation.scoring import Likelihoods
@@ -315,12 +317,13 @@ def test_what_cannot_be_done_is_refused_in_a_sentence(model, case):
 RUN_STEPS = ["--mbs", "256", "--global-slices", "1", "--steps", "2", "--val-every", "1", "--val-slices", "1"]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
+@pytest.fixture(scope="session")
+def run(tmp_path_factory, worker_id) -> Path:
     """A run of train.py."""
-    import fineweb
+    return made_once(tmp_path_factory, worker_id, "run", train) / "mine"
 
-    folder = tmp_path_factory.mktemp("run")
+
+def train(folder: Path) -> None:
     (folder / "texts").mkdir()
     for n in range(20):
         (folder / "texts" / f"{n}.txt").write_text(SENTENCE.format(n) * 4, encoding="utf-8")
@@ -331,7 +334,6 @@ def run(tmp_path_factory) -> Path:
     called = [sys.executable, str(ROOT / "train.py"), *flags, *RUN_STEPS]
     done = subprocess.run(called, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
-    return folder / "mine"
 
 
 def test_a_run_becomes_a_folder_with_a_card(run, tmp_path):
@@ -677,9 +679,10 @@ def adapted(config, **options):
     return found.double().eval()
 
 
-def test_adapters_count_everywhere(batch, tmp_path):
+def test_adapters_count_everywhere(tokenizer, tmp_path):
     """Each of them, with and without cache; and merged weights give the same text."""
     peft = pytest.importorskip("peft")
+    batch = tokenizer(TEXTS[:2], return_tensors="pt", padding=True)
     model = adapted(TWO_STAGES, target_modules=PROJECTIONS)
     logits = model(**batch).logits
     adapters = [name for name, _ in model.named_parameters() if "lora_B" in name]
