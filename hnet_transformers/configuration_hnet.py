@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ class HNetTransformersConfig(PreTrainedConfig):
         pad_token_id: int = PAD,
         **kwargs: Any,
     ):
+        if misplaced := [field.name for field in dataclasses.fields(HNetConfig) if field.name in kwargs]:
+            raise ConfigError(f"{misplaced[0]}: a key of an H-Net's config; expected inside `hnet`")
         config = hnet if isinstance(hnet, HNetConfig | None) else HNetConfig.load(hnet)
         self.hnet = config.to_dict() if config else {}  # transformers builds one without arguments, to compare
         self.ratio_weight, self.trained = ratio_weight, trained

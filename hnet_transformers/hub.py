@@ -34,10 +34,10 @@ class HubMixin:
                 config = HNetTransformersConfig(config)
             return super().from_pretrained(source, *args, config=config, **kwargs)
         checkpoint = load(str(source), config, kwargs)
-        given = config if isinstance(config, HNetTransformersConfig) else None
-        described = HNetTransformersConfig(
-            checkpoint.config, given.ratio_weight if given else 0.03, trained=facts_of(str(source))
-        )
+        flags = own.train_config_of(str(source)) if Path(source).is_dir() else None
+        given = config.ratio_weight if isinstance(config, HNetTransformersConfig) else None
+        weight = given if given is not None else (flags or {}).get("alpha", 0.03)
+        described = HNetTransformersConfig(checkpoint.config, weight, trained=facts_of(Path(source), flags))
         loaded = super().from_pretrained(None, *args, config=described, state_dict=checkpoint.weights, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.config.name_or_path = model.name_or_path = str(source)
@@ -128,16 +128,16 @@ def load(source: str, config: Any, options: Mapping[str, Any]) -> weights.Checkp
     return weights.load(f"hf:{source}@{revision}" if revision else f"hf:{source}", config)
 
 
-def facts_of(source: str) -> dict[str, Any] | None:
-    """What the model card says of a run of train.py: its data, steps, bytes and curve. None for other weights."""
-    run = Path(source)
-    if run.parent.name == "checkpoints":
-        run = run.parent.parent
-    flags = own.train_config_of(source) if Path(source).is_dir() else None
+def facts_of(source: Path, flags: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What the model card says of a run of train.py: its data, steps, bytes and curve. None for other weights.
+
+    source: a run or one of its checkpoints. flags: those of train.py.
+    """
+    run = source.parent.parent if source.parent.name == "checkpoints" else source
     records = read_metrics(run / "metrics.jsonl")
     if flags is None or not records:
         return None
-    last = own.read_train(own.complete(run)[-1] if run == Path(source) else Path(source))["step"]
+    last = own.read_train(own.complete(run)[-1] if run == source else source)["step"]
     records = [record for record in records if record["step"] <= last]
     curve = [[r["bytes_seen"], round(r["val_bpb"], 4)] for r in records if r.get("val_bpb") and r.get("bytes_seen")]
     every = max(1, -(-len(curve) // CURVE_POINTS))

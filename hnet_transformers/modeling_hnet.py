@@ -22,7 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.nested import nested_tensor_from_jagged
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationMixin, LogitsProcessor, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationMixin,
+    LogitsProcessor,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hnet_kernels import Residual, cross_entropy
@@ -470,6 +477,8 @@ class HNetForCausalLM(HubMixin, PreTrainedModel, GenerationMixin):
 
     def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        if self.config.vocab_size > 256:  # what is no byte is never drawn
+            processors.insert(0, SuppressTokensLogitsProcessor(range(256, self.config.vocab_size), self.device))
         for processor in processors:
             if isinstance(processor, Utf8LogitsProcessor):
                 processor.max_length = generation_config.max_length

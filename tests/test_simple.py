@@ -47,6 +47,24 @@ def random_model(config: HNetConfig, dtype: torch.dtype = torch.float64, salt: s
     return model
 
 
+@pytest.mark.parametrize("name", ["conv1d", "norm"])
+def test_a_mixer_refuses_a_wrapped_module_that_it_would_not_call(name):
+    """As adapters do it: the wrapper has the weight, but its own forward would not run."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, wrapped: torch.nn.Module):
+            super().__init__()
+            self.weight, self.bias = wrapped.weight, getattr(wrapped, "bias", None)
+
+    document = torch.tensor([BOS, 1, 2])
+    model = random_model(config_of(["m1", ["T1"], "m1"], [32, 64]))
+    mixer = model.backbone.encoder.layers[0].mixer
+    setattr(mixer, name, Wrapper(getattr(mixer, name)))
+    for run in (lambda: model(nested([document])), lambda: HNetInference.from_training(model).prefill([document])):
+        with pytest.raises(TypeError, match=f"{name} of a Mamba-2 mixer was replaced by Wrapper"):
+            run()
+
+
 def nested(documents: list[torch.Tensor]) -> torch.Tensor:
     lengths = torch.tensor([len(d) for d in documents], device=documents[0].device)
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))

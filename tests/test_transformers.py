@@ -189,6 +189,14 @@ def test_greedy_texts_are_ours(model, tokenizer, batch, cached, utf8):
     assert not utf8 or all(len(want.continuation.decode()) > 6 for want in wanted)
 
 
+def test_only_bytes_are_drawn(tokenizer):
+    config = config_of(["m1", ["T1"], "M1"], [32, 64], vocab_size=320)
+    one = tokenizer(TEXTS[0], return_tensors="pt")
+    found = theirs(config).generate(**one, **GREEDY)[0]
+    (wanted,) = generate(ours(config), TEXTS[:1], max_bytes=24, sampling=Sampling(0.0))
+    assert continuation(found, one.input_ids.shape[1]) == wanted.continuation
+
+
 def test_sampling_draws_the_same_with_and_without_cache(model, batch):
     found = []
     for cached in (True, False):
@@ -295,6 +303,7 @@ BAD = {
     ),
     "resized": (lambda m: m.resize_token_embeddings(300), "300 tokens; the vocabulary of an H-Net is its 256 bytes"),
     "config": (lambda m: HNetTransformersConfig({"d_model": [4]}), "arch_layout: missing"),
+    "misplaced key": (lambda m: HNetTransformersConfig(d_model=[4]), "d_model: a key of an H-Net's config; expected"),
     "no config": (lambda m: HNetForCausalLM(HNetTransformersConfig()), "hnet: missing"),
     "reentrant": (
         lambda m: m._set_gradient_checkpointing(True, __import__("functools").partial(print, use_reentrant=True)),
@@ -341,7 +350,7 @@ def test_a_run_becomes_a_folder_with_a_card(run, tmp_path):
     model = HNetForCausalLM.from_pretrained(run)
     wanted = weights.load(run)
     assert all(torch.equal(model.state_dict()[name], w) for name, w in wanted.weights.items())
-    assert model.config.hnet_config == wanted.config
+    assert model.config.hnet_config == wanted.config and model.config.ratio_weight == 0.2  # alpha of train.py
     model.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     bpb = model.config.trained["curve"][-1][1]
@@ -375,6 +384,12 @@ def test_every_key_of_a_config_is_kept(tmp_path):
         config.save_pretrained(tmp_path)
         read = HNetTransformersConfig.from_pretrained(tmp_path)
         assert read.hnet_config == HNetConfig.load(file) and set(read.hnet) == set(HNetConfig.load(file).to_dict())
+
+
+def test_a_copy_of_a_model_is_its_own(model):
+    other = copy.deepcopy(model)
+    other.lm_head.weight.data.zero_()
+    assert not other(IDS).logits.any() and model(IDS).logits.any()
 
 
 def test_weights_are_drawn_as_train_draws_them():
