@@ -6,6 +6,7 @@ without this repository. Nothing of this file is in such a folder.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import tempfile
@@ -13,9 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from hnet_config import HNetConfig
+from hnet_runtime.checks import agreement
 from hnet_runtime.runs import checkpoint as own
 from hnet_runtime.runs import weights
 from hnet_runtime.runs.metrics import read_metrics
@@ -25,7 +28,22 @@ CURVE_POINTS = 60  # of a run, in the config
 
 
 class HubMixin:
-    """`from_pretrained` of a run, official or exported weights; `save_pretrained` and `push_to_hub` of all there is."""
+    """`from_pretrained` of a run, official or exported weights; `save_pretrained` and `push_to_hub` of all there is.
+
+    And the checks with which the scripts begin: that an edit of hnet_trainable.py is what runs.
+    """
+
+    def check_edits(self, generates: bool) -> None:
+        """Definitions run where kernels differ from them. ValueError where generation differs from training."""
+        checked, what = vars(self).setdefault("_checked_edits", set()), (self.device, self.dtype, generates)
+        if what in checked:
+            return
+        config = json.dumps(self.config.hnet)
+        with torch.enable_grad(), torch.random.fork_rng(), torch.autocast(self.device.type, enabled=False):
+            _choose_implementations(self.device, self.dtype if self.device.type == "cuda" else torch.float64, config)
+            if generates and (difference := _difference_of_generation(config)):
+                raise ValueError(f"generation (hnet_simple.py) differs from hnet_trainable.py: {difference}")
+        checked.add(what)
 
     @classmethod
     def from_pretrained(cls, source: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
@@ -77,6 +95,16 @@ class HubMixin:
                 repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision,
                 create_pr=create_pr,
             )  # fmt: skip
+
+
+@functools.cache
+def _choose_implementations(device: torch.device, dtype: torch.dtype, config: str) -> None:
+    agreement.choose_implementations(device, dtype, HNetConfig.load(json.loads(config)))
+
+
+@functools.cache
+def _difference_of_generation(config: str) -> str | None:
+    return agreement.generation(HNetConfig.load(json.loads(config)))
 
 
 def _for_upload(kwargs: dict[str, Any]) -> dict[str, Any]:

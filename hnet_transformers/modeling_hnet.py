@@ -48,6 +48,9 @@ except ImportError:
     class HubMixin:
         """Loading and saving as transformers does it."""
 
+        def check_edits(self, generates: bool) -> None:
+            """Nothing: exported code is not for editing."""
+
 
 CACHE = (
     "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -270,6 +273,7 @@ class HNetForCausalLM(HubMixin, PreTrainedModel, GenerationMixin):
         if getattr(self, "_is_replica", False):
             raise ValueError("DataParallel is not supported; start one process per GPU (torchrun), or show it one GPU")
         real_BL = self._real(input_ids, attention_mask, cache)
+        self.check_edits(generates=cache is not None or bool(use_cache))
         if cache is not None or use_cache:
             if labels is not None:
                 raise ValueError("labels: given with a cache, which has no gradients; leave out cache and use_cache")

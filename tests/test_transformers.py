@@ -39,7 +39,7 @@ from hnet_decoder import generate
 from hnet_runtime.evaluation.scoring import Likelihoods
 from hnet_runtime.runs import weights
 from hnet_simple import HNetInference, Sampling
-from hnet_trainable import BOS, EOS, HNetLM, training_loss
+from hnet_trainable import BOS, EOS, HNetLM, Mamba2, training_loss
 from hnet_transformers import PAD, HNetForCausalLM, HNetTransformersConfig, Utf8LogitsProcessor, byte_tokenizer
 from hnet_transformers.folder import code_files, flat_name, path_of
 
@@ -187,6 +187,16 @@ def test_greedy_texts_are_ours(model, tokenizer, batch, cached, utf8):
     found = model.generate(**alone, **GREEDY, **processors, use_cache=cached)[0]
     assert continuation(found, alone.input_ids.shape[1]) == wanted[0].continuation
     assert not utf8 or all(len(want.continuation.decode()) > 6 for want in wanted)
+
+
+def test_generation_that_an_edit_left_behind_is_refused(monkeypatch):
+    """As scripts/generate.py does it: with a cache the old formula would run. Without one, the new one does."""
+    before = Mamba2.forward
+    monkeypatch.setattr(Mamba2, "forward", lambda self, x_TD, packing: 2 * before(self, x_TD, packing))
+    model = theirs(config_of(["m1", ["T1"], "m2"], [32, 64]))
+    with pytest.raises(ValueError, match=r"generation \(hnet_simple.py\) differs from hnet_trainable.py: backbone"):
+        model.generate(IDS, max_new_tokens=2)
+    assert model.generate(IDS, max_new_tokens=2, use_cache=False).shape == (2, 5)
 
 
 def test_only_bytes_are_drawn(tokenizer):
@@ -432,17 +442,14 @@ def test_released_checkpoints_load_by_name(cache_of_the_hub, name, tmp_path):
     """Files of the right names and shapes; each weight is one element that is repeated, so that the file is small."""
     with torch.device("meta"):
         expected = HNetLM(HNetConfig.load(name)).state_dict()
-    state = {
-        key: torch.full((1,), n / 64, dtype=torch.bfloat16).expand(w.shape)
-        for n, (key, w) in enumerate(expected.items())
-    }
+    values = {key: torch.tensor([n / 64], dtype=torch.bfloat16) for n, key in enumerate(expected)}
+    state = {key: values[key].expand(w.shape) for key, w in expected.items()}
     torch.save(state, cache_of_the_hub(f"cartesia-ai/{name}") / f"{name}.pt")
-    with torch.device("meta"):  # the shapes and the config, without gigabytes
-        from hnet_transformers.hub import load
-
-        found = load(f"cartesia-ai/{name}", None, {})
-    assert found.config == HNetConfig.load(name) and list(found.weights) == list(expected)
-    assert {key: w.shape for key, w in found.weights.items()} == {key: w.shape for key, w in expected.items()}
+    model = HNetForCausalLM.from_pretrained(f"cartesia-ai/{name}")
+    assert model.config.hnet_config == HNetConfig.load(name)
+    found = model.state_dict()
+    assert list(found) == list(expected)
+    assert all(found[key].shape == w.shape and found[key].flatten()[0] == values[key] for key, w in expected.items())
 
 
 def test_an_official_file_becomes_a_model(cache_of_the_hub, tmp_path):
