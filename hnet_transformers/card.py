@@ -65,17 +65,18 @@ def write_card(model: Any, folder: Path, with_pictures: bool = True) -> None:
         pictures[CURVE] = draw_curve(curve)
     for name, png in pictures.items():
         write_atomically(folder / name, lambda scratch, png=png: scratch.write_bytes(png))
-    text = card(model, folder.name, set(pictures))
+    text = card(model, set(pictures))
     write_atomically(folder / "README.md", lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
 
-def card(model: Any, name: str, pictures: set[str]) -> str:
-    """The text of README.md."""
+def card(model: Any, pictures: set[str]) -> str:
+    """The text of README.md, beside which there are these pictures."""
     config, trained = model.config.hnet_config, model.config.trained
     count = sum(parameter.numel() for parameter in model.parameters())
-    target = ", ".join(f"{ratio:g}" for ratio in config.target_ratios)
-    aim = f" that aim at {target} of their tokens per chunk" if target else ""
-    lines = [FRONT, f"{ABOUT}: {count:,} parameters, {config.num_stages} chunking stages{aim}.", "", LOAD]
+    target = " and ".join(f"{ratio:g}" for ratio in config.target_ratios)
+    stages = {0: "no chunking stage", 1: "one chunking stage"}.get(S := config.num_stages, f"{S} chunking stages")
+    aim = f", trained towards {target} tokens per chunk" if target else ""
+    lines = [FRONT, f"{ABOUT}. {count:,} parameters; {stages}{aim}.", "", LOAD]
     if CHUNKS in pictures:
         lines += ["## Chunks", "", f"![A text in which each chunk has a colour]({CHUNKS})", ""]
         lines += ["Each colour is one chunk of a text that was written for this picture.", ""]

@@ -24,6 +24,7 @@ AUTO_MAP = {
 }
 OURS = ("hnet_config", "hnet_kernels", "hnet_simple", "hnet_trainable", "hnet_transformers")
 NEEDED = {"torch", "transformers", *sys.stdlib_module_names}
+ORIGIN = "# From the repository hnet-trainable (Apache-2.0); only import statements differ from there.\n"
 ITSELF = "itself"  # the name by which a flattened file offers itself as a module
 
 
@@ -65,7 +66,7 @@ def code_files() -> dict[str, str]:
         waiting += imported
     for module in as_modules:
         files[module] += f"\nfrom . import {flat_name(module)} as {ITSELF}\n"
-    return {f"{flat_name(module)}.py": files[module] for module in sorted(files)}
+    return {f"{flat_name(module)}.py": ORIGIN + files[module] for module in sorted(files)}
 
 
 class Edit(NamedTuple):

@@ -52,6 +52,7 @@ class HubMixin:
                 config = HNetTransformersConfig(config)
             return super().from_pretrained(source, *args, config=config, **kwargs)
         checkpoint = load(str(source), config, kwargs)
+        kwargs.pop("revision", None)  # of which the weights are now
         flags = own.train_config_of(str(source)) if Path(source).is_dir() else None
         given = config.ratio_weight if isinstance(config, HNetTransformersConfig) else None
         weight = given if given is not None else (flags or {}).get("alpha", 0.03)
