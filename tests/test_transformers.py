@@ -462,6 +462,14 @@ def test_an_official_file_becomes_a_model(cache_of_the_hub, tmp_path):
         HNetForCausalLM.from_pretrained("someone/small", cache_dir=str(tmp_path))
 
 
+def test_a_name_on_the_hub_loads_what_was_pushed(cache_of_the_hub):
+    model = theirs(dtype=torch.float32)
+    model.save_pretrained(cache_of_the_hub("someone/pushed"))
+    again = HNetForCausalLM.from_pretrained("someone/pushed")
+    assert again.name_or_path == "someone/pushed"
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+
+
 def test_a_push_uploads_a_complete_folder(model, monkeypatch):
     from types import SimpleNamespace
 
