@@ -22,7 +22,6 @@ AUTO_MAP = {
     "AutoConfig": "configuration_hnet.HNetTransformersConfig",
     "AutoModelForCausalLM": "modeling_hnet.HNetForCausalLM",
 }
-OURS = ("hnet_config", "hnet_kernels", "hnet_simple", "hnet_trainable", "hnet_transformers")
 NEEDED = {"torch", "transformers", *sys.stdlib_module_names}
 ORIGIN = "# From the repository hnet-trainable (Apache-2.0); only import statements differ from there.\n"
 ITSELF = "itself"  # the name by which a flattened file offers itself as a module
@@ -83,19 +82,16 @@ def flattened(module: str) -> tuple[str, set[str], set[str]]:
     in_try = {id(node) for part in ast.walk(tree) if isinstance(part, ast.Try) for node in part.body}
     edits, imported, objects = [], set(), set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in OURS:
-            if id(node) in in_try:  # an addition of the repository
-                continue
+        if not isinstance(node, ast.Import | ast.ImportFrom) or id(node) in in_try:  # there: what only this place has
+            continue
+        names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+        if any(name.startswith("hnet_") for name in names):
             text, of_node, objects_of_node = _relative(node)
             edits.append(Edit(node, text))
             imported |= of_node
             objects |= objects_of_node
-        elif isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in in_try:
-            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-            if any(name.split(".")[0] in OURS for name in names):
-                raise ValueError(f"{module}, line {node.lineno}: expected `from ... import ...` for files of ours")
-            if not {name.split(".")[0] for name in names} <= NEEDED:
-                edits.append(Edit(node, _optional(node, ast.unparse(node))))
+        elif not {name.split(".")[0] for name in names} <= NEEDED:
+            edits.append(Edit(node, _optional(node, ast.unparse(node))))
     lines = source.splitlines(keepends=True)
     for node, text in sorted(edits, key=lambda edit: -edit.node.lineno):
         first, last = node.lineno - 1, node.end_lineno - 1
@@ -103,8 +99,11 @@ def flattened(module: str) -> tuple[str, set[str], set[str]]:
     return "".join(lines), imported, objects
 
 
-def _relative(node: ast.ImportFrom) -> tuple[str, set[str], set[str]]:
+def _relative(node: ast.Import | ast.ImportFrom) -> tuple[str, set[str], set[str]]:
     """`from hnet_kernels import norm_triton, ssd` as imports from the files beside; see `flattened`."""
+    if isinstance(node, ast.Import):
+        ((module, name),) = ((alias.name, alias.asname or alias.name) for alias in node.names)
+        return f"from .{flat_name(module)} import {ITSELF} as {name}", {module}, {module}
     offered = _names_of_package(node.module)
     modules = {alias.name: f"{node.module}.{alias.name}" for alias in node.names if alias.name not in offered}
     objects = {name: module for name, module in modules.items() if path_of(module)}

@@ -32,11 +32,12 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from hnet_config import ConfigError
 from hnet_kernels import Residual, cross_entropy
 from hnet_kernels.recompute import recomputing
 from hnet_kernels.sampling import UTF8_NEXT, guard_tables
 from hnet_simple import Cache, HNetInference
-from hnet_trainable import Block, Embedding, Linear, flat, initial_weight, ratio_loss, training_loss
+from hnet_trainable import Block, Embedding, Linear, flat, initial_weight, training_loss
 from hnet_transformers.configuration_hnet import HNetTransformersConfig
 
 try:
@@ -213,6 +214,9 @@ class HNetForCausalLM(HubMixin, PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: HNetTransformersConfig):
         super().__init__(config)
+        if by_cuts := config.hnet_config.stages_by_cuts:
+            router = config.hnet_config.routers[by_cuts[0]]
+            raise ConfigError(f"routers: {router} is told where chunks begin, which batches of transformers don't say")
         model = HNetInference(config.hnet_config)
         self.embeddings, self.backbone, self.lm_head = model.embeddings, model.backbone, model.lm_head
         self._inner = (model,)  # in a tuple, so that it is no submodule
@@ -370,10 +374,10 @@ class HNetForCausalLM(HubMixin, PreTrainedModel, GenerationMixin):
     def _ratio_losses(self, stages: list[Any], predicts_T: Tensor) -> Tensor:
         """(S,), over the tokens that predict another, as training has them: the last of a text is a label alone."""
         losses = []
-        for stage, N in zip(stages, self.config.hnet_config.target_ratios):
+        for s, stage in enumerate(stages):
             share = predicts_T.to(stage.p_T.dtype)
             F, G = ((share * x_T).sum() / share.sum() for x_T in (stage.b_T, stage.p_T))
-            losses.append(ratio_loss(stage._replace(F=F, G=G), N))
+            losses.append(self.hnet.ratio_loss(s, stage._replace(F=F, G=G)))
             predicts_T = predicts_T[stage.b_T]
         return torch.stack(losses) if losses else predicts_T.new_zeros(0, dtype=torch.float32)
 

@@ -199,6 +199,23 @@ def test_generation_that_an_edit_left_behind_is_refused(monkeypatch):
     assert model.generate(IDS, max_new_tokens=2, use_cache=False).shape == (2, 5)
 
 
+def test_routers_that_are_rules(tokenizer, tmp_path):
+    """They have no ratio loss; texts are ours, with and without cache, also from a folder that was saved."""
+    config = HNetConfig.load(TWO_STAGES.to_dict(), routers=["space", "stride:3"])
+    batch = tokenizer(TEXTS, return_tensors="pt", padding=True)
+    model = theirs(config)
+    out = model(**batch, labels=labels_of(batch))
+    assert out.ratio_losses.tolist() == [0, 0] and torch.equal(out.loss, out.ce)
+    wanted = generate(ours(config), TEXTS, max_bytes=24, sampling=Sampling(0.0))
+    model.save_pretrained(tmp_path)
+    for found in (model, HNetForCausalLM.from_pretrained(tmp_path)):
+        assert found.config.hnet_config.routers == ("space", "stride:3")
+        for cached in (True, False):
+            texts = found.generate(**batch, **GREEDY, use_cache=cached)
+            made = [continuation(text, batch.input_ids.shape[1]) for text in texts]
+            assert made == [want.continuation for want in wanted]
+
+
 def test_only_bytes_are_drawn(tokenizer):
     config = config_of(["m1", ["T1"], "M1"], [32, 64], vocab_size=320)
     one = tokenizer(TEXTS[0], return_tensors="pt")
@@ -314,6 +331,10 @@ BAD = {
     "resized": (lambda m: m.resize_token_embeddings(300), "300 tokens; the vocabulary of an H-Net is its 256 bytes"),
     "config": (lambda m: HNetTransformersConfig({"d_model": [4]}), "arch_layout: missing"),
     "misplaced key": (lambda m: HNetTransformersConfig(d_model=[4]), "d_model: a key of an H-Net's config; expected"),
+    "cuts": (
+        lambda m: HNetForCausalLM(HNetTransformersConfig(TWO_STAGES.to_dict() | {"routers": ["given", "learned"]})),
+        "routers: given is told where chunks begin, which batches of transformers don't say",
+    ),
     "no config": (lambda m: HNetForCausalLM(HNetTransformersConfig()), "hnet: missing"),
     "reentrant": (
         lambda m: m._set_gradient_checkpointing(True, __import__("functools").partial(print, use_reentrant=True)),
@@ -491,7 +512,7 @@ def test_a_push_uploads_a_complete_folder(model, monkeypatch):
 
 def test_weights_of_another_config_are_refused(run, tmp_path):
     other = HNetTransformersConfig(TWO_STAGES)
-    with pytest.raises(weights.CheckpointError, match="its config differs: arch_layout is"):
+    with pytest.raises(weights.CheckpointError, match="its config differs: .*arch_layout is"):
         HNetForCausalLM.from_pretrained(run, config=other)
     theirs(config_of(["m1", ["T1"], "M1"], [32, 64]), torch.float32).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"the weights don't fit the config: \d+ missing \(backbone") as caught:
@@ -534,7 +555,9 @@ def without_imports(text: str) -> str:
 
 def test_exported_code_differs_in_import_statements_alone():
     files = code_files()
-    modules = {path_of(name) for name in ("hnet_config", "hnet_trainable", "hnet_simple", "hnet_kernels")}
+    modules = {
+        path_of(name) for name in ("hnet_config", "hnet_routers", "hnet_trainable", "hnet_simple", "hnet_kernels")
+    }
     modules |= set((ROOT / "hnet_kernels").glob("*.py")) - {
         ROOT / "hnet_kernels" / f"{n}.py" for n in ("adamw", "adamw_triton", "capture")
     }
