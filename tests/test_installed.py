@@ -67,6 +67,7 @@ def test_the_wheel_holds_every_module_page_and_config(installed):
         (".", ".", "*.py"),
         *((room, room, "*") for room in rooms),
         ("hnet_kernels", "hnet_kernels", "*"),
+        ("hnet_transformers", "hnet_transformers", "*"),
         ("scripts", "hnet_scripts", "*.py"),
         ("configs", "hnet_configs", "*.json"),
     ):
