@@ -8,7 +8,7 @@ import fineweb
 from hnet_runtime import UserError, matching
 from hnet_runtime.commands import user_errors
 from hnet_trainable import HNetConfig, HNetLM
-from scripts import match_flops
+from scripts import match
 
 ROWS = [8192, 8192, 700, 33, 1]
 
@@ -76,7 +76,7 @@ def test_the_command_writes_a_config_and_compares_runs(tmp_path, capsys):
     fineweb.prepare(str(tmp_path / "texts"), str(tmp_path / "data"), holdout=0)
     capsys.readouterr()
     common = ["hnet_1stage_tiny", "--data", str(tmp_path / "data"), "--mbs", "2048", "--rates", "0.2"]
-    match_flops.main([*common, "--layers", "m", "--out", str(tmp_path / "iso.json")])
+    match.main([*common, "--layers", "m", "--out", str(tmp_path / "iso.json")])
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2 and said[0].startswith("planned, hnet_1stage_tiny: m1 (T4) m1, 192/256")
     assert 0.97 <= float(said[1].split("per byte, ")[1].split()[0]) <= 1.03
@@ -86,11 +86,11 @@ def test_the_command_writes_a_config_and_compares_runs(tmp_path, capsys):
     (run / "config.json").write_text(json.dumps(HNetConfig.load("hnet_1stage_tiny").to_dict()))
     rows = [{"step": step + 1, "stage0_F": F} for step, F in enumerate([0.9, 0.9, 0.1, 0.3])]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    match_flops.main([*common, "--runs", str(run)])
+    match.main([*common, "--runs", str(run)])
     assert f"as seen, {run}: " in (said := capsys.readouterr().out) and "rates 0.200" in said and "1.000 of the" in said
     for flags, message in (
         (["--rates", "0.2,0.3", "--layers", "T"], "--rates 0.2,0.3: expected 1 shares"),
         (["--layers", "T", "--change", "x"], "expected one of them"),
     ):
         with pytest.raises(user_errors(), match=message):
-            match_flops.main([*common[:-2], *flags])
+            match.main([*common[:-2], *flags])

@@ -1,10 +1,10 @@
 """Finds a model that trains with as many FLOPs per byte as another, and writes its config.
 
-    python scripts/match_flops.py hnet_1stage_small --data data/mine --rates 0.18 --layers T --out iso.json
+    python scripts/match.py hnet_1stage_L --data DIR --rates 0.18 --layers T --out t.json
         a byte Transformer without chunks: width and depth; m is Mamba-2
-    python scripts/match_flops.py hnet_1stage_small --data data/mine --rates 0.18 --change hnet_2stage_small
+    python scripts/match.py hnet_1stage_L --data DIR --rates 0.18 --change hnet_2stage_L
         another H-Net with as many innermost layers as match
-    python scripts/match_flops.py hnet_1stage_small --data data/mine --runs runs/a runs/b
+    python scripts/match.py hnet_1stage_L --data DIR --runs runs/a runs/b
         as seen: FLOPs per byte of runs, with the rates of chunks in their last steps
 
 Rates are the shares of a stage's tokens that open a chunk, such as 0.18 of a pilot run. Without them, each stage is
@@ -26,7 +26,7 @@ from hnet_runtime.commands import parse, run
 class Options:
     """Finds a model with as many FLOPs per byte as another."""
 
-    config: tyro.conf.Positional[str]
+    config: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CONFIG")]
     """The config to match: a JSON file, or a name from configs/."""
     data: str = "data/stdlib"
     """Folder made by `fineweb.py prepare`: the lengths of its documents count."""
