@@ -2,6 +2,7 @@
 # make test    every test that fits in a few minutes on two CPU cores
 # make test-transformers   those of hnet_transformers/, in an environment of their own (.venv-transformers)
 # make soak    the long tests (random kills, many seeds)
+# make audit   every kernel compiled for six kinds of GPU, none of which has to be here; ten minutes
 # make lint    ruff
 # Another Python: make PYTHON=python3.12 train
 
@@ -9,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: train test test-transformers soak lint clean
+.PHONY: train test test-transformers soak audit lint clean
 
 train: .venv/installed-base
 	$(BIN)/python train.py $(ARGS)
@@ -23,6 +24,9 @@ test-transformers: .venv-transformers/installed
 
 soak: .venv/installed-dev
 	$(BIN)/python -m pytest -m soak $(ARGS)
+
+audit: .venv/installed-dev
+	$(BIN)/python benchmarks/audit.py $(ARGS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

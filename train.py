@@ -519,7 +519,7 @@ def main(config: TrainConfig) -> int:
     """Trains with these flags and returns the exit status. Prints a mistake as one sentence."""
     try:
         return train(config)
-    except (UserError, ConfigError, fineweb.DataError) as error:
+    except commands.user_errors() as error:
         status = commands.print_error(error)  # at once: other ranks may print it too
         if dist.is_initialized() and (dist.get_world_size() == 1 or not torch.cuda.is_available()):
             dist.destroy_process_group()  # else NCCL adds a warning, or gloo's threads remain

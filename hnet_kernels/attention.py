@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hnet_kernels import cards
 from hnet_kernels.dispatch import has_triton, operation, use_fast
 from hnet_kernels.pointwise import rotate_
 from hnet_kernels.recompute import Recomputed, mode, recomputed, recomputed_of
@@ -106,7 +107,7 @@ def _why_no_flash(device_type: str, dtype: torch.dtype, head_dim: int) -> str | 
         return f"flash attention computes in 16 bits, not {dtype}"
     if head_dim > 256:
         return f"head size {head_dim} is over 256"
-    if torch.cuda.get_device_capability() < (8, 0):
+    if cards.capability(torch.device("cuda")) < (8, 0):
         return "flash attention needs compute capability 8.0"
     return None
 
@@ -135,10 +136,7 @@ def _why_no_packed(device_type: str, dtype: torch.dtype, head_dim: int) -> str |
         return reason
     if head_dim % 16 or head_dim > 128:
         return f"head size {head_dim}, not a multiple of 16 up to 128"
-    capability = torch.cuda.get_device_capability()
-    if capability[0] != 9:  # their tile sizes have been tried on no other GPU
-        return f"compute capability {capability[0]}.{capability[1]}, not 9.x"
-    return None if has_triton() else "no triton"
+    return cards.why_unsupported(torch.device("cuda")) or (None if has_triton() else "no triton")
 
 
 class Attended(NamedTuple):
@@ -168,8 +166,7 @@ def packed_attention(
 ) -> Attended:
     """`attention` of q, k and v in one tensor, for callers that write their own backward.
 
-    The documents contain all rows. order: their `tile_order`. With it our own Triton kernels run (on Hopper GPUs), else
-    `attention`.
+    The documents contain all rows. order: their `tile_order`. With it our own Triton kernels run, else `attention`.
     """
     if order is not None:
         from hnet_kernels import attention_triton

@@ -10,38 +10,22 @@ tile of SIZE queries or keys, which it finds in a list of at most I = T / SIZE +
 (without a window) come first, so that all blocks end at about the same time. There are no atomics: the same bits every
 time.
 
-Loops load their tiles through tensor descriptors, as in ssd_triton.py. A tile may contain rows of the next document
+Loops load their tiles as in ssd_triton.py. A tile may contain rows of the next document
 and, where W > P, channels of the next head. These are multiplied by zero or not stored.
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hnet_kernels.launch import cdiv, descriptor, kernel, next_power_of_2, on_device_of
+from hnet_kernels import launch_options
+from hnet_kernels.launch import Rows, cdiv, kernel, next_power_of_2, on_device_of, rows_of
+from hnet_kernels.launch_options import Options, launch
 from hnet_kernels.saved import saved_empty
-from hnet_kernels.triton_math import LOG2_E
-
-
-class Options(NamedTuple):
-    """Of a kernel: the tokens of the tiles that a thread block loops over, and its launch options."""
-
-    tokens: int
-    warps: int
-    stages: int
-    registers: int | None = None  # at most, per thread
-
+from hnet_kernels.triton_math import LOG2_E, load_tile
 
 SIZE = 64  # tokens of the tile that a thread block works for; other sizes are slower
-# for W up to 64, and for 128: the fastest of those in benchmarks/results, h200-2026-11-28/kernels_sweep.txt and
-# h200-2026-11-28-2/attention_ways.txt
-FORWARD = Options(64, 4, 2), Options(64, 4, 3)
-KEYS = Options(64, 4, 2, 168), Options(32, 4, 2)  # 168: three blocks per SM
-QUERIES = Options(64, 4, 3), Options(64, 4, 2)
 
 
 @kernel(do_not_specialize=["B", "n", "steps"])
@@ -104,13 +88,13 @@ def _window_begins(start, first, window, M: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _attend(
-    q_MP, o_MP, sum_M, most_M, kv_desc, k_column, v_column, m, first, end, scale, window,
-    N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr,
+    q_MP, o_MP, sum_M, most_M, kv_rows, k_column, v_column, m, first, end, scale, window,
+    P: tl.constexpr, W: tl.constexpr, N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Adds keys first ... end - 1 to the running softmax of a tile of queries; MASK: some keys may not be seen."""
     for n_first in range(first, end, N):
         n = n_first + tl.arange(0, N)
-        k_NP = kv_desc.load([n_first, k_column])
+        k_NP = load_tile(kv_rows, n_first, k_column, N, W, W == P)
         scores_MN = tl.dot(q_MP, tl.trans(k_NP))
         if MASK:
             seen_MN = n[None, :] <= m[:, None]
@@ -123,7 +107,7 @@ def _attend(
             weights_MN = tl.where(seen_MN, weights_MN, 0.0)  # also for queries that have seen no key
         shrink_M = tl.exp2(most_M - now_M)
         sum_M = sum_M * shrink_M + tl.sum(weights_MN, 1)
-        v_NP = kv_desc.load([n_first, v_column])
+        v_NP = load_tile(kv_rows, n_first, v_column, N, W, W == P)
         o_MP = tl.dot(weights_MN.to(v_NP.dtype), v_NP, o_MP * shrink_M[:, None])
         most_M = now_M
     return o_MP, sum_M, most_M
@@ -131,7 +115,7 @@ def _attend(
 
 @kernel(do_not_specialize=["T", "H"])
 def _forward(
-    q_ptr, kv_desc, o_ptr, lse_ptr, tiles_ptr, T, H, stride, o_stride, scale, window,
+    q_ptr, kv_rows, o_ptr, lse_ptr, tiles_ptr, T, H, stride, o_stride, scale, window,
     P: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """One thread block per tile of queries and head: o_THP and lse_HT."""
@@ -147,14 +131,30 @@ def _forward(
     if WINDOW:
         reached, whole = _window_begins(start, first, window, M, N)
         o_MP, sum_M, most_M = _attend(
-            q_MP, o_MP, sum_M, most_M, kv_desc, k_column, v_column, m, reached, whole, scale, window, N, True, True
+            q_MP,
+            o_MP,
+            sum_M,
+            most_M,
+            kv_rows,
+            k_column,
+            v_column,
+            m,
+            reached,
+            whole,
+            scale,
+            window,
+            P,
+            W,
+            N,
+            True,
+            True,
         )
     o_MP, sum_M, most_M = _attend(
-        q_MP, o_MP, sum_M, most_M, kv_desc, k_column, v_column, m, whole, first, scale, window, N, False, WINDOW
+        q_MP, o_MP, sum_M, most_M, kv_rows, k_column, v_column, m, whole, first, scale, window, P, W, N, False, WINDOW
     )
     o_MP, sum_M, most_M = _attend(
-        q_MP, o_MP, sum_M, most_M, kv_desc, k_column, v_column, m, first, tl.minimum(first + M, end), scale,
-        window, N, True, WINDOW,
+        q_MP, o_MP, sum_M, most_M, kv_rows, k_column, v_column, m, first, tl.minimum(first + M, end), scale,
+        window, P, W, N, True, WINDOW,
     )  # fmt: skip
     _store_rows(o_ptr + h * P, m, o_stride, m < end, o_MP / sum_M[:, None], P, W)
     tl.store(lse_ptr + h * T + m, most_M + tl.log2(sum_M), mask=m < end)
@@ -162,15 +162,15 @@ def _forward(
 
 @triton.jit
 def _for_keys(
-    k_NP, v_NP, dk_NP, dv_NP, q_desc, do_desc, column, lse_ptr, delta_ptr, n, first, end, scale, window,
-    M: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr,
+    k_NP, v_NP, dk_NP, dv_NP, q_rows, do_rows, column, lse_ptr, delta_ptr, n, first, end, scale, window,
+    P: tl.constexpr, W: tl.constexpr, M: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Adds the contributions of queries first ... end - 1 to the gradients of a tile of keys and values."""
     for m_first in range(first, end, M):
         m = m_first + tl.arange(0, M)
         inside = m < end
-        q_MP = q_desc.load([m_first, column])
-        do_MP = do_desc.load([m_first, column])
+        q_MP = load_tile(q_rows, m_first, column, M, W, W == P)
+        do_MP = load_tile(do_rows, m_first, column, M, W, W == P)
         if MASK:
             lse_M = tl.load(lse_ptr + m, mask=inside, other=0.0)
             delta_M = tl.load(delta_ptr + m, mask=inside, other=0.0)
@@ -192,7 +192,7 @@ def _for_keys(
 
 @kernel(do_not_specialize=["T", "H"])
 def _backward_keys(
-    q_desc, k_ptr, v_ptr, do_desc, lse_ptr, delta_ptr, dk_ptr, dv_ptr, tiles_ptr, T, H, stride, d_stride,
+    q_rows, k_ptr, v_ptr, do_rows, lse_ptr, delta_ptr, dk_ptr, dv_ptr, tiles_ptr, T, H, stride, d_stride,
     scale, dscale, window,
     P: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
@@ -215,16 +215,16 @@ def _backward_keys(
         end = tl.minimum(first + N + window, end)
     whole = masked + tl.maximum(seen_by_all - masked, 0) // M * M
     dk_NP, dv_NP = _for_keys(
-        k_NP, v_NP, dk_NP, dv_NP, q_desc, do_desc, column, lse_ptr, delta_ptr, n, first, masked, scale, window,
-        M, True, WINDOW,
+        k_NP, v_NP, dk_NP, dv_NP, q_rows, do_rows, column, lse_ptr, delta_ptr, n, first, masked, scale, window,
+        P, W, M, True, WINDOW,
     )  # fmt: skip
     dk_NP, dv_NP = _for_keys(
-        k_NP, v_NP, dk_NP, dv_NP, q_desc, do_desc, column, lse_ptr, delta_ptr, n, masked, whole, scale, window,
-        M, False, WINDOW,
+        k_NP, v_NP, dk_NP, dv_NP, q_rows, do_rows, column, lse_ptr, delta_ptr, n, masked, whole, scale, window,
+        P, W, M, False, WINDOW,
     )  # fmt: skip
     dk_NP, dv_NP = _for_keys(
-        k_NP, v_NP, dk_NP, dv_NP, q_desc, do_desc, column, lse_ptr, delta_ptr, n, whole, end, scale, window,
-        M, True, WINDOW,
+        k_NP, v_NP, dk_NP, dv_NP, q_rows, do_rows, column, lse_ptr, delta_ptr, n, whole, end, scale, window,
+        P, W, M, True, WINDOW,
     )  # fmt: skip
     _store_rows(dk_ptr + h * P, n, d_stride, n < end, dk_NP * dscale, P, W)
     _store_rows(dv_ptr + h * P, n, d_stride, n < end, dv_NP, P, W)
@@ -232,14 +232,14 @@ def _backward_keys(
 
 @triton.jit
 def _for_queries(
-    q_MP, do_MP, lse_M, delta_M, dq_MP, kv_desc, k_column, v_column, m, first, end, scale, window,
-    N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr,
+    q_MP, do_MP, lse_M, delta_M, dq_MP, kv_rows, k_column, v_column, m, first, end, scale, window,
+    P: tl.constexpr, W: tl.constexpr, N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Adds the contributions of keys first ... end - 1 to the gradients of a tile of queries."""
     for n_first in range(first, end, N):
         n = n_first + tl.arange(0, N)
-        k_NP = kv_desc.load([n_first, k_column])
-        v_NP = kv_desc.load([n_first, v_column])
+        k_NP = load_tile(kv_rows, n_first, k_column, N, W, W == P)
+        v_NP = load_tile(kv_rows, n_first, v_column, N, W, W == P)
         scores_MN = tl.dot(q_MP, tl.trans(k_NP))
         dweights_MN = tl.dot(do_MP, tl.trans(v_NP))
         weights_MN = tl.exp2(scores_MN * scale - lse_M[:, None])
@@ -255,7 +255,7 @@ def _for_queries(
 
 @kernel(do_not_specialize=["T", "H"])
 def _backward_queries(
-    q_ptr, kv_desc, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, tiles_ptr, T, H, stride, do_stride, d_stride,
+    q_ptr, kv_rows, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, tiles_ptr, T, H, stride, do_stride, d_stride,
     scale, dscale, window,
     P: tl.constexpr, W: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
@@ -277,32 +277,28 @@ def _backward_queries(
     if WINDOW:
         reached, whole = _window_begins(start, first, window, M, N)
         dq_MP = _for_queries(
-            q_MP, do_MP, lse_M, delta_M, dq_MP, kv_desc, k_column, v_column, m, reached, whole, scale, window,
-            N, True, True,
+            q_MP, do_MP, lse_M, delta_M, dq_MP, kv_rows, k_column, v_column, m, reached, whole, scale, window,
+            P, W, N, True, True,
         )  # fmt: skip
     dq_MP = _for_queries(
-        q_MP, do_MP, lse_M, delta_M, dq_MP, kv_desc, k_column, v_column, m, whole, first, scale, window,
-        N, False, WINDOW,
+        q_MP, do_MP, lse_M, delta_M, dq_MP, kv_rows, k_column, v_column, m, whole, first, scale, window,
+        P, W, N, False, WINDOW,
     )  # fmt: skip
     dq_MP = _for_queries(
-        q_MP, do_MP, lse_M, delta_M, dq_MP, kv_desc, k_column, v_column, m, first,
-        tl.minimum(first + M, end), scale, window, N, True, WINDOW,
+        q_MP, do_MP, lse_M, delta_M, dq_MP, kv_rows, k_column, v_column, m, first,
+        tl.minimum(first + M, end), scale, window, P, W, N, True, WINDOW,
     )  # fmt: skip
     _store_rows(dq_ptr + h * P, m, d_stride, m < end, dq_MP * dscale, P, W)
 
 
-def _for_heads(options: tuple[Options, Options], P: int) -> Options:
-    return options[P > 64]
-
-
 def _constants(options: Options, M: int, N: int, P: int, window: int) -> dict:
     sizes = {"P": P, "W": next_power_of_2(P), "M": M, "N": N, "WINDOW": window >= 0}
-    return sizes | {"num_warps": options.warps, "num_stages": options.stages, "maxnreg": options.registers}
+    return sizes | launch(options)
 
 
-def _described(x: Tensor, rows: int, P: int) -> TensorDescriptor:
-    """The descriptor of a dense (T, ..., P) tensor, in tiles of that many rows and one head."""
-    return descriptor(x, rows, next_power_of_2(P))
+def _tiled(x: Tensor, rows: int, P: int) -> Rows:
+    """A dense (T, ..., P) tensor as rows, in tiles of that many rows and one head."""
+    return rows_of(x, rows, next_power_of_2(P))
 
 
 def tile_order(T: int, cu_seqlens: Tensor) -> Tensor:
@@ -325,11 +321,11 @@ def attention_forward(qkv_T3HP: Tensor, tiles_3I: Tensor, window: int) -> tuple[
     T, _, H, P = qkv_T3HP.shape
     q = qkv_T3HP[:, 0]
     o_THP, lse_HT = saved_empty(q, T, H, P), saved_empty(q, H, T, dtype=torch.float32)
-    options = _for_heads(FORWARD, P)
+    options = launch_options.attention(q.device, P).forward
     assert SIZE % options.tokens == 0  # the keys before a tile of queries are full tiles
     if not T:
         return o_THP, lse_HT
-    keys = _described(qkv_T3HP, options.tokens, P)
+    keys = _tiled(qkv_T3HP, options.tokens, P)
     with on_device_of(q):
         _forward[(H * tiles_3I.shape[1],)](
             q, keys, o_THP, lse_HT, tiles_3I, T, H, q.stride(0), o_THP.stride(0),
@@ -347,12 +343,12 @@ def attention_backward(
     o_THP, do_THP = o_THP.contiguous(), do_THP.contiguous()
     delta_HT, dqkv_T3HP = lse_HT.new_empty(H, T), qkv_T3HP.new_empty(T, 3, H, P)
     dq, dk, dv = dqkv_T3HP.unbind(1)
-    of_keys, of_queries = _for_heads(KEYS, P), _for_heads(QUERIES, P)
+    _, of_keys, of_queries = launch_options.attention(q.device, P)
     assert SIZE % of_queries.tokens == 0
     if not T:
         return dqkv_T3HP
-    queries, do_queries = (_described(x, of_keys.tokens, P) for x in (qkv_T3HP, do_THP))
-    keys = _described(qkv_T3HP, of_queries.tokens, P)
+    queries, do_queries = (_tiled(x, of_keys.tokens, P) for x in (qkv_T3HP, do_THP))
+    keys = _tiled(qkv_T3HP, of_queries.tokens, P)
     grid, stride, do_stride = (H * tiles_3I.shape[1],), q.stride(0), do_THP.stride(0)
     scales = P**-0.5 * LOG2_E.value, P**-0.5, window
     with on_device_of(q):

@@ -18,7 +18,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -30,7 +30,12 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction, native_specialize_impl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from hnet_kernels import cards
+
 logger = logging.getLogger("hnet_kernels")
+
+if architecture := cards.imitated_architecture():
+    knobs.runtime.override_arch = architecture
 
 KNOWN = ("3.6.", "3.7.")  # versions of Triton whose binder and launcher are as `Kernel` expects
 
@@ -161,6 +166,27 @@ def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     found = TensorDescriptor.__new__(TensorDescriptor)  # for what is not set, a dataclass has its defaults
     found.base, found.shape, found.strides, found.block_shape = x, [T, width], [stride, 1], [rows, columns]
     return found
+
+
+class Pointers(NamedTuple):
+    """A matrix (rows, width) for kernels that compute addresses, on GPUs without a copy engine for descriptors."""
+
+    base: Tensor
+    rows: int
+    width: int
+    stride: int
+
+
+Rows = TensorDescriptor | Pointers
+
+
+def rows_of(x: Tensor, rows: int, columns: int) -> Rows:
+    """A (T, ...) tensor as a matrix (T, W), as kernels read or write it in tiles of (rows, columns)."""
+    if cards.has_descriptors(x.device):
+        return descriptor(x, rows, columns)
+    width = row_width(x.shape[1:], x.stride()[1:])
+    assert width is not None, f"rows are not dense: shape {tuple(x.shape)}, strides {x.stride()}"
+    return Pointers(x, len(x), width, x.stride(0))
 
 
 _HERE = contextlib.nullcontext()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, softplus
 
+from hnet_kernels import cards
 from hnet_kernels.dispatch import has_triton, use_fast
 from hnet_kernels.gradients import Slot
 
@@ -191,12 +192,7 @@ def _why_unsupported(x_THP: Tensor, B_TN: Tensor) -> str | None:
         return f"headdim {P}, not 64"
     if N not in (16, 32, 64, 128):
         return f"d_state {N}, not 16, 32, 64 or 128"
-    capability = torch.cuda.get_device_capability(x_THP.device)
-    if capability[0] != 9:  # other GPUs lack registers or shared memory, or were not tried
-        return f"compute capability {capability[0]}.{capability[1]}, not 9.x"
-    if not has_triton():
-        return "no triton"
-    return None
+    return cards.why_unsupported(x_THP.device) or (None if has_triton() else "no triton")
 
 
 @torch.library.custom_op("hnet::ssd", mutates_args=())

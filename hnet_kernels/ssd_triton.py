@@ -20,9 +20,9 @@ through a segment with the state in registers. So the forward reads x twice, wri
     _gradients  dx, and the flows between tokens, per head; the sums of dB and dC over a group of heads in registers
     _finish     dB and dC; the gradients of dt, A, the bias and D from the flows
 
-There are no atomics: the same bits every time on one kind of GPU. Tiles are loaded and stored through tensor
-descriptors. On Hopper the copy engine moves them, which saves the registers of addresses. Rows past T are read as zeros
-and not written.
+There are no atomics: the same bits every time on one kind of GPU. Tiles are loaded and stored as `load_tile` in
+triton_math.py says: through tensor descriptors where the chip has a copy engine for them, which saves the registers of
+addresses. Rows past T are read as zeros and not written.
 """
 
 from collections.abc import Sequence
@@ -32,13 +32,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from hnet_kernels import launch_options
 from hnet_kernels.gradients import Slot
-from hnet_kernels.launch import cdiv, descriptor, kernel, next_power_of_2, on_device_of, row_width
+from hnet_kernels.launch import Rows, cdiv, kernel, next_power_of_2, on_device_of, row_width, rows_of
+from hnet_kernels.launch_options import Options, launch
 from hnet_kernels.norm_triton import sm_count, sum_rows
 from hnet_kernels.saved import save_if, saved_empty
-from hnet_kernels.triton_math import LOG2_E
+from hnet_kernels.triton_math import LOG2_E, load_tile, store_tile
 
 SUM, SOURCE, GAIN, START, END = (tl.constexpr(i) for i in range(5))  # of vectors_5HT, see _prepare
 INSIDE, BEFORE, LATER, DGAIN, ITSELF = (tl.constexpr(i) for i in range(5))  # of flows_5HT, see _gradients
@@ -100,8 +101,8 @@ def _prepare(
     dt_ptr,
     bias_ptr,
     A_ptr,
-    B_desc,
-    C_desc,
+    B_rows,
+    C_rows,
     cu_seqlens_ptr,
     vectors_ptr,
     decay_ptr,
@@ -111,6 +112,7 @@ def _prepare(
     H,
     n_docs,
     dt_stride,
+    N: tl.constexpr,
     Q: tl.constexpr,
     BLOCK_H: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -129,7 +131,7 @@ def _prepare(
     if HAS_BIAS:
         bias_H = tl.load(bias_ptr + h, mask=h < H, other=0.0)
     if WITH_SCORES:  # these wait for their loads, so they come after all other loads
-        B_QN, C_QN = B_desc.load([c * Q, 0]), C_desc.load([c * Q, 0])
+        B_QN, C_QN = load_tile(B_rows, c * Q, 0, Q, N), load_tile(C_rows, c * Q, 0, Q, N)
     gain_QH = gain_QH.to(tl.float32)
     if HAS_BIAS:
         gain_QH = tl.where(valid_QH, _softplus(gain_QH + bias_H[None, :]), 0.0)
@@ -208,8 +210,8 @@ def _cut(decay_ptr, first, end, h, H, REVERSE: tl.constexpr):
 
 @kernel(do_not_specialize=["H", "n_chunks", "chunks_per_segment"])
 def _totals(
-    values_desc,
-    keys_desc,
+    values_rows,
+    keys_rows,
     vectors_ptr,
     decay_ptr,
     totals_ptr,
@@ -241,8 +243,8 @@ def _totals(
         # a scalar loaded where it is used would stall: the next chunk's is loaded now
         next_decay = tl.load(decay_ptr + (c + STEP) * H + h, mask=k + 1 < end - first, other=0.0)
         weight_Q = _weights(vectors_ptr, h * padded + c * Q + tl.arange(0, Q), H * padded, REVERSE) * through
-        keys_QN = keys_desc.load([c * Q, 0])
-        values_QP = (values_desc.load([c * Q, h * P]) * weight_Q[:, None]).to(keys_QN.dtype)
+        keys_QN = load_tile(keys_rows, c * Q, 0, Q, N)
+        values_QP = (load_tile(values_rows, c * Q, h * P, Q, P) * weight_Q[:, None]).to(keys_QN.dtype)
         state_PN = tl.dot(tl.trans(values_QP), keys_QN, state_PN, input_precision="ieee")
         through *= decay
         decay = next_decay
@@ -254,13 +256,13 @@ def _totals(
 
 @kernel(do_not_specialize=["H", "n_chunks", "chunks_per_segment"])
 def _states(
-    values_desc,
-    keys_desc,
+    values_rows,
+    keys_rows,
     vectors_ptr,
     decay_ptr,
     totals_ptr,
     segment_decay_ptr,
-    states_desc,
+    states_rows,
     H,
     n_chunks,
     chunks_per_segment,
@@ -284,9 +286,9 @@ def _states(
     for k in range(end - first):
         next_decay = tl.load(decay_ptr + (c + STEP) * H + h, mask=k + 1 < end - first, other=0.0)  # see `_totals`
         weight_Q = _weights(vectors_ptr, h * padded + c * Q + tl.arange(0, Q), H * padded, REVERSE)
-        values_QP = values_desc.load([c * Q, h * P])
-        keys_QN = keys_desc.load([c * Q, 0])
-        states_desc.store([(c * H + h) * P, 0], state_PN.to(keys_QN.dtype))
+        values_QP = load_tile(values_rows, c * Q, h * P, Q, P)
+        keys_QN = load_tile(keys_rows, c * Q, 0, Q, N)
+        store_tile(states_rows, (c * H + h) * P, 0, state_PN.to(keys_QN.dtype))
         values_QP = (values_QP * weight_Q[:, None]).to(keys_QN.dtype)
         state_PN = tl.dot(tl.trans(values_QP), keys_QN, state_PN * decay, input_precision="ieee")
         decay = next_decay
@@ -295,16 +297,16 @@ def _states(
 
 @kernel(do_not_specialize=["H", "n_chunks", "chunks_per_segment"])
 def _outputs(
-    x_desc,
-    B_desc,
-    C_desc,
+    x_rows,
+    B_rows,
+    C_rows,
     vectors_ptr,
     decay_ptr,
-    scores_desc,
+    scores_rows,
     totals_ptr,
     segment_decay_ptr,
     D_ptr,
-    y_desc,
+    y_rows,
     states_ptr,
     H,
     n_chunks,
@@ -340,17 +342,17 @@ def _outputs(
         source_Q = tl.load(vectors_ptr + SOURCE * H * padded + c * Q)
         gain_Q = tl.load(vectors_ptr + GAIN * H * padded + c * Q)
         end_Q = tl.load(vectors_ptr + END * H * padded + c * Q)
-        x_QP = x_desc.load([c * Q, h * P])
-        B_QN = B_desc.load([c * Q, 0])
-        C_QN = C_desc.load([c * Q, 0])
-        scores_QQ = scores_desc.load([c * Q, 0])
+        x_QP = load_tile(x_rows, c * Q, h * P, Q, P)
+        B_QN = load_tile(B_rows, c * Q, 0, Q, N)
+        C_QN = load_tile(C_rows, c * Q, 0, Q, N)
+        scores_QQ = load_tile(scores_rows, c * Q, 0, Q, Q)
 
         y_QP = tl.dot(C_QN, tl.trans(state_PN.to(x_QP.dtype)), input_precision="ieee") * start_Q[:, None]
         weights_QQ = (scores_QQ * _exp2(sum_Q[:, None] + source_Q[None, :])).to(x_QP.dtype)
         y_QP = tl.dot(weights_QQ, x_QP, y_QP, input_precision="ieee")
         if HAS_D:
             y_QP += D * x_QP
-        y_desc.store([c * Q, h * P], y_QP.to(x_QP.dtype))
+        store_tile(y_rows, c * Q, h * P, y_QP.to(x_QP.dtype))
 
         if SAVE_STATES:
             # here and not through a descriptor: it reuses the shared memory of finished products, so that two blocks
@@ -364,15 +366,15 @@ def _outputs(
 
 @triton.jit
 def _gradients_within(
-    x_desc,
-    dy_desc,
-    B_desc,
-    C_desc,
+    x_rows,
+    dy_rows,
+    B_rows,
+    C_rows,
     vectors_ptr,
     document_ptr,
-    dstates_desc,
-    dx_desc,
-    dscores_desc,
+    dstates_rows,
+    dx_rows,
+    dscores_rows,
     flows_ptr,
     D_ptr,
     c,
@@ -382,6 +384,7 @@ def _gradients_within(
     H,
     n_chunks,
     P: tl.constexpr,
+    N: tl.constexpr,
     Q: tl.constexpr,
     HAS_D: tl.constexpr,
 ):
@@ -390,8 +393,8 @@ def _gradients_within(
     q = tl.arange(0, Q)
     document_Q = tl.load(document_ptr + c * Q + q)
     allowed_QQ = (q[:, None] <= q[None, :]) & (document_Q[:, None] == document_Q[None, :])
-    B_QN = B_desc.load([c * Q, 0])
-    scores_QQ = tl.dot(B_QN, tl.trans(C_desc.load([c * Q, 0])), input_precision="ieee")
+    B_QN = load_tile(B_rows, c * Q, 0, Q, N)
+    scores_QQ = tl.dot(B_QN, tl.trans(load_tile(C_rows, c * Q, 0, Q, N)), input_precision="ieee")
     scores_QQ = tl.where(allowed_QQ, scores_QQ, 0.0)
     dscores_QQ = tl.zeros((Q, Q), tl.float32)
     for h in range(first, end):
@@ -399,9 +402,9 @@ def _gradients_within(
         sum_Q = tl.load(vectors_ptr + SUM * H * padded + at)
         gain_Q = tl.load(vectors_ptr + GAIN * H * padded + at)
         end_Q = tl.load(vectors_ptr + END * H * padded + at)
-        x_QP = x_desc.load([c * Q, h * P])
-        dy_QP = dy_desc.load([c * Q, h * P])
-        dstate_PN = dstates_desc.load([(c * H + h) * P, 0])
+        x_QP = load_tile(x_rows, c * Q, h * P, Q, P)
+        dy_QP = load_tile(dy_rows, c * Q, h * P, Q, P)
+        dstate_PN = load_tile(dstates_rows, (c * H + h) * P, 0, P, N)
 
         within_QQ = _exp2(sum_Q[None, :] - sum_Q[:, None])
         dscores_h_QQ = tl.dot(x_QP, tl.trans(dy_QP), input_precision="ieee") * within_QQ  # without the gain
@@ -418,25 +421,25 @@ def _gradients_within(
         dinput_QP = tl.dot(B_QN, tl.trans(dstate_PN), input_precision="ieee") * end_Q[:, None]
         later_Q = tl.sum(x_QP * dinput_QP, 1)
         dinput_QP = tl.dot(weights_QQ.to(x_QP.dtype), dy_QP, dinput_QP * gain_Q[:, None], input_precision="ieee")
-        dx_desc.store([c * Q, h * P], dinput_QP.to(x_QP.dtype))
+        store_tile(dx_rows, c * Q, h * P, dinput_QP.to(x_QP.dtype))
         tl.store(flows_ptr + INSIDE * H * padded + at, inside_Q)
         tl.store(flows_ptr + LATER * H * padded + at, later_Q * gain_Q)
         tl.store(flows_ptr + DGAIN * H * padded + at, dgain_Q + later_Q)
 
     dscores_QQ = tl.where(allowed_QQ, dscores_QQ, 0.0).to(B_QN.dtype)
-    dscores_desc.store([group * padded + c * Q, 0], dscores_QQ)
+    store_tile(dscores_rows, group * padded + c * Q, 0, dscores_QQ)
 
 
 @triton.jit
 def _gradients_across(
-    x_desc,
-    dy_desc,
-    C_desc,
+    x_rows,
+    dy_rows,
+    C_rows,
     vectors_ptr,
     decay_ptr,
-    states_desc,
-    dstates_desc,
-    parts_desc,
+    states_rows,
+    dstates_rows,
+    parts_rows,
     flows_ptr,
     through_ptr,
     c,
@@ -452,7 +455,7 @@ def _gradients_across(
     """The parts of dB and dC that come through the states around chunk c, and the flows into and through it."""
     padded = n_chunks * Q
     p = tl.arange(0, P)
-    C_QN = C_desc.load([c * Q, 0])
+    C_QN = load_tile(C_rows, c * Q, 0, Q, N)
     dB_QN = tl.zeros((Q, N), tl.float32)
     dC_QN = tl.zeros((Q, N), tl.float32)
     for h in range(first, end):
@@ -461,10 +464,10 @@ def _gradients_across(
         start_Q = tl.load(vectors_ptr + START * H * padded + at)
         end_Q = tl.load(vectors_ptr + END * H * padded + at)
         decay = tl.load(decay_ptr + c * H + h)
-        x_QP = x_desc.load([c * Q, h * P])
-        dy_QP = dy_desc.load([c * Q, h * P])
-        state_PN = states_desc.load([(c * H + h) * P, 0])
-        dstate_PN = dstates_desc.load([(c * H + h) * P, 0])
+        x_QP = load_tile(x_rows, c * Q, h * P, Q, P)
+        dy_QP = load_tile(dy_rows, c * Q, h * P, Q, P)
+        state_PN = load_tile(states_rows, (c * H + h) * P, 0, P, N)
+        dstate_PN = load_tile(dstates_rows, (c * H + h) * P, 0, P, N)
 
         x_end_QP = (x_QP * (end_Q * gain_Q)[:, None]).to(x_QP.dtype)
         dB_QN = tl.dot(x_end_QP, dstate_PN, dB_QN, input_precision="ieee")
@@ -478,24 +481,24 @@ def _gradients_across(
         tl.store(through_ptr + (c * H + h) * P + p, decay * through_P)
 
     row = group * 2 * padded + c * Q
-    parts_desc.store([row, 0], dB_QN.to(C_QN.dtype))
-    parts_desc.store([row + padded, 0], dC_QN.to(C_QN.dtype))
+    store_tile(parts_rows, row, 0, dB_QN.to(C_QN.dtype))
+    store_tile(parts_rows, row + padded, 0, dC_QN.to(C_QN.dtype))
 
 
 @kernel(do_not_specialize=["H", "n_chunks", "heads_per_group"])
 def _gradients(
-    x_desc,
-    dy_desc,
-    B_desc,
-    C_desc,
+    x_rows,
+    dy_rows,
+    B_rows,
+    C_rows,
     vectors_ptr,
     decay_ptr,
     document_ptr,
-    states_desc,
-    dstates_desc,
-    dx_desc,
-    dscores_desc,
-    parts_desc,
+    states_rows,
+    dstates_rows,
+    dx_rows,
+    dscores_rows,
+    parts_rows,
     flows_ptr,
     through_ptr,
     D_ptr,
@@ -522,12 +525,12 @@ def _gradients(
     end = first + heads_per_group
     if tl.program_id(0) % 2 == 0:
         _gradients_within(
-            x_desc, dy_desc, B_desc, C_desc, vectors_ptr, document_ptr, dstates_desc, dx_desc, dscores_desc, flows_ptr,
-            D_ptr, c, group, first, end, H, n_chunks, P, Q, HAS_D,
+            x_rows, dy_rows, B_rows, C_rows, vectors_ptr, document_ptr, dstates_rows, dx_rows, dscores_rows, flows_ptr,
+            D_ptr, c, group, first, end, H, n_chunks, P, N, Q, HAS_D,
         )  # fmt: skip
     else:
         _gradients_across(
-            x_desc, dy_desc, C_desc, vectors_ptr, decay_ptr, states_desc, dstates_desc, parts_desc, flows_ptr,
+            x_rows, dy_rows, C_rows, vectors_ptr, decay_ptr, states_rows, dstates_rows, parts_rows, flows_ptr,
             through_ptr, c, group, first, end, H, n_chunks, P, N, Q,
         )  # fmt: skip
 
@@ -535,23 +538,24 @@ def _gradients(
 @kernel(do_not_specialize=["T", "H", "n_chunks"], do_not_specialize_on_alignment=["sums_ptr"])
 def _finish(
     A_ptr,
-    B_desc,
-    C_desc,
+    B_rows,
+    C_rows,
     vectors_ptr,
     document_ptr,
-    dscores_desc,
-    parts_desc,
+    dscores_rows,
+    parts_rows,
     flows_ptr,
     through_ptr,
     ddt_ptr,
     sums_ptr,
-    dB_desc,
-    dC_desc,
+    dB_rows,
+    dC_rows,
     T,
     H,
     n_chunks,
     ddt_stride,
     P: tl.constexpr,
+    N: tl.constexpr,
     Q: tl.constexpr,
     BLOCK_H: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -603,56 +607,29 @@ def _finish(
     at_QH = t.to(tl.int64)[:, None] * ddt_stride + h[None, :]
     tl.store(ddt_ptr + at_QH, ddt_QH, mask=(t < T)[:, None] & (h < H)[None, :])
 
-    dscores_QQ = dscores_desc.load([c * Q, 0]).to(tl.float32)
-    dB_QN = parts_desc.load([c * Q, 0]).to(tl.float32)
-    dC_QN = parts_desc.load([padded + c * Q, 0]).to(tl.float32)
+    dscores_QQ = load_tile(dscores_rows, c * Q, 0, Q, Q).to(tl.float32)
+    dB_QN = load_tile(parts_rows, c * Q, 0, Q, N).to(tl.float32)
+    dC_QN = load_tile(parts_rows, padded + c * Q, 0, Q, N).to(tl.float32)
     for g in range(1, GROUPS):
-        dscores_QQ += dscores_desc.load([g * padded + c * Q, 0])
-        dB_QN += parts_desc.load([2 * g * padded + c * Q, 0])
-        dC_QN += parts_desc.load([(2 * g + 1) * padded + c * Q, 0])
-    B_QN, C_QN = B_desc.load([c * Q, 0]), C_desc.load([c * Q, 0])
+        dscores_QQ += load_tile(dscores_rows, g * padded + c * Q, 0, Q, Q)
+        dB_QN += load_tile(parts_rows, 2 * g * padded + c * Q, 0, Q, N)
+        dC_QN += load_tile(parts_rows, (2 * g + 1) * padded + c * Q, 0, Q, N)
+    B_QN, C_QN = load_tile(B_rows, c * Q, 0, Q, N), load_tile(C_rows, c * Q, 0, Q, N)
     dscores_QQ = dscores_QQ.to(B_QN.dtype)
     dB_QN = tl.dot(dscores_QQ, C_QN, dB_QN, input_precision="ieee")
     dC_QN = tl.dot(tl.trans(dscores_QQ), B_QN, dC_QN, input_precision="ieee")
-    dB_desc.store([c * Q, 0], dB_QN.to(B_QN.dtype))
-    dC_desc.store([c * Q, 0], dC_QN.to(B_QN.dtype))
+    store_tile(dB_rows, c * Q, 0, dB_QN.to(B_QN.dtype))
+    store_tile(dC_rows, c * Q, 0, dC_QN.to(B_QN.dtype))
 
 
-LAUNCH = {  # (warps, stages of the pipeline that loads), measured on an H200
-    torch.bfloat16: {
-        "_prepare": (8, 1),
-        "_totals": (4, 4),
-        "_states": (4, 4),
-        "_outputs": (4, 2),
-        "_gradients": (4, 2),
-        "_finish": (8, 1),
-    },
-    # full-precision products use no tensor cores: more registers, so more threads and fewer tokens per chunk
-    torch.float32: {
-        "_prepare": (8, 1),
-        "_totals": (8, 1),
-        "_states": (8, 1),
-        "_outputs": (8, 1),
-        "_gradients": (16, 1),
-        "_finish": (8, 1),
-    },
-}
-CHUNK = {torch.bfloat16: 64, torch.float32: 32}  # tokens; 64: the rows of one tensor-core instruction on Hopper
-
-
-def _launch(kernel: str, dtype: torch.dtype) -> dict[str, int]:
-    warps, stages = LAUNCH[dtype][kernel]
-    return {"num_warps": warps, "num_stages": stages}
-
-
-def _launch_for_heads(kernel: str, dtype: torch.dtype, H: int) -> dict[str, int | None]:
+def _launch_for_heads(options: Options, dtype: torch.dtype, H: int) -> dict[str, int | None]:
     """The launch options of a kernel whose thread block has all heads of a chunk.
 
     With 33 to 64 heads two blocks per SM must be requested: it saves 19 of 58 us per layer with 48 heads. With fewer
     heads it is slower; more would not fit (benchmarks/results/h200-2026-11-28-3/scan_ways.txt).
     """
-    registers = 128 if 32 < H <= 64 and dtype == torch.bfloat16 else None
-    return _launch(kernel, dtype) | {"BLOCK_H": next_power_of_2(H), "maxnreg": registers}
+    registers = 128 if 32 < H <= 64 and dtype == torch.bfloat16 else options.registers
+    return launch(options) | {"BLOCK_H": next_power_of_2(H), "maxnreg": registers}
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -662,9 +639,9 @@ def _dense(x: Tensor) -> Tensor:
     return x if is_dense else x.clone(memory_format=torch.contiguous_format)
 
 
-def _described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """The descriptor of a (T, ...) tensor as (T, W), in tiles of (rows, columns)."""
-    return descriptor(_dense(x), rows, columns)
+def _tiled(x: Tensor, rows: int, columns: int) -> Rows:
+    """A (T, ...) tensor as a matrix (T, W) that kernels read and write in tiles of (rows, columns)."""
+    return rows_of(_dense(x), rows, columns)
 
 
 class SavedScan(NamedTuple):
@@ -681,13 +658,15 @@ class _Plan:
     """Sizes and descriptors that forward and backward share."""
 
     def __init__(self, x_THP: Tensor, B_TN: Tensor, C_TN: Tensor):
-        (self.T, self.H, self.P), self.N, self.Q = x_THP.shape, B_TN.shape[1], CHUNK[x_THP.dtype]
+        (self.T, self.H, self.P), self.N = x_THP.shape, B_TN.shape[1]
+        self.options = launch_options.scan(x_THP.device, x_THP.dtype)
+        self.Q = self.options.tokens
         self.dtype = x_THP.dtype
         self.n_chunks = cdiv(self.T, self.Q)
         # two thread blocks, with one segment each, fit on an SM
         self.chunks_per_segment = cdiv(self.n_chunks * self.H, 2 * sm_count(x_THP.device))
         self.segments = cdiv(self.n_chunks, self.chunks_per_segment)
-        self.B, self.C = (_described(t, self.Q, self.N) for t in (B_TN, C_TN))
+        self.B, self.C = (_tiled(t, self.Q, self.N) for t in (B_TN, C_TN))
         self.sizes = self.H, self.n_chunks, self.chunks_per_segment
         self.shape = {"P": self.P, "N": self.N, "Q": self.Q}
 
@@ -716,27 +695,25 @@ class _Plan:
             dt_TH, bias_H, A_H.contiguous(), self.B, self.C, cu_seqlens.contiguous(),
             saved.vectors_5HT, saved.decay_CH, saved.document_T, scores_CQQ,
             self.T, self.H, len(cu_seqlens) - 1, dt_TH.stride(0),
-            Q=self.Q, HAS_BIAS=bias_H is not None, WITH_SCORES=scores_CQQ is not None,
-            **_launch_for_heads("_prepare", self.dtype, self.H),
+            N=self.N, Q=self.Q, HAS_BIAS=bias_H is not None, WITH_SCORES=scores_CQQ is not None,
+            **_launch_for_heads(self.options.prepare, self.dtype, self.H),
         )  # fmt: skip
 
-    def totals(self, values_THP: Tensor, keys: TensorDescriptor, saved: SavedScan, reverse: bool) -> Tensor:
+    def totals(self, values_THP: Tensor, keys: Rows, saved: SavedScan, reverse: bool) -> Tensor:
         """totals_SHPN; without `reverse` also writes saved.segment_decay_SH."""
         totals_SHPN = saved.decay_CH.new_empty(self.segments, self.H, self.P, self.N)
         _totals[(self.segments * self.H,)](
-            _described(values_THP, self.Q, self.P), keys, saved.vectors_5HT, saved.decay_CH, totals_SHPN,
-            saved.segment_decay_SH, *self.sizes, **self.shape, REVERSE=reverse, **_launch("_totals", self.dtype),
+            _tiled(values_THP, self.Q, self.P), keys, saved.vectors_5HT, saved.decay_CH, totals_SHPN,
+            saved.segment_decay_SH, *self.sizes, **self.shape, REVERSE=reverse, **launch(self.options.totals),
         )  # fmt: skip
         return totals_SHPN
 
-    def states(
-        self, values_THP: Tensor, keys: TensorDescriptor, saved: SavedScan, states_CHPN: Tensor, reverse: bool
-    ) -> None:
+    def states(self, values_THP: Tensor, keys: Rows, saved: SavedScan, states_CHPN: Tensor, reverse: bool) -> None:
         totals_SHPN = self.totals(values_THP, keys, saved, reverse)
         _states[(self.segments * self.H,)](
-            _described(values_THP, self.Q, self.P), keys, saved.vectors_5HT, saved.decay_CH, totals_SHPN,
-            saved.segment_decay_SH, _described(states_CHPN, self.P, self.N), *self.sizes,
-            **self.shape, REVERSE=reverse, **_launch("_states", self.dtype),
+            _tiled(values_THP, self.Q, self.P), keys, saved.vectors_5HT, saved.decay_CH, totals_SHPN,
+            saved.segment_decay_SH, _tiled(states_CHPN, self.P, self.N), *self.sizes,
+            **self.shape, REVERSE=reverse, **launch(self.options.states),
         )  # fmt: skip
 
 
@@ -751,7 +728,7 @@ def scan_forward(
     save: bool = False,
     bias_H: Tensor | None = None,
 ) -> tuple[Tensor, SavedScan | None]:
-    """y_THP of `hnet::ssd`, plus D x where D_H is given. x, B, C: one of the dtypes of CHUNK; the others: float32.
+    """y_THP of `hnet::ssd`, plus D x where D_H is given. x, B, C: bfloat16 or float32; the others: float32.
 
     bias_H: if given, Mamba-2's weights are used: softplus(dt + bias) for dt, which may have any dtype, and -exp(A) for
     A. `save`: also returns what `scan_backward` can use, among it the states; None without tokens.
@@ -762,15 +739,16 @@ def scan_forward(
     plan = _Plan(x_THP, B_TN, C_TN)
     with save_if(save):
         saved = plan.empty(A_H, with_states=save)
-    scores = _described(B_TN.new_empty(plan.n_chunks * plan.Q, plan.Q), plan.Q, plan.Q)
+    scores_CQQ = B_TN.new_empty(plan.n_chunks * plan.Q, plan.Q)
     with on_device_of(x_THP):
-        plan.prepare(saved, dt_TH, bias_H, A_H, cu_seqlens, scores.base)
+        plan.prepare(saved, dt_TH, bias_H, A_H, cu_seqlens, scores_CQQ)
         totals_SHPN = plan.totals(x_THP, plan.B, saved, reverse=False)
-        x, y = (_described(t, plan.Q, plan.P) for t in (x_THP, y_THP))
+        x, y = (_tiled(t, plan.Q, plan.P) for t in (x_THP, y_THP))
+        scores = _tiled(scores_CQQ, plan.Q, plan.Q)
         _outputs[(plan.segments * plan.H,)](
             x, plan.B, plan.C, saved.vectors_5HT, saved.decay_CH, scores, totals_SHPN, saved.segment_decay_SH,
             D_H, y, saved.states_CHPN if save else None, *plan.sizes,
-            **plan.shape, HAS_D=D_H is not None, SAVE_STATES=save, **_launch("_outputs", x_THP.dtype),
+            **plan.shape, HAS_D=D_H is not None, SAVE_STATES=save, **launch(plan.options.outputs),
         )  # fmt: skip
     return y_THP, saved if save else None
 
@@ -826,9 +804,9 @@ def scan_backward(
     groups = _groups(n_chunks, H, x_THP.device)
     saved = plan.empty(A_H, with_states=True) if recompute else saved
     dstates_CHPN = x_THP.new_empty(saved.states_CHPN.shape)
-    states, dstates = (_described(x, P, N) for x in (saved.states_CHPN, dstates_CHPN))
-    dscores_GCQQ = _described(x_THP.new_empty(groups * n_chunks * Q, Q), Q, Q)
-    parts_G2TN = _described(x_THP.new_empty(groups * 2 * n_chunks * Q, N), Q, N)
+    states, dstates = (_tiled(x, P, N) for x in (saved.states_CHPN, dstates_CHPN))
+    dscores_GCQQ = _tiled(x_THP.new_empty(groups * n_chunks * Q, Q), Q, Q)
+    parts_G2TN = _tiled(x_THP.new_empty(groups * 2 * n_chunks * Q, N), Q, N)
     flows_5HT = A_H.new_empty(5, H, n_chunks * Q)
     # Zeros, because a kernel writes them: descriptors need the context that a thread's first launch binds, and the
     # thread on which autograd runs a backward may have launched nothing ("invalid device context" with Triton 3.6; with
@@ -842,16 +820,16 @@ def scan_backward(
             plan.states(x_THP, plan.B, saved, saved.states_CHPN, reverse=False)
         plan.states(dy_THP, plan.C, saved, dstates_CHPN, reverse=True)
         _gradients[(2 * n_chunks, groups)](
-            *(_described(t, Q, P) for t in (x_THP, dy_THP)), plan.B, plan.C,
+            *(_tiled(t, Q, P) for t in (x_THP, dy_THP)), plan.B, plan.C,
             saved.vectors_5HT, saved.decay_CH, saved.document_T, states, dstates,
-            _described(dx_THP, Q, P), dscores_GCQQ, parts_G2TN, flows_5HT, through_CHP, D_H, H, n_chunks, H // groups,
-            **plan.shape, HAS_D=D_H is not None, **_launch("_gradients", x_THP.dtype),
+            _tiled(dx_THP, Q, P), dscores_GCQQ, parts_G2TN, flows_5HT, through_CHP, D_H, H, n_chunks, H // groups,
+            **plan.shape, HAS_D=D_H is not None, **launch(plan.options.gradients),
         )  # fmt: skip
         _finish[(n_chunks,)](
             A_H.contiguous(), plan.B, plan.C, saved.vectors_5HT, saved.document_T, dscores_GCQQ, parts_G2TN,
-            flows_5HT, through_CHP, ddt_TH, sums_CW, *(_described(t, Q, N) for t in (dB_TN, dC_TN)),
-            plan.T, H, n_chunks, ddt_TH.stride(0), P=P, Q=Q, GROUPS=groups, HAS_BIAS=bias_H is not None,
-            HAS_D=D_H is not None, **_launch_for_heads("_finish", x_THP.dtype, H),
+            flows_5HT, through_CHP, ddt_TH, sums_CW, *(_tiled(t, Q, N) for t in (dB_TN, dC_TN)),
+            plan.T, H, n_chunks, ddt_TH.stride(0), **plan.shape, GROUPS=groups, HAS_BIAS=bias_H is not None,
+            HAS_D=D_H is not None, **_launch_for_heads(plan.options.finish, x_THP.dtype, H),
         )  # fmt: skip
         sums_nH = sum_rows(sums_CW[None], A_H.dtype).view(-1, H) if dweights is None else [None] * len(of_heads)
         return Gradients(dx_THP, ddt_TH, dB_TN=dB_TN, dC_TN=dC_TN, **dict(zip(of_heads, sums_nH)))

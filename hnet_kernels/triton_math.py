@@ -6,7 +6,6 @@ Such a kernel calls `let_next_begin` first, and `wait_for_inputs` before it read
 block.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda
 
+from hnet_kernels import cards
 from hnet_kernels.dispatch import kernels_overlap
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -38,19 +38,45 @@ def sigmoid(x):
     return s
 
 
+@triton.jit
+def load_tile(x, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EXACT: tl.constexpr = True):
+    """A tile of a matrix that `rows_of` in launch.py describes; zeros outside of it.
+
+    EXACT: the tile ends at or before the matrix's last column. Only then may pointers leave out that comparison.
+    """
+    if hasattr(x, "stride"):
+        t, d = row + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+        at = x.base + tl.cast(row, tl.int64) * x.stride + column + (tl.arange(0, ROWS) * x.stride)[:, None] + d[None, :]
+        if EXACT:
+            tile = tl.load(at, mask=(t < x.rows)[:, None], other=0.0)
+        else:
+            tile = tl.load(at, mask=(t < x.rows)[:, None] & (column + d < x.width)[None, :], other=0.0)
+    else:
+        tile = x.load([row, column])
+    return tile
+
+
+@triton.jit
+def store_tile(x, row, column, tile):
+    """Stores a tile that ends at or before the last column of a matrix of `rows_of`, as far as it has such rows."""
+    if hasattr(x, "stride"):
+        ROWS: tl.constexpr = tile.shape[0]
+        COLUMNS: tl.constexpr = tile.shape[1]
+        t, d = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+        at = x.base + tl.cast(row, tl.int64) * x.stride + column + (t * x.stride)[:, None] + d[None, :]
+        tl.store(at, tile, mask=(row + t < x.rows)[:, None])
+    else:
+        x.store([row, column], tile)
+
+
 FEW_ROWS = 256  # with more, kernels take long enough
 
 
 def overlap(x_TX: Tensor) -> dict[str, Any]:
     """Options of a launch on few rows outside of training: OVERLAPS for the kernel, and what Triton needs to know."""
     overlaps = x_TX.is_cuda and len(x_TX) <= FEW_ROWS and not torch.is_grad_enabled()
-    overlaps = overlaps and kernels_overlap() and _can_overlap(x_TX.device)
+    overlaps = overlaps and kernels_overlap() and cards.can_overlap(x_TX.device)
     return {"OVERLAPS": True, "launch_pdl": True} if overlaps else {"OVERLAPS": False}
-
-
-@functools.cache
-def _can_overlap(device: torch.device) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 @triton.jit

@@ -121,9 +121,10 @@ def print_error(mistake: Exception) -> int:
 
 
 def user_errors() -> tuple[type[Exception], ...]:
-    """The exception classes for mistakes of the user; ConfigError only if its module has been imported."""
-    config = sys.modules.get("hnet_config")
-    return (UserError, DataError, *([config.ConfigError] if config else []))
+    """The exception classes for mistakes of the user; those of a module only if it has been imported."""
+    others = {"hnet_config": "ConfigError", "hnet_kernels.dispatch": "KernelError"}
+    found = [getattr(sys.modules[module], name) for module, name in others.items() if module in sys.modules]
+    return (UserError, DataError, *found)
 
 
 def unfailing(stream: TextIO) -> TextIO:

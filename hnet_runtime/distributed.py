@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from hnet_kernels import cards
 from hnet_routers import Router
 from hnet_runtime import UserError
 from hnet_runtime.steps.flat_adamw import FlatAdamW
@@ -90,6 +91,7 @@ def start(device: str = "auto", replicate: int = 1, timeout: float = 600) -> Wor
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # NCCL's flight recorder; watchdog.py writes it out
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **where)
     place = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
+    cards.start(place)
     return World(rank, size, place, make_mesh(kind, size, replicate))
 
 
@@ -109,7 +111,7 @@ def too_large_to_replicate(config: HNetConfig, world: World) -> str | None:
     with torch.device("meta"):
         parameters = sum(p.numel() for p in HNetLM(config).parameters())
     takes = (8 + 8 / world.size) * parameters
-    has = torch.cuda.mem_get_info(world.device)[1] if world.device.type == "cuda" else math.inf
+    has = cards.memory(world.device)[1] if world.device.type == "cuda" else math.inf
     (large,) = anywhere(world, takes > has / 2)
     return f"unsharded weights take {takes / 1e9:.0f} GB, more than half of a GPU's memory" if large else None
 

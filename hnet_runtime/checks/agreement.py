@@ -175,6 +175,7 @@ def choose_implementations(device: torch.device, dtype: torch.dtype, config: HNe
     Also where only a small model of the config differs, for example because it reads a tensor that a fast
     implementation changes in place. Returns the names of these operations and logs them.
     """
+    K.cards.start(device)
     differing = operations(torch.device("cpu"), torch.float64)
     if device.type == "cuda" and OPERATIONS["linear"].runs_fast(torch.empty(0, dtype=dtype, device=device)):
         differing |= operations(device, dtype)

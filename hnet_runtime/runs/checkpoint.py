@@ -37,6 +37,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from hnet_config import LEARNED
+from hnet_kernels import cards
 from hnet_runtime import UserError
 from hnet_runtime.data.stream import sync_folder
 from hnet_runtime.runs.run_folder import (  # noqa: F401 (some are for importers of this module)
@@ -277,7 +278,7 @@ def _free_gpu_memory(device: torch.device) -> float:
     """
     if device.type == "cpu":
         return math.inf
-    free, everything = torch.cuda.mem_get_info(device)
+    free, everything = cards.memory(device)
     return free - everything // 8
 
 

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor, nn
 from torch.nested import nested_tensor_from_jagged
 
-from hnet_kernels import Chunks, cross_entropy, cut, take_rows
+from hnet_kernels import Chunks, cards, cross_entropy, cut, take_rows
 from hnet_kernels.conv import MAX_TAPS
 from hnet_kernels.dispatch import forcing, requested
 from hnet_kernels.gradients import Destinations, settle, writing_to
@@ -88,8 +88,8 @@ def why_unsupported(config: HNetConfig, device: torch.device, dtype: torch.dtype
         return "HNET_KERNELS=reference forbids the kernels they need"
     if dtype != torch.bfloat16:
         return f"on a GPU they compute in bfloat16, not {str(dtype).removeprefix('torch.')}"
-    if torch.cuda.get_device_capability(device)[0] != 9:
-        return f"they need a Hopper GPU, which {torch.cuda.get_device_name(device)} is not"
+    if reason := cards.why_unsupported(device):
+        return f"{torch.cuda.get_device_name(device)} has {reason}"
     if config.ssm_cfg.d_state not in (16, 32, 64, 128) or config.ssm_cfg.d_conv > MAX_TAPS:
         return "ssm_cfg has sizes for which there is no kernel"
     return None if importlib.util.find_spec("triton") else "triton is not installed"
@@ -333,7 +333,7 @@ class GraphedModel:
         Early in training a router may have needed far larger graphs than now.
         """
         if self.device.type == "cuda":
-            free, everything = torch.cuda.mem_get_info(self.device)
+            free, everything = cards.memory(self.device)
             if free < everything // FREE_SHARE:
                 self.forget()
 

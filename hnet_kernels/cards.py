@@ -1,0 +1,134 @@
+"""What a GPU can do, decided once per device; and GPUs that another one imitates.
+
+Kernels differ between GPUs by compute capability alone: how much shared memory a thread block has, and whether there is
+a copy engine that reads tensor descriptors. Their launch options are in launch_options.py.
+
+`HNET_GPU=a100` makes a larger GPU imitate an A100: its launch options, its intermediate code for kernels, without
+descriptors and overlapping launches, and its memory. It is no test of the A100's machine code, and its times say
+nothing about an A100. For a B200, whose instructions no other GPU has, only launch options and memory are imitated.
+"""
+
+import functools
+import logging
+import os
+from typing import NamedTuple
+
+import torch
+
+from hnet_kernels.dispatch import KernelError
+
+logger = logging.getLogger("hnet_kernels")
+
+Capability = tuple[int, int]
+
+# KiB of shared memory that a thread block can use (CUDA programming guide), by compute capability
+SHARED = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
+TRIED = {(9, 0)}  # capabilities on which the tests have run
+
+
+class Card(NamedTuple):
+    """A kind of GPU. gib: the memory that PyTorch can allocate there."""
+
+    name: str
+    capability: Capability
+    gib: float
+
+
+CARDS = {
+    "a100": Card("A100", (8, 0), 78.5),
+    "rtx3090": Card("RTX 3090", (8, 6), 23),
+    "rtx4090": Card("RTX 4090", (8, 9), 23),
+    "l40s": Card("L40S", (8, 9), 43.5),
+    "h100": Card("H100", (9, 0), 78.5),
+    "h200": Card("H200", (9, 0), 139),
+    "b200": Card("B200", (10, 0), 177),
+    "rtx5090": Card("RTX 5090", (12, 0), 30.5),
+}
+
+
+@functools.cache
+def imitated() -> Card | None:
+    """The card that `HNET_GPU` names, read once. Raises KernelError for an unknown name."""
+    name = os.environ.get("HNET_GPU", "")
+    if name and name.lower() not in CARDS:
+        raise KernelError(f"HNET_GPU={name}: expected one of {', '.join(CARDS)}")
+    return CARDS[name.lower()] if name else None
+
+
+@functools.cache
+def capability(device: torch.device) -> Capability:
+    """The compute capability for which kernels are chosen; without a GPU, as under Triton's interpreter, 9.0."""
+    if card := imitated():
+        return card.capability
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+@functools.cache
+def why_unsupported(device: torch.device) -> str | None:
+    """Why the kernels with launch options of their own, and so graphs, have no options for a GPU; or None."""
+    found = capability(device)
+    if found in SHARED and torch.version.hip is None:
+        return None
+    known = ", ".join(f"{major}.{minor}" for major, minor in SHARED)
+    return f"compute capability {found[0]}.{found[1]}, not one of {known}"
+
+
+@functools.cache
+def has_descriptors(device: torch.device) -> bool:
+    """Whether kernels read tiles through tensor descriptors; elsewhere they compute addresses.
+
+    12.0 has descriptors too: see launch_options.py.
+    """
+    return capability(device) in ((9, 0), (10, 0))
+
+
+def imitated_architecture() -> str | None:
+    """The architecture for which Triton compiles all but the last step, if this is not the GPU's own."""
+    card = imitated()
+    if card is None or card.capability in ((9, 0), (10, 0)):
+        return None
+    major, minor = min(card.capability, (8, 9))  # 12.0 has the tensor-core instructions of 8.9
+    return f"sm{major}{minor}"
+
+
+@functools.cache
+def can_overlap(device: torch.device) -> bool:
+    """Whether a kernel can begin before the one before it has ended (programmatic dependent launch)."""
+    return torch.version.hip is None and capability(device) >= (9, 0) and imitated() is None
+
+
+def memory(device: torch.device) -> tuple[int, int]:
+    """(free, total) bytes of a GPU's memory; of the imitated card, as far as this process uses it."""
+    free, total = torch.cuda.mem_get_info(device)
+    if card := imitated():
+        total = min(total, int(card.gib * 2**30))
+        free = min(free, total - torch.cuda.memory_reserved(device))
+    return max(0, free), total
+
+
+@functools.cache
+def start(device: torch.device) -> None:
+    """Limits memory to that of an imitated card, and logs once what has to be known about the GPU.
+
+    Raises KernelError if the GPU has less memory than the card that it should imitate.
+    """
+    card = imitated()
+    if device.type != "cuda":
+        if card:
+            logger.warning("HNET_GPU=%s: without a GPU, nothing is imitated", os.environ["HNET_GPU"])
+        return
+    name, total = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
+    if card:
+        share = card.gib * 2**30 / total
+        if share > 1.01:
+            raise KernelError(f"HNET_GPU={os.environ['HNET_GPU']}: the {name} here has less memory than an {card.name}")
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+        logger.warning(
+            "HNET_GPU: this %s imitates an %s (launch options, %.0f GiB); that is no test of the machine code of an "
+            "%s, and times are no estimate for it", name, card.name, card.gib, card.name
+        )  # fmt: skip
+    elif capability(device) not in TRIED and not why_unsupported(device):
+        logger.warning(
+            "%s (compute capability %s.%s): the kernels have been compiled for such a GPU, but nobody has reported a "
+            "run; python benchmarks/tune.py checks them in ten minutes", name, *capability(device)
+        )  # fmt: skip
