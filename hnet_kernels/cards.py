@@ -121,11 +121,13 @@ def start(device: torch.device) -> None:
     if card:
         share = card.gib * 2**30 / total
         if share > 1.01:
-            raise KernelError(f"HNET_GPU={os.environ['HNET_GPU']}: the {name} here has less memory than an {card.name}")
+            raise KernelError(
+                f"HNET_GPU={os.environ['HNET_GPU']}: the {name} here has less memory than the {card.name}"
+            )
         torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
         logger.warning(
-            "HNET_GPU: this %s imitates an %s (launch options, %.0f GiB); that is no test of the machine code of an "
-            "%s, and times are no estimate for it", name, card.name, card.gib, card.name
+            "HNET_GPU: this %s imitates the %s (launch options, %.0f GiB); that is no test of the machine code of that "
+            "card, and times are no estimate for it", name, card.name, card.gib
         )  # fmt: skip
     elif capability(device) not in TRIED and not why_unsupported(device):
         logger.warning(

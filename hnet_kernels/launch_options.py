@@ -70,7 +70,7 @@ SCAN = {
         ),
         FULL: Scan(
             16,
-            Options(8, 1), Options(8, 1), Options(8, 1), Options(8, 1, 255), Options(8, 1, 255), Options(8, 1, 255),
+            Options(8, 1), Options(8, 1), Options(8, 1), Options(8, 1, 255), Options(16, 1, 128), Options(8, 1, 255),
         ),
     },
 }  # fmt: skip

@@ -71,6 +71,7 @@ def start(device: str = "auto", replicate: int = 1, timeout: float = 600) -> Wor
         logger.warning(
             "a GPU seems to be present, but this torch (%s) can't use it; continuing on the CPU", torch.__version__
         )
+    cards.imitated()  # a wrong name ends the run before anything is started
     kind = "cuda" if torch.cuda.is_available() and device != "cpu" else "cpu"
     if kind == "cuda":
         if local_rank >= torch.cuda.device_count():

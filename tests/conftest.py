@@ -1,3 +1,4 @@
+import os
 import signal
 import sys
 from pathlib import Path
@@ -7,6 +8,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)  # tests run in parallel processes; two threads for small tensors mostly wait for each other
+
+if os.environ.get("HNET_GPU") and torch.cuda.is_available():
+    from hnet_kernels import cards
+
+    cards.start(torch.device("cuda", 0))  # the memory of the card that this GPU imitates
 
 # nohup and a shell's background jobs ignore these signals, and so would every program that a test starts and signals.
 # A handler that does nothing protects this process as well, and programs start with the default instead.

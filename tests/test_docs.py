@@ -35,7 +35,7 @@ ELSEWHERE = ("CHANGING.md", "TRANSFORMERS.md")  # tests/test_changing.py and tes
 WITH_PYTHON = [page for page in PAGES if page.name not in ELSEWHERE]
 
 LISTED = {  # commands that are not run here, by what they match, and why not
-    r"^make (train|test|soak|lint)\b": "installs packages, and takes minutes",
+    r"^make (train|test|soak|audit|lint)\b": "installs packages, and takes minutes",
     r"^pip install|^python -m pip": "installs packages",
     r"^(python3? -m venv|source|\. )": "changes the shell of the reader",
     r"^git ": "changes the checkout of the reader",
@@ -45,8 +45,8 @@ LISTED = {  # commands that are not run here, by what they match, and why not
     r"--tasks|--include-path": "needs the extra lm_eval; tests/test_scoring.py runs such tasks where it is installed",
     r"--form transformers|^lm_eval|^make test-transformers": "needs the extra transformers: tests/test_transformers.py",
     r"^(python -m )?pytest|^ruff": "tests and style, which run beside this",
-    r"bench_\w+\.py|nsys|ncu": "needs a GPU, or takes minutes",
     r"benchmarks/study\.py": "takes minutes on a GPU; tests/test_study.py makes a small study",
+    r"bench_\w+\.py|benchmarks/(tune|audit)\.py|HNET_GPU=|nsys|ncu": "needs a GPU, or takes minutes",
     r"^(pkill|kill|nohup)\b": "acts on a process of the reader",
     r"--part \d+/\d+": "prepares one part of several; tests/test_fineweb.py runs them all",
 }

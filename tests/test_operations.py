@@ -29,6 +29,7 @@ from test_fused_triton import AWKWARD, TOLERANCE, check, exact  # noqa: E402
 from hnet_kernels import (  # noqa: E402
     Chunks,
     boundary_probability,
+    cards,  # noqa: E402
     cross_entropy,
     cut,
     embed,
@@ -491,8 +492,8 @@ def test_on_gpu(name, dtype, layout):
 @pytest.mark.parametrize("name", [name for name in CASES if name != "embed, rows"])  # which is torch's own
 def test_nothing_waits_for_the_device(name):
     """Neither does a backward, so all can be captured."""
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("the scan and attention have kernels on Hopper GPUs alone")
+    if reason := cards.why_unsupported(torch.device("cuda")):
+        pytest.skip(reason)
     compared = Compared(name, torch.bfloat16, "cuda", "dense")
     compared.run(fast=True, is_exact=False)
     torch.cuda.set_sync_debug_mode("error")

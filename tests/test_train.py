@@ -829,7 +829,7 @@ GB = 10**9
     ],
 )
 def test_graphs_and_replicas_are_used_where_possible(monkeypatch, changed, taken, copies):
-    """Imitates a Hopper GPU."""
+    """Imitates a GPU that graphs support."""
     changed = dict(changed)
     memory = changed.pop("memory", 80 * GB)
     device, size = torch.device(changed.pop("device", "cuda")), changed.pop("size", 1)

@@ -90,7 +90,8 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; master weights are float32. auto: bfloat16 on CUDA, float32 on the CPU."""
     compile: Annotated[Literal["auto", "graph", "eager"], flag("-C")] = "auto"
-    """graph: steps run as CUDA graphs, the fastest; needs Hopper GPUs, bfloat16 and unsharded weights on each. eager:
+    """graph: steps run as CUDA graphs, the fastest; needs GPUs of compute capability 8.0 or
+    later (docs/CARDS.md), bfloat16 and unsharded weights on each. eager:
     operations run one by one, with the same kernels. auto: graph where possible on a GPU, else eager."""
 
     replicate: int = 0
