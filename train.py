@@ -39,7 +39,8 @@ from torch import Tensor
 
 import fineweb
 from hnet_config import find_config
-from hnet_runtime import UserError, distributed, losses
+from hnet_kernels import cards
+from hnet_runtime import UserError, distributed, estimate, losses
 from hnet_runtime.checks import agreement, equivalence
 from hnet_runtime.data import cuts
 from hnet_runtime.data.cuts import Cutter
@@ -166,11 +167,12 @@ class TrainState:
             self.steps = PlainModel(model, alpha, world, groups)
         else:
             accumulates, captures = config.global_slices > world.size, how == "graph"
-            self.steps = GraphedModel(model, dtype, alpha, world, groups, config.ac, accumulates, captures)
+            ac = config.checkpointing
+            self.steps = GraphedModel(model, dtype, alpha, world, groups, ac, accumulates, captures)
         losses.attach(self.ratio, self.steps.masters, self.steps.model)
         self.evaluated, self.optimizer = self.steps.model, self.steps.optimizer
-        if how != "graph" and (config.ac != "none" or limit):
-            activations.recompute(self.evaluated, config.ac)
+        if how != "graph" and (config.checkpointing != "none" or limit):
+            activations.recompute(self.evaluated, config.checkpointing)
         self.guard = activations.ChunkGuard(self.evaluated, limit, world) if limit else None
         model.train()
 
@@ -283,12 +285,45 @@ def takes_graphs(
             world = world._replace(mesh=distributed.make_mesh(world.device.type, world.size, world.size))
     ratio = losses.ratio(config, hnet, torch.device("cpu"), torch.float64)
     if not is_checked:
-        reason = reason or agreement.steps_as_graphs(hnet, config.ac, functools.partial(losses.attach, ratio))
+        how = config.checkpointing
+        reason = reason or agreement.steps_as_graphs(hnet, how, functools.partial(losses.attach, ratio))
     if reason and config.compile == "graph":
         raise UserError(f"--compile graph: {reason}; use eager")
     if reason:
         logger.info("steps do not run as graphs: %s", reason)
     return not reason, world
+
+
+def choose_ac(config: TrainConfig, hnet: HNetConfig, world: World) -> str:
+    """The activation checkpointing for --ac auto, the same on every rank. What is not `none` is logged."""
+    if world.device.type != "cuda":
+        return "none"
+    card = estimate.card_of(world.device)
+    sharded = config.replicate == 1 or (not config.replicate and distributed.too_large_to_replicate(hnet, world))
+    shards = world.size if sharded else world.shards if config.replicate else 1
+    accumulates = config.global_slices > world.size
+    chosen = estimate.choose_ac(hnet, config.mbs, card, accumulates, shards)
+    flags = distributed.anywhere(world, *(chosen in estimate.MODES[i:] for i in range(len(estimate.MODES))))
+    chosen = estimate.MODES[sum(flags) - 1]  # the smallest GPU decides
+    if chosen != "none":
+        needed = estimate.memory(hnet, config.mbs, "none", None, accumulates, shards, card).total
+        logger.info(
+            f"--ac {chosen}: with --ac none, steps may take {needed:.0f} of the {card.gib:.0f} GiB of this GPU's memory"
+        )
+    return chosen
+
+
+def dry_run(config: TrainConfig, hnet: HNetConfig) -> None:
+    """Prints what a run takes of the GPU here, of the card that HNET_GPU names, or else of all known cards."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if card := cards.imitated():
+        chosen = [card]
+    elif torch.cuda.is_available() and config.device != "cpu":
+        chosen = [estimate.card_of(torch.device("cuda"))]
+    else:
+        chosen = list(cards.CARDS.values())
+    slices = max(1, (config.global_slices or size) // size)
+    print(estimate.report(hnet, config.mbs, slices, config.ac, chosen))
 
 
 class Run:
@@ -527,7 +562,7 @@ def main(config: TrainConfig) -> int:
     except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
         if not memory_ran_out(error):
             raise
-        commands.print_error(UserError(f"{in_words(error)} ({str(error).splitlines()[0]})"))
+        commands.print_error(UserError(f"{in_words(error, config.ac)} ({str(error).splitlines()[0]})"))
         return 1
 
 
@@ -542,6 +577,9 @@ def train(config: TrainConfig, then: Callable[[Run], None] | None = None, is_che
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s", stream=sys.stdout)
     hnet, start_weights = read_model(config)
     losses.check(config, hnet)
+    if config.dry_run:
+        dry_run(config, hnet)
+        return 0
     world = distributed.start(config.device, config.replicate or 1, max(600, 2 * config.timeout))
     config.global_slices = config.global_slices or world.size
     if config.early_exit != "no" and not world.is_main:
@@ -569,6 +607,8 @@ def train(config: TrainConfig, then: Callable[[Run], None] | None = None, is_che
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and world.device.type == "cuda")
     dtype = torch.bfloat16 if half else torch.float32
     agreement.choose_implementations(world.device, dtype, hnet)
+    if config.ac == "auto":
+        config.ac = choose_ac(config, hnet, world)
     graph, world = takes_graphs(config, hnet, dtype, world, is_checked)
 
     def build(graph: bool) -> TrainState:

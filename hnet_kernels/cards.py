@@ -27,22 +27,24 @@ TRIED = {(9, 0)}  # capabilities on which the tests have run
 
 
 class Card(NamedTuple):
-    """A kind of GPU. gib: the memory that PyTorch can allocate there."""
+    """A kind of GPU. gib: memory that PyTorch can allocate. tflops: dense, in bfloat16 with sums in float32."""
 
     name: str
     capability: Capability
     gib: float
+    tflops: float
+    gb_per_s: float
 
 
-CARDS = {
-    "a100": Card("A100", (8, 0), 78.5),
-    "rtx3090": Card("RTX 3090", (8, 6), 23),
-    "rtx4090": Card("RTX 4090", (8, 9), 23),
-    "l40s": Card("L40S", (8, 9), 43.5),
-    "h100": Card("H100", (9, 0), 78.5),
-    "h200": Card("H200", (9, 0), 139),
-    "b200": Card("B200", (10, 0), 177),
-    "rtx5090": Card("RTX 5090", (12, 0), 30.5),
+CARDS = {  # peaks of NVIDIA's data sheets and architecture papers
+    "a100": Card("A100", (8, 0), 78.5, 312, 2039),
+    "rtx3090": Card("RTX 3090", (8, 6), 23, 71, 936),
+    "rtx4090": Card("RTX 4090", (8, 9), 23, 165, 1008),
+    "l40s": Card("L40S", (8, 9), 43.5, 362, 864),
+    "h100": Card("H100", (9, 0), 78.5, 989, 3350),
+    "h200": Card("H200", (9, 0), 139, 989, 4800),
+    "b200": Card("B200", (10, 0), 177, 2250, 8000),
+    "rtx5090": Card("RTX 5090", (12, 0), 30.5, 209, 1792),
 }
 
 
@@ -74,12 +76,13 @@ def why_unsupported(device: torch.device) -> str | None:
 
 
 @functools.cache
-def has_descriptors(device: torch.device) -> bool:
-    """Whether kernels read tiles through tensor descriptors; elsewhere they compute addresses.
+def has_descriptors(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether kernels read tiles of a dtype through tensor descriptors; elsewhere they compute addresses.
 
-    12.0 has descriptors too: see launch_options.py.
+    12.0 has descriptors too, and 10.0 has them for float32: see launch_options.py.
     """
-    return capability(device) in ((9, 0), (10, 0))
+    found = capability(device)
+    return found == (9, 0) or (found == (10, 0) and dtype != torch.float32)
 
 
 def imitated_architecture() -> str | None:

@@ -182,7 +182,7 @@ Rows = TensorDescriptor | Pointers
 
 def rows_of(x: Tensor, rows: int, columns: int) -> Rows:
     """A (T, ...) tensor as a matrix (T, W), as kernels read or write it in tiles of (rows, columns)."""
-    if cards.has_descriptors(x.device):
+    if cards.has_descriptors(x.device, x.dtype):
         return descriptor(x, rows, columns)
     width = row_width(x.shape[1:], x.stride()[1:])
     assert width is not None, f"rows are not dense: shape {tuple(x.shape)}, strides {x.stride()}"

@@ -5,7 +5,7 @@ Three families differ in how tensor cores get their operands:
     hopper      9.0: from shared memory, filled through tensor descriptors
     blackwell   10.0: the same, into a memory of their own
     registers   8.0, 8.6, 8.9 and 12.0: from registers, of which large tiles take more than a thread has. 12.0 has
-                descriptors too, but with them its kernels spill four times as many bytes
+                descriptors too, but with them its kernels spill four times as many bytes; the same in float32 on 10.0
 
 Options of hopper were measured on an H200. Those of the others were compiled, not run: of the options that fit, they
 spill least (docs/CARDS.md). `benchmarks/tune.py` measures their neighbours on a card.
@@ -56,24 +56,23 @@ _HOPPER = {
     HALF: Scan(64, Options(8, 1), Options(4, 4), Options(4, 4), Options(4, 2), Options(4, 2), Options(8, 1)),
     FULL: Scan(32, Options(8, 1), Options(8, 1), Options(8, 1), Options(8, 1), Options(16, 1), Options(8, 1)),
 }
+_REGISTERS = {
+    # 255: without it ptxas gives kernels that spill 32 registers
+    HALF: Scan(
+        32, Options(8, 1), Options(4, 3), Options(4, 3), Options(8, 2, 255), Options(8, 2, 255), Options(8, 1)
+    ),
+    FULL: Scan(
+        16, Options(8, 1), Options(8, 1), Options(8, 1), Options(8, 1, 255), Options(16, 1, 128), Options(8, 1, 255)
+    ),
+}  # fmt: skip
 SCAN = {
     "hopper": _HOPPER,
     "blackwell": {
         HALF: _HOPPER[HALF]._replace(states=Options(4, 1)),  # a store through a descriptor stops Triton's pipeline
-        FULL: _HOPPER[FULL],
+        FULL: _REGISTERS[FULL],
     },
-    "registers": {
-        # 255: without it ptxas gives kernels that spill 32 registers
-        HALF: Scan(
-            32,
-            Options(8, 1), Options(4, 3), Options(4, 3), Options(8, 2, 255), Options(8, 2, 255), Options(8, 1),
-        ),
-        FULL: Scan(
-            16,
-            Options(8, 1), Options(8, 1), Options(8, 1), Options(8, 1, 255), Options(16, 1, 128), Options(8, 1, 255),
-        ),
-    },
-}  # fmt: skip
+    "registers": _REGISTERS,
+}
 
 # For heads of up to 64 channels, and of up to 128. Hopper: the fastest of those in benchmarks/results,
 # h200-2026-11-28/kernels_sweep.txt and h200-2026-11-28-2/attention_ways.txt. 168 registers: three blocks per SM.

@@ -82,11 +82,11 @@ def test_an_imitated_card_has_its_options_and_memory(gpu, caplog):
     assert fractions == [23 / 140]
     assert "no test of the machine code" in caplog.text and "no estimate" in caplog.text
     assert cards.memory(CUDA) == (20 * GIB, 23 * GIB)
-    assert not cards.has_descriptors(CUDA) and not cards.can_overlap(CUDA)
+    assert not cards.has_descriptors(CUDA, torch.bfloat16) and not cards.can_overlap(CUDA)
     assert launch_options.scan(CUDA, torch.bfloat16) == launch_options.SCAN["registers"][torch.bfloat16]
     gpu((9, 0), 140)
     assert cards.memory(CUDA) == (140 * GIB, 140 * GIB)
-    assert cards.has_descriptors(CUDA) and cards.can_overlap(CUDA)
+    assert cards.has_descriptors(CUDA, torch.bfloat16) and cards.can_overlap(CUDA)
     assert launch_options.scan(CUDA, torch.bfloat16) == launch_options.SCAN["hopper"][torch.bfloat16]
 
 

@@ -20,7 +20,7 @@ from hnet_runtime import UserError, commands
 from hnet_runtime.runs import run_folder
 
 DEFAULT_DATA = "data/stdlib"  # prepared on first use from the standard library of the running Python
-OF_ONE_START = ("save_dir", "resume", "early_exit")  # flags that a resumed run does not take over
+OF_ONE_START = ("save_dir", "resume", "dry_run", "early_exit")  # flags that a resumed run does not take over
 
 
 def flag(*short: str):
@@ -90,9 +90,9 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; master weights are float32. auto: bfloat16 on CUDA, float32 on the CPU."""
     compile: Annotated[Literal["auto", "graph", "eager"], flag("-C")] = "auto"
-    """graph: steps run as CUDA graphs, the fastest; needs GPUs of compute capability 8.0 or
-    later (docs/CARDS.md), bfloat16 and unsharded weights on each. eager:
-    operations run one by one, with the same kernels. auto: graph where possible on a GPU, else eager."""
+    """graph: steps run as CUDA graphs, the fastest; needs GPUs of compute capability 8.0 or later (docs/CARDS.md),
+    bfloat16 and unsharded weights on each. eager: operations run one by one, with the same kernels. auto: graph where
+    possible on a GPU, else eager."""
 
     replicate: int = 0
     """Replicas of the weights: one per process, 1 (FSDP2), or between (HSDP: with one per node, weights are sharded
@@ -100,9 +100,10 @@ class TrainConfig:
     most half of a GPU's memory, else 1."""
     reshard: bool = True
     """With sharded weights: free gathered weights after the forward and gather them again for the backward."""
-    ac: Literal["none", "block", "selective"] = "none"
+    ac: Literal["auto", "none", "block", "selective"] = "auto"
     """Activation checkpointing. block: save only the input of each block and recompute the rest in the backward;
-    selective: also save the results of matrix products, attention and the scan."""
+    selective: also save the results of matrix products, attention and the scan. auto: none, unless the GPU's memory is
+    too small for it."""
     max_chunks_per_rank: int = 0
     """If a router on any process opens more chunks than this in a micro-batch, all processes run its inner stages as
     with --ac block. 0: no limit."""
@@ -138,10 +139,18 @@ class TrainConfig:
     """The start of each sample, which the model continues."""
     logger: Annotated[Literal["local", "wandb", "tensorboard"], flag("-l")] = "local"
     """Where metrics are written in addition to metrics.jsonl."""
+    dry_run: bool = False
+    """Print parameters, memory and the expected time of a step, and stop: for the GPU here, the card that HNET_GPU
+    names, or all known cards."""
     early_exit: Annotated[Literal["no", "generate", "dumpparams"], flag("-e")] = "no"
     """generate: check that training forward, prefill and steps agree, and stop (status 1 if not). dumpparams: print the
     modules and each parameter's shape, dtype, stage, multiplier and decay, and stop; LOVELY_TENSORS=1 in the
     environment adds a summary of its values."""
+
+    @property
+    def checkpointing(self) -> str:
+        """--ac, which is `none` as long as nothing was chosen for `auto`."""
+        return "none" if self.ac == "auto" else self.ac
 
     def check(self) -> None:
         """Raises UserError that names the first flag out of range."""

@@ -227,11 +227,9 @@ class Interrupts:
         self.received = signal.Signals(number).name
 
 
-def in_words(error: BaseException) -> str:
-    """The error in words, for the sentence that ends a run."""
+def in_words(error: BaseException, ac: str = "none") -> str:
+    """The error in words, for the sentence that ends a run with this --ac."""
     if memory_ran_out(error):
-        return (
-            "the GPU's memory is full: take --ac selective or block, a smaller --mbs with more --global-slices, "
-            "or more processes"
-        )
+        first = {"selective": "--ac block, ", "block": ""}.get(ac, "--ac selective or block, ")
+        return f"the GPU's memory is full: take {first}a smaller --mbs with more --global-slices, or more processes"
     return type(error).__name__
