@@ -32,14 +32,6 @@ from hnet_kernels.gradients import PartialSums
 HALF, WIDE = torch.bfloat16, torch.float32
 
 
-BY_HEAD_SIZE = ("FORWARD", "KEYS", "QUERIES")
-_ATTENTION = {  # (tokens, warps, stages), optionally the most registers
-    "FORWARD": [(64, 4, 2), (64, 4, 3), (64, 4, 4), (32, 4, 3), (64, 8, 2)],
-    "KEYS": [(64, 4, 2), (64, 4, 2, 168), (64, 4, 3), (32, 4, 2), (32, 4, 3), (128, 8, 2)],
-    "QUERIES": [(64, 4, 2), (64, 4, 3), (32, 4, 3), (32, 4, 4), (64, 8, 2)],
-}
-
-
 class Always(norm_triton.Walk):
     """The same way to walk through rows for every width."""
 
@@ -50,15 +42,7 @@ class Always(norm_triton.Walk):
 _ROWS = [Always(*row) for row in itertools.product((512, 1024, 2048, 4096), (1, 2, 3, 4, 6), (4, 8))]
 _RUNS = [(32, 128, 1), (64, 128, 1), (64, 128, 2), (64, 256, 2), (32, 256, 1), (64, 64, 1), (128, 128, 1)]
 _PROGRAMS = [(16, 128, 1), (32, 128, 1), (14, 128, 2), (8, 256, 2), (8, 256, 1), (32, 64, 1)]
-SWEEP = [  # (name, module, values of its constants)
-    (
-        "attention" if d == "FORWARD" else "attention backward",
-        attention_triton,
-        [{d: (attention_triton.Options(*c),) * 2} for c in cs],
-    )
-    for d, cs in _ATTENTION.items()
-]
-SWEEP += [
+SWEEP = [  # (name, module, values of its constants); tune.py has those of the scan and of attention
     (f"{name} backward", norm_triton, [{f"_walk_{name.partition(' ')[0]}": row} for row in _ROWS])
     for name in ("add_norm 0", "gated_norm")
 ]
@@ -216,7 +200,7 @@ def main(args: Benchmark) -> None:
             for constant, value in choice.items():
                 setattr(module, constant, value)
             time_(
-                f"{label}, {' '.join(f'{k}={tuple(v[0]) if k in BY_HEAD_SIZE else v}' for k, v in choice.items())}",
+                f"{label}, {' '.join(f'{k}={v}' for k, v in choice.items())}",
                 *all_cases[label],
             )
             for constant, value in before.items():
