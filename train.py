@@ -67,7 +67,7 @@ from hnet_runtime.runs.run import (
 )
 from hnet_runtime.runs.statistics import StepNumbers
 from hnet_runtime.runs.watchdog import Watchdog
-from hnet_runtime.steps import activations, graphs
+from hnet_runtime.steps import activations, compile_ahead, graphs
 from hnet_runtime.steps.graphs import GraphedModel
 from hnet_runtime.steps.plain import PlainModel
 from hnet_runtime.steps.segments import memory_ran_out
@@ -606,9 +606,12 @@ def train(config: TrainConfig, then: Callable[[Run], None] | None = None, is_che
             logger.info(measured)
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and world.device.type == "cuda")
     dtype = torch.bfloat16 if half else torch.float32
-    agreement.choose_implementations(world.device, dtype, hnet)
     if config.ac == "auto":
         config.ac = choose_ac(config, hnet, world)
+    accumulates = config.global_slices > world.size
+    if config.early_exit == "no":
+        compile_ahead.start(hnet, config.mbs, config.ac, dtype, accumulates, world.device)
+    agreement.choose_implementations(world.device, dtype, hnet)
     graph, world = takes_graphs(config, hnet, dtype, world, is_checked)
 
     def build(graph: bool) -> TrainState:

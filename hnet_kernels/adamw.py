@@ -9,7 +9,7 @@ This file has the definition and the dispatch; the Triton kernel for GPUs is in 
 import torch
 from torch import Tensor
 
-from hnet_kernels.dispatch import has_triton, use_fast
+from hnet_kernels.dispatch import has_triton, takes_kernels, use_fast
 
 BLOCK = 1024
 NAN_BITS = 0x7FC00000
@@ -17,7 +17,7 @@ NAN_BITS = 0x7FC00000
 
 def _fast(operation: str, device: torch.device, dtype: torch.dtype) -> bool:
     reason = None
-    if device.type != "cuda":
+    if not takes_kernels(device.type):
         reason = "no CUDA device"
     elif dtype != torch.float32:
         reason = f"dtype {str(dtype).removeprefix('torch.')}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hnet_kernels import cards
-from hnet_kernels.dispatch import has_triton, operation, use_fast
+from hnet_kernels.dispatch import has_triton, operation, takes_kernels, use_fast
 from hnet_kernels.pointwise import rotate_
 from hnet_kernels.recompute import Recomputed, mode, recomputed, recomputed_of
 from hnet_kernels.saved import save_if, save_tensor
@@ -101,13 +101,13 @@ attention_definition.register_autograd(_backward, setup_context=_setup)
 
 @torch.compiler.assume_constant_result
 def _why_no_flash(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    if device_type != "cuda":
+    if not takes_kernels(device_type):
         return "no CUDA device"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"flash attention computes in 16 bits, not {dtype}"
     if head_dim > 256:
         return f"head size {head_dim} is over 256"
-    if cards.capability(torch.device("cuda")) < (8, 0):
+    if cards.capability(torch.device(device_type)) < (8, 0):
         return "flash attention needs compute capability 8.0"
     return None
 
@@ -136,7 +136,7 @@ def _why_no_packed(device_type: str, dtype: torch.dtype, head_dim: int) -> str |
         return reason
     if head_dim % 16 or head_dim > 128:
         return f"head size {head_dim}, not a multiple of 16 up to 128"
-    return cards.why_unsupported(torch.device("cuda")) or (None if has_triton() else "no triton")
+    return cards.why_unsupported(torch.device(device_type)) or (None if has_triton() else "no triton")
 
 
 class Attended(NamedTuple):

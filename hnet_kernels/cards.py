@@ -62,6 +62,8 @@ def capability(device: torch.device) -> Capability:
     """The compute capability for which kernels are chosen; without a GPU, as under Triton's interpreter, 9.0."""
     if card := imitated():
         return card.capability
+    if device.type == "meta" and torch.cuda.is_available():  # kernels are foreseen for the current GPU
+        device = torch.device("cuda", torch.cuda.current_device())
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hnet_kernels.dispatch import has_triton, use_fast
+from hnet_kernels.dispatch import has_triton, takes_kernels, use_fast
 from hnet_kernels.gradients import PartialSums, Slot
 
 MAX_TAPS = 4
@@ -47,7 +47,7 @@ def conv_backward(dy_TD: Tensor, x_TD: Tensor, weight_D1K: Tensor, position_T: T
 
 def _why_unsupported(x_TD: Tensor, K: int) -> str | None:
     """Why the kernels of conv_triton.py cannot run on these, or None."""
-    if x_TD.device.type != "cuda":
+    if not takes_kernels(x_TD.device.type):
         return "no CUDA device"
     if x_TD.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"dtype {str(x_TD.dtype).removeprefix('torch.')}"

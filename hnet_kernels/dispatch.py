@@ -103,6 +103,24 @@ def forcing(fast: bool) -> Iterator[None]:
         _forced.pop()
 
 
+_FORESEES = [False]
+
+
+@contextlib.contextmanager
+def foreseeing() -> Iterator[None]:
+    """Inside, operations on the meta device call the kernels that they call on a GPU, which are not launched."""
+    _FORESEES.append(True)
+    try:
+        yield
+    finally:
+        _FORESEES.pop()
+
+
+def takes_kernels(device_type: str) -> bool:
+    """Whether Triton kernels run on tensors of a device type, or are foreseen there."""
+    return device_type == "cuda" or (device_type == "meta" and _FORESEES[-1])
+
+
 _OVERLAPS = [True]
 
 
@@ -126,7 +144,7 @@ def why_unsupported(x: Tensor, widest: int | None = None) -> str | None:
 
     widest: the longest row that fits into the registers of one thread block, where the kernel holds full rows.
     """
-    if x.device.type != "cuda":
+    if not takes_kernels(x.device.type):
         return "no CUDA device"
     if x.dtype == torch.float64:
         return "dtype float64"
@@ -146,6 +164,8 @@ def use_fast(operation: str, device_type: str, dtype: torch.dtype, reason: str |
     if choice == "triton" and reason:
         raise KernelError(f"HNET_KERNELS=triton: no fast kernel for {operation} here ({reason}); use auto")
     fast = choice != "reference" and reason is None
+    if _FORESEES[-1]:
+        return fast
     key = (operation, device_type, dtype)
     if key not in _chosen:
         _chosen[key] = "fast" if fast else "reference" + (f" ({reason})" if reason else "")

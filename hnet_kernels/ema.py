@@ -8,7 +8,7 @@ This file has the definitions and the dispatch; the Triton kernels for GPUs are 
 import torch
 from torch import Tensor
 
-from hnet_kernels.dispatch import has_triton, operation, use_fast
+from hnet_kernels.dispatch import has_triton, operation, takes_kernels, use_fast
 from hnet_kernels.ssd import document_ids, scan_forward
 
 
@@ -21,7 +21,7 @@ def _recurrence(x_CD: Tensor, gain_C: Tensor, log_a_C: Tensor, cu_seqlens: Tenso
 def _fast(x: Tensor, compute: Tensor) -> bool:
     """Whether the kernels of ema_triton.py run on x. They compute in float32, which `compute`'s dtype must be."""
     reason = None
-    if x.device.type != "cuda":
+    if not takes_kernels(x.device.type):
         reason = "no CUDA device"
     elif compute.dtype != torch.float32 or x.dtype == torch.float64:
         reason = f"dtype {str(compute.dtype).removeprefix('torch.')}"

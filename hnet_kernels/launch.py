@@ -17,7 +17,7 @@ debugs kernels, Triton launches as ever.
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -91,6 +91,28 @@ def _specialisation(types: tuple[type, ...]) -> Callable[..., tuple]:
     )
 
 
+class Launch(NamedTuple):
+    """A launch that was noted instead of made, with tensors that may be on the meta device."""
+
+    kernel: "Kernel"
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+_noted: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[list[Launch]]:
+    """Inside, launches are noted in this list instead of being made."""
+    global _noted
+    _noted = found = []
+    try:
+        yield found
+    finally:
+        _noted = None
+
+
 class Kernel(JITFunction):
     """A kernel that launches what Triton has compiled for such arguments before.
 
@@ -106,6 +128,9 @@ class Kernel(JITFunction):
         return functools.partial(self.launch, grid)
 
     def launch(self, grid: Sequence[int] | Callable[[dict], Sequence[int]], *args: Any, **options: Any) -> None:
+        if _noted is not None:
+            _noted.append(Launch(self, args, options))
+            return
         active = driver.active
         device = active.get_current_device()
         types = tuple(map(type, args))

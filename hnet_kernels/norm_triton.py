@@ -264,6 +264,8 @@ def sum_rows(parts_LND: Tensor, dtype: torch.dtype, turned: tuple[int, int] = (1
 @functools.cache
 def sm_count(device: torch.device) -> int:
     """The number of SMs of a GPU; a small number where there is none, as under Triton's interpreter."""
+    if device.type == "meta" and torch.cuda.is_available():  # see `foreseeing` in dispatch.py
+        device = torch.device("cuda", torch.cuda.current_device())
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad, softplus
 
 from hnet_kernels import cards
-from hnet_kernels.dispatch import has_triton, use_fast
+from hnet_kernels.dispatch import has_triton, takes_kernels, use_fast
 from hnet_kernels.gradients import Slot
 
 MIN_CHUNK = 32  # tokens; longer chunks mean more work inside chunks and less between them
@@ -184,7 +184,7 @@ def scan_backward(
 def _why_unsupported(x_THP: Tensor, B_TN: Tensor) -> str | None:
     """Why the kernels of ssd_triton.py cannot run on these, or None."""
     P, N = x_THP.shape[-1], B_TN.shape[-1]
-    if x_THP.device.type != "cuda":
+    if not takes_kernels(x_THP.device.type):
         return "no CUDA device"
     if x_THP.dtype not in (torch.bfloat16, torch.float32):
         return f"dtype {str(x_THP.dtype).removeprefix('torch.')}"

@@ -5,7 +5,9 @@ import math
 import os
 import shutil
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -158,10 +160,30 @@ def build_model(
         shard_model(model, world.mesh, compute_dtype, reshard)
     model.to_empty(device=world.device)
     _fill_other_tensors(model, config, world.device)
-    with torch.no_grad():
+    if weights:
         for name, parameter in model.named_parameters():
-            assign(parameter, weights[name] if weights else initial_weight(name, parameter.shape, config, seed))
+            assign(parameter, weights[name])
+    else:
+        for parameter, value in _drawn(model, config, seed):
+            assign(parameter, value)
     return model
+
+
+def _drawn(model: HNetLM, config: HNetConfig, seed: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Each parameter with its initial value, drawn in threads. Each has its own generator, so the bits are the same.
+
+    A few are drawn ahead, so that not all are in the machine's memory at once.
+    """
+    threads = min(16, os.cpu_count() or 1)
+    waiting: deque[tuple[nn.Parameter, Future[Tensor]]] = deque()
+    with ThreadPoolExecutor(threads, "draw") as pool:
+        for name, parameter in model.named_parameters():
+            waiting.append((parameter, pool.submit(initial_weight, name, parameter.shape, config, seed)))
+            if len(waiting) > 2 * threads:
+                parameter, value = waiting.popleft()
+                yield parameter, value.result()
+        for parameter, value in waiting:
+            yield parameter, value.result()
 
 
 def _require_memory(config: HNetConfig, world: World) -> None:

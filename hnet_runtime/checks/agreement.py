@@ -148,6 +148,11 @@ def _outputs_and_gradients(name: str, draw: _Draw, values: list[Any] | None, fas
     return [*(x.detach() for x in outputs), *gradients], [x.detach() for x in inputs]
 
 
+def call_example(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Runs the fast implementation of an operation's example once, forward and backward."""
+    _outputs_and_gradients(name, _Draw(device, dtype), None, True)
+
+
 def operations(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """The operations whose fast implementation differs from the definition, each with the difference.
 
@@ -237,6 +242,13 @@ def toy_config(config: HNetConfig) -> HNetConfig:
         "rotary_emb_dim": [min(n, 16) for n in attn.rotary_emb_dim],
         "window_size": [min(n, 7) for n in attn.window_size],
     }
+    return HNetConfig.load(raw)
+
+
+def thin_config(config: HNetConfig) -> HNetConfig:
+    """The config with at most two layers of a kind in each place."""
+    raw = config.to_dict()
+    raw["arch_layout"] = _few_layers(raw["arch_layout"])
     return HNetConfig.load(raw)
 
 

@@ -513,6 +513,23 @@ class GraphedModel:
             self.segments[part].clear()
             pool.grow(need)
 
+    def foresee(self, T: int, shares: Sequence[float]) -> None:
+        """Runs the segments of a micro-batch of T bytes on the meta device, where nothing is computed or captured.
+
+        shares: of the tokens of each stage that open a chunk. For `compile_ahead`, which notes the kernels.
+        """
+        sizes = [self._sizes(0, T, T)]
+        for s, share in enumerate(shares):
+            sizes.append(self._sizes(s + 1, max(1, int(share * sizes[-1].T)), LONGEST))
+        runs = {"enter": self._enter, "pass": self._pass, "inner": self._inner, "leave": self._leave}
+        for part, cuts in self.weights.items():
+            kind, s = part.split()
+            parts = [BackwardPart(block, self._gradients(names), span) for block, names, span in cuts]
+            run = functools.partial(self._run, functools.partial(runs[kind], int(s), sizes[int(s)]))
+            segment = Segment(run, parts, self._gradients(self.shared), None)
+            segment.forward()
+            segment.backward()
+
     # ---------------------------------------------------------------------------------------------------------- a step
 
     def forward_backward(self, batches: Sequence[tuple[Tensor, ...]], reduces: bool = True) -> Losses:
