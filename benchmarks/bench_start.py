@@ -4,8 +4,8 @@ python benchmarks/bench_start.py --data DATA                             # hnet_
 python benchmarks/bench_start.py --data DATA -c hnet_2stage_XL --rounds 2
 python benchmarks/bench_start.py --data DATA --serial                    # without compiling ahead in threads
 
-Each start is a process of its own. An empty start has an empty folder for Triton's cache; the warm start after it has the
-same folder. The CUDA driver has a cache of its own, which is emptied too. Times are seconds on the wall clock.
+Each start is a process of its own. An empty start has an empty folder for Triton's cache; the warm start after it has
+the same one. The CUDA driver has a cache of its own, which is emptied too. Times are seconds on the wall clock.
 """
 
 import contextlib
@@ -101,7 +101,7 @@ def child(began: float, options: dict[str, Any]) -> dict[str, float]:
     train.Run._step = timed("first step", step)
     train.Run.__init__ = timed("open the run, with the check of generation", train.Run.__init__)
     with tempfile.TemporaryDirectory() as folder:
-        argv = ["-c", options["config"], "--data", options["data"], "--mbs", str(options["mbs"]), "--steps", "1"]
+        argv = ["-c", options["config"], "--data", options["data"], "--mbs", str(options["mbs"])]
         argv += [
             "--save-dir",
             f"{folder}/run",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hnet_kernels import cards
-from hnet_kernels.dispatch import has_triton, operation, takes_kernels, use_fast
+from hnet_kernels.dispatch import assume_constant, has_triton, operation, takes_kernels, use_fast
 from hnet_kernels.pointwise import rotate_
 from hnet_kernels.recompute import Recomputed, mode, recomputed, recomputed_of
 from hnet_kernels.saved import save_if, save_tensor
@@ -99,7 +99,7 @@ def _backward(ctx, do_THP):
 attention_definition.register_autograd(_backward, setup_context=_setup)
 
 
-@torch.compiler.assume_constant_result
+@assume_constant
 def _why_no_flash(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
     if not takes_kernels(device_type):
         return "no CUDA device"

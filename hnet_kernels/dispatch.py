@@ -153,7 +153,17 @@ def why_unsupported(x: Tensor, widest: int | None = None) -> str | None:
     return None if has_triton() else "no triton"
 
 
-@torch.compiler.assume_constant_result  # traced as a constant in a compiled region
+def assume_constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator: torch.compile traces calls as constants.
+
+    `torch.compiler.assume_constant_result` sets the same attribute (torch 2.11, 2.13), but imports torch._dynamo, which
+    takes one to two seconds of every start. To be removed when it no longer does.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@assume_constant
 def use_fast(operation: str, device_type: str, dtype: torch.dtype, reason: str | None) -> bool:
     """Whether `operation` on tensors of this device type and dtype runs its fast kernel.
 
