@@ -193,15 +193,8 @@ def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return found
 
 
-class Pointers(NamedTuple):
-    """A matrix (rows, width) for kernels that compute addresses, on GPUs without a copy engine for descriptors."""
-
-    base: Tensor
-    rows: int
-    width: int
-    stride: int
-
-
+# a matrix (rows, width) for kernels that compute addresses: its memory, rows, width, and the stride of rows
+Pointers = tuple[Tensor, int, int, int]
 Rows = TensorDescriptor | Pointers
 
 
@@ -211,7 +204,7 @@ def rows_of(x: Tensor, rows: int, columns: int) -> Rows:
         return descriptor(x, rows, columns)
     width = row_width(x.shape[1:], x.stride()[1:])
     assert width is not None, f"rows are not dense: shape {tuple(x.shape)}, strides {x.stride()}"
-    return Pointers(x, len(x), width, x.stride(0))
+    return x, len(x), width, x.stride(0)
 
 
 _HERE = contextlib.nullcontext()

@@ -44,29 +44,29 @@ def load_tile(x, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EXACT: 
 
     EXACT: the tile ends at or before the matrix's last column. Only then may pointers leave out that comparison.
     """
-    if hasattr(x, "stride"):
-        t, d = row + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-        at = x.base + tl.cast(row, tl.int64) * x.stride + column + (tl.arange(0, ROWS) * x.stride)[:, None] + d[None, :]
-        if EXACT:
-            tile = tl.load(at, mask=(t < x.rows)[:, None], other=0.0)
-        else:
-            tile = tl.load(at, mask=(t < x.rows)[:, None] & (column + d < x.width)[None, :], other=0.0)
-    else:
+    if isinstance(x, tl.core.tensor_descriptor_base):  # else (pointer, rows, width, stride)
         tile = x.load([row, column])
+    else:
+        t, d = row + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+        at = x[0] + tl.cast(row, tl.int64) * x[3] + column + (tl.arange(0, ROWS) * x[3])[:, None] + d[None, :]
+        if EXACT:
+            tile = tl.load(at, mask=(t < x[1])[:, None], other=0.0)
+        else:
+            tile = tl.load(at, mask=(t < x[1])[:, None] & (column + d < x[2])[None, :], other=0.0)
     return tile
 
 
 @triton.jit
 def store_tile(x, row, column, tile):
     """Stores a tile that ends at or before the last column of a matrix of `rows_of`, as far as it has such rows."""
-    if hasattr(x, "stride"):
+    if isinstance(x, tl.core.tensor_descriptor_base):
+        x.store([row, column], tile)
+    else:
         ROWS: tl.constexpr = tile.shape[0]
         COLUMNS: tl.constexpr = tile.shape[1]
         t, d = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-        at = x.base + tl.cast(row, tl.int64) * x.stride + column + (t * x.stride)[:, None] + d[None, :]
-        tl.store(at, tile, mask=(row + t < x.rows)[:, None])
-    else:
-        x.store([row, column], tile)
+        at = x[0] + tl.cast(row, tl.int64) * x[3] + column + (t * x[3])[:, None] + d[None, :]
+        tl.store(at, tile, mask=(row + t < x[1])[:, None])
 
 
 FEW_ROWS = 256  # with more, kernels take long enough
