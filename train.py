@@ -609,7 +609,7 @@ def train(config: TrainConfig, then: Callable[[Run], None] | None = None, is_che
     if config.ac == "auto":
         config.ac = choose_ac(config, hnet, world)
     accumulates = config.global_slices > world.size
-    if config.early_exit == "no" and not is_checked:
+    if config.compile_ahead and config.early_exit == "no" and not is_checked:
         compile_ahead.start(hnet, config.mbs, config.ac, dtype, accumulates, world.device)
     agreement.choose_implementations(world.device, dtype, hnet)
     graph, world = takes_graphs(config, hnet, dtype, world, is_checked)

@@ -2,7 +2,7 @@
 
 python benchmarks/bench_start.py --data DATA                             # hnet_1stage_small on the GPU here
 python benchmarks/bench_start.py --data DATA -c hnet_2stage_XL --rounds 2
-python benchmarks/bench_start.py --data DATA --serial                    # without compiling ahead in threads
+python benchmarks/bench_start.py --data DATA --ahead                     # compile kernels ahead in threads
 
 Each start is a process of its own. An empty start has an empty folder for Triton's cache; the warm start after it has
 the same one. The CUDA driver has a cache of its own, which is emptied too. Times are seconds on the wall clock.
@@ -39,8 +39,8 @@ class Start:
     """Bytes of a step."""
     rounds: int = 1
     """Pairs of an empty and a warm start."""
-    serial: bool = False
-    """Compile each kernel at its first launch, and draw weights one after the other."""
+    ahead: bool = False
+    """Start with train.py's --compile-ahead."""
     device: str = "cuda"
     """cuda or cpu."""
     out: str = ""
@@ -86,9 +86,6 @@ def child(began: float, options: dict[str, Any]) -> dict[str, float]:
 
     for name, (module, attribute) in PARTS.items():
         setattr(sys.modules[module], attribute, timed(name, getattr(sys.modules[module], attribute)))
-    if options["serial"]:
-        train.compile_ahead.start = lambda *args, **kwargs: None
-        train.distributed.os.cpu_count = lambda: 1
     first_step, ended = train.Run._step, {}
 
     def step(run, watch):
@@ -102,16 +99,8 @@ def child(began: float, options: dict[str, Any]) -> dict[str, float]:
     train.Run.__init__ = timed("open the run, with the check of generation", train.Run.__init__)
     with tempfile.TemporaryDirectory() as folder:
         argv = ["-c", options["config"], "--data", options["data"], "--mbs", str(options["mbs"])]
-        argv += [
-            "--save-dir",
-            f"{folder}/run",
-            "--val-slices",
-            "1",
-            "--sample-bytes",
-            "0",
-            "--device",
-            options["device"],
-        ]
+        argv += ["--save-dir", f"{folder}/run", "--steps", "1", "--val-slices", "1", "--sample-bytes", "0"]
+        argv += ["--device", options["device"], *(["--compile-ahead"] if options["ahead"] else [])]
         with contextlib.redirect_stdout(sys.stderr):
             status = train.main(read_config(argv))
     if status:

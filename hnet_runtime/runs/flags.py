@@ -20,7 +20,13 @@ from hnet_runtime import UserError, commands
 from hnet_runtime.runs import run_folder
 
 DEFAULT_DATA = "data/stdlib"  # prepared on first use from the standard library of the running Python
-OF_ONE_START = ("save_dir", "resume", "dry_run", "early_exit")  # flags that a resumed run does not take over
+OF_ONE_START = (
+    "save_dir",
+    "resume",
+    "dry_run",
+    "compile_ahead",
+    "early_exit",
+)  # flags that a resumed run does not take over
 
 
 def flag(*short: str):
@@ -142,6 +148,8 @@ class TrainConfig:
     dry_run: bool = False
     """Print parameters, memory and the expected time of a step, and stop: for the GPU here, the card that HNET_GPU
     names, or all known cards."""
+    compile_ahead: bool = False
+    """Compile kernels in threads while a run starts with empty caches. Not yet measured on a GPU, so off by default."""
     early_exit: Annotated[Literal["no", "generate", "dumpparams"], flag("-e")] = "no"
     """generate: check that training forward, prefill and steps agree, and stop (status 1 if not). dumpparams: print the
     modules and each parameter's shape, dtype, stage, multiplier and decay, and stop; LOVELY_TENSORS=1 in the
