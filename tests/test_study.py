@@ -57,6 +57,7 @@ def flags(corpus: Path, out: Path, *more: str) -> list[str]:
     return [word for name, value in given.items() for word in (f"--{name}", str(value))] + list(more)
 
 
+@pytest.mark.soak
 def test_a_study_resumes_after_a_kill_between_runs(corpus, tmp_path):
     out = tmp_path / "study"
     command = [sys.executable, str(ROOT / "benchmarks" / "study.py"), *flags(corpus, out)]
