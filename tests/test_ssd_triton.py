@@ -194,6 +194,7 @@ def test_interpreted_kernels_pass_nothing_between_documents():
     assert interpreted("leaks") == []
 
 
+@pytest.mark.soak
 def test_interpreted_kernels_give_the_same_with_saved_states():
     assert interpreted("changed_by_saving") == {name: [] for name in SMALL}
 
