@@ -368,7 +368,10 @@ def undisturbed(corpus, tmp_path_factory, worker_id) -> Path:
 COPIES = ["-C", "graph"]  # replicated weights, as graphs; without capture on a CPU
 
 
-@pytest.mark.parametrize("size, more", [(1, []), (2, COPIES), (4, ["--replicate", "2", "--ac", "block"])])
+FOUR = pytest.param(4, ["--replicate", "2", "--ac", "block"], marks=pytest.mark.soak)
+
+
+@pytest.mark.parametrize("size, more", [(1, []), (2, COPIES), FOUR])
 def test_a_run_goes_on_at_another_world_size(corpus, undisturbed, tmp_path, size, more):
     """From step 8 of two processes: on one, on two with replicated weights, on four with two replicas: equal losses."""
     check_close(go_on_from_step_8(undisturbed, tmp_path / "run", corpus, size, *more), undisturbed)
@@ -387,6 +390,7 @@ def test_a_run_with_unsharded_weights_on_each_process_resumes(corpus, undisturbe
     assert timeless(tmp_path / "killed") == timeless(folder)
 
 
+@pytest.mark.soak
 def test_the_same_in_bfloat16(corpus, tmp_path):
     """Then each process has only the high bits of the other processes' shards."""
     folder, how = tmp_path / "run", [*COPIES, "--dtype", "bfloat16"]
@@ -541,6 +545,7 @@ def test_a_process_that_hangs_ends_the_job(corpus, tmp_path):
     job.wait(0)
 
 
+@pytest.mark.soak
 def test_a_kill_during_a_save_of_two_processes(corpus, undisturbed, tmp_path):
     """Killed when files of step 8 appear: its checkpoint is either complete or ignored."""
     folder = tmp_path / "run"
@@ -574,6 +579,7 @@ def test_mistakes_of_several_processes(corpus, undisturbed, tmp_path):
     assert job.wait() == [2, 2] and "--global-slices 3: 2 processes do not divide it" in job.printed()
 
 
+@pytest.mark.soak
 def test_a_step_has_a_slice_for_each_process_unless_told_otherwise(corpus, tmp_path):
     """And the run keeps the number: a single process that resumes accumulates."""
     flags, run = ("--global-slices", "0", "--steps", "2"), tmp_path / "run"

@@ -182,6 +182,7 @@ def test_greedy_means_what_generation_does(model):
     assert [flag for _, flag in answers.loglikelihood([(prompt, text), (prompt, text[:-1] + "#")])] == [greedy, False]
 
 
+@pytest.mark.soak
 def test_no_answer_of_the_harness_depends_on_the_batch(model):
     """Every kind of request, alone and with others of other lengths and settings."""
     texts = ["a", "some text", "日本語", "x" * 30, ""]

@@ -202,7 +202,7 @@ def kill_and_resume(corpus: Path, folder: Path, seed: int, steps: int = 20, kill
     succeed(corpus, *flags, "--resume", "auto")
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.soak) for seed in (1, 2))])
 def test_killed_and_resumed_equals_undisturbed(corpus, undisturbed, tmp_path, seed):
     kill_and_resume(corpus, tmp_path / "run", seed)
     assert timeless(tmp_path / "run") == timeless(undisturbed)
@@ -521,6 +521,7 @@ def test_graphs_train_as_eager_steps_do(corpus, tmp_path):
     assert timeless(tmp_path / "resumed") == timeless(tmp_path / "graph")
 
 
+@pytest.mark.soak
 def test_graphs_in_bfloat16(corpus, tmp_path):
     """The optimizer has split weights, whose high bits graphs read; checkpoints have float32 weights."""
     folder, flags = tmp_path / "run", ["--steps", "20", "-C", "graph", "--dtype", "bfloat16", "--stats-every", "5"]
