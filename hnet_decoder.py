@@ -112,11 +112,11 @@ class PaddedPrefill:
         before = self.captured.captured
         found = self._run(L)
         if self.captured.captured > before and self.captured.captures:  # what is used is checked first
-            logits_BV, made = found[0].clone(), (dict(self.readings), dict(self.outputs))
+            left, made = [t.clone() for t in self._results(found[0])], (dict(self.readings), dict(self.outputs))
             self.captured.captures = False
             with one_after_the_other():
                 found = self._run(L)
-            gap = relative_gap(logits_BV[: len(prompts)], found[0][: len(prompts)])
+            gap = max(map(relative_gap, left, self._results(found[0])))
             if gap <= GRAPH_TOLERANCE:
                 self.captured.captures, (self.readings, self.outputs) = True, made
             else:
@@ -124,6 +124,10 @@ class PaddedPrefill:
                 logger.warning("prompts are read without graphs: %s", self.captured.failure)
         logits_BV, readings = found
         return logits_BV[: len(prompts)], self.host_SB[:, : len(prompts)].tolist(), readings
+
+    def _results(self, logits_BV: Tensor) -> list[Tensor]:
+        """All that steps go on from."""
+        return [logits_BV, *(t for _, state in self.stages for t in state.tensors())]
 
     def _run(self, L: int) -> tuple[Tensor, list[Reading]]:
         sizes, run = (L,), self.captured.run

@@ -20,13 +20,8 @@ from hnet_runtime import UserError, commands
 from hnet_runtime.runs import run_folder
 
 DEFAULT_DATA = "data/stdlib"  # prepared on first use from the standard library of the running Python
-OF_ONE_START = (
-    "save_dir",
-    "resume",
-    "dry_run",
-    "compile_ahead",
-    "early_exit",
-)  # flags that a resumed run does not take over
+# flags that a resumed run does not take over
+OF_ONE_START = ("save_dir", "resume", "dry_run", "compile_ahead", "early_exit")
 
 
 def flag(*short: str):
