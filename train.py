@@ -193,6 +193,7 @@ class TrainState:
         for group in optimizer.param_groups:
             group["lr"] = config.lr * group["multiplier"] * lr_scale(done, config)
         self.ratio.set(done, config.steps)
+        self.steps.begin_step(done)
         numbers = forward_backward(self.steps, slices, world)
         norm = distributed.clip_in_optimizer(optimizer, self.parameters, config.clip, world, numbers.ce)
         numbers, more = numbers._replace(grad_norm=norm), []

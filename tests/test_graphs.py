@@ -23,7 +23,14 @@ from hnet_runtime.distributed import World
 from hnet_runtime.runs.statistics import router_statistics
 from hnet_runtime.steps import graphs
 from hnet_runtime.steps.flat_adamw import FlatAdamW
-from hnet_runtime.steps.graphs import SIZES_PER_OCTAVE, TOKENS, GraphedModel, _padded, _step
+from hnet_runtime.steps.graphs import (
+    EARLY_SIZES_PER_OCTAVE,
+    SIZES_PER_OCTAVE,
+    TOKENS,
+    GraphedModel,
+    _padded,
+    _step,
+)
 from hnet_runtime.steps.segments import BackwardPart, SavedPool, Segment
 from hnet_trainable import HNetConfig, HNetLM, init_weights, nested_like
 
@@ -511,12 +518,27 @@ def test_sizes():
     assert graphed._sizes(1, 1, 1)[:2] == (TOKENS, 32)
 
 
-@given(st.integers(1, 200_000))
-def test_sizes_waste_little(T):
-    sizes = _padded(T)
-    assert sizes >= T and _padded(sizes) == sizes
-    assert sizes - T < max(TOKENS, T / SIZES_PER_OCTAVE + 1) and sizes - T < _step(T) <= max(TOKENS, sizes)
-    assert _step(T) <= _step(T + 1)  # what `_leave` has for all numbers of chunks up to T
+@given(st.integers(1, 200_000), st.sampled_from([EARLY_SIZES_PER_OCTAVE, SIZES_PER_OCTAVE]))
+def test_sizes_waste_little(T, per_octave):
+    size, step = _padded(T, per_octave), _step(T, per_octave)
+    assert size >= T and _padded(size, per_octave) == size
+    assert size - T < max(TOKENS, T / per_octave + 1) and size - T < step <= max(TOKENS, size)
+    assert step <= _step(T + 1, per_octave)  # what `_leave` has for all numbers of chunks up to T
+    assert _padded(size) == size, "the sizes of early steps are among those of later ones"
+
+
+def test_early_steps_take_fewer_sizes_and_give_the_same():
+    """2,100 bytes with some 1,050 and 1,365 chunks; in float64 only the order of sums differs."""
+    graphed, found = GraphedModel(build(ONE_STAGE, torch.float64), torch.float64, ALPHA), {}
+    for done, sizes in ((0, [1280, 1536]), (graphs.EARLY_STEPS, [1152, 1408]), (graphs.EARLY_STEPS - 1, [1280, 1536])):
+        graphed.begin_step(done)
+        for rate, size in zip((0.5, 0.65), sizes):
+            force_boundaries(graphed.model, [rate], 2100)()
+            graphed.forward_backward([batch([1000, 1000, 100], 0)])
+            assert size == list(graphed.segments["inner 1"])[-1].T
+            gradients = gradient(graphed).clone()
+            assert distance(gradients, found.setdefault(rate, gradients)) < 1e-9
+    assert len(graphed.segments["inner 1"]) == 4
 
 
 def test_a_new_number_of_chunks_captures_only_segments_of_its_stage():

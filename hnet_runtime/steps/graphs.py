@@ -68,8 +68,11 @@ from hnet_trainable import (
 logger = logging.getLogger("hnet")
 Returned = TypeVar("Returned")
 
-# an inner T is rounded up to a multiple of TOKENS, and to one of SIZES_PER_OCTAVE sizes between powers of two
+# an inner T is rounded up to a multiple of TOKENS, and to one of SIZES_PER_OCTAVE sizes between powers of two. In the
+# first EARLY_STEPS of a run, where the routers' shares change from step to step, there are EARLY_SIZES_PER_OCTAVE: a
+# tenth more computation, but a third of the captures
 TOKENS, SIZES_PER_OCTAVE = 128, 32
+EARLY_STEPS, EARLY_SIZES_PER_OCTAVE = 100, 4
 DOCUMENTS, LONGEST = 16, 1024  # smallest B, and M, of a segment; larger ones are powers of two
 CACHED = 32  # segments per part: those of the sizes used last
 # with several processes, a backward part ends before the block that follows this many weights, 1 GiB in float32
@@ -105,14 +108,14 @@ def _power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _step(T: int) -> int:
+def _step(T: int, per_octave: int = SIZES_PER_OCTAVE) -> int:
     """The multiple to which inner sizes near T are rounded; the document of zeros has fewer tokens than this."""
-    return max(TOKENS, _power(T) // (2 * SIZES_PER_OCTAVE))
+    return max(TOKENS, _power(T) // (2 * per_octave))
 
 
-def _padded(T: int) -> int:
+def _padded(T: int, per_octave: int = SIZES_PER_OCTAVE) -> int:
     """The padded size of an inner stage with T tokens."""
-    return -(-T // _step(T)) * _step(T)
+    return -(-T // _step(T, per_octave)) * _step(T, per_octave)
 
 
 def _weights(module: nn.Module | nn.Parameter | None) -> list[nn.Parameter]:
@@ -263,6 +266,7 @@ class GraphedModel:
         self.saved: dict[str, tuple[int, int]] = {}  # per part, of its largest segment: (bytes saved, tokens)
         self.captured, self.capture_seconds = 0, 0.0
         self.capacity = 0  # the most bytes of a micro-batch for which memory is allocated
+        self.sizes_per_octave = SIZES_PER_OCTAVE
         self.forget()
 
     def _modules(self) -> dict[str, list[nn.Module | nn.Parameter | None]]:
@@ -340,6 +344,10 @@ class GraphedModel:
     def full_precision(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the masters' weights are there in float32 and may be changed."""
         return self.optimizer.full_precision()
+
+    def begin_step(self, done: int) -> None:
+        """done: the steps of the run so far, which decide between few and many sizes."""
+        self.sizes_per_octave = EARLY_SIZES_PER_OCTAVE if done < EARLY_STEPS else SIZES_PER_OCTAVE
 
     def finish_step(self) -> None:
         """Nothing: each step overwrites every gradient."""
@@ -450,15 +458,20 @@ class GraphedModel:
         chunks, packing = at.of(T, C, sizes.B), self._packing(s, sizes)
         p_T, z_CD = leaf(chunks.p_T[:T], at.dp_T[:T]), leaf(at.z_CD[:C], at.dz_CD[:C])
         residual_TD = leaf(at.residual_TD[:T], at.dresidual_TD[:T])
-        x_TD = hnet.upsample(z_CD, p_T, chunks, residual_TD, self.dtype, _step(T))
+        spare = _step(T, EARLY_SIZES_PER_OCTAVE)  # the most that any size adds
+        x_TD = hnet.upsample(z_CD, p_T, chunks, residual_TD, self.dtype, spare)
         return self._end(s, hnet.decode(x_TD, packing), packing, leaf)
 
     # --------------------------------------------------------------------------------------------- capturing segments
 
-    def _sizes(self, s: int, T: int, M: int) -> Sizes:
-        """Padded sizes. B and M never shrink, so that most steps find a captured segment."""
+    def _sizes(self, s: int, T: int, M: int, outer_T: int | None = None) -> Sizes:
+        """Padded sizes. B and M never shrink, so that most steps find a captured segment.
+
+        outer_T: the size of the stage outside, of which there are buffers for as many chunks.
+        """
         if s:
-            T, M = _padded(T), max(M, _step(T))
+            M = max(M, _step(T, self.sizes_per_octave))
+            T = min(_padded(T, self.sizes_per_octave), _padded(outer_T or self.capacity))
         self.most_M[s] = max(self.most_M[s], _power(M))
         return Sizes(T, self.most_B, self.most_M[s])
 
@@ -630,7 +643,7 @@ class GraphedModel:
             way_in.append(sizes)
             C, longest = counts.numbers().tolist()  # the only wait of a stage
             self.tokens.append(C)
-            sizes = self._sizes(s + 1, C, longest)
+            sizes = self._sizes(s + 1, C, longest, sizes.T)
         found.append(run(f"inner {self.S}", sizes))
         for s in reversed(range(self.S)):
             found += [passed[s], run(f"leave {s}", way_in[s])]

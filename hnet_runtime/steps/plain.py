@@ -5,6 +5,7 @@
     model                 the HNetLM that computes
     masters               the HNetLM with the float32 weights, which may be the same
     optimizer             AdamW over the masters' weights
+    begin_step            before a step of a run; benchmarks, whose steps are all alike, leave it out
     forward_backward      losses of some micro-batches, and the gradients of their mean
     stages                the routers' decisions in the last micro-batch
     finish_step           after the optimizer's step
@@ -80,6 +81,9 @@ class PlainModel:
     def stages(self) -> list[StageOutput]:
         """The routers' decisions in the last micro-batch."""
         return self._stages
+
+    def begin_step(self, done: int) -> None:
+        """Nothing: all steps are alike."""
 
     def finish_step(self) -> None:
         """Frees the gradients."""
