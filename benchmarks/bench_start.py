@@ -88,23 +88,24 @@ def child(began: float, options: dict[str, Any]) -> dict[str, float]:
         setattr(sys.modules[module], attribute, timed(name, getattr(sys.modules[module], attribute)))
     first_step, ended = train.Run._step, {}
 
+    class Done(Exception):
+        """Ends the run after its first step."""
+
     def step(run, watch):
         first_step(run, watch)
-        if not ended:
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()
-            ended["at"], ended["run"] = time.time(), run
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        ended["at"], ended["run"] = time.time(), run
+        raise Done
 
     train.Run._step = timed("first step", step)
     train.Run.__init__ = timed("open the run, with the check of generation", train.Run.__init__)
     with tempfile.TemporaryDirectory() as folder:
         argv = ["-c", options["config"], "--data", options["data"], "--mbs", str(options["mbs"])]
-        argv += ["--save-dir", f"{folder}/run", "--steps", "1", "--val-slices", "1", "--sample-bytes", "0"]
+        argv += ["--save-dir", f"{folder}/run", "--steps", "2", "--val-slices", "1", "--sample-bytes", "0"]
         argv += ["--device", options["device"], *(["--compile-ahead"] if options["ahead"] else [])]
-        with contextlib.redirect_stdout(sys.stderr):
-            status = train.main(read_config(argv))
-    if status:
-        raise SystemExit(status)
+        with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(Done):
+            raise SystemExit(train.main(read_config(argv)))
     run = ended["run"]
     seconds["of the first step: captures"] = run.state.steps.capture_seconds or 0.0
     seconds["of the first step: compiled there, kernels"] = run.compilations.new
