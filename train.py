@@ -402,7 +402,8 @@ class Run:
         Raises UserError for a loss that is not finite, a failed save or a stuck router.
         """
         config = self.config
-        with Watchdog(self.folder, self.world, config.timeout, self.state.model) as watch:
+        watchdog = Watchdog(self.folder, self.world, config.timeout, self.state.model)
+        with self.saver.ready_to_save(config.save_every > 0), watchdog as watch:
             while self.step < config.steps:
                 self._step(watch)
                 stuck, asked = config.on_collapse == "stop" and self.health.stuck, self.interrupts.received is not None

@@ -8,6 +8,7 @@ RUN/checkpoints/step_00000450/
     manifest.json           every file with its size; written last, so a folder without it is incomplete
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -16,7 +17,9 @@ import pickle
 import re
 import shutil
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -98,12 +101,26 @@ class Saver:
         self._staging: Future | None = None
         self._written: Future | None = None
         self._step, self._stall = 0, 0.0
-        if self._device.type == "cuda":  # page-locking blocks other CUDA calls: done while kernels compile
-            self._thread.submit(self._lock_pages, self._state())
+        self._is_needed, self._is_closed = threading.Event(), False  # the host memory, by a save
+
+    @contextlib.contextmanager
+    def ready_to_save(self, will_save: bool = True) -> Iterator[None]:
+        """While inside, the thread allocates the host memory of the first save, if a run on a GPU will save.
+
+        It is page-locked. That blocks other CUDA calls, for 19 GB during some 9 s, so there are pauses between tensors.
+        """
+        if will_save and self._device.type == "cuda":
+            self._thread.submit(self._lock_pages, self._state(), 3.0)
+        try:
+            yield
+        finally:  # the program waits for the thread
+            self._is_closed = True
+            self._is_needed.set()
 
     def start(self, step: int, train: dict[str, Any]) -> None:
         """Starts to write the checkpoint after `step` steps. Finishes an earlier one first; raises as `finish` does."""
         began = time.perf_counter()
+        self._is_needed.set()
         self.finish()
         self._step, error = step, None
         final = step_folder(self.run, step)
@@ -205,12 +222,19 @@ class Saver:
             self._stream.synchronize()
         return {name: self._like(tensor, self._host[name]) for name, tensor in state.items()}
 
-    def _lock_pages(self, state: dict[str, Tensor | SplitFloat32]) -> None:
-        """Allocates the page-locked host memory that is not there yet."""
+    def _lock_pages(self, state: dict[str, Tensor | SplitFloat32], pause: float = 0.0) -> None:
+        """Allocates the page-locked host memory that is not there yet.
+
+        pause: after each tensor, this many times the time that it took, until a save needs the memory.
+        """
         with torch.cuda.device(self._device):
             for name, tensor in state.items():
+                if pause and self._is_closed:
+                    return
                 if name not in self._host:
+                    began = time.perf_counter()
                     self._host[name] = torch.empty(_local(tensor).shape, dtype=tensor.dtype, pin_memory=True)
+                    self._is_needed.wait(pause * (time.perf_counter() - began))
 
     def _like(self, tensor: Tensor | SplitFloat32, local: Tensor) -> Tensor:
         """`local` itself, or where `tensor` is a DTensor, `local` as its shard on the host."""
