@@ -364,7 +364,7 @@ class Run:
         logger.info("each line gives means over the steps since the line before")
         self.compilations = Compilations()
         if world.device.type == "cuda":
-            logger.info("the first step compiles kernels, for up to a minute where Triton's cache has none of them")
+            logger.info("the first step waits for kernels that are not in Triton's cache yet, for up to a minute")
         self.inference = None  # where generation computes another model, no samples are written
         if config.sample_bytes and (reason := why_no_generation(hnet)):
             logger.warning("no samples: %s", reason)

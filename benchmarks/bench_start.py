@@ -2,7 +2,7 @@
 
 python benchmarks/bench_start.py --data DATA                             # hnet_1stage_small on the GPU here
 python benchmarks/bench_start.py --data DATA -c hnet_2stage_XL --rounds 2
-python benchmarks/bench_start.py --data DATA --ahead                     # compile kernels ahead in threads
+python benchmarks/bench_start.py --data DATA --no-ahead                  # compile each kernel at its first launch
 
 Each start is a process of its own. An empty start has an empty folder for Triton's cache; the warm start after it has
 the same one. The CUDA driver has a cache of its own, which is emptied too. Times are seconds on the wall clock.
@@ -39,8 +39,8 @@ class Start:
     """Bytes of a step."""
     rounds: int = 1
     """Pairs of an empty and a warm start."""
-    ahead: bool = False
-    """Start with train.py's --compile-ahead."""
+    ahead: bool = True
+    """Start with train.py's --compile-ahead, as it does by itself."""
     device: str = "cuda"
     """cuda or cpu."""
     out: str = ""
@@ -103,7 +103,7 @@ def child(began: float, options: dict[str, Any]) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         argv = ["-c", options["config"], "--data", options["data"], "--mbs", str(options["mbs"])]
         argv += ["--save-dir", f"{folder}/run", "--steps", "2", "--val-slices", "1", "--sample-bytes", "0"]
-        argv += ["--device", options["device"], *(["--compile-ahead"] if options["ahead"] else [])]
+        argv += ["--device", options["device"], "--compile-ahead" if options["ahead"] else "--no-compile-ahead"]
         with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(Done):
             raise SystemExit(train.main(read_config(argv)))
     run = ended["run"]

@@ -71,6 +71,35 @@ def test_a_launch_takes_what_was_compiled_ahead(tmp_path):
     assert found["submitted"] == found["compiled"] == 2 and found["again"] == 0 and found["waited"]
 
 
+def test_a_note_is_for_one_kind_of_run_and_the_code_as_it_is(compile_ahead, tmp_path, monkeypatch):
+    """An edited kernel, or another model, step, GPU or version of Triton, is foreseen anew."""
+    import triton
+
+    from hnet_kernels import cards
+    from hnet_trainable import HNetConfig
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for file in ("cards.py", "norm_triton.py"):
+        (tmp_path / file).write_text("before")
+    monkeypatch.setattr(cards, "__file__", str(tmp_path / "cards.py"))
+    tiny = HNetConfig.load("hnet_1stage_tiny")
+    run = {"config": tiny, "mbs": 2048, "ac": "none", "dtype": torch.bfloat16, "accumulates": False, "gpu": "H200"}
+    note = compile_ahead.note_of(**run)
+    assert note.parent == tmp_path and note == compile_ahead.note_of(**run)
+    others = [{"config": HNetConfig.load(tiny.to_dict(), N_compress=[1, 4])}, {"mbs": 1024}, {"ac": "block"}]
+    others += [{"dtype": torch.float32}, {"accumulates": True}, {"gpu": "A100"}]
+    notes = {compile_ahead.note_of(**run | other) for other in others}
+    (tmp_path / "norm_triton.py").write_text("after")
+    notes.add(compile_ahead.note_of(**run))
+    (tmp_path / "norm_triton.py").write_text("before")
+    monkeypatch.setenv("HNET_GPU", "a100")
+    notes.add(compile_ahead.note_of(**run))
+    monkeypatch.delenv("HNET_GPU")
+    monkeypatch.setattr(triton, "__version__", "0.0")
+    notes.add(compile_ahead.note_of(**run))
+    assert len(notes) == len(others) + 3 and note not in notes
+
+
 def main() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver

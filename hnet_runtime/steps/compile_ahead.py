@@ -9,10 +9,14 @@ What is not foreseen is compiled at its first launch, as ever: this changes when
 """
 
 import contextlib
+import hashlib
+import json
 import os
+import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -111,7 +115,10 @@ def _loaded(kernel: Any, gpu: int | None) -> Any:
 
 
 def start(config: HNetConfig, mbs: int, ac: str, dtype: torch.dtype, accumulates: bool, device: torch.device) -> None:
-    """Begins to compile the kernels of a run, if its device has kernels that can be compiled ahead."""
+    """Begins to compile the kernels of a run, if its device has kernels that can be compiled ahead.
+
+    A file in Triton's cache notes runs whose kernels have all been compiled: for those nothing is foreseen.
+    """
     if device.type != "cuda" or requested() == "reference" or not has_triton() or cards.why_unsupported(device):
         return
     from hnet_kernels import norm_triton
@@ -119,4 +126,26 @@ def start(config: HNetConfig, mbs: int, ac: str, dtype: torch.dtype, accumulates
 
     if not isinstance(norm_triton._add_norm, Kernel):
         return  # under the interpreter, or with a version of Triton that is not known
-    Ahead(foresee(config, mbs, ac, dtype, accumulates))
+    note = note_of(config, mbs, ac, dtype, accumulates, torch.cuda.get_device_name(device))
+    if note.exists():
+        return
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine, each of which compiles
+    threads = max(2, min(16, (os.cpu_count() or 1) // processes))
+    ahead = Ahead(foresee(config, mbs, ac, dtype, accumulates), threads)
+
+    def write_note() -> None:
+        ahead.wait()
+        with contextlib.suppress(OSError):
+            note.touch()
+
+    threading.Thread(target=write_note, name="compiled", daemon=True).start()
+
+
+def note_of(config: HNetConfig, mbs: int, ac: str, dtype: torch.dtype, accumulates: bool, gpu: str) -> Path:
+    """The file that notes that all kernels of such runs are in Triton's cache, with the kernels' code as it is now."""
+    import triton
+
+    code = [file.read_bytes() for file in sorted(Path(cards.__file__).parent.glob("*.py"))]
+    what = config.to_dict(), mbs, ac, str(dtype), accumulates, gpu, triton.__version__, os.environ.get("HNET_GPU", "")
+    digest = hashlib.sha256(b"".join([*code, json.dumps(what).encode()])).hexdigest()
+    return Path(triton.knobs.cache.dir) / f"hnet-{digest[:32]}"
