@@ -139,10 +139,21 @@ def leaks(device: str, dtype: torch.dtype) -> list[str]:
 
 def changed_by_saving(case: Case, dtype: torch.dtype, device: str) -> list[str]:
     """The results that differ, even in the last bit, when the backward uses what the forward saved: without and with
-    skip and bias, where softplus(dt + bias) replaces dt and -exp(A) replaces A."""
-    from hnet_kernels import launch_options, ssd_triton
+    skip and bias, where softplus(dt + bias) replaces dt and -exp(A) replaces A.
+
+    In float32 on GPUs other than Hopper they may differ by rounding: the kernel that computes the states again and the
+    one that saved them are compiled apart, and multiply and add in one instruction in other places. Seen with N = 32.
+    """
+    from hnet_kernels import cards, launch_options, ssd_triton
 
     chunk = launch_options.scan(torch.device(device), dtype).tokens
+    rounds = dtype == torch.float32 and cards.capability(torch.device(device)) != (9, 0)
+
+    def differ(a: torch.Tensor, b: torch.Tensor) -> bool:
+        if not rounds:
+            return not torch.equal(a, b)
+        return bool((a - b).norm() > 1e-6 * b.norm())  # measured: 2e-7, two roundings of float32
+
     inputs, cu_seqlens = inputs_of(case, dtype, device)
     dy = inputs.pop("dy")
     inputs = *inputs.values(), cu_seqlens
@@ -159,7 +170,7 @@ def changed_by_saving(case: Case, dtype: torch.dtype, device: str) -> list[str]:
             (y, *ssd_triton.scan_backward(dy, *inputs, skip, saved=kept, bias_H=bias)),
             (plain, *ssd_triton.scan_backward(dy, *inputs, skip, bias_H=bias)),
         )
-        changed += [name for name, a, b in pairs if a is not b and not torch.equal(a, b)]
+        changed += [name for name, a, b in pairs if a is not b and differ(a, b)]
     return changed
 
 
