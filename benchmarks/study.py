@@ -412,14 +412,17 @@ class Runner:
         records = read_metrics(folder / "metrics.jsonl")
         stages = len(task.rates)
         step_ms = statistics.median(r["step_ms"] for r in records[len(records) // 2 :])
-        speed = self.study.mbs / step_ms * 1000
+        speed = flags.mbs / step_ms * 1000
         from hnet_runtime import matching
 
         found["rates"] = matching.seen_rates(records, stages)
+        found["validations"] = [
+            {k: v for k, v in r.items() if k == "step" or k.startswith("val_")} for r in records if "val_bytes" in r
+        ]
         found["bpb_curve"] = [[r["step"], round(r["bpb"], 4)] for r in records[:: max(1, len(records) // 100)]]
         found |= {"bytes_per_s": speed, "step_ms": step_ms, "peak_gib": records[-1].get("peak_gib")}
         found["mfu"] = statistics.median(r["mfu"] or 0 for r in records[len(records) // 2 :]) or None
-        found["train_bytes"] = task.steps * self.study.mbs
+        found["train_bytes"] = task.steps * flags.mbs
         found["start_s"] = max(0.0, time.perf_counter() - began - found["train_bytes"] / speed)
         self.clean(folder)
         self.made += 1
@@ -652,18 +655,18 @@ def write_tables(study: Study, results: Results) -> None:
         say(f"{study.out}/study.md: the tables of {len(results.rows)} runs")
 
 
-def write_into(file: Path, tables: str) -> None:
+def write_into(file: Path, tables: str, mark: str = "study") -> None:
     """Puts the tables between the marks of a page."""
     from hnet_runtime.pages.reports import write_atomically
 
-    begin, end = "<!-- study -->\n", "<!-- end -->"
+    begin, end = f"<!-- {mark} -->\n", "<!-- end -->"
     try:
-        before, mark, rest = file.read_text(encoding="utf-8").partition(begin)
+        before, found, rest = file.read_text(encoding="utf-8").partition(begin)
     except OSError as error:
         raise UserError(f"--page {file}: can't be read ({error.strerror})") from None
     _, last, after = rest.partition(end)
-    if not (mark and last):
-        raise UserError(f"--page {file}: expected the marks <!-- study --> and <!-- end -->, each once")
+    if not (found and last):
+        raise UserError(f"--page {file}: expected the marks <!-- {mark} --> and <!-- end -->, each once")
     content = f"{before}{begin}\n{tables}\n{end}{after}"
     write_atomically(file, lambda scratch: scratch.write_text(content, encoding="utf-8"))
 
