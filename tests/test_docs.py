@@ -46,6 +46,7 @@ LISTED = {  # commands that are not run here, by what they match, and why not
     r"--form transformers|^lm_eval|^make test-transformers": "needs the extra transformers: tests/test_transformers.py",
     r"^(python -m )?pytest|^ruff": "tests and style, which run beside this",
     r"benchmarks/study\.py": "takes minutes on a GPU; tests/test_study.py makes a small study",
+    r"benchmarks/recipe\.py": "takes minutes on a GPU; tests/test_recipe.py makes two small runs",
     r"bench_\w+\.py|benchmarks/(tune|audit)\.py|HNET_GPU=|nsys|ncu": "needs a GPU, or takes minutes",
     r"^(pkill|kill|nohup)\b": "acts on a process of the reader",
     r"--part \d+/\d+": "prepares one part of several; tests/test_fineweb.py runs them all",
