@@ -125,6 +125,7 @@ def compile_all(capability: str, quick: bool) -> dict[str, Found]:
         state["wide"] = dtype == torch.float32
         of_rows(dtype, quick)
         of_scan(dtype, quick)
+        of_generation(dtype, quick)
     state["wide"] = False
     of_attention(quick)
     return found
@@ -257,6 +258,34 @@ def of_attention(quick: bool) -> None:
         qkv = torch.zeros(T, 3, 16, P, dtype=torch.bfloat16)
         o, lse = attention_triton.attention_forward(qkv, order, window)
         attention_triton.attention_backward(o, qkv, o, lse, order, window)
+
+
+def of_generation(half, quick: bool) -> None:
+    """The kernels of a step, for one text and for many."""
+    import torch
+
+    from hnet_kernels import generation_triton, sampling_triton
+    from hnet_kernels.generation import MambaWeights
+    from hnet_kernels.sampling import Events, SamplingRows
+
+    N, cpu, wide = 128, torch.device("cpu"), torch.float32
+    for B in (64,) if quick else (1, 64):
+        new_B1, start_B = torch.ones(B, 1, dtype=torch.bool), torch.zeros(B, dtype=torch.int64)
+        for D, heads, W in ((1536, 16, 1024),) if quick else ((512, 8, 64), (1536, 16, 1024), (2048, 16, 4096)):
+            H, C = 2 * D // 64, 2 * D + 2 * N
+            of_heads = torch.zeros(H, dtype=wide)
+            taps, bias, norm = (torch.zeros(*shape, dtype=half) for shape in ((C, 1, 4), (C,), (2 * D,)))
+            weights = MambaWeights(taps, bias, of_heads, of_heads, of_heads, norm)
+            projected_BX, past_BWC = torch.zeros(B, 2 * D + C + H, dtype=half), torch.zeros(B, 3, C, dtype=half)
+            h_BHPN = torch.zeros(B, H, 64, N, dtype=wide)
+            generation_triton.mamba2_step(projected_BX, weights, past_BWC, h_BHPN, new_B1, 1e-5)
+            ring, table = torch.zeros(B, W, heads, D // heads, dtype=half), torch.zeros(W, 16, dtype=wide)
+            qkv_BX = torch.zeros(B, 3 * D, dtype=half)
+            generation_triton.attention_step(qkv_BX, ring, ring.clone(), start_B, new_B1, table, table)
+        rows, events = SamplingRows.new(B, 8, cpu), Events.new(4, B, 2, wide, cpu)
+        sampling_triton.draw_rows(torch.zeros(B, 256, dtype=half), rows)
+        sampling_triton.note_starts(events, 0, torch.zeros(B, 1, dtype=wide), new_B1, new_B1)
+        sampling_triton.record(events, rows)
 
 
 # ------------------------------------------------------------------------------------------------------------ the page

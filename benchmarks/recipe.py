@@ -64,6 +64,8 @@ VARIANTS = {
     "shallow": Variant("encoder and decoder of one layer", config={"arch_layout": ["m1", ["T16"], "m1"]}),
     "deep": Variant("encoder and decoder of eight layers", config={"arch_layout": ["m8", ["T12"], "m8"]}),
     "attention": Variant("attention before the router", config={"arch_layout": ["m3t1", ["T16"], "m4"]}),
+    "attention-first": Variant("attention as the first layer", config={"arch_layout": ["t1m3", ["T16"], "m4"]}),
+    "small": Variant("one layer outside, four inside", config={"arch_layout": ["m1", ["T4"], "m1"]}),
     "small-inner": Variant("inner network of four layers", config={"arch_layout": ["m4", ["T4"], "m4"]}),
 }
 
