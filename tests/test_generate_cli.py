@@ -273,6 +273,8 @@ def test_continuations_are_compared(pair, monkeypatch):
     monkeypatch.setattr(equivalence, "generate", forgetful)
     report = check(model, copy, documents=(b"some text",), new_bytes=3)
     assert report.first_disagreement == "greedy continuation"
+    # three bytes each by training, prefill and plain steps, which all find the last one wrong
+    assert report.continuations == {"greedy": (3, 9), "sampled": (3, 9)}
 
 
 def test_check_of_a_checkpoint(checkpoint, tmp_path):

@@ -315,9 +315,10 @@ def check(
 ) -> Report:
     """Compares an unsharded training model with an inference model of the same config, dtype and device.
 
-    documents: texts, to which BOS is added. Each is continued by `new_bytes`, greedily and sampled. The bytes generated
-    by steps must be those that the training forward and a prefill of the complete text choose at each position with the
-    same random numbers. In bfloat16 a continuation may differ where two bytes are about equally likely; it is counted.
+    documents: texts, to which BOS is added. Each is continued by `new_bytes`, greedily and sampled, by `generate`, on a
+    GPU as CUDA graphs. The bytes must be those that the training forward, a prefill and plain steps of the complete
+    text choose at each position with the same random numbers. In bfloat16 a continuation may differ where two bytes are
+    about equally likely; it is counted.
     """
     dtype = inference.embeddings.weight.dtype
     documents = [bytes([BOS]) + d for d in documents]
@@ -362,7 +363,8 @@ def _continuations(training, inference, documents, new_bytes: int, seed: int) ->
         made = [g.continuation for g in generate(inference, [d[1:] for d in documents], **options)]
         whole = [d + m[:-1] for d, m in zip(documents, made)]
         differ = total = 0
-        for logits in (trace_training(training, whole).logits, trace_prefill(inference, whole).logits):
+        traces = trace_training(training, whole), trace_prefill(inference, whole), trace_steps(inference, whole)
+        for logits in (trace.logits for trace in traces):
             noise = Noise([seed + i for i in range(len(whole))], logits[0].device)
             for n in range(new_bytes):
                 now = torch.stack([x[len(d) - 1 + n] for x, d in zip(logits, documents)])
