@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 
 from hnet_kernels import Chunks, ema_forward
@@ -363,6 +362,11 @@ class Step:
     probabilities: list[Tensor]  # (B,) a stage, at least float32; meaningless where the stage was not active
 
 
+def _gathers_weights(module: nn.Module) -> bool:
+    """Whether the module is an FSDPModule, a class whose import takes a second or two."""
+    return hasattr(module, "unshard")
+
+
 class HNetInference(HNetLM):
     """The language model for generation: an HNetLM that reads texts piece by piece.
 
@@ -500,7 +504,7 @@ class HNetInference(HNetLM):
         with torch.device("meta"):
             inference = cls(model.config)
         inference._training_model.append(model)
-        if not any(isinstance(module, FSDPModule) for module in model.modules()):
+        if not any(map(_gathers_weights, model.modules())):
             for name, child in model.named_children():
                 setattr(inference, name, child)
         inference._point_to_training()
@@ -514,7 +518,7 @@ class HNetInference(HNetLM):
         have the dtype in which training computes. Does nothing where the model is not sharded or none was borrowed.
         """
         modules = self._training_model[0].modules() if self._training_model else []
-        sharded = [module for module in modules if isinstance(module, FSDPModule)]
+        sharded = list(filter(_gathers_weights, modules))
         try:
             for module in sharded:
                 module.unshard()

@@ -15,12 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hnet_kernels import cards
 from hnet_routers import Router
 from hnet_runtime import UserError
+from hnet_runtime.sharded import is_sharded, local_shard
 from hnet_runtime.steps.flat_adamw import FlatAdamW
 from hnet_trainable import HNet, HNetConfig, HNetLM, Isotropic, initial_weight
 
@@ -218,7 +217,9 @@ def _fill_other_tensors(model: HNetLM, config: HNetConfig, device: torch.device)
 @torch.no_grad()
 def assign(parameter: Tensor, value: Tensor) -> None:
     """Copies an unsharded `value` into a parameter, sharded or not. Every rank has the value, so nothing is sent."""
-    if isinstance(parameter, DTensor):
+    if is_sharded(parameter):
+        from torch.distributed.tensor import distribute_tensor  # not above: see sharded.py
+
         value = distribute_tensor(
             value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
         )
@@ -227,7 +228,7 @@ def assign(parameter: Tensor, value: Tensor) -> None:
 
 def unsharded(parameter: Tensor) -> Tensor:
     """A parameter's full value, gathered from all ranks if it is sharded: then every rank must call this."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    return parameter.full_tensor() if is_sharded(parameter) else parameter
 
 
 def shard_model(model: HNetLM, mesh: DeviceMesh, compute_dtype: torch.dtype, reshard: bool = True) -> None:
@@ -242,6 +243,8 @@ def shard_model(model: HNetLM, mesh: DeviceMesh, compute_dtype: torch.dtype, res
     A single process has nothing to gather. There a group is a full stack of blocks, which saves most of the hooks'
     time, and weights stay in `compute_dtype` until the backward has used them.
     """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # not above: see sharded.py
+
     plain = {p for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] in PLAIN_FLOAT32}
     alone = mesh.size() == 1
 
@@ -329,7 +332,7 @@ def traffic(
 
 def reduce_plain_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
     """Averages the gradients of unsharded parameters over all ranks, as FSDP does for sharded ones."""
-    grads = [p.grad for p in parameters if not isinstance(p, DTensor) and p.grad is not None]
+    grads = [p.grad for p in parameters if not is_sharded(p) and p.grad is not None]
     if world.size == 1 or not grads:
         return
     flat = torch.cat([g.flatten() for g in grads]) / world.size
@@ -346,7 +349,7 @@ def optimizer_groups(groups: list[dict]) -> list[dict]:
     apart = []
     for group in groups:
         for sharded in (True, False):
-            params = [p for p in group["params"] if isinstance(p, DTensor) == sharded]
+            params = [p for p in group["params"] if is_sharded(p) == sharded]
             if params:
                 apart.append({k: v for k, v in group.items() if k != "names"} | {"params": params})
     return apart
@@ -356,10 +359,10 @@ def optimizer_groups(groups: list[dict]) -> list[dict]:
 def grad_norm(parameters: Iterable[nn.Parameter], world: World) -> Tensor:
     """The global norm of all gradients, on the device, without waiting for it."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    shards = _squares([g.to_local() for g in grads if isinstance(g, DTensor)], world)
+    shards = _squares([local_shard(g) for g in grads if is_sharded(g)], world)
     if world.shards > 1:  # over one replica: with HSDP, other ranks have the same shards
         dist.all_reduce(shards, group=world.mesh.get_group("shard"))
-    return (shards + _squares([g for g in grads if not isinstance(g, DTensor)], world)).sqrt()
+    return (shards + _squares([g for g in grads if not is_sharded(g)], world)).sqrt()
 
 
 def _squares(tensors: list[Tensor], world: World) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["train", "test_distributed"])
+context.set_forkserver_preload(["train", "torch._dynamo", "hnet_runtime.runs.checkpoint_files", "test_distributed"])
 
 
 def start_server() -> None:

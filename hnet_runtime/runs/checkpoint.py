@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import sys
@@ -22,22 +21,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import StorageMeta
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from hnet_config import LEARNED
 from hnet_kernels import cards
@@ -54,9 +43,8 @@ from hnet_runtime.runs.run_folder import (  # noqa: F401 (some are for importers
     step_folder,
     train_config_of,
 )
+from hnet_runtime.sharded import is_sharded, local_shard
 from hnet_runtime.steps.flat_adamw import FlatAdamW, SplitFloat32, as_tensor
-
-_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 class Saver:
@@ -92,7 +80,7 @@ class Saver:
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._host: dict[str, Tensor] = {}  # on a GPU: page-locked, so allocated once
         self._meshes: dict[DeviceMesh, DeviceMesh] = {}  # for copies of shards on the host
-        for mesh in dict.fromkeys(p.device_mesh for p in model.parameters() if isinstance(p, DTensor)):
+        for mesh in dict.fromkeys(p.device_mesh for p in model.parameters() if is_sharded(p)):
             on_cpu = mesh.device_type == "cpu"
             self._meshes[mesh] = mesh if on_cpu else DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
         # on a GPU the thread joins split weights here; later there may be no free memory
@@ -134,7 +122,7 @@ class Saver:
         self._raise_together(error)
         state, copies, ready, free = self._state(), {}, None, _free_gpu_memory(self._device)
         for name, tensor in state.items():
-            size = _local(tensor).nbytes
+            size = local_shard(tensor).nbytes
             if size <= free:
                 free -= size
                 copies[name] = tensor.clone()
@@ -194,7 +182,9 @@ class Saver:
                 staging.set_result(None)
             state |= self._to_host(copies, ready)
             copies.clear()
-            dcp.save(state, checkpoint_id=scratch, process_group=self._group)
+            from hnet_runtime.runs import checkpoint_files  # not above: see there
+
+            checkpoint_files.write(state, scratch, self._group)
             if dist.get_rank() == 0:
                 write_json(scratch / "config.json", self.model.config.to_dict())
                 write_json(scratch / "train.json", train)
@@ -218,7 +208,7 @@ class Saver:
             ready.wait()
             self._lock_pages(state)
             for name, tensor in state.items():
-                self._host[name].copy_(as_tensor(_local(tensor), self._scratch), non_blocking=True)
+                self._host[name].copy_(as_tensor(local_shard(tensor), self._scratch), non_blocking=True)
             self._stream.synchronize()
         return {name: self._like(tensor, self._host[name]) for name, tensor in state.items()}
 
@@ -233,15 +223,15 @@ class Saver:
                     return
                 if name not in self._host:
                     began = time.perf_counter()
-                    self._host[name] = torch.empty(_local(tensor).shape, dtype=tensor.dtype, pin_memory=True)
+                    self._host[name] = torch.empty(local_shard(tensor).shape, dtype=tensor.dtype, pin_memory=True)
                     self._is_needed.wait(pause * (time.perf_counter() - began))
 
     def _like(self, tensor: Tensor | SplitFloat32, local: Tensor) -> Tensor:
         """`local` itself, or where `tensor` is a DTensor, `local` as its shard on the host."""
-        if not isinstance(tensor, DTensor):
+        if not is_sharded(tensor):
             return local
         mesh, sizes = self._meshes[tensor.device_mesh], {"shape": tensor.shape, "stride": tensor.stride()}
-        return DTensor.from_local(local, mesh, tensor.placements, run_check=False, **sizes)
+        return type(tensor).from_local(local, mesh, tensor.placements, run_check=False, **sizes)
 
     def staged(self) -> None:
         """Waits until the state has been copied. To be called before it changes."""
@@ -271,7 +261,7 @@ class Saver:
         self.staged()
         error = self._written.exception()
         self._written = None
-        if error is not None and not isinstance(error, OSError | dcp.CheckpointException):
+        if error is not None and not isinstance(error, OSError):
             raise error
         self._raise_together(error)
         return step_folder(self.run, self._step)
@@ -289,10 +279,6 @@ class Saver:
         for old in complete(self.run)[: -self.keep] if self.keep else []:
             if not self.keep_every or int(old.name.removeprefix("step_")) % self.keep_every:
                 shutil.rmtree(old)
-
-
-def _local(tensor: Tensor | SplitFloat32) -> Tensor | SplitFloat32:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _free_gpu_memory(device: torch.device) -> float:
@@ -323,10 +309,7 @@ def require_disk_space(run: Path, parameters: int) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, dcp.CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    said = getattr(error, "strerror", None) or str(error).splitlines()[0]
-    return f"writing ended early, as on a full disk: {said}" if "inline_container" in said else said
+    return getattr(error, "strerror", None) or str(error).splitlines()[0]
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -379,60 +362,6 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
     differing = [f"{key} ({theirs.get(key)} there, {ours.get(key)} here)" for key in keys]
     if differing:
         raise UserError(f"{checkpoint}: its model config differs in {'; '.join(differing[:3])}")
-    state: dict[str, Any] = {"model": get_model_state_dict(model)}
-    if optimizer is not None:
-        everything = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
-        state["optimizer"] = _tensors(everything)
-    try:
-        dcp.load(state, storage_reader=SafeReader(checkpoint))
-    except dcp.CheckpointException as error:
-        reason = _reason(error)
-        raise CheckpointError(
-            f"{checkpoint}: can't be read ({'damaged' if 'weights_only' in reason else reason}); {WITHOUT}"
-        ) from None
-    set_model_state_dict(model, state["model"])
-    if optimizer is not None:
-        set_optimizer_state_dict(model, optimizer, everything | state["optimizer"], options=_OPTIONS)
+    from hnet_runtime.runs import checkpoint_files  # not above: see there
 
-
-def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:
-    """The part of an optimizer's state that is saved: tensors, which need no pickle. Rates come from the config."""
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
-
-
-class SafeReader(dcp.FileSystemReader):
-    """torch's reader of checkpoint folders, except that an index with an unlisted name raises CheckpointError."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            metadata = _IndexUnpickler(file).load()
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        return metadata
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Opens a checkpoint's index with an allow-list; torch 2.11 and 2.13 use the full pickle module for it."""
-
-    _METADATA = "Metadata TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata TensorProperties"
-    _METADATA += " MetadataIndex StorageMeta _MEM_FORMAT_ENCODING"
-    ALLOWED = {f"torch.distributed.checkpoint.metadata.{name}" for name in _METADATA.split()} | {
-        "torch.distributed.checkpoint.filesystem._StorageInfo",
-        "torch.serialization._get_layout",
-        "torch.Size",
-        "pathlib.PosixPath",
-        "collections.OrderedDict",
-    }
-
-    def __init__(self, file: BinaryIO):
-        super().__init__(file)
-        self.source = file.name
-
-    def find_class(self, module: str, name: str) -> Any:
-        dtype = getattr(torch, name, None) if module == "torch" else None
-        if isinstance(dtype, torch.dtype):
-            return dtype
-        if f"{module}.{name}" not in self.ALLOWED:
-            raise CheckpointError(
-                f"{self.source}: refused, because it holds more than weights ({module}.{name}); nothing of it was run"
-            )
-        return super().find_class(module, name)
+    checkpoint_files.read(checkpoint, model, optimizer)

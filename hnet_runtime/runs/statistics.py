@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from hnet_runtime.distributed import World
+from hnet_runtime.sharded import is_sharded, local_shard
 from hnet_runtime.steps.flat_adamw import FlatAdamW, as_tensor
 from hnet_trainable import StageOutput
 
@@ -113,10 +113,10 @@ def weight_statistics(optimizer: torch.optim.AdamW, stages: int, world: World) -
     for group in optimizer.param_groups:
         states = [optimizer.state.get(p) for p in group["params"]]
         found = [(p, state) for p, state in zip(group["params"], states) if p.grad is not None and state]
-        for (apart, _), batch in _batches(found, lambda p: (isinstance(p, DTensor) or p in owned, str(p.grad.dtype))):
+        for (apart, _), batch in _batches(found, lambda p: (is_sharded(p) or p in owned, str(p.grad.dtype))):
             into = sharded if apart else whole
             tensors = ((_weight(optimizer, p), p.grad, state["exp_avg"], state["exp_avg_sq"]) for p, state in batch)
-            ws, grads, ms, vs = ([t.to_local() if isinstance(t, DTensor) else t for t in ts] for ts in zip(*tensors))
+            ws, grads, ms, vs = (list(map(local_shard, ts)) for ts in zip(*tensors))
             updates = _updates(ws, ms, vs, batch[0][1]["step"].to(world.device), group)
             wide = [torch._foreach_norm(ts, dtype=ws[0].dtype) for ts in (grads, ws, updates)]
             squares = [torch.stack(norms).float().square().sum() for norms in wide]

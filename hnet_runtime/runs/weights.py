@@ -18,22 +18,19 @@ import json
 import logging
 import pickle
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from hnet_config import CONFIGS, find_config
 from hnet_runtime import UserError
 from hnet_runtime.distributed import PLAIN_FLOAT32
 from hnet_runtime.pages.reports import write_atomically
 from hnet_runtime.runs import checkpoint as own
-from hnet_runtime.runs.checkpoint import CheckpointError, SafeReader
+from hnet_runtime.runs.checkpoint import CheckpointError
 from hnet_simple import HNetInference
 from hnet_trainable import ConfigError, HNetConfig, HNetLM, parse_layout
 
@@ -256,22 +253,9 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
 
 def load_own_checkpoint(path: Path) -> dict[str, Tensor]:
     """The unsharded weights of a checkpoint folder of train.py, written by any number of processes."""
-    try:
-        reader = SafeReader(path)
-        index = reader.read_metadata().state_dict_metadata
-        state = {
-            key: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for key, entry in index.items()
-            if key.startswith("model.") and isinstance(entry, TensorStorageMetadata)
-        }
-        with warnings.catch_warnings():  # it warns that one process alone loads, which is intended
-            warnings.simplefilter("ignore", UserWarning)
-            dcp.load(state, storage_reader=reader, no_dist=True)
-    except CheckpointError:
-        raise
-    except (Exception, dcp.CheckpointException):  # the latter, a BaseException, wraps any error of a file
-        raise CheckpointError(f"{path}: damaged or incomplete") from None
-    return {key.removeprefix("model."): tensor for key, tensor in state.items()}
+    from hnet_runtime.runs import checkpoint_files  # not above: see there
+
+    return checkpoint_files.read_weights(path)
 
 
 def fetch(source: str) -> Path:

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from hnet_kernels.adamw import BLOCK, adamw_, join_float32, norms, split_float32
+from hnet_runtime.sharded import is_sharded
 
 Span = Sequence[Sequence[nn.Parameter]]
 
@@ -99,7 +99,7 @@ class FlatAdamW(torch.optim.AdamW):
         parameters = [p for span in spans for part in span for p in part]
         if len(parameters) != len(group_of) or set(parameters) != set(group_of):
             raise ValueError("FlatAdamW: expected each parameter of the groups once in the spans")
-        if len({(p.dtype, p.device) for p in parameters}) > 1 or any(isinstance(p, DTensor) for p in parameters):
+        if len({(p.dtype, p.device) for p in parameters}) > 1 or any(map(is_sharded, parameters)):
             raise ValueError("FlatAdamW: the parameters are sharded, or not of one dtype on one device")
         if any(
             p not in group_of or (c.shape, c.dtype) != (p.shape, compute_weights[0][0].dtype)

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from hnet_runtime import distributed
 from hnet_runtime.distributed import BETAS, World
+from hnet_runtime.sharded import gathers_weights
 from hnet_trainable import HNetLM, HNetOutput, StageOutput, training_loss
 
 Returned = TypeVar("Returned")
@@ -67,7 +67,7 @@ class PlainModel:
         """
         outputs = []
         for i, batch in enumerate(batches):
-            if isinstance(self.model, FSDPModule):  # gradients are reduced once per step, with the last micro-batch
+            if gathers_weights(self.model):  # gradients are reduced once per step, with the last micro-batch
                 self.model.set_requires_gradient_sync(i == len(batches) - 1)
                 self.model.set_is_last_backward(i == len(batches) - 1)
             out = self.model(*batch)

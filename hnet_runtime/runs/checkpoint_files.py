@@ -1,0 +1,122 @@
+"""Writes and reads the tensors of a checkpoint with torch's distributed checkpointing (DCP).
+
+Importing DCP takes a second or two. So checkpoint.py and weights.py import this module where they write or read, and a
+run that has done neither does not wait for it.
+"""
+
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from hnet_runtime.runs.run_folder import WITHOUT, CheckpointError
+
+_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def write(state: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | None) -> None:
+    """Writes this rank's state; every rank of the group calls it. Raises OSError with the reason of a failure."""
+    try:
+        dcp.save(state, checkpoint_id=folder, process_group=group)
+    except dcp.CheckpointException as error:
+        raise OSError(_reason(error)) from error
+
+
+def read(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Reads model and optimizer in place; every rank calls it. Raises CheckpointError."""
+    state: dict[str, Any] = {"model": get_model_state_dict(model)}
+    if optimizer is not None:
+        everything = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
+        state["optimizer"] = _tensors(everything)
+    try:
+        dcp.load(state, storage_reader=SafeReader(folder))
+    except dcp.CheckpointException as error:
+        reason = _reason(error)
+        raise CheckpointError(
+            f"{folder}: can't be read ({'damaged' if 'weights_only' in reason else reason}); {WITHOUT}"
+        ) from None
+    set_model_state_dict(model, state["model"])
+    if optimizer is not None:
+        set_optimizer_state_dict(model, optimizer, everything | state["optimizer"], options=_OPTIONS)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The unsharded weights by official name, in this process alone. Raises CheckpointError."""
+    try:
+        reader = SafeReader(folder)
+        index = reader.read_metadata().state_dict_metadata
+        state = {
+            key: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for key, entry in index.items()
+            if key.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+        }
+        with warnings.catch_warnings():  # it warns that one process alone loads, which is intended
+            warnings.simplefilter("ignore", UserWarning)
+            dcp.load(state, storage_reader=reader, no_dist=True)
+    except CheckpointError:
+        raise
+    except (Exception, dcp.CheckpointException):  # the latter, a BaseException, wraps any error of a file
+        raise CheckpointError(f"{folder}: damaged or incomplete") from None
+    return {key.removeprefix("model."): tensor for key, tensor in state.items()}
+
+
+def _reason(error: dcp.CheckpointException) -> str:
+    first = next(iter(error.failures.values()))[0]
+    said = getattr(first, "strerror", None) or str(first).splitlines()[0]
+    return f"writing ended early, as on a full disk: {said}" if "inline_container" in said else said
+
+
+def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The part of an optimizer's state that is saved: tensors, which need no pickle. Rates come from the config."""
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+class SafeReader(dcp.FileSystemReader):
+    """torch's reader of checkpoint folders, except that an index with an unlisted name raises CheckpointError."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            metadata = _IndexUnpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        return metadata
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Opens a checkpoint's index with an allow-list; torch 2.11 and 2.13 use the full pickle module for it."""
+
+    _METADATA = "Metadata TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata TensorProperties"
+    _METADATA += " MetadataIndex StorageMeta _MEM_FORMAT_ENCODING"
+    ALLOWED = {f"torch.distributed.checkpoint.metadata.{name}" for name in _METADATA.split()} | {
+        "torch.distributed.checkpoint.filesystem._StorageInfo",
+        "torch.serialization._get_layout",
+        "torch.Size",
+        "pathlib.PosixPath",
+        "collections.OrderedDict",
+    }
+
+    def __init__(self, file: BinaryIO):
+        super().__init__(file)
+        self.source = file.name
+
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = getattr(torch, name, None) if module == "torch" else None
+        if isinstance(dtype, torch.dtype):
+            return dtype
+        if f"{module}.{name}" not in self.ALLOWED:
+            raise CheckpointError(
+                f"{self.source}: refused, because it holds more than weights ({module}.{name}); nothing of it was run"
+            )
+        return super().find_class(module, name)
