@@ -70,7 +70,7 @@ class Row:
     prefill: float
     step: float
     limit: float
-    summary: str
+    values: list[Tensor]  # of the training forward
 
     @property
     def ok(self) -> bool:
@@ -103,15 +103,15 @@ class Report:
     def print(self, console: Console | None = None) -> None:
         """Prints a table of the largest differences, then boundaries, continuations and the verdict."""
         console = console or Console()
-        lovely = bool(lovely_summary())
-        table = Table("stage", "layer", "tokens", "prefill", "steps", "limit", *["training forward"] * lovely)
+        lovely = lovely_summary()
+        table = Table("stage", "layer", "tokens", "prefill", "steps", "limit", *["training forward"] * bool(lovely))
         for row in self.rows:
             cells = (
                 str(row.tokens),
                 f"{row.prefill:.1e}",
                 f"{row.step:.1e}",
                 f"{row.limit:.2g}",
-                *[row.summary] * lovely,
+                *([str(lovely(torch.cat(row.values).float()))] if lovely else []),
             )
             layer = row.layer.removeprefix("backbone.").removeprefix("main_network." * row.stage)
             table.add_row(str(row.stage), layer, *cells, style=None if row.ok else "bold red")
@@ -301,11 +301,6 @@ def lovely_summary() -> Any:
     return lovely
 
 
-def _summary(documents: list[Tensor]) -> str:
-    lovely = lovely_summary()
-    return str(lovely(torch.cat(documents).float())) if lovely else ""
-
-
 def check(
     training: HNetLM,
     inference: HNetInference,
@@ -340,12 +335,12 @@ def check(
         found = [_difference(o.layers[name], theirs, n, size) for o, n in zip(others, lengths)]
         if exact and any(same := (exact_extent.after if is_after else exact_extent.before)[s]):
             limit = min(limit, ROUNDINGS * _difference(exact.layers[name], theirs, same, size))
-        rows.append(Row(name, s, min(map(sum, lengths)), *found, limit, _summary(theirs)))
+        rows.append(Row(name, s, min(map(sum, lengths)), *found, limit, theirs))
         if name.endswith("encoder.rmsnorm"):  # the router comes next
             p, lengths = reference.p[s], [extent.router[s] for extent in extents]
             found = [_difference(o.p[s], p, n, 1.0) for o, n in zip(others, lengths)]
             router = name.replace("encoder.rmsnorm", "routing_module")
-            rows.append(Row(router, s, min(map(sum, lengths)), *found, P_TOLERANCE[dtype], _summary(p)))
+            rows.append(Row(router, s, min(map(sum, lengths)), *found, P_TOLERANCE[dtype], p))
     return Report(
         rows,
         [sum(map(len, reference.p[s])) for s in range(S)],
