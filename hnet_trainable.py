@@ -25,12 +25,12 @@ import dataclasses
 import hashlib
 import logging
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nested import nested_tensor_from_jagged
 from torch.nested._internal.nested_tensor import NestedTensor
 
 from hnet_config import (  # noqa: F401
@@ -89,7 +89,8 @@ N_GPT = 4.6  # bytes a token of GPT-2's tokenizer covers (section 2.3.2)
 #
 # The contract of NJTs: take the values, compute on flat tensors, wrap again with the *same offsets object*: only NJTs
 # that share it can be combined. Two operations do that, `flat` and `nested_like`. Torch's own `values()` and
-# `nested_tensor_from_jagged` mean the same; backwards they cost ten calls of Python for each NJT.
+# `nested_tensor_from_jagged` mean the same. Backwards they cost ten calls of Python for each NJT, and the first NJT of
+# torch's making imports torch._dynamo, which takes a second.
 
 
 class Documents(NamedTuple):
@@ -102,10 +103,21 @@ class Documents(NamedTuple):
     def of(cls, x: Tensor) -> Documents:
         return cls(x._offsets, x._metadata_cache)
 
+    @classmethod
+    def between(cls, offsets: Tensor, shortest: int, longest: int) -> Documents:
+        """Documents between consecutive offsets, int64 (B + 1,); their lengths are from `shortest` to `longest`."""
+        return cls(offsets, {"min_seqlen": torch.zeros(shortest, 0), "max_seqlen": torch.zeros(longest, 0)})
+
     def nest(self, values: Tensor) -> Tensor:
         """An NJT of these values, outside autograd."""
-        with torch._C.DisableTorchFunctionSubclass():  # its constructor asks for its shape; 2.11 answers in Python
-            return NestedTensor(values.detach(), self.offsets, _metadata_cache=self.seqlens)
+        values = values.detach()
+        if "torch._dynamo" in sys.modules:
+            with torch._C.DisableTorchFunctionSubclass():  # its constructor asks for its shape; 2.11 answers in Python
+                return NestedTensor(values, self.offsets, _metadata_cache=self.seqlens)
+        # The constructor would import torch._dynamo, to mark sizes as dynamic for torch.compile. This is the rest of it
+        x = NestedTensor.__new__(NestedTensor, values, self.offsets)
+        x._values, x._offsets, x._lengths, x._metadata_cache = values, self.offsets, None, self.seqlens
+        return x
 
 
 class Flat(torch.autograd.Function):
@@ -203,7 +215,17 @@ def rotary_tables(M: int, rotary_dim: int, dtype: torch.dtype, device: torch.dev
 # ------------------------------------------------------------------------------------------------------------- layers
 
 
-class Linear(nn.Linear):
+class Undrawn:
+    """For layers of torch: leaves their weights as they are, since `init_weights` draws them.
+
+    On the meta device, drawing a normal distribution imports torch._dynamo, which takes a second.
+    """
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Linear(Undrawn, nn.Linear):
     """x W^T without a bias. `is_saved`: the next operation saves the result, see `hnet_kernels.linear`."""
 
     def __init__(self, inputs: int, outputs: int, is_saved: bool = False):
@@ -214,14 +236,14 @@ class Linear(nn.Linear):
         return linear(x_TD, self.weight, self.is_saved)
 
 
-class WideLinear(nn.Linear):
+class WideLinear(Undrawn, nn.Linear):
     """x W^T + bias in float32, whatever the compute dtype."""
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return wide_linear(x_TD, self.weight, self.bias)
 
 
-class Embedding(nn.Embedding):
+class Embedding(Undrawn, nn.Embedding):
     def forward(self, iids_T: Tensor) -> Tensor:
         return embed(iids_T, self.weight)
 
@@ -457,8 +479,7 @@ class SelectChunks(torch.autograd.Function):
         ctx.documents = Documents.of(x_BjD)
         total, longest = chunks.counts.tolist()
         h_CD = TakeRows.forward(ctx, x_BjD._values, chunks.start_C[:total])
-        offsets = chunks.cu_seqlens.to(torch.int64)
-        return nested_tensor_from_jagged(h_CD, offsets, min_seqlen=0, max_seqlen=longest)
+        return Documents.between(chunks.cu_seqlens.to(torch.int64), 0, longest).nest(h_CD)
 
     @staticmethod
     def backward(ctx, grad_h_BkD: Tensor | None):

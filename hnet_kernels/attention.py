@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hnet_kernels import cards
-from hnet_kernels.dispatch import assume_constant, has_triton, operation, takes_kernels, use_fast
+from hnet_kernels.dispatch import assume_constant, dispatched, has_triton, operation, takes_kernels, use_fast
 from hnet_kernels.pointwise import rotate_
 from hnet_kernels.recompute import Recomputed, mode, recomputed, recomputed_of
 from hnet_kernels.saved import save_if, save_tensor
@@ -46,7 +46,7 @@ def _softmax_scores(q_THP: Tensor, k_THP: Tensor, span: Span) -> Tensor:
     return (q_HQP @ k_HKP.mT).masked_fill_(span.hidden_QK, -torch.inf).softmax(-1)
 
 
-@torch.library.custom_op("hnet::attention_definition", mutates_args=())
+@dispatched
 def attention_definition(q_THP: Tensor, k_THP: Tensor, v_THP: Tensor, cu_seqlens: Tensor, window: int) -> Tensor:
     """Softmax attention of position i on j in [i - window, i] of its own document (on all j <= i where window < 0)."""
     o_THP = torch.zeros_like(q_THP, memory_format=torch.contiguous_format)
@@ -57,12 +57,12 @@ def attention_definition(q_THP: Tensor, k_THP: Tensor, v_THP: Tensor, cu_seqlens
     return o_THP
 
 
-@attention_definition.register_fake
+@torch.library.register_fake(attention_definition)
 def _(q_THP, k_THP, v_THP, cu_seqlens, window):
     return q_THP.new_empty(q_THP.shape)
 
 
-@torch.library.custom_op("hnet::attention_definition_backward", mutates_args=())
+@dispatched
 def attention_definition_backward(
     do_THP: Tensor, q_THP: Tensor, k_THP: Tensor, v_THP: Tensor, cu_seqlens: Tensor, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,7 +82,7 @@ def attention_definition_backward(
     return dq_THP.to(q_THP.dtype), dk_THP.to(k_THP.dtype), dv_THP.to(v_THP.dtype)
 
 
-@attention_definition_backward.register_fake
+@torch.library.register_fake(attention_definition_backward)
 def _(do_THP, q_THP, k_THP, v_THP, cu_seqlens, window):
     return tuple(t.new_empty(t.shape) for t in (q_THP, k_THP, v_THP))
 
@@ -96,7 +96,7 @@ def _backward(ctx, do_THP):
     return (*attention_definition_backward(do_THP, *ctx.saved_tensors, ctx.window), None, None)
 
 
-attention_definition.register_autograd(_backward, setup_context=_setup)
+torch.library.register_autograd(attention_definition, _backward, setup_context=_setup)
 
 
 @assume_constant

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hnet_kernels.dispatch import has_triton, takes_kernels, use_fast
+from hnet_kernels.dispatch import dispatched, has_triton, takes_kernels, use_fast
 from hnet_kernels.gradients import PartialSums, Slot
 
 MAX_TAPS = 4
@@ -58,7 +58,7 @@ def _why_unsupported(x_TD: Tensor, K: int) -> str | None:
     return None
 
 
-@torch.library.custom_op("hnet::causal_conv_silu", mutates_args=())
+@dispatched
 def causal_conv_silu(x_TD: Tensor, weight_D1K: Tensor, bias_D: Tensor, position_T: Tensor) -> Tensor:
     """silu(bias + sum_k weight[K - 1 - k] x_{t - k}), over the tokens before t in its own document. Returns y_TD.
 
@@ -77,12 +77,12 @@ def causal_conv_silu_forward(x_TD: Tensor, weight_D1K: Tensor, bias_D: Tensor, p
     return F.silu(conv_forward(x_TD, weight_D1K, bias_D, position_T)).contiguous()
 
 
-@causal_conv_silu.register_fake
+@torch.library.register_fake(causal_conv_silu)
 def _(x_TD, weight_D1K, bias_D, position_T):
     return x_TD.new_empty(x_TD.shape)
 
 
-@torch.library.custom_op("hnet::causal_conv_silu_backward", mutates_args=())
+@dispatched
 def causal_conv_silu_backward(
     dy_TD: Tensor, x_TD: Tensor, weight_D1K: Tensor, bias_D: Tensor, position_T: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,7 +98,7 @@ def causal_conv_silu_backward(
     return tuple(grad.contiguous() for grad in conv_backward(dbefore_TD, x_TD, weight_D1K, position_T))
 
 
-@causal_conv_silu_backward.register_fake
+@torch.library.register_fake(causal_conv_silu_backward)
 def _(dy_TD, x_TD, weight_D1K, bias_D, position_T):
     return x_TD.new_empty(x_TD.shape), weight_D1K.new_empty(weight_D1K.shape), bias_D.new_empty(bias_D.shape)
 
@@ -107,8 +107,8 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-causal_conv_silu.register_autograd(
-    lambda ctx, dy: (*causal_conv_silu_backward(dy, *ctx.saved_tensors), None), setup_context=_setup
+torch.library.register_autograd(
+    causal_conv_silu, lambda ctx, dy: (*causal_conv_silu_backward(dy, *ctx.saved_tensors), None), setup_context=_setup
 )
 
 

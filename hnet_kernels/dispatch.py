@@ -163,6 +163,27 @@ def assume_constant(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+_LIBRARY = torch.library.Library("hnet", "FRAGMENT")
+
+
+def dispatched(function: Callable[..., Any]) -> torch._ops.OpOverload:
+    """Decorator: an operation of torch's dispatcher, `torch.ops.hnet.<name>`, into which torch.compile does not look.
+
+    Its results must not share memory with its arguments. Its types come from the annotations. Give it a fake and a
+    gradient with `torch.library.register_fake` and `register_autograd`.
+
+    `torch.library.custom_op` does this too, but the first call then imports torch._dynamo, which takes a second
+    (torch 2.11, 2.13).
+    """
+    name = function.__name__
+    while hasattr(torch.ops.hnet, name):  # that of another copy of this file, such as one that transformers loaded
+        name += "_"
+    schema = torch.library.infer_schema(function, mutates_args=(), op_name=name)
+    _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    return getattr(torch.ops.hnet, name).default
+
+
 @assume_constant
 def use_fast(operation: str, device_type: str, dtype: torch.dtype, reason: str | None) -> bool:
     """Whether `operation` on tensors of this device type and dtype runs its fast kernel.

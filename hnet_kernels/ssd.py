@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad, softplus
 
 from hnet_kernels import cards
-from hnet_kernels.dispatch import has_triton, takes_kernels, use_fast
+from hnet_kernels.dispatch import dispatched, has_triton, takes_kernels, use_fast
 from hnet_kernels.gradients import Slot
 
 MIN_CHUNK = 32  # tokens; longer chunks mean more work inside chunks and less between them
@@ -195,7 +195,7 @@ def _why_unsupported(x_THP: Tensor, B_TN: Tensor) -> str | None:
     return cards.why_unsupported(x_THP.device) or (None if has_triton() else "no triton")
 
 
-@torch.library.custom_op("hnet::ssd", mutates_args=())
+@dispatched
 def ssd(x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TN: Tensor, C_TN: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Mamba-2's scan: h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, y_t = h_t C_t; h = 0 before each document.
 
@@ -210,12 +210,12 @@ def ssd(x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TN: Tensor, C_TN: Tensor, c
     return scan_forward(x_THP, dt_TH, dt_TH * A_H, B_TN, C_TN, cu_seqlens).contiguous()
 
 
-@ssd.register_fake
+@torch.library.register_fake(ssd)
 def _(x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens):
     return x_THP.new_empty(x_THP.shape)
 
 
-@torch.library.custom_op("hnet::ssd_backward", mutates_args=())
+@dispatched
 def ssd_backward(
     dy_THP: Tensor, x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TN: Tensor, C_TN: Tensor, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -229,7 +229,7 @@ def ssd_backward(
     return tuple(grad.contiguous() for grad in grads)
 
 
-@ssd_backward.register_fake
+@torch.library.register_fake(ssd_backward)
 def _(dy_THP, x_THP, dt_TH, A_H, B_TN, C_TN, cu_seqlens):
     return tuple(t.new_empty(t.shape) for t in (x_THP, dt_TH, A_H, B_TN, C_TN))
 
@@ -238,7 +238,9 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-ssd.register_autograd(lambda ctx, dy: (*ssd_backward(dy, *ctx.saved_tensors), None), setup_context=_setup)
+torch.library.register_autograd(
+    ssd, lambda ctx, dy: (*ssd_backward(dy, *ctx.saved_tensors), None), setup_context=_setup
+)
 
 
 def mamba2_scan_forward(

@@ -365,6 +365,19 @@ def test_custom_ops_describe_themselves_truly():
         torch.library.opcheck(backward, (torch.ones_like(plain[0]), *plain, *rest))
 
 
+def test_copies_of_a_file_have_operations_of_their_own(dispatch):
+    """transformers loads copies of these files beside the files themselves."""
+
+    def ssd(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    other = dispatch.dispatched(ssd)
+    assert other.name() != ssd_file.ssd.name()
+    assert other(torch.zeros(1)) == 1
+    inputs = ssd_inputs(3)
+    assert ssd_file.ssd(*inputs.values(), cu_of([3])).shape == inputs["x"].shape
+
+
 def test_document_ids_skip_empty_documents():
     ids = ssd_file.document_ids(cu_of([2, 0, 3, 0]), 7)
     assert ids.tolist() == [0, 0, 2, 2, 2, 4, 4]

@@ -18,14 +18,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nested import nested_tensor_from_jagged
 
 import hnet_kernels as K
 from hnet_kernels.dispatch import OPERATIONS, forcing
 from hnet_runtime.checks import equivalence
 from hnet_runtime.steps.graphs import GraphedModel
 from hnet_simple import GenerationError, HNetInference, why_no_generation
-from hnet_trainable import BOS, NORM_EPS, HNetConfig, HNetLM, nested_like, rotary_tables, training_loss
+from hnet_trainable import (
+    BOS,
+    NORM_EPS,
+    Documents,
+    HNetConfig,
+    HNetLM,
+    flat,
+    nested_like,
+    rotary_tables,
+    training_loss,
+)
 
 logger = logging.getLogger("hnet")
 
@@ -265,8 +274,8 @@ def _batch(lengths: list[int], device: torch.device, config: HNetConfig | None =
     ids[ids == 108] = 32  # a space, for the router of that name
     ends = torch.tensor([0, *lengths]).cumsum(0)
     ids[ends[:-1]] = BOS
-    iids = nested_tensor_from_jagged(ids.to(device), ends.to(device), min_seqlen=min(lengths), max_seqlen=max(lengths))
-    pair = iids, nested_like(iids.values().roll(-1), iids)
+    iids = Documents.between(ends.to(device), min(lengths), max(lengths)).nest(ids.to(device))
+    pair = iids, nested_like(flat(iids).roll(-1), iids)
     if not config or not (stages := config.stages_by_cuts):
         return pair
     cuts_T = torch.randint(len(stages) + 1, (sum(lengths),), generator=generator).to(device)

@@ -21,14 +21,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nested import nested_tensor_from_jagged
 
 from hnet_decoder import generate
 from hnet_kernels import Residual
 from hnet_runtime.data.cuts import cuts_like
 from hnet_runtime.runs import weights
 from hnet_simple import HNetInference, Noise, Sampling
-from hnet_trainable import BOS, HNetConfig, HNetLM, RoutingModule, init_weights, stage_of
+from hnet_trainable import BOS, Documents, HNetConfig, HNetLM, RoutingModule, init_weights, stage_of
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.5}  # of a layer's output, see above
 P_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05}  # of a boundary probability, absolute
@@ -178,12 +177,8 @@ def trace_training(model: HNetLM, documents: Sequence[bytes]) -> Trace:
     device, heard = next(model.parameters()).device, {}
     lengths = torch.tensor([len(d) for d in documents])
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(device)
-    iids = nested_tensor_from_jagged(
-        torch.tensor(list(b"".join(documents)), device=device),
-        offsets,
-        min_seqlen=int(lengths.min()),
-        max_seqlen=int(lengths.max()),
-    )
+    packed = torch.tensor(list(b"".join(documents)), device=device)
+    iids = Documents.between(offsets, int(lengths.min()), int(lengths.max())).nest(packed)
     with _listening(model, heard):
         out = model(iids, None, cuts_like(iids, model.config))
     b = [list(stage.boundary_mask.unbind()) for stage in out.stages]

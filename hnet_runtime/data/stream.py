@@ -203,6 +203,8 @@ class Slice:
         """
         import torch
 
+        from hnet_trainable import Documents
+
         pin = torch.device(device).type == "cuda"
 
         def put(array):
@@ -210,11 +212,11 @@ class Slice:
             return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=pin)
 
         offsets = put(np.concatenate([[0], np.cumsum(self.row_lengths)]))
-        shape = dict(offsets=offsets, min_seqlen=int(self.row_lengths.min()), max_seqlen=int(self.row_lengths.max()))
+        rows = Documents.between(offsets, int(self.row_lengths.min()), int(self.row_lengths.max()))
         values = [put(self.inputs).long(), put(self.labels).long()]
         if self.cuts is not None:
             values.append(put(self.cuts))
-        return tuple(torch.nested.nested_tensor_from_jagged(v, **shape) for v in values)
+        return tuple(map(rows.nest, values))
 
 
 def slice_numbers(step: int, global_slices: int, rank: int = 0, world: int = 1) -> range:

@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nested import nested_tensor_from_jagged
 
 import fineweb
 from hnet_runtime import UserError
@@ -27,7 +26,7 @@ from hnet_runtime.data.cuts import cuts_like
 from hnet_runtime.distributed import World
 from hnet_runtime.evaluation import boundaries
 from hnet_runtime.evaluation.validation import LENGTH_BUCKETS
-from hnet_trainable import BOS, EOS, HNetLM, StageOutput
+from hnet_trainable import BOS, EOS, Documents, HNetLM, StageOutput
 
 CONTEXT = 8192  # bytes of a training document in the paper
 
@@ -91,7 +90,7 @@ def pack(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor]:
     lengths = [len(row.inputs) for row in rows]
     offsets = torch.tensor([0, *itertools.accumulate(lengths)], device=device)
     flat = [torch.from_numpy(np.concatenate(parts)).to(device).long() for parts in list(zip(*rows))[:2]]
-    return tuple(nested_tensor_from_jagged(x, offsets, min_seqlen=min(lengths), max_seqlen=max(lengths)) for x in flat)
+    return tuple(map(Documents.between(offsets, min(lengths), max(lengths)).nest, flat))
 
 
 def score(model: HNetLM, rows: list[Row]) -> list[tuple[np.ndarray, np.ndarray]]:

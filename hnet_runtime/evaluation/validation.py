@@ -13,7 +13,7 @@ from hnet_runtime.data.cuts import cuts_like
 from hnet_runtime.data.stream import ByteStream
 from hnet_runtime.distributed import World
 from hnet_runtime.evaluation import boundaries
-from hnet_trainable import BOS, EOS, HNetConfig, HNetLM
+from hnet_trainable import BOS, EOS, Documents, HNetConfig, HNetLM
 
 LENGTH_BUCKETS = (256, 1024, 4096, 16384)  # text bytes of the document: val_bpb_le_256, ..., val_bpb_longer
 
@@ -123,7 +123,7 @@ def chunks_of(model: HNetLM, text: bytes, world: World) -> list[np.ndarray]:
     """
     ids = torch.tensor([BOS, *text], device=world.device)
     offsets = torch.tensor([0, len(ids)], device=world.device)
-    iids = torch.nested.nested_tensor_from_jagged(ids, offsets, min_seqlen=len(ids), max_seqlen=len(ids))
+    iids = Documents.between(offsets, len(ids), len(ids)).nest(ids)
     model.eval()
     stages = model(iids, None, cuts_like(iids, model.config)).stages
     model.train()

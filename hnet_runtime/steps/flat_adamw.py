@@ -7,6 +7,7 @@ Legend: P parameters, G groups; K blocks of B elements.
 """
 
 import contextlib
+import inspect
 import itertools
 import math
 from collections.abc import Collection, Iterator, Sequence
@@ -185,6 +186,10 @@ class FlatAdamW(torch.optim.AdamW):
         counts = [p in self.owned or rank == 0 for p in self._state_views]
         self._index_P, self._counts_P = torch.tensor(places, dtype=torch.int64), torch.tensor(counts)
         self._index_P, self._counts_P = (x.to(like["device"]) for x in (self._index_P, self._counts_P))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, without its decorator for torch.compile, which would import torch._dynamo in a second."""
+        inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
 
     def _part(self, flat: Tensor | None, p: Tensor, start: int) -> Tensor | None:
         """The parameter's view of a flat tensor. start: the offset of that tensor in the flat memory."""

@@ -39,7 +39,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nested import nested_tensor_from_jagged
 
 from hnet_kernels import Chunks, cards, cross_entropy, cut, take_rows
 from hnet_kernels.conv import MAX_TAPS
@@ -53,6 +52,7 @@ from hnet_runtime.steps.plain import Losses
 from hnet_runtime.steps.segments import BackwardPart, Leaf, Outputs, SavedPool, Segment, memory_ran_out
 from hnet_trainable import (
     Block,
+    Documents,
     HNet,
     HNetConfig,
     HNetLM,
@@ -656,6 +656,6 @@ class GraphedModel:
         found = []
         for s, (at, T) in enumerate(zip(self.buffers, self.tokens)):
             offsets = self.packings[s].cu_seqlens[: self.documents + 1].to(torch.int64)
-            p_Bj = nested_tensor_from_jagged(at.chunks.p_T[:T], offsets, min_seqlen=0, max_seqlen=self.most_M[s])
+            p_Bj = Documents.between(offsets, 0, self.most_M[s]).nest(at.chunks.p_T[:T])
             found.append(StageOutput(at.chunks.p_T[:T], at.chunks.b_T[:T], *at.chunks.shares, p_Bj))
         return found
