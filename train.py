@@ -362,7 +362,7 @@ class Run:
             f"{config.mbs * config.global_slices:,} bytes; run folder {self.folder}"
         )
         logger.info("each line gives means over the steps since the line before")
-        self.compilations = Compilations()
+        self.compilations = Compilations(on_gpu=world.device.type == "cuda")
         if world.device.type == "cuda":
             logger.info("the first step waits for kernels that are not in Triton's cache yet, for up to a minute")
         self.inference = None  # where generation computes another model, no samples are written

@@ -859,7 +859,7 @@ def test_compilations_are_counted_and_cached(tmp_path, monkeypatch):
 
     if not hasattr(_sum_rows, "arg_names"):
         pytest.skip("under Triton's interpreter nothing is compiled")
-    counted = Compilations()
+    counted = Compilations(on_gpu=True)
     types = {
         "parts_ptr": "*fp32",
         "sum_ptr": "*fp32",

@@ -127,14 +127,18 @@ def _choose_checkpoint(run: Path, resume: str) -> Path | None:
 
 
 class Compilations:
-    """Counts the kernels that Triton compiles from now on in this process, and the seconds that it takes."""
+    """Counts the kernels that Triton compiles from now on in this process, and the seconds that it takes.
 
-    def __init__(self):
+    on_gpu: elsewhere nothing is compiled, so Triton is not imported.
+    """
+
+    def __init__(self, on_gpu: bool):
         self.new, self.cached, self.seconds = 0, 0, 0.0
-        with contextlib.suppress(ImportError):  # no Triton, or a version without this hook (before 3.4)
-            from triton import knobs
+        if on_gpu:
+            with contextlib.suppress(ImportError):  # no Triton, or a version without this hook (before 3.4)
+                from triton import knobs
 
-            knobs.compilation.listener = self._count
+                knobs.compilation.listener = self._count
 
     def _count(self, times: Any = None, cache_hit: bool = False, **_: Any) -> None:
         """The arguments differ between versions of Triton; a difference must not stop a run."""
