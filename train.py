@@ -14,7 +14,8 @@ if __name__ == "__main__":
     def program(argv: list[str]) -> int:
         """Reads the flags before torch is imported, which takes seconds; then runs this file as the module `train`."""
         config = read_config(argv)
-        import train
+        with commands.importing():
+            import train
 
         return train.main(config)
 

@@ -43,6 +43,8 @@ class Start:
     """Start with train.py's --compile-ahead, as it does by itself."""
     device: str = "cuda"
     """cuda or cpu."""
+    compile: Annotated[str, flag("-C")] = "auto"
+    """train.py's --compile; graph with --device cpu runs the steps of a GPU without capture."""
     out: str = ""
     """File for the numbers, as JSON."""
 
@@ -63,12 +65,12 @@ def child(began: float, options: dict[str, Any]) -> dict[str, float]:
     seconds: dict[str, float] = {}
     since = time.time()
     seconds["Python"] = since - began
-    import torch
+    with commands.importing():
+        import torch
 
-    seconds["import torch"], since = time.time() - since, time.time()
-    import train
-    from hnet_runtime.runs.flags import read_config
-
+        seconds["import torch"], since = time.time() - since, time.time()
+        import train
+        from hnet_runtime.runs.flags import read_config
     seconds["import the rest"] = time.time() - since
 
     def timed(name: str, function: Callable) -> Callable:
@@ -103,7 +105,8 @@ def child(began: float, options: dict[str, Any]) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         argv = ["-c", options["config"], "--data", options["data"], "--mbs", str(options["mbs"])]
         argv += ["--save-dir", f"{folder}/run", "--steps", "2", "--val-slices", "1", "--sample-bytes", "0"]
-        argv += ["--device", options["device"], "--compile-ahead" if options["ahead"] else "--no-compile-ahead"]
+        argv += ["--device", options["device"], "--compile", options["compile"]]
+        argv += ["--compile-ahead" if options["ahead"] else "--no-compile-ahead"]
         with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(Done):
             raise SystemExit(train.main(read_config(argv)))
     run = ended["run"]

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from hnet_runtime import UserError
-from hnet_runtime.commands import parse, run
+from hnet_runtime.commands import importing, parse, run
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,14 +81,15 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--samples: {options.samples}; expected 1 or more")
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     prompt = read_prompt(options)
-    import torch
-    from rich.console import Console
+    with importing():
+        import torch
+        from rich.console import Console
 
-    from hnet_decoder import Decoder
-    from hnet_runtime.checks import agreement
-    from hnet_runtime.pages.chunks import has_colours, legend
-    from hnet_runtime.runs.weights import load_inference
-    from hnet_simple import GenerationError, Sampling, why_no_generation
+        from hnet_decoder import Decoder
+        from hnet_runtime.checks import agreement
+        from hnet_runtime.pages.chunks import has_colours, legend
+        from hnet_runtime.runs.weights import load_inference
+        from hnet_simple import GenerationError, Sampling, why_no_generation
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here")

@@ -1,5 +1,6 @@
 """How commands start and end: --help, mistakes, closed outputs, full disks, characters that a terminal lacks."""
 
+import gc
 import json
 import os
 import pty
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from hnet_runtime.commands import importing
 
 ROOT = Path(__file__).parent.parent
 
@@ -243,3 +246,14 @@ def test_every_command_begins_a_mistake_alike(tmp_path):
     ):
         done = subprocess.run([sys.executable, str(ROOT / command), *flags], cwd=ROOT, capture_output=True, text=True)
         assert (done.returncode, done.stderr[:7], done.stderr.count("\n")) == (2, "error: ", 1), (command, done.stderr)
+
+
+def test_imports_run_without_garbage_collection():
+    """And collections after them pass over what they made."""
+    before = gc.get_freeze_count()
+    try:
+        with importing():
+            assert not gc.isenabled()
+        assert gc.isenabled() and gc.get_freeze_count() > before
+    finally:
+        gc.unfreeze()
