@@ -442,7 +442,8 @@ class StageOutput(NamedTuple):
         return nested_like(self.b_T, self.like)
 
     def detach(self) -> StageOutput:
-        return StageOutput(*(x.detach() for x in self))
+        *flat, like = self
+        return StageOutput(*(x.detach() for x in flat), Documents.of(like).nest(like._values))
 
 
 class RoutingModule(Router):

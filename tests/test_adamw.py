@@ -32,7 +32,7 @@ from hnet_runtime import distributed  # noqa: E402
 from hnet_runtime.runs import checkpoint  # noqa: E402
 from hnet_runtime.runs.statistics import weight_statistics  # noqa: E402
 from hnet_runtime.steps import flat_adamw  # noqa: E402
-from hnet_runtime.steps.flat_adamw import FlatAdamW, as_tensor  # noqa: E402
+from hnet_runtime.steps.flat_adamw import EagerAdamW, FlatAdamW, as_tensor  # noqa: E402
 from hnet_runtime.steps.graphs import GraphedModel  # noqa: E402
 from hnet_trainable import HNetConfig, HNetLM, nested_like, parameter_groups  # noqa: E402
 
@@ -53,6 +53,25 @@ def world():
 
 def build(world, dtype: torch.dtype = torch.float32) -> HNetLM:
     return distributed.build_model(HNetConfig.load(ONE_STAGE), world, torch.float32, seed=0).to(dtype)
+
+
+def test_adamw_without_decorators_is_torchs():
+    """Weights, moments and cleared gradients, over steps with other rates and one whose gradients are not finite."""
+    torch.manual_seed(0)
+    start, gradients = torch.randn(5, 7), torch.randn(4, 5, 7)
+    found = []
+    for kind in (torch.optim.AdamW, EagerAdamW):
+        weight = nn.Parameter(start.clone())
+        optimizer = kind([{"params": [weight], "lr": RATE, "weight_decay": DECAY}], betas=BETAS, fused=True)
+        for step, gradient in enumerate(gradients):
+            weight.grad = gradient.clone()
+            optimizer.param_groups[0]["lr"] = RATE / (step + 1)
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(float(step == 2))
+            optimizer.step()
+            optimizer.zero_grad()
+            assert weight.grad is None
+        found.append([weight.detach(), *optimizer.state_dict()["state"][0].values()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def optimizer_of(model: HNetLM, flat: bool, compute_weights=(), narrow: bool = False) -> torch.optim.AdamW:

@@ -57,12 +57,13 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def test_steps_of_a_gpu_import_nothing_slow(folder):
-    """Checks, steps, validation and a sample, without capture. Only Triton is missing here of what a GPU needs."""
+@pytest.mark.parametrize("how", ["graph", "eager"])
+def test_training_imports_nothing_slow(folder, how):
+    """Checks, steps, validation and a sample. graph: the steps of a GPU, without capture."""
     flags = f"-c {folder}/config.json --data {folder}/data --mbs 256 --steps 2 --val-slices 1 --sample-bytes 4"
-    more = f"--save-every 0 --stats-every 1 --device cpu -C graph --save-dir {folder}/run"
+    more = f"--save-every 0 --stats-every 1 --device cpu -C {how} --save-dir {folder}/{how}"
     assert imported(TRAIN, *flags.split(), *more.split()) == []
-    records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (folder / how / "metrics.jsonl").read_text().splitlines()]
     assert "val_bpb" in records[-1] and "sample" in records[-1]
 
 

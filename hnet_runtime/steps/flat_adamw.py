@@ -48,7 +48,21 @@ def as_tensor(weight: Tensor | SplitFloat32, scratch: Tensor | None = None) -> T
     return join_float32(*weight, None if scratch is None else scratch[: weight.high.numel()].view(weight.shape))
 
 
-class FlatAdamW(torch.optim.AdamW):
+class EagerAdamW(torch.optim.AdamW):
+    """torch.optim.AdamW without its decorators for torch.compile, which import torch._dynamo: that takes a second."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        inspect.unwrap(torch.optim.AdamW.add_param_group)(self, param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        inspect.unwrap(torch.optim.AdamW.zero_grad)(self, set_to_none)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        inspect.unwrap(torch.optim.AdamW.step)(self)
+
+
+class FlatAdamW(EagerAdamW):
     """torch.optim.AdamW(fused=True) with the same results, state and checkpoints; parameters move into flat memory.
 
     groups: parameter groups as torch's optimizers take them. Their lr and weight_decay may change between steps.
@@ -186,10 +200,6 @@ class FlatAdamW(torch.optim.AdamW):
         counts = [p in self.owned or rank == 0 for p in self._state_views]
         self._index_P, self._counts_P = torch.tensor(places, dtype=torch.int64), torch.tensor(counts)
         self._index_P, self._counts_P = (x.to(like["device"]) for x in (self._index_P, self._counts_P))
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's, without its decorator for torch.compile, which would import torch._dynamo in a second."""
-        inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
 
     def _part(self, flat: Tensor | None, p: Tensor, start: int) -> Tensor | None:
         """The parameter's view of a flat tensor. start: the offset of that tensor in the flat memory."""

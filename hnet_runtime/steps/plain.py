@@ -25,6 +25,7 @@ from torch import Tensor
 from hnet_runtime import distributed
 from hnet_runtime.distributed import BETAS, World
 from hnet_runtime.sharded import gathers_weights
+from hnet_runtime.steps.flat_adamw import EagerAdamW
 from hnet_trainable import HNetLM, HNetOutput, StageOutput, training_loss
 
 Returned = TypeVar("Returned")
@@ -57,7 +58,7 @@ class PlainModel:
         self.model = self.masters = model
         self.alpha, self.world = alpha, world
         self.parameters = list(model.parameters())  # before a forward, after which FSDP shows gathered ones
-        self.optimizer = torch.optim.AdamW(groups, betas=BETAS, fused=True)
+        self.optimizer = EagerAdamW(groups, betas=BETAS, fused=True)
         self._stages: list[StageOutput] = []
 
     def forward_backward(self, batches: Sequence[tuple[Tensor, ...]]) -> Losses:
