@@ -25,8 +25,7 @@ import dataclasses
 import hashlib
 import logging
 import math
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -89,8 +88,7 @@ N_GPT = 4.6  # bytes a token of GPT-2's tokenizer covers (section 2.3.2)
 #
 # The contract of NJTs: take the values, compute on flat tensors, wrap again with the *same offsets object*: only NJTs
 # that share it can be combined. Two operations do that, `flat` and `nested_like`. Torch's own `values()` and
-# `nested_tensor_from_jagged` mean the same. Backwards they cost ten calls of Python for each NJT, and the first NJT of
-# torch's making imports torch._dynamo, which takes a second.
+# `nested_tensor_from_jagged` mean the same, but cost ten calls of Python backwards and import torch._dynamo (1 s).
 
 
 class Documents(NamedTuple):
@@ -111,10 +109,9 @@ class Documents(NamedTuple):
     def nest(self, values: Tensor) -> Tensor:
         """An NJT of these values, outside autograd."""
         values = values.detach()
-        if "torch._dynamo" in sys.modules:
-            with torch._C.DisableTorchFunctionSubclass():  # its constructor asks for its shape; 2.11 answers in Python
-                return NestedTensor(values, self.offsets, _metadata_cache=self.seqlens)
-        # The constructor would import torch._dynamo, to mark sizes as dynamic for torch.compile. This is the rest of it
+        if torch.compiler.is_compiling():
+            return NestedTensor(values, self.offsets, _metadata_cache=self.seqlens)
+        # the rest of the constructor marks sizes as dynamic for torch.compile, for which it imports torch._dynamo
         x = NestedTensor.__new__(NestedTensor, values, self.offsets)
         x._values, x._offsets, x._lengths, x._metadata_cache = values, self.offsets, None, self.seqlens
         return x
@@ -215,17 +212,7 @@ def rotary_tables(M: int, rotary_dim: int, dtype: torch.dtype, device: torch.dev
 # ------------------------------------------------------------------------------------------------------------- layers
 
 
-class Undrawn:
-    """For layers of torch: leaves their weights as they are, since `init_weights` draws them.
-
-    On the meta device, drawing a normal distribution imports torch._dynamo, which takes a second.
-    """
-
-    def reset_parameters(self) -> None:
-        pass
-
-
-class Linear(Undrawn, nn.Linear):
+class Linear(nn.Linear):
     """x W^T without a bias. `is_saved`: the next operation saves the result, see `hnet_kernels.linear`."""
 
     def __init__(self, inputs: int, outputs: int, is_saved: bool = False):
@@ -236,14 +223,17 @@ class Linear(Undrawn, nn.Linear):
         return linear(x_TD, self.weight, self.is_saved)
 
 
-class WideLinear(Undrawn, nn.Linear):
+class WideLinear(nn.Linear):
     """x W^T + bias in float32, whatever the compute dtype."""
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return wide_linear(x_TD, self.weight, self.bias)
 
 
-class Embedding(Undrawn, nn.Embedding):
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:  # on the meta device, drawing normal numbers imports torch._dynamo
+        nn.init.zeros_(self.weight)
+
     def forward(self, iids_T: Tensor) -> Tensor:
         return embed(iids_T, self.weight)
 
@@ -802,15 +792,9 @@ def initial_weight(name: str, shape: Sequence[int], config: HNetConfig, seed: in
     return torch.randn(*shape, generator=generator, **plain) * std
 
 
-def initial_weights(model: nn.Module, seed: int) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
-    """Each parameter of an HNetLM (plain, sharded or on meta) with its whole initial value; see `initial_weight`."""
-    for name, parameter in model.named_parameters():
-        yield name, parameter, initial_weight(name, parameter.shape, model.config, seed)
-
-
 @torch.no_grad()
 def init_weights(model: HNetLM, seed: int) -> HNetLM:
     """Draw all weights of an unsharded model in place; the same for any device and dtype. Returns the model."""
-    for _, parameter, value in initial_weights(model, seed):
-        parameter.copy_(value)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(initial_weight(name, parameter.shape, model.config, seed))
     return model
