@@ -168,8 +168,7 @@ def _mamba2_step(projected_BX: Tensor, weights: MambaWeights, state: MambaState,
     dt_BH1 = (dt_BH * span.valid_BL)[..., None]  # dt = 0 leaves the state as it is
     decay_BH1 = (dt_BH1 * -wide(A_log_H).exp()[:, None]).exp()
     x_BHP = x_BD.unflatten(-1, (H, P))
-    added_BHPN = (x_BHP * dt_BH1)[..., None] * B_BN[:, None, None]
-    state.ssm_BHPN.mul_(decay_BH1[..., None]).add_(added_BHPN)
+    state.ssm_BHPN.mul_(decay_BH1[..., None]).addcmul_((x_BHP * dt_BH1)[..., None], B_BN[:, None, None])
     y_BD = torch.bmm(state.ssm_BHPN.flatten(1, 2), C_BN[..., None]).squeeze(-1).to(newest_BC.dtype)
     if D_H is not None:
         y_BD = y_BD + (D_H[:, None] * x_BHP).flatten(1)

@@ -42,8 +42,8 @@ def residual_stream(x_TD: Tensor) -> "Tensor | Residual":
 
 
 def _norm(u_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    scale_T = torch.rsqrt(u_TD.square().mean(-1) + eps)
-    return (u_TD * scale_T[:, None] * weight_D).to(weight_D.dtype), scale_T
+    scale_T1 = torch.rsqrt(u_TD.square().mean(-1, keepdim=True) + eps)
+    return (u_TD * scale_T1 * weight_D).to(weight_D.dtype), scale_T1[:, 0]
 
 
 def _norm_backward(dx_TD: Tensor, u_TD: Tensor, scale_T: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor, Tensor]:

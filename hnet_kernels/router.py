@@ -37,7 +37,8 @@ def boundary_probability(q_TD: Tensor, k_TD: Tensor, position_T: Tensor) -> Tens
     """
     q, k, *_ = _units(q_TD, k_TD)
     cos_T = (q * k).sum(-1)
-    p_T = torch.where(cos_T.abs() > 1, ((1 - cos_T) / 2).clamp(0, 1).detach(), (1 - cos_T) / 2)
+    p_T = (1 - cos_T) / 2
+    p_T = torch.where(cos_T.abs() > 1, p_T.clamp(0, 1).detach(), p_T)
     return p_T.masked_fill(position_T == 0, 1.0)
 
 

@@ -147,7 +147,7 @@ def draw_rows(logits_BV: Tensor, rows: SamplingRows, sampling: tuple | None = No
         return sampling_triton.draw_rows(logits_BV, rows)
     uniform_B = rows.noise_BN.gather(1, (rows.drawn_B % rows.noise_BN.shape[1])[:, None])[:, 0]
     allowed_BV = rows.allowed_LXV[rows.left_B.clamp_max(4), rows.utf8_B]
-    allowed_BV[:, EOS] &= rows.stops_B | (rows.utf8_B == ANY_BYTES)
+    allowed_BV[:, EOS].logical_and_(rows.stops_B | (rows.utf8_B == ANY_BYTES))
     options = sampling or [x[:, None] for x in (rows.temperature_B, rows.top_k_B, rows.top_p_B, rows.min_p_B)]
     byte_B = draw(logits_BV, uniform_B, *options, allowed_BV)
     chosen_B1 = byte_B.clamp_max(BYTES - 1)[:, None]
@@ -206,7 +206,6 @@ def record(events: Events, rows: SamplingRows) -> None:
         return sampling_triton.record(events, rows)
     byte_B = torch.where(rows.active_B, rows.byte_B, -1)
     columns = [byte_B[:, None], rows.log_probability_B[:, None], events.starts_BS, events.p_BS]
-    event_BX = torch.cat([column.to(events.p_BS.dtype) for column in columns], dim=1)
-    events.past_EBX.index_copy_(0, events.written, event_BX[None])
+    events.past_EBX.index_copy_(0, events.written, torch.cat(columns, dim=1)[None])
     events.written += 1
     rows.active_B &= (rows.left_B > 0) & ~((byte_B == EOS) & rows.stops_B)
