@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hnet_kernels.capture import CapturedFunctions
+from hnet_kernels.capture import CapturedFunctions, CompiledFunctions
 from hnet_kernels.dispatch import one_after_the_other
 from hnet_kernels.generation import take
 from hnet_kernels.sampling import (
@@ -230,6 +230,8 @@ class Decoder:
     none does. With more rows, where nearly always one does, whole steps run without the host. On other devices the same
     functions are called, and the host always looks. `captures` and `host_decides` choose otherwise. A mixer whose step
     cannot be captured runs uncaptured; `captured.failure` says why.
+
+    `compiles`: on a CPU, torch.compile makes C++ of the parts of a step at the first drain, for 10 to 30 seconds.
     """
 
     runs_ahead = True  # False: between drains nothing runs
@@ -241,8 +243,9 @@ class Decoder:
     RESERVED = 256  # tokens of an inner stage for which there is room from the beginning
 
     def __init__(
-        self, model: HNetInference, rows: int = 1, captures: bool | None = None, host_decides: bool | None = None
-    ):
+        self, model: HNetInference, rows: int = 1, captures: bool | None = None, host_decides: bool | None = None,
+        compiles: bool = False,
+    ):  # fmt: skip
         self.model, self.device = model, model.embeddings.weight.device
         self.cache = model.new_cache(rows)
         self.stages = list(zip(model.stages, self.cache.stages))
@@ -265,6 +268,9 @@ class Decoder:
         self.overlaps, self.is_checked = True, False
         self.tokens: list[Token | None] = [None] * self.S
         self.captured = CapturedFunctions(self.device, self.device.type == "cuda" if captures is None else captures)
+        self.compiles = compiles
+        if compiles:
+            self.captured = CompiledFunctions()
         self.prefills: dict[tuple[int, int], PaddedPrefill] = {}  # by sizes, those used last at the end
         self.prefill_places: list[int] = []
 
@@ -444,7 +450,8 @@ class Decoder:
             if gap <= GRAPH_TOLERANCE:
                 self.is_checked = True
                 return
-        self.captured.give_up(RuntimeError(f"graphs of a step are off by {gap:.1e}"))
+        kind = "compiled steps" if self.compiles else "graphs of a step"
+        self.captured.give_up(RuntimeError(f"{kind} are off by {gap:.1e}"))
         logger.warning("generation runs one operation after the other: %s", self.captured.failure)
 
     def _error_of_graphs(self) -> float:
@@ -529,7 +536,7 @@ class Decoder:
         """
         self.parameters = list(self.model.parameters())  # training may have replaced some since the last text
         B, L = 1 << (len(prompts) - 1).bit_length(), padded_size(max(map(len, prompts)))
-        if not self.captured.captures or B * L > self.GRAPH_BYTES:
+        if self.compiles or not self.captured.captures or B * L > self.GRAPH_BYTES:
             first = self.model.prefill(prompts)
             return first.last_logits(), first.cache, [state.tokens for state in first.cache.stages], first.starts_BLS
         if self.prefill_places != (places := [parameter.data_ptr() for parameter in self.parameters]):

@@ -1,8 +1,10 @@
-"""Functions whose work on a GPU is recorded once as CUDA graphs and then replayed with one launch each."""
+"""Functions whose work is prepared once: on a GPU recorded as CUDA graphs, on a CPU compiled to C++."""
 
 import functools
 import time
+import warnings
 from collections.abc import Callable, Hashable
+from typing import NamedTuple
 
 import torch
 
@@ -101,3 +103,50 @@ class CapturedFunctions:
             return False
         graph.replay()
         return True
+
+
+class Compiled(NamedTuple):
+    """A function as torch.compile makes it, in the place of a CUDA graph."""
+
+    replay: Callable[[], None]
+
+
+class CompiledFunctions(CapturedFunctions):
+    """Functions of a CPU, compiled to C++ by torch.compile. Where the size of a buffer changes, it compiles again.
+
+    Needs a C++ compiler: see `why_no_compiler`.
+    """
+
+    def __init__(self):
+        super().__init__(torch.device("cpu"), captures=True)
+
+    def prepare(
+        self, key: Hashable, functions: dict[Hashable, functools.partial[None]], idle: Callable[[], Callable[[], None]]
+    ) -> None:
+        """Compile the functions, unless `key` is that of the last call. See `CapturedFunctions.prepare`."""
+        if not self.captures or key == self.key:
+            return
+        began, undo = time.perf_counter(), idle()
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*lru_cache")  # that it looks into cached functions
+                for name, function in functions.items():
+                    if name not in self.graphs:
+                        self.graphs[name] = Compiled(functools.partial(torch.compile(function.func), *function.args))
+                        self.captured += 1
+                    self.replay(name)  # this compiles it
+        except Exception as error:  # of torch.compile: anything
+            self.give_up(error.with_traceback(None))
+        finally:
+            undo()
+        self.key = key
+        self.seconds += time.perf_counter() - began
+
+
+def why_no_compiler() -> str | None:
+    """Why torch.compile cannot compile for a CPU, in one line, or None where it can."""
+    try:
+        torch.compile(torch.neg)(torch.zeros(2))
+    except Exception as error:  # of torch.compile: anything
+        return str(error).strip().splitlines()[0]
+    return None

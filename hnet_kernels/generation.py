@@ -8,8 +8,8 @@ dimensions.
 """
 
 import dataclasses
-import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,18 @@ from hnet_kernels.ssd import mamba2_scan_forward, ssd
 
 WIDEST = 8192  # channels that a kernel holds in the registers of one block
 MIN_SLOTS = 64  # a key-value ring starts with as many
+
+
+class once:  # noqa: N801 (a decorator)
+    """A property that is computed once. Python 3.11's functools.cached_property takes a lock, where torch.compile would
+    divide a step in two. To be removed with Python 3.11."""
+
+    def __init__(self, function: Callable[[Any], Any]):
+        self.function = function
+
+    def __get__(self, owner: Any, kind: type | None = None) -> Any:
+        value = owner.__dict__[self.function.__name__] = self.function(owner)
+        return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,24 +58,24 @@ class Span:
 
     # the same for all layers
 
-    @functools.cached_property
+    @once
     def position_T(self) -> Tensor:
         """int32, where the new tokens stand; that of padding, which may be beyond the tables, is their last."""
         offset_L = torch.arange(self.shape[1], device=self.start_B.device)
         position_T = (self.start_B[:, None] + offset_L).flatten()
         return position_T.clamp_max(len(self.cos_MR) - 1).to(torch.int32)
 
-    @functools.cached_property
+    @once
     def angles(self) -> tuple[Tensor, Tensor]:
         """The rotary tables' rows (T, R) of the new tokens."""
         return self.cos_MR[self.position_T], self.sin_MR[self.position_T]
 
-    @functools.cached_property
+    @once
     def documents(self) -> Tensor:
         """cu_seqlens of the new tokens, padding with them."""
         return even_documents(*self.shape, self.start_B.device)
 
-    @functools.cached_property
+    @once
     def _tiles(self) -> dict[int, Tensor | None]:
         return {}
 

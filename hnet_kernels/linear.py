@@ -14,6 +14,18 @@ from hnet_kernels.recompute import mode, recomputed_from, recomputed_of, save, s
 from hnet_kernels.saved import save_tensor, saved_empty
 
 
+def _compiled_rows(x_TI: Tensor, weight_OI: Tensor) -> Tensor | None:
+    """x W^T of one or two rows on a CPU, as torch.compile computes it fastest; None where it does not apply.
+
+    Its loop reads the weights at twice the speed of MKL, which it would otherwise call.
+    """
+    if not torch.compiler.is_compiling() or torch.is_grad_enabled() or x_TI.device.type != "cpu":
+        return None
+    if x_TI.ndim != 2 or not 0 < len(x_TI) <= 2:
+        return None
+    return (x_TI[:, None] * weight_OI).sum(-1)
+
+
 @operation
 def linear(x_TI: Tensor, weight_OI: Tensor, is_saved: bool = False) -> Tensor:
     """x W^T, in one floating dtype.
@@ -21,6 +33,8 @@ def linear(x_TI: Tensor, weight_OI: Tensor, is_saved: bool = False) -> Tensor:
     is_saved: the next operation saves the result for its backward. This decides where the result is allocated, and that
     `block` recomputes it; it does not change the result.
     """
+    if (y_TO := _compiled_rows(x_TI, weight_OI)) is not None:
+        return y_TO
     return F.linear(x_TI, weight_OI)
 
 
@@ -73,7 +87,10 @@ def _(x_TI: Tensor, weight_OI: Tensor, is_saved: bool = False) -> Tensor:
 @operation
 def wide_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
     """x W^T + bias in W's dtype, at least float32; x may have another. On a GPU the product may use TF32."""
-    return F.linear(x_TI.to(weight_OI.dtype), weight_OI, bias_O)
+    x_TI = x_TI.to(weight_OI.dtype)
+    if (y_TO := _compiled_rows(x_TI, weight_OI)) is not None:
+        return y_TO + bias_O
+    return F.linear(x_TI, weight_OI, bias_O)
 
 
 class WideLinear(torch.autograd.Function):

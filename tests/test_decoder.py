@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-from test_simple import config_of, random_model
+from test_simple import config_of, nested, random_model
 
 from hnet_decoder import Decoder, Event, PaddedPrefill, generate, stream
-from hnet_kernels.capture import CapturedFunctions
+from hnet_kernels.capture import CapturedFunctions, why_no_compiler
 from hnet_kernels.sampling import ANY_BYTES, SamplingRows, utf8_state
 from hnet_simple import GenerationError, HNetInference, Noise, Sampling, chunk_starts
 from hnet_trainable import BOS, EOS, HNetConfig
@@ -135,11 +135,14 @@ def test_events_say_what_the_model_thought():
             assert event.probabilities[1] == 0 and not event.starts[1]
 
 
-def test_sample_step_sample():
+@pytest.mark.parametrize("compiles", [False, True])
+def test_sample_step_sample(compiles):
     """A decoder that is used again after an optimizer step writes what a fresh model with the new weights does."""
+    if compiles and (reason := why_no_compiler()):
+        pytest.skip(reason)
     model = random_model(config_of(**CONFIGS["one stage"]), torch.float32)
     lm = HNetInference.from_training(model)
-    decoder = Decoder(lm, 1)
+    decoder = Decoder(lm, 1, compiles=compiles)
 
     def write() -> bytes:
         number = decoder.add("one", seed=2, max_bytes=50, sampling=Sampling(1.5))
@@ -147,12 +150,13 @@ def test_sample_step_sample():
 
     before = write()
     assert write() == before
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    document = nested([torch.arange(97, 110)])
+    model(document, document).ce.backward()
+    torch.optim.SGD(model.parameters(), lr=0.5).step()
     fresh = HNetInference(model.config)
     fresh.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()})
     assert write() == plainly(fresh, b"one", 2, 50, Sampling(1.5))[0] != before
+    assert (decoder.captured.captured, decoder.captured.failure) == (3 * compiles, None)
 
 
 class Replayed:

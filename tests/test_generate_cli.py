@@ -18,6 +18,7 @@ from test_simple import config_of, random_model
 import hnet_decoder
 from hnet_decoder import generate
 from hnet_kernels import generation
+from hnet_kernels.capture import why_no_compiler
 from hnet_runtime import UserError
 from hnet_runtime.checks import equivalence
 from hnet_runtime.checks.equivalence import check, run
@@ -398,6 +399,26 @@ def test_generate_says_what_is_wrong(checkpoint, flags, words):
     with pytest.raises((UserError, ConfigError)) as error:
         script("generate").main([str(checkpoint), *flags])
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.soak
+def test_compiled_steps_write_the_same(checkpoint, capfdbinary):
+    if reason := why_no_compiler():
+        pytest.skip(reason)
+    main, written = script("generate").main, []
+    for flags in ([], ["--compile"]):
+        main([str(checkpoint), "--prompt", "", "--max-bytes", "30", "--device", "cpu", *flags])
+        out, err = capfdbinary.readouterr()
+        written.append(out)
+        assert (b"steps compiled in " in err) == bool(flags) and b"warning" not in err
+    assert written[0] == written[1]
+
+
+def test_without_a_compiler_compile_is_refused(checkpoint, monkeypatch):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+    torch.compiler.reset()
+    with pytest.raises(UserError, match=r"^--compile: torch.compile needs a C.*no-such-compiler.*\)$"):
+        script("generate").main([str(checkpoint), "--prompt", "a", "--device", "cpu", "--compile"])
 
 
 def test_long_prompt_is_warned_of(checkpoint, capfdbinary, monkeypatch):
