@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from hnet_kernels.capture import CapturedFunctions, CompiledFunctions
-from hnet_kernels.dispatch import one_after_the_other
+from hnet_kernels.dispatch import one_after_the_other, one_thread
 from hnet_kernels.generation import take
 from hnet_kernels.sampling import (
     ANY_BYTES,
@@ -574,12 +574,14 @@ class Decoder:
         for stage, state in self.stages:
             state.reserve(max(state.tokens) + max(steps, CHECKED_STEPS), stage)
         self._fill_noise(steps)
-        self._capture()
-        self.events.written.zero_()
-        began, done = time.perf_counter(), 0
-        while done < steps and (done == 0 or not self.host_decides or time.perf_counter() - began < self.SECONDS):
-            self._run_step()
-            done += 1
+        is_one_row = self.device.type == "cpu" and len(self.texts) == 1  # MKL's product with one row takes one thread
+        with one_thread() if is_one_row else contextlib.nullcontext():
+            self._capture()
+            self.events.written.zero_()
+            began, done = time.perf_counter(), 0
+            while done < steps and (done == 0 or not self.host_decides or time.perf_counter() - began < self.SECONDS):
+                self._run_step()
+                done += 1
         self.past_EBX.copy_(self.events.past_EBX, non_blocking=True)
         self.running = Running(done, list(self.texts), torch.cuda.Event() if self.device.type == "cuda" else None)
         if self.running.end:

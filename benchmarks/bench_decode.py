@@ -6,7 +6,7 @@
 Boundaries are forced: bits are drawn beforehand, with a seed, for each row, stage and token of the stage; the router
 runs, and its decision is replaced on the device. `--rates learned` keeps the router's own. Weights are random unless
 --checkpoint is given, no text ends early, and the time is that of the steps: prefill and capture are reported apart.
-Without a GPU the same is timed on the CPU.
+Without a GPU the same is timed on the CPU, with --compile after its steps have been compiled to C++.
 
 Prints one JSON object (and writes it with --out): bytes/s and ms a byte; the same with no inner step and with an inner
 step for every byte; the share of the floor, which is the bytes that a step must move (weights of the stages that are
@@ -28,7 +28,7 @@ import tyro
 from ledger import append
 
 from hnet_decoder import Decoder
-from hnet_kernels.capture import CapturedFunctions
+from hnet_kernels.capture import CapturedFunctions, why_no_compiler
 from hnet_kernels.dispatch import forcing
 from hnet_runtime import UserError
 from hnet_runtime.runs import weights
@@ -64,6 +64,8 @@ class Benchmark:
     """The plain steps run the definitions of hnet_kernels, without its kernels."""
     parts: bool = True
     """Time steps that never, and always, enter the inner stages as well."""
+    compile: bool = False
+    """On a CPU, compile the steps to C++ first."""
     device: str = "auto"
     """auto, cpu or cuda."""
     dtype: str = "auto"
@@ -76,6 +78,8 @@ class Benchmark:
 
 def build(args: Benchmark) -> HNetInference:
     on_gpu = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
+    if args.compile and (on_gpu or why_no_compiler()):
+        raise UserError("--compile: expected --device cpu and a C++ compiler")
     device = "cuda" if on_gpu else "cpu"
     dtype = getattr(torch, ("bfloat16" if on_gpu else "float32") if args.dtype == "auto" else args.dtype)
     if args.checkpoint:
@@ -168,7 +172,7 @@ def prompts(args: Benchmark) -> list[bytes]:
 
 def decode(model: HNetInference, args: Benchmark) -> dict:
     """One run of the decoder: every row writes its bytes."""
-    decoder = Decoder(model, args.rows)
+    decoder = Decoder(model, args.rows, compiles=args.compile)
     model.forced_positions = [state.position_B for _, state in decoder.stages]
     for n, prompt in enumerate(prompts(args)):
         decoder.add(prompt, seed=n, max_bytes=args.max_bytes, stop_at_eos=False)
@@ -282,7 +286,8 @@ def main(args: Benchmark) -> dict:
     if args.parts and forced:
         for name, rate in (("without_inner", 0.0), ("with_inner", 1.0)):
             force_boundaries(model, args.rows, tokens, [rate] * S)
-            result[f"ms_per_step_{name}"] = decode(model, args)["ms_per_step"]
+            for _ in range(1 + args.compile):  # the first run compiles the steps for longer caches
+                result[f"ms_per_step_{name}"] = decode(model, args)["ms_per_step"]
     print(json.dumps(result))
     if args.out:
         Path(args.out).write_text(json.dumps(result) + "\n")
@@ -294,7 +299,7 @@ def main(args: Benchmark) -> dict:
 def record_in(file: str, result: dict) -> None:
     """Add a result to the record of measurements."""
     config, rows = Path(result["checkpoint"] or result["config"]).stem, result["rows"]
-    compile_ = "graph" if result["nodes"] else "uncaptured"
+    compile_ = "graph" if result["nodes"] else "compiled" if result["compile"] else "uncaptured"
     numbers = {
         "batch_count": rows, "chunks_percent": [100 * rate for rate in result["rates"]],
         "decoded_bytes_per_s": result["bytes_per_s"], "step_ms": result["ms_per_step"],

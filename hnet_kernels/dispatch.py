@@ -139,6 +139,17 @@ def one_after_the_other() -> Iterator[None]:
         _OVERLAPS.pop()
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch computes on one thread inside."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def why_unsupported(x: Tensor, widest: int | None = None) -> str | None:
     """Why a Triton kernel that runs on any GPU cannot run on x, or None.
 

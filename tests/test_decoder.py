@@ -159,6 +159,22 @@ def test_sample_step_sample(compiles):
     assert (decoder.captured.captured, decoder.captured.failure) == (3 * compiles, None)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_steps_of_one_text_take_one_thread(rows):
+    """The prefill, and steps of more texts, take as many as torch is set to, which stays as it was."""
+    lm, threads, before = inference("one stage"), [], torch.get_num_threads()
+    lm.lm_head.register_forward_hook(lambda *_: threads.append(torch.get_num_threads()))
+    torch.set_num_threads(2)
+    try:
+        decoder = Decoder(lm, rows)
+        decoder.add("a", max_bytes=3)
+        run(decoder)
+        assert threads == [2, *[1 if rows == 1 else 2] * (len(threads) - 1)] and len(threads) > 3
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 class Replayed:
     """A graph without a GPU: it calls what was captured."""
 
