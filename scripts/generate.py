@@ -208,18 +208,23 @@ def answer(decoder: "Decoder", prompt: bytes, sampling: "Sampling", options: Opt
 
     settings = {"max_bytes": options.max_bytes, "sampling": sampling, "seed": options.seed}
     settings |= {"valid_utf8": not options.any_bytes, "stop_at_eos": not options.past_eos, "decoder": decoder}
-    with_chunks, began, compiled_s = shows_chunks(options, console), time.perf_counter(), decoder.captured.seconds
+    with_chunks, compiled_s = shows_chunks(options, console), decoder.captured.seconds
+
+    def clock() -> float:
+        return time.perf_counter() - (decoder.captured.seconds if options.compile else 0)  # see `tell_compilation`
+
+    began = clock()
     if options.samples > 1:
         texts = as_flags(lambda: generate(decoder.model, [prompt] * options.samples, **settings))
-        seconds = time.perf_counter() - began
-        if options.compile:
-            seconds -= tell_compilation(decoder, compiled_s)
+        seconds = clock() - began
         for n, made in enumerate(texts):
             print(f"--- seed {options.seed + n}", flush=True)
             if with_chunks:
                 print_chunks(made.data, made.starts, console)
             else:
                 write(made.data + b"\n")
+        if options.compile:
+            tell_compilation(decoder, compiled_s)
         tell_speed(sum(len(made.continuation) for made in texts), seconds)
         return
     printer, emitted_bytes = Printer(console), 0
@@ -227,24 +232,22 @@ def answer(decoder: "Decoder", prompt: bytes, sampling: "Sampling", options: Opt
         emitted_bytes += 1
         printer.feed(emitted.byte, emitted.starts) if with_chunks else write(bytes([emitted.byte]))
         if emitted_bytes == len(prompt):  # it has been read; what follows is the continuation
-            began = time.perf_counter()
-    seconds = time.perf_counter() - began
+            began = clock()
+    seconds = clock() - began
     printer.close() if with_chunks else write(b"\n")
     if options.compile:
-        compilation_s = tell_compilation(decoder, compiled_s)
-        seconds -= 0 if prompt else compilation_s  # behind a prompt the clock starts after it
+        tell_compilation(decoder, compiled_s)
     tell_speed(emitted_bytes - len(prompt), seconds)
 
 
-def tell_compilation(decoder: "Decoder", before: float) -> float:
-    """The seconds that were spent on compiling since there were `before`; says so, and what failed."""
+def tell_compilation(decoder: "Decoder", before: float) -> None:
+    """How many seconds compiling took, beside the `before` that it had taken already; or why it failed."""
     seconds = decoder.captured.seconds - before
     if failure := decoder.captured.failure:
         reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
         warnings.warn(f"--compile: the steps run uncompiled, because compiling them failed: {reason}", stacklevel=2)
     elif seconds >= 0.1:
         print(f"steps compiled in {seconds:.1f} s", file=sys.stderr)
-    return seconds
 
 
 def tell_speed(size: int, seconds: float) -> None:
