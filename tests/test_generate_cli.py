@@ -415,8 +415,7 @@ def test_compiled_steps_write_the_same(checkpoint, capfdbinary):
 
 
 def test_without_a_compiler_compile_is_refused(checkpoint, monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
-    torch.compiler.reset()
+    monkeypatch.setattr("hnet_kernels.capture.why_no_compiler", lambda: "no-such-compiler")
     with pytest.raises(UserError, match=r"^--compile: torch.compile needs a C.*no-such-compiler.*\)$"):
         script("generate").main([str(checkpoint), "--prompt", "a", "--device", "cpu", "--compile"])
 
