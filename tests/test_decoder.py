@@ -135,7 +135,7 @@ def test_events_say_what_the_model_thought():
             assert event.probabilities[1] == 0 and not event.starts[1]
 
 
-@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_sample_step_sample(compiles):
     """A decoder that is used again after an optimizer step writes what a fresh model with the new weights does."""
     if compiles and (reason := why_no_compiler()):
