@@ -269,7 +269,7 @@ def of_generation(half, quick: bool) -> None:
     from hnet_kernels.sampling import Events, SamplingRows
 
     N, cpu, wide = 128, torch.device("cpu"), torch.float32
-    for B in (64,) if quick else (1, 64):
+    for B in (1,) if quick else (1, 64):
         new_B1, start_B = torch.ones(B, 1, dtype=torch.bool), torch.zeros(B, dtype=torch.int64)
         for D, heads, W in ((1536, 16, 1024),) if quick else ((512, 8, 64), (1536, 16, 1024), (2048, 16, 4096)):
             H, C = 2 * D // 64, 2 * D + 2 * N

@@ -14,7 +14,8 @@ from benchmarks import audit  # noqa: E402
 from hnet_kernels.cards import CARDS, SHARED  # noqa: E402
 
 MODULES = (
-    "adamw", "attention", "boundaries", "conv", "cross_entropy", "ema", "linear", "norm", "pointwise", "router", "ssd",
+    "adamw", "attention", "boundaries", "conv", "cross_entropy", "ema", "generation", "linear", "norm", "pointwise",
+    "router", "sampling", "ssd",
 )  # fmt: skip
 
 
