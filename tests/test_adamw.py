@@ -294,10 +294,19 @@ def test_processes_that_update_a_shard_each_do_what_one_does(data):
     one.step()
     everything, sent = [build_one(rank) for rank in range(size)], []
     cut = everything[0][0].shards_updates
-    with mock.patch.object(flat_adamw.dist, "all_reduce", sent.append), mock.patch.object(FlatAdamW, "all_gather"):
+    shards: list[tuple[torch.Tensor, torch.Tensor]] = []  # of weights that were sent: their memory, and what it had
+
+    def send(flat: torch.Tensor, own: torch.Tensor, async_op: bool) -> mock.Mock:
+        shards.append((own, own.clone()))
+        return mock.Mock()
+
+    gather = mock.patch.object(flat_adamw.dist, "all_gather_into_tensor", send)
+    with mock.patch.object(flat_adamw.dist, "all_reduce", sent.append), gather:
         norms = [optimizer.grad_norm() for optimizer, _ in everything]
         for optimizer, _ in everything:
             optimizer.step()
+    assert all(torch.equal(own, before) for own, before in shards), "sent after they were updated"
+    assert len(shards) == sum(len(own) < span.stop - span.start for span, own in sharded(everything))
     assert torch.equal(sum(sent).square().sum().sqrt() if cut else norms[0], norm)
     assert len({tuple(optimizer._slices[p].start for p in ps) for optimizer, ps in everything}) == 1
     for i, p in enumerate(wanted):
@@ -312,6 +321,12 @@ def test_processes_that_update_a_shard_each_do_what_one_does(data):
         if len(set(parts)) > 1:
             assert parts == list(zip([span.start, *(stop for _, stop in parts)], (stop for _, stop in parts)))
             assert parts[-1][1] == span.stop and len({stop - start for start, stop in parts}) == 1
+
+
+def sharded(everything: list[tuple[FlatAdamW, list[nn.Parameter]]]) -> list[tuple[slice, range]]:
+    """Each span of each process, and the range that this process updates."""
+    owns = [zip(optimizer.spans, optimizer._own_shards) for optimizer, _ in everything]
+    return [(span, range(own.start, own.stop)) for pairs in owns for span, own in pairs]
 
 
 def test_mismatched_parameters_are_refused(world):

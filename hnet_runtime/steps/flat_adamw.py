@@ -266,10 +266,13 @@ class FlatAdamW(EagerAdamW):
     def all_gather(self, parts: Sequence[Tensor]) -> None:
         """Sends this process's shard of each span's tensor, such as `gradients`, to all and receives theirs."""
         for span, flat in enumerate(parts):
-            own = self._own_shard(flat, span)
-            if len(own) < len(flat):
-                self._pending.append(dist.all_gather_into_tensor(flat, own, async_op=True))
+            self._start_gather(span, flat)
         self.wait_for_gradients()
+
+    def _start_gather(self, span: int, flat: Tensor) -> None:
+        own = self._own_shard(flat, span)
+        if len(own) < len(flat):
+            self._pending.append(dist.all_gather_into_tensor(flat, own, async_op=True))
 
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
@@ -301,19 +304,16 @@ class FlatAdamW(EagerAdamW):
         self._steps_P += 1 - found_inf
         bias_2 = 1 - table[0] ** self._steps_P[0] if self._state_views else None
         for span, (own, moments) in enumerate(zip(self._own_shards, self._moments)):
-            if not self._state_views or own.start == own.stop:  # this process may own nothing
-                continue
-            w, compute, low, g = (
-                None if x[span] is None else self._own_shard(x[span], span)
-                for x in (self.weights, self.compute_weights, self.low_bits, self.gradients)
-            )
-            flat = (x if x is None else x.view(-1, BLOCK) for x in (w, compute, low, g, *moments))
-            group_K = self._group_K[own.start // BLOCK : own.stop // BLOCK]
-            adamw_(*flat, group_K, table[1:], bias_2, scale, found_inf, betas, eps)
-        if self.shards_updates:
-            self.all_gather(
-                [w if compute is None else compute for w, compute in zip(self.weights, self.compute_weights)]
-            )
+            of_span = [x[span] for x in (self.weights, self.compute_weights, self.low_bits, self.gradients)]
+            if self._state_views and own.start < own.stop:  # this process may own nothing
+                w, compute, low, g = (None if x is None else self._own_shard(x, span) for x in of_span)
+                flat = (x if x is None else x.view(-1, BLOCK) for x in (w, compute, low, g, *moments))
+                group_K = self._group_K[own.start // BLOCK : own.stop // BLOCK]
+                adamw_(*flat, group_K, table[1:], bias_2, scale, found_inf, betas, eps)
+            if self.shards_updates:  # while the next span is updated
+                weights, compute_weights, *_ = of_span
+                self._start_gather(span, weights if compute_weights is None else compute_weights)
+        self.wait_for_gradients()
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Sets the gradients to zero in place, whatever `set_to_none` says."""
