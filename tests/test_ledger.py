@@ -109,7 +109,7 @@ def test_raw_results_are_those_that_pages_and_code_cite():
     text = "\n".join(path.read_text(encoding="utf-8") for path in texts)
     results = ROOT / "benchmarks" / "results"
     there = {str(path.relative_to(results)) for path in results.rglob("*") if path.is_file()}
-    cited = set(re.findall(r"h[12]00-20\d\d-\d\d-\d\d(?:-\d+)?/\w[\w.]*\w", text))
+    cited = set(re.findall(r"(?:h[12]00|cpu)-20\d\d-\d\d-\d\d(?:-\d+)?/\w[\w.]*\w", text))
     assert cited - there == set() and there - cited == set()
 
 
