@@ -203,7 +203,7 @@ class GraphedModel:
     captures: if False, each step runs the model's own forward eagerly. Weights and gradients are as described here, but
     nothing is cut into parts, and activation checkpointing is up to the caller.
 
-    `captured`: the number of segments captured so far, in `capture_seconds`; one takes a tenth of a second or more.
+    `captured`: the number of segments captured so far, in `capture_seconds`; one takes some tens of milliseconds.
     """
 
     def __init__(
