@@ -270,6 +270,8 @@ class Decoder:
         self.captured = CapturedFunctions(self.device, self.device.type == "cuda" if captures is None else captures)
         self.compiles = compiles
         if compiles:
+            if self.device.type != "cpu" or captures is not None:
+                raise ValueError(f"compiles: expected a model on the CPU, not {self.device}, and no `captures`")
             self.captured = CompiledFunctions()
         self.prefills: dict[tuple[int, int], PaddedPrefill] = {}  # by sizes, those used last at the end
         self.prefill_places: list[int] = []

@@ -175,6 +175,14 @@ def test_steps_of_one_text_take_one_thread(rows):
         torch.set_num_threads(before)
 
 
+def test_steps_are_compiled_on_a_cpu_alone():
+    """Elsewhere, or where captures were asked for as well, one of the two would be ignored."""
+    with pytest.raises(ValueError, match="compiles: expected a model on the CPU"):
+        Decoder(inference("one stage"), captures=False, compiles=True)
+    with pytest.raises(ValueError, match="compiles: expected a model on the CPU, not meta"):
+        Decoder(inference("one stage").to("meta"), compiles=True)
+
+
 class Replayed:
     """A graph without a GPU: it calls what was captured."""
 
