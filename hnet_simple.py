@@ -362,8 +362,8 @@ class Step:
     probabilities: list[Tensor]  # (B,) a stage, at least float32; meaningless where the stage was not active
 
 
-def _gathers_weights(module: nn.Module) -> bool:
-    """Whether the module is an FSDPModule, a class whose import takes a second or two."""
+def gathers_weights(module: nn.Module) -> bool:
+    """Whether FSDP2 gathers weights for the module (FSDPModule, a class whose import takes a second or two)."""
     return hasattr(module, "unshard")
 
 
@@ -504,7 +504,7 @@ class HNetInference(HNetLM):
         with torch.device("meta"):
             inference = cls(model.config)
         inference._training_model.append(model)
-        if not any(map(_gathers_weights, model.modules())):
+        if not any(map(gathers_weights, model.modules())):
             for name, child in model.named_children():
                 setattr(inference, name, child)
         inference._point_to_training()
@@ -518,7 +518,7 @@ class HNetInference(HNetLM):
         have the dtype in which training computes. Does nothing where the model is not sharded or none was borrowed.
         """
         modules = self._training_model[0].modules() if self._training_model else []
-        sharded = list(filter(_gathers_weights, modules))
+        sharded = list(filter(gathers_weights, modules))
         try:
             for module in sharded:
                 module.unshard()

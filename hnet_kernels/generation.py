@@ -27,8 +27,8 @@ MIN_SLOTS = 64  # a key-value ring starts with as many
 
 
 class once:  # noqa: N801 (a decorator)
-    """A property that is computed once. Python 3.11's functools.cached_property takes a lock, where torch.compile would
-    divide a step in two. To be removed with Python 3.11."""
+    """A property that is computed once. Until Python 3.12 functools.cached_property takes a lock, where torch.compile
+    would divide a step in two (docs.python.org/3/library/functools.html). To be removed with Python 3.11."""
 
     def __init__(self, function: Callable[[Any], Any]):
         self.function = function

@@ -4,7 +4,7 @@ These functions look for an attribute and not for a class: importing `torch.dist
 second or two, which only runs with sharded weights should wait for.
 """
 
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -15,8 +15,3 @@ def is_sharded(tensor: Tensor) -> bool:
 def local_shard(tensor: Tensor) -> Tensor:
     """This rank's shard of a sharded tensor, or the tensor itself."""
     return tensor.to_local() if is_sharded(tensor) else tensor
-
-
-def gathers_weights(module: nn.Module) -> bool:
-    """Whether FSDP2 gathers weights for this module (torch's FSDPModule)."""
-    return hasattr(module, "unshard")

@@ -95,7 +95,7 @@ class Saver:
     def ready_to_save(self, will_save: bool = True) -> Iterator[None]:
         """While inside, the thread allocates the host memory of the first save, if a run on a GPU will save.
 
-        It is page-locked. That blocks other CUDA calls, for 19 GB during some 9 s, so there are pauses between tensors.
+        It is page-locked. That takes long and blocks other CUDA calls, so there are pauses between tensors.
         """
         if will_save and self._device.type == "cuda":
             self._thread.submit(self._lock_pages, self._state(), 3.0)

@@ -49,7 +49,10 @@ def as_tensor(weight: Tensor | SplitFloat32, scratch: Tensor | None = None) -> T
 
 
 class EagerAdamW(torch.optim.AdamW):
-    """torch.optim.AdamW without its decorators for torch.compile, which import torch._dynamo: that takes a second."""
+    """torch.optim.AdamW without its decorators for torch.compile, which import torch._dynamo: that takes a second.
+
+    In torch 2.11 and 2.13 (torch/_compile.py, `_disable_dynamo`). To be removed when they no longer import it.
+    """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         inspect.unwrap(torch.optim.AdamW.add_param_group)(self, param_group)

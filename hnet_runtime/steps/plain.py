@@ -24,8 +24,8 @@ from torch import Tensor
 
 from hnet_runtime import distributed
 from hnet_runtime.distributed import BETAS, World
-from hnet_runtime.sharded import gathers_weights
 from hnet_runtime.steps.flat_adamw import EagerAdamW
+from hnet_simple import gathers_weights
 from hnet_trainable import HNetLM, HNetOutput, StageOutput, training_loss
 
 Returned = TypeVar("Returned")
