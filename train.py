@@ -583,9 +583,11 @@ def train(config: TrainConfig, then: Callable[[Run], None] | None = None, is_che
     if config.dry_run:
         dry_run(config, hnet)
         return 0
+    is_training = config.early_exit == "no"
+    compiler = compile_ahead.prepare(config.device, config.compile_ahead and is_training and not is_checked)
     world = distributed.start(config.device, config.replicate or 1, max(600, 2 * config.timeout))
     config.global_slices = config.global_slices or world.size
-    if config.early_exit != "no" and not world.is_main:
+    if not is_training and not world.is_main:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (one process prints what all find)
     if world.device.type == "cpu":
         keep_freed_memory()
@@ -602,18 +604,16 @@ def train(config: TrainConfig, then: Callable[[Run], None] | None = None, is_che
         distributed.stop()
         return 0 if equal else 1
     data = None
-    if config.early_exit == "no":  # a mistake in --data ends the run at once
+    if is_training:  # a mistake in --data ends the run at once
         data = open_data(config, world, cuts.cutter(hnet))
         hnet, measured = cuts.with_measured_rate(hnet, data[0])
         if measured:
             logger.info(measured)
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and world.device.type == "cuda")
     dtype = torch.bfloat16 if half else torch.float32
-    if config.ac == "auto":
-        config.ac = choose_ac(config, hnet, world)
-    accumulates = config.global_slices > world.size
-    if config.compile_ahead and config.early_exit == "no" and not is_checked:
-        compile_ahead.start(hnet, config.mbs, config.ac, dtype, accumulates, world.device)
+    config.ac = choose_ac(config, hnet, world) if config.ac == "auto" else config.ac
+    steps = compile_ahead.Steps(hnet, config.mbs, config.ac, dtype, config.global_slices > world.size)
+    compile_ahead.begin(compiler, steps, world.device)
     agreement.choose_implementations(world.device, dtype, hnet)
     graph, world = takes_graphs(config, hnet, dtype, world, is_checked)
 

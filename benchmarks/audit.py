@@ -76,17 +76,14 @@ def compile_all(capability: str, quick: bool) -> dict[str, Found]:
     import torch
     import triton
     from triton import knobs
-    from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
+    from hnet_kernels.cards import Properties
+    from hnet_runtime.steps.compile_ahead import driver_for
+
     major, minor = map(int, capability.split("."))
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-    class Driver:
-        get_current_target = staticmethod(lambda: GPUTarget("cuda", 10 * major + minor, 32))
-        get_current_device = staticmethod(lambda: 0)
-        get_current_stream = staticmethod(lambda device=0: 0)
 
     found: dict[str, Found] = {}
     measured: dict[str, tuple[int, int]] = {}
@@ -118,7 +115,7 @@ def compile_all(capability: str, quick: bool) -> dict[str, Found]:
 
     state = {"wide": False}
     knobs.runtime.override_arch = None  # for imitated cards; here the target is the card's own
-    driver.set_active(Driver())
+    driver.set_active(driver_for(Properties((major, minor), 132)))
     JITFunction.run = compile_only
     torch.cuda.device_of = lambda x: contextlib.nullcontext()
     for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32):

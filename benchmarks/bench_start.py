@@ -5,13 +5,16 @@ python benchmarks/bench_start.py --data DATA -c hnet_2stage_XL --rounds 2
 python benchmarks/bench_start.py --data DATA --no-ahead                  # compile each kernel at its first launch
 
 Each start is a process of its own. An empty start has an empty folder for Triton's cache; the warm start after it has
-the same one. The CUDA driver has a cache of its own, which is emptied too. Times are seconds on the wall clock.
+the same one. The CUDA driver has a cache of its own, which is emptied too. Python finds the byte code of all modules,
+as pip writes it when it installs a package; --no-bytecode leaves that to the environment. Times are seconds on the wall
+clock.
 """
 
 import contextlib
 import functools
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -41,6 +44,8 @@ class Start:
     """Pairs of an empty and a warm start."""
     ahead: bool = True
     """Start with train.py's --compile-ahead, as it does by itself."""
+    bytecode: bool = True
+    """Start with the byte code of all modules in a folder, as pip installs them."""
     device: str = "cuda"
     """cuda or cpu."""
     compile: Annotated[str, flag("-C")] = "auto"
@@ -50,9 +55,11 @@ class Start:
 
 
 PARTS = {  # what is timed: (module, name) of functions that train.py calls
+    "fork the compiler": ("hnet_runtime.steps.compile_ahead", "prepare"),
     "processes and device": ("hnet_runtime.distributed", "start"),
-    "foresee kernels": ("hnet_runtime.steps.compile_ahead", "start"),
+    "tell the compiler": ("hnet_runtime.steps.compile_ahead", "begin"),
     "check operations": ("hnet_runtime.checks.agreement", "choose_implementations"),
+    "of which wait for the compiler": ("hnet_runtime.steps.compile_ahead", "Compiler.wait"),
     "check steps": ("hnet_runtime.checks.agreement", "steps_as_graphs"),
     "check generation": ("hnet_runtime.checks.agreement", "generation"),
     "build and draw weights": ("hnet_runtime.distributed", "build_model"),
@@ -86,8 +93,10 @@ def child(began: float, options: dict[str, Any]) -> dict[str, float]:
 
         return call
 
-    for name, (module, attribute) in PARTS.items():
-        setattr(sys.modules[module], attribute, timed(name, getattr(sys.modules[module], attribute)))
+    for name, (module, path) in PARTS.items():
+        *outer, attribute = path.split(".")
+        place = functools.reduce(getattr, outer, sys.modules[module])
+        setattr(place, attribute, timed(name, getattr(place, attribute)))
     first_step, ended = train.Run._step, {}
 
     class Done(Exception):
@@ -119,6 +128,8 @@ def child(began: float, options: dict[str, Any]) -> dict[str, float]:
 
 def start(options: Start, cache: str) -> dict[str, float]:
     environment = os.environ | {"TRITON_CACHE_DIR": f"{cache}/triton", "CUDA_CACHE_PATH": f"{cache}/cuda"}
+    if options.bytecode:
+        environment |= {"PYTHONPYCACHEPREFIX": f"{cache}/bytecode", "PYTHONDONTWRITEBYTECODE": ""}
     command = [sys.executable, __file__, "--child", str(time.time()), json.dumps(vars(options))]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     if run.returncode:
@@ -131,6 +142,10 @@ def main(argv: list[str]) -> int:
     found: dict[str, list[dict[str, float]]] = {"empty": [], "warm": []}
     for _ in range(options.rounds):
         with tempfile.TemporaryDirectory() as cache:
+            if options.bytecode:
+                start(options, cache)
+                shutil.rmtree(f"{cache}/triton", ignore_errors=True)
+                shutil.rmtree(f"{cache}/cuda", ignore_errors=True)
             for state in found:
                 found[state].append(start(options, cache))
     medians = {

@@ -57,14 +57,37 @@ def imitated() -> Card | None:
     return CARDS[name.lower()] if name else None
 
 
+class Properties(NamedTuple):
+    """What kernels depend on. sms: streaming multiprocessors."""
+
+    capability: Capability
+    sms: int
+
+
+# where there is no GPU, as under Triton's interpreter, and on the meta device, where kernels are foreseen for this GPU
+_elsewhere = Properties((9, 0), 3)
+
+
+def foresee_for(gpu: Properties) -> None:
+    """Kernels of the meta device are from now on those of this GPU. To be called before any has run there."""
+    global _elsewhere
+    _elsewhere = gpu
+
+
+@functools.cache
+def properties(device: torch.device) -> Properties:
+    """Those of a GPU; elsewhere see `foresee_for`."""
+    if device.type != "cuda":
+        return _elsewhere
+    found = torch.cuda.get_device_properties(device)
+    return Properties((found.major, found.minor), found.multi_processor_count)
+
+
 @functools.cache
 def capability(device: torch.device) -> Capability:
-    """The compute capability for which kernels are chosen; without a GPU, as under Triton's interpreter, 9.0."""
-    if card := imitated():
-        return card.capability
-    if device.type == "meta" and torch.cuda.is_available():  # kernels are foreseen for the current GPU
-        device = torch.device("cuda", torch.cuda.current_device())
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    """The compute capability for which kernels are chosen."""
+    card = imitated()
+    return card.capability if card else properties(device).capability
 
 
 @functools.cache
@@ -129,7 +152,8 @@ def start(device: torch.device) -> None:
             raise KernelError(
                 f"HNET_GPU={os.environ['HNET_GPU']}: the {name} here has less memory than the {card.name}"
             )
-        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share), index)
         logger.warning(
             "HNET_GPU: this %s imitates the %s (launch options, %.0f GiB); that is no test of the machine code of that "
             "card, and times are no estimate for it", name, card.name, card.gib

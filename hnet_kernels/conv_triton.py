@@ -32,9 +32,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hnet_kernels import cards
 from hnet_kernels.gradients import Slot
 from hnet_kernels.launch import cdiv, dense_rows, kernel, on_device_of
-from hnet_kernels.norm_triton import sm_count, sum_rows
+from hnet_kernels.norm_triton import sum_rows
 from hnet_kernels.saved import saved_empty
 
 FORWARD = (32, 128, 1)  # tokens per thread block (a multiple of a turn's), its channels, its warps
@@ -345,7 +346,7 @@ def _run(T: int, D: int, device: torch.device) -> int:
     A second round would leave much of the GPU idle. Shorter runs would reread more tokens at their edges.
     """
     blocks_per_sm, channels, _ = BACKWARD
-    runs = max(1, blocks_per_sm * sm_count(device) // cdiv(D, channels))
+    runs = max(1, blocks_per_sm * cards.properties(device).sms // cdiv(D, channels))
     turn = UNROLL.value * AHEAD.value
     return max(4 * turn, cdiv(cdiv(T, runs), turn) * turn)
 

@@ -98,8 +98,28 @@ class Launch(NamedTuple):
     args: tuple[Any, ...]
     options: dict[str, Any]
 
+    @property
+    def kind(self) -> tuple:
+        """The same for launches that need one compiled kernel."""
+        types = tuple(map(type, self.args))
+        return self.kernel, types, *self.options, *self.options.values(), _specialisation(types)(*self.args)
+
 
 _noted: list[Launch] | None = None
+_before_first: Callable[[], None] | None = None
+
+
+def before_first_launch(call: Callable[[], None]) -> None:
+    """Calls this once, before the next launch of a kernel for which `Kernel` remembers nothing."""
+    global _before_first
+    _before_first = call
+
+
+def _call_before_first() -> None:
+    global _before_first
+    call, _before_first = _before_first, None
+    if call:
+        call()
 
 
 @contextlib.contextmanager
@@ -137,6 +157,7 @@ class Kernel(JITFunction):
         key = device, types, *options, *options.values(), _specialisation(types)(*args)
         found = self.compiled.get(key)
         if found is None or self.pre_run_hooks or _is_watched():
+            _call_before_first()
             variant = self.run(*args, grid=grid, warmup=False, **options)
             self._remember(key, variant, len(args), options)
             return

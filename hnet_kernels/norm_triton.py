@@ -7,7 +7,6 @@ results have the same bits every time on one kind of GPU. A block loads the next
 current ones, so that it does not wait for memory. Rows longer than a tile are taken one at a time.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hnet_kernels import cards
 from hnet_kernels.gradients import Slot
 from hnet_kernels.launch import cdiv, dense_rows, kernel, next_power_of_2, on_device_of
 from hnet_kernels.saved import saved_empty
@@ -261,14 +261,6 @@ def sum_rows(parts_LND: Tensor, dtype: torch.dtype, turned: tuple[int, int] = (1
     return sum_LD
 
 
-@functools.cache
-def sm_count(device: torch.device) -> int:
-    """The number of SMs of a GPU; a small number where there is none, as under Triton's interpreter."""
-    if device.type == "meta" and torch.cuda.is_available():  # see `foreseeing` in dispatch.py
-        device = torch.device("cuda", torch.cuda.current_device())
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
-
-
 def _blocks(D: int, tile: int = TILE, warps: int | None = None) -> dict[str, int]:
     block = next_power_of_2(D)
     return {"D": D, "BLOCK_D": block, "ROWS": max(1, tile // block), "num_warps": warps or max(4, block // 1024)}
@@ -276,7 +268,7 @@ def _blocks(D: int, tile: int = TILE, warps: int | None = None) -> dict[str, int
 
 def _shares(T: int, rows: int, blocks_per_sm: int, device: torch.device) -> tuple[int, int]:
     """(thread blocks, rows of each): full tiles of `rows`, spread evenly over that many blocks per SM."""
-    share = rows * max(1, cdiv(T, rows * blocks_per_sm * sm_count(device)))
+    share = rows * max(1, cdiv(T, rows * blocks_per_sm * cards.properties(device).sms))
     return cdiv(T, share), share
 
 

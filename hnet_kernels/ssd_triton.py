@@ -33,11 +33,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hnet_kernels import launch_options
+from hnet_kernels import cards, launch_options
 from hnet_kernels.gradients import Slot
 from hnet_kernels.launch import Rows, cdiv, kernel, next_power_of_2, on_device_of, row_width, rows_of
 from hnet_kernels.launch_options import Options, launch
-from hnet_kernels.norm_triton import sm_count, sum_rows
+from hnet_kernels.norm_triton import sum_rows
 from hnet_kernels.saved import save_if, saved_empty
 from hnet_kernels.triton_math import LOG2_E, load_tile, store_tile
 
@@ -664,7 +664,7 @@ class _Plan:
         self.dtype = x_THP.dtype
         self.n_chunks = cdiv(self.T, self.Q)
         # two thread blocks, with one segment each, fit on an SM
-        self.chunks_per_segment = cdiv(self.n_chunks * self.H, 2 * sm_count(x_THP.device))
+        self.chunks_per_segment = cdiv(self.n_chunks * self.H, 2 * cards.properties(x_THP.device).sms)
         self.segments = cdiv(self.n_chunks, self.chunks_per_segment)
         self.B, self.C = (_tiled(t, self.Q, self.N) for t in (B_TN, C_TN))
         self.sizes = self.H, self.n_chunks, self.chunks_per_segment
@@ -840,5 +840,5 @@ def _groups(n_chunks: int, H: int, device: torch.device) -> int:
 
     Two thread blocks per SM run at once. Besides its heads each writes sums, which take about as long as one head.
     """
-    rounds = {g: cdiv(2 * n_chunks * g, 2 * sm_count(device)) for g in range(1, H + 1) if H % g == 0}
+    rounds = {g: cdiv(2 * n_chunks * g, 2 * cards.properties(device).sms) for g in range(1, H + 1) if H % g == 0}
     return min(rounds, key=lambda g: rounds[g] * (H // g + 1))

@@ -26,18 +26,22 @@ def gpu(monkeypatch):
 
     def pretend(capability: tuple[int, int], gib: float = 80, imitated: str = "") -> list[float]:
         decided = (cards.imitated, cards.capability, cards.why_unsupported, cards.has_descriptors, cards.can_overlap)
-        for function in (*decided, cards.start, launch_options.scan, launch_options.attention):
+        for function in (*decided, cards.properties, cards.start, launch_options.scan, launch_options.attention):
             function.cache_clear()
         monkeypatch.setenv("HNET_GPU", imitated)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU")
-        found = SimpleNamespace(total_memory=int(gib * GIB))
+        major, minor = capability
+        found = SimpleNamespace(total_memory=int(gib * GIB), major=major, minor=minor, multi_processor_count=100)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (found.total_memory, found.total_memory))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * GIB)
-        monkeypatch.setattr(
-            torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.append(share)
-        )
+
+        def limit(share: float, device: int) -> None:  # torch's raises an error for torch.device("cuda")
+            assert device == 0
+            fractions.append(share)
+
+        monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limit)
         return fractions
 
     pretend((9, 0))
@@ -75,10 +79,11 @@ def test_an_untried_gpu_is_announced_once(gpu, caplog):
     assert said.startswith("Some GPU (compute capability 8.6)") and "benchmarks/tune.py" in said
 
 
-def test_an_imitated_card_has_its_options_and_memory(gpu, caplog):
+@pytest.mark.parametrize("device", [CUDA, torch.device("cuda")])
+def test_an_imitated_card_has_its_options_and_memory(gpu, caplog, device):
     fractions = gpu((9, 0), 140, "RTX4090")
     with caplog.at_level(logging.WARNING, "hnet_kernels"):
-        cards.start(CUDA)
+        cards.start(device)
     assert fractions == [23 / 140]
     assert "no test of the machine code" in caplog.text and "no estimate" in caplog.text
     assert cards.memory(CUDA) == (20 * GIB, 23 * GIB)

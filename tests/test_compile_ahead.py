@@ -1,9 +1,10 @@
-"""hnet_runtime/steps/compile_ahead.py: which kernels are foreseen, and that a launch takes what was compiled ahead.
+"""hnet_runtime/steps/compile_ahead.py: which kernels are foreseen, and that a launch waits for what is compiled ahead.
 
-No GPU is needed. This file, run as a script, compiles with a driver that launches nothing and prints what it found.
+No GPU is needed. This file, run as a script, compiles for a GPU that is not there and prints what it found.
 """
 
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -26,6 +27,12 @@ def names(launches) -> set[str]:
     return {f"{x.kernel.__module__.rpartition('.')[2].removesuffix('_triton')}.{x.kernel.__name__}" for x in launches}
 
 
+def steps(config):
+    from hnet_runtime.steps.compile_ahead import Steps
+
+    return Steps(config, 2048, "none", torch.bfloat16)
+
+
 @pytest.fixture(scope="module")
 def compile_ahead():
     pytest.importorskip("triton")
@@ -44,31 +51,61 @@ def test_all_kernels_of_a_step_are_foreseen(compile_ahead):
     for module in OF_GRAPHS:
         text = (ROOT / "hnet_kernels" / f"{module}_triton.py").read_text()
         wanted |= {f"{module}.{kernel}" for kernel in re.findall(r"^ +(_\w+)\[\(?\w", text, re.MULTILINE)}
-    found = names(compile_ahead.foresee(config, 2048, "none", torch.bfloat16))
+    found = names(compile_ahead.foresee(steps(config)))
     assert wanted - found == RECOMPUTED
     assert "adamw._adamw" in found
-    assert names(compile_ahead.foresee(config, 2048, "selective", torch.bfloat16)) >= RECOMPUTED
+    assert names(compile_ahead.foresee(steps(config)._replace(ac="selective"))) >= RECOMPUTED
 
 
 def test_a_model_that_reads_a_value_ends_the_list_and_not_the_run(compile_ahead, monkeypatch):
     from hnet_kernels import launch
     from hnet_trainable import HNetConfig, HNetLM
 
-    whole = names(compile_ahead.foresee(HNetConfig.load("hnet_1stage_tiny"), 2048, "none", torch.bfloat16))
+    whole = names(compile_ahead.foresee(steps(HNetConfig.load("hnet_1stage_tiny"))))
     head = HNetLM.head
     monkeypatch.setattr(HNetLM, "head", lambda self, x_TD: head(self, x_TD) * x_TD.detach().sum().item())
-    found = names(compile_ahead.foresee(HNetConfig.load("hnet_1stage_tiny"), 2048, "none", torch.bfloat16))
+    found = names(compile_ahead.foresee(steps(HNetConfig.load("hnet_1stage_tiny"))))
     assert "ssd._outputs" in found and found <= whole
     assert launch._noted is None  # launches are made again
 
 
-def test_a_launch_takes_what_was_compiled_ahead(tmp_path):
+def test_a_launch_waits_for_what_is_compiled_ahead(tmp_path):
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
-    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
+    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment, timeout=100)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
-    assert found["submitted"] == found["compiled"] == 2 and found["again"] == 0 and found["waited"]
+    assert found["kernels"] == found["cubins"] == 2  # of three launches, two of which need the same
+    assert found["cached"] == [True, True] and found["launched"] == 1
+    assert found["note"] and not found["note_before"]
+
+
+def test_the_end_of_a_run_is_the_end_of_its_compiler(compile_ahead):
+    code = """
+import os
+from hnet_runtime.steps import compile_ahead
+compiler = compile_ahead.Compiler()
+print(__import__("multiprocessing").active_children()[0].pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert run.returncode == -9, run.stderr
+    until = time.time() + 20
+    while Path(f"/proc/{int(run.stdout)}").exists():
+        assert time.time() < until, "the compiler waits for a run that has ended"
+        time.sleep(0.05)
+
+
+def test_a_compiler_that_was_killed_is_not_waited_for(compile_ahead, monkeypatch):
+    from hnet_kernels import cards
+    from hnet_trainable import HNetConfig
+
+    compiler = compile_ahead.Compiler()
+    child = next(child for child in multiprocessing.active_children() if child.name == "compiler")
+    child.kill()
+    child.join()
+    compiler.begin(steps(HNetConfig.load("hnet_1stage_tiny")), cards.Properties((9, 0), 132))
+    assert compiler.wait() == 0
 
 
 def test_a_note_is_for_one_kind_of_run_and_the_code_as_it_is(compile_ahead, tmp_path, monkeypatch):
@@ -83,59 +120,56 @@ def test_a_note_is_for_one_kind_of_run_and_the_code_as_it_is(compile_ahead, tmp_
         (tmp_path / file).write_text("before")
     monkeypatch.setattr(cards, "__file__", str(tmp_path / "cards.py"))
     tiny = HNetConfig.load("hnet_1stage_tiny")
-    run = {"config": tiny, "mbs": 2048, "ac": "none", "dtype": torch.bfloat16, "accumulates": False, "gpu": "H200"}
-    note = compile_ahead.note_of(**run)
-    assert note.parent == tmp_path and note == compile_ahead.note_of(**run)
+    run = steps(tiny)
+    note = compile_ahead.note_of(run, "H200")
+    assert note.parent == tmp_path and note == compile_ahead.note_of(run, "H200")
     others = [{"config": HNetConfig.load(tiny.to_dict(), N_compress=[1, 4])}, {"mbs": 1024}, {"ac": "block"}]
-    others += [{"dtype": torch.float32}, {"accumulates": True}, {"gpu": "A100"}]
-    notes = {compile_ahead.note_of(**run | other) for other in others}
+    others += [{"dtype": torch.float32}, {"accumulates": True}]
+    notes = {compile_ahead.note_of(run._replace(**other), "H200") for other in others}
+    notes.add(compile_ahead.note_of(run, "A100"))
     (tmp_path / "norm_triton.py").write_text("after")
-    notes.add(compile_ahead.note_of(**run))
+    notes.add(compile_ahead.note_of(run, "H200"))
     (tmp_path / "norm_triton.py").write_text("before")
     monkeypatch.setenv("HNET_GPU", "a100")
-    notes.add(compile_ahead.note_of(**run))
+    notes.add(compile_ahead.note_of(run, "H200"))
     monkeypatch.delenv("HNET_GPU")
     monkeypatch.setattr(triton, "__version__", "0.0")
-    notes.add(compile_ahead.note_of(**run))
-    assert len(notes) == len(others) + 3 and note not in notes
+    notes.add(compile_ahead.note_of(run, "H200"))
+    assert len(notes) == len(others) + 4 and note not in notes
 
 
 def main() -> None:
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
+    import triton
+    from triton import knobs
 
-    class Driver:
-        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-        get_current_device = staticmethod(lambda: 0)
-        get_current_stream = staticmethod(lambda device=0: 0)
-
-    driver.set_active(Driver())
-    from hnet_kernels import pointwise_triton
+    from hnet_kernels import cards, pointwise_triton
     from hnet_kernels.launch import noting
     from hnet_runtime.steps import compile_ahead
+    from hnet_trainable import HNetConfig
 
-    kernel, compiled = pointwise_triton._to_float32, []
-    kernel.device_caches[0]  # makes `compile`
-    compile_ = kernel.compile
-
-    def slowly(*args, **options):
-        time.sleep(1)
-        compiled.append(None)
-        return compile_(*args, **options)
-
-    kernel.compile = slowly
+    cache = Path(os.environ["TRITON_CACHE_DIR"])
     with noting() as found:
         for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
             pointwise_triton.to_float32(torch.zeros(8, 64, dtype=dtype, device="meta"))
-    ahead = compile_ahead.Ahead(found, threads=2)
-    one = found[0]
-    variant = kernel.run(*one.args, grid=(1,), warmup=True, **one.options)
-    waited = bool(variant.asm["cubin"]) and len(compiled) > 0
-    ahead.wait()
-    before = len(compiled)
-    kernel.run(*one.args, grid=(1,), warmup=True, **one.options)
-    again = len(compiled) - before
-    print(json.dumps({"submitted": ahead.kernels, "compiled": before, "again": again, "waited": waited}))
+    compile_ahead.foresee = lambda steps: found  # before the fork
+    answers, wait = [], compile_ahead.Compiler.wait
+    compile_ahead.Compiler.wait = lambda self: answers.append(wait(self))
+    compiler = compile_ahead.Compiler()
+    gpu, note = cards.Properties((9, 0), 132), cache / "note"
+    note_before = note.exists()
+    compiler.begin(steps(HNetConfig.load("hnet_1stage_tiny")), gpu, note)
+
+    launched, cached = [], []
+    kernel = found[0].kernel
+    run, kernel.run = kernel.run, lambda *args, **options: launched.append(list(answers))
+    triton.runtime.driver.set_active(compile_ahead.driver_for(gpu))
+    kernel[(1,)](*found[0].args, **found[0].options)
+    kernel.run = run
+    knobs.compilation.listener = lambda src, metadata, metadata_group, times, cache_hit: cached.append(cache_hit)
+    for one in found[:2]:
+        kernel.run(*one.args, grid=(1,), warmup=True, **one.options)
+    result = {"kernels": launched[0][0], "launched": len(launched), "cached": cached, "note_before": note_before}
+    print(json.dumps(result | {"note": note.exists(), "cubins": len(list(cache.rglob("*.cubin")))}))
 
 
 if __name__ == "__main__":

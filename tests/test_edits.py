@@ -499,7 +499,7 @@ def definition(name: str, change: Callable):
 definition("swiglu", lambda h: 1.01 * h)
 definition("linear", lambda y: y * 1.1)
 definition("upsample", lambda x: x.relu())
-definition("boundary_probability", lambda p: p**0.9)
+definition("boundary_probability", lambda p: p * (3 - p) / 2)
 definition("cross_entropy", lambda ce: ce + 0.1 * ce * ce)
 definition("rotary_attention", lambda o: 0.9 * o)
 

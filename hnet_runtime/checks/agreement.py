@@ -190,12 +190,7 @@ def choose_implementations(device: torch.device, dtype: torch.dtype, config: HNe
     implementation changes in place. Returns the names of these operations and logs them.
     """
     K.cards.start(device)
-    differing = operations(torch.device("cpu"), torch.float64)
-    if device.type == "cuda" and OPERATIONS["linear"].runs_fast(torch.empty(0, dtype=dtype, device=device)):
-        differing |= operations(device, dtype)
-    for name, how in differing.items():
-        OPERATIONS[name].uses_definition = True
-        logger.warning("%s: its definition in hnet_kernels runs, as its fast implementation differs (%s)", name, how)
+    differing = _definitions_for(operations(torch.device("cpu"), torch.float64))
     if config and (difference := _fast_steps(config)):
         for name in (*sorted(OPERATIONS, key=["residual_stream", "rotary_attention"].__contains__, reverse=True), None):
             chosen = [name] if name else list(OPERATIONS)
@@ -208,7 +203,18 @@ def choose_implementations(device: torch.device, dtype: torch.dtype, config: HNe
                 OPERATIONS[one].uses_definition = before[one]
         logger.warning("%s: definitions in hnet_kernels run, as %s", ", ".join(chosen), difference)
         differing |= dict.fromkeys(chosen, difference)
+    # last, as it waits for kernels that are being compiled
+    if device.type == "cuda" and OPERATIONS["linear"].runs_fast(torch.empty(0, dtype=dtype, device=device)):
+        differing |= _definitions_for(operations(device, dtype))
     return list(differing)
+
+
+def _definitions_for(differing: dict[str, str]) -> dict[str, str]:
+    """Makes the definitions of these operations run, and returns the operations."""
+    for name, how in differing.items():
+        OPERATIONS[name].uses_definition = True
+        logger.warning("%s: its definition in hnet_kernels runs, as its fast implementation differs (%s)", name, how)
+    return differing
 
 
 def _fast_steps(config: HNetConfig) -> str | None:

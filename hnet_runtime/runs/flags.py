@@ -144,7 +144,7 @@ class TrainConfig:
     """Print parameters, memory and the expected time of a step, and stop: for the GPU here, the card that HNET_GPU
     names, or all known cards."""
     compile_ahead: bool = True
-    """Compile kernels in threads while a run starts, if Triton's cache does not have them."""
+    """Compile kernels in other processes while a run starts, if Triton's cache does not have them."""
     early_exit: Annotated[Literal["no", "generate", "dumpparams"], flag("-e")] = "no"
     """generate: check that training forward, prefill and steps agree, and stop (status 1 if not). dumpparams: print the
     modules and each parameter's shape, dtype, stage, multiplier and decay, and stop; LOVELY_TENSORS=1 in the

@@ -1,25 +1,31 @@
-"""Compiles the kernels of a run in threads before they are needed, the longest first.
+"""Compiles the kernels of a run in other processes while it starts, the longest first.
 
-The steps of a thin model (the widths of the config, few layers) are traced on the meta device: nothing is computed, and
-each launch of a kernel is noted with its arguments. Triton tells kernels apart by dtypes, alignments and constants, so
-what is noted is what the run will launch. Compilation then goes on in threads, since Triton's passes and ptxas do not
-hold Python's lock, while this thread builds the model. A launch of a kernel that is not ready waits for it.
+A process that uses CUDA cannot be forked. So `Compiler` forks one process before CUDA starts. Later it is told what is
+trained on which GPU, and forks one process for each core. They compile into Triton's cache, from which this process
+takes the kernels: its first launch waits until all are there.
+
+Which kernels: the steps of a thin model (the widths of the config, few layers) are traced on the meta device. Nothing
+is computed there, and each launch of a kernel is noted with its arguments. Triton tells kernels apart by dtypes,
+alignments and constants, so what is noted is what the run will launch.
 
 What is not foreseen is compiled at its first launch, as ever: this changes when kernels are compiled, never which.
 """
 
 import contextlib
+import gc
 import hashlib
 import json
+import multiprocessing
 import os
-import threading
-import time
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+import signal
+import warnings
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from hnet_kernels import cards
 from hnet_kernels.dispatch import forcing, foreseeing, has_triton, requested
@@ -31,11 +37,23 @@ if TYPE_CHECKING:
     from hnet_kernels.launch import Launch  # which imports triton
 
 META = torch.device("meta")
-# the longest to compile first; others in the order of their first launch. Seconds of one core, Triton 3.7.1, for 9.0
-LONG = ("_gradients", "_backward_keys", "_finish", "_forward", "_backward_queries", "_backward", "_outputs", "_prepare")
+# the longest to compile first, 2.8 to 0.4 s of one core (Triton 3.6, for 9.0); the others as they are launched
+LONG = (
+    "_backward", "_gradients", "_backward_keys", "_forward", "_outputs", "_backward_queries", "_add_norm", "_prepare"
+)  # fmt: skip
 
 
-def foresee(config: HNetConfig, mbs: int, ac: str, dtype: torch.dtype, accumulates: bool = False) -> "list[Launch]":
+class Steps(NamedTuple):
+    """What is compiled for: a model, bytes of a micro-batch, --ac, the compute dtype, whether steps have several."""
+
+    config: HNetConfig
+    mbs: int
+    ac: str
+    dtype: torch.dtype
+    accumulates: bool = False
+
+
+def foresee(steps: Steps) -> "list[Launch]":
     """The launches of the checks before a run and of its steps as graphs, on tensors of the meta device.
 
     Code that does not run on the meta device, such as an edit that reads a value, ends the list early.
@@ -45,107 +63,175 @@ def foresee(config: HNetConfig, mbs: int, ac: str, dtype: torch.dtype, accumulat
     with noting() as found, foreseeing(), forcing(True):
         for example in agreement.EXAMPLES:
             with contextlib.suppress(Exception):
-                agreement.call_example(example, META, dtype)
+                agreement.call_example(example, META, steps.dtype)
         with contextlib.suppress(Exception):
-            _steps(agreement.thin_config(config), mbs, ac, dtype, accumulates)
+            _foresee_steps(steps)
     return found
 
 
-def _steps(config: HNetConfig, mbs: int, ac: str, dtype: torch.dtype, accumulates: bool) -> None:
-    with torch.device("meta"):
+def _foresee_steps(steps: Steps) -> None:
+    config = agreement.thin_config(steps.config)
+    with META:
         model = HNetLM(config).train()
-    graphed = GraphedModel(model, dtype, agreement.ALPHA, ac=ac, accumulates=accumulates)
-    for T in dict.fromkeys((1024, mbs)):  # of the check of captured steps, and of the run
+    graphed = GraphedModel(model, steps.dtype, agreement.ALPHA, ac=steps.ac, accumulates=steps.accumulates)
+    for T in dict.fromkeys((1024, steps.mbs)):  # of the check of captured steps, and of the run
         graphed._allocate(T)
-        shares = [1 / ratio for ratio in config.target_ratios]
-        graphed.foresee(T, shares)
+        graphed.foresee(T, [1 / ratio for ratio in config.target_ratios])
     with contextlib.suppress(Exception):
         graphed.optimizer.step()
 
 
-class Ahead:
-    """Compiles launches in threads and loads the kernels onto the current GPU. It ends by itself."""
+class Compiler:
+    """Compiles the kernels of steps in processes of their own. None of its calls raises an error for a kernel."""
 
-    def __init__(self, launches: "Iterable[Launch]", threads: int | None = None):
-        from triton.runtime import _async_compile
+    def __init__(self):
+        context = multiprocessing.get_context("fork")
+        self.connection, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, self.connection), name="compiler", daemon=True)
+        with warnings.catch_warnings():  # of Python 3.12: numpy's threads, which are idle, are not in the fork
+            warnings.simplefilter("ignore", DeprecationWarning)
+            process.start()
+        theirs.close()
 
-        from hnet_kernels.launch import Kernel
+    def begin(self, steps: Steps, gpu: cards.Properties, note: Path | None = None) -> None:
+        """Begins to compile. The first launch of a kernel waits. note: a file that is written when all is there."""
+        from hnet_kernels.launch import before_first_launch
 
-        self.began = time.perf_counter()
-        self.pool = ThreadPoolExecutor(threads or min(16, os.cpu_count() or 1), "compile")
-        gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine, each of which compiles
+        workers = max(1, min(16, (os.cpu_count() or 1) // processes))
+        with contextlib.suppress(OSError):
+            self.connection.send((steps._replace(config=steps.config.to_dict()), gpu, workers, note))
+            before_first_launch(self.wait)
 
-        class Mode(_async_compile.AsyncCompileMode):
-            def submit(self, key, compile_, finalize):
-                return super().submit(key, lambda: _loaded(compile_(), gpu), finalize)
+    def wait(self) -> int:
+        """Waits until all is in the cache. Returns the number of kernels; 0 if the compiler was stopped."""
+        kernels = 0
+        with contextlib.suppress(EOFError, OSError):
+            kernels = self.connection.recv()
+        self.close()
+        return kernels
 
-        def rank(launch: "Launch") -> int:
-            name = launch.kernel.__name__
-            return LONG.index(name) if name in LONG else len(LONG)
-
-        self.mode = Mode(self.pool)
-        token = _async_compile.active_mode.set(self.mode)
-        try:
-            for launch in sorted(launches, key=rank):
-                with contextlib.suppress(Exception):  # then its first launch says what is wrong
-                    Kernel.run(launch.kernel, *launch.args, grid=(1,), warmup=True, **launch.options)
-        finally:
-            _async_compile.active_mode.reset(token)
-        self.pool.shutdown(wait=False)  # what was submitted is still compiled
-
-    @property
-    def kernels(self) -> int:
-        return len(self.mode.raw_futures)
-
-    def wait(self) -> float:
-        """Waits until all are compiled. Returns the seconds since the start."""
-        self.pool.shutdown(wait=True)
-        return time.perf_counter() - self.began
+    def close(self) -> None:
+        """Ends its process, unless that compiles: then it ends when it is done."""
+        self.connection.close()
 
 
-def _loaded(kernel: Any, gpu: int | None) -> Any:
-    """The compiled kernel with its launcher, which Triton 3.6 compiles with gcc, and on the GPU."""
-    if gpu is not None:
-        try:
-            torch.cuda.set_device(gpu)  # of this thread
-            kernel._init_handles()
-        except Exception:  # then its first launch does it anew, or says what is wrong
-            kernel._run = kernel.module = None
-    return kernel
+def prepare(device: str, is_wanted: bool = True) -> Compiler | None:
+    """A compiler, to be made before CUDA starts; None if there is nothing to compile ahead. device: as for train.py."""
+    if not is_wanted or torch.cuda.is_initialized() or dist.is_initialized():
+        return None
+    return Compiler() if can_compile("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu") else None
 
 
-def start(config: HNetConfig, mbs: int, ac: str, dtype: torch.dtype, accumulates: bool, device: torch.device) -> None:
-    """Begins to compile the kernels of a run, if its device has kernels that can be compiled ahead.
-
-    A file in Triton's cache notes runs whose kernels have all been compiled: for those nothing is foreseen.
-    """
-    if device.type != "cuda" or requested() == "reference" or not has_triton() or cards.why_unsupported(device):
+def begin(compiler: Compiler | None, steps: Steps, device: torch.device) -> None:
+    """Compiles the kernels of a run on this device, unless a note in Triton's cache says that it has them."""
+    if compiler is None:
         return
+    note = note_of(steps, torch.cuda.get_device_name(device))
+    if note.exists() or cards.why_unsupported(device):
+        compiler.close()
+    else:
+        compiler.begin(steps, cards.properties(device), note)
+
+
+def _serve(connection: Connection, other_end: Connection) -> None:
+    """The compiler's process: waits for its one task, and answers with the number of kernels."""
+    other_end.close()  # so that the end of the first process is the end of the connection
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):  # whoever reads what a run prints waits for no compiler
+        os.dup2(nowhere, stream)
+    with contextlib.suppress(EOFError, OSError):
+        torch.arange(1, device=META)  # imports much of torch, while the first process starts CUDA
+        gc.freeze()
+        steps, gpu, workers, note = connection.recv()
+        kernels = compile_all(steps._replace(config=HNetConfig.load(steps.config)), gpu, workers)
+        if note:
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.touch()
+        connection.send(kernels)
+    os._exit(0)
+
+
+def compile_all(steps: Steps, gpu: cards.Properties, workers: int) -> int:
+    """Compiles the kernels of steps for a GPU, which need not be here, and returns their number.
+
+    To be called in a process without CUDA and threads. From then on it foresees kernels for that GPU.
+    """
+    from triton.runtime.driver import driver
+
+    cards.foresee_for(gpu)
+    driver.set_active(driver_for(gpu))
+
+    def rank(launch: "Launch") -> int:
+        name = launch.kernel.__name__
+        return LONG.index(name) if name in LONG else len(LONG)
+
+    launches = list({launch.kind: launch for launch in sorted(foresee(steps), key=rank)}.values())
+    taken = multiprocessing.get_context("fork").Value("i", 0)  # launches that a worker has begun with
+
+    def next_launches() -> "Iterator[Launch]":
+        while True:
+            with taken.get_lock():
+                i, taken.value = taken.value, taken.value + 1
+            if i >= len(launches):
+                return
+            yield launches[i]
+
+    children = []
+    for _ in range(min(workers, len(launches))):
+        if not (child := os.fork()):
+            with contextlib.suppress(BaseException):
+                for launch in next_launches():
+                    _compile(launch)
+            os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+    return len(launches)
+
+
+def driver_for(gpu: cards.Properties) -> Any:
+    """A driver for Triton that compiles for a GPU, which need not be here, and launches nothing."""
+    from triton.backends.compiler import GPUTarget
+
+    major, minor = gpu.capability
+
+    class Driver:
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 10 * major + minor, 32))
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device=0: 0)
+
+    return Driver()
+
+
+def _compile(launch: "Launch") -> None:
+    """Compiles a kernel into Triton's cache, and its launcher, which Triton 3.6 has gcc compile."""
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    from hnet_kernels.launch import Kernel
+
+    with contextlib.suppress(Exception):  # then its first launch says what is wrong
+        compiled = Kernel.run(launch.kernel, *launch.args, grid=(1,), warmup=True, **launch.options)
+        CudaLauncher(compiled.src, compiled.metadata)
+
+
+def can_compile(device_type: str) -> bool:
+    """Whether runs on such a device have kernels that can be compiled ahead."""
+    if device_type != "cuda" or requested() == "reference" or not has_triton():
+        return False
     from hnet_kernels import norm_triton
     from hnet_kernels.launch import Kernel
 
-    if not isinstance(norm_triton._add_norm, Kernel):
-        return  # under the interpreter, or with a version of Triton that is not known
-    note = note_of(config, mbs, ac, dtype, accumulates, torch.cuda.get_device_name(device))
-    if note.exists():
-        return
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine, each of which compiles
-    threads = max(2, min(16, (os.cpu_count() or 1) // processes))
-    ahead = Ahead(foresee(config, mbs, ac, dtype, accumulates), threads)
-
-    def write_note() -> None:
-        ahead.wait()
-        with contextlib.suppress(OSError):
-            note.touch()
-
-    threading.Thread(target=write_note, name="compiled", daemon=True).start()
+    return isinstance(norm_triton._add_norm, Kernel)  # not the interpreter, and a version of Triton that is known
 
 
-def note_of(config: HNetConfig, mbs: int, ac: str, dtype: torch.dtype, accumulates: bool, gpu: str) -> Path:
+def note_of(steps: Steps, gpu: str) -> Path:
     """The file that notes that all kernels of such runs are in Triton's cache, with the kernels' code as it is now."""
     import triton
 
     code = [file.read_bytes() for file in sorted(Path(cards.__file__).parent.glob("*.py"))]
-    what = config.to_dict(), mbs, ac, str(dtype), accumulates, gpu, triton.__version__, os.environ.get("HNET_GPU", "")
+    what = steps.config.to_dict(), *map(str, steps[1:]), gpu, triton.__version__, os.environ.get("HNET_GPU", "")
     digest = hashlib.sha256(b"".join([*code, json.dumps(what).encode()])).hexdigest()
     return Path(triton.knobs.cache.dir) / f"hnet-{digest[:32]}"
