@@ -394,7 +394,7 @@ class Runner:
         flags = read_config([*task.flags, "-c", str(config_file), "--save-dir", str(folder)])
         same = json.dumps(task.config, sort_keys=True)  # the checks depend on no flag that differs between runs
         found: dict[str, Any] = {}
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats()
 
         def then(finished: train.Run) -> None:

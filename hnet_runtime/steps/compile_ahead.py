@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from hnet_kernels.launch import Launch  # which imports triton
 
 META = torch.device("meta")
+PATIENCE = 300  # seconds until kernels are compiled at their first launch after all
 # the longest to compile first, 2.8 to 0.4 s of one core (Triton 3.6, for 9.0); the others as they are launched
 LONG = (
     "_backward", "_gradients", "_backward_keys", "_forward", "_outputs", "_backward_queries", "_add_norm", "_prepare"
@@ -104,10 +105,11 @@ class Compiler:
             before_first_launch(self.wait)
 
     def wait(self) -> int:
-        """Waits until all is in the cache. Returns the number of kernels; 0 if the compiler was stopped."""
+        """Waits until all is in the cache. Returns the number of kernels; 0 if the compiler was stopped or hangs."""
         kernels = 0
         with contextlib.suppress(EOFError, OSError):
-            kernels = self.connection.recv()
+            if self.connection.poll(PATIENCE):
+                kernels = self.connection.recv()
         self.close()
         return kernels
 
@@ -118,9 +120,10 @@ class Compiler:
 
 def prepare(device: str, is_wanted: bool = True) -> Compiler | None:
     """A compiler, to be made before CUDA starts; None if there is nothing to compile ahead. device: as for train.py."""
-    if not is_wanted or torch.cuda.is_initialized() or dist.is_initialized():
+    if not is_wanted or device == "cpu" or torch.cuda.is_initialized() or dist.is_initialized():
         return None
-    return Compiler() if can_compile("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu") else None
+    # `torch.cuda.is_available` would start CUDA, in a way that a fork does not survive
+    return Compiler() if torch.cuda.device_count() and can_compile() else None
 
 
 def begin(compiler: Compiler | None, steps: Steps, device: torch.device) -> None:
@@ -142,6 +145,7 @@ def _serve(connection: Connection, other_end: Connection) -> None:
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):  # whoever reads what a run prints waits for no compiler
         os.dup2(nowhere, stream)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else autograd would start CUDA here
     with contextlib.suppress(EOFError, OSError):
         torch.arange(1, device=META)  # imports much of torch, while the first process starts CUDA
         gc.freeze()
@@ -159,6 +163,7 @@ def compile_all(steps: Steps, gpu: cards.Properties, workers: int) -> int:
 
     To be called in a process without CUDA and threads. From then on it foresees kernels for that GPU.
     """
+    from triton.backends.nvidia.driver import CudaUtils
     from triton.runtime.driver import driver
 
     cards.foresee_for(gpu)
@@ -182,6 +187,9 @@ def compile_all(steps: Steps, gpu: cards.Properties, workers: int) -> int:
     children = []
     for _ in range(min(workers, len(launches))):
         if not (child := os.fork()):
+            if not children:
+                with contextlib.suppress(BaseException):
+                    CudaUtils()  # Triton's own calls of CUDA, which gcc compiles
             with contextlib.suppress(BaseException):
                 for launch in next_launches():
                     _compile(launch)
@@ -217,9 +225,9 @@ def _compile(launch: "Launch") -> None:
         CudaLauncher(compiled.src, compiled.metadata)
 
 
-def can_compile(device_type: str) -> bool:
-    """Whether runs on such a device have kernels that can be compiled ahead."""
-    if device_type != "cuda" or requested() == "reference" or not has_triton():
+def can_compile() -> bool:
+    """Whether kernels run on a GPU, and Triton is one that can compile them ahead."""
+    if requested() == "reference" or not has_triton():
         return False
     from hnet_kernels import norm_triton
     from hnet_kernels.launch import Kernel
