@@ -239,6 +239,10 @@ class Results:
     def of(self, phase: str, architecture: str) -> list[dict[str, Any]]:
         return [row for row in self.good if (row["phase"], row["architecture"]) == (phase, architecture)]
 
+    def has(self, key: str) -> bool:
+        """Whether a run was made, in any phase: a key begins with the phase, and the rest says what the run is."""
+        return key.partition("/")[2] in {one.partition("/")[2] for one in self.rows}
+
 
 # ---------------------------------------------------------------------------------------------------------------- plan
 
@@ -286,7 +290,7 @@ class Plan:
         ]
 
     def pending(self, phase: str) -> list[Task]:
-        return [task for task in self.tasks(phase) if task.key not in self.results.rows]
+        return [task for task in self.tasks(phase) if not self.results.has(task.key)]
 
     def rates_of(self, name: str) -> list[float]:
         """The rates of chunks of a learned architecture: given, or of the pilot, or the targets."""
@@ -299,8 +303,12 @@ class Plan:
 
     def best_lr(self, name: str) -> float:
         """The learning rate with the fewest bits per byte in the lr phase, or --lr."""
+        from study_tables import rates_compared
+
         steps = max(1, round(self.study.lr_bytes / self.study.mbs))
-        rows = [r for r in self.results.of("lr", name) if r["steps"] == steps]
+        rows = [
+            row for row in rates_compared(self.results.good) if (row["architecture"], row["steps"]) == (name, steps)
+        ]
         return min(rows, key=lambda row: row["val_bpb"])["lr"] if rows else self.study.lr
 
     def config_of(self, name: str) -> tuple[HNetConfig, list[float]]:
@@ -629,7 +637,7 @@ def show_plan(study: Study, plan: Plan) -> None:
     seconds, started = 0.0, 0
     for phase in [phase for phase in PHASES if phase in study.phases.split(",")]:
         for task in plan.tasks(phase):
-            done = task.key in plan.results.rows
+            done = plan.results.has(task.key)
             took = plan.estimate(task, started < study.gpus, kind)
             seconds, started = seconds + (0 if done else took), started + (not done)
             total = task.flops_per_byte * task.steps * study.mbs

@@ -82,11 +82,18 @@ def page(rows: list[Row], words: dict[str, str], reference: str) -> str:
     for (_, size, _), some in sorted(groups.items(), key=lambda item: item[0]):
         lines += [f"### {size / 1e6:.0f} MB of text", "", *_what_was_run(some), "", *_main(some, words, reference), ""]
         lines += [*_seen(some, words), "", *_places(some, words), "", *_robustness(some, words), ""]
-    if some := [row for row in rows if row["phase"] == "lr"]:
+    if some := rates_compared(rows):
         lines += ["### Learning rates", "", *_what_was_run(some), "", *_rates(some, words), ""]
     if some := [row for row in rows if row["phase"] == "pilot"]:
         lines += ["### Pilots", "", *_what_was_run(some), "", *_seen(some, words), ""]
     return "\n".join([*lines, *failed]).rstrip("\n") + "\n"
+
+
+def rates_compared(rows: list[Row]) -> list[Row]:
+    """The runs that compare learning rates: of the lr phase, and of the main phase where only the rate differs."""
+    same = ("architecture", "seed", "steps", "mbs", "train_flags", "text")
+    wanted = [[row[name] for name in same] for row in rows if row["phase"] == "lr"]
+    return [row for row in rows if row["phase"] in ("lr", "main") and [row[name] for name in same] in wanted]
 
 
 def _by_architecture(rows: list[Row], words: dict[str, str]) -> dict[str, list[Row]]:

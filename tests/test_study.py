@@ -104,6 +104,32 @@ def test_the_plan_needs_no_run_and_time_limits_it(corpus, tmp_path, capsys):
     assert not (out / "results.jsonl").exists(), "no run starts that would not end in time"
 
 
+def test_a_run_counts_in_each_phase_that_asks_for_it(corpus, tmp_path, capsys):
+    """One of the main phase is not made again to compare learning rates, and the best rate is chosen with it."""
+    out = tmp_path / "study"
+    same = ["--bytes", "256", "--architectures", "learned", "--reference-seeds", "1"]
+
+    def planned(*more: str) -> list[list[str]]:
+        study.main(flags(corpus, out, *same, *more, "--plan"))
+        return [line.split() for line in capsys.readouterr().out.splitlines()[:-1]]
+
+    ((main, *_),) = planned("--phases", "main", "--lr", "2e-3")
+    assert main.startswith("main/learned/lr0.002/seed0/")
+    row = {
+        "architecture": "learned", "seed": 0, "steps": 2, "mbs": 128, "train_flags": "", "text": {}, "bytes_per_s": 1e3,
+        "flops_per_byte": 1e6, "start_s": 1.0, "is_first": True,
+    }  # fmt: skip
+    out.mkdir()
+    results = [row | {"key": main, "phase": "main", "lr": 2e-3, "val_bpb": 2.0}]
+    (out / "results.jsonl").write_text("".join(json.dumps(one) + "\n" for one in results))
+    tasks = planned("--phases", "lr,main", "--lrs", "1e-3,2e-3", "--bytes", "512")
+    assert [task[:2] for task in tasks[1:2]] == [["done", main.replace("main", "lr")]]
+    assert tasks[0][0].startswith("lr/learned/lr0.001/")
+    results.append(row | {"key": tasks[0][0], "phase": "lr", "lr": 1e-3, "val_bpb": 2.5})
+    (out / "results.jsonl").write_text("".join(json.dumps(one) + "\n" for one in results))
+    assert planned("--phases", "main", "--lrs", "1e-3,2e-3", "--bytes", "512")[0][0].startswith("main/learned/lr0.002/")
+
+
 def test_flags_of_routers_reach_only_models_that_have_one():
     given = study.Study(flags="alpha=0.2 router-lr=0.5")
     assert given.train_flags() == ["--alpha", "0.2", "--router-lr", "0.5"]
