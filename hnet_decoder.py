@@ -93,7 +93,8 @@ class PaddedPrefill:
         self.stages, self.S = list(zip(model.stages, self.cache.stages)), model.config.num_stages
         self.byte_BL = torch.zeros(B, L, dtype=torch.int64, device=self.device)
         self.tokens_SB = torch.zeros(self.S + 1, B, dtype=torch.int64, device=self.device)  # of each stage
-        self.host_SB = torch.zeros_like(self.tokens_SB, device="cpu", pin_memory=self.device.type == "cuda")
+        host = "meta" if self.device.type == "meta" else "cpu"
+        self.host_SB = torch.zeros_like(self.tokens_SB, device=host, pin_memory=self.device.type == "cuda")
         self.readings: dict[tuple[int, ...], Reading] = {}
         self.outputs: dict[tuple[int, ...], Tensor] = {}  # by sizes and stage; of stage 0: the logits
         self.captured = CapturedFunctions(self.device, captures)
@@ -124,6 +125,16 @@ class PaddedPrefill:
                 logger.warning("prompts are read without graphs: %s", self.captured.failure)
         logits_BV, readings = found
         return logits_BV[: len(prompts)], self.host_SB[:, : len(prompts)].tolist(), readings
+
+    @torch.no_grad()
+    def foresee(self) -> None:
+        """Runs all parts on the meta device, which computes nothing. For `compile_ahead`, which notes the kernels."""
+        sizes = self.byte_BL.shape[1:] * (self.S + 1)
+        for s in range(self.S):
+            self._enter(s, sizes[: s + 1])
+        self._inner(sizes)
+        for s in reversed(range(self.S)):
+            self._leave(s, sizes)
 
     def _results(self, logits_BV: Tensor) -> list[Tensor]:
         """All that steps go on from."""
@@ -383,6 +394,11 @@ class Decoder:
             self._run("inner", self.S)
         for s in reversed(range(min(reached + 1, self.S))):
             self._run("leave", s)
+
+    @torch.no_grad()
+    def foresee(self) -> None:
+        """Runs a step on the meta device, which computes nothing. For `compile_ahead`, which notes the kernels."""
+        self._step(0)
 
     def _step(self, _: int) -> None:
         for s in range(self.S):

@@ -612,8 +612,9 @@ def train(config: TrainConfig, then: Callable[[Run], None] | None = None, is_che
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and world.device.type == "cuda")
     dtype = torch.bfloat16 if half else torch.float32
     config.ac = choose_ac(config, hnet, world) if config.ac == "auto" else config.ac
-    steps = compile_ahead.Steps(hnet, config.mbs, config.ac, dtype, config.global_slices > world.size)
-    compile_ahead.begin(compiler, steps, world.device)
+    accumulates = config.global_slices > world.size
+    work = compile_ahead.Work(hnet, dtype, config.mbs, config.ac, accumulates, texts=min(1, config.sample_bytes))
+    compile_ahead.begin(compiler, work, world.device)
     agreement.choose_implementations(world.device, dtype, hnet)
     graph, world = takes_graphs(config, hnet, dtype, world, is_checked)
 
@@ -631,9 +632,8 @@ def train(config: TrainConfig, then: Callable[[Run], None] | None = None, is_che
         return TrainState(model, groups, how, dtype, hnet, config, world)
 
     state = build(graph)
-    difference = None
-    if graph and world.device.type == "cuda" and not is_checked:
-        difference = distributed.first_answer(world, agreement.captured(state.steps))
+    is_compared = graph and world.device.type == "cuda" and not is_checked
+    difference = distributed.first_answer(world, agreement.captured(state.steps)) if is_compared else None
     if difference:
         if config.compile == "graph":
             raise UserError(f"--compile graph: {difference}; use eager")

@@ -76,11 +76,10 @@ def compile_all(capability: str, quick: bool) -> dict[str, Found]:
     import torch
     import triton
     from triton import knobs
-    from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     from hnet_kernels.cards import Properties
-    from hnet_runtime.steps.compile_ahead import driver_for
+    from hnet_runtime.steps.compile_ahead import compiles_for
 
     major, minor = map(int, capability.split("."))
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -115,7 +114,7 @@ def compile_all(capability: str, quick: bool) -> dict[str, Found]:
 
     state = {"wide": False}
     knobs.runtime.override_arch = None  # for imitated cards; here the target is the card's own
-    driver.set_active(driver_for(Properties((major, minor), 132)))
+    compiles_for(Properties((major, minor), 132))
     JITFunction.run = compile_only
     torch.cuda.device_of = lambda x: contextlib.nullcontext()
     for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32):

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hnet_kernels.launch import dense_rows
+from hnet_kernels.launch import cdiv, dense_rows, kernel, next_power_of_2
 from hnet_kernels.ssd_triton import _softplus as softplus
 from hnet_kernels.triton_math import LOG2_E, let_next_begin, overlap, sigmoid, wait_for_inputs
 
@@ -38,7 +38,7 @@ def _convolve(row_ptr, past_ptr, taps_ptr, bias_ptr, c, C, inside, W: tl.constex
     return (x * sigmoid(x)).to(row_ptr.dtype.element_ty).to(tl.float32)
 
 
-@triton.jit
+@kernel
 def _mamba_scan(
     projected_ptr, past_ptr, taps_ptr, conv_bias_ptr, dt_bias_ptr, A_log_ptr, D_ptr, ssm_ptr, active_ptr, gated_ptr,
     stride, H, D, N, C,
@@ -79,7 +79,7 @@ def _mamba_scan(
     tl.store(gated_ptr + b * D + h * P + p, y * z * sigmoid(z))
 
 
-@triton.jit
+@kernel
 def _mamba_norm(
     projected_ptr, past_ptr, weight_ptr, active_ptr, gated_ptr, out_ptr, stride, D, C, eps,
     W: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, OVERLAPS: tl.constexpr,
@@ -114,13 +114,13 @@ def mamba2_step(projected_BX: Tensor, weights, conv_BWC: Tensor, ssm_BHPN: Tenso
     BLOCK_P = max(P // 4, 1) if is_few else min(P, SCAN_P)  # few rows: more blocks
     _mamba_scan[(H * (P // BLOCK_P), B)](
         projected_BX, conv_BWC, conv_C1K, conv_bias_C, dt_bias_H, A_log_H, D_H, ssm_BHPN, valid_B1, gated_BD,
-        stride, H, D, N, C, P, W, BLOCK_P, triton.next_power_of_2(N), dt_bias_H is not None, D_H is not None, is_few,
-        num_warps=4 if is_few else SCAN_WARPS, **overlaps,
+        stride, H, D, N, C, P=P, W=W, BLOCK_P=BLOCK_P, BLOCK_N=next_power_of_2(N), HAS_DT_BIAS=dt_bias_H is not None,
+        HAS_D=D_H is not None, EARLY=is_few, num_warps=4 if is_few else SCAN_WARPS, **overlaps,
     )  # fmt: skip
-    blocks = 1 + (triton.cdiv(C, SHIFTED) if W else 0)
+    blocks = 1 + (cdiv(C, SHIFTED) if W else 0)
     _mamba_norm[(blocks, B)](
         projected_BX, conv_BWC, norm_D, valid_B1, gated_BD, out_BD, stride, D, C, eps,
-        W, triton.next_power_of_2(D), SHIFTED, num_warps=8, **overlaps,
+        W=W, BLOCK_D=next_power_of_2(D), BLOCK_C=SHIFTED, num_warps=8, **overlaps,
     )  # fmt: skip
     return out_BD
 
@@ -141,7 +141,7 @@ def _rotated(x_ptr, cos_ptr, sin_ptr, position, p, inside, R: tl.constexpr):
     return x.to(x_ptr.dtype.element_ty)
 
 
-@triton.jit
+@kernel
 def _attend(
     qkv_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, start_ptr, active_ptr, out_ptr, parts_ptr, scale, H, W, S,
     P: tl.constexpr, R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, SPLIT: tl.constexpr,
@@ -196,7 +196,7 @@ def _attend(
         tl.store(out_ptr + b * D + h * P + p, (acc / total).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel
 def _combine(
     parts_ptr, active_ptr, out_ptr, H, S,
     P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, OVERLAPS: tl.constexpr,
@@ -227,13 +227,14 @@ def attention_step(
     S = max(1, min(W // (2 * SLOTS), 2 * MULTIPROCESSORS // (B * H)))
     out_BD = qkv_BX.new_empty(B, H * P)
     parts = out_BD if S == 1 else qkv_BX.new_empty(B, H, S, P + 2, dtype=torch.float32)
-    BLOCK_P = triton.next_power_of_2(P)
+    BLOCK_P = next_power_of_2(P)
     _attend[(H, B, S)](
         qkv_BX, k_BWHP, v_BWHP, cos_MR, sin_MR, start_B, valid_B1, out_BD, parts, P**-0.5, H, W, S,
-        P, cos_MR.shape[1], BLOCK_P, SLOTS, S > 1, num_warps=4, **overlap(qkv_BX),
+        P=P, R=cos_MR.shape[1], BLOCK_P=BLOCK_P, BLOCK_W=SLOTS, SPLIT=S > 1, num_warps=4, **overlap(qkv_BX),
     )  # fmt: skip
     if S > 1:
         _combine[(H, B)](
-            parts, valid_B1, out_BD, H, S, P, BLOCK_P, triton.next_power_of_2(S), num_warps=2, **overlap(qkv_BX)
-        )
+            parts, valid_B1, out_BD, H, S,
+            P=P, BLOCK_P=BLOCK_P, BLOCK_S=next_power_of_2(S), num_warps=2, **overlap(qkv_BX),
+        )  # fmt: skip
     return out_BD

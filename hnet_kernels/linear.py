@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hnet_kernels.dispatch import operation, use_fast, why_unsupported
+from hnet_kernels.dispatch import operation, takes_kernels, use_fast, why_unsupported
 from hnet_kernels.gradients import destination_of, slot_of, write_product
 from hnet_kernels.pointwise import to_float32
 from hnet_kernels.recompute import mode, recomputed_from, recomputed_of, save, saved
@@ -59,7 +59,7 @@ class Linear(torch.autograd.Function):
 
 def _few_rows(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor | None:
     """x W^T + bias by a kernel for one or two rows, as generation has them; None where it does not apply."""
-    if torch.is_grad_enabled() or x_TI.ndim != 2 or not 0 < len(x_TI) <= 2 or not x_TI.is_cuda:
+    if torch.is_grad_enabled() or x_TI.ndim != 2 or not 0 < len(x_TI) <= 2 or not takes_kernels(x_TI.device.type):
         return None
     if not (x_TI.is_contiguous() and weight_OI.is_contiguous()):
         return None

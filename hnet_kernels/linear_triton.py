@@ -4,17 +4,17 @@ Legend: T rows, I and O channels in and out. A block takes some outputs and all 
 once, and each sum has one order.
 """
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from hnet_kernels.launch import cdiv, kernel, next_power_of_2
 from hnet_kernels.triton_math import let_next_begin, overlap, wait_for_inputs
 
 ROWS = 2  # more are faster through cuBLAS, whose time hardly depends on the rows
 TILE, WARPS = 8192, 8  # elements of the weight that a block takes
 
 
-@triton.jit
+@kernel
 def _few_rows(
     x_ptr, weight_ptr, bias_ptr, y_ptr, O,
     I: tl.constexpr, T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -37,11 +37,11 @@ def _few_rows(
 def few_rows(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x W^T + bias in the weight's dtype, summed in float32. At most `ROWS` rows; both contiguous."""
     (T, I), O = x_TI.shape, len(weight_OI)  # noqa: E741
-    y_TO, block_I = weight_OI.new_empty(T, O), triton.next_power_of_2(I)
+    y_TO, block_I = weight_OI.new_empty(T, O), next_power_of_2(I)
     block_O = max(1, TILE // block_I)
     bias_O = None if bias_O is None else bias_O.contiguous()
-    _few_rows[(triton.cdiv(O, block_O),)](
-        x_TI, weight_OI, bias_O, y_TO, O, I, T, block_O, block_I, bias_O is not None,
+    _few_rows[(cdiv(O, block_O),)](
+        x_TI, weight_OI, bias_O, y_TO, O, I=I, T=T, BLOCK_O=block_O, BLOCK_I=block_I, HAS_BIAS=bias_O is not None,
         num_warps=WARPS, **overlap(x_TI),
     )  # fmt: skip
     return y_TO

@@ -6,14 +6,15 @@ differ in their last bits. The bookkeeping of all rows is one block, since its t
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
+
+from hnet_kernels.launch import kernel, next_power_of_2
 
 SEEN = 16  # bytes that all others are compared with at a time
 
 
-@triton.jit
+@kernel
 def _draw(
     logits_ptr, stride, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, noise_ptr, drawn_ptr, left_ptr, utf8_ptr,
     stops_ptr, active_ptr, byte_ptr, log_probability_ptr, allowed_ptr, next_ptr, scratch_ptr,
@@ -71,11 +72,12 @@ def draw_rows(logits_BV: Tensor, rows) -> None:
     _draw[(B,)](
         logits_BV, logits_BV.stride(0), rows.temperature_B, rows.top_k_B, rows.top_p_B, rows.min_p_B, rows.noise_BN,
         rows.drawn_B, rows.left_B, rows.utf8_B, rows.stops_B, rows.active_B, rows.byte_B, rows.log_probability_B,
-        rows.allowed_LXV, rows.next_XV, rows.scratch_BV, rows.noise_BN.shape[1], X, V, SEEN, num_warps=4,
+        rows.allowed_LXV, rows.next_XV, rows.scratch_BV,
+        N=rows.noise_BN.shape[1], X=X, V=V, SEEN=SEEN, num_warps=4,
     )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def _note_starts(
     starts_ptr, p_ptr, begins_ptr, of_stage_ptr, p_stride, opens_ptr, new_ptr, B, S, s, BLOCK_B: tl.constexpr
 ):  # fmt: skip
@@ -99,11 +101,11 @@ def note_starts(events, s: int, p_B1: Tensor, opens_B1: Tensor, new_B1: Tensor) 
     opens_B1, new_B1 = opens_B1.contiguous(), new_B1.contiguous()
     _note_starts[(1,)](
         events.starts_BS.view(torch.int8), events.p_BS, events.begins_S.view(torch.int8), p_B1, p_B1.stride(0),
-        opens_B1.view(torch.int8), new_B1.view(torch.int8), B, S, s, triton.next_power_of_2(B),
+        opens_B1.view(torch.int8), new_B1.view(torch.int8), B, S, s, BLOCK_B=next_power_of_2(B),
     )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def _record(
     byte_ptr, log_probability_ptr, left_ptr, stops_ptr, active_ptr, starts_ptr, p_ptr, past_ptr, written_ptr, B, S,
     EOS: tl.constexpr, BLOCK_B: tl.constexpr,
@@ -133,6 +135,6 @@ def record(events, rows) -> None:
     B, S = events.starts_BS.shape
     _record[(1,)](
         rows.byte_B, rows.log_probability_B, rows.left_B, rows.stops_B.view(torch.int8), rows.active_B.view(torch.int8),
-        events.starts_BS.view(torch.int8), events.p_BS, events.past_EBX, events.written, B, S, 255,
-        triton.next_power_of_2(B),
+        events.starts_BS.view(torch.int8), events.p_BS, events.past_EBX, events.written, B, S,
+        EOS=255, BLOCK_B=next_power_of_2(B),
     )  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.language.extra import cuda
 
 from hnet_kernels import cards
-from hnet_kernels.dispatch import kernels_overlap
+from hnet_kernels.dispatch import kernels_overlap, takes_kernels
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 _COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
@@ -74,7 +74,7 @@ FEW_ROWS = 256  # with more, kernels take long enough
 
 def overlap(x_TX: Tensor) -> dict[str, Any]:
     """Options of a launch on few rows outside of training: OVERLAPS for the kernel, and what Triton needs to know."""
-    overlaps = x_TX.is_cuda and len(x_TX) <= FEW_ROWS and not torch.is_grad_enabled()
+    overlaps = takes_kernels(x_TX.device.type) and len(x_TX) <= FEW_ROWS and not torch.is_grad_enabled()
     overlaps = overlaps and kernels_overlap() and cards.can_overlap(x_TX.device)
     return {"OVERLAPS": True, "launch_pdl": True} if overlaps else {"OVERLAPS": False}
 

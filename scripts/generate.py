@@ -92,8 +92,10 @@ def main(argv: Sequence[str]) -> None:
         from hnet_runtime.checks import agreement
         from hnet_runtime.pages.chunks import has_colours, legend
         from hnet_runtime.runs.weights import load_inference
+        from hnet_runtime.steps import compile_ahead
         from hnet_simple import GenerationError, Sampling, why_no_generation
 
+    compiler = compile_ahead.prepare(options.device)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here")
     device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
@@ -106,6 +108,8 @@ def main(argv: Sequence[str]) -> None:
     if dtype == "bfloat16":  # as in training; it concerns residual_proj alone
         torch.set_float32_matmul_precision("high")
     model = load_inference(options.checkpoint, options.config or None, device, getattr(torch, dtype))
+    work = compile_ahead.Work(model.config, getattr(torch, dtype), texts=options.samples)
+    compile_ahead.begin(compiler, work, torch.device(device))
     agreement.choose_implementations(torch.device(device), getattr(torch, dtype), model.config)
     if reason := why_no_generation(model.config):
         raise UserError(f"{options.checkpoint}: {reason}")

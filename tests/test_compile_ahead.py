@@ -27,10 +27,10 @@ def names(launches) -> set[str]:
     return {f"{x.kernel.__module__.rpartition('.')[2].removesuffix('_triton')}.{x.kernel.__name__}" for x in launches}
 
 
-def steps(config):
-    from hnet_runtime.steps.compile_ahead import Steps
+def work(config, **more):
+    from hnet_runtime.steps.compile_ahead import Work
 
-    return Steps(config, 2048, "none", torch.bfloat16)
+    return Work(config, torch.bfloat16, **({"mbs": 2048} | more))
 
 
 @pytest.fixture(scope="module")
@@ -51,20 +51,37 @@ def test_all_kernels_of_a_step_are_foreseen(compile_ahead):
     for module in OF_GRAPHS:
         text = (ROOT / "hnet_kernels" / f"{module}_triton.py").read_text()
         wanted |= {f"{module}.{kernel}" for kernel in re.findall(r"^ +(_\w+)\[\(?\w", text, re.MULTILINE)}
-    found = names(compile_ahead.foresee(steps(config)))
+    found = names(compile_ahead.foresee_steps(work(config)))
     assert wanted - found == RECOMPUTED
     assert "adamw._adamw" in found
-    assert names(compile_ahead.foresee(steps(config)._replace(ac="selective"))) >= RECOMPUTED
+    assert names(compile_ahead.foresee_steps(work(config, ac="selective"))) >= RECOMPUTED
+
+
+@pytest.mark.parametrize("texts", [1, 64])
+def test_all_kernels_of_generation_are_foreseen(compile_ahead, texts):
+    from hnet_trainable import HNetConfig
+
+    wanted = set()
+    for module in ("generation", "sampling"):
+        text = (ROOT / "hnet_kernels" / f"{module}_triton.py").read_text()
+        wanted |= {f"{module}.{kernel}" for kernel in re.findall(r"^ +(_\w+)\[\(?\w", text, re.MULTILINE)}
+    launches = compile_ahead.foresee_generation(work(HNetConfig.load("hnet_2stage_tiny"), mbs=0, texts=texts))
+    found = names(launches)
+    assert wanted - found == {"generation._combine"}  # of rings of attention that have grown
+    assert ("linear._few_rows" in found) == (texts == 1)
+    assert found > {"ssd._outputs", "conv._forward"}  # of a prefill
+    attend = {one.options["OVERLAPS"] for one in launches if one.kernel.__name__ == "_attend"}
+    assert attend == {True, False}  # graphs are compared with launches that wait for each other
 
 
 def test_a_model_that_reads_a_value_ends_the_list_and_not_the_run(compile_ahead, monkeypatch):
     from hnet_kernels import launch
     from hnet_trainable import HNetConfig, HNetLM
 
-    whole = names(compile_ahead.foresee(steps(HNetConfig.load("hnet_1stage_tiny"))))
+    whole = names(compile_ahead.foresee_steps(work(HNetConfig.load("hnet_1stage_tiny"))))
     head = HNetLM.head
     monkeypatch.setattr(HNetLM, "head", lambda self, x_TD: head(self, x_TD) * x_TD.detach().sum().item())
-    found = names(compile_ahead.foresee(steps(HNetConfig.load("hnet_1stage_tiny"))))
+    found = names(compile_ahead.foresee_steps(work(HNetConfig.load("hnet_1stage_tiny"))))
     assert "ssd._outputs" in found and found <= whole
     assert launch._noted is None  # launches are made again
 
@@ -104,7 +121,7 @@ def test_a_compiler_that_was_killed_is_not_waited_for(compile_ahead, monkeypatch
     child = next(child for child in multiprocessing.active_children() if child.name == "compiler")
     child.kill()
     child.join()
-    compiler.begin(steps(HNetConfig.load("hnet_1stage_tiny")), cards.Properties((9, 0), 132))
+    compiler.begin(work(HNetConfig.load("hnet_1stage_tiny")), cards.Properties((9, 0), 132))
     assert compiler.wait() == 0
 
 
@@ -120,11 +137,11 @@ def test_a_note_is_for_one_kind_of_run_and_the_code_as_it_is(compile_ahead, tmp_
         (tmp_path / file).write_text("before")
     monkeypatch.setattr(cards, "__file__", str(tmp_path / "cards.py"))
     tiny = HNetConfig.load("hnet_1stage_tiny")
-    run = steps(tiny)
+    run = work(tiny)
     note = compile_ahead.note_of(run, "H200")
     assert note.parent == tmp_path and note == compile_ahead.note_of(run, "H200")
     others = [{"config": HNetConfig.load(tiny.to_dict(), N_compress=[1, 4])}, {"mbs": 1024}, {"ac": "block"}]
-    others += [{"dtype": torch.float32}, {"accumulates": True}]
+    others += [{"dtype": torch.float32}, {"accumulates": True}, {"texts": 1}]
     notes = {compile_ahead.note_of(run._replace(**other), "H200") for other in others}
     notes.add(compile_ahead.note_of(run, "A100"))
     (tmp_path / "norm_triton.py").write_text("after")
@@ -139,7 +156,6 @@ def test_a_note_is_for_one_kind_of_run_and_the_code_as_it_is(compile_ahead, tmp_
 
 
 def main() -> None:
-    import triton
     from triton import knobs
 
     from hnet_kernels import cards, pointwise_triton
@@ -151,18 +167,18 @@ def main() -> None:
     with noting() as found:
         for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
             pointwise_triton.to_float32(torch.zeros(8, 64, dtype=dtype, device="meta"))
-    compile_ahead.foresee = lambda steps: found  # before the fork
+    compile_ahead.foresee_steps = lambda work: found  # before the fork
     answers, wait = [], compile_ahead.Compiler.wait
     compile_ahead.Compiler.wait = lambda self: answers.append(wait(self))
     compiler = compile_ahead.Compiler()
     gpu, note = cards.Properties((9, 0), 132), cache / "note"
     note_before = note.exists()
-    compiler.begin(steps(HNetConfig.load("hnet_1stage_tiny")), gpu, note)
+    compiler.begin(work(HNetConfig.load("hnet_1stage_tiny")), gpu, note)
 
     launched, cached = [], []
     kernel = found[0].kernel
     run, kernel.run = kernel.run, lambda *args, **options: launched.append(list(answers))
-    triton.runtime.driver.set_active(compile_ahead.driver_for(gpu))
+    compile_ahead.compiles_for(gpu)
     kernel[(1,)](*found[0].args, **found[0].options)
     kernel.run = run
     knobs.compilation.listener = lambda src, metadata, metadata_group, times, cache_hit: cached.append(cache_hit)

@@ -19,24 +19,26 @@ import multiprocessing
 import os
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from hnet_kernels import cards
-from hnet_kernels.dispatch import forcing, foreseeing, has_triton, requested
+from hnet_kernels.dispatch import forcing, foreseeing, has_triton, one_after_the_other, requested
 from hnet_runtime.checks import agreement
 from hnet_runtime.steps.graphs import GraphedModel
+from hnet_simple import HNetInference
 from hnet_trainable import HNetConfig, HNetLM
 
 if TYPE_CHECKING:
     from hnet_kernels.launch import Launch  # which imports triton
 
 META = torch.device("meta")
+PROMPT = 64  # bytes of a prompt that is foreseen; Triton tells few sizes apart
 PATIENCE = 300  # seconds until kernels are compiled at their first launch after all
 # the longest to compile first, 2.8 to 0.4 s of one core (Triton 3.6, for 9.0); the others as they are launched
 LONG = (
@@ -44,17 +46,22 @@ LONG = (
 )  # fmt: skip
 
 
-class Steps(NamedTuple):
-    """What is compiled for: a model, bytes of a micro-batch, --ac, the compute dtype, whether steps have several."""
+class Work(NamedTuple):
+    """What is compiled for: the steps of a model, or generation with it, or both.
+
+    mbs: bytes of a micro-batch of training; 0: none. ac: as train.py's --ac. accumulates: a step has several
+    micro-batches. texts: how many are generated together; 0: none.
+    """
 
     config: HNetConfig
-    mbs: int
-    ac: str
     dtype: torch.dtype
+    mbs: int = 0
+    ac: str = "none"
     accumulates: bool = False
+    texts: int = 0
 
 
-def foresee(steps: Steps) -> "list[Launch]":
+def foresee_steps(work: Work) -> "list[Launch]":
     """The launches of the checks before a run and of its steps as graphs, on tensors of the meta device.
 
     Code that does not run on the meta device, such as an edit that reads a value, ends the list early.
@@ -64,22 +71,43 @@ def foresee(steps: Steps) -> "list[Launch]":
     with noting() as found, foreseeing(), forcing(True):
         for example in agreement.EXAMPLES:
             with contextlib.suppress(Exception):
-                agreement.call_example(example, META, steps.dtype)
+                agreement.call_example(example, META, work.dtype)
         with contextlib.suppress(Exception):
-            _foresee_steps(steps)
+            _run_steps(work)
     return found
 
 
-def _foresee_steps(steps: Steps) -> None:
-    config = agreement.thin_config(steps.config)
+def _run_steps(work: Work) -> None:
+    if not work.mbs:
+        return
+    config = agreement.thin_config(work.config)
     with META:
         model = HNetLM(config).train()
-    graphed = GraphedModel(model, steps.dtype, agreement.ALPHA, ac=steps.ac, accumulates=steps.accumulates)
-    for T in dict.fromkeys((1024, steps.mbs)):  # of the check of captured steps, and of the run
+    graphed = GraphedModel(model, work.dtype, agreement.ALPHA, ac=work.ac, accumulates=work.accumulates)
+    for T in dict.fromkeys((1024, work.mbs)):  # of the check of captured steps, and of the run
         graphed._allocate(T)
         graphed.foresee(T, [1 / ratio for ratio in config.target_ratios])
     with contextlib.suppress(Exception):
         graphed.optimizer.step()
+
+
+def foresee_generation(work: Work) -> "list[Launch]":
+    """The launches of a step of generation and of a short prefill; as `foresee_steps`."""
+    from hnet_decoder import Decoder, PaddedPrefill
+    from hnet_kernels.launch import noting
+    from hnet_runtime.runs.weights import cast
+
+    with noting() as found, foreseeing(), forcing(True), contextlib.suppress(Exception):
+        with META:
+            model = HNetInference(agreement.thin_config(work.config)).eval()
+        model.load_state_dict(cast(model.state_dict(), work.dtype), assign=True)
+        decoder = Decoder(model, work.texts, captures=False, host_decides=False)
+        prefill = PaddedPrefill(model, work.texts, PROMPT, captures=False)
+        for mode in (contextlib.nullcontext(), one_after_the_other()):  # graphs are compared with the second
+            with mode:
+                decoder.foresee()
+                prefill.foresee()
+    return found
 
 
 class Compiler:
@@ -94,18 +122,21 @@ class Compiler:
             process.start()
         theirs.close()
 
-    def begin(self, steps: Steps, gpu: cards.Properties, note: Path | None = None) -> None:
-        """Begins to compile. The first launch of a kernel waits. note: a file that is written when all is there."""
+    def begin(self, work: Work, gpu: cards.Properties, note: Path | None = None) -> None:
+        """Begins to compile. The first launch of a kernel waits for the kernels of training, if there is training.
+
+        note: a file that is written when all is in the cache.
+        """
         from hnet_kernels.launch import before_first_launch
 
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine, each of which compiles
         workers = max(1, min(16, (os.cpu_count() or 1) // processes))
         with contextlib.suppress(OSError):
-            self.connection.send((steps._replace(config=steps.config.to_dict()), gpu, workers, note))
+            self.connection.send((work._replace(config=work.config.to_dict()), gpu, workers, note))
             before_first_launch(self.wait)
 
     def wait(self) -> int:
-        """Waits until all is in the cache. Returns the number of kernels; 0 if the compiler was stopped or hangs."""
+        """Waits until they are in the cache. Returns their number; 0 if the compiler was stopped or hangs."""
         kernels = 0
         with contextlib.suppress(EOFError, OSError):
             if self.connection.poll(PATIENCE):
@@ -126,15 +157,15 @@ def prepare(device: str, is_wanted: bool = True) -> Compiler | None:
     return Compiler() if torch.cuda.device_count() and can_compile() else None
 
 
-def begin(compiler: Compiler | None, steps: Steps, device: torch.device) -> None:
+def begin(compiler: Compiler | None, work: Work, device: torch.device) -> None:
     """Compiles the kernels of a run on this device, unless a note in Triton's cache says that it has them."""
     if compiler is None:
         return
-    note = note_of(steps, torch.cuda.get_device_name(device))
+    note = note_of(work, torch.cuda.get_device_name(device))
     if note.exists() or cards.why_unsupported(device):
         compiler.close()
     else:
-        compiler.begin(steps, cards.properties(device), note)
+        compiler.begin(work, cards.properties(device), note)
 
 
 def _serve(connection: Connection, other_end: Connection) -> None:
@@ -149,31 +180,50 @@ def _serve(connection: Connection, other_end: Connection) -> None:
     with contextlib.suppress(EOFError, OSError):
         torch.arange(1, device=META)  # imports much of torch, while the first process starts CUDA
         gc.freeze()
-        steps, gpu, workers, note = connection.recv()
-        kernels = compile_all(steps._replace(config=HNetConfig.load(steps.config)), gpu, workers)
+        work, gpu, workers, note = connection.recv()
+        work = work._replace(config=HNetConfig.load(work.config))
+        compiles_for(gpu)
+        of_generation = foresee_generation(work) if work.texts else []
+        if work.mbs:
+            connection.send(compile_all(foresee_steps(work), workers))
+            os.nice(10)  # the rest goes on beside the run
+            compile_all(of_generation, workers)
+        else:
+            connection.send(compile_all([*foresee_steps(work), *of_generation], workers))
         if note:
             note.parent.mkdir(parents=True, exist_ok=True)
             note.touch()
-        connection.send(kernels)
     os._exit(0)
 
 
-def compile_all(steps: Steps, gpu: cards.Properties, workers: int) -> int:
-    """Compiles the kernels of steps for a GPU, which need not be here, and returns their number.
-
-    To be called in a process without CUDA and threads. From then on it foresees kernels for that GPU.
-    """
-    from triton.backends.nvidia.driver import CudaUtils
+def compiles_for(gpu: cards.Properties) -> None:
+    """From now on this process foresees and compiles kernels for a GPU, which need not be here, and launches none."""
+    from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 
+    major, minor = gpu.capability
+
+    class Driver:
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 10 * major + minor, 32))
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device=0: 0)
+
     cards.foresee_for(gpu)
-    driver.set_active(driver_for(gpu))
+    driver.set_active(Driver())
+
+
+def compile_all(launches: "Sequence[Launch]", workers: int) -> int:
+    """Compiles the kernels of launches in forked processes, and returns their number. See `compiles_for`.
+
+    To be called in a process without CUDA and threads.
+    """
+    from triton.backends.nvidia.driver import CudaUtils
 
     def rank(launch: "Launch") -> int:
         name = launch.kernel.__name__
         return LONG.index(name) if name in LONG else len(LONG)
 
-    launches = list({launch.kind: launch for launch in sorted(foresee(steps), key=rank)}.values())
+    launches = list({launch.kind: launch for launch in sorted(launches, key=rank)}.values())
     taken = multiprocessing.get_context("fork").Value("i", 0)  # launches that a worker has begun with
 
     def next_launches() -> "Iterator[Launch]":
@@ -200,20 +250,6 @@ def compile_all(steps: Steps, gpu: cards.Properties, workers: int) -> int:
     return len(launches)
 
 
-def driver_for(gpu: cards.Properties) -> Any:
-    """A driver for Triton that compiles for a GPU, which need not be here, and launches nothing."""
-    from triton.backends.compiler import GPUTarget
-
-    major, minor = gpu.capability
-
-    class Driver:
-        get_current_target = staticmethod(lambda: GPUTarget("cuda", 10 * major + minor, 32))
-        get_current_device = staticmethod(lambda: 0)
-        get_current_stream = staticmethod(lambda device=0: 0)
-
-    return Driver()
-
-
 def _compile(launch: "Launch") -> None:
     """Compiles a kernel into Triton's cache, and its launcher, which Triton 3.6 has gcc compile."""
     from triton.backends.nvidia.driver import CudaLauncher
@@ -235,11 +271,11 @@ def can_compile() -> bool:
     return isinstance(norm_triton._add_norm, Kernel)  # not the interpreter, and a version of Triton that is known
 
 
-def note_of(steps: Steps, gpu: str) -> Path:
+def note_of(work: Work, gpu: str) -> Path:
     """The file that notes that all kernels of such runs are in Triton's cache, with the kernels' code as it is now."""
     import triton
 
     code = [file.read_bytes() for file in sorted(Path(cards.__file__).parent.glob("*.py"))]
-    what = steps.config.to_dict(), *map(str, steps[1:]), gpu, triton.__version__, os.environ.get("HNET_GPU", "")
+    what = work.config.to_dict(), *map(str, work[1:]), gpu, triton.__version__, os.environ.get("HNET_GPU", "")
     digest = hashlib.sha256(b"".join([*code, json.dumps(what).encode()])).hexdigest()
     return Path(triton.knobs.cache.dir) / f"hnet-{digest[:32]}"
