@@ -8,8 +8,8 @@
 
 A shard is a sequence of UTF-8 documents, each preceded by the byte 0xFE, which UTF-8 never contains: `cat` joins
 shards, `grep -a` searches them. Documents are sorted by the SHA-256 of their text. The lowest share of that order is
-the validation split, the rest the training split, and the shards of a split are consecutive ranges of it. So the shard
-of a document depends only on its bytes, equal documents are adjacent, and a sequential read of a shard is a random
+the validation split, the rest the training split, and the shards of a split are consecutive ranges of it. So the order
+of documents depends only on their bytes, equal documents are adjacent, and a sequential read of a shard is a random
 sample. Each shard has an index (where its documents start), which is rebuilt if it is missing or outdated.
 `manifest.json` lists the contents of the folder and is written last.
 
@@ -266,9 +266,9 @@ def _shard_ranges(documents: int, size: int, holdout: Fraction, shard_bytes: int
 def _hold_out(job: _Job, holdout: float) -> tuple[Fraction, _Cut | None, str]:
     """The share of digests that is held out, the document whose end is held out, and an explanation in words.
 
-    The share is `holdout` if that leaves no split empty. If all of a few documents are in one split, one document moves
-    to the other. If one document is longer than all others together, only its end is held out, unless that is shorter
-    than a slice.
+    The share is `holdout` if no split is empty then, and training keeps at least one slice. Otherwise, if one document
+    of at least one slice is longer than all others together, only its end is held out. If all of a few documents are in
+    one split, one moves to the other.
     """
     share, both = Fraction(holdout), [0, 0]
     if not holdout:
@@ -422,8 +422,8 @@ def prepare(
     out: the folder. While it is being made it needs space for the text twice.
     text_column: the column with the text of rows.
     holdout: share of documents in the validation split, chosen by the hash of their text. If that would leave a split
-        empty, one document is held out, or the end of a document that is longer than all others together. 0: no
-        validation split.
+        empty, one document moves to it, or the end of a document that is longer than all others together is held out.
+        0: no validation split.
     processes: by default one per core; each takes less than 500 MB. The shards don't depend on it.
     part: "i/n", i from 1 to n, to prepare one corpus with n commands, also on several machines that share `out`.
         The shards don't depend on it; the command that finishes last writes them.
@@ -541,7 +541,8 @@ def _begin(
             shutil.rmtree(out / WORK)
         raise
     if not units:
-        shutil.rmtree(out / WORK)
+        if not list(out.glob(f"{WORK}/plan-*")):
+            shutil.rmtree(out / WORK)
         but = "; ".join(report.lines()[1:])
         what = f"no text in it; expected files of {documents.KINDS}"
         raise DataError(f"{named(plan['source'])}: {what}{'; it ' + but if report.left else ''}")

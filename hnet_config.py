@@ -109,7 +109,7 @@ def parse_router(written: str, s: int) -> tuple[Any, str]:
         known = ", ".join(dict.fromkeys([LEARNED, *(kind.usage for kind in ROUTERS.values())]))
         raise ConfigError(f"routers: {_shown(written)} for stage {s}; expected one of {known}")
     kind = ROUTERS[name]
-    if not re.fullmatch(kind.argument, argument) or bool(colon) != bool(argument):
+    if not re.fullmatch(kind.pattern, argument) or bool(colon) != bool(argument):
         raise ConfigError(f"routers: {_shown(written)} for stage {s}; expected {kind.usage}")
     if kind.reads_bytes and s:
         raise ConfigError(f"routers: {_shown(written)} for stage {s}; it reads bytes, so only stage 0 can have it")

@@ -19,7 +19,7 @@ class Router(nn.Module):
     """What a config knows of a router, as attributes of its class."""
 
     usage = ""  # how a config writes it
-    argument = ""  # regular expression of what follows the name and a colon
+    pattern = ""  # regular expression of what follows the name and a colon
     is_learned = False
     is_causal = True  # whether b_t depends on no byte after t
     reads_bytes = False  # packing.byte_T, which only stage 0 has
@@ -33,7 +33,7 @@ class Rule(Router):
 
     def __init__(self, width: int, argument: str = ""):
         super().__init__()
-        self.given = argument
+        self.value = argument
 
     def starts(self, packing: Any) -> Tensor:
         """bool (T,): the tokens that open a chunk. The first token of a document opens one in any case.
@@ -70,10 +70,10 @@ class Space(Rule):
 class Stride(Rule):
     """Every K-th token of a document, from its first."""
 
-    usage, argument, fixes_rate = "stride:K with K from 2 to 9999", "[2-9]|[1-9][0-9]{1,3}", True
+    usage, pattern, fixes_rate = "stride:K with K from 2 to 9999", "[2-9]|[1-9][0-9]{1,3}", True
 
     def starts(self, packing: Any) -> Tensor:
-        return packing.position_T % int(self.given) == 0
+        return packing.position_T % int(self.value) == 0
 
 
 class Given(Rule):
@@ -94,7 +94,7 @@ class GivenCausal(Given):
 class Tokens(Given):
     """Where a tokenizer begins a token. hnet_runtime/data/cuts.py computes that, and passes it as `cuts`."""
 
-    usage, argument, reads_file = "tokens:FILE", ".+", True
+    usage, pattern, reads_file = "tokens:FILE", ".+", True
 
 
 def inner_cuts(cuts_T: Tensor, start_C: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ a `prefill` and a `step` of its own. Read in this order: caches, stages, HNetInf
 from training), sampling.
 
 Shape legend, as suffixes of names: B sequences, L new tokens of a stage (padded in a prefill, 1 in a step), K those of
-the stage inside, D width, C channels of a convolution, H heads, P channels a head, N state size, W slots of a key-value
-ring, R rotary dimensions / 2, V vocabulary, S number of chunking stages. "code" is github.com/goombalab/hnet.
+the stage inside, X = 1 + L or 1 + K, D width, C channels of a convolution, H heads, P channels a head, N state size, W
+slots of a key-value ring, R rotary dimensions / 2, V vocabulary, S stages. "code" is github.com/goombalab/hnet.
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hnet_kernels import Chunks, ema_forward
 from hnet_kernels.generation import KVState, Span, even_documents, ring_slots, take
-from hnet_kernels.sampling import (
-    draw,
-)
+from hnet_kernels.sampling import draw
 from hnet_trainable import BOS, EMA_CLAMP, HNet, HNetConfig, HNetLM, Isotropic, rotary_tables
 
 TRAINED_LENGTH = 8192  # bytes of a training document in the paper's recipe; longer inputs get a warning
@@ -129,8 +127,8 @@ class StageState:
 
     def begin(self) -> None:
         """All sequences begin anew. Rings keep what nothing sees any more."""
-        for t in self._but_rings():
-            t.zero_()
+        self.tokens = [0] * len(self.tokens)
+        torch._foreach_zero_(self._but_rings())
 
     def _but_rings(self) -> list[Tensor]:
         rings = {id(t) for layer in self.layers.values() if isinstance(layer, KVState) for t in vars(layer).values()}
@@ -175,7 +173,7 @@ class Rows(NamedTuple):
 class Cache:
     """All that a batch of sequences needs to go on; made by `HNetInference.new_cache`, changed in place by its calls.
 
-    Its size in bytes, with c bytes per number of the compute dtype and a = 4 (8 in float64), is B times the sum of
+    Its size in bytes, with c bytes per element of the compute dtype and a = 4 (8 in float64), is B times the sum of
         8                                                       for each stage: a position,
         (d_conv - 1) (expand D + 2 d_state) c + expand D d_state a   for each Mamba-2 layer,
         2 W D c                                                 for each attention layer,
@@ -341,7 +339,7 @@ class Prefill:
 
     logits_BLV: Tensor
     lengths: list[int]  # new bytes of each sequence
-    probabilities: list[Tensor]  # one a chunking stage: (B, its L), at least float32; K = 0 inside where no chunk began
+    probabilities: list[Tensor]  # of each stage: (B, its L), at least float32; (B, 0) where no chunk reached it
     boundaries: list[Tensor]  # the same, bool; False on padding
     starts_BLS: Tensor  # bool: does this byte open a chunk of stage s; a chunk of s + 1 begins where one of s does
     cache: Cache
@@ -498,9 +496,12 @@ class HNetInference(HNetLM):
     def from_training(cls, model: HNetLM) -> HNetInference:
         """An inference model whose parameters *are* those of the HNetLM `model`: no memory, and always up to date.
 
-        Its modules are those of `model`, too. But where that is sharded (FSDP2) they are other ones, which only have
-        its whole weights inside `with inference.unsharded():`.
+        Its modules are those of `model`, too. But where that is sharded (FSDP2) they are other ones, with unsharded
+        weights only inside `with inference.unsharded():`. Raises GenerationError for a subclass that `own` names.
         """
+        own = [name for name in ("forward", "embed", "head") if getattr(type(model), name) is not getattr(HNetLM, name)]
+        if own:
+            raise GenerationError(f"{type(model).__name__} has its own {own[0]}, which generation would not call")
         with torch.device("meta"):
             inference = cls(model.config)
         inference._training_model.append(model)

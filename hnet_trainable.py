@@ -415,11 +415,11 @@ class Isotropic(nn.Module):
 class StageOutput(NamedTuple):
     """What a chunking stage decided. F and G are tensors, so that nothing waits for the device."""
 
-    p_T: Tensor  # at least float32
-    b_T: Tensor  # bool
+    p_T: Tensor  # at least float32; in graphs followed by padding
+    b_T: Tensor  # bool; in graphs followed by padding
     F: Tensor  # scalar: share of tokens that open a chunk
     G: Tensor  # scalar: mean boundary probability; the ratio loss's gradient goes through it
-    like: Tensor  # an NJT (B, j, ...) of the stage's documents
+    like: Tensor  # an NJT (B, j, ...) of the stage's documents; in graphs None
 
     @property
     def boundary_prob(self) -> Tensor:
@@ -609,8 +609,8 @@ class HNetLM(nn.Module):
         `cuts`: for the routers `given` and `tokens:FILE`, an NJT (B, j0). For one such stage it is bool: does the byte
         open a chunk? For several it counts the stages, from stage 0 on, for which the byte does.
 
-        Raises ValueError for anything else, and where the documents of these differ in length. Values beyond the
-        vocabulary are refused on the CPU; on another device the caller answers for them (see `check_documents`).
+        Raises ValueError for anything else, and where the documents of these differ in length. Wrong values are refused
+        on the CPU; on another device the caller answers for them (see `check_documents`).
         """
         config = self.config
         check_documents(iids, labels, config.vocab_size)
@@ -659,8 +659,7 @@ def check_documents(iids: Tensor, labels: Tensor | None, vocab_size: int = 256) 
             raise ValueError(f"{name}: expected documents without gaps between them; call .contiguous() first")
     if not len(iids._values):
         raise ValueError("iids: expected at least one byte, got none")
-    same = labels is None or iids.offsets() is labels.offsets()
-    if not same and not (iids.offsets().shape == labels.offsets().shape and iids.offsets().equal(labels.offsets())):
+    if labels is not None and labels.offsets() is not iids.offsets() and not labels.offsets().equal(iids.offsets()):
         raise ValueError(
             f"labels: expected documents as long as those of iids; iids has {iids.shape[0]} of together "
             f"{len(iids._values)} bytes, labels {labels.shape[0]} of together {len(labels._values)}"
@@ -676,19 +675,20 @@ def check_documents(iids: Tensor, labels: Tensor | None, vocab_size: int = 256) 
 def check_cuts(cuts: Tensor | None, iids: Tensor, config: HNetConfig) -> None:
     """ValueError unless `cuts` are what the routers of the config need: see `HNetLM.forward`."""
     stages = config.stages_by_cuts
-    if cuts is None or not stages:
-        if cuts is None and stages:
-            raise ValueError(f"cuts: missing; the router {config.routers[stages[0]]} needs to know where chunks begin")
-        if cuts is not None:
-            raise ValueError(f"cuts: given, but the routers {', '.join(config.routers)} do not read them")
+    if not stages and cuts is not None:
+        raise ValueError(f"cuts: given, but the routers {', '.join(config.routers)} do not read them")
+    if not stages:
         return
+    if cuts is None:
+        raise ValueError(f"cuts: missing; the router {config.routers[stages[0]]} needs to know where chunks begin")
     kinds = (torch.bool,) if len(stages) == 1 else (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    kind = "bool" if len(stages) == 1 else f"whole numbers from 0 to {len(stages)}"
     if not (isinstance(cuts, NestedTensor) and cuts.dim() == 2 and cuts._values.dtype in kinds):
-        kind = "bool" if len(stages) == 1 else f"whole numbers from 0 to {len(stages)}"
         raise ValueError(f"cuts: expected a nested tensor (B, j) of jagged layout, of {kind}")
-    same = cuts.offsets() is iids.offsets()
-    if not same and not (cuts.offsets().shape == iids.offsets().shape and cuts.offsets().equal(iids.offsets())):
-        raise ValueError("cuts: expected documents as long as those of iids")
+    if cuts.lengths() is not None or not (cuts.offsets() is iids.offsets() or cuts.offsets().equal(iids.offsets())):
+        raise ValueError("cuts: expected documents as long as those of iids, without gaps between them")
+    if cuts.device.type == "cpu" and not 0 <= int(cuts._values.min()) <= int(cuts._values.max()) <= len(stages):
+        raise ValueError(f"cuts: holds values from {cuts._values.min()} to {cuts._values.max()}; expected {kind}")
 
 
 # ------------------------------------------------------------------------------------------------- what training needs
@@ -702,7 +702,7 @@ def stage_of(name: str, config: HNetConfig) -> int:
 def lr_modulation(config: HNetConfig) -> list[float]:
     """Eq. 11, learning-rate multipliers of stages 0..S: sqrt(N_GPT prod_{i>=s} N^i / prod_{i>=0} N^i * D^S / D^s).
 
-    N^S = 1, so the innermost's own numerator is 1: the multiplier grows with the bytes a stage sees per step.
+    N^S = 1. The multiplier grows with the tokens that a stage has per byte, and shrinks with its width.
     """
     ratios, widths = (*config.target_ratios, 1.0), config.d_model
     everything = math.prod(ratios)
@@ -722,12 +722,11 @@ def has_weight_decay(name: str) -> bool:
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float, router_lr: float = 1.0) -> list[dict[str, Any]]:
-    """Groups for an optimizer: one for each (stage, decay or not), outermost first, every parameter in exactly one.
+    """Groups for an optimizer, outermost stage first, every parameter in exactly one: by stage and decay or not.
 
-    router_lr: a factor on eq. 11's multiplier for W_q and W_k, which then have a group of their own in each stage.
-    The paper has none (1). A rate apart shows whether cuts move because routers learn too fast or too slowly.
     Each has `params`, `names`, `lr` (base rate times `multiplier`, eq. 11), `weight_decay`, `stage` and `multiplier`.
-    `model` is an HNetLM, plain or sharded.
+    router_lr: a factor on the multiplier of W_q and W_k, which then have a group of their own in each stage. The paper
+    has none (1). It shows whether cuts move because routers learn too fast or slowly. `model`: plain or sharded.
     """
     multipliers = lr_modulation(model.config)
     groups: dict[tuple[int, bool, bool], dict[str, Any]] = {}

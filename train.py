@@ -3,7 +3,7 @@
 One process and many run the same program: `torchrun --nproc-per-node 8 train.py ...`. `python train.py --help` lists
 the flags. A run's folder holds its configs, metrics.jsonl, checkpoints and plots.
 
-Read top to bottom: config -> one step -> data -> model -> the run -> `main`.
+Read top to bottom: config -> one step -> the run (data, checks, loop) -> `main`, `train`.
 """
 
 from hnet_runtime import commands
@@ -127,10 +127,10 @@ def forward_backward(steps: GraphedModel | PlainModel, slices: list[fineweb.Slic
     slices: this rank's. Every slice has T labels and every rank the same number of slices, so means of means are exact.
     Returns means over the step's G slices, on the device, without the norm of the gradient and the statistics.
     """
-    losses = steps.forward_backward([slice_.nested(world.device) for slice_ in slices])
+    found = steps.forward_backward([slice_.nested(world.device) for slice_ in slices])
     counts_G2 = torch.tensor([[slice_.text_bytes, len(slice_.row_lengths)] for slice_ in slices])
     counts_G2 = counts_G2.to(world.device, torch.float32, non_blocking=True)
-    columns = [losses.ce[:, None], counts_G2, losses.ratio, losses.F, losses.G]
+    columns = [found.ce[:, None], counts_G2, found.ratio, found.F, found.G]
     all_GK = distributed.gather_slices(torch.cat([x.float() for x in columns], dim=1), world)
     *_, F_GS, _ = all_GK.split([x.shape[1] for x in columns], dim=1)
     imbalance_S = distributed.imbalance(F_GS.cumprod(1), world)  # of chunks per byte: F is a share of a stage's tokens
@@ -149,7 +149,7 @@ class TrainState:
         self,
         model: HNetLM,
         groups: list[dict[str, Any]],
-        how: Literal["graph", "eager", "sharded"],
+        how: Literal["graph", "eager", "plain"],
         dtype: torch.dtype,
         hnet: HNetConfig,
         config: TrainConfig,
@@ -157,14 +157,14 @@ class TrainState:
     ):
         """groups: those of `parameter_groups`. dtype: the compute dtype.
 
-        how: unsharded weights with graphs or eagerly; or the model as it is, sharded or in float32.
+        how: a GraphedModel with graphs or eagerly, or a PlainModel, for FSDP2 and float32.
         """
         self.model, self.dtype, self.hnet, self.config, self.world = model, dtype, hnet, config, world
         self.parameters = list(model.parameters())  # before a forward, after which FSDP shows gathered ones
         groups, limit = distributed.optimizer_groups(groups), config.max_chunks_per_rank
         self.ratio = losses.ratio(config, hnet, world.device, torch.promote_types(dtype, torch.float32))
         alpha = self.ratio.weight
-        if how == "sharded":
+        if how == "plain":
             self.steps = PlainModel(model, alpha, world, groups)
         else:
             accumulates, captures = config.global_slices > world.size, how == "graph"
@@ -618,28 +618,28 @@ def train(config: TrainConfig, then: Callable[[Run], None] | None = None, is_che
     agreement.choose_implementations(world.device, dtype, hnet)
     graph, world = takes_graphs(config, hnet, dtype, world, is_checked)
 
-    def build(graph: bool) -> TrainState:
-        unsharded = graph or (half and world.device.type == "cuda" and world.shards == 1)
-        # unsharded models have separate weights in the compute dtype beside the float32 ones
-        own_dtype = torch.float32 if unsharded else dtype
+    def build(graph: bool) -> tuple[HNetLM, list[dict[str, Any]], str]:
+        """The model, its parameter groups, and how its steps run. A GraphedModel makes weights in dtype by itself."""
+        is_graphed = graph or (half and world.device.type == "cuda" and world.shards == 1)
+        own_dtype = torch.float32 if is_graphed else dtype
         model = distributed.build_model(hnet, world, own_dtype, config.seed, start_weights, config.reshard)
         groups = parameter_groups(model, config.lr, config.weight_decay, config.router_lr)
-        if config.early_exit == "dumpparams":
-            dump_parameters(model, groups)
-            distributed.stop()
-            sys.exit(0)
-        how = "graph" if graph else "eager" if unsharded else "sharded"
-        return TrainState(model, groups, how, dtype, hnet, config, world)
+        return model, groups, "graph" if graph else "eager" if is_graphed else "plain"
 
-    state = build(graph)
+    model, groups, how = build(graph)
+    if config.early_exit == "dumpparams":
+        dump_parameters(model, groups)
+        distributed.stop()
+        return 0
+    state = TrainState(model, groups, how, dtype, hnet, config, world)
     is_compared = graph and world.device.type == "cuda" and not is_checked
     difference = distributed.first_answer(world, agreement.captured(state.steps)) if is_compared else None
     if difference:
         if config.compile == "graph":
             raise UserError(f"--compile graph: {difference}; use eager")
         logger.info("steps do not run as graphs: %s", difference)
-        del state  # frees its memory first
-        state = build(graph := False)
+        del state, model, groups  # frees their memory first
+        state = TrainState(*build(graph := False), dtype, hnet, config, world)
     if graph:
         logger.info(
             "steps run as graphs, and compute what hnet_trainable.py says: checked on a small model of this config"

@@ -394,6 +394,10 @@ def test_two_prepares_of_one_folder_do_not_meet(many, tmp_path):
 
 def test_an_unfinished_folder_belongs_to_its_source(many, tmp_path):
     prepare(str(many / "in"), tmp_path / "out", part="1/3", shard_bytes=150_000, processes=1)
+    read = sorted(tmp_path.glob("out/.work/plan-*/*"))
+    (tmp_path / "empty").mkdir()
+    refuses("empty: no text in it", tmp_path / "empty", tmp_path / "out")
+    assert len(read) > 2 and sorted(tmp_path.glob("out/.work/plan-*/*")) == read
     with pytest.raises(DataError, match="holds a part of a corpus prepared with --holdout 0.02, not 0.1"):
         prepare(str(many / "in"), tmp_path / "out", holdout=0.1, shard_bytes=150_000)
     with pytest.raises(DataError, match="holds a part of text of .*many.*/in and not of .*/more"):

@@ -294,6 +294,8 @@ def test_cuts_that_do_not_fit_are_refused():
     shorter, _ = pack(DOCUMENTS[:-1])
     flags = nested_like(torch.ones(len(iids.values()), dtype=torch.bool), iids)
     learned, one, two = (build(H, config_of(r)) for r in (["learned"] * 2, ["given", "learned"], ["given"] * 2))
+    counts = torch.zeros(len(iids.values()), dtype=torch.int64)
+    gaps = torch.nested.nested_tensor_from_jagged(flags.values(), iids.offsets(), iids.offsets().diff())
     for model, given_cuts, said in (
         (learned, flags, "the routers learned, learned do not read them"),
         (one, None, "cuts: missing; the router given"),
@@ -301,6 +303,10 @@ def test_cuts_that_do_not_fit_are_refused():
         (two, flags, "whole numbers from 0 to 2"),
         (one, nested_like(torch.ones(len(shorter.values()), dtype=torch.bool), shorter), "as long as those of iids"),
         (one, flags.values(), "expected a nested tensor"),
+        (two, nested_like(counts + 3, iids), "from 3 to 3; expected whole numbers from 0 to 2"),
+        (two, nested_like(counts - 1, iids), "from -1 to -1; expected"),
+        (two, nested_like(counts + 256, iids), "from 256 to 256; expected"),  # 0 in eight bits
+        (one, gaps, "without gaps between them"),
     ):
         with pytest.raises(ValueError, match=said):
             model(iids, None, given_cuts)

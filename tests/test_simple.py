@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hnet_decoder import generate, stream
 from hnet_kernels.sampling import UTF8_NEXT, SamplingRows, draw_rows, utf8_state
 from hnet_runtime.runs.weights import load
-from hnet_simple import HNetInference, Sampling, ring_slots
+from hnet_simple import GenerationError, HNetInference, Sampling, ring_slots
 from hnet_trainable import BOS, EOS, HNetConfig, HNetLM, parse_layout
 
 
@@ -176,6 +176,14 @@ def test_any_layout_any_split(config, data):
     model = random_model(config, salt=str(sum(lengths)))
     expected, _ = training_logits(model, documents)
     assert worst(feed(HNetInference.from_training(model), documents, splits, 12), expected) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["forward", "embed", "head"])
+def test_a_subclass_whose_formula_generation_would_leave_out_is_refused(name):
+    kind = type("Softcapped", (HNetLM,), {name: lambda self, *args: 2 * getattr(HNetLM, name)(self, *args)})
+    with pytest.raises(GenerationError, match=f"Softcapped has its own {name}"):
+        HNetInference.from_training(kind(config_of(["m1", ["T1"], "m1"], [32, 32])))
+    HNetInference.from_training(type("Plain", (HNetLM,), {})(config_of(["m1", ["T1"], "m1"], [32, 32])))
 
 
 def test_rings_turn():

@@ -46,6 +46,7 @@ ROUNDED = 2e-2
 # captured with padding against eager without it, which round differently: at most 4.5e-3 of all gradients on an H200
 CAPTURED = 3e-2
 
+CAPTURED_BYTES = 1024  # of a batch on which captured steps are compared
 # Two batches of equal size with different document lengths: rows of one byte, and inner stages that need padding
 BATCHES = ([37, 1, 58], [2] * 8 + [80])
 
@@ -148,7 +149,7 @@ def _outputs_and_gradients(name: str, draw: _Draw, values: list[Any] | None, fas
             x.data.copy_(value)
     with forcing(fast):
         found = call(*inputs)
-        outputs = [x for x in (found if isinstance(found, list) else [found])]
+        outputs = found if isinstance(found, list) else [found]
         ends = [x for x in outputs if x.requires_grad]
         weights = torch.Generator().manual_seed(1)
         doutputs = [torch.randn(x.shape, generator=weights).to(x.device, x.dtype) for x in ends]
@@ -192,15 +193,16 @@ def choose_implementations(device: torch.device, dtype: torch.dtype, config: HNe
     K.cards.start(device)
     differing = _definitions_for(operations(torch.device("cpu"), torch.float64))
     if config and (difference := _fast_steps(config)):
-        for name in (*sorted(OPERATIONS, key=["residual_stream", "rotary_attention"].__contains__, reverse=True), None):
-            chosen = [name] if name else list(OPERATIONS)
-            before = {one: OPERATIONS[one].uses_definition for one in chosen}
-            for one in chosen:
-                OPERATIONS[one].uses_definition = True
-            if name is None or not _fast_steps(config):
+        first = ["residual_stream", "rotary_attention"]  # they change tensors in place
+        tries = [*([name] for name in dict.fromkeys([*first, *OPERATIONS])), list(OPERATIONS)]
+        for chosen in tries:
+            before = {name: OPERATIONS[name].uses_definition for name in chosen}
+            for name in chosen:
+                OPERATIONS[name].uses_definition = True
+            if chosen is tries[-1] or not _fast_steps(config):
                 break
-            for one in chosen:
-                OPERATIONS[one].uses_definition = before[one]
+            for name in chosen:
+                OPERATIONS[name].uses_definition = before[name]
         logger.warning("%s: definitions in hnet_kernels run, as %s", ", ".join(chosen), difference)
         differing |= dict.fromkeys(chosen, difference)
     # last, as it waits for kernels that are being compiled
@@ -220,17 +222,23 @@ def _definitions_for(differing: dict[str, str]) -> dict[str, str]:
 def _fast_steps(config: HNetConfig) -> str | None:
     """How forward and backward of a small model differ between fast implementations and definitions; or None."""
     pair = _batch(BATCHES[0], torch.device("cpu"), config)
+
+    def step() -> Step:
+        with torch.random.fork_rng(devices=[]):  # both ways draw the same numbers
+            torch.manual_seed(0)
+            return _plain_step(model, pair)
+
     try:
         model = equivalence.random_model(toy_config(config), 0, "cpu", torch.float64).train()
         with forcing(False):
-            wanted = _plain_step(model, pair)
-            if _draws_random_numbers(lambda: model(*pair)) or _difference(_plain_step(model, pair), wanted, "", ""):
+            wanted = step()
+            if _difference(step(), wanted, "", ""):
                 return None  # two runs differ in any case
     except Exception:  # of edited code; the run will report it
         return None
     try:
         with forcing(True):
-            return _difference(_plain_step(model, pair), wanted, "with fast operations", "with definitions")
+            return _difference(step(), wanted, "with fast operations", "with definitions")
     except Exception as error:
         return f"a small model of this config fails with {_failure(error)}"
 
@@ -338,12 +346,15 @@ def steps_as_graphs(
         again, _ = _plain_step(model, pairs[0])
         if changed := [name for name, x in again.items() if not torch.equal(x, plain[0][0][name])]:
             return f"{changed[0]} is another when a batch comes again, and a graph repeats what was captured"
+    except Exception as error:  # edited code can raise anything
+        return f"a small model of this config fails with {_failure(error)}"
+    try:
         graphed = GraphedModel(model, torch.float64, ALPHA, ac=ac)
         for step, pair in zip(plain, pairs):
             if difference := _difference(_graph_step(graphed, pair), step, "in graphs", "by hnet_trainable.py"):
                 return difference
-    except Exception as error:  # edited code can raise anything
-        return f"a small model of this config fails with {_failure(error)}"
+    except Exception as error:
+        return f"graphs of a small model of this config fail with {_failure(error)}"
     return None
 
 
@@ -361,7 +372,7 @@ def _difference(found: Step, wanted: Step, here: str, there: str) -> str | None:
     return None
 
 
-def captured(graphed: GraphedModel, tokens: int = 1024) -> str | None:
+def captured(graphed: GraphedModel, tokens: int = CAPTURED_BYTES) -> str | None:
     """How graphs of the run's own model, captured and replayed, differ from the model run eagerly; or None.
 
     Both run the same operations in the compute dtype, over two batches of documents. Where rounding changes a boundary,
@@ -370,8 +381,8 @@ def captured(graphed: GraphedModel, tokens: int = 1024) -> str | None:
     """
     found = None
     for seed in range(2):
-        documents = [[tokens - 2 - seed, 1, 1 + seed], [2] * 16 + [tokens - 32 - seed, seed + 0][: 1 + (seed > 0)]]
-        pairs = [_batch([n for n in lengths if n], graphed.device, graphed.model.config) for lengths in documents]
+        documents = [tokens - 2 - seed, 1, 1 + seed], [2] * 16 + [tokens - 32 - seed] + [1] * seed
+        pairs = [_batch(lengths, graphed.device, graphed.model.config) for lengths in documents]
         try:
             for pair in (*pairs, pairs[0]):
                 losses, gradients = _graph_step(graphed, pair)
@@ -404,7 +415,7 @@ def _roughly(losses, gradients, wanted_losses, wanted) -> str | None:
 
 
 def generation(config: HNetConfig) -> str | None:
-    """The first layer in which prefill or steps of a small model differ from its forward; or None."""
+    """The first layer in which prefill or steps of a small model differ from its forward, or why it can't generate."""
     if reason := why_no_generation(config):
         return reason
     try:

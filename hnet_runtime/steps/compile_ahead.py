@@ -1,8 +1,8 @@
 """Compiles the kernels of a run in other processes while it starts, the longest first.
 
 A process that uses CUDA cannot be forked. So `Compiler` forks one process before CUDA starts. Later it is told what is
-trained on which GPU, and forks one process for each core. They compile into Triton's cache, from which this process
-takes the kernels: its first launch waits until all are there.
+trained on which GPU, and forks at most 16 processes, one for a core. They compile into Triton's cache, from which this
+process takes the kernels. Its first launch waits until those of training are there, or without training all.
 
 Which kernels: the steps of a thin model (the widths of the config, few layers) are traced on the meta device. Nothing
 is computed there, and each launch of a kernel is noted with its arguments. Triton tells kernels apart by dtypes,
@@ -30,7 +30,7 @@ import torch.distributed as dist
 from hnet_kernels import cards
 from hnet_kernels.dispatch import forcing, foreseeing, has_triton, one_after_the_other, requested
 from hnet_runtime.checks import agreement
-from hnet_runtime.steps.graphs import GraphedModel
+from hnet_runtime.steps import graphs
 from hnet_simple import HNetInference
 from hnet_trainable import HNetConfig, HNetLM
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 META = torch.device("meta")
 PROMPT = 64  # bytes of a prompt that is foreseen; Triton tells few sizes apart
-PATIENCE = 300  # seconds until kernels are compiled at their first launch after all
+PATIENCE = 300  # seconds; after that a kernel is compiled at its first launch
 # the longest to compile first, 2.8 to 0.4 s of one core (Triton 3.6, for 9.0); the others as they are launched
 LONG = (
     "_backward", "_gradients", "_backward_keys", "_forward", "_outputs", "_backward_queries", "_add_norm", "_prepare"
@@ -83,8 +83,8 @@ def _run_steps(work: Work) -> None:
     config = agreement.thin_config(work.config)
     with META:
         model = HNetLM(config).train()
-    graphed = GraphedModel(model, work.dtype, agreement.ALPHA, ac=work.ac, accumulates=work.accumulates)
-    for T in dict.fromkeys((1024, work.mbs)):  # of the check of captured steps, and of the run
+    graphed = graphs.GraphedModel(model, work.dtype, agreement.ALPHA, ac=work.ac, accumulates=work.accumulates)
+    for T in dict.fromkeys((agreement.CAPTURED_BYTES, work.mbs)):  # of the check of captured steps, and of the run
         graphed._allocate(T)
         graphed.foresee(T, [1 / ratio for ratio in config.target_ratios])
     with contextlib.suppress(Exception):
@@ -123,7 +123,7 @@ class Compiler:
         theirs.close()
 
     def begin(self, work: Work, gpu: cards.Properties, note: Path | None = None) -> None:
-        """Begins to compile. The first launch of a kernel waits for the kernels of training, if there is training.
+        """Begins to compile. The next launch of a kernel waits for those of training, or without training for all.
 
         note: a file that is written when all is in the cache.
         """
@@ -140,7 +140,7 @@ class Compiler:
         kernels = 0
         with contextlib.suppress(EOFError, OSError):
             if self.connection.poll(PATIENCE):
-                kernels = self.connection.recv()
+                kernels = self.connection.recv() or 0
         self.close()
         return kernels
 
@@ -183,14 +183,16 @@ def _serve(connection: Connection, other_end: Connection) -> None:
         work, gpu, workers, note = connection.recv()
         work = work._replace(config=HNetConfig.load(work.config))
         compiles_for(gpu)
-        of_generation = foresee_generation(work) if work.texts else []
-        if work.mbs:
-            connection.send(compile_all(foresee_steps(work), workers))
-            os.nice(10)  # the rest goes on beside the run
-            compile_all(of_generation, workers)
-        else:
-            connection.send(compile_all([*foresee_steps(work), *of_generation], workers))
-        if note:
+        parts = [foresee_steps(work), foresee_generation(work) if work.texts else []]
+        if not work.mbs:
+            parts = [[*parts[0], *parts[1]]]
+        done = []
+        for launches in parts:
+            done.append(compile_all(launches, workers))
+            if len(done) == 1:
+                connection.send(done[0])
+                os.nice(10)  # the rest goes on beside the run
+        if note and None not in done:
             note.parent.mkdir(parents=True, exist_ok=True)
             note.touch()
     os._exit(0)
@@ -212,10 +214,10 @@ def compiles_for(gpu: cards.Properties) -> None:
     driver.set_active(Driver())
 
 
-def compile_all(launches: "Sequence[Launch]", workers: int) -> int:
-    """Compiles the kernels of launches in forked processes, and returns their number. See `compiles_for`.
+def compile_all(launches: "Sequence[Launch]", workers: int) -> int | None:
+    """Compiles the kernels of launches in forked processes. Returns their number; None if one fails.
 
-    To be called in a process without CUDA and threads.
+    To be called after `compiles_for`, in a process without CUDA and threads.
     """
     from triton.backends.nvidia.driver import CudaUtils
 
@@ -224,7 +226,7 @@ def compile_all(launches: "Sequence[Launch]", workers: int) -> int:
         return LONG.index(name) if name in LONG else len(LONG)
 
     launches = list({launch.kind: launch for launch in sorted(launches, key=rank)}.values())
-    taken = multiprocessing.get_context("fork").Value("i", 0)  # launches that a worker has begun with
+    taken, done = (multiprocessing.get_context("fork").Value("i", 0) for _ in range(2))  # launches begun and compiled
 
     def next_launches() -> "Iterator[Launch]":
         while True:
@@ -242,23 +244,29 @@ def compile_all(launches: "Sequence[Launch]", workers: int) -> int:
                     CudaUtils()  # Triton's own calls of CUDA, which gcc compiles
             with contextlib.suppress(BaseException):
                 for launch in next_launches():
-                    _compile(launch)
+                    if _compile(launch):
+                        with done.get_lock():
+                            done.value += 1
             os._exit(0)
         children.append(child)
     for child in children:
         os.waitpid(child, 0)
-    return len(launches)
+    return len(launches) if done.value == len(launches) else None
 
 
-def _compile(launch: "Launch") -> None:
+def _compile(launch: "Launch") -> bool:
     """Compiles a kernel into Triton's cache, and its launcher, which Triton 3.6 has gcc compile."""
     from triton.backends.nvidia.driver import CudaLauncher
 
     from hnet_kernels.launch import Kernel
 
-    with contextlib.suppress(Exception):  # then its first launch says what is wrong
+    try:
         compiled = Kernel.run(launch.kernel, *launch.args, grid=(1,), warmup=True, **launch.options)
+    except Exception:  # then its first launch says what is wrong
+        return False
+    with contextlib.suppress(Exception):  # Triton 3.7 makes launchers without gcc, and asks the GPU
         CudaLauncher(compiled.src, compiled.metadata)
+    return True
 
 
 def can_compile() -> bool:
@@ -272,10 +280,16 @@ def can_compile() -> bool:
 
 
 def note_of(work: Work, gpu: str) -> Path:
-    """The file that notes that all kernels of such runs are in Triton's cache, with the kernels' code as it is now."""
+    """The file that notes that all kernels of such runs are in Triton's cache, with the code as it is now."""
     import triton
 
-    code = [file.read_bytes() for file in sorted(Path(cards.__file__).parent.glob("*.py"))]
+    import hnet_decoder
+    import hnet_simple
+    import hnet_trainable
+
+    modules = hnet_trainable, hnet_simple, hnet_decoder, graphs, agreement
+    files = [*sorted(Path(cards.__file__).parent.glob("*.py")), *(Path(module.__file__) for module in modules)]
+    code = [file.read_bytes() for file in files]
     what = work.config.to_dict(), *map(str, work[1:]), gpu, triton.__version__, os.environ.get("HNET_GPU", "")
     digest = hashlib.sha256(b"".join([*code, json.dumps(what).encode()])).hexdigest()
     return Path(triton.knobs.cache.dir) / f"hnet-{digest[:32]}"
