@@ -95,6 +95,7 @@ def test_a_launch_waits_for_what_is_compiled_ahead(tmp_path):
     assert found["kernels"] == found["cubins"] == 2  # of three launches, two of which need the same
     assert found["cached"] == [True, True] and found["launched"] == 1
     assert found["note"] and not found["note_before"]
+    assert found["of_all"] == [2, None]  # one that does not compile is not passed over in silence
 
 
 def test_the_end_of_a_run_is_the_end_of_its_compiler(compile_ahead):
@@ -184,7 +185,15 @@ def main() -> None:
     knobs.compilation.listener = lambda src, metadata, metadata_group, times, cache_hit: cached.append(cache_hit)
     for one in found[:2]:
         kernel.run(*one.args, grid=(1,), warmup=True, **one.options)
-    result = {"kernels": launched[0][0], "launched": len(launched), "cached": cached, "note_before": note_before}
+    wrong = found[0]._replace(options={**found[0].options, "num_warps": 3})  # not a power of two
+    of_all = [compile_ahead.compile_all(launches, 2) for launches in (found, [*found, wrong])]
+    result = {
+        "kernels": launched[0][0],
+        "of_all": of_all,
+        "launched": len(launched),
+        "cached": cached,
+        "note_before": note_before,
+    }
     print(json.dumps(result | {"note": note.exists(), "cubins": len(list(cache.rglob("*.cubin")))}))
 
 
