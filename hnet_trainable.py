@@ -750,13 +750,13 @@ def residual_branches(config: HNetConfig, s: int) -> int:
     return sum(1 + layer.has_mlp for layer in layers)
 
 
-def initial_weight(name: str, shape: Sequence[int], config: HNetConfig, seed: int) -> Tensor:
+def initial_weight(name: str, shape: Sequence[int], config: HNetConfig, seed: int) -> Tensor | None:
     """The initial value (float32, CPU) of one parameter, from (seed, name) alone, as the released code initialises.
 
     Linears N(0, 0.02), out_proj and fc2 divided by sqrt(residual branches); W_q and W_k the identity; residual_proj
     zero with torch's default bias; conv1d torch's default; embeddings N(0, 1), or 0.02 where they are tied to lm_head,
     whose logits would else start with a deviation of sqrt(D); A uniform in [1, 16]; dt log-uniform in [1e-3, 0.1],
-    stored through the inverse softplus; D and norms 1; pad_dimension 0.
+    stored through the inverse softplus; D and norms 1; pad_dimension 0. None for others: that of `__init__` stays.
     """
     *_, module, leaf = ("", *name.split("."))
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
@@ -783,9 +783,9 @@ def initial_weight(name: str, shape: Sequence[int], config: HNetConfig, seed: in
         return uniform(-bound, bound)
     if module in ("q_proj_layer", "k_proj_layer"):
         return torch.eye(*shape, **plain)
-    std = 0.02
-    if module == "embeddings" and not config.tie_embeddings:
-        std = 1.0
+    if leaf != "weight" or module not in ("embeddings", "lm_head", "in_proj", "Wqkv", "out_proj", "fc1", "fc2"):
+        return None
+    std = 1.0 if module == "embeddings" and not config.tie_embeddings else 0.02
     if module in ("out_proj", "fc2"):
         std /= math.sqrt(residual_branches(config, stage_of(name, config)))
     return torch.randn(*shape, generator=generator, **plain) * std
@@ -795,5 +795,6 @@ def initial_weight(name: str, shape: Sequence[int], config: HNetConfig, seed: in
 def init_weights(model: HNetLM, seed: int) -> HNetLM:
     """Draw all weights of an unsharded model in place; the same for any device and dtype. Returns the model."""
     for name, parameter in model.named_parameters():
-        parameter.copy_(initial_weight(name, parameter.shape, model.config, seed))
+        if (value := initial_weight(name, parameter.shape, model.config, seed)) is not None:
+            parameter.copy_(value)
     return model

@@ -1,5 +1,6 @@
 """Processes, devices and sharding: one path for one process on a CPU and for many GPUs (torchrun, FSDP2)."""
 
+import functools
 import logging
 import math
 import os
@@ -147,8 +148,9 @@ def build_model(
 ) -> HNetLM:
     """An HNetLM with float32 master weights that computes in `compute_dtype`, sharded (`shard_model`) if useful.
 
-    It is built on the meta device. Every weight depends only on (seed, name), so it is the same at any world size, or
-    comes from `weights`, unsharded tensors by official name. Raises UserError if the weights alone take more than the
+    It is built on the meta device. A weight depends only on (seed, name), so it is the same at any world size, or comes
+    from `weights`, unsharded tensors by official name. A weight that `initial_weight` does not know has the value that
+    `__init__` gave it, with torch's random numbers of `seed`. Raises UserError if the weights alone take more than the
     machine's memory.
     """
     if world.device.type == "cpu":
@@ -158,31 +160,55 @@ def build_model(
     if world.shards > 1 or compute_dtype != torch.float32:  # else nothing is gathered or cast
         shard_model(model, world.mesh, compute_dtype, reshard)
     model.to_empty(device=world.device)
-    _fill_other_tensors(model, config, world.device)
+    given = _Given(config, seed)
+    _fill_other_tensors(model, given, world.device)
     if weights:
         for name, parameter in model.named_parameters():
             assign(parameter, weights[name])
-    else:
-        for parameter, value in _drawn(model, config, seed):
-            assign(parameter, value)
+        return model
+    unknown = []
+    for name, value in _drawn(model, config, seed):
+        if value is None:
+            unknown.append(name)
+        else:
+            assign(model.get_parameter(name), value)
+    for name in unknown:
+        assign(model.get_parameter(name), given.model.get_parameter(name).detach())
+    if unknown:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        logger.info("%s%s: not in initial_weight; __init__ gives the first value", unknown[0], more)
     return model
 
 
-def _drawn(model: HNetLM, config: HNetConfig, seed: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Each parameter with its initial value, drawn in threads. Each has its own generator, so the bits are the same.
+class _Given:
+    """What `__init__` of the model's modules gives their tensors, on the CPU. Built when it is first asked for."""
+
+    def __init__(self, config: HNetConfig, seed: int):
+        self.config, self.seed = config, seed
+
+    @functools.cached_property
+    def model(self) -> HNetLM:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return HNetLM(self.config)
+
+
+def _drawn(model: HNetLM, config: HNetConfig, seed: int) -> Iterator[tuple[str, Tensor | None]]:
+    """The name of each parameter with its initial value, drawn in threads. Each has its own generator, so the bits are
+    the same.
 
     A few are drawn ahead, so that not all are in the machine's memory at once.
     """
     threads = min(16, os.cpu_count() or 1)
-    waiting: deque[tuple[nn.Parameter, Future[Tensor]]] = deque()
+    waiting: deque[tuple[str, Future[Tensor | None]]] = deque()
     with ThreadPoolExecutor(threads, "draw") as pool:
         for name, parameter in model.named_parameters():
-            waiting.append((parameter, pool.submit(initial_weight, name, parameter.shape, config, seed)))
+            waiting.append((name, pool.submit(initial_weight, name, parameter.shape, config, seed)))
             if len(waiting) > 2 * threads:
-                parameter, value = waiting.popleft()
-                yield parameter, value.result()
-        for parameter, value in waiting:
-            yield parameter, value.result()
+                name, value = waiting.popleft()
+                yield name, value.result()
+        for name, value in waiting:
+            yield name, value.result()
 
 
 def _require_memory(config: HNetConfig, world: World) -> None:
@@ -195,7 +221,7 @@ def _require_memory(config: HNetConfig, world: World) -> None:
         )
 
 
-def _fill_other_tensors(model: HNetLM, config: HNetConfig, device: torch.device) -> None:
+def _fill_other_tensors(model: HNetLM, given: _Given, device: torch.device) -> None:
     """Gives buffers, and tensors that are attributes of modules, the values that their modules gave them.
 
     The meta device has no values. Our modules have no such tensors; those of a changed model may.
@@ -209,9 +235,9 @@ def _fill_other_tensors(model: HNetLM, config: HNetConfig, device: torch.device)
     ]
     if not found:
         return
-    twin = dict(HNetLM(config).named_modules())
+    modules = dict(given.model.named_modules())
     for name, kind, key in found:
-        getattr(model.get_submodule(name), kind)[key] = getattr(twin[name], kind)[key].to(device)
+        getattr(model.get_submodule(name), kind)[key] = getattr(modules[name], kind)[key].to(device)
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ import inspect
 import json
 import math
 import re
-import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +20,7 @@ import hnet_trainable as H
 from hnet_config import MIXERS, ROUTERS
 from hnet_kernels.dispatch import OPERATIONS
 from hnet_routers import Router
-from hnet_runtime import flops
+from hnet_runtime import distributed, flops
 from hnet_runtime.checks import agreement
 from hnet_trainable import HNetConfig
 
@@ -184,7 +183,7 @@ class Neighbour(Router):
 
     def __init__(self, width: int, argument: str = ""):
         super().__init__()
-        self.direction = nn.Parameter(torch.empty(width))
+        self.direction = nn.Parameter(0.02 * torch.randn(width))
 
     def forward(self, x_TD, packing):
         difference_TD = (x_TD - x_TD.roll(1, 0)).to(torch.promote_types(x_TD.dtype, torch.float32))
@@ -211,17 +210,35 @@ def test_a_learned_router_of_ones_own_trains_as_graphs_and_generates(run, monkey
 # ------------------------------------------------------------------------------------------------------------ a weight
 
 
-def test_a_new_weight_is_drawn_by_name_until_a_line_says_how():
-    config, draw = HNetConfig.load(ONE_STAGE), {}
-    lines = textwrap.dedent(re.search(r"^```diff\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)[1]).splitlines()
-    old, new = ("\n".join(line[1:] for line in lines if line[0] in kinds) for kinds in (" ", " +"))
-    source = inspect.getsource(H.initial_weight)
-    assert source.count(old) == 1
-    exec(source.replace(old, new), dict(vars(H)), draw)
-    plain, edited = (f("backbone.encoder.gain", (4000,), config, 0) for f in (H.initial_weight, draw["initial_weight"]))
-    assert plain.std().item() == pytest.approx(0.02, rel=0.05) and abs(plain.mean()) < 0.002
-    assert torch.equal(edited, torch.ones(4000))
+def test_a_new_weight_starts_with_the_value_of_its_init(set_, caplog):  # noqa: F811
+    init = H.Block.__init__
+
+    def __init__(self, layer, config, s):
+        init(self, layer, config, s)
+        self.gain = nn.Parameter(torch.full((config.d_model[s],), 0.7))
+        self.extra = nn.Linear(config.d_model[s], 4)
+
+    set_(H.Block, "__init__", __init__)
+    config, world = HNetConfig.load(ONE_STAGE), SimpleNamespace(shards=1, device=CPU)
+    caplog.set_level("INFO", "hnet")
+    one, same, other = (dict(distributed.build_model(config, world, torch.float32, seed).named_parameters())
+                        for seed in (1, 1, 2))  # fmt: skip
+    first, n = "backbone.encoder.layers.0.", sum(name.endswith(".gain") for name in one)
+    assert n > 2 and all((p == 0.7).all() for name, p in one.items() if name.endswith(".gain"))
+    assert torch.equal(one[first + "extra.weight"], same[first + "extra.weight"])
+    assert not torch.equal(one[first + "extra.weight"], other[first + "extra.weight"])
+    assert f"{first}gain and {3 * n - 1} more: not in initial_weight; __init__ gives the first value" in caplog.messages
+    (quoted,) = re.findall(r"^    (backbone.*first value)$", TEXT, re.MULTILINE)
+    assert re.sub(" and [0-9]+ more", "", caplog.messages[-1]) == re.sub(" and [0-9]+ more", "", quoted)
     assert H.has_weight_decay("backbone.encoder.gain") and not H.has_weight_decay("backbone.encoder.norm.gain")
+
+
+def test_weights_of_the_model_are_all_known():
+    for name in ("hnet_2stage_XL", "hnet_1stage_tiny"):
+        config = HNetConfig.load(name)
+        with torch.device("meta"):
+            names = [name for name, _ in H.HNetLM(config).named_parameters()]
+        assert [name for name in names if H.initial_weight(name, (2, 2), config, 0) is None] == []
 
 
 # -------------------------------------------------------------------------------------------------------- an operation
