@@ -64,6 +64,7 @@ from hnet_runtime.runs.run import (
     newest,
     of_main,
     open_folder,
+    say_what_changed,
     share_cores,
 )
 from hnet_runtime.runs.statistics import StepNumbers
@@ -340,11 +341,12 @@ class Run:
         self.state, self.config, self.hnet, self.world = state, config, hnet, world
         self.train_stream, self.val_stream = data
         name = Path(config.config or config.pt_ckpt or DEFAULT_CONFIG).stem
-        about = {"config": dataclasses.asdict(config), "data": self.train_stream.fingerprint, "code": code_revision()}
+        code = {"code": code_revision(), "model_code": checkpoint.model_code()}
+        about = {"config": dataclasses.asdict(config), "data": self.train_stream.fingerprint, **code}
         if tokenizer := cuts.fingerprint(hnet):
             about["tokenizer"] = tokenizer
         flags = {f"--{key.replace('_', '-')}": value for key, value in about["config"].items()}
-        same = {"code revision": about["code"], "model config": hnet.to_dict(), "text in --data": about["data"]}
+        same = {"code revision": code, "model config": hnet.to_dict(), "text in --data": about["data"]}
         distributed.check_same(flags | same, world)
         self.about, self.folder = about, open_folder(config.save_dir, name, world)
         parameters = sum(p.numel() for p in state.parameters)
@@ -389,10 +391,7 @@ class Run:
         done = check_continuation(source, self.about)
         self.state.load(source)
         logger.info("resuming from %s", source)
-        theirs, ours = checkpoint.read_train(source)["config"], self.about["config"]
-        for name in ours:
-            if name not in OF_ONE_START and name in theirs and theirs[name] != ours[name]:
-                logger.info(f"with --{name.replace('_', '-')} {ours[name]}, which was {theirs[name]}")
+        say_what_changed(source, self.about)
         if done == self.config.steps:
             logger.info("all %d steps are done", done)
         return done
@@ -529,6 +528,7 @@ def open_metrics(run: Path, step: int, about: dict, hnet: HNetConfig, config: Tr
     flags = yaml.safe_dump(flags, sort_keys=False)
     write_atomically(run / "train.yaml", lambda scratch: scratch.write_text(flags, encoding="utf-8"))
     checkpoint.write_json(run / "config.json", hnet.to_dict())
+    checkpoint.keep_model_files(run)
     sinks = [JsonlSink(run / "metrics.jsonl", step)]
     if config.logger == "wandb":
         sinks.append(WandbSink(run, step, about | {"model": hnet.to_dict()}))

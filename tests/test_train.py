@@ -1,5 +1,6 @@
 """train.py as a user runs it: real processes, a tiny model, real text."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -27,7 +28,7 @@ from hnet_runtime.runs.flags import read_config
 from hnet_runtime.runs.metrics import GROUPS, JsonlSink, WandbSink, panel
 from hnet_runtime.runs.progress import Progress
 from hnet_runtime.runs.run import Compilations, Interrupts, code_revision, in_words, newest, share_cores, threads_beside
-from hnet_runtime.runs.weights import export
+from hnet_runtime.runs.weights import export, load
 from hnet_trainable import ConfigError, HNetConfig, HNetLM, init_weights
 
 ROOT = Path(__file__).parent.parent
@@ -632,15 +633,59 @@ def test_metrics_that_are_damaged_or_cannot_be_written_are_named(tmp_path):
         sink.log(1, {})
 
 
-def test_a_folder_whose_run_ended_before_its_first_step_may_be_used_again(corpus, tmp_path):
-    """Such a run leaves train.yaml, config.json and an empty metrics.jsonl. A line of metrics counts as a run."""
+def test_a_folder_whose_run_ended_in_its_first_steps_may_be_used_again(corpus, tmp_path):
+    """Such a run leaves train.yaml, config.json and at most one line of metrics. A second step counts as a run."""
     folder = tmp_path / "run"
     folder.mkdir()
     for name in ("train.yaml", "config.json", "metrics.jsonl"):
         (folder / name).touch()
     assert "1 step of 256 bytes" in succeed(corpus, "--steps", "1", "--save-dir", str(folder))
+    assert "holds a run already" in refused(corpus, "--steps", "1", "--save-dir", str(folder))
+    shutil.rmtree(folder / "checkpoints")
+    succeed(corpus, "--steps", "2", "--save-dir", str(folder))
+    assert [record["step"] for record in records(folder)] == [1, 2]
     shutil.rmtree(folder / "checkpoints")
     assert "holds a run already" in refused(corpus, "--steps", "1", "--save-dir", str(folder))
+
+
+@pytest.mark.parametrize("name", ["config.json", "train.yaml", "plots.html"])
+def test_files_of_others_are_not_replaced(corpus, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    said = refused(corpus, "--steps", "1", "--save-dir", str(tmp_path))
+    assert f"has no run, but {name}, which a run would replace" in said
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_checkpoint_of_another_model_file_is_named(corpus, undisturbed, tmp_path, caplog):
+    """By a run that resumes and by whoever loads its weights. The run has copies of its model files."""
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    for name in ("hnet_trainable", "hnet_routers"):
+        assert (folder / f"{name}-{checkpoint.model_code()}.py").read_bytes() == (ROOT / f"{name}.py").read_bytes()
+    load(folder)
+    assert "fingerprint" not in caplog.text
+    saved = newest(folder)
+    about, digests = saved / "train.json", saved / "sha256.json"
+    before = hashlib.sha256(about.read_bytes()).hexdigest()
+    about.write_text(about.read_text().replace(checkpoint.model_code(), "0" * 12))
+    digests.write_text(digests.read_text().replace(before, hashlib.sha256(about.read_bytes()).hexdigest()))
+    load(folder)
+    said = f"{saved} was written by another hnet_trainable.py or hnet_routers.py (fingerprint 000000000000"
+    assert said in caplog.text
+    flags = ["--steps", "20", "--val-every", "10", "--save-dir", str(folder), "--resume", "auto"]
+    assert "the run goes on with the files as they are here" in succeed(corpus, *flags)
+
+
+def test_a_checkpoint_with_other_weights_than_the_model_is_explained(undisturbed, tmp_path):
+    saved, config = newest(undisturbed), HNetConfig.load(newest(undisturbed) / "config.json")
+    more, fewer = HNetLM(config), HNetLM(config)
+    more.gain = torch.nn.Parameter(torch.ones(1))
+    del fewer.lm_head
+    for model, said in (
+        (more, "lacks weights that are in .* (gain)"),
+        (fewer, "has weights that are not in .* (lm_head"),
+    ):
+        with pytest.raises(UserError, match=said.replace("(", r"\(").replace(")", r"\)")):
+            checkpoint.load(saved, model, None)
 
 
 def test_resuming_where_no_checkpoint_is_starts_a_run_and_says_so(corpus, tmp_path):

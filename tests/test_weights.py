@@ -101,6 +101,26 @@ def test_own_checkpoint(tmp_path, model):
         assert load(source).config == model.config
 
 
+def test_a_newer_checkpoint_that_is_damaged_is_named(tmp_path, model, caplog):
+    run = tmp_path / "run"
+    own_checkpoint(run / "checkpoints" / "step_00000450", model)
+    torn = own_checkpoint(run / "checkpoints" / "step_00000900", model)
+    load(run)
+    assert "passed over" not in caplog.text
+    next(torn.glob("*.distcp")).write_bytes(b"torn")
+    assert same(load(run).weights, model.state_dict())
+    assert f"passed over {torn}: damaged or incomplete; step_00000450 is read" in caplog.text
+
+
+def test_an_export_replaces_no_config_of_another(tmp_path, model):
+    (tmp_path / "config.json").write_text("mine")
+    with pytest.raises(CheckpointError, match="has a config.json that is of no export"):
+        export(model, tmp_path, "safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    for _ in range(2):  # an export may be made again
+        export(model, tmp_path / "new", "safetensors")
+
+
 def test_omegaconf_is_not_needed():
     """tests/omegaconf.pt was written by torch.save with omegaconf 2.4.0: a ListConfig and a DictConfig beside a
     tensor, and one in the state dict's metadata."""

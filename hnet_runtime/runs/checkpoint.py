@@ -35,9 +35,12 @@ from hnet_runtime.data.stream import sync_folder
 from hnet_runtime.runs.run_folder import (  # noqa: F401 (some are for importers of this module)
     WITHOUT,
     CheckpointError,
+    changed_model,
     complete,
     incomplete,
     is_complete,
+    keep_model_files,
+    model_code,
     oldest_step,
     read_train,
     step_folder,

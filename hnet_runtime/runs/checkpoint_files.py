@@ -38,6 +38,7 @@ def write(state: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | Non
 def read(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
     """Reads model and optimizer in place; every rank calls it. Raises CheckpointError."""
     state: dict[str, Any] = {"model": get_model_state_dict(model)}
+    _require_same_weights(folder, state["model"])
     if optimizer is not None:
         everything = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
         state["optimizer"] = _tensors(everything)
@@ -51,6 +52,22 @@ def read(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
     set_model_state_dict(model, state["model"])
     if optimizer is not None:
         set_optimizer_state_dict(model, optimizer, everything | state["optimizer"], options=_OPTIONS)
+
+
+def _require_same_weights(folder: Path, ours: dict[str, Tensor]) -> None:
+    try:
+        index = SafeReader(folder).read_metadata().state_dict_metadata
+    except Exception:  # whoever reads the rest says what is wrong
+        return
+    theirs = {key.removeprefix("model.") for key in index if key.startswith("model.")}
+    for what, names in (("lacks", ours.keys() - theirs), ("has", theirs - ours.keys())):
+        if names:
+            there = "are" if what == "lacks" else "are not"
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise CheckpointError(
+                f"{folder}: {what} weights that {there} in the model as hnet_trainable.py is now ({min(names)}{more}); "
+                "undo the edit, or start a run with another --save-dir"
+            )
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from hnet_runtime import UserError
 from hnet_runtime.distributed import World
 from hnet_runtime.runs import checkpoint
+from hnet_runtime.runs.flags import OF_ONE_START
 from hnet_runtime.runs.metrics import read_metrics
 from hnet_runtime.steps.segments import memory_ran_out
 
@@ -85,8 +86,8 @@ _made: set[Path] = set()
 def checkpoint_to_resume(run: Path, resume: str, world: World) -> Path | None:
     """The checkpoint of `--resume`. auto: the newest complete one of the run, or None. A path: that one. Empty: None.
 
-    Raises UserError if the folder has a run that is not being resumed, or checkpoints later than the named one. A run
-    that ended before its first step has neither checkpoint nor metrics: its folder may be used again.
+    Raises UserError if the folder has a run that is not being resumed, checkpoints later than the named one, or files
+    of no run. A run that ended in its first steps, without a checkpoint, is replaced.
     """
     return of_main(lambda: _choose_checkpoint(run, resume), world)
 
@@ -95,6 +96,31 @@ def newest(path: Path) -> Path:
     """The newest complete checkpoint of a run; any other path unchanged."""
     found = checkpoint.complete(path)
     return found[-1] if found else path
+
+
+def _has_steps(metrics: Path) -> bool:
+    """Whether a run did more than its first step."""
+    return any(record.get("step", 0) > 1 for record in read_metrics(metrics))
+
+
+def _refuse_files_of_others(run: Path) -> None:
+    """Raises UserError if a folder without a run has files that a run would overwrite."""
+    flags = run / "train.yaml"
+    if (run / "metrics.jsonl").exists() or (flags.exists() and "global_slices" in flags.read_text(errors="replace")):
+        return  # a run that ended before its first step
+    if found := [name for name in ("train.yaml", "config.json", "plots.html", "plots") if (run / name).exists()]:
+        raise UserError(f"--save-dir {run}: has no run, but {found[0]}, which a run would replace; name another folder")
+
+
+def say_what_changed(source: Path, about: dict[str, Any]) -> None:
+    """Logs in what a run that resumes from a checkpoint differs from the one that wrote it."""
+    saved = checkpoint.read_train(source)
+    if changed := checkpoint.changed_model(saved):
+        logger.warning("%s %s: the run goes on with the files as they are here", source, changed)
+    theirs, ours = saved["config"], about["config"]
+    for name in ours:
+        if name not in OF_ONE_START and name in theirs and theirs[name] != ours[name]:
+            logger.info(f"with --{name.replace('_', '-')} {ours[name]}, which was {theirs[name]}")
 
 
 def _choose_checkpoint(run: Path, resume: str) -> Path | None:
@@ -111,8 +137,12 @@ def _choose_checkpoint(run: Path, resume: str) -> Path | None:
         elif not found:
             logger.info("no checkpoint in %s: a new run starts", run)
         return found[-1] if found else None
+    if not resume and holds_a_run and not (found or checkpoint.incomplete(run) or _has_steps(metrics)):
+        return None  # it ended in its first steps
     if not resume and holds_a_run:
         raise UserError(f"--save-dir {run}: holds a run already; resume it with --resume auto, or name another folder")
+    if not holds_a_run:
+        _refuse_files_of_others(run)
     if not resume:
         return None
     source = newest(Path(resume))

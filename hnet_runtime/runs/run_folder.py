@@ -3,6 +3,7 @@
 Nothing here imports torch: train.py reads the flags of a resumed run before anything else.
 """
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,31 @@ from typing import Any
 from hnet_runtime import UserError
 
 WITHOUT = "without this folder, --resume auto resumes from the checkpoint before"
+
+
+MODEL_FILES = [Path(__file__).resolve().parents[2] / name for name in ("hnet_trainable.py", "hnet_routers.py")]
+
+
+def model_code() -> str:
+    """A fingerprint of the files with the model's formulas, as they are now."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in MODEL_FILES)).hexdigest()[:12]
+
+
+def keep_model_files(run: Path) -> None:
+    """Copies the files with the model's formulas into a run's folder, with their fingerprint in the name."""
+    for file in MODEL_FILES:
+        copy = run / f"{file.stem}-{model_code()}.py"
+        if not copy.exists():
+            copy.write_bytes(file.read_bytes())
+
+
+def changed_model(train: dict[str, Any]) -> str:
+    """That a checkpoint with this `train.json` was written by other files; empty if not, or where it does not say."""
+    theirs = train.get("model_code")
+    if not theirs or theirs == model_code():
+        return ""
+    names = " or ".join(file.name for file in MODEL_FILES)
+    return f"was written by another {names} (fingerprint {theirs}, here {model_code()})"
 
 
 class CheckpointError(UserError):

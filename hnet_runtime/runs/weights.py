@@ -81,6 +81,8 @@ def load(
     if path.is_dir():
         if damaged := own.damaged_file(path):
             raise CheckpointError(f"{path / damaged}: damaged, it is not as it was written (see sha256.json beside it)")
+        if (path / "train.json").exists() and (changed := own.changed_model(own.read_train(path))):
+            logger.warning("%s %s: what follows is computed by the files as they are here", path, changed)
         weights = load_own_checkpoint(path)
     elif path.suffix == ".safetensors":
         weights = _load_safetensors(path)
@@ -139,6 +141,9 @@ def _inside(path: Path, source: str) -> Path:
             raise CheckpointError(f"{source}: expected a .pt or .safetensors file or a checkpoint folder")
         return path
     if complete := own.complete(path):
+        for folder in own.incomplete(path):
+            if folder.name > complete[-1].name and folder.suffix != ".writing":
+                logger.warning("passed over %s: damaged or incomplete; %s is read", folder, complete[-1].name)
         return complete[-1]
     if (path / ".metadata").exists():
         if (path / "manifest.json").exists() and not own.is_complete(path):
@@ -368,6 +373,8 @@ def export(
     weights = cast(weights, dtype) if dtype else weights
     folder = Path(folder)
     file, whole = folder / f"model.{form}", config.to_dict()
+    if (folder / "config.json").exists() and not list(folder.glob("model.*")):
+        raise CheckpointError(f"{folder}: has a config.json that is of no export; name another folder")
     configs = {"config.json": whole}
     if form == "pt":
         if not all(config.is_learned):
