@@ -60,7 +60,8 @@ def for_transformers(options: Options) -> list[Path]:
     try:
         import transformers  # noqa: F401
     except ImportError:
-        raise UserError("--form transformers: not installed; pip install -e '.[transformers]'") from None
+        install = "pip install -e '.[transformers]' -c constraints-transformers.txt"
+        raise UserError(f"--form transformers: transformers is not installed; {install}") from None
     from hnet_transformers.hub import export
 
     dtype = None if options.dtype == "keep" else options.dtype
