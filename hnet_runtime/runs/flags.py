@@ -141,8 +141,8 @@ class TrainConfig:
     logger: Annotated[Literal["local", "wandb", "tensorboard"], flag("-l")] = "local"
     """Where metrics are written in addition to metrics.jsonl."""
     dry_run: bool = False
-    """Print parameters, memory and the expected time of a step, and stop: for the GPU here, the card that HNET_GPU
-    names, or all known cards."""
+    """Print parameters, memory and the expected time of a step, and stop: for the GPU here or the card that HNET_GPU
+    names. On a machine without a GPU: a line for each known GPU, and none for the CPU."""
     compile_ahead: bool = True
     """Compile kernels in other processes while a run starts, if Triton's cache does not have them."""
     early_exit: Annotated[Literal["no", "generate", "dumpparams"], flag("-e")] = "no"
