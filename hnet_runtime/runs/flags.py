@@ -70,7 +70,7 @@ class TrainConfig:
     decay: float = 0.25
     """Share of the steps with decay, for wsd and wsd-linear."""
     weight_decay: float = 0.1
-    """Weight decay of AdamW, on matrices and embeddings only."""
+    """Weight decay of AdamW: on all weights, but not on norms, biases and the names in NO_DECAY (hnet_trainable.py)."""
     clip: float = 1.0
     """Largest global gradient norm; 0: no clipping."""
     alpha: float = 0.2
