@@ -19,6 +19,7 @@ from torch import nn
 
 import hnet_simple
 import hnet_trainable as H
+from hnet_kernels import dispatch
 from hnet_kernels.dispatch import OPERATIONS, forcing
 from hnet_runtime import distributed
 from hnet_runtime.checks import agreement, equivalence
@@ -611,6 +612,23 @@ def test_buffers_have_their_values_in_a_run(set_):
     model = distributed.build_model(CONFIG, world, torch.float32, 0)
     buffers = dict(model.named_buffers())
     assert len(buffers) == 8 and all((x == 0.7).all() for x in buffers.values())
+
+
+def test_dropout_is_no_difference_of_generation(set_, capsys):
+    set_(H.SwiGLU, "forward", after(H.SwiGLU.forward)(lambda self, y: F.dropout(y, 0.1, self.training)))
+    assert equivalence.run(agreement.toy_config(CONFIG), dtype=torch.float64), capsys.readouterr().out
+
+
+def test_a_wrong_choice_of_kernels_is_one_error_and_no_difference(monkeypatch, caplog):
+    monkeypatch.setenv("HNET_KERNELS", "foo")
+    dispatch.requested.cache_clear()
+    try:
+        with pytest.raises(dispatch.KernelError, match="HNET_KERNELS=foo: expected one of"):
+            agreement.choose_implementations(torch.device("cpu"), torch.float32, CONFIG)
+        assert caplog.messages == [] and not any(one.uses_definition for one in OPERATIONS.values())
+    finally:
+        monkeypatch.undo()
+        dispatch.requested.cache_clear()
 
 
 def test_most_edits_stay_in_graphs():

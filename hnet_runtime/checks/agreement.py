@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import hnet_kernels as K
-from hnet_kernels.dispatch import OPERATIONS, forcing
+from hnet_kernels.dispatch import OPERATIONS, forcing, requested
 from hnet_runtime.checks import equivalence
 from hnet_runtime.steps.graphs import GraphedModel
 from hnet_simple import GenerationError, HNetInference, why_no_generation
@@ -190,6 +190,7 @@ def choose_implementations(device: torch.device, dtype: torch.dtype, config: HNe
     Also where only a small model of the config differs, for example because it reads a tensor that a fast
     implementation changes in place. Returns the names of these operations and logs them.
     """
+    requested()  # a wrong HNET_KERNELS is an error, no difference
     K.cards.start(device)
     differing = _definitions_for(operations(torch.device("cpu"), torch.float64))
     if config and (difference := _fast_steps(config)):

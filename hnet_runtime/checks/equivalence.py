@@ -116,7 +116,7 @@ class Report:
             table.add_row(str(row.stage), layer, *cells, style=None if row.ok else "bold red")
         console.print(table)
         for s, (n, turned, nearest) in enumerate(zip(self.positions, self.turned, self.nearest)):
-            excused = f"{len(turned)} turned by rounding (|p - 0.5| up to {max(turned):.1e})" if turned else "all equal"
+            excused = f"{len(turned)} differ (|p - 0.5| up to {max(turned):.1e})" if turned else "all equal"
             console.print(f"stage {s}: {n} boundaries, {excused}; nearest |p - 0.5| {nearest:.1e}", highlight=False)
         for kind, (differ, total) in self.continuations.items():
             console.print(f"{kind} continuations: {total - differ} of {total} bytes equal", highlight=False)
@@ -423,6 +423,7 @@ def run(
     else:
         training = random_model(config, seed, device, dtype)
         inference = HNetInference.from_training(training)
+    training.eval(), inference.eval()  # generation has no dropout
     generator = torch.Generator().manual_seed(seed)
     long = [bytes(torch.randint(256, (length,), generator=generator).tolist())] * bool(length)
     precision = torch.get_float32_matmul_precision()
