@@ -60,13 +60,15 @@ def _require_same_weights(folder: Path, ours: dict[str, Tensor]) -> None:
     except Exception:  # whoever reads the rest says what is wrong
         return
     theirs = {key.removeprefix("model.") for key in index if key.startswith("model.")}
-    for what, names in (("lacks", ours.keys() - theirs), ("has", theirs - ours.keys())):
+    for what, names in (
+        ("lacks weights of the model", ours.keys() - theirs),
+        ("has weights that the model lacks", theirs - ours.keys()),
+    ):
         if names:
-            there = "are" if what == "lacks" else "are not"
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise CheckpointError(
-                f"{folder}: {what} weights that {there} in the model as hnet_trainable.py is now ({min(names)}{more}); "
-                "undo the edit, or start a run with another --save-dir"
+                f"{folder}: {what} as hnet_trainable.py is now ({min(names)}{more}); undo the edit, or start a run in "
+                "another --save-dir"
             )
 
 
