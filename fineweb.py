@@ -22,7 +22,6 @@ names only when complete, so that the command can be killed at any moment and ru
 Training needs this file and numpy; other packages are imported where they are used.
 """
 
-import argparse
 import contextlib
 import functools
 import hashlib
@@ -44,8 +43,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hnet_runtime import DataError
-from hnet_runtime.commands import prog
+from hnet_runtime import DataError, UserError
+from hnet_runtime.commands import Parser, prog
 from hnet_runtime.data import documents, sources
 from hnet_runtime.data.stream import (  # noqa: F401 (ByteStream, Slice and others are for importers of this file)
     BOS,
@@ -725,8 +724,8 @@ def show(folder: str | Path, verify: bool = False) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="fineweb.py", description="Prepare text as shards of UTF-8 documents.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = Parser(prog="fineweb.py", description="Prepare text as shards of UTF-8 documents.")
+    commands = parser.add_subparsers(dest="command")
     about = {"help": "make shards", "description": "Make shards from any text."}
     add = commands.add_parser("prepare", prog=prog("fineweb.py prepare"), **about).add_argument
     add("source", help=f"stdlib, hf:owner/name[@revision][:config], or a file or folder of {documents.KINDS}")
@@ -741,14 +740,17 @@ def main() -> int:
     add = commands.add_parser("show", prog=prog("fineweb.py show"), **about).add_argument
     add("folder")
     add("--verify", action="store_true", help="check every shard against its checksum")
-    arguments = vars(parser.parse_args())
     try:
-        if arguments.pop("command") == "show":
+        arguments = vars(parser.parse_args())
+        command = arguments.pop("command")
+        if command is None:
+            raise UserError("expected prepare or show, with what to work on (see --help)")
+        if command == "show":
             show(**arguments)
         elif (manifest := prepare(**arguments)) and (lack := shortcoming(arguments["out"], manifest)):
             say(f"error: {lack}", file=sys.stderr)
             return 1
-    except DataError as e:
+    except (DataError, UserError) as e:
         say(f"error: {documents.in_words(str(e))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

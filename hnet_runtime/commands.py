@@ -4,8 +4,10 @@ A command has `def main(argv)`. It begins with `options = parse(Options, argv, _
 that, so that --help is fast. The file ends with `if __name__ == "__main__": run(main)`.
 """
 
+import argparse
 import ast
 import contextlib
+import difflib
 import errno
 import gc
 import inspect
@@ -31,11 +33,119 @@ def parse(options: type[Options], argv: Sequence[str], about: str) -> Options:
     """The flags in `argv` as an instance of the dataclass `options`; `--help` shows `about` and ends the process.
 
     Paragraphs of `about` that have an indented line or a command (python, torchrun, hnet-...) are examples, whose
-    lines are not joined. Wrong flags end the process with status 2.
+    lines are not joined. Raises UserError for flags that can't be used.
     """
+    return read_flags(options, argv, description=_with_examples(about))
+
+
+def read_flags(options: type[Options], argv: Sequence[str], **settings) -> Options:
+    """`tyro.cli` with `settings`, which ends the process only for --help: wrong flags raise UserError, one sentence."""
     import tyro
 
-    return tyro.cli(with_joined_help(options), prog=prog(), args=list(argv), description=_with_examples(about))
+    options, printed = with_joined_help(options), io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            found = tyro.cli(options, prog=prog(), args=list(argv), **settings)
+    except SystemExit as ended:
+        if ended.code != 2:
+            raise
+        raise UserError(_in_a_sentence(printed.getvalue(), _long_flags(options), argv)) from None
+    sys.stderr.write(printed.getvalue())  # a warning, if anything
+    return found
+
+
+def _long_flags(options: type) -> list[str]:
+    import tyro
+
+    types = get_type_hints(options, include_extras=True)
+    names = [name for name in types if tyro.conf.Positional not in getattr(types[name], "__metadata__", ())]
+    names += [f"no-{name}" for name in names if types[name] is bool]
+    return ["--" + name.replace("_", "-") for name in names]
+
+
+def _in_a_sentence(printed: str, flags: Sequence[str], argv: Sequence[str]) -> str:
+    """What tyro printed about wrong flags, a box of several lines, in one sentence."""
+    lines = [re.sub(r"\x1b\[[\d;]*m", "", line) for line in printed.splitlines()]
+    lines = [line.strip("│")[1:].rstrip() for line in lines if line[:1] not in ("╭", "╰")] or [printed]
+    lines = list(itertools.takewhile(lambda line: not line.startswith("──"), lines))  # without help
+    text = " ".join(" ".join(lines).split())
+    if text.startswith("Unrecognized options: "):
+        unknown = text.removeprefix("Unrecognized options: ")
+        known = [token for token in argv if f"{unknown}, ".startswith(f"{token}, ")]
+        return _unknown(known[0] if known else unknown, flags, argv)
+    if text.startswith("Missing from "):  # names have an indent of 4, their help one of 8
+        names = [line.strip() for line in lines if re.match(" {4}[^ ]", line)]
+        if len(names) > 1:
+            return f"{' and '.join(names)} are missing (see --help)"
+        what = " ".join(line.strip() for line in lines if line.startswith(" " * 8))
+        what = what.removesuffix("(required)").strip().rstrip(".")
+        return f"{names[0]} is missing: {what[:1].lower()}{what[1:]} (see --help)"
+    if found := re.match(r"Missing value for argument '(?:[^-'][^']*|([^']*))'", text):
+        if not found[1]:  # an unknown flag stands before the first argument
+            token = next((token for token in argv if token[:2] == "--" and _name(token) not in flags), "")
+            return _unknown(token, flags, argv) if token else f"{text} (see --help)"
+        flag = _typed(found[1], argv)
+        rest = argv[argv.index(flag) + 1 :] if flag in argv else []
+        return f"{flag}: expected a value{f', or {flag}={rest[0]}' if rest else ''} (see --help)"
+    if found := re.match(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*?),?\)\.", text):
+        value, flag, choices = found.groups()
+        return f"{_typed(flag, argv)} {value}: expected one of {choices.replace(chr(39), '')}"
+    if found := re.match(r"Error parsing ([^ :]+): .*?(int\(\)|to float).*'(.*)'", text):
+        flag, kind, value = found.groups()
+        return f"{_typed(flag, argv)} {value}: expected a {'whole number' if kind == 'int()' else 'number'}"
+    return f"{text} (see --help)"
+
+
+def _typed(flag: str, argv: Sequence[str]) -> str:
+    """Of the names of a flag, such as -e/--early-exit, the one on the command line."""
+    names = flag.split("/")
+    return next((name for name in names if name in argv), names[-1])
+
+
+def _name(token: str) -> str:
+    return token.partition("=")[0].replace("_", "-")
+
+
+def _unknown(token: str, flags: Sequence[str], argv: Sequence[str]) -> str:
+    """A sentence about a part of the command line that no flag takes."""
+    if not token.startswith("-"):
+        before = argv[argv.index(token) - 1] if token in argv[1:] else ""
+        return f"{token}: {f'not expected after {before}' if before else 'no such argument'} (see --help)"
+    name = _name(token)
+    similar = [flag for flag in flags if len(name) > 3 and flag.startswith(name)]
+    if not similar:
+        similar = difflib.get_close_matches(name.lstrip("-"), [flag[2:] for flag in flags], cutoff=0.7)
+        similar = [f"--{flag}" for flag in similar]
+    also = f"; similar: {', '.join(similar[:3])}" if similar else ""
+    return f"{token.partition('=')[0]}: no such flag{also} (see --help)"
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises UserError, one sentence, for arguments that can't be used."""
+
+    def parse_args(self, args=None, namespace=None):
+        self.argv = list(sys.argv[1:] if args is None else args)
+        return super().parse_args(self.argv, namespace)
+
+    def flags(self) -> list[str]:
+        """The long flags, also those of subcommands."""
+        others = [action.choices.values() for action in self._actions if isinstance(action.choices, dict)]
+        actions = [action for parser in (self, *itertools.chain(*others)) for action in parser._actions]
+        return [flag for action in actions for flag in action.option_strings if flag.startswith("--")]
+
+    def error(self, message: str) -> NoReturn:
+        if found := re.match(r"unrecognized arguments: ([^ ]+)", message):
+            raise UserError(_unknown(found[1], self.flags(), self.argv))
+        if found := re.match(r"the following arguments are required: (.*)", message):
+            missing = found[1].split(", ")
+            raise UserError(f"{' and '.join(missing)} {'is' if len(missing) < 2 else 'are'} missing (see --help)")
+        if found := re.match(r"argument ([^ ]+): invalid (\w+) value: '(.*)'", message):
+            raise UserError(f"{found[1]} {found[3]}: expected a {'whole ' * (found[2] == 'int')}number")
+        if found := re.match(r"argument ([^ ]+): invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            raise UserError(f"{found[2]}: expected {found[3].replace(chr(39), '').replace(', ', ' or ')} (see --help)")
+        if found := re.match(r"argument ([^ ]+): expected one argument", message):
+            raise UserError(f"{found[1]}: expected a value")
+        raise UserError(f"{message} (see --help)")
 
 
 def prog(of_checkout: str | None = None) -> str | None:

@@ -248,6 +248,44 @@ def test_every_command_begins_a_mistake_alike(tmp_path):
         assert (done.returncode, done.stderr[:7], done.stderr.count("\n")) == (2, "error: ", 1), (command, done.stderr)
 
 
+@pytest.mark.parametrize(
+    "command, said",
+    [
+        ("train.py --stpes 5", "--stpes: no such flag; similar: --steps (see --help)"),
+        ("train.py --resh --zzz", "--resh: no such flag; similar: --reshard (see --help)"),
+        ("train.py --steps ten", "--steps ten: expected a whole number"),
+        ("train.py --lr=3x", "--lr 3x: expected a number"),
+        ("train.py -e generat", "-e generat: expected one of no, generate, dumpparams"),
+        ("train.py --steps 5 6", "6: not expected after 5 (see --help)"),
+        ("train.py foo", "foo: no such argument (see --help)"),
+        ("train.py --prompt -x", "--prompt: expected a value, or --prompt=-x (see --help)"),
+        ("train.py --config-file", "--config-file: expected a value"),
+        (
+            "scripts/generate.py",
+            "RUN is missing: a run or checkpoint of train.py, a .pt or .safetensors file or its folder, or "
+            "hf:owner/name (see --help)",
+        ),
+        ("scripts/generate.py --max_byte 4", "--max_byte: no such flag; similar: --max-bytes (see --help)"),
+        ("scripts/export.py", "RUN and OUT are missing (see --help)"),
+        ("scripts/export.py run out --form foo", "--form foo: expected one of both, pt, safetensors, transformers"),
+        ("scripts/evaluate.py run --num-fewshot q", "--num-fewshot q: expected a whole number"),
+        ("fineweb.py", "expected prepare or show, with what to work on (see --help)"),
+        ("fineweb.py prepaer", "prepaer: expected prepare or show (see --help)"),
+        ("fineweb.py prepare text", "--out is missing (see --help)"),
+        ("fineweb.py prepare text --out a --holdout q", "--holdout q: expected a number"),
+        ("fineweb.py prepare text --out a --txt-column q", "--txt-column: no such flag; similar: --text-column"),
+        ("fineweb.py prepare text more --out a", "more: not expected after text (see --help)"),
+    ],
+)
+def test_wrong_usage_is_one_sentence(command, said):
+    """The sentence names the flag and what was expected, however narrow the terminal is and in what it can colour."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "60", "FORCE_COLOR": "1"}
+    called = [sys.executable, *command.split()]
+    done = subprocess.run(called, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {said}") and done.stderr.count("\n") == 1, done.stderr
+
+
 def test_imports_run_without_garbage_collection():
     """And collections after them pass over what they made."""
     before = gc.get_freeze_count()

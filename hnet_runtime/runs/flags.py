@@ -3,7 +3,6 @@
 Nothing here imports torch, so that `--help` and a wrong flag are answered at once.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import importlib.util
@@ -202,16 +201,15 @@ class TrainConfig:
 def read_config(argv: Sequence[str]) -> TrainConfig:
     """The flags of a command line. Missing ones come from --config-file, then from the run of --resume, then defaults.
 
-    An unknown flag ends the program with status 2.
+    Raises UserError for flags that can't be used.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = commands.Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-file", default="")
     file, rest = parser.parse_known_args(argv)
     given = _read_yaml(file.config_file) if file.config_file else {}
-    flags, prog = commands.with_joined_help(TrainConfig), commands.prog()
-    config = tyro.cli(flags, prog=prog, args=rest, default=TrainConfig(**given), description=ABOUT)
+    config = commands.read_flags(TrainConfig, rest, default=TrainConfig(**given), description=ABOUT)
     if earlier := _flags_of_the_run(config):
-        config = tyro.cli(flags, prog=prog, args=rest, default=TrainConfig(**earlier | given))
+        config = commands.read_flags(TrainConfig, rest, default=TrainConfig(**earlier | given))
         config.global_slices = config.global_slices or earlier.get("global_slices", 0)
     if config.val_every == -1:
         config.val_every = max(1, config.steps // 3)
