@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from fineweb import BOS, EOS, ByteStream, DataError, prepare, slice_numbers, validation_stream
 
+ROOT = Path(__file__).parent.parent
 LAW = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -283,6 +285,27 @@ def test_a_bad_mixture_is_named(text):
         ByteStream(text, slice_bytes=8)
 
 
+@pytest.mark.parametrize(
+    "text, what",
+    [
+        ("a:abc", "a has the weight abc"),
+        ("b:1,a:abc", "a has the weight abc"),
+        ("a:-1,b:3", "a has the weight -1"),
+        ("a:1,b:0", "b has the weight 0"),
+        ("a:1,b:1e999", "b has the weight inf"),
+        ("a:1,b:1e-9", "b has the weight 1e-09"),
+        ("a:1,b", "b has no weight"),
+        ("gone:abc", "no such folder"),
+    ],
+)
+def test_a_bad_weight_is_named(tmp_path, monkeypatch, text, what):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        write_corpus(tmp_path / name, [[b"text"]])
+    with pytest.raises(DataError, match=f"^--data '{text}': {what}; expected "):
+        ByteStream(text, slice_bytes=8)
+
+
 def test_nested_rows_share_their_offsets(tmp_path):
     torch = pytest.importorskip("torch")
     write_corpus(tmp_path / "c", [[b"one", b"two!", b"x" * 30]])
@@ -330,6 +353,24 @@ def test_a_folder_that_is_not_one_is_named(tmp_path):
         ByteStream(tmp_path / "c", "validation", slice_bytes=8)
     with pytest.raises(DataError, match="less than one batch"):
         ByteStream(tmp_path / "c", slice_bytes=8).require(6)
+
+
+@pytest.mark.parametrize("name", ["texts", "my texts", "article.txt"])
+def test_text_that_is_not_prepared_is_answered_with_the_command(tmp_path, monkeypatch, name):
+    """The command in the message prepares it, and with what it makes --data works."""
+    monkeypatch.chdir(tmp_path)
+    Path("texts").mkdir()
+    Path("my texts").mkdir()
+    for file in ("texts/one.txt", "my texts/one.txt", "article.txt"):
+        Path(file).write_text("some text\n" * 1000)
+    with pytest.raises(DataError) as mistake:
+        ByteStream(name, slice_bytes=8)
+    said = str(mistake.value)
+    assert said.startswith(f"{name}: ") and "prepared folder" in said and said.endswith(", then use --data DIR")
+    python, *command = shlex.split(said.split("`")[1])
+    done = subprocess.run([sys.executable, ROOT / command[0], *command[1:]], capture_output=True, text=True)
+    assert python == "python" and done.returncode == 0, done.stderr
+    assert ByteStream("DIR", slice_bytes=8).pairs_per_epoch
 
 
 def test_changed_and_torn_shards_are_named(tmp_path):

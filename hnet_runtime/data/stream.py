@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import sys
 import threading
 import zlib
@@ -149,18 +150,28 @@ def reindex(shard: Path, sha256: str) -> np.ndarray:
     return starts
 
 
+def _how_to_prepare(source: Path) -> str:
+    command = f"python fineweb.py prepare {named(shlex.quote(str(source)))} --out DIR"
+    return f"prepare its text with `{command}`, then use --data DIR"
+
+
 def load_manifest(folder: str | Path) -> dict:
     """The manifest of a prepared folder. Raises DataError if there is none or a shard's size contradicts it."""
     folder = Path(folder)
     if not os.path.isdir(folder):
-        what, name = "a file" if os.path.exists(folder) else "no such folder", documents.in_words(str(folder))
-        raise DataError(f"{name}: {what}; expected one made by fineweb.py prepare SOURCE --out {name}")
+        if os.path.exists(folder):
+            raise DataError(f"{named(folder)}: a file, not a prepared folder; {_how_to_prepare(folder)}")
+        how = f"python fineweb.py prepare SOURCE --out {named(shlex.quote(str(folder)))}"
+        raise DataError(f"{named(folder)}: no such folder; expected one made by `{how}`")
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         shards = [(shard["file"], shard["bytes"]) for split in manifest["splits"].values() for shard in split["shards"]]
     except FileNotFoundError:
-        what = "an unfinished prepare (run its command again)" if (folder / WORK).is_dir() else "not a prepared folder"
-        raise DataError(f"{folder}: {what}: it has no {MANIFEST}") from None
+        if (folder / WORK).is_dir():
+            what = f"an unfinished prepare (run its command again): it has no {MANIFEST}"
+        else:
+            what = f"not a prepared folder, as it has no {MANIFEST}; {_how_to_prepare(folder)}"
+        raise DataError(f"{named(folder)}: {what}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{folder / MANIFEST}: damaged; prepare the folder again") from None
     for name, wanted in shards:
@@ -524,10 +535,21 @@ def _parse_mixture(folder: str | Path | list[tuple[Path, float]]) -> list[tuple[
     total = sum(weight for _, weight in mixture)
     if at < len(text) or any("," in str(path) and not os.path.isdir(path) for path, _ in mixture):
         mixture = []
-    if not mixture or not all(0 < 1e-4 * total <= weight < math.inf for _, weight in mixture):
-        raise DataError(
-            f"data {text!r}: no such folder; expected one, or several with weights above 0, such as a:0.7,b:0.3"
-        )
+    bad = [(path, f"{weight:g}") for path, weight in mixture if not 0 < weight < math.inf]
+    bad += [(path, f"{weight:g}") for path, weight in mixture if weight < 1e-4 * total]
+    for part in [] if mixture else text.split(","):
+        path, _, weight = part.strip().rpartition(":")
+        if os.path.isdir(part.strip()):
+            bad.append((part.strip(), ""))
+        elif os.path.isdir(path) and not MIXTURE_PART.fullmatch(part):
+            bad.append((path, weight))
+    if bad:
+        path, weight = bad[0]
+        what = f"{named(path)} has {f'the weight {weight}' if weight else 'no weight'}"
+        expected = "a number above 0, at least a 10,000th of their sum, such as a:0.7,b:0.3"
+        raise DataError(f"--data {text!r}: {what}; expected {expected}")
+    if not mixture:
+        raise DataError(f"--data {text!r}: no such folder; expected one, or several with weights, such as a:0.7,b:0.3")
     return [(path, weight / total) for path, weight in mixture]
 
 
