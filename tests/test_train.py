@@ -441,6 +441,10 @@ def refused(corpus: Path, *flags: str) -> str:
         (["--timeout", "inf"], "--timeout inf: expected a finite number"),
         (["--resume", "auto"], "--save-dir"),
         (["-e", "generate", "--resume", "somewhere"], "-p"),
+        (["--resume", "runs/nope"], "--resume runs/nope: no such folder; expected auto, or the folder of a run"),
+        (["--resume", "run.yaml"], "--resume run.yaml: a file; expected auto, or the folder of a run"),
+        (["--save-dir", "run.yaml"], "--save-dir run.yaml: a file; expected a folder, or a name for a new one"),
+        (["--save-dir", "run.yaml/a/b"], "--save-dir run.yaml/a/b: run.yaml is a file; expected a folder"),
     ],
 )
 def test_mistakes_in_flags_are_named(tmp_path, monkeypatch, flags, said):

@@ -189,6 +189,9 @@ class TrainConfig:
         self._expect("resume", self.resume != "auto" or self.save_dir, "also --save-dir, the folder of the run")
         if self.resume and self.early_exit != "no":
             raise UserError(f"-e {self.early_exit} with --resume: expected -p, which names the weights to check")
+        if self.resume not in ("", "auto") and not Path(self.resume).is_dir():
+            what = "a file" if Path(self.resume).exists() else "no such folder"
+            raise UserError(f"--resume {self.resume}: {what}; expected auto, or the folder of a run or of a checkpoint")
         for name in ("wandb", "tensorboard"):
             if self.logger == name and importlib.util.find_spec(name) is None:
                 raise UserError(f"--logger {name}: {name} is not installed; pip install -e '.[{name}]'")

@@ -47,6 +47,9 @@ def open_folder(save_dir: str, name: str, world: World) -> Path:
         except BlockingIOError:
             raise UserError(f"--save-dir {run}: another run is writing there; name another folder") from None
         except OSError as error:
+            if file := next((path for path in (run, *run.parents) if path.is_file()), None):
+                what = "a file" if file == run else f"{file} is a file"
+                raise UserError(f"--save-dir {run}: {what}; expected a folder, or a name for a new one") from None
             raise UserError(f"--save-dir {run}: can't be made or written to ({error.strerror})") from None
         return run
 
