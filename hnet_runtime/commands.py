@@ -26,6 +26,7 @@ Options = TypeVar("Options")
 
 READER_GONE = 141  # the status that a shell reports for a process ended by SIGPIPE
 INTERRUPTED = 130
+BOM = b"\xef\xbb\xbf"  # some editors put it before UTF-8
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -245,6 +246,22 @@ def print_error(mistake: Exception) -> int:
     """Prints a mistake of the user to stderr in one write, and returns its exit status."""
     sys.stderr.write(f"error: {mistake}\n")
     return 2
+
+
+def warn_of_bytes(name: str, text: bytes) -> None:
+    """Prints to stderr what a model reads in the text of the file `name` that its author may not expect there."""
+    try:
+        text.decode()
+    except UnicodeDecodeError as error:
+        _warn(f"{name}: byte {error.start} is not UTF-8; the model reads the bytes as they are")
+    if b"\xfe" in text or b"\xff" in text:
+        _warn(f"{name}: holds a byte FE or FF, which to the model mean beginning and end of text")
+    if text.startswith(BOM):
+        _warn(f"{name}: begins with a byte order mark, which the model reads as text")
+
+
+def _warn(what: str) -> None:
+    sys.stderr.write(f"warning: {what}\n")
 
 
 def user_errors() -> tuple[type[Exception], ...]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from hnet_runtime import UserError
-from hnet_runtime.commands import parse, run
+from hnet_runtime.commands import parse, run, warn_of_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -98,6 +98,7 @@ def read_text(options: Options) -> bytes:
         raise UserError(f"--text {options.text}: can't be read ({error.strerror})") from None
     if not text:
         raise UserError(f"--text {options.text}: empty; expected at least one byte")
+    warn_of_bytes(options.text, text)
     return text
 
 

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import tyro
 
 from hnet_runtime import UserError
-from hnet_runtime.commands import parse, run
+from hnet_runtime.commands import parse, run, warn_of_bytes
 
 TEXT = "Grüße! The model reads bytes; where it begins a chunk is its own choice.\n" * 4
 
@@ -91,6 +91,7 @@ def read_text(name: str) -> bytes:
         raise UserError(f"--text {name}: can't be read ({error.strerror})") from None
     if not text:
         raise UserError(f"--text {name}: empty; expected at least one byte")
+    warn_of_bytes(name, text)
     return text
 
 

@@ -24,15 +24,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from hnet_runtime import UserError
-from hnet_runtime.commands import importing, parse, run
+from hnet_runtime.commands import BOM, importing, parse, run, warn_of_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from hnet_decoder import Decoder
     from hnet_simple import Sampling
-
-BOM = b"\xef\xbb\xbf"  # what some editors put before UTF-8
 
 
 @dataclass
@@ -145,14 +143,7 @@ def read_prompt(options: Options) -> bytes | None:
         data = sys.stdin.buffer.read() if options.prompt_file == "-" else Path(options.prompt_file).read_bytes()
     except OSError as error:
         raise UserError(f"--prompt-file {name}: can't be read ({error.strerror})") from None
-    try:
-        data.decode()
-    except UnicodeDecodeError as error:
-        warnings.warn(f"{name}: byte {error.start} is not UTF-8; the model reads the bytes as they are", stacklevel=2)
-    if b"\xfe" in data or b"\xff" in data:
-        warnings.warn(f"{name}: holds a byte FE or FF, which to the model mean beginning and end of text", stacklevel=2)
-    if data.startswith(BOM):
-        warnings.warn(f"{name}: begins with a byte order mark, which the model reads as text", stacklevel=2)
+    warn_of_bytes(name, data)
     return data
 
 

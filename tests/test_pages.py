@@ -90,7 +90,9 @@ def test_explore_as_a_command(model, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("")
     out = str(tmp_path / "page.html")
     command("explore")([str(tmp_path / "m"), str(tmp_path / "m"), "--text", str(tmp_path / "text.bin"), "--out", out])
-    assert "2 bytes of text" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "2 bytes of text" in said.out
+    assert f"warning: {tmp_path / 'text.bin'}: byte 1 is not UTF-8; the model reads the bytes as they are" in said.err
     assert len(data_of(Path(out).read_text())["models"]) == 2
     assert data_of(Path(out).read_text())["moved"] == [0.0, 0.0], "the same model twice"
     bare = tmp_path / "bare"
