@@ -277,6 +277,7 @@ class Decoder:
         self.past_EBX = torch.zeros_like(self.events.past_EBX, device="cpu", **pinned)
         self.running: Running | None = None
         self.overlaps, self.is_checked = True, False
+        self.first_step: float | None = None  # by `clock`; set to None, it becomes that of the next step
         self.tokens: list[Token | None] = [None] * self.S
         self.captured = CapturedFunctions(self.device, self.device.type == "cuda" if captures is None else captures)
         self.compiles = compiles
@@ -286,6 +287,10 @@ class Decoder:
             self.captured = CompiledFunctions()
         self.prefills: dict[tuple[int, int], PaddedPrefill] = {}  # by sizes, those used last at the end
         self.prefill_places: list[int] = []
+
+    def clock(self) -> float:
+        """Seconds since some moment, without those that captures took."""
+        return time.perf_counter() - self.captured.seconds
 
     @property
     def busy(self) -> bool:
@@ -596,6 +601,7 @@ class Decoder:
         with one_thread() if is_one_row else contextlib.nullcontext():
             self._capture()
             self.events.written.zero_()
+            self.first_step = self.clock() if self.first_step is None else self.first_step
             began, done = time.perf_counter(), 0
             while done < steps and (done == 0 or not self.host_decides or time.perf_counter() - began < self.SECONDS):
                 self._run_step()

@@ -14,7 +14,6 @@ goes the plain text (--show chunks puts bars in it). How long it took goes to st
 import contextlib
 import os
 import sys
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -204,14 +203,10 @@ def answer(decoder: "Decoder", prompt: bytes, sampling: "Sampling", options: Opt
     settings = {"max_bytes": options.max_bytes, "sampling": sampling, "seed": options.seed}
     settings |= {"valid_utf8": not options.any_bytes, "stop_at_eos": not options.past_eos, "decoder": decoder}
     with_chunks, compiled_s = shows_chunks(options, console), decoder.captured.seconds
-
-    def clock() -> float:
-        return time.perf_counter() - (decoder.captured.seconds if options.compile else 0)  # see `tell_compilation`
-
-    began = clock()
+    decoder.first_step = None
     if options.samples > 1:
         texts = as_flags(lambda: generate(decoder.model, [prompt] * options.samples, **settings))
-        seconds = clock() - began
+        seconds = decoder.clock() - decoder.first_step
         for n, made in enumerate(texts):
             print(f"--- seed {options.seed + n}", flush=True)
             if with_chunks:
@@ -226,9 +221,7 @@ def answer(decoder: "Decoder", prompt: bytes, sampling: "Sampling", options: Opt
     for emitted in as_flags(lambda: stream(decoder.model, [prompt], echo=True, **settings)):
         emitted_bytes += 1
         printer.feed(emitted.byte, emitted.starts) if with_chunks else write(bytes([emitted.byte]))
-        if emitted_bytes == len(prompt):  # it has been read; what follows is the continuation
-            began = clock()
-    seconds = clock() - began
+    seconds = decoder.clock() - decoder.first_step
     printer.close() if with_chunks else write(b"\n")
     if options.compile:
         tell_compilation(decoder, compiled_s)
@@ -246,7 +239,9 @@ def tell_compilation(decoder: "Decoder", before: float) -> None:
 
 
 def tell_speed(size: int, seconds: float) -> None:
-    print(f"{size:,} bytes in {seconds:.2f} s, {size / max(seconds, 1e-9):,.0f} bytes/s", file=sys.stderr)
+    """The speed of `size` bytes in the `seconds` since their first step: without reading the prompt or compiling."""
+    size_in_words = f"{size:,} byte{'s' * (size != 1)}"
+    print(f"{size_in_words} in {seconds:.2f} s, {size / max(seconds, 1e-9):,.0f} bytes/s", file=sys.stderr)
 
 
 def write(data: bytes) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -336,7 +337,31 @@ def test_generate_interactive(checkpoint, capfdbinary, monkeypatch):
     assert lines[0][:5] == b"first" and len(lines[0]) == 6
     assert captured.out.count(b"last") == 1 and b"cut off" not in captured.out
     assert captured.err.count(b"prompt> ") == 5 and b"--max-bytes: 1; a prompt ends in a character" in captured.err
-    assert captured.err.count(b"1 bytes in ") == 3 and b"bytes/s" in captured.err
+    assert captured.err.count(b"1 byte in ") == 3 and b"bytes/s" in captured.err
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_the_speed_is_that_of_the_steps(checkpoint, capfdbinary, monkeypatch, samples):
+    """Of all of them, also those that run before the prompt is printed; reading the prompt does not count."""
+
+    def slow(name: str, seconds: float) -> None:
+        method = getattr(hnet_decoder.Decoder, name)
+        monkeypatch.setattr(
+            hnet_decoder.Decoder, name, lambda *args: [time.sleep(seconds), method(*args)][1], raising=True
+        )
+
+    slow("_run_step", 0.01)
+    slow("prefill", 1.0)
+    typed = types.SimpleNamespace(buffer=io.BytesIO(b"one\n\n"), isatty=lambda: False)
+    monkeypatch.setattr(sys, "stdin", typed)
+    command = [str(checkpoint), "--max-bytes", "10", "--any-bytes", "--past-eos", "--device", "cpu"]
+    script("generate").main([*command, "--samples", str(samples)])
+    err = capfdbinary.readouterr().err.decode()
+    told = re.findall(r"(\d+) bytes in ([\d.]+) s, ([\d,]+) bytes/s", err)
+    assert len(told) == 2, err
+    for size, seconds, speed in told:
+        assert int(size) == 10 * samples and 0.1 <= float(seconds) < 1.0, err
+        assert 10 < int(speed.replace(",", "")) <= 100 * samples, err
 
 
 def test_prompts_of_a_windows_file(checkpoint, capfdbinary, monkeypatch):
