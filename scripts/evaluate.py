@@ -190,6 +190,7 @@ def text_to_score(options: Options) -> Text:
     from hnet_runtime.runs import checkpoint
 
     groups: dict[int, str] = {}
+    limit = f", of the first {options.limit:,} documents at most" if options.limit else ""
     trained = None if options.data else checkpoint.train_config_of(options.checkpoint)
     data = options.data or (trained or {}).get("data", "")
     if not data:
@@ -199,7 +200,9 @@ def text_to_score(options: Options) -> Text:
         stream = fineweb.ByteStream(data, options.split, slice_bytes=mbs, max_doc=max_doc)
         if options.by:
             groups |= {n: group_of(document, options) for n, document in enumerate(documents(data, options))}
-        how = f"as in training: {slices or 'all'} slices of {mbs}, none beyond {max_doc} bytes"
+        total = stream.slices_in_all
+        of_slices = f"{min(slices or total, total):,} of {total:,} slice{'s' * (total != 1)} of up to {mbs:,} bytes"
+        how = f"as in training: {of_slices}, in rows of up to {max_doc:,}{limit}"
         rows = lambda: scoring.first_documents(scoring.training_rows(stream, slices or None), options.limit)  # noqa: E731
         return Text({"data": data, "rows": how}, rows, groups)
     context = options.context or scoring.CONTEXT
@@ -212,7 +215,7 @@ def text_to_score(options: Options) -> Text:
             groups[n] = group_of(document, options)
             yield from scoring.windows(document.text, context, stride, n)
 
-    how = f"whole documents, context {context} bytes, stride {stride} bytes"
+    how = f"whole documents, context {context} bytes, stride {stride} bytes{limit}"
     return Text({"data": data, "rows": how}, rows, groups, not data.startswith("hf:"))
 
 

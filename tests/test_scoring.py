@@ -528,7 +528,8 @@ def test_a_limit_keeps_the_rows(saved, texts, monkeypatch, capsys):
         (("--by", "script", "--limit", "1"), [row for row in rows if row.document < 1]),
     ):
         text = text_of(*flags)
-        assert text.how == text_of().how and text.labels_in_all() == scoring.labels_of(wanted)
+        limit = f", of the first {flags[-1]} documents at most" if "--limit" in flags else ""
+        assert text.how["rows"] == text_of().how["rows"] + limit and text.labels_in_all() == scoring.labels_of(wanted)
         for row, other in zip(text.rows(), wanted, strict=True):
             assert row.inputs.tobytes() == other.inputs.tobytes() and row[2:] == other[2:]
     assert set(text_of("--by", "script").groups.values()) <= {"Latin", "Cyrillic", "Hiragana", "Cjk"}
@@ -538,9 +539,27 @@ def test_a_limit_keeps_the_rows(saved, texts, monkeypatch, capsys):
     monkeypatch.setattr(progress_bar, "SECONDS", 0)
     evaluate.main([str(saved), "--limit", "2", "--device", "cpu", "--batch", "1"])
     captured = capsys.readouterr()
-    assert "Rows: as in training: all slices of 40" in captured.out and "bytes/s" in captured.out
+    assert (
+        "bytes, in rows of up to 32, of the first 2 documents at most. Each" in captured.out
+        and "bytes/s" in captured.out
+    )
     lines = [line for line in captured.err.splitlines() if line.startswith("bits per byte: ")]
     assert len(lines) > 1 and "s left" in lines[0] and lines[-1].startswith("bits per byte: 100%, ")
+
+
+def test_the_slices_are_counted(saved, texts, monkeypatch):
+    """Those that are scored, where --val-slices of the run asks for more than the text has."""
+    evaluate, trained = script("evaluate"), {"data": str(texts / "data"), "max_doc": 32}
+    monkeypatch.setattr(checkpoint, "train_config_of", lambda source: trained)
+    for mbs, asked in ((40, 64), (40, 0), (40, 2), (40, 1), (1 << 20, 64)):
+        trained |= {"mbs": mbs, "val_slices": asked}
+        total = sum(1 for _ in fineweb.ByteStream(texts / "data", "validation", slice_bytes=mbs).slices_once())
+        text = evaluate.text_to_score(evaluate.parse(evaluate.Options, ["run"], ""))
+        scored = min(asked or total, total)
+        slices = f"{scored} of {total} slice{'s' * (total > 1)} of up to {mbs:,} bytes"
+        assert text.how["rows"] == f"as in training: {slices}, in rows of up to 32"
+        assert sum(len(row.labels) for row in text.rows()) <= scored * mbs
+    assert total == 1
 
 
 def test_an_edited_definition_is_evaluated(saved, tmp_path, monkeypatch):

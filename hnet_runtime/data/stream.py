@@ -416,7 +416,8 @@ class ByteStream:
         documents first, in the same order in every epoch.
     cutter: finds the cuts of each slice, see cuts.py.
 
-    pairs_per_epoch, text_bytes, documents: totals over the folders. fingerprint: changes with any shard's bytes.
+    pairs_per_epoch, text_bytes, documents: totals over the folders. slices_in_all: the slices of `slices_once`.
+    fingerprint: changes with any shard's bytes.
     Raises DataError for a folder that is missing, unfinished, empty, damaged or changed.
     """
 
@@ -444,6 +445,7 @@ class ByteStream:
         self._rotation = _rotation(self._weights)
         self.pairs_per_epoch = sum(corpus.pairs for corpus in self._corpora)
         self.documents = sum(corpus.documents for corpus in self._corpora)
+        self.slices_in_all = sum(-(-corpus.pairs // slice_bytes) for corpus in self._corpora)
         self.text_bytes = self.pairs_per_epoch - self.documents
         prints = [corpus.fingerprint for corpus in self._corpora]
         mixed = json.dumps([prints, self._weights]).encode()
