@@ -9,20 +9,37 @@ from pathlib import Path
 
 import torch
 
+from hnet_runtime import UserError, commands
 from hnet_runtime.runs.weights import load_training
 from hnet_trainable import BOS, EOS
 
-if len(sys.argv) < 3:
-    print(__doc__.strip(), file=sys.stderr)
-    sys.exit(2)
-run, *files = sys.argv[1:]
-model = load_training(run).eval()
-texts = [Path(file).read_bytes()[:8192] for file in files]
 
-documents = [torch.tensor([BOS, *text, EOS]) for text in texts]
-iids = torch.nested.nested_tensor([document[:-1] for document in documents], layout=torch.jagged)
-with torch.no_grad():
-    logits = model(iids).logits  # all files in one batch; none sees another
-for file, text, document, logits_of_file in zip(files, texts, documents, logits.unbind()):
-    nats = torch.nn.functional.cross_entropy(logits_of_file.float(), document[1:], reduction="sum").item()
-    print(f"{file}: {nats / math.log(2) / len(text):.3f} bits per byte, {len(text):,} bytes")
+def read(file: str) -> bytes:
+    try:
+        text = Path(file).read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: can't be read ({error.strerror})") from None
+    if not text:
+        raise UserError(f"{file}: empty; expected at least one byte")
+    return text
+
+
+def main(arguments: list[str]) -> int | None:
+    if len(arguments) < 2:
+        print(__doc__.strip(), file=sys.stderr)
+        return 2
+    run, *files = arguments
+    texts = [read(file)[:8192] for file in files]
+    model = load_training(run).eval()
+
+    documents = [torch.tensor([BOS, *text, EOS]) for text in texts]
+    iids = torch.nested.nested_tensor([document[:-1] for document in documents], layout=torch.jagged)
+    with torch.no_grad():
+        logits = model(iids).logits  # all files in one batch; none sees another
+    for file, text, document, logits_of_file in zip(files, texts, documents, logits.unbind()):
+        nats = torch.nn.functional.cross_entropy(logits_of_file.float(), document[1:], reduction="sum").item()
+        print(f"{file}: {nats / math.log(2) / len(text):.3f} bits per byte, {len(text):,} bytes")
+
+
+if __name__ == "__main__":
+    commands.run(main)  # prints a mistake, such as a missing run, in one sentence

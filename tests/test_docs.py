@@ -310,6 +310,27 @@ def test_an_example_without_arguments_shows_its_usage(example):
     assert done.returncode == 2 and f"python examples/{example}" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "command, said",
+    [
+        ("score.py nowhere none.txt", "none.txt: can't be read (No such file or directory)"),
+        ("score.py nowhere /dev/null", "/dev/null: empty; expected at least one byte"),
+        ("score.py nowhere {example}", "nowhere: no such file or folder"),
+        ("read_shards.py nowhere", "nowhere: no such folder; expected one made by "),
+        ("finetune.py nowhere nowhere out", "nowhere: no such file or folder"),
+        ("generate.py nowhere text", "nowhere: no such file or folder"),
+        ("boundaries.py nowhere", "nowhere: no such file or folder"),
+    ],
+)
+def test_a_mistake_in_an_example_is_one_sentence(command, said):
+    name, *arguments = command.format(example=EXAMPLES[0]).split()
+    called = [sys.executable, str(ROOT / "examples" / name), *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(called, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {said}"), done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 # --------------------------------------------------------------------------------------------------------------- links
 
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)[^)]*\)|(?:src|href|srcset)=\"([^\"\s]+)")
