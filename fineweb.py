@@ -458,8 +458,10 @@ def prepare(
         if out.is_dir() and not (out / WORK).is_dir() and any(out.iterdir()):
             raise DataError(f"{out}: not empty, and not made by prepare; choose another --out")
         scratch = out / WORK / f"unfinished-{i}-of-{n}"
+        made = [folder for folder in (out, *out.parents) if not folder.exists()]
         scratch.mkdir(parents=True, exist_ok=True)
-        with _locked(out / WORK / f"part-{i}-of-{n}.lock", f"{out}: another prepare of part {part} is at work on it"):
+        busy = f"{out}: another prepare of part {part} is at work on it"
+        with _locked(out / WORK / f"part-{i}-of-{n}.lock", busy), _cleaned_up(out, scratch, made, n):
             for left_over in scratch.iterdir():
                 left_over.unlink()
             units, work = _begin(out, scratch, plan, files, run_bytes, report)
@@ -517,6 +519,26 @@ def _locked(path: Path, busy: str):
         yield
 
 
+@contextlib.contextmanager
+def _cleaned_up(out: Path, scratch: Path, made: list[Path], parts: int):
+    """A context in which a mistake (DataError) leaves no unfinished work, and of the folders in `made` no empty ones.
+
+    Finished runs stay: those of other plans, and those from which the same command with --skip-bad continues. Other
+    parts may be running, so with them nothing is removed that could be theirs.
+    """
+    try:
+        yield
+    except DataError:
+        shutil.rmtree(scratch, ignore_errors=True)
+        used = f"{WORK}/plan-*/*.last" if parts == 1 else f"{WORK}/plan-*"
+        if not any(out.glob(used)) and not any(out.glob(f"{WORK}/unfinished-*")):
+            shutil.rmtree(out / WORK, ignore_errors=True)
+        for folder in made:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+        raise
+
+
 def _check_same(out: Path, holds: str, old: dict, new: dict) -> None:
     """Raises DataError if the folder was started with another plan."""
     for key, value in new["options"].items():
@@ -532,16 +554,9 @@ def _begin(
     out: Path, scratch: Path, plan: dict, files: Iterable[tuple], run_bytes: int, report: sources.Report
 ) -> tuple[list[_Unit], Path]:
     """Lists the source. Returns its units and the folder for their runs, which belongs only to this plan."""
-    try:
-        with open(scratch / "files", "wb") as sink:
-            units, plan["files"] = _make_units(files, sink, run_bytes)
-    except DataError:
-        if not list(out.glob(f"{WORK}/plan-*")):
-            shutil.rmtree(out / WORK)
-        raise
+    with open(scratch / "files", "wb") as sink:
+        units, plan["files"] = _make_units(files, sink, run_bytes)
     if not units:
-        if not list(out.glob(f"{WORK}/plan-*")):
-            shutil.rmtree(out / WORK)
         but = "; ".join(report.lines()[1:])
         what = f"no text in it; expected files of {documents.KINDS}"
         raise DataError(f"{named(plan['source'])}: {what}{'; it ' + but if report.left else ''}")

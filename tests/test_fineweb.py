@@ -392,6 +392,47 @@ def test_two_prepares_of_one_folder_do_not_meet(many, tmp_path):
             prepare(str(many / "in"), tmp_path / "out")
 
 
+@pytest.mark.parametrize("file, text", [("a.jsonl", b'{"text": '), ("a.txt", b"caf\xe9"), (None, b""), ("a.txt", b"")])
+@pytest.mark.parametrize("made", [False, True])
+def test_a_refused_source_leaves_nothing(tmp_path, file, text, made):
+    """Bad JSON, text that is not UTF-8, no file, an empty one. A folder that was there before stays."""
+    (tmp_path / "in").mkdir()
+    if file:
+        (tmp_path / "in" / file).write_bytes(text)
+    out = tmp_path / "data" / "out"
+    if made:
+        out.mkdir(parents=True)
+    refuses(f"{tmp_path}/in", tmp_path / "in", out)
+    assert list(out.iterdir()) == [] if made else not (tmp_path / "data").exists()
+
+
+def test_a_refused_source_leaves_what_was_finished(tmp_path):
+    """The same command continues from there with --skip-bad, and runs of another plan are not its own."""
+    for n, text in enumerate(texts(8)):
+        (tmp_path / f"in/{n}").mkdir(parents=True)
+        (tmp_path / f"in/{n}/a.txt").write_text(text * 50)
+    (tmp_path / "in" / "9.txt").write_bytes(b"caf\xe9")
+    options = dict(shard_bytes=1000, processes=1)
+    refuses("9.txt: not UTF-8", tmp_path / "in", tmp_path / "out", **options)
+    finished = sorted(tmp_path.glob("out/.work/plan-*/*.last"))
+    before = [path.stat().st_mtime_ns for path in finished]
+    assert len(finished) > 2 and not list(tmp_path.glob("out/.work/unfinished-*"))
+    (tmp_path / "other.jsonl").write_text('{"text": ')
+    refuses("holds a part of text of .*/in and not of", tmp_path / "other.jsonl", tmp_path / "out", **options)
+    assert [path.stat().st_mtime_ns for path in finished] == before
+    assert prepare(str(tmp_path / "in"), tmp_path / "out", skip_bad=True, **options)["counts"]["bad"] == 1
+    assert not (tmp_path / "out" / ".work").exists()
+
+
+def test_a_refused_part_leaves_the_work_of_others(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"text": ')
+    other = tmp_path / "out" / ".work" / "unfinished-2-of-2"
+    other.mkdir(parents=True)
+    for part in ("1/2", "1/1"):
+        refuses("in.jsonl", tmp_path / "in.jsonl", tmp_path / "out", part=part)
+        assert other.exists() and not list(tmp_path.glob("out/.work/unfinished-1-*"))
+
+
 def test_an_unfinished_folder_belongs_to_its_source(many, tmp_path):
     prepare(str(many / "in"), tmp_path / "out", part="1/3", shard_bytes=150_000, processes=1)
     read = sorted(tmp_path.glob("out/.work/plan-*/*"))

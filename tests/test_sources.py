@@ -239,7 +239,7 @@ def test_a_local_dataset_without_a_train_split_is_refused(tmp_path):
     (tmp_path / "in" / "README.md").write_text("---\nlicense: mit\n---\n")
     with pytest.raises(DataError, match="in: has no train split, only test"):
         prepare(str(tmp_path / "in"), tmp_path / "out")
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_kind_of_text_is_read_and_the_rest_is_named(tmp_path, capsys):
