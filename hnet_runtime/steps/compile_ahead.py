@@ -183,15 +183,15 @@ def _serve(connection: Connection, other_end: Connection) -> None:
         work, gpu, workers, note = connection.recv()
         work = work._replace(config=HNetConfig.load(work.config))
         compiles_for(gpu)
-        parts = [foresee_steps(work), foresee_generation(work) if work.texts else []]
-        if not work.mbs:
-            parts = [[*parts[0], *parts[1]]]
-        done = []
-        for launches in parts:
-            done.append(compile_all(launches, workers))
-            if len(done) == 1:
-                connection.send(done[0])
-                os.nice(10)  # the rest goes on beside the run
+        if work.mbs:
+            done = [compile_all(foresee_steps(work), workers)]
+            connection.send(done[0])
+            os.nice(10)  # the rest goes on beside the run
+            if work.texts:
+                done.append(compile_all(foresee_generation(work), workers))
+        else:
+            done = [compile_all([*foresee_steps(work), *foresee_generation(work)], workers)]
+            connection.send(done[0])
         if note and None not in done:
             note.parent.mkdir(parents=True, exist_ok=True)
             note.touch()
