@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> None:
     from hnet_runtime.evaluation.validation import bits_name
     from hnet_runtime.pages.progress_bar import Progress
     from hnet_runtime.pages.reports import markdown, write_atomically
-    from hnet_runtime.runs.weights import load_training
+    from hnet_runtime.runs.weights import checkpoint_of, load_training
 
     began = time.perf_counter()
     questions = choices.read_questions(options.choices)[: options.limit or None] if options.choices else []
@@ -107,7 +107,11 @@ def main(argv: Sequence[str]) -> None:
             "not compare with those of others"
         )
 
-    result: dict[str, Any] = {"checkpoint": options.checkpoint, "dtype": dtype, "device": world.device.type}
+    result: dict[str, Any] = {
+        "checkpoint": checkpoint_of(options.checkpoint),
+        "dtype": dtype,
+        "device": world.device.type,
+    }
     if options.data or not (options.choices or asks_harness):
         text = text_to_score(options)
         total = text.labels_in_all() if world.is_main else None

@@ -38,7 +38,10 @@ class Options:
 def main(argv: Sequence[str]) -> None:
     options = parse(Options, argv, __doc__)
     files = for_transformers(options) if options.form == "transformers" else weights_alone(options)
-    for file in files:  # after all are written: the reader may have closed the output
+    from hnet_runtime.runs.weights import checkpoint_of
+
+    print(f"from {checkpoint_of(options.checkpoint)}")  # after all are written: the reader may have closed the output
+    for file in files:
         print(f"{file}  {file.stat().st_size:,} bytes")
 
 

@@ -13,7 +13,16 @@ from test_simple import config_of, random_model
 
 from hnet_runtime import UserError
 from hnet_runtime.runs import weights
-from hnet_runtime.runs.weights import Checkpoint, CheckpointError, cast, export, load, load_inference, load_training
+from hnet_runtime.runs.weights import (
+    Checkpoint,
+    CheckpointError,
+    cast,
+    checkpoint_of,
+    export,
+    load,
+    load_inference,
+    load_training,
+)
 from hnet_simple import HNetInference
 from hnet_trainable import HNetLM
 
@@ -106,10 +115,11 @@ def test_a_newer_checkpoint_that_is_damaged_is_named(tmp_path, model, caplog):
     own_checkpoint(run / "checkpoints" / "step_00000450", model)
     torn = own_checkpoint(run / "checkpoints" / "step_00000900", model)
     load(run)
-    assert "passed over" not in caplog.text
+    assert "passed over" not in caplog.text and checkpoint_of(run) == str(torn)
     next(torn.glob("*.distcp")).write_bytes(b"torn")
     assert same(load(run).weights, model.state_dict())
     assert f"passed over {torn}: damaged or incomplete; step_00000450 is read" in caplog.text
+    assert checkpoint_of(str(run)).endswith("step_00000450") and checkpoint_of("hf:a/b") == "hf:a/b"
 
 
 def test_an_export_replaces_no_config_of_another(tmp_path, model):

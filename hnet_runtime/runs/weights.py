@@ -91,6 +91,12 @@ def load(
     return Checkpoint(chosen, fit(weights, chosen, str(source)))
 
 
+def checkpoint_of(source: str | Path) -> str:
+    """The source itself, or of a run's folder the checkpoint that `load` reads there."""
+    found = own.complete(Path(source)) if not str(source).startswith("hf:") else []
+    return str(found[-1] if found else source)
+
+
 def load_inference(
     source: str | Path,
     config: HNetConfig | str | Path | None = None,
