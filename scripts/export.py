@@ -7,6 +7,7 @@ python scripts/export.py RUN OUT --form transformers
     a folder that transformers loads without this repository
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +41,8 @@ def main(argv: Sequence[str]) -> None:
     files = for_transformers(options) if options.form == "transformers" else weights_alone(options)
     from hnet_runtime.runs.weights import checkpoint_of
 
-    print(f"from {checkpoint_of(options.checkpoint)}")  # after all are written: the reader may have closed the output
-    for file in files:
+    print(f"from {checkpoint_of(options.checkpoint)}", file=sys.stderr)
+    for file in files:  # after all are written: the reader may have closed the output
         print(f"{file}  {file.stat().st_size:,} bytes")
 
 
