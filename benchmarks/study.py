@@ -624,7 +624,8 @@ def execute(study: Study, plan: Plan, results: Results, began: float) -> int:
 def device_kind(study: Study) -> str:
     import torch
 
-    return "cuda" if torch.cuda.is_available() and study.device != "cpu" else "cpu"
+    # without starting CUDA, so that compile_ahead can still fork
+    return "cuda" if torch.cuda.device_count() and study.device != "cpu" else "cpu"
 
 
 def say(text: str) -> None:

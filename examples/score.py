@@ -5,23 +5,12 @@ python examples/score.py runs/mine article.txt prompt.txt
 
 import math
 import sys
-from pathlib import Path
 
 import torch
 
-from hnet_runtime import UserError, commands
+from hnet_runtime import commands
 from hnet_runtime.runs.weights import load_training
 from hnet_trainable import BOS, EOS
-
-
-def read(file: str) -> bytes:
-    try:
-        text = Path(file).read_bytes()
-    except OSError as error:
-        raise UserError(f"{file}: can't be read ({error.strerror})") from None
-    if not text:
-        raise UserError(f"{file}: empty; expected at least one byte")
-    return text
 
 
 def main(arguments: list[str]) -> int | None:
@@ -29,7 +18,7 @@ def main(arguments: list[str]) -> int | None:
         print(__doc__.strip(), file=sys.stderr)
         return 2
     run, *files = arguments
-    texts = [read(file)[:8192] for file in files]
+    texts = [commands.read_text(file)[:8192] for file in files]
     model = load_training(run).eval()
 
     documents = [torch.tensor([BOS, *text, EOS]) for text in texts]

@@ -18,6 +18,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, NoReturn, TextIO, TypeVar, get_type_hints
 
 from hnet_runtime import DataError, UserError
@@ -246,6 +247,22 @@ def print_error(mistake: Exception) -> int:
     """Prints a mistake of the user to stderr in one write, and returns its exit status."""
     sys.stderr.write(f"error: {mistake}\n")
     return 2
+
+
+def read_text(file: str, flag: str = "") -> bytes:
+    """The bytes of a file with text for a model. Warns of what its author may not expect there: see `warn_of_bytes`.
+
+    flag: the flag that named the file, for messages. Raises UserError if the file can't be read or is empty.
+    """
+    name = f"{flag} {file}".strip()
+    try:
+        text = Path(file).read_bytes()
+    except OSError as error:
+        raise UserError(f"{name}: can't be read ({error.strerror})") from None
+    if not text:
+        raise UserError(f"{name}: empty; expected at least one byte")
+    warn_of_bytes(file, text)
+    return text
 
 
 def warn_of_bytes(name: str, text: bytes) -> None:

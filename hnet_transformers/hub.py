@@ -186,6 +186,7 @@ def export(source: str, folder: Path, config: str | None = None, dtype: str | No
     """
     from hnet_transformers.modeling_hnet import HNetForCausalLM
 
+    weights.refuse_files_of_others(folder)
     model = HNetForCausalLM.from_pretrained(source, config=config, dtype=dtype)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -12,13 +12,12 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from hnet_runtime import UserError
-from hnet_runtime.commands import parse, run, warn_of_bytes
+from hnet_runtime.commands import parse, read_text, run
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--prompt: given with --text; give one of them")
     if options.limit < 1:
         raise UserError(f"--limit: {options.limit}; expected 1 or more")
-    text = read_text(options)[: options.limit]
+    text = text_of(options)[: options.limit]
     b, config_b = (options.b, options.config_b) if options.b else (options.a, options.config_a)
     if (options.a, options.how_a) == (b, options.how_b):
         raise UserError("nothing to compare: name a second checkpoint, or another --how-b")
@@ -89,17 +88,10 @@ def main(argv: Sequence[str]) -> int:
     return int(worst > options.tolerance)
 
 
-def read_text(options: Options) -> bytes:
+def text_of(options: Options) -> bytes:
     if not options.text:
         return os.fsencode(options.prompt) or TEXT.encode()
-    try:
-        text = Path(options.text).read_bytes()
-    except OSError as error:
-        raise UserError(f"--text {options.text}: can't be read ({error.strerror})") from None
-    if not text:
-        raise UserError(f"--text {options.text}: empty; expected at least one byte")
-    warn_of_bytes(options.text, text)
-    return text
+    return read_text(options.text, "--text")
 
 
 def trace(source: str, config: str, how: How, text: bytes, options: Options) -> "tuple[Trace, bool]":

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import tyro
 
 from hnet_runtime import UserError
-from hnet_runtime.commands import parse, run, warn_of_bytes
+from hnet_runtime.commands import parse, read_text, run
 
 TEXT = "Grüße! The model reads bytes; where it begins a chunk is its own choice.\n" * 4
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     options = parse(Options, argv, __doc__)
     if options.context < 2:
         raise UserError(f"--context {options.context}: expected 2 or more")
-    text = read_text(options.text)
+    text = read_text(options.text, "--text") if options.text else TEXT.encode()
     import torch
 
     from hnet_runtime.checks import agreement
@@ -80,19 +80,6 @@ def main(argv: Sequence[str]) -> None:
     speed = len(text) * len(sources) / max(seconds, 1e-9)
     size = f"{len(page) / 1e6:.1f} MB"
     print(f"{options.out}: {len(text):,} bytes of text, read at {speed:,.0f} bytes/s, {size}; open it in a browser")
-
-
-def read_text(name: str) -> bytes:
-    if not name:
-        return TEXT.encode()
-    try:
-        text = Path(name).read_bytes()
-    except OSError as error:
-        raise UserError(f"--text {name}: can't be read ({error.strerror})") from None
-    if not text:
-        raise UserError(f"--text {name}: empty; expected at least one byte")
-    warn_of_bytes(name, text)
-    return text
 
 
 if __name__ == "__main__":

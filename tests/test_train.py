@@ -655,26 +655,35 @@ def test_a_folder_whose_run_ended_in_its_first_steps_may_be_used_again(corpus, t
 @pytest.mark.parametrize("name", ["config.json", "train.yaml", "plots.html"])
 def test_files_of_others_are_not_replaced(corpus, tmp_path, name):
     (tmp_path / name).write_text("mine")
-    said = refused(corpus, "--steps", "1", "--save-dir", str(tmp_path))
-    assert f"has no run, but {name}, which a run would replace" in said
+    for more in [], ["--resume", "auto"]:
+        said = refused(corpus, "--steps", "1", "--save-dir", str(tmp_path), *more)
+        assert name in said and ("which a run would replace" in said or more and name == "train.yaml"), said
     assert (tmp_path / name).read_text() == "mine"
 
 
 def test_a_checkpoint_of_another_model_file_is_named(corpus, undisturbed, tmp_path, caplog):
     """By a run that resumes and by whoever loads its weights. The run has copies of its model files."""
     folder = shutil.copytree(undisturbed, tmp_path / "run")
+    code = checkpoint.model_code()
     for name in ("hnet_trainable", "hnet_routers"):
-        assert (folder / f"{name}-{checkpoint.model_code()}.py").read_bytes() == (ROOT / f"{name}.py").read_bytes()
+        assert (folder / f"{name}-{code[f'{name}.py']}.py").read_bytes() == (ROOT / f"{name}.py").read_bytes()
     load(folder)
     assert "fingerprint" not in caplog.text
     saved = newest(folder)
     about, digests = saved / "train.json", saved / "sha256.json"
-    before = hashlib.sha256(about.read_bytes()).hexdigest()
-    about.write_text(about.read_text().replace(checkpoint.model_code(), "0" * 12))
+    before, text = hashlib.sha256(about.read_bytes()).hexdigest(), about.read_text()
+    for name in ("hnet_trainable.py", "hnet_kernels"):
+        text = text.replace(code[name], "0" * 12)
+    about.write_text(text)
     digests.write_text(digests.read_text().replace(before, hashlib.sha256(about.read_bytes()).hexdigest()))
     load(folder)
-    said = f"{saved} was written by another hnet_trainable.py or hnet_routers.py (fingerprint 000000000000"
-    assert said in caplog.text
+    changed = [
+        f"{name} (fingerprint 000000000000, here {code[name]})" for name in ("hnet_trainable.py", "hnet_kernels")
+    ]
+    assert f"{saved} was written with another {' and '.join(changed)}: what follows" in caplog.text
+    copy = shutil.copytree(saved, tmp_path / "copy")
+    (copy / "manifest.json").unlink()
+    load(copy)  # as it is
     flags = ["--steps", "20", "--val-every", "10", "--save-dir", str(folder), "--resume", "auto"]
     assert "the run goes on with the files as they are here" in succeed(corpus, *flags)
 

@@ -641,6 +641,16 @@ def test_an_exported_folder_loads_where_there_is_only_transformers(cache_of_the_
     assert found["pipeline"].startswith("Hello")
 
 
+@pytest.mark.parametrize("name", ["config.json", "README.md"])
+def test_an_export_replaces_no_files_of_others(run, tmp_path, name):
+    from hnet_transformers import hub
+
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(weights.CheckpointError, match=f"has a {name} that is of no export"):
+        hub.export(str(run), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine"
+
+
 def test_an_export_that_cannot_be_written_leaves_nothing(run, tmp_path, monkeypatch):
     from hnet_transformers import hub
 

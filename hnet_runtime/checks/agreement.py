@@ -416,7 +416,9 @@ def _roughly(losses, gradients, wanted_losses, wanted) -> str | None:
 
 
 def generation(config: HNetConfig) -> str | None:
-    """The first layer in which prefill or steps of a small model differ from its forward, or why it can't generate."""
+    """The first layer in which prefill or steps of a small model differ from its forward, or why it can't generate;
+    None if they agree.
+    """
     if reason := why_no_generation(config):
         return reason
     try:

@@ -3,7 +3,7 @@
 RUN/checkpoints/step_00000450/
     .metadata, *.distcp     DCP: `model.<official name>`, `optimizer.<...>`
     config.json             the model's config, as `HNetConfig.load` reads it
-    train.json              the training config, steps done, data fingerprint, code revision
+    train.json              the training config, steps done, code revision, fingerprints of text and model code
     sha256.json             the digest of each of these, checked when training resumes from here
     manifest.json           every file with its size; written last, so a folder without it is incomplete
 """

@@ -130,6 +130,8 @@ def _choose_checkpoint(run: Path, resume: str) -> Path | None:
     found = checkpoint.complete(run)
     metrics = run / "metrics.jsonl"
     holds_a_run = bool(found or checkpoint.incomplete(run)) or (metrics.exists() and metrics.stat().st_size > 0)
+    if not holds_a_run:
+        _refuse_files_of_others(run)
     if resume:
         read_metrics(metrics)  # reports a damaged line now, on all ranks
     if resume == "auto":
@@ -144,8 +146,6 @@ def _choose_checkpoint(run: Path, resume: str) -> Path | None:
         return None  # it ended in its first steps
     if not resume and holds_a_run:
         raise UserError(f"--save-dir {run}: holds a run already; resume it with --resume auto, or name another folder")
-    if not holds_a_run:
-        _refuse_files_of_others(run)
     if not resume:
         return None
     source = newest(Path(resume))

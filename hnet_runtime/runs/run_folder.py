@@ -1,4 +1,4 @@
-"""The checkpoints in a run's folder: which are complete, and the flags and steps with which they were saved.
+"""The checkpoints in a run's folder: which are complete, with which flags, steps and model code they were saved.
 
 Nothing here imports torch: train.py reads the flags of a resumed run before anything else.
 """
@@ -14,29 +14,33 @@ from hnet_runtime import UserError
 WITHOUT = "without this folder, --resume auto resumes from the checkpoint before"
 
 
-MODEL_FILES = [Path(__file__).resolve().parents[2] / name for name in ("hnet_trainable.py", "hnet_routers.py")]
+ROOT = Path(__file__).resolve().parents[2]
+MODEL_CODE = ("hnet_trainable.py", "hnet_routers.py", "hnet_kernels")  # what has the model's formulas
 
 
-def model_code() -> str:
-    """A fingerprint of the files with the model's formulas, as they are now."""
-    return hashlib.sha256(b"".join(file.read_bytes() for file in MODEL_FILES)).hexdigest()[:12]
+def model_code() -> dict[str, str]:
+    """Fingerprints of the files with the model's formulas, as they are now."""
+    files = {name: sorted((ROOT / name).glob("*.py")) or [ROOT / name] for name in MODEL_CODE}
+    return {
+        name: hashlib.sha256(b"".join(file.read_bytes() for file in some)).hexdigest()[:12]
+        for name, some in files.items()
+    }
 
 
 def keep_model_files(run: Path) -> None:
-    """Copies the files with the model's formulas into a run's folder, with their fingerprint in the name."""
-    for file in MODEL_FILES:
-        copy = run / f"{file.stem}-{model_code()}.py"
-        if not copy.exists():
-            copy.write_bytes(file.read_bytes())
+    """Copies hnet_trainable.py and hnet_routers.py into a run's folder, with their fingerprints in the names."""
+    for name, fingerprint in model_code().items():
+        copy = run / f"{name.removesuffix('.py')}-{fingerprint}.py"
+        if name.endswith(".py") and not copy.exists():
+            copy.write_bytes((ROOT / name).read_bytes())
 
 
 def changed_model(train: dict[str, Any]) -> str:
     """That a checkpoint with this `train.json` was written by other files; empty if not, or where it does not say."""
-    theirs = train.get("model_code")
-    if not theirs or theirs == model_code():
-        return ""
-    names = " or ".join(file.name for file in MODEL_FILES)
-    return f"was written by another {names} (fingerprint {theirs}, here {model_code()})"
+    ours, theirs = model_code(), train.get("model_code") or {}
+    differing = [name for name in ours if theirs.get(name, ours[name]) != ours[name]]
+    changed = [f"{name} (fingerprint {theirs[name]}, here {ours[name]})" for name in differing]
+    return f"was written with another {' and '.join(changed)}" if changed else ""
 
 
 class CheckpointError(UserError):

@@ -81,7 +81,8 @@ def load(
     if path.is_dir():
         if damaged := own.damaged_file(path):
             raise CheckpointError(f"{path / damaged}: damaged, it is not as it was written (see sha256.json beside it)")
-        if (path / "train.json").exists() and (changed := own.changed_model(own.read_train(path))):
+        about = own.read_train(path) if own.is_complete(path) and (path / "train.json").exists() else {}
+        if changed := own.changed_model(about):
             logger.warning("%s %s: what follows is computed by the files as they are here", path, changed)
         weights = load_own_checkpoint(path)
     elif path.suffix == ".safetensors":
@@ -363,6 +364,14 @@ def structure(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------------- exporting
 
 
+def refuse_files_of_others(folder: Path) -> None:
+    """Raises CheckpointError if a folder without exported weights has files that an export would overwrite."""
+    if list(folder.glob("model.*")) or list(folder.glob("model-*")):
+        return
+    if found := [name for name in ("config.json", "README.md") if (folder / name).exists()]:
+        raise CheckpointError(f"{folder}: has a {found[0]} that is of no export; name another folder")
+
+
 def export(
     model: nn.Module | Checkpoint, folder: str | Path, form: str, dtype: torch.dtype | None = None
 ) -> list[Path]:
@@ -379,8 +388,7 @@ def export(
     weights = cast(weights, dtype) if dtype else weights
     folder = Path(folder)
     file, whole = folder / f"model.{form}", config.to_dict()
-    if (folder / "config.json").exists() and not list(folder.glob("model.*")):
-        raise CheckpointError(f"{folder}: has a config.json that is of no export; name another folder")
+    refuse_files_of_others(folder)
     configs = {"config.json": whole}
     if form == "pt":
         if not all(config.is_learned):
