@@ -27,7 +27,7 @@ from triton import knobs
 from triton.backends.compiler import BaseBackend
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction, native_specialize_impl
+from triton.runtime.jit import JITCallable, JITFunction, native_specialize_impl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hnet_kernels import cards
@@ -133,6 +133,15 @@ def noting() -> Iterator[list[Launch]]:
         _noted = None
 
 
+def _know_functions(module: dict[str, Any]) -> None:
+    """Computes the keys of the functions that kernels of a module call: those that it imports, then in their order."""
+    for value in list(module.values()):
+        if isinstance(value, JITCallable) and not isinstance(value, Kernel) and value.hash is None:
+            if value.__globals__ is not module:
+                _know_functions(value.__globals__)
+            value.cache_key  # noqa: B018 (a property that remembers)
+
+
 class Kernel(JITFunction):
     """A kernel that launches what Triton has compiled for such arguments before.
 
@@ -143,6 +152,17 @@ class Kernel(JITFunction):
     def __init__(self, function: Callable, **options: Any):
         super().__init__(function, **options)
         self.compiled: dict[tuple, tuple[Any, ...]] = {}
+
+    @property
+    def cache_key(self) -> str:
+        """Triton's name of the source in its cache, which is the same in whichever order kernels are compiled.
+
+        Triton leaves the global constants of a function out of the key of one that calls it, unless it knows them from
+        an earlier kernel. So it is asked for those of a module's functions first.
+        """
+        if self.hash is None:
+            _know_functions(self.__globals__)
+        return super().cache_key
 
     def __getitem__(self, grid: Sequence[int] | Callable[[dict], Sequence[int]]) -> Callable[..., Any]:
         return functools.partial(self.launch, grid)

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -103,7 +104,7 @@ def test_the_end_of_a_run_is_the_end_of_its_compiler(compile_ahead):
 import os
 from hnet_runtime.steps import compile_ahead
 compiler = compile_ahead.Compiler()
-print(__import__("multiprocessing").active_children()[0].pid, flush=True)
+print(compiler.process, flush=True)
 os.kill(os.getpid(), 9)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
@@ -114,14 +115,59 @@ os.kill(os.getpid(), 9)
         time.sleep(0.05)
 
 
+def _compile_in_a_worker(answers):
+    from hnet_kernels import cards
+    from hnet_runtime.steps import compile_ahead
+    from hnet_trainable import HNetConfig
+
+    compile_ahead.foresee_steps = lambda work: []  # in the fork, too
+    compiler = compile_ahead.Compiler()
+    compiler.begin(work(HNetConfig.load("hnet_1stage_tiny")), cards.Properties((9, 0), 132))
+    answers.put(compiler.wait())
+
+
+def test_runs_in_a_worker_of_multiprocessing_have_a_compiler(compile_ahead):
+    """benchmarks/study.py trains in workers, which may not start processes by multiprocessing."""
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    worker = context.Process(target=_compile_in_a_worker, args=(answers,), daemon=True)
+    worker.start()
+    worker.join(60)
+    assert worker.exitcode == 0 and answers.get(timeout=5) == 0
+
+
+@pytest.mark.parametrize("code", ["forward", "backward"])
+def test_a_kernel_has_one_name_in_the_cache(compile_ahead, code):
+    """In whichever order kernels are compiled; and another one when a constant of a function that it calls changes."""
+    text = """
+import sys, importlib
+sys.path.insert(0, {root!r})
+conv = importlib.import_module("hnet_kernels.conv_triton")
+if {constant} is not None:
+    conv.C.value = {constant}
+print(*[getattr(conv, name).cache_key for name in {names}])
+"""
+
+    def keys(names, constant=None):
+        script = text.format(root=str(ROOT), names=names, constant=constant)
+        run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        return dict(zip(names, run.stdout.split(), strict=True))
+
+    both = ["_forward", "_backward"]
+    found = keys(both)
+    assert keys(both[::-1]) == found
+    changed = keys([f"_{code}"], constant=-1.5)
+    assert changed[f"_{code}"] != found[f"_{code}"]
+
+
 def test_a_compiler_that_was_killed_is_not_waited_for(compile_ahead, monkeypatch):
     from hnet_kernels import cards
     from hnet_trainable import HNetConfig
 
     compiler = compile_ahead.Compiler()
-    child = next(child for child in multiprocessing.active_children() if child.name == "compiler")
-    child.kill()
-    child.join()
+    os.kill(compiler.process, signal.SIGKILL)
+    os.waitpid(compiler.process, 0)
     compiler.begin(work(HNetConfig.load("hnet_1stage_tiny")), cards.Properties((9, 0), 132))
     assert compiler.wait() == 0
 

@@ -114,12 +114,16 @@ class Compiler:
     """Compiles the kernels of steps in processes of their own. None of its calls raises an error for a kernel."""
 
     def __init__(self):
-        context = multiprocessing.get_context("fork")
-        self.connection, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, self.connection), name="compiler", daemon=True)
+        """Forks its process. Not by multiprocessing, which refuses that inside a worker of a pool."""
+        self.connection, theirs = multiprocessing.Pipe()
         with warnings.catch_warnings():  # of Python 3.12: numpy's threads, which are idle, are not in the fork
             warnings.simplefilter("ignore", DeprecationWarning)
-            process.start()
+            self.process = os.fork()
+        if not self.process:
+            try:
+                _serve(theirs, self.connection)
+            finally:
+                os._exit(0)
         theirs.close()
 
     def begin(self, work: Work, gpu: cards.Properties, note: Path | None = None) -> None:
@@ -195,7 +199,6 @@ def _serve(connection: Connection, other_end: Connection) -> None:
         if note and None not in done:
             note.parent.mkdir(parents=True, exist_ok=True)
             note.touch()
-    os._exit(0)
 
 
 def compiles_for(gpu: cards.Properties) -> None:
