@@ -603,9 +603,8 @@ def train(config: TrainConfig, then: Callable[[Run], None] | None = None, is_che
             raise UserError(f"-e generate: {error}") from None
         distributed.stop()
         return 0 if equal else 1
-    data = None
-    if is_training:  # a mistake in --data ends the run at once
-        data = open_data(config, world, cuts.cutter(hnet))
+    data = open_data(config, world, cuts.cutter(hnet)) if is_training else None  # a mistake in it ends the run at once
+    if data:
         hnet, measured = cuts.with_measured_rate(hnet, data[0])
         if measured:
             logger.info(measured)
@@ -615,6 +614,7 @@ def train(config: TrainConfig, then: Callable[[Run], None] | None = None, is_che
     accumulates = config.global_slices > world.size
     work = compile_ahead.Work(hnet, dtype, config.mbs, config.ac, accumulates, texts=min(1, config.sample_bytes))
     compile_ahead.begin(compiler, work, world.device)
+    drawn = None if start_weights else distributed.draw_ahead(hnet, world, config.seed)
     agreement.choose_implementations(world.device, dtype, hnet)
     graph, world = takes_graphs(config, hnet, dtype, world, is_checked)
 
@@ -622,7 +622,7 @@ def train(config: TrainConfig, then: Callable[[Run], None] | None = None, is_che
         """The model, its parameter groups, and how its steps run. A GraphedModel makes weights in dtype by itself."""
         is_graphed = graph or (half and world.device.type == "cuda" and world.shards == 1)
         own_dtype = torch.float32 if is_graphed else dtype
-        model = distributed.build_model(hnet, world, own_dtype, config.seed, start_weights, config.reshard)
+        model = distributed.build_model(hnet, world, own_dtype, config.seed, start_weights, config.reshard, drawn)
         groups = parameter_groups(model, config.lr, config.weight_decay, config.router_lr)
         return model, groups, "graph" if graph else "eager" if is_graphed else "plain"
 

@@ -145,13 +145,14 @@ def build_model(
     seed: int,
     weights: Mapping[str, Tensor] | None = None,
     reshard: bool = True,
+    drawn: "Future[InitialWeights] | None" = None,
 ) -> HNetLM:
     """An HNetLM with float32 master weights that computes in `compute_dtype`, sharded (`shard_model`) if useful.
 
     It is built on the meta device. A weight depends only on (seed, name), so it is the same at any world size, or comes
     from `weights`, unsharded tensors by official name. A weight that `initial_weight` does not know has the value that
-    `__init__` gave it, with torch's random numbers of `seed`. Raises UserError if the weights alone take more than the
-    machine's memory.
+    `__init__` gave it, with torch's random numbers of `seed`. drawn: of `draw_ahead`, for one model.
+    Raises UserError if the weights alone take more than the machine's memory.
     """
     if world.device.type == "cpu":
         _require_memory(config, world)
@@ -166,12 +167,13 @@ def build_model(
         for name, parameter in model.named_parameters():
             assign(parameter, weights[name])
         return model
-    unknown = []
-    for name, value in _drawn(model, config, seed):
+    ahead, unknown = drawn.result() if drawn else {}, []
+    for name, value in ahead.items() or _draw(_shapes(model), config, seed):
         if value is None:
             unknown.append(name)
         else:
             assign(model.get_parameter(name), value)
+    ahead.clear()  # frees their memory
     for name in unknown:
         assign(model.get_parameter(name), given.model.get_parameter(name).detach())
     if unknown:
@@ -193,17 +195,40 @@ class _Given:
             return HNetLM(self.config)
 
 
-def _drawn(model: HNetLM, config: HNetConfig, seed: int) -> Iterator[tuple[str, Tensor | None]]:
+InitialWeights = dict[str, Tensor | None]  # of each parameter; None where `initial_weight` has none
+
+
+def draw_ahead(config: HNetConfig, world: World, seed: int) -> "Future[InitialWeights] | None":
+    """Begins to draw the weights of `build_model` and to copy them to the GPU, while this process does something else.
+
+    None where that would not help: on a CPU, and for sharded weights, as a GPU may not hold all of them.
+    """
+    if world.device.type == "cpu" or world.shards > 1:
+        return None
+    with torch.device("meta"):
+        shapes = _shapes(HNetLM(config))
+
+    def draw() -> InitialWeights:
+        return {name: None if x is None else x.to(world.device) for name, x in _draw(shapes, config, seed)}
+
+    return ThreadPoolExecutor(1, "draw").submit(draw)
+
+
+def _shapes(model: HNetLM) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def _draw(shapes: Mapping[str, torch.Size], config: HNetConfig, seed: int) -> Iterator[tuple[str, Tensor | None]]:
     """The name of each parameter with its initial value, drawn in threads. Each has its own generator, so the bits are
     the same.
 
-    A few are drawn ahead, so that not all are in the machine's memory at once.
+    A few are drawn before they are asked for, so that not all are in the machine's memory at once.
     """
     threads = min(16, os.cpu_count() or 1)
     waiting: deque[tuple[str, Future[Tensor | None]]] = deque()
     with ThreadPoolExecutor(threads, "draw") as pool:
-        for name, parameter in model.named_parameters():
-            waiting.append((name, pool.submit(initial_weight, name, parameter.shape, config, seed)))
+        for name, shape in shapes.items():
+            waiting.append((name, pool.submit(initial_weight, name, shape, config, seed)))
             if len(waiting) > 2 * threads:
                 name, value = waiting.popleft()
                 yield name, value.result()

@@ -210,7 +210,7 @@ def test_a_learned_router_of_ones_own_trains_as_graphs_and_generates(run, monkey
 # ------------------------------------------------------------------------------------------------------------ a weight
 
 
-def test_a_new_weight_starts_with_the_value_of_its_init(set_, caplog):  # noqa: F811
+def with_new_weights(set_):  # noqa: F811
     init = H.Block.__init__
 
     def __init__(self, layer, config, s):
@@ -219,6 +219,28 @@ def test_a_new_weight_starts_with_the_value_of_its_init(set_, caplog):  # noqa: 
         self.extra = nn.Linear(config.d_model[s], 4)
 
     set_(H.Block, "__init__", __init__)
+
+
+@pytest.mark.gpu
+def test_weights_that_are_drawn_ahead_have_the_same_bits(set_):  # noqa: F811
+    with_new_weights(set_)
+    config, world = HNetConfig.load(ONE_STAGE), SimpleNamespace(shards=1, device=torch.device("cuda", 0))
+    ahead = distributed.draw_ahead(config, world, 3)
+    first, second = (distributed.build_model(config, world, torch.float32, 3, drawn=ahead) for _ in range(2))
+    one_by_one = distributed.build_model(config, SimpleNamespace(shards=1, device=CPU), torch.float32, 3)
+    for name, p in one_by_one.named_parameters():
+        assert torch.equal(first.get_parameter(name).cpu(), p), name
+        assert torch.equal(second.get_parameter(name).cpu(), p), name  # after what was drawn ahead has been used
+
+
+def test_weights_are_not_drawn_ahead_where_a_gpu_may_not_hold_them():
+    config = HNetConfig.load(ONE_STAGE)
+    for shards, device in ((1, "cpu"), (2, "cuda")):
+        assert distributed.draw_ahead(config, SimpleNamespace(shards=shards, device=torch.device(device)), 0) is None
+
+
+def test_a_new_weight_starts_with_the_value_of_its_init(set_, caplog):  # noqa: F811
+    with_new_weights(set_)
     config, world = HNetConfig.load(ONE_STAGE), SimpleNamespace(shards=1, device=CPU)
     caplog.set_level("INFO", "hnet")
     one, same, other = (dict(distributed.build_model(config, world, torch.float32, seed).named_parameters())

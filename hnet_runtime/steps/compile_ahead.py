@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 META = torch.device("meta")
 PROMPT = 64  # bytes of a prompt that is foreseen; Triton tells few sizes apart
+SHORT_DOCUMENTS = 64  # in a micro-batch
 PATIENCE = 300  # seconds; after that a kernel is compiled at its first launch
 # the longest to compile first, 2.8 to 0.4 s of one core (Triton 3.6, for 9.0); the others as they are launched
 LONG = (
@@ -84,9 +85,10 @@ def _run_steps(work: Work) -> None:
     with META:
         model = HNetLM(config).train()
     graphed = graphs.GraphedModel(model, work.dtype, agreement.ALPHA, ac=work.ac, accumulates=work.accumulates)
-    for T in dict.fromkeys((agreement.CAPTURED_BYTES, work.mbs)):  # of the check of captured steps, and of the run
+    # of the check of captured steps, and of the run with documents that are long or short
+    for T, documents in (agreement.CAPTURED_BYTES, 1), (work.mbs, 1), (work.mbs, SHORT_DOCUMENTS):
         graphed._allocate(T)
-        graphed.foresee(T, [1 / ratio for ratio in config.target_ratios])
+        graphed.foresee(T, documents, [1 / ratio for ratio in config.target_ratios])
     with contextlib.suppress(Exception):
         graphed.optimizer.step()
 

@@ -526,11 +526,13 @@ class GraphedModel:
             self.segments[part].clear()
             pool.grow(need)
 
-    def foresee(self, T: int, shares: Sequence[float]) -> None:
+    def foresee(self, T: int, documents: int, shares: Sequence[float]) -> None:
         """Runs the segments of a micro-batch of T bytes on the meta device, where nothing is computed or captured.
 
-        shares: of the tokens of each stage that open a chunk. For `compile_ahead`, which notes the kernels.
+        documents: how many at most. shares: of the tokens of each stage that open a chunk. For `compile_ahead`, which
+        notes the kernels.
         """
+        self.most_B = max(self.most_B, _power(documents))
         sizes = [self._sizes(0, T, T)]
         for s, share in enumerate(shares):
             sizes.append(self._sizes(s + 1, max(1, int(share * sizes[-1].T)), LONGEST))
