@@ -107,7 +107,7 @@ class Study:
     """More flags of train.py for every run, without their dashes, such as "alpha=0.2 router-lr=0.5". Those of routers
     are left out for architectures without a learned one."""
     gpus: int = 1
-    """Runs side by side, each on a GPU of its own."""
+    """Runs side by side, each on a GPU of its own. With CUDA_VISIBLE_DEVICES=0,0 two share one, and have no speeds."""
     seconds: float = 0
     """Start no run that would not end within so many seconds. 0: no limit."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -521,19 +521,33 @@ def result_of(task: Task, found: dict[str, Any], study: Study) -> dict[str, Any]
 # ------------------------------------------------------------------------------------------------------------ schedule
 
 
+def gpus_of(study: Study) -> list[str]:
+    """The GPU of each worker, as CUDA_VISIBLE_DEVICES names it; none on a CPU. Raises UserError if they are too few."""
+    if device_kind(study) == "cpu":
+        return []
+    import torch
+
+    visible, count = os.environ.get("CUDA_VISIBLE_DEVICES", ""), torch.cuda.device_count()
+    found = visible.split(",") if visible else [str(n) for n in range(count)]
+    if len(found) < study.gpus:
+        where = f"CUDA_VISIBLE_DEVICES={visible} names" if visible else "this machine has"
+        raise UserError(f"--gpus {study.gpus}: {where} {len(found)} GPU{'s' * (len(found) != 1)}")
+    return found
+
+
 def work(study: Study, number: int, link: Connection) -> None:
     """A process that makes the runs which it is sent, on a GPU of its own."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    gpus = visible.split(",") if visible else [str(n) for n in range(study.gpus)]
-    if study.device != "cpu" and number < len(gpus):
+    shares_gpu = False
+    if gpus := gpus_of(study):
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number]
+        shares_gpu = gpus[: study.gpus].count(gpus[number]) > 1
     log = open(Path(study.out) / f"worker-{number}.log", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
     sys.stdout = sys.stderr = log
     runner = Runner(study)
     while (task := link.recv()) is not None:
         try:
             found = runner.make(task)
-            link.send((task, found | about(study), ""))
+            link.send((task, found | about(study) | {"shares_gpu": shares_gpu}, ""))
         except BaseException as error:  # the others go on
             import traceback
 
@@ -555,6 +569,7 @@ def execute(study: Study, plan: Plan, results: Results, began: float) -> int:
     idle: list[tuple[Connection, int]] = []
     runner = Runner(study) if study.gpus == 1 else None
     if not runner:
+        gpus_of(study)  # too few end it before a process starts
         for n in range(study.gpus):
             ours, theirs = context.Pipe()
             process = context.Process(target=work, args=(study, n, theirs), daemon=True)

@@ -147,6 +147,7 @@ def _seen(rows: list[Row], words: dict[str, str]) -> list[str]:
     for name, some in _by_architecture(rows, words).items():
         row, config = some[0], HNetConfig.load(some[0]["config"])
         mean = lambda key, some=some: _mean([r.get(key) for r in some])  # noqa: E731
+        alone = lambda key, some=some: _mean([r.get(key) for r in some if not r.get("shares_gpu")])  # noqa: E731
         seen = [math.prod(r["rates"]) for r in some]
         stages = [[r["cuts"]["stages"][s] for r in some] for s in range(config.num_stages)]
         enrichment = ", ".join(_number(_mean([s["enrichment"] for s in stage]), 2) for stage in stages)
@@ -155,11 +156,12 @@ def _seen(rows: list[Row], words: dict[str, str]) -> list[str]:
             [words[name], in_words(config), f"{row['parameters'] / 1e6:.1f}M", f"{row['lr']:g}",
              f"{mean('flops_per_byte') / 1e6:.1f}", f"{mean('flops_seen') / 1e6:.1f}",
              f"{1 / statistics.fmean(seen):.2f}" if config.num_stages else "", enrichment, entropy,
-             f"{mean('bytes_per_s') / 1e6:.3g}", _number(mean("mfu"), 3), _number(mean("peak_gib"), 1)]
+             _number(alone("bytes_per_s") / 1e6, 2), _number(alone("mfu"), 3), _number(mean("peak_gib"), 1)]
         )  # fmt: skip
     note = (
         "Surprisal is that of the bytes that open a chunk over the mean, for each stage, outermost first. Bytes per "
-        "chunk are those of the innermost stage in the second half of training."
+        "chunk are those of the innermost stage in the second half of training. Speeds are those of runs that had "
+        "a GPU for themselves."
     )
     return [*_markdown(table), "", note]
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import statistics
 import subprocess
@@ -188,3 +189,29 @@ def test_differences_are_paired_and_deviations_pooled():
     assert alone.seeds == math.inf and not alone.is_resolved, "one seed each says nothing of seeds"
     assert (t95(1), t95(30), t95(1000)) == (12.706, 2.042, pytest.approx(1.96, abs=0.01))
     assert page([], study.ARCHITECTURES, "learned") == "\n"
+
+
+def test_runs_that_share_a_gpu_have_no_speed():
+    """Their steps wait for each other."""
+    first = (ROOT / "benchmarks" / "results" / "h200-2026-11-30" / "study.jsonl").read_text().splitlines()[0]
+    row = json.loads(first)
+
+    def speed(*rows: dict) -> str:
+        (line,) = re.findall(
+            r"^\| learned, one stage \| m4 .*$", page(rows, study.ARCHITECTURES, "learned"), re.MULTILINE
+        )
+        return line.split(" | ")[9]
+
+    shared = row | {"shares_gpu": True, "bytes_per_s": 4e5}
+    assert speed(row) == speed(row, shared) == "1.03"
+    assert speed(shared) == "-"
+
+
+def test_more_workers_than_gpus_are_refused(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    wanted = [word for word in flags(corpus, tmp_path / "study", "--gpus", "3") if word not in ("--device", "cpu")]
+    with pytest.raises(UserError, match="--gpus 3: this machine has 2 GPUs"):
+        study.main(wanted)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    with pytest.raises(UserError, match="--gpus 3: CUDA_VISIBLE_DEVICES=1 names 1 GPU"):
+        study.main(wanted)
