@@ -14,10 +14,12 @@ What is not foreseen is compiled at its first launch, as ever: this changes when
 import contextlib
 import gc
 import hashlib
+import importlib
 import json
 import multiprocessing
 import os
 import signal
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
@@ -160,7 +162,19 @@ def prepare(device: str, is_wanted: bool = True) -> Compiler | None:
     if not is_wanted or device == "cpu" or torch.cuda.is_initialized() or dist.is_initialized():
         return None
     # `torch.cuda.is_available` would start CUDA, in a way that a fork does not survive
-    return Compiler() if torch.cuda.device_count() and can_compile() else None
+    if not torch.cuda.device_count() or not can_compile():
+        return None
+    compiler = Compiler()
+    threading.Thread(target=_hash_triton, daemon=True).start()  # while this process starts CUDA
+    return compiler
+
+
+def _hash_triton() -> None:
+    """Has Triton hash its own files, as it does for the first kernel: of 400 MB, which takes half a second."""
+    with contextlib.suppress(ImportError):  # a version that has it elsewhere
+        from triton.runtime.cache import triton_key
+
+        triton_key()
 
 
 def begin(compiler: Compiler | None, work: Work, device: torch.device) -> None:
@@ -184,7 +198,11 @@ def _serve(connection: Connection, other_end: Connection) -> None:
         os.dup2(nowhere, stream)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else autograd would start CUDA here
     with contextlib.suppress(EOFError, OSError):
-        torch.arange(1, device=META)  # imports much of torch, while the first process starts CUDA
+        # while the first process starts CUDA
+        torch.arange(1, device=META)  # imports much of torch
+        for file in Path(cards.__file__).parent.glob("*_triton.py"):
+            importlib.import_module(f"hnet_kernels.{file.stem}")
+        _hash_triton()
         gc.freeze()
         work, gpu, workers, note = connection.recv()
         work = work._replace(config=HNetConfig.load(work.config))
