@@ -73,7 +73,7 @@ from hnet_runtime.steps import activations, compile_ahead, graphs
 from hnet_runtime.steps.graphs import GraphedModel
 from hnet_runtime.steps.plain import PlainModel
 from hnet_runtime.steps.segments import memory_ran_out
-from hnet_simple import GenerationError, HNetInference, why_no_generation
+from hnet_simple import GenerationError, HNetInference
 from hnet_trainable import ConfigError, HNetConfig, HNetLM, parameter_groups
 
 logger = logging.getLogger("hnet")
@@ -369,10 +369,8 @@ class Run:
         if world.device.type == "cuda":
             logger.info("the first step waits for kernels that are not in Triton's cache yet, for up to a minute")
         self.inference = None  # where generation computes another model, no samples are written
-        if config.sample_bytes and (reason := why_no_generation(hnet)):
+        if config.sample_bytes and (reason := agreement.generation(hnet)):
             logger.warning("no samples: %s", reason)
-        elif config.sample_bytes and (difference := agreement.generation(hnet)):
-            logger.warning("no samples: generation (hnet_simple.py) differs from hnet_trainable.py: %s", difference)
         elif config.sample_bytes:
             self.inference = HNetInference.from_training(state.evaluated)  # borrows the weights: nothing is copied
         self.interrupts, self.health = Interrupts(), RouterHealth(hnet.learned_ratios, config.mbs)

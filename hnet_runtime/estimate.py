@@ -166,7 +166,7 @@ def report(config: HNetConfig, mbs: int, slices: int, ac: str, chosen: Sequence[
     count, layers = _shapes_of(config)
     lines = [
         f"{count:,} parameters in {len(layers) // 2} blocks; a step has {slices} x {mbs:,} bytes on each GPU",
-        f"{'card':12} {'--ac':10} {'weights':>8} {'steps':>8} {'sum':>8} {'of':>8}   {'time of a step':18}",
+        f"{'card':12} {'--ac':10} {'weights':>9} {'steps':>9} {'sum':>9} {'of':>9}   {'time of a step':18}",
     ]
     for card in chosen:
         mode = choose_ac(config, mbs, card, slices > 1) if ac == "auto" else ac
@@ -176,7 +176,7 @@ def report(config: HNetConfig, mbs: int, slices: int, ac: str, chosen: Sequence[
         if not fits(needed, card):
             time = "does not fit: take a smaller --mbs with more --global-slices, or more GPUs"
         sizes = needed.weights, needed.total - needed.weights, needed.total, card.gib
-        lines.append(f"{card.name:12} {mode:10} " + " ".join(f"{n:4.1f} GiB" for n in sizes) + f"   {time}")
+        lines.append(f"{card.name:12} {mode:10} " + " ".join(f"{n:5.1f} GiB" for n in sizes) + f"   {time}")
     lines.append(
         "Memory is counted from the shapes of the model, with routers that are not trained yet: half of all tokens "
         "open a chunk. Times are those of steps measured on an H200, scaled by model FLOPs and by the peaks of the "

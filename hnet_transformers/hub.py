@@ -42,7 +42,7 @@ class HubMixin:
         with torch.enable_grad(), torch.random.fork_rng(), torch.autocast(self.device.type, enabled=False):
             _choose_implementations(self.device, self.dtype if self.device.type == "cuda" else torch.float64, config)
             if generates and (difference := _difference_of_generation(config)):
-                raise ValueError(f"generation (hnet_simple.py) differs from hnet_trainable.py: {difference}")
+                raise ValueError(difference)
         checked.add(what)
 
     @classmethod

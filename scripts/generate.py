@@ -111,9 +111,7 @@ def main(argv: Sequence[str]) -> None:
     if reason := why_no_generation(model.config):
         raise UserError(f"{options.checkpoint}: {reason}")
     if difference := agreement.generation(model.config):
-        raise UserError(
-            f"generation (hnet_simple.py) differs from hnet_trainable.py, which has been edited: {difference}"
-        )
+        raise UserError(difference)
     console = Console(highlight=False)
     if shows_chunks(options, console) and console.is_terminal:
         console.print(legend(model.config.num_stages, has_colours(console)), style="dim")

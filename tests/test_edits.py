@@ -586,6 +586,7 @@ def test_an_edit_takes_effect_or_is_announced(name, set_, unedited):
         assert said is None, said
     else:
         assert said and (change.says in said or change.training != "graphs"), said
+        assert said.startswith("a small model of this config fails with") == (name == "an error"), said
 
 
 @pytest.mark.gpu

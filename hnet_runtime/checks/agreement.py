@@ -425,17 +425,22 @@ def _roughly(losses, gradients, wanted_losses, wanted) -> str | None:
 
 
 def generation(config: HNetConfig) -> str | None:
-    """The first layer in which prefill or steps of a small model differ from its forward, or why it can't generate;
-    None if they agree.
+    """Why a model of this config can't generate, or how a small one's generation differs from its forward: the first
+    layer that does. None if they agree.
     """
     if reason := why_no_generation(config):
         return reason
     try:
         training = equivalence.random_model(toy_config(config), 0, "cpu", torch.float64).eval()
+        training(*_batch(BATCHES[0], torch.device("cpu"), config))
+    except Exception as error:  # edited code can raise anything
+        return f"a small model of this config fails with {_failure(error)}"
+    try:
         inference = HNetInference.from_training(training)
         report = equivalence.check(training, inference, (b"", b"one, two", b"a longer line\n"), new_bytes=2)
+        difference = report.first_disagreement
     except GenerationError as error:
-        return str(error)
+        difference = str(error)
     except Exception as error:
-        return f"a small model of this config fails with {_failure(error)}"
-    return report.first_disagreement
+        difference = f"a small model fails with {_failure(error)}"
+    return difference and f"generation (hnet_simple.py) differs from hnet_trainable.py: {difference}"

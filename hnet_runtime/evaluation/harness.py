@@ -87,7 +87,7 @@ class Answers:
         if reason := why_no_generation(self.inference.config):
             raise UserError(f"--tasks: these generate text; {reason}")
         if difference := _generation_differs(json.dumps(self.inference.config.to_dict())):
-            raise UserError(f"--tasks: these generate text, which differs from hnet_trainable.py: {difference}")
+            raise UserError(f"--tasks: these generate text; {difference}")
         prompts = [_text(prompt) for prompt, _ in requests]
         samplings = [_sampling(options) for _, options in requests]
         stops = [[stop.encode() for stop in _stops(options)] for _, options in requests]
