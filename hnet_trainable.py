@@ -793,7 +793,7 @@ def initial_weight(name: str, shape: Sequence[int], config: HNetConfig, seed: in
 
 @torch.no_grad()
 def init_weights(model: HNetLM, seed: int) -> HNetLM:
-    """Draw all weights of an unsharded model in place; the same for any device and dtype. Returns the model."""
+    """Draw an unsharded model's weights in place; returns it. A run draws them without this: edit `initial_weight`."""
     for name, parameter in model.named_parameters():
         if (value := initial_weight(name, parameter.shape, model.config, seed)) is not None:
             parameter.copy_(value)

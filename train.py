@@ -175,6 +175,7 @@ class TrainState:
         self.evaluated, self.optimizer = self.steps.model, self.steps.optimizer
         if how != "graph" and (config.checkpointing != "none" or limit):
             activations.recompute(self.evaluated, config.checkpointing)
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.guard = activations.ChunkGuard(self.evaluated, limit, world) if limit else None
         model.train()
 
@@ -192,10 +193,10 @@ class TrainState:
         If the loss or the norm is not finite, the weights do not change.
         """
         config, world, optimizer = self.config, self.world, self.optimizer
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * group["multiplier"] * lr_scale(done, config)
+        for group, peak in zip(optimizer.param_groups, self.peaks):
+            group["lr"] = peak * lr_scale(done, config)
         self.ratio.set(done, config.steps)
-        self.steps.begin_step(done)
+        self.steps.begin_step(done, distributed.seed_of_step(config.seed, done, world.rank))
         numbers = forward_backward(self.steps, slices, world)
         norm = distributed.clip_in_optimizer(optimizer, self.parameters, config.clip, world, numbers.ce)
         numbers, more = numbers._replace(grad_norm=norm), []

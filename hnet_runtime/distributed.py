@@ -1,6 +1,7 @@
 """Processes, devices and sharding: one path for one process on a CPU and for many GPUs (torchrun, FSDP2)."""
 
 import functools
+import hashlib
 import logging
 import math
 import os
@@ -158,9 +159,15 @@ def build_model(
         _require_memory(config, world)
     with torch.device("meta"):
         model = HNetLM(config)
+    _require_no_hooks(model)
     if world.shards > 1 or compute_dtype != torch.float32:  # else nothing is gathered or cast
+        _require_no_ties(model)
         shard_model(model, world.mesh, compute_dtype, reshard)
+    ties = _ties(model)
     model.to_empty(device=world.device)
+    for name, first in ties.items():  # leaving the meta device makes new parameters, which must stay one
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, model.get_parameter(first))
     given = _Given(config, seed)
     _fill_other_tensors(model, given, world.device)
     if weights:
@@ -180,6 +187,33 @@ def build_model(
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         logger.info("%s%s: not in initial_weight; __init__ gives the first value", unknown[0], more)
     return model
+
+
+def _ties(model: HNetLM) -> dict[str, str]:
+    """The names of parameters that have one already, each with the first."""
+    first: dict[nn.Parameter, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: first[p] for name, p in named if first.setdefault(p, name) != name}
+
+
+def _require_no_ties(model: HNetLM) -> None:
+    """Raises UserError for a weight in two places, of which FSDP2 makes two; but the embedding may be the head."""
+    for name, first in _ties(model).items():
+        if (first, name) != ("embeddings.weight", "lm_head.weight"):
+            raise UserError(
+                f"{first} and {name} are one weight, of which FSDP2 would make two: train with unsharded weights "
+                "(--replicate), and on a CPU in float32"
+            )
+
+
+def _require_no_hooks(model: HNetLM) -> None:
+    """Raises UserError for a hook on a parameter: gradients are those of other tensors, which have none."""
+    for name, p in model.named_parameters():
+        if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+            raise UserError(
+                f"{name}: a hook of a parameter does not run in training; change the gradient in an autograd function, "
+                "or with a hook of its module"
+            )
 
 
 class _Given:
@@ -393,6 +427,11 @@ def reduce_plain_gradients(parameters: Iterable[nn.Parameter], world: World) -> 
 
 
 BETAS = (0.9, 0.95)  # of AdamW
+
+
+def seed_of_step(seed: int, step: int, rank: int) -> int:
+    """The seed of what a model draws in a step, such as dropout: another one in each step and process of a run."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()[:8], "little") >> 1
 
 
 def optimizer_groups(groups: list[dict]) -> list[dict]:

@@ -114,8 +114,16 @@ def compression(text: str, flag: str) -> list[float]:
 
 
 def attach(loss: AddedLoss, *models: HNetLM) -> None:
-    """Makes the models compute their ratio losses with this loss's form and targets."""
-    for model in models:
+    """Makes the models compute their ratio losses with this loss's form and targets.
+
+    Raises UserError where hnet_trainable.py was edited to set others, which this would undo.
+    """
+    for model in dict.fromkeys(models):
+        if (model.ratio_form, model.ratio_targets) != (TrainConfig.ratio_form, model.config.learned_ratios):
+            raise UserError(
+                "HNetLM sets ratio_form or ratio_targets itself, which a run sets by --ratio-form, --ratio-from and "
+                "-N: give these flags, or edit HNetLM.ratio_loss"
+            )
         model.ratio_form, model.ratio_targets = loss.form, loss.targets
 
 

@@ -12,10 +12,12 @@ The first difference is named, and the run takes the next slower way that agrees
 
 import logging
 import math
+import random
 import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -332,9 +334,10 @@ def _graph_step(graphed: GraphedModel, pair: tuple[Tensor, ...]) -> Step:
 
 
 def _draws_random_numbers(call: Callable[[], Any]) -> bool:
-    before = torch.get_rng_state()
+    """Of torch, Python or numpy."""
+    before, *others = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
     call()
-    return not torch.equal(before, torch.get_rng_state())
+    return not torch.equal(before, torch.get_rng_state()) or others != [random.getstate(), str(np.random.get_state())]
 
 
 def steps_as_graphs(
@@ -349,7 +352,11 @@ def steps_as_graphs(
     try:
         model = equivalence.random_model(toy_config(config), 0, "cpu", torch.float64).train()
         prepare(model)
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         plain = [_plain_step(model, pair) for pair in pairs]
+        for name, buffer in model.named_buffers():
+            if name not in buffers or not torch.equal(buffer, buffers[name]):
+                return f"the buffer {name} changes in a forward, which in graphs has padding in it"
         if _draws_random_numbers(lambda: model(*pairs[0])):
             return "the model draws random numbers, which a graph would draw only once"
         again, _ = _plain_step(model, pairs[0])

@@ -28,11 +28,11 @@ from typing import Literal, NamedTuple, TextIO
 
 import numpy as np
 
+from hnet_config import BOS, EOS
 from hnet_runtime import DataError
 from hnet_runtime.data import documents
 from hnet_runtime.data.cuts import Cutter
 
-BOS, EOS = 0xFE, 0xFF  # neither occurs in UTF-8
 SPLITS = ("train", "validation")
 MIXTURE_PART = re.compile(r"\s*(?P<path>.+?)\s*:\s*(?P<weight>[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)\s*(,|$)", re.I | re.S)
 MANIFEST, WORK = "manifest.json", ".work"

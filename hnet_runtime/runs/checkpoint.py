@@ -144,15 +144,18 @@ class Saver:
         weights = self.model.state_dict()  # first: it restores the shards of weights that FSDP has gathered
         parameters = dict(self.model.named_parameters())
         names = {id(p): name for name, p in parameters.items()}
+        everything = dict(self.model.named_parameters(remove_duplicate=False))  # a weight may have a second name
         values = {names[id(p)]: found for p, found in self.optimizer.state.items() if found}
         flat = isinstance(self.optimizer, FlatAdamW)
         if flat:
-            weights |= {name: self.optimizer.master_weight(p) for name, p in parameters.items()}
+            weights |= {name: self.optimizer.master_weight(p) for name, p in everything.items()}
         sharded = flat and self.optimizer.shards_updates
         if sharded:
             owned = {names[id(p)] for p in self.optimizer.owned}
             values = {name: found for name, found in values.items() if name in owned or dist.get_rank() == 0}
-            weights = {name: weights[name] for name in values}
+            ours = {id(parameters[name]) for name in values}
+            buffers = weights.keys() - everything.keys() if dist.get_rank() == 0 else ()
+            weights = {name: w for name, w in weights.items() if name in buffers or id(everything.get(name)) in ours}
         state = {f"model.{name}": tensor for name, tensor in weights.items()}
         for name, found in values.items():
             state |= {f"optimizer.state.{name}.{key}": value for key, value in found.items()}

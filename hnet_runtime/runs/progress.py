@@ -112,9 +112,17 @@ def sample(inference: HNetInference, config: TrainConfig, world: World) -> Sampl
     with inference.unsharded():  # gathers the weights of all ranks; then rank 0 alone generates
         if not world.is_main:
             return None
-        written = generate(
-            inference, [os.fsencode(config.prompt)], max_bytes=config.sample_bytes, seed=config.seed, valid_utf8=True
-        )[0]
+        inference.eval()  # its layers are those of the model that trains
+        try:
+            written = generate(
+                inference,
+                [os.fsencode(config.prompt)],
+                max_bytes=config.sample_bytes,
+                seed=config.seed,
+                valid_utf8=True,
+            )[0]
+        finally:
+            inference.train()
     return Sample(written.data, written.starts)
 
 

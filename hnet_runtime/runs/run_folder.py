@@ -3,6 +3,8 @@
 Nothing here imports torch: train.py reads the flags of a resumed run before anything else.
 """
 
+import ast
+import contextlib
 import hashlib
 import json
 import re
@@ -15,20 +17,36 @@ WITHOUT = "without this folder, --resume auto resumes from the checkpoint before
 
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL_CODE = ("hnet_trainable.py", "hnet_routers.py", "hnet_kernels")  # what has the model's formulas
+MODEL = "hnet_trainable.py"  # this and what it imports has the model's formulas
 
 
 def model_code() -> dict[str, str]:
-    """Fingerprints of the files with the model's formulas, as they are now."""
-    files = {name: sorted((ROOT / name).glob("*.py")) or [ROOT / name] for name in MODEL_CODE}
-    return {
-        name: hashlib.sha256(b"".join(file.read_bytes() for file in some)).hexdigest()[:12]
-        for name, some in files.items()
-    }
+    """Fingerprints of the files with the model's formulas, as they are now: each file, and hnet_kernels as a whole."""
+    found: dict[str, str] = {}
+    left = [MODEL]
+    while left:
+        name = left.pop()
+        if name in found or not (ROOT / name).exists():
+            continue
+        files = sorted((ROOT / name).glob("*.py")) or [ROOT / name]
+        found[name] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+        if name.endswith(".py"):
+            left += [name if name == "hnet_kernels" else f"{name}.py" for name in _imported(ROOT / name)]
+    return dict(sorted(found.items()))
+
+
+def _imported(file: Path) -> list[str]:
+    """The first parts of the names of the modules that a file imports; none where it can't be parsed."""
+    with contextlib.suppress(SyntaxError):
+        nodes = list(ast.walk(ast.parse(file.read_bytes())))
+        names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level]
+        return [name.partition(".")[0] for name in names]
+    return []
 
 
 def keep_model_files(run: Path) -> None:
-    """Copies hnet_trainable.py and hnet_routers.py into a run's folder, with their fingerprints in the names."""
+    """Copies hnet_trainable.py and the files that it imports into a run's folder, with fingerprints in their names."""
     for name, fingerprint in model_code().items():
         copy = run / f"{name.removesuffix('.py')}-{fingerprint}.py"
         if name.endswith(".py") and not copy.exists():

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hnet_kernels.adamw import BLOCK, adamw_, join_float32, norms, split_float32
+from hnet_runtime import UserError
 from hnet_runtime.sharded import is_sharded
 
 Span = Sequence[Sequence[nn.Parameter]]
@@ -113,6 +114,15 @@ class FlatAdamW(EagerAdamW):
         narrow: Collection[int] = (),
     ):
         super().__init__(groups, betas=betas, eps=eps, fused=True)
+        first = self.param_groups[0]
+        for key in ("betas", "eps", "amsgrad", "maximize"):
+            if differing := [group[key] for group in self.param_groups if group[key] != first[key]]:
+                raise UserError(
+                    f"parameter groups have {key} {first[key]} and {differing[0]}; expected one for all groups: on a "
+                    "GPU, and in steps as graphs, only lr and weight_decay may differ"
+                )
+        if first["amsgrad"] or first["maximize"]:
+            raise UserError("parameter groups with amsgrad or maximize: expected AdamW without them")
         group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
         parameters = [p for span in spans for part in span for p in part]
         if len(parameters) != len(group_of) or set(parameters) != set(group_of):

@@ -48,7 +48,7 @@ from hnet_kernels.recompute import recomputing
 from hnet_routers import inner_cuts
 from hnet_runtime.distributed import BETAS, PLAIN_FLOAT32, Fetched, World
 from hnet_runtime.steps.flat_adamw import FlatAdamW, Span
-from hnet_runtime.steps.plain import Losses
+from hnet_runtime.steps.plain import Losses, check_losses
 from hnet_runtime.steps.segments import BackwardPart, Leaf, Outputs, SavedPool, Segment, memory_ran_out
 from hnet_trainable import (
     Block,
@@ -345,12 +345,17 @@ class GraphedModel:
         """Inside, the masters' weights are there in float32 and may be changed."""
         return self.optimizer.full_precision()
 
-    def begin_step(self, done: int) -> None:
-        """done: the steps of the run so far, which decide between few and many sizes."""
+    def begin_step(self, done: int, seed: int = 0) -> None:
+        """done: the steps of the run so far, which decide between few and many sizes. seed: as for `PlainModel`."""
         self.sizes_per_octave = EARLY_SIZES_PER_OCTAVE if done < EARLY_STEPS else SIZES_PER_OCTAVE
+        if not self.captures:
+            torch.manual_seed(seed)
 
     def finish_step(self) -> None:
-        """Nothing: each step overwrites every gradient."""
+        """Gives the masters the buffers that a forward made anew. Gradients stay: each step overwrites all of them."""
+        if not self.captures:
+            for masters, computed in zip(self.masters.modules(), self.model.modules(), strict=True):
+                masters._buffers.update(computed._buffers)
 
     def retry_without_graphs(self, call: Callable[[], Returned]) -> Returned:
         """The result of `call`. If it runs out of GPU memory, frees all graphs and calls it a second time."""
@@ -606,6 +611,7 @@ class GraphedModel:
             gradient.zero_()
         with writing_to(destinations):
             out = self.model(*batch)
+        check_losses(out)
         loss = training_loss(out.ce, out.ratio_losses, self.alpha)
         wanted = [*destinations.by_tensor, *shared]
         gradients = torch.autograd.grad(loss, wanted, self.dloss.to(loss.dtype), allow_unused=True)

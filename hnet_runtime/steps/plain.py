@@ -5,7 +5,7 @@
     model                 the HNetLM that computes
     masters               the HNetLM with the float32 weights, which may be the same
     optimizer             AdamW over the masters' weights
-    begin_step            before a step of a run; benchmarks, whose steps are all alike, leave it out
+    begin_step            before a step of a run, with its number and a seed; benchmarks leave it out
     forward_backward      losses of some micro-batches, and the gradients of their mean
     stages                the routers' decisions in the last micro-batch
     finish_step           after the optimizer's step
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from hnet_runtime import distributed
+from hnet_runtime import UserError, distributed
 from hnet_runtime.distributed import BETAS, World
 from hnet_runtime.steps.flat_adamw import EagerAdamW
 from hnet_simple import gathers_weights
@@ -42,10 +42,21 @@ class Losses(NamedTuple):
     @classmethod
     def stack(cls, outputs: Sequence[HNetOutput]) -> "Losses":
         """The losses of the outputs of some micro-batches, without gradients."""
+        for out in outputs:
+            check_losses(out)
         ce = torch.stack([out.ce.detach() for out in outputs])
         ratio = torch.stack([out.ratio_losses.detach() for out in outputs])
         shares = [[[getattr(stage, name).detach() for stage in out.stages] for out in outputs] for name in "FG"]
         return cls(ce, ratio, *(torch.stack([torch.stack(s) if s else ce[:0] for s in rows]) for rows in shares))
+
+
+def check_losses(out: HNetOutput) -> None:
+    """Raises UserError unless each stage has one ratio loss: columns of a table tell them apart from F and G."""
+    if len(out.ratio_losses) != len(out.stages):
+        raise UserError(
+            f"HNetLM.forward returns {len(out.ratio_losses)} ratio losses for {len(out.stages)} chunking stages; "
+            "expected one for each: add another loss to ce, or in training_loss"
+        )
 
 
 class PlainModel:
@@ -83,8 +94,9 @@ class PlainModel:
         """The routers' decisions in the last micro-batch."""
         return self._stages
 
-    def begin_step(self, done: int) -> None:
-        """Nothing: all steps are alike."""
+    def begin_step(self, done: int, seed: int = 0) -> None:
+        """Seeds what the model draws, such as dropout: a step that is made again after a resume draws the same."""
+        torch.manual_seed(seed)
 
     def finish_step(self) -> None:
         """Frees the gradients."""

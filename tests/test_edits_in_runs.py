@@ -1,0 +1,248 @@
+"""Edits of the model beyond formulas, in a run: ties, hooks, groups of the optimizer, buffers, and what is drawn.
+
+Each takes effect, or one sentence says that it does not.
+"""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from processes import ROOT
+from small_models import ONE_STAGE
+from test_edits import set_  # noqa: F401 (a fixture)
+
+import hnet_trainable as H
+import train
+from hnet_runtime import UserError, distributed, losses
+from hnet_runtime.checks import agreement
+from hnet_runtime.runs import progress, run_folder
+from hnet_runtime.runs.flags import TrainConfig
+from hnet_runtime.steps.graphs import GraphedModel
+from hnet_simple import HNetInference
+from hnet_trainable import HNetConfig, parameter_groups
+
+CPU = torch.device("cpu")
+CONFIG = HNetConfig.load(ONE_STAGE)
+WORLD = SimpleNamespace(rank=0, size=1, shards=1, device=CPU, is_main=True)
+
+
+def built(config: HNetConfig = CONFIG, world=WORLD) -> H.HNetLM:
+    return distributed.build_model(config, world, torch.float32, 0)
+
+
+def state_of(how: str = "plain", groups=None, **flags) -> train.TrainState:
+    config = TrainConfig(global_slices=1, steps=4, warmup=0, **flags)
+    model = built()
+    groups = parameter_groups(model, config.lr, 0.1) if groups is None else groups(model, config.lr, 0.1)
+    return train.TrainState(model, groups, how, torch.float32, CONFIG, config, WORLD)
+
+
+def step(state: train.TrainState, done: int = 0) -> float:
+    """The cross entropy of a step."""
+    pair = agreement._batch(agreement.BATCHES[0], CPU)
+    slice_ = SimpleNamespace(nested=lambda device: pair, text_bytes=95, row_lengths=[37, 1, 58])
+    return state.step(done, [slice_], False, lambda: None).ce.item()
+
+
+def after_init(set_, owner: type, change) -> None:  # noqa: F811
+    init = owner.__init__
+
+    def __init__(self, *args):
+        init(self, *args)
+        change(self)
+
+    set_(owner, "__init__", __init__)
+
+
+# ---------------------------------------------------------------------------------------------------------- parameters
+
+
+def tie_router(router) -> None:
+    router.k_proj_layer.weight = router.q_proj_layer.weight
+
+
+def tie_ends(hnet) -> None:
+    if not hnet.is_innermost:
+        hnet.decoder.layers[0].mixer.in_proj.weight = hnet.encoder.layers[0].mixer.in_proj.weight
+
+
+@pytest.mark.parametrize("owner, change", [("RoutingModule", tie_router), ("HNet", tie_ends)])
+@pytest.mark.parametrize("how", ["plain", "graph"])
+def test_a_weight_in_two_places_stays_one_weight(set_, owner, change, how):  # noqa: F811
+    before = sum(p.numel() for p in built().parameters())
+    after_init(set_, getattr(H, owner), change)
+    state = state_of(how)
+    pairs = [
+        (level.decoder.layers[0].mixer.in_proj.weight, level.encoder.layers[0].mixer.in_proj.weight)
+        if owner == "HNet"
+        else (level.routing_module.k_proj_layer.weight, level.routing_module.q_proj_layer.weight)
+        for level in (state.model.backbone,)
+    ]
+    assert all(one is other for one, other in pairs)
+    assert sum(p.numel() for p in state.parameters) == before - pairs[0][0].numel()
+    start = pairs[0][0].detach().clone()
+    step(state)
+    with state.steps.full_precision():
+        assert not torch.equal(pairs[0][0], start)
+    with pytest.raises(UserError, match="are one weight, of which FSDP2 would make two"):
+        built(world=SimpleNamespace(shards=2, device=CPU, mesh=None))
+
+
+def test_tied_weights_have_the_same_steps_as_graphs(set_):  # noqa: F811
+    after_init(set_, H.RoutingModule, tie_router)
+    after_init(set_, H.HNet, tie_ends)
+    assert agreement.steps_as_graphs(CONFIG) is None
+
+
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_hook_of_a_parameter_is_refused(set_, kind):  # noqa: F811
+    after_init(set_, H.HNetLM, lambda self: getattr(self.embeddings.weight, kind)(lambda gradient: None))
+    with pytest.raises(UserError, match="embeddings.weight: a hook of a parameter does not run in training"):
+        built()
+
+
+# -------------------------------------------------------------------------------------------------------------- groups
+
+
+@pytest.mark.parametrize("how", ["plain", "graph"])
+def test_the_rate_of_a_group_is_the_one_that_it_says(how):
+    def groups(model, lr, weight_decay):
+        return [
+            {"params": [p], "lr": 0.0 if name.startswith("embeddings") else lr, "weight_decay": 0.0}
+            for name, p in model.named_parameters()
+        ]
+
+    state = state_of(how, groups)
+    start = {name: p.detach().clone() for name, p in state.model.named_parameters()}
+    step(state)
+    with state.steps.full_precision():
+        moved = {name for name, p in state.model.named_parameters() if not torch.equal(p, start[name])}
+    assert "embeddings.weight" not in moved and "lm_head.weight" in moved
+
+
+@pytest.mark.parametrize("key, value", [("betas", (0.0, 0.0)), ("eps", 1.0), ("amsgrad", True), ("maximize", True)])
+def test_what_steps_as_graphs_cannot_give_a_group_is_refused(key, value):
+    def groups(model, lr, weight_decay):
+        first, *others = parameter_groups(model, lr, weight_decay)
+        return [first | {key: value}, *others]
+
+    with pytest.raises(UserError, match=f"parameter groups have {key}"):
+        state_of("graph", groups)
+    step(state_of("plain", groups))
+    everywhere = lambda *args: [group | {key: value} for group in groups(*args)]  # noqa: E731
+    if key in ("betas", "eps"):
+        step(state_of("graph", everywhere))
+    else:
+        with pytest.raises(UserError, match="expected AdamW without them"):
+            state_of("graph", everywhere)
+
+
+# ------------------------------------------------------------------------------------------------------------- buffers
+
+
+def with_running_mean(set_, anew: bool) -> None:  # noqa: F811
+    after_init(set_, H.SwiGLU, lambda self: self.register_buffer("mean", torch.zeros(self.fc2.weight.shape[0])))
+    forward = H.SwiGLU.forward
+
+    def changed(self, x_TD):
+        y_TD = forward(self, x_TD)
+        if self.training:
+            mean = 0.5 * self.mean + 0.5 * y_TD.detach().mean(0).to(self.mean.dtype)
+            if anew:
+                self.mean = mean
+            else:
+                self.mean.copy_(mean)
+        return y_TD
+
+    set_(H.SwiGLU, "forward", changed)
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_buffers_that_change_in_training_keep_steps_out_of_graphs(set_, anew):  # noqa: F811
+    with_running_mean(set_, anew)
+    said = agreement.steps_as_graphs(CONFIG)
+    assert "the buffer" in said and "changes in a forward, which in graphs has padding in it" in said
+    eager = GraphedModel(built(), torch.float32, 0.3, captures=False)  # as on a GPU
+    eager.forward_backward([agreement._batch(agreement.BATCHES[0], CPU)])
+    eager.finish_step()
+    saved = {name: x for name, x in eager.masters.state_dict().items() if name.endswith("mlp.mean")}
+    assert saved and all(x.norm() > 0 for x in saved.values())
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_sample_leaves_training_as_it_was(set_, anew):  # noqa: F811
+    with_running_mean(set_, anew)
+    model = built().train()
+    inference = HNetInference.from_training(model)
+    written = progress.sample(inference, TrainConfig(sample_bytes=5, prompt="ab"), WORLD)
+    assert len(written.data) > 0
+    assert all(module.training for module in model.modules())
+    assert all(x.norm() == 0 for name, x in model.named_buffers() if name.endswith("mlp.mean"))
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+
+def test_dropout_follows_the_seed_and_the_step(set_):  # noqa: F811
+    forward = H.SwiGLU.forward
+    set_(H.SwiGLU, "forward", lambda self, x_TD: F.dropout(forward(self, x_TD), 0.5, self.training))
+
+    def run(seed: int, *steps: int) -> list[float]:
+        state = state_of(seed=seed, lr=1e-9)
+        return [step(state, done) for done in steps]
+
+    first = run(1, 0, 1, 2)
+    torch.rand(7)  # another state of torch's generator
+    assert run(1, 0, 1, 2) == first
+    assert len({*first, *run(2, 0)}) == 4
+    assert run(1, 2) == pytest.approx(first[2:], rel=1e-6)  # as after a resume
+
+
+@pytest.mark.parametrize("draw", [random.random, lambda: __import__("numpy").random.rand()])
+def test_random_numbers_of_python_and_numpy_keep_steps_out_of_graphs(set_, draw):  # noqa: F811
+    forward = H.SwiGLU.forward
+    set_(H.SwiGLU, "forward", lambda self, x_TD: forward(self, x_TD) if draw() >= 0 else x_TD)
+    assert "draws random numbers" in agreement.steps_as_graphs(CONFIG)
+
+
+@pytest.mark.parametrize("how", ["plain", "eager"])
+def test_one_ratio_loss_too_many_is_named(set_, how):  # noqa: F811
+    forward = H.HNetLM.forward
+
+    def changed(self, *args):
+        out = forward(self, *args)
+        return out._replace(ratio_losses=torch.cat([out.ratio_losses, out.ce[None]]))
+
+    set_(H.HNetLM, "forward", changed)
+    with pytest.raises(UserError, match="returns 2 ratio losses for 1 chunking stages; expected one for each"):
+        step(state_of(how))
+
+
+def test_a_ratio_loss_that_the_flags_would_undo_is_refused(set_):  # noqa: F811
+    after_init(set_, H.HNetLM, lambda self: setattr(self, "ratio_form", "hinge"))
+    with pytest.raises(UserError, match="HNetLM sets ratio_form or ratio_targets itself"):
+        losses.attach(losses.ratio(TrainConfig(), CONFIG, CPU, torch.float32), built())
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def test_the_files_that_the_model_imports_are_part_of_it(tmp_path, monkeypatch):
+    for name in ("hnet_trainable.py", "hnet_config.py", "hnet_routers.py"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "hnet_kernels").symlink_to(ROOT / "hnet_kernels")
+    known = run_folder.model_code()
+    assert set(known) == {"hnet_trainable.py", "hnet_config.py", "hnet_routers.py", "hnet_kernels"}
+    monkeypatch.setattr(run_folder, "ROOT", tmp_path)
+    assert run_folder.model_code() == known
+    with open(tmp_path / "hnet_trainable.py", "a") as file:
+        file.write("\nimport my_mixers\n")
+    (tmp_path / "my_mixers.py").write_text("SCALE = 0.5\n")
+    first = run_folder.model_code()
+    (tmp_path / "my_mixers.py").write_text("SCALE = 7.0\n")
+    said = run_folder.changed_model({"model_code": first})
+    assert said.startswith("was written with another my_mixers.py (fingerprint ")
+    run_folder.keep_model_files(tmp_path)
+    assert (tmp_path / f"my_mixers-{run_folder.model_code()['my_mixers.py']}.py").read_text() == "SCALE = 7.0\n"
