@@ -36,7 +36,7 @@ from hnet_runtime.runs.weights import load_own_checkpoint
 from hnet_runtime.steps import activations, graphs
 from hnet_runtime.steps.graphs import GraphedModel
 from hnet_runtime.steps.plain import PlainModel
-from hnet_trainable import Block, HNetConfig, HNetLM, init_weights, parameter_groups
+from hnet_trainable import Block, HNetConfig, HNetLM, RoutingModule, SwiGLU, init_weights, parameter_groups
 
 WORLDS = {
     "1": (1, 1),
@@ -388,6 +388,38 @@ def test_a_run_with_unsharded_weights_on_each_process_resumes(corpus, undisturbe
     check_close(go_on_from_step_8(folder, tmp_path / "one", corpus, 1), undisturbed)
     kill_one_and_resume(corpus, tmp_path / "killed", 2, *COPIES)
     assert timeless(tmp_path / "killed") == timeless(folder)
+
+
+def program_of_an_edit(*argv: str) -> None:
+    """train.py with a buffer in each MLP, and with a weight that is in two places."""
+    mlp, router, forward = SwiGLU.__init__, RoutingModule.__init__, SwiGLU.forward
+
+    def with_gain(self, *args):
+        mlp(self, *args)
+        self.register_buffer("gain", torch.tensor(0.7))
+
+    def with_one_weight(self, *args):
+        router(self, *args)
+        self.k_proj_layer.weight = self.q_proj_layer.weight
+
+    SwiGLU.__init__, RoutingModule.__init__ = with_gain, with_one_weight
+    SwiGLU.forward = lambda self, x_TD: forward(self, x_TD) * self.gain.to(x_TD.dtype)
+    program(*argv)
+
+
+def test_checkpoints_of_two_processes_have_buffers_and_second_names(corpus, tmp_path):
+    """Each process saves what it updates; nobody updates these."""
+    flags = train_flags(corpus, tmp_path / "run", *COPIES, "--steps", "4")
+    Job(tmp_path, 2, program_of_an_edit, lambda rank: flags).succeed()
+    (step,) = checkpoint.complete(tmp_path / "run")
+    weights = load_own_checkpoint(step)
+    gains = [x for name, x in weights.items() if name.endswith("mlp.gain")]
+    assert gains and all(x == torch.tensor(0.7) for x in gains)
+    q, k = (weights[f"backbone.routing_module.{one}_proj_layer.weight"] for one in "qk")
+    assert torch.equal(q, k) and not torch.equal(q, torch.eye(len(q)))
+    more = train_flags(corpus, tmp_path / "run", *COPIES, "--steps", "6", "--resume", "auto")
+    assert "step_00000004" in Job(tmp_path, 2, program_of_an_edit, lambda rank: more).succeed()
+    assert len(records(tmp_path / "run")) == 6
 
 
 @pytest.mark.soak
