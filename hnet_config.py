@@ -402,7 +402,7 @@ def _known_rate(router: str, s: int) -> int | None:
 
 
 def _bounded(value: Any, key: str, shown: str) -> Any:
-    least, most = -1 if key == "attn_cfg.window_size" else 0, MAX_VALUES[key]
+    least, most = -1 if key == "attn_cfg.window_size" else 0, MAX_VALUES.get(key, math.inf)
     if abs(value) > most:
         raise ConfigError(f"{key}: {shown}; expected {f'at most {most:,}' if value > 0 else f'{least} or more'}")
     return value

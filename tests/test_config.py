@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 import hnet_trainable as H
 from hnet_runtime import UserError, distributed
 
+ROOT = Path(__file__).parent.parent
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.json"))
 GOOD = {
     "arch_layout": ["m2", ["T1m1", ["T2"], "m1T1"], "m2"],
@@ -433,3 +435,27 @@ def test_a_model_larger_than_the_machines_memory_is_refused_before_it_is_made():
     world = SimpleNamespace(device=torch.device("cpu"), shards=1)
     with pytest.raises(UserError, match="the model has .* parameters, whose weights alone take .* GB per process"):
         distributed.build_model(config, world, torch.float32, seed=0)
+
+
+def test_a_new_key_of_a_group_is_read_and_reaches_the_small_models_of_the_checks(tmp_path):
+    source = (ROOT / "hnet_config.py").read_text()
+    for old, new in (
+        ("    expand: int = 2\n", "    n_groups: int = 1\n"),
+        ("    window_size: tuple[int, ...] = ()\n", "    cap: tuple[int, ...] = ()\n"),
+    ):
+        assert old in source
+        source = source.replace(old, old + new)
+    (tmp_path / "hnet_config.py").write_text(source)
+    program = """
+import json, pathlib, sys
+from hnet_config import HNetConfig
+from hnet_runtime.checks.agreement import toy_config
+raw = json.loads(pathlib.Path(sys.argv[1]).read_text())
+raw["ssm_cfg"]["n_groups"], raw["attn_cfg"]["cap"] = 2, [0, 30]
+for config in (HNetConfig.load(raw), toy_config(HNetConfig.load(raw))):
+    assert config.ssm_cfg.n_groups == 2 and config.attn_cfg.cap == (0, 30)
+"""
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-c", program, str(ROOT / "configs" / "hnet_1stage_tiny.json")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr

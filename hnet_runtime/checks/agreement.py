@@ -271,7 +271,7 @@ def toy_config(config: HNetConfig) -> HNetConfig:
     raw["d_intermediate"] = [128 * (n > 0) for n in config.d_intermediate]
     raw["ssm_cfg"]["d_state"] = 16
     attn = config.attn_cfg
-    raw["attn_cfg"] = {
+    raw["attn_cfg"] |= {
         "num_heads": [2 * (n > 0) for n in attn.num_heads],
         "rotary_emb_dim": [min(n, 16) for n in attn.rotary_emb_dim],
         "window_size": [min(n, 7) for n in attn.window_size],
