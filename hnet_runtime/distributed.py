@@ -7,7 +7,7 @@ import os
 import shutil
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from typing import NamedTuple
@@ -161,8 +161,8 @@ def build_model(
     if world.shards > 1 or compute_dtype != torch.float32:  # else nothing is gathered or cast
         shard_model(model, world.mesh, compute_dtype, reshard)
     model.to_empty(device=world.device)
-    given = _Given(config, seed)
-    _fill_other_tensors(model, given, world.device)
+    given = Given(config, seed)
+    fill_other_tensors(model, given, world.device)
     if weights:
         for name, parameter in model.named_parameters():
             assign(parameter, weights[name])
@@ -182,7 +182,7 @@ def build_model(
     return model
 
 
-class _Given:
+class Given:
     """What `__init__` of the model's modules gives their tensors, on the CPU. Built when it is first asked for."""
 
     def __init__(self, config: HNetConfig, seed: int):
@@ -246,23 +246,32 @@ def _require_memory(config: HNetConfig, world: World) -> None:
         )
 
 
-def _fill_other_tensors(model: HNetLM, given: _Given, device: torch.device) -> None:
-    """Gives buffers, and tensors that are attributes of modules, the values that their modules gave them.
+def fill_other_tensors(model: HNetLM, given: Given, device: torch.device, weights: Container[str] = ()) -> None:
+    """Gives buffers, and tensors that are attributes of modules, the values that `__init__` of their modules gave them.
 
-    The meta device has no values. Our modules have no such tensors; those of a changed model may.
+    The meta device has no values. Our modules have no such tensors; those of a changed model may. weights: the names of
+    those whose values come from a checkpoint. Raises UserError for others that `__init__` draws at random, if there is
+    a checkpoint: it was trained with other values.
     """
     found = [
         (name, kind, key)
         for name, module in model.named_modules()
         for kind, tensors in (("_buffers", module._buffers), ("__dict__", vars(module)))
         for key, value in tensors.items()
-        if isinstance(value, Tensor)
+        if isinstance(value, Tensor) and f"{name}.{key}".lstrip(".") not in weights
     ]
     if not found:
         return
     modules = dict(given.model.named_modules())
+    drawn_again = dict(Given(given.config, given.seed + 1).model.named_modules()) if weights else modules
     for name, kind, key in found:
-        getattr(model.get_submodule(name), kind)[key] = getattr(modules[name], kind)[key].to(device)
+        value = getattr(modules[name], kind)[key]
+        if not value.equal(getattr(drawn_again[name], kind)[key]):
+            raise UserError(
+                f"{f'{name}.{key}'.lstrip('.')}: __init__ draws it at random and the checkpoint does not have it; make "
+                "it a persistent buffer (register_buffer)"
+            )
+        getattr(model.get_submodule(name), kind)[key] = value.to(device)
 
 
 @torch.no_grad()

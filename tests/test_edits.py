@@ -21,10 +21,12 @@ import hnet_simple
 import hnet_trainable as H
 from hnet_kernels import dispatch
 from hnet_kernels.dispatch import OPERATIONS, forcing
-from hnet_runtime import distributed
+from hnet_runtime import UserError, distributed
 from hnet_runtime.checks import agreement, equivalence
+from hnet_runtime.runs import weights
 from hnet_runtime.steps import graphs
 from hnet_runtime.steps.graphs import GraphedModel
+from hnet_simple import HNetInference
 from hnet_trainable import HNetConfig
 
 CONFIG = HNetConfig.load(TWO_STAGES)
@@ -606,13 +608,52 @@ def test_every_operation_is_compared():
     assert set(agreement.EXAMPLES) == set(OPERATIONS)
 
 
+GAIN = [("persistent", True), ("not persistent", False), ("attribute", None)]
+
+
+def gain(set_, persistent: bool | None, value=lambda: torch.tensor(0.7)):
+    """Multiplies what an MLP returns by a constant: a buffer or, if `persistent` is None, a tensor attribute."""
+    init = H.SwiGLU.__init__
+
+    def __init__(self, *sizes):
+        init(self, *sizes)
+        if persistent is None:
+            self.gain = value()
+        else:
+            self.register_buffer("gain", value(), persistent)
+
+    set_(H.SwiGLU, "__init__", __init__)
+    set_(H.SwiGLU, "forward", after(H.SwiGLU.forward)(lambda self, y: y * self.gain.to(y.dtype)))
+
+
+def built(config: HNetConfig, **weights) -> H.HNetLM:
+    world = types.SimpleNamespace(shards=1, device=torch.device("cpu"))
+    return distributed.build_model(config, world, torch.float32, 0, **weights)
+
+
 def test_buffers_have_their_values_in_a_run(set_):
     """Which builds models on the meta device."""
     EDITS["a buffer in Block"].make(set_)
-    world = types.SimpleNamespace(shards=1, device=torch.device("cpu"))
-    model = distributed.build_model(CONFIG, world, torch.float32, 0)
-    buffers = dict(model.named_buffers())
+    buffers = dict(built(CONFIG).named_buffers())
     assert len(buffers) == 8 and all((x == 0.7).all() for x in buffers.values())
+
+
+@pytest.mark.parametrize("persistent", [kind for _, kind in GAIN], ids=[name for name, _ in GAIN])
+def test_constants_have_their_values_in_loaded_weights(persistent, set_, tmp_path):
+    gain(set_, persistent)
+    model = built(agreement.toy_config(CONFIG)).eval()
+    weights.export(model, tmp_path, "safetensors")
+    text = [b"\xfea line of text"]
+    wanted = HNetInference.from_training(model).prefill(text).logits_BLV
+    assert torch.equal(weights.load_inference(tmp_path).prefill(text).logits_BLV, wanted)
+    assert torch.equal(HNetInference.from_training(weights.load_training(tmp_path)).prefill(text).logits_BLV, wanted)
+
+
+def test_a_constant_that_is_drawn_and_not_saved_is_refused(set_, tmp_path):
+    gain(set_, False, lambda: torch.randn(()))
+    weights.export(built(agreement.toy_config(CONFIG)), tmp_path, "safetensors")
+    with pytest.raises(UserError, match=r"mlp.gain: __init__ draws it at random and the checkpoint does not have it"):
+        weights.load_inference(tmp_path)
 
 
 def test_dropout_is_no_difference_of_generation(set_, capsys):

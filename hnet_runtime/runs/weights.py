@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from hnet_config import CONFIGS, find_config
 from hnet_runtime import UserError
-from hnet_runtime.distributed import PLAIN_FLOAT32
+from hnet_runtime.distributed import PLAIN_FLOAT32, Given, fill_other_tensors
 from hnet_runtime.pages.reports import write_atomically
 from hnet_runtime.runs import checkpoint as own
 from hnet_runtime.runs.checkpoint import CheckpointError
@@ -124,6 +124,7 @@ def _build(kind: type, checkpoint: Checkpoint, device, dtype) -> Any:
         model = kind(checkpoint.config)
     weights = cast(checkpoint.weights, dtype) if dtype else checkpoint.weights
     model.load_state_dict({name: t.to(device) for name, t in weights.items()}, assign=True)
+    fill_other_tensors(model, Given(checkpoint.config, seed=0), device, weights)
     if checkpoint.config.tie_embeddings:
         model.lm_head.weight = model.embeddings.weight
     return model
