@@ -17,10 +17,12 @@ import torch.utils.checkpoint
 from small_models import TWO_STAGES
 from torch import nn
 
+import hnet_config
 import hnet_simple
 import hnet_trainable as H
 from hnet_kernels import dispatch
 from hnet_kernels.dispatch import OPERATIONS, forcing
+from hnet_routers import Rule
 from hnet_runtime import UserError, distributed
 from hnet_runtime.checks import agreement, equivalence
 from hnet_runtime.runs import weights
@@ -647,6 +649,35 @@ def test_constants_have_their_values_in_loaded_weights(persistent, set_, tmp_pat
     wanted = HNetInference.from_training(model).prefill(text).logits_BLV
     assert torch.equal(weights.load_inference(tmp_path).prefill(text).logits_BLV, wanted)
     assert torch.equal(HNetInference.from_training(weights.load_training(tmp_path)).prefill(text).logits_BLV, wanted)
+
+
+class Vowels(Rule):
+    """A rule with a table."""
+
+    usage, reads_bytes = "vowels", True
+
+    def __init__(self, width: int, argument: str = ""):
+        super().__init__(width, argument)
+        self.register_buffer("table", torch.zeros(256, dtype=torch.bool))
+        self.table[list(b"aeiou ")] = True
+        self.register_buffer("fine", torch.tensor(1 / 3))
+
+    def starts(self, packing):
+        return self.table[packing.byte_T]
+
+
+def test_tables_of_booleans_stay_what_they_are(set_, tmp_path):
+    set_(hnet_config.ROUTERS, "vowels", Vowels)
+    raw = {key: value for key, value in TWO_STAGES.items() if key != "N_compress"}
+    config = HNetConfig.load(raw | {"routers": ["vowels", "learned"]})
+    assert agreement.steps_as_graphs(config) is None and agreement.generation(config) is None
+    weights.export(built(agreement.toy_config(config)), tmp_path, "safetensors")
+    for dtype in (torch.float32, torch.bfloat16):
+        model = weights.load_inference(tmp_path, dtype=dtype)
+        assert model.backbone.routing_module.fine == torch.tensor(1 / 3), "training does not round it to bfloat16"
+        assert model.prefill([b"\xfea bee sees"]).boundaries[0].tolist() == [
+            [c in b"\xfeae " for c in b"\xfea bee sees"]
+        ]
 
 
 def test_a_constant_that_is_drawn_and_not_saved_is_refused(set_, tmp_path):

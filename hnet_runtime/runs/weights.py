@@ -122,7 +122,10 @@ def load_training(
 def _build(kind: type, checkpoint: Checkpoint, device, dtype) -> Any:
     with torch.device("meta"):
         model = kind(checkpoint.config)
-    weights = cast(checkpoint.weights, dtype) if dtype else checkpoint.weights
+    weights = dict(cast(checkpoint.weights, dtype) if dtype else checkpoint.weights)
+    for name, buffer in model.named_buffers():  # as in training, which computes with buffers as they are
+        if name in weights:
+            weights[name] = checkpoint.weights[name].to(buffer.dtype)
     model.load_state_dict({name: t.to(device) for name, t in weights.items()}, assign=True)
     fill_other_tensors(model, Given(checkpoint.config, seed=0), device, weights)
     if checkpoint.config.tie_embeddings:
@@ -131,13 +134,18 @@ def _build(kind: type, checkpoint: Checkpoint, device, dtype) -> Any:
 
 
 def cast(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Weights in a compute dtype; A_log, dt_bias, D and residual_proj in at least float32, as in training."""
+    """Weights in a compute dtype; A_log, dt_bias, D and residual_proj in at least float32, as in training.
 
-    def wanted(name: str) -> torch.dtype:
+    Tensors that are not floating-point, such as a buffer of indices, stay as they are.
+    """
+
+    def wanted(name: str, tensor: Tensor) -> torch.dtype:
+        if not tensor.is_floating_point():
+            return tensor.dtype
         precise = name.rsplit(".", 1)[-1] in PLAIN_FLOAT32 or "residual_proj" in name
         return torch.promote_types(dtype, torch.float32) if precise else dtype
 
-    return {name: tensor.to(wanted(name)) for name, tensor in weights.items()}
+    return {name: tensor.to(wanted(name, tensor)) for name, tensor in weights.items()}
 
 
 def _inside(path: Path, source: str) -> Path:
