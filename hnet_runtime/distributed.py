@@ -162,10 +162,10 @@ def build_model(
         shard_model(model, world.mesh, compute_dtype, reshard)
     model.to_empty(device=world.device)
     given = Given(config, seed)
-    fill_other_tensors(model, given, world.device)
+    fill_other_tensors(model, given, world.device, weights or ())
     if weights:
-        for name, parameter in model.named_parameters():
-            assign(parameter, weights[name])
+        for name, tensor in model.state_dict().items():  # weights and persistent buffers
+            assign(tensor, weights[name])
         return model
     ahead, unknown = drawn.result() if drawn else {}, []
     for name, value in ahead.items() or _draw(_shapes(model), config, seed):
@@ -276,7 +276,7 @@ def fill_other_tensors(model: HNetLM, given: Given, device: torch.device, weight
 
 @torch.no_grad()
 def assign(parameter: Tensor, value: Tensor) -> None:
-    """Copies an unsharded `value` into a parameter, sharded or not. Every rank has the value, so nothing is sent."""
+    """Copies an unsharded `value` into a weight or buffer, sharded or not. All ranks have it, so nothing is sent."""
     if is_sharded(parameter):
         from torch.distributed.tensor import distribute_tensor  # not above: see sharded.py
 

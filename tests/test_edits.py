@@ -651,6 +651,49 @@ def test_constants_have_their_values_in_loaded_weights(persistent, set_, tmp_pat
     assert torch.equal(HNetInference.from_training(weights.load_training(tmp_path)).prefill(text).logits_BLV, wanted)
 
 
+@pytest.fixture
+def world():
+    yield distributed.start("cpu")
+    distributed.stop()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["plain", "sharded"])
+def test_a_run_from_weights_starts_with_their_buffers(dtype, set_, tmp_path, world):
+    """-p RUN: such as a mean that training updates."""
+    gain(set_, True)
+    config = agreement.toy_config(CONFIG)
+    state = built(config).state_dict()
+    for name in state:
+        if name.endswith("gain"):
+            state[name] = torch.tensor(0.3)
+    weights.export(weights.Checkpoint(config, state), tmp_path, "safetensors")
+    start = weights.load(tmp_path)
+    model = distributed.build_model(start.config, world, dtype, 0, start.weights)
+    assert [x.item() for x in model.buffers()] == [pytest.approx(0.3)] * 3
+
+
+def test_a_buffer_that_only_weights_or_model_have_is_named(set_, tmp_path):
+    config = agreement.toy_config(CONFIG)
+    weights.export(built(config), tmp_path / "without", "safetensors")
+    with edits_undone() as set_here:
+        gain(set_here, True)
+        weights.export(built(config), tmp_path / "with", "safetensors")
+        with pytest.raises(UserError, match=r"3 missing \(backbone.main_network.encoder.layers.0.mlp.gain, "):
+            weights.load(tmp_path / "without")
+    with pytest.raises(UserError, match=r"3 unknown \(backbone.main_network.decoder.layers.1.mlp.gain, "):
+        weights.load(tmp_path / "with")
+
+
+def test_a_buffer_may_have_the_name_of_the_released_codes_tables(set_, tmp_path):
+    """Which `fit` leaves out: rotary tables are computed."""
+    set_(
+        H.SwiGLU, "__init__", after(H.SwiGLU.__init__)(lambda self, _: self.register_buffer("inv_freq", torch.ones(2)))
+    )
+    model = built(agreement.toy_config(CONFIG))
+    weights.export(model, tmp_path, "safetensors")
+    assert list(weights.load(tmp_path).weights) == list(model.state_dict())
+
+
 class Vowels(Rule):
     """A rule with a table."""
 

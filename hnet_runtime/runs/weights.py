@@ -309,13 +309,13 @@ def fit(weights: Mapping[str, Tensor], config: HNetConfig, source: str) -> dict[
     the config keys that the weights contradict, or the names that are missing, unknown or of another shape.
     """
     names = {name: re.sub(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|module)(?=\.)", "", name) for name in weights}
-    weights = {names[name].lstrip("."): tensor for name, tensor in weights.items() if not name.endswith("inv_freq")}
+    weights = {names[name].lstrip("."): tensor for name, tensor in weights.items()}
     if config.tie_embeddings and "embeddings.weight" in weights:
         weights.setdefault("lm_head.weight", weights["embeddings.weight"])
     with torch.device("meta"):
         expected = HNetInference(config).state_dict()
     missing = [name for name in expected if name not in weights]
-    unknown = [name for name in weights if name not in expected]
+    unknown = [name for name in weights if name not in expected and not name.endswith("inv_freq")]
     shapes = [n for n in expected if n in weights and weights[n].shape != expected[n].shape]
     if not (missing or unknown or shapes):
         return {name: weights[name] for name in expected}
