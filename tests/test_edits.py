@@ -129,6 +129,17 @@ def _(set_):
     set_(H.Block, "forward", lambda self, x, packing: forward(self, x * self.scale, packing))
 
 
+@edit("weight norm, whose submodules have numbers for names")
+def _(set_):
+    init = H.SwiGLU.__init__
+
+    def __init__(self, width, inner):
+        init(self, width, inner)
+        nn.utils.parametrizations.weight_norm(self.fc2)
+
+    set_(H.SwiGLU, "__init__", __init__)
+
+
 @edit("one norm for two layers, and encoder and decoder with the same MLP")
 def _(set_):
     init = H.HNet.__init__

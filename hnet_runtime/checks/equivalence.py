@@ -141,7 +141,8 @@ def _taps(model: nn.Module) -> dict[str, tuple[nn.Module, bool]]:
             if name.endswith(".decoder"):
                 taps[name.removesuffix("decoder") + "dechunk"] = module, True
             taps[name + ".rmsnorm"] = module, False
-        elif ".layers." in name and name.rsplit(".", 1)[-1].isdigit() or name in ("embeddings", "lm_head"):
+            taps |= {f"{name}.layers.{i}": (block, False) for i, block in enumerate(module.layers)}
+        elif name in ("embeddings", "lm_head"):
             taps[name] = module, False
     return taps
 
