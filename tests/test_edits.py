@@ -644,6 +644,12 @@ def built(config: HNetConfig, **weights) -> H.HNetLM:
     return distributed.build_model(config, world, torch.float32, 0, **weights)
 
 
+@pytest.fixture
+def world():
+    yield distributed.start("cpu")
+    distributed.stop()
+
+
 def test_buffers_have_their_values_in_a_run(set_):
     """Which builds models on the meta device."""
     EDITS["a buffer in Block"].make(set_)
@@ -660,12 +666,6 @@ def test_constants_have_their_values_in_loaded_weights(persistent, set_, tmp_pat
     wanted = HNetInference.from_training(model).prefill(text).logits_BLV
     assert torch.equal(weights.load_inference(tmp_path).prefill(text).logits_BLV, wanted)
     assert torch.equal(HNetInference.from_training(weights.load_training(tmp_path)).prefill(text).logits_BLV, wanted)
-
-
-@pytest.fixture
-def world():
-    yield distributed.start("cpu")
-    distributed.stop()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["plain", "sharded"])
@@ -732,6 +732,24 @@ def test_tables_of_booleans_stay_what_they_are(set_, tmp_path):
         assert model.prefill([b"\xfea bee sees"]).boundaries[0].tolist() == [
             [c in b"\xfeae " for c in b"\xfea bee sees"]
         ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["plain", "sharded"])
+def test_generation_has_the_buffers_of_a_model_in_training(dtype, set_, world):
+    """Also those of the HNetLM itself, and where its modules are not those that train."""
+    gain(set_, None)
+    set_(H.HNetLM, "__init__", after(H.HNetLM.__init__)(lambda self, _: self.register_buffer("prior", torch.ones(256))))
+    set_(H.HNetLM, "head", after(H.HNetLM.head)(lambda self, logits: logits + self.prior.to(logits.dtype)))
+    config = agreement.toy_config(CONFIG)
+    assert agreement.generation(config) is None
+    model = distributed.build_model(config, world, dtype, 0)
+    inference = HNetInference.from_training(model)
+    for factor in (1, 2):
+        model.prior *= factor  # as training may
+        with inference.unsharded():
+            found = inference.prefill([b"\xfeab"]).logits_BLV[0]
+        iids = torch.nested.nested_tensor([torch.tensor(list(b"\xfeab"))], layout=torch.jagged)
+        assert torch.allclose(found, model(iids).logits.values(), atol=0.05)
 
 
 def test_a_constant_that_is_drawn_and_not_saved_is_refused(set_, tmp_path):
