@@ -28,6 +28,7 @@ from hnet_runtime.checks import agreement, equivalence
 from hnet_runtime.runs import weights
 from hnet_runtime.steps import graphs
 from hnet_runtime.steps.graphs import GraphedModel
+from hnet_runtime.steps.plain import PlainModel
 from hnet_simple import HNetInference
 from hnet_trainable import HNetConfig
 
@@ -138,6 +139,12 @@ def _(set_):
         nn.utils.parametrizations.weight_norm(self.fc2)
 
     set_(H.SwiGLU, "__init__", __init__)
+
+
+@edit("frozen embeddings, twice as large", "eager", says="embeddings.weight needs no gradient")
+def _(set_):
+    set_(H.HNetLM, "__init__", after(H.HNetLM.__init__)(lambda self, _: self.embeddings.requires_grad_(False) and None))
+    set_(H.HNetLM, "embed", after(H.HNetLM.embed)(lambda self, x: 2 * x))
 
 
 @edit("one norm for two layers, and encoder and decoder with the same MLP")
@@ -757,6 +764,21 @@ def test_a_constant_that_is_drawn_and_not_saved_is_refused(set_, tmp_path):
     weights.export(built(agreement.toy_config(CONFIG)), tmp_path, "safetensors")
     with pytest.raises(UserError, match=r"mlp.gain: __init__ draws it at random and the checkpoint does not have it"):
         weights.load_inference(tmp_path)
+
+
+def test_a_frozen_weight_is_left_out_by_the_model_that_can(set_, world):
+    EDITS["frozen embeddings, twice as large"].make(set_)
+    model = distributed.build_model(agreement.toy_config(CONFIG), world, torch.bfloat16, 0)
+    for captures in (False, True):
+        with pytest.raises(
+            ValueError, match=r"embeddings.weight needs no gradient \(requires_grad\), .*; use PlainModel"
+        ):
+            GraphedModel(model, torch.bfloat16, 0.3, captures=captures)
+    groups = distributed.optimizer_groups(H.parameter_groups(model, 0.1, 0.1))
+    steps, before = PlainModel(model, 0.3, world, groups), {n: p.detach().clone() for n, p in model.named_parameters()}
+    steps.forward_backward([agreement._batch([5, 9], torch.device("cpu"))])
+    steps.optimizer.step()
+    assert [n for n, p in model.named_parameters() if torch.equal(p, before[n])] == ["embeddings.weight"]
 
 
 def test_dropout_is_no_difference_of_generation(set_, capsys):

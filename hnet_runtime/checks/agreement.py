@@ -22,7 +22,7 @@ from torch import Tensor
 import hnet_kernels as K
 from hnet_kernels.dispatch import OPERATIONS, forcing, requested
 from hnet_runtime.checks import equivalence
-from hnet_runtime.steps.graphs import GraphedModel
+from hnet_runtime.steps.graphs import GraphedModel, frozen
 from hnet_simple import GenerationError, HNetInference, why_no_generation
 from hnet_trainable import (
     BOS,
@@ -312,7 +312,7 @@ def _plain_step(model: HNetLM, pair: tuple[Tensor, ...], alpha: float | Tensor =
     """Losses and gradients by autograd through the model's forward."""
     out = model(*pair)
     loss = training_loss(out.ce, out.ratio_losses, alpha)
-    weights = dict(model.named_parameters())
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
     losses = {"the cross entropy": out.ce.detach()}
     losses |= {f"the ratio loss of stage {s}": x for s, x in enumerate(out.ratio_losses.detach())}
@@ -357,6 +357,8 @@ def steps_as_graphs(
             return f"{changed[0]} is another when a batch comes again, and a graph repeats what was captured"
     except Exception as error:  # edited code can raise anything
         return f"a small model of this config fails with {_failure(error)}"
+    if reason := frozen(model):
+        return reason
     try:
         graphed = GraphedModel(model, torch.float64, ALPHA, ac=ac)
         for step, pair in zip(plain, pairs):
