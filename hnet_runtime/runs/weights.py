@@ -35,13 +35,18 @@ from hnet_simple import HNetInference
 from hnet_trainable import ConfigError, HNetConfig, HNetLM, parse_layout
 
 logger = logging.getLogger("hnet")
+MODEL_CODE = "model_code."  # before a file's name: its fingerprint, in the metadata of a safetensors file
 
 
 class Checkpoint(NamedTuple):
-    """Weights by official name, on the CPU in the dtype of the file, with their model's config."""
+    """Weights by official name, on the CPU in the dtype of the file, with their model's config.
+
+    model_code: fingerprints of the files with the model's formulas when the weights were trained, where that is known.
+    """
 
     config: HNetConfig
     weights: dict[str, Tensor]
+    model_code: Mapping[str, str] = {}
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
@@ -78,18 +83,19 @@ def load(
             N_compress = beside.N_compress
     if N_compress is not None:
         chosen = HNetConfig.load(chosen.to_dict(), N_compress=N_compress)
+    about: dict[str, Any] = {}
     if path.is_dir():
         if damaged := own.damaged_file(path):
             raise CheckpointError(f"{path / damaged}: damaged, it is not as it was written (see sha256.json beside it)")
         about = own.read_train(path) if own.is_complete(path) and (path / "train.json").exists() else {}
-        if changed := own.changed_model(about):
-            logger.warning("%s %s: what follows is computed by the files as they are here", path, changed)
         weights = load_own_checkpoint(path)
     elif path.suffix == ".safetensors":
-        weights = _load_safetensors(path)
+        weights, about["model_code"] = _load_safetensors(path)
     else:
         weights = _load_pt(path)
-    return Checkpoint(chosen, fit(weights, chosen, str(source)))
+    if changed := own.changed_model(about):
+        logger.warning("%s %s: what follows is computed by the files as they are here", path, changed)
+    return Checkpoint(chosen, fit(weights, chosen, str(source)), about.get("model_code") or {})
 
 
 def checkpoint_of(source: str | Path) -> str:
@@ -262,12 +268,16 @@ def _load_pt(path: Path) -> dict[str, Tensor]:
     return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
 
 
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
+def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights of a file, and the fingerprints that `export` has written into it."""
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            noted = file.metadata() or {}
+        found = {name: noted.get(f"{MODEL_CODE}{name}", "") for name in own.model_code()}
+        return load_file(path), {name: code for name, code in found.items() if re.fullmatch("[0-9a-f]{12}", code)}
     except (SafetensorError, OSError, ValueError):
         raise CheckpointError(f"{path}: damaged or cut short ({path.stat().st_size} bytes)") from None
 
@@ -386,13 +396,14 @@ def export(
 ) -> list[Path]:
     """Writes weights and config.json into `folder`; returns the files. No incomplete file keeps its name.
 
-    model: an unsharded HNetLM or HNetInference, or a Checkpoint. form: `safetensors`, with the full config; or `pt`, a
-    state dict for the released code, with a config.json of the keys that it knows and the full config in
-    model.pt.json. dtype: see `cast`.
+    model: an unsharded HNetLM or HNetInference, or a Checkpoint. form: `safetensors`, with the full config, and the
+    fingerprints of the files that trained the weights as metadata; or `pt`, a state dict for the released code, with a
+    config.json of the keys that it knows and the full config in model.pt.json. dtype: see `cast`.
     """
     if form not in ("pt", "safetensors"):
         raise ValueError(f"form: {form!r}; expected pt or safetensors")
-    config, weights = model if isinstance(model, Checkpoint) else (model.config, model.state_dict())
+    is_loaded = isinstance(model, Checkpoint)
+    config, weights, code = model if is_loaded else (model.config, model.state_dict(), own.model_code())
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     weights = cast(weights, dtype) if dtype else weights
     folder = Path(folder)
@@ -414,7 +425,8 @@ def export(
             from safetensors.torch import save_file
 
             separate = {name: tensor.clone() for name, tensor in weights.items()}  # tied weights share memory
-            write_atomically(file, lambda temporary: save_file(separate, temporary, metadata={"format": "pt"}))
+            noted = {"format": "pt"} | {f"{MODEL_CODE}{name}": fingerprint for name, fingerprint in code.items()}
+            write_atomically(file, lambda temporary: save_file(separate, temporary, metadata=noted))
         for name, keys in configs.items():
             text = json.dumps(keys, indent=2) + "\n"
             write_atomically(folder / name, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
