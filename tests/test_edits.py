@@ -482,6 +482,17 @@ def _(set_):
     set_(H.HNetLM, "forward", forward)
 
 
+@edit("a router that looks at the decision before", generation=False, says="boundaries of stage 0 (p agrees;")
+def _(set_):
+    set_(H.RoutingModule, "opens", lambda self, p_T: (p_T.detach() > 0.5) & (p_T.detach().roll(1) < 0.9))
+
+
+@edit("a state in a state", generation=False, says="Attention.new_state returns an object whose inner is no tensor")
+def _(set_):
+    set_(H.Attention, "new_state", after(H.Attention.new_state)(lambda self, state: types.SimpleNamespace(inner=state)))
+    set_(H.Attention, "forward", after(H.Attention.forward)(lambda self, y: 2 * y))
+
+
 @edit("tied embeddings", config={"tie_embeddings": True})
 def _(set_):
     pass

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import hnet_kernels as K
 from hnet_kernels.dispatch import OPERATIONS, forcing, requested
@@ -439,6 +439,9 @@ def generation(config: HNetConfig) -> str | None:
         return f"a small model of this config fails with {_failure(error)}"
     try:
         inference = HNetInference.from_training(training)
+        for stage in inference.new_cache(1).stages:
+            for mixer, state in stage.layers.items():
+                _require_tensors(mixer, state)
         report = equivalence.check(training, inference, (b"", b"one, two", b"a longer line\n"), new_bytes=2)
         difference = report.first_disagreement
     except GenerationError as error:
@@ -446,3 +449,13 @@ def generation(config: HNetConfig) -> str | None:
     except Exception as error:
         difference = f"a small model fails with {_failure(error)}"
     return difference and f"generation (hnet_simple.py) differs from hnet_trainable.py: {difference}"
+
+
+def _require_tensors(mixer: nn.Module, state: Any) -> None:
+    """GenerationError for a mixer's state with tensors that a cache, which looks at its attributes, would not find."""
+    for name, x in vars(state).items():
+        if not isinstance(x, Tensor | int | float | str | torch.dtype | torch.device | None):
+            raise GenerationError(
+                f"{type(mixer).__name__}.new_state returns an object whose {name} is no tensor; expected all tensors "
+                "of the state as its attributes"
+            )
