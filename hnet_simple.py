@@ -494,7 +494,7 @@ class HNetInference(HNetLM):
 
     @classmethod
     def from_training(cls, model: HNetLM) -> HNetInference:
-        """An inference model whose parameters *are* those of the HNetLM `model`: no memory, and always up to date.
+        """An inference model whose weights and buffers *are* those of the HNetLM `model`: always up to date.
 
         Its modules are those of `model`, too. But where that is sharded (FSDP2) they are other ones, with unsharded
         weights only inside `with inference.unsharded():`. Raises GenerationError for a subclass that `own` names.
@@ -506,8 +506,7 @@ class HNetInference(HNetLM):
             inference = cls(model.config)
         inference._training_model.append(model)
         if not any(map(gathers_weights, model.modules())):
-            for name, child in model.named_children():
-                setattr(inference, name, child)
+            inference._modules.update(model._modules)
         inference._point_to_training()
         return inference
 
@@ -532,10 +531,11 @@ class HNetInference(HNetLM):
 
     def _point_to_training(self) -> None:
         for model in self._training_model:
-            modules = dict(self.named_modules(remove_duplicate=False))
-            for name, parameter in model.named_parameters(remove_duplicate=False):
-                place, _, leaf = name.rpartition(".")
-                modules[place]._parameters[leaf] = parameter
+            ours = dict(self.named_modules(remove_duplicate=False))
+            for name, theirs in model.named_modules(remove_duplicate=False):
+                ours[name]._parameters.update(theirs._parameters)
+                ours[name]._buffers.update(theirs._buffers)
+                vars(ours[name]).update((key, x) for key, x in vars(theirs).items() if isinstance(x, Tensor))
 
     def _check_weights(self) -> None:
         if hasattr(self.embeddings.weight, "device_mesh"):

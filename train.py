@@ -619,7 +619,7 @@ def train(config: TrainConfig, then: Callable[[Run], None] | None = None, is_che
 
     def build(graph: bool) -> tuple[HNetLM, list[dict[str, Any]], str]:
         """The model, its parameter groups, and how its steps run. A GraphedModel makes weights in dtype by itself."""
-        is_graphed = graph or (half and world.device.type == "cuda" and world.shards == 1)
+        is_graphed = graph or (half and world.device.type == "cuda" and world.shards == 1 and not graphs.frozen(hnet))
         own_dtype = torch.float32 if is_graphed else dtype
         model = distributed.build_model(hnet, world, own_dtype, config.seed, start_weights, config.reshard, drawn)
         groups = parameter_groups(model, config.lr, config.weight_decay, config.router_lr)

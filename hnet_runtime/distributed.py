@@ -8,7 +8,7 @@ import os
 import shutil
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from typing import NamedTuple
@@ -168,11 +168,11 @@ def build_model(
     for name, first in ties.items():  # leaving the meta device makes new parameters, which must stay one
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, model.get_parameter(first))
-    given = _Given(config, seed)
-    _fill_other_tensors(model, given, world.device)
+    given = Given(config, seed)
+    fill_other_tensors(model, given, world.device, weights or ())
     if weights:
-        for name, parameter in model.named_parameters():
-            assign(parameter, weights[name])
+        for name, tensor in model.state_dict().items():  # weights and persistent buffers
+            assign(tensor, weights[name])
         return model
     ahead, unknown = drawn.result() if drawn else {}, []
     for name, value in ahead.items() or _draw(_shapes(model), config, seed):
@@ -216,7 +216,7 @@ def _require_no_hooks(model: HNetLM) -> None:
             )
 
 
-class _Given:
+class Given:
     """What `__init__` of the model's modules gives their tensors, on the CPU. Built when it is first asked for."""
 
     def __init__(self, config: HNetConfig, seed: int):
@@ -280,28 +280,37 @@ def _require_memory(config: HNetConfig, world: World) -> None:
         )
 
 
-def _fill_other_tensors(model: HNetLM, given: _Given, device: torch.device) -> None:
-    """Gives buffers, and tensors that are attributes of modules, the values that their modules gave them.
+def fill_other_tensors(model: HNetLM, given: Given, device: torch.device, weights: Container[str] = ()) -> None:
+    """Gives buffers, and tensors that are attributes of modules, the values that `__init__` of their modules gave them.
 
-    The meta device has no values. Our modules have no such tensors; those of a changed model may.
+    The meta device has no values. Our modules have no such tensors; those of a changed model may. weights: the names of
+    those whose values come from a checkpoint. Raises UserError for others that `__init__` draws at random, if there is
+    a checkpoint: it was trained with other values.
     """
     found = [
         (name, kind, key)
         for name, module in model.named_modules()
         for kind, tensors in (("_buffers", module._buffers), ("__dict__", vars(module)))
         for key, value in tensors.items()
-        if isinstance(value, Tensor)
+        if isinstance(value, Tensor) and f"{name}.{key}".lstrip(".") not in weights
     ]
     if not found:
         return
     modules = dict(given.model.named_modules())
+    drawn_again = dict(Given(given.config, given.seed + 1).model.named_modules()) if weights else modules
     for name, kind, key in found:
-        getattr(model.get_submodule(name), kind)[key] = getattr(modules[name], kind)[key].to(device)
+        value = getattr(modules[name], kind)[key]
+        if not value.equal(getattr(drawn_again[name], kind)[key]):
+            raise UserError(
+                f"{f'{name}.{key}'.lstrip('.')}: __init__ draws it at random and the checkpoint does not have it; make "
+                "it a persistent buffer (register_buffer)"
+            )
+        getattr(model.get_submodule(name), kind)[key] = value.to(device)
 
 
 @torch.no_grad()
 def assign(parameter: Tensor, value: Tensor) -> None:
-    """Copies an unsharded `value` into a parameter, sharded or not. Every rank has the value, so nothing is sent."""
+    """Copies an unsharded `value` into a weight or buffer, sharded or not. All ranks have it, so nothing is sent."""
     if is_sharded(parameter):
         from torch.distributed.tensor import distribute_tensor  # not above: see sharded.py
 

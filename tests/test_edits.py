@@ -17,14 +17,19 @@ import torch.utils.checkpoint
 from small_models import TWO_STAGES
 from torch import nn
 
+import hnet_config
 import hnet_simple
 import hnet_trainable as H
 from hnet_kernels import dispatch
 from hnet_kernels.dispatch import OPERATIONS, forcing
-from hnet_runtime import distributed
+from hnet_routers import Rule
+from hnet_runtime import UserError, distributed
 from hnet_runtime.checks import agreement, equivalence
+from hnet_runtime.runs import weights
 from hnet_runtime.steps import graphs
 from hnet_runtime.steps.graphs import GraphedModel
+from hnet_runtime.steps.plain import PlainModel
+from hnet_simple import HNetInference
 from hnet_trainable import HNetConfig
 
 CONFIG = HNetConfig.load(TWO_STAGES)
@@ -123,6 +128,23 @@ def _(set_):
 
     set_(H.Block, "__init__", __init__)
     set_(H.Block, "forward", lambda self, x, packing: forward(self, x * self.scale, packing))
+
+
+@edit("weight norm, whose submodules have numbers for names")
+def _(set_):
+    init = H.SwiGLU.__init__
+
+    def __init__(self, width, inner):
+        init(self, width, inner)
+        nn.utils.parametrizations.weight_norm(self.fc2)
+
+    set_(H.SwiGLU, "__init__", __init__)
+
+
+@edit("frozen embeddings, twice as large", "eager", says="embeddings.weight needs no gradient")
+def _(set_):
+    set_(H.HNetLM, "__init__", after(H.HNetLM.__init__)(lambda self, _: self.embeddings.requires_grad_(False) and None))
+    set_(H.HNetLM, "embed", after(H.HNetLM.embed)(lambda self, x: 2 * x))
 
 
 @edit("one norm for two layers, and encoder and decoder with the same MLP")
@@ -460,6 +482,17 @@ def _(set_):
     set_(H.HNetLM, "forward", forward)
 
 
+@edit("a router that looks at the decision before", generation=False, says="boundaries of stage 0 (p agrees;")
+def _(set_):
+    set_(H.RoutingModule, "opens", lambda self, p_T: (p_T.detach() > 0.5) & (p_T.detach().roll(1) < 0.9))
+
+
+@edit("a state in a state", generation=False, says="Attention.new_state returns an object whose inner is no tensor")
+def _(set_):
+    set_(H.Attention, "new_state", after(H.Attention.new_state)(lambda self, state: types.SimpleNamespace(inner=state)))
+    set_(H.Attention, "forward", after(H.Attention.forward)(lambda self, y: 2 * y))
+
+
 @edit("tied embeddings", config={"tie_embeddings": True})
 def _(set_):
     pass
@@ -606,13 +639,157 @@ def test_every_operation_is_compared():
     assert set(agreement.EXAMPLES) == set(OPERATIONS)
 
 
+GAIN = [("persistent", True), ("not persistent", False), ("attribute", None)]
+
+
+def gain(set_, persistent: bool | None, value=lambda: torch.tensor(0.7)):
+    """Multiplies what an MLP returns by a constant: a buffer or, if `persistent` is None, a tensor attribute."""
+    init = H.SwiGLU.__init__
+
+    def __init__(self, *sizes):
+        init(self, *sizes)
+        if persistent is None:
+            self.gain = value()
+        else:
+            self.register_buffer("gain", value(), persistent)
+
+    set_(H.SwiGLU, "__init__", __init__)
+    set_(H.SwiGLU, "forward", after(H.SwiGLU.forward)(lambda self, y: y * self.gain.to(y.dtype)))
+
+
+def built(config: HNetConfig, **weights) -> H.HNetLM:
+    world = types.SimpleNamespace(shards=1, device=torch.device("cpu"))
+    return distributed.build_model(config, world, torch.float32, 0, **weights)
+
+
+@pytest.fixture
+def world():
+    yield distributed.start("cpu")
+    distributed.stop()
+
+
 def test_buffers_have_their_values_in_a_run(set_):
     """Which builds models on the meta device."""
     EDITS["a buffer in Block"].make(set_)
-    world = types.SimpleNamespace(shards=1, device=torch.device("cpu"))
-    model = distributed.build_model(CONFIG, world, torch.float32, 0)
-    buffers = dict(model.named_buffers())
+    buffers = dict(built(CONFIG).named_buffers())
     assert len(buffers) == 8 and all((x == 0.7).all() for x in buffers.values())
+
+
+@pytest.mark.parametrize("persistent", [kind for _, kind in GAIN], ids=[name for name, _ in GAIN])
+def test_constants_have_their_values_in_loaded_weights(persistent, set_, tmp_path):
+    gain(set_, persistent)
+    model = built(agreement.toy_config(CONFIG)).eval()
+    weights.export(model, tmp_path, "safetensors")
+    text = [b"\xfea line of text"]
+    wanted = HNetInference.from_training(model).prefill(text).logits_BLV
+    assert torch.equal(weights.load_inference(tmp_path).prefill(text).logits_BLV, wanted)
+    assert torch.equal(HNetInference.from_training(weights.load_training(tmp_path)).prefill(text).logits_BLV, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["plain", "sharded"])
+def test_a_run_from_weights_starts_with_their_buffers(dtype, set_, tmp_path, world):
+    """-p RUN: such as a mean that training updates."""
+    gain(set_, True)
+    config = agreement.toy_config(CONFIG)
+    state = built(config).state_dict()
+    for name in state:
+        if name.endswith("gain"):
+            state[name] = torch.tensor(0.3)
+    weights.export(weights.Checkpoint(config, state), tmp_path, "safetensors")
+    start = weights.load(tmp_path)
+    model = distributed.build_model(start.config, world, dtype, 0, start.weights)
+    assert [x.item() for x in model.buffers()] == [pytest.approx(0.3)] * 3
+
+
+def test_a_buffer_that_only_weights_or_model_have_is_named(set_, tmp_path):
+    config = agreement.toy_config(CONFIG)
+    weights.export(built(config), tmp_path / "without", "safetensors")
+    with edits_undone() as set_here:
+        gain(set_here, True)
+        weights.export(built(config), tmp_path / "with", "safetensors")
+        with pytest.raises(UserError, match=r"3 missing \(backbone.main_network.encoder.layers.0.mlp.gain, "):
+            weights.load(tmp_path / "without")
+    with pytest.raises(UserError, match=r"3 unknown \(backbone.main_network.decoder.layers.1.mlp.gain, "):
+        weights.load(tmp_path / "with")
+
+
+def test_a_buffer_may_have_the_name_of_the_released_codes_tables(set_, tmp_path):
+    """Which `fit` leaves out: rotary tables are computed."""
+    set_(
+        H.SwiGLU, "__init__", after(H.SwiGLU.__init__)(lambda self, _: self.register_buffer("inv_freq", torch.ones(2)))
+    )
+    model = built(agreement.toy_config(CONFIG))
+    weights.export(model, tmp_path, "safetensors")
+    assert list(weights.load(tmp_path).weights) == list(model.state_dict())
+
+
+class Vowels(Rule):
+    """A rule with a table."""
+
+    usage, reads_bytes = "vowels", True
+
+    def __init__(self, width: int, argument: str = ""):
+        super().__init__(width, argument)
+        self.register_buffer("table", torch.zeros(256, dtype=torch.bool))
+        self.table[list(b"aeiou ")] = True
+        self.register_buffer("fine", torch.tensor(1 / 3))
+
+    def starts(self, packing):
+        return self.table[packing.byte_T]
+
+
+def test_tables_of_booleans_stay_what_they_are(set_, tmp_path):
+    set_(hnet_config.ROUTERS, "vowels", Vowels)
+    raw = {key: value for key, value in TWO_STAGES.items() if key != "N_compress"}
+    config = HNetConfig.load(raw | {"routers": ["vowels", "learned"]})
+    assert agreement.steps_as_graphs(config) is None and agreement.generation(config) is None
+    weights.export(built(agreement.toy_config(config)), tmp_path, "safetensors")
+    for dtype in (torch.float32, torch.bfloat16):
+        model = weights.load_inference(tmp_path, dtype=dtype)
+        assert model.backbone.routing_module.fine == torch.tensor(1 / 3), "training does not round it to bfloat16"
+        assert model.prefill([b"\xfea bee sees"]).boundaries[0].tolist() == [
+            [c in b"\xfeae " for c in b"\xfea bee sees"]
+        ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["plain", "sharded"])
+def test_generation_has_the_buffers_of_a_model_in_training(dtype, set_, world):
+    """Also those of the HNetLM itself, and where its modules are not those that train."""
+    gain(set_, None)
+    set_(H.HNetLM, "__init__", after(H.HNetLM.__init__)(lambda self, _: self.register_buffer("prior", torch.ones(256))))
+    set_(H.HNetLM, "head", after(H.HNetLM.head)(lambda self, logits: logits + self.prior.to(logits.dtype)))
+    config = agreement.toy_config(CONFIG)
+    assert agreement.generation(config) is None
+    model = distributed.build_model(config, world, dtype, 0)
+    inference = HNetInference.from_training(model)
+    for factor in (1, 2):
+        model.prior *= factor  # as training may
+        with inference.unsharded():
+            found = inference.prefill([b"\xfeab"]).logits_BLV[0]
+        iids = torch.nested.nested_tensor([torch.tensor(list(b"\xfeab"))], layout=torch.jagged)
+        assert torch.allclose(found, model(iids).logits.values(), atol=0.05)
+
+
+def test_a_constant_that_is_drawn_and_not_saved_is_refused(set_, tmp_path):
+    gain(set_, False, lambda: torch.randn(()))
+    weights.export(built(agreement.toy_config(CONFIG)), tmp_path, "safetensors")
+    with pytest.raises(UserError, match=r"mlp.gain: __init__ draws it at random and the checkpoint does not have it"):
+        weights.load_inference(tmp_path)
+
+
+def test_a_frozen_weight_is_left_out_by_the_model_that_can(set_, world):
+    EDITS["frozen embeddings, twice as large"].make(set_)
+    model = distributed.build_model(agreement.toy_config(CONFIG), world, torch.bfloat16, 0)
+    for captures in (False, True):
+        with pytest.raises(
+            ValueError, match=r"embeddings.weight needs no gradient \(requires_grad\), .*; use PlainModel"
+        ):
+            GraphedModel(model, torch.bfloat16, 0.3, captures=captures)
+    groups = distributed.optimizer_groups(H.parameter_groups(model, 0.1, 0.1))
+    steps, before = PlainModel(model, 0.3, world, groups), {n: p.detach().clone() for n, p in model.named_parameters()}
+    steps.forward_backward([agreement._batch([5, 9], torch.device("cpu"))])
+    steps.optimizer.step()
+    assert [n for n, p in model.named_parameters() if torch.equal(p, before[n])] == ["embeddings.weight"]
 
 
 def test_dropout_is_no_difference_of_generation(set_, capsys):

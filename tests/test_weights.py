@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from test_simple import config_of, random_model
 
 from hnet_runtime import UserError
-from hnet_runtime.runs import weights
+from hnet_runtime.runs import checkpoint as own
+from hnet_runtime.runs import run_folder, weights
 from hnet_runtime.runs.weights import (
     Checkpoint,
     CheckpointError,
@@ -120,6 +121,22 @@ def test_a_newer_checkpoint_that_is_damaged_is_named(tmp_path, model, caplog):
     assert same(load(run).weights, model.state_dict())
     assert f"passed over {torn}: damaged or incomplete; step_00000450 is read" in caplog.text
     assert checkpoint_of(str(run)).endswith("step_00000450") and checkpoint_of("hf:a/b") == "hf:a/b"
+
+
+def test_an_export_knows_the_files_that_trained_it(tmp_path, model, monkeypatch, caplog):
+    """Also one that another version of them exports again."""
+    code = own.model_code()
+    export(model, tmp_path / "first", "safetensors")
+    load(tmp_path / "first")
+    assert caplog.messages == []
+    monkeypatch.setattr(run_folder, "model_code", lambda: code | {"hnet_trainable.py": "0" * 12})
+    export(load(tmp_path / "first"), tmp_path / "second", "safetensors")
+    load(tmp_path / "second")
+    said = f"hnet_trainable.py (fingerprint {code['hnet_trainable.py']}, here 000000000000): what follows"
+    for folder, message in zip(("first", "second"), caplog.messages, strict=True):
+        assert f"{tmp_path / folder / 'model.safetensors'} was written with another {said}" in message
+    save_file(model.state_dict(), tmp_path / "first" / "model.safetensors", metadata={"model_code.hnet_kernels": "?"})
+    assert load(tmp_path / "first").model_code == {} and len(caplog.messages) == 2
 
 
 def test_an_export_replaces_no_config_of_another(tmp_path, model):

@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import hnet_kernels as K
 from hnet_kernels.dispatch import OPERATIONS, forcing, requested
 from hnet_runtime.checks import equivalence
-from hnet_runtime.steps.graphs import GraphedModel
+from hnet_runtime.steps.graphs import GraphedModel, frozen
 from hnet_simple import GenerationError, HNetInference, why_no_generation
 from hnet_trainable import (
     BOS,
@@ -314,7 +314,7 @@ def _plain_step(model: HNetLM, pair: tuple[Tensor, ...], alpha: float | Tensor =
     """Losses and gradients by autograd through the model's forward."""
     out = model(*pair)
     loss = training_loss(out.ce, out.ratio_losses, alpha)
-    weights = dict(model.named_parameters())
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
     losses = {"the cross entropy": out.ce.detach()}
     losses |= {f"the ratio loss of stage {s}": x for s, x in enumerate(out.ratio_losses.detach())}
@@ -364,6 +364,8 @@ def steps_as_graphs(
             return f"{changed[0]} is another when a batch comes again, and a graph repeats what was captured"
     except Exception as error:  # edited code can raise anything
         return f"a small model of this config fails with {_failure(error)}"
+    if reason := frozen(model):
+        return reason
     try:
         graphed = GraphedModel(model, torch.float64, ALPHA, ac=ac)
         for step, pair in zip(plain, pairs):
@@ -444,6 +446,9 @@ def generation(config: HNetConfig) -> str | None:
         return f"a small model of this config fails with {_failure(error)}"
     try:
         inference = HNetInference.from_training(training)
+        for stage in inference.new_cache(1).stages:
+            for mixer, state in stage.layers.items():
+                _require_tensors(mixer, state)
         report = equivalence.check(training, inference, (b"", b"one, two", b"a longer line\n"), new_bytes=2)
         difference = report.first_disagreement
     except GenerationError as error:
@@ -451,3 +456,13 @@ def generation(config: HNetConfig) -> str | None:
     except Exception as error:
         difference = f"a small model fails with {_failure(error)}"
     return difference and f"generation (hnet_simple.py) differs from hnet_trainable.py: {difference}"
+
+
+def _require_tensors(mixer: nn.Module, state: Any) -> None:
+    """GenerationError for a mixer's state with tensors that a cache, which looks at its attributes, would not find."""
+    for name, x in vars(state).items():
+        if not isinstance(x, Tensor | int | float | str | torch.dtype | torch.device | None):
+            raise GenerationError(
+                f"{type(mixer).__name__}.new_state returns an object whose {name} is no tensor; expected all tensors "
+                "of the state as its attributes"
+            )

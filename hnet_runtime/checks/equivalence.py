@@ -86,11 +86,15 @@ class Report:
     nearest: list[float]  # the smallest |p - 0.5| of each stage
     continuations: dict[str, tuple[int, int]]  # greedy, sampled: bytes that differ, bytes compared
     exact_continuations: bool
+    exact_boundaries: bool  # in float64 no p is as close to a threshold as rounding is
 
     @property
     def first_disagreement(self) -> str | None:
         """The first layer that disagrees, or else the kind of continuation; None if all agree."""
         wrong = [row.layer for row in self.rows if not row.ok]
+        if self.exact_boundaries:
+            turned = [s for s, found in enumerate(self.turned) if found]
+            wrong += [f"boundaries of stage {s} (p agrees; `opens` gets one token at a time)" for s in turned]
         if self.exact_continuations:
             wrong += [f"{kind} continuation" for kind, (differ, _) in self.continuations.items() if differ]
         return wrong[0] if wrong else None
@@ -141,7 +145,8 @@ def _taps(model: nn.Module) -> dict[str, tuple[nn.Module, bool]]:
             if name.endswith(".decoder"):
                 taps[name.removesuffix("decoder") + "dechunk"] = module, True
             taps[name + ".rmsnorm"] = module, False
-        elif ".layers." in name and name.rsplit(".", 1)[-1].isdigit() or name in ("embeddings", "lm_head"):
+            taps |= {f"{name}.layers.{i}": (block, False) for i, block in enumerate(module.layers)}
+        elif name in ("embeddings", "lm_head"):
             taps[name] = module, False
     return taps
 
@@ -223,8 +228,12 @@ def trace_steps(model: HNetInference, documents: Sequence[bytes]) -> Trace:
             for s in (s for s in range(S) if reached[s]):
                 p[s][i].append(out.probabilities[s][i])
                 b[s][i].append(torch.tensor(reached[s + 1], device=device))
-    stacked = {name: [torch.stack(rows) for rows in documents] for name, documents in layers.items()}
-    return Trace(stacked, *([[torch.stack(rows) for rows in stage] for stage in part] for part in (p, b)))
+
+    def stacked(documents: list[list[Tensor]]) -> list[Tensor]:
+        return [torch.stack(rows) if rows else torch.zeros(0, device=device) for rows in documents]
+
+    layers = {name: stacked(rows) for name, rows in layers.items()}
+    return Trace(layers, *(list(map(stacked, part)) for part in (p, b)))
 
 
 # ----------------------------------------------------------------------------------------------------------- comparing
@@ -343,6 +352,7 @@ def check(
         [(torch.cat(reference.p[s]) - 0.5).abs().min().item() for s in range(S)],
         _continuations(training, inference, documents, new_bytes, seed),
         exact_continuations=dtype != torch.bfloat16,
+        exact_boundaries=dtype == torch.float64,
     )
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from hnet_config import CONFIGS, find_config
 from hnet_runtime import UserError
-from hnet_runtime.distributed import PLAIN_FLOAT32
+from hnet_runtime.distributed import PLAIN_FLOAT32, Given, fill_other_tensors
 from hnet_runtime.pages.reports import write_atomically
 from hnet_runtime.runs import checkpoint as own
 from hnet_runtime.runs.checkpoint import CheckpointError
@@ -35,13 +35,18 @@ from hnet_simple import HNetInference
 from hnet_trainable import ConfigError, HNetConfig, HNetLM, parse_layout
 
 logger = logging.getLogger("hnet")
+MODEL_CODE = "model_code."  # before a file's name: its fingerprint, in the metadata of a safetensors file
 
 
 class Checkpoint(NamedTuple):
-    """Weights by official name, on the CPU in the dtype of the file, with their model's config."""
+    """Weights by official name, on the CPU in the dtype of the file, with their model's config.
+
+    model_code: fingerprints of the files with the model's formulas when the weights were trained, where that is known.
+    """
 
     config: HNetConfig
     weights: dict[str, Tensor]
+    model_code: Mapping[str, str] = {}
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
@@ -78,18 +83,19 @@ def load(
             N_compress = beside.N_compress
     if N_compress is not None:
         chosen = HNetConfig.load(chosen.to_dict(), N_compress=N_compress)
+    about: dict[str, Any] = {}
     if path.is_dir():
         if damaged := own.damaged_file(path):
             raise CheckpointError(f"{path / damaged}: damaged, it is not as it was written (see sha256.json beside it)")
         about = own.read_train(path) if own.is_complete(path) and (path / "train.json").exists() else {}
-        if changed := own.changed_model(about):
-            logger.warning("%s %s: what follows is computed by the files as they are here", path, changed)
         weights = load_own_checkpoint(path)
     elif path.suffix == ".safetensors":
-        weights = _load_safetensors(path)
+        weights, about["model_code"] = _load_safetensors(path)
     else:
         weights = _load_pt(path)
-    return Checkpoint(chosen, fit(weights, chosen, str(source)))
+    if changed := own.changed_model(about):
+        logger.warning("%s %s: what follows is computed by the files as they are here", path, changed)
+    return Checkpoint(chosen, fit(weights, chosen, str(source)), about.get("model_code") or {})
 
 
 def checkpoint_of(source: str | Path) -> str:
@@ -122,21 +128,30 @@ def load_training(
 def _build(kind: type, checkpoint: Checkpoint, device, dtype) -> Any:
     with torch.device("meta"):
         model = kind(checkpoint.config)
-    weights = cast(checkpoint.weights, dtype) if dtype else checkpoint.weights
+    weights = dict(cast(checkpoint.weights, dtype) if dtype else checkpoint.weights)
+    for name, buffer in model.named_buffers():  # as in training, which computes with buffers as they are
+        if name in weights:
+            weights[name] = checkpoint.weights[name].to(buffer.dtype)
     model.load_state_dict({name: t.to(device) for name, t in weights.items()}, assign=True)
+    fill_other_tensors(model, Given(checkpoint.config, seed=0), device, weights)
     if checkpoint.config.tie_embeddings:
         model.lm_head.weight = model.embeddings.weight
     return model
 
 
 def cast(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Weights in a compute dtype; A_log, dt_bias, D and residual_proj in at least float32, as in training."""
+    """Weights in a compute dtype; A_log, dt_bias, D and residual_proj in at least float32, as in training.
 
-    def wanted(name: str) -> torch.dtype:
+    Tensors that are not floating-point, such as a buffer of indices, stay as they are.
+    """
+
+    def wanted(name: str, tensor: Tensor) -> torch.dtype:
+        if not tensor.is_floating_point():
+            return tensor.dtype
         precise = name.rsplit(".", 1)[-1] in PLAIN_FLOAT32 or "residual_proj" in name
         return torch.promote_types(dtype, torch.float32) if precise else dtype
 
-    return {name: tensor.to(wanted(name)) for name, tensor in weights.items()}
+    return {name: tensor.to(wanted(name, tensor)) for name, tensor in weights.items()}
 
 
 def _inside(path: Path, source: str) -> Path:
@@ -253,12 +268,16 @@ def _load_pt(path: Path) -> dict[str, Tensor]:
     return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
 
 
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
+def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights of a file, and the fingerprints that `export` has written into it."""
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            noted = file.metadata() or {}
+        found = {name: noted.get(f"{MODEL_CODE}{name}", "") for name in own.model_code()}
+        return load_file(path), {name: code for name, code in found.items() if re.fullmatch("[0-9a-f]{12}", code)}
     except (SafetensorError, OSError, ValueError):
         raise CheckpointError(f"{path}: damaged or cut short ({path.stat().st_size} bytes)") from None
 
@@ -300,13 +319,13 @@ def fit(weights: Mapping[str, Tensor], config: HNetConfig, source: str) -> dict[
     the config keys that the weights contradict, or the names that are missing, unknown or of another shape.
     """
     names = {name: re.sub(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|module)(?=\.)", "", name) for name in weights}
-    weights = {names[name].lstrip("."): tensor for name, tensor in weights.items() if not name.endswith("inv_freq")}
+    weights = {names[name].lstrip("."): tensor for name, tensor in weights.items()}
     if config.tie_embeddings and "embeddings.weight" in weights:
         weights.setdefault("lm_head.weight", weights["embeddings.weight"])
     with torch.device("meta"):
         expected = HNetInference(config).state_dict()
     missing = [name for name in expected if name not in weights]
-    unknown = [name for name in weights if name not in expected]
+    unknown = [name for name in weights if name not in expected and not name.endswith("inv_freq")]
     shapes = [n for n in expected if n in weights and weights[n].shape != expected[n].shape]
     if not (missing or unknown or shapes):
         return {name: weights[name] for name in expected}
@@ -377,13 +396,14 @@ def export(
 ) -> list[Path]:
     """Writes weights and config.json into `folder`; returns the files. No incomplete file keeps its name.
 
-    model: an unsharded HNetLM or HNetInference, or a Checkpoint. form: `safetensors`, with the full config; or `pt`, a
-    state dict for the released code, with a config.json of the keys that it knows and the full config in
-    model.pt.json. dtype: see `cast`.
+    model: an unsharded HNetLM or HNetInference, or a Checkpoint. form: `safetensors`, with the full config, and the
+    fingerprints of the files that trained the weights as metadata; or `pt`, a state dict for the released code, with a
+    config.json of the keys that it knows and the full config in model.pt.json. dtype: see `cast`.
     """
     if form not in ("pt", "safetensors"):
         raise ValueError(f"form: {form!r}; expected pt or safetensors")
-    config, weights = model if isinstance(model, Checkpoint) else (model.config, model.state_dict())
+    is_loaded = isinstance(model, Checkpoint)
+    config, weights, code = model if is_loaded else (model.config, model.state_dict(), own.model_code())
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     weights = cast(weights, dtype) if dtype else weights
     folder = Path(folder)
@@ -405,7 +425,8 @@ def export(
             from safetensors.torch import save_file
 
             separate = {name: tensor.clone() for name, tensor in weights.items()}  # tied weights share memory
-            write_atomically(file, lambda temporary: save_file(separate, temporary, metadata={"format": "pt"}))
+            noted = {"format": "pt"} | {f"{MODEL_CODE}{name}": fingerprint for name, fingerprint in code.items()}
+            write_atomically(file, lambda temporary: save_file(separate, temporary, metadata=noted))
         for name, keys in configs.items():
             text = json.dumps(keys, indent=2) + "\n"
             write_atomically(folder / name, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))

@@ -98,6 +98,18 @@ def why_unsupported(config: HNetConfig, device: torch.device, dtype: torch.dtype
     return None if importlib.util.find_spec("triton") else "triton is not installed"
 
 
+def frozen(model: HNetLM | HNetConfig) -> str | None:
+    """Why a GraphedModel of this model cannot train: a weight that needs no gradient, which it would update; or None.
+
+    Fast implementations write the gradients of all weights, and FlatAdamW decays all of them.
+    """
+    if isinstance(model, HNetConfig):
+        with torch.device("meta"):
+            model = HNetLM(model)
+    name = next((name for name, p in model.named_parameters() if not p.requires_grad), None)
+    return name and f"{name} needs no gradient (requires_grad), and steps as graphs update every weight"
+
+
 def _stays_float32(name: str) -> bool:
     """Whether the model computes with the float32 weight of this name."""
     return name.rpartition(".")[2] in PLAIN_FLOAT32 or "residual_proj" in name
@@ -224,6 +236,8 @@ class GraphedModel:
         self.captures, self.found_stages = captures, None
         if captures and (reason := why_unsupported(config, self.device, compute_dtype)):
             raise ValueError(f"steps as graphs: {reason}")
+        if reason := frozen(masters):
+            raise ValueError(f"GraphedModel: {reason}; use PlainModel")
         parameters, compute_weights = dict(masters.named_parameters()), []  # pairs (compute weight, master weight)
         computed: dict[int, Any] = {id(x): x for x in (config, *masters.buffers())}  # buffers are shared
         for name, p in parameters.items():
