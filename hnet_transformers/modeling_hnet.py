@@ -220,6 +220,7 @@ class HNetForCausalLM(HubMixin, PreTrainedModel, GenerationMixin):
         model = HNetInference(config.hnet_config)
         self.embeddings, self.backbone, self.lm_head = model.embeddings, model.backbone, model.lm_head
         self._inner = (model,)  # in a tuple, so that it is no submodule
+        self._has_values = not self.embeddings.weight.is_meta  # `from_pretrained` builds on the meta device
         for name, parameter in self.named_parameters():
             if parameter.dtype in (torch.float16, torch.bfloat16) and set(name.split(".")) & set(PRECISE):
                 parameter.data = parameter.data.float()
@@ -525,11 +526,17 @@ class HNetForCausalLM(HubMixin, PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Draw the weights that were not loaded, as train.py does, from a seed of torch's global generator."""
+        """Draw the weights that were not loaded, as train.py does, from a seed of torch's global generator.
+
+        Those that `initial_weight` does not know, and tensors that no file holds, have the value of `__init__`.
+        """
         new = [(n, p) for n, p in self.named_parameters() if not getattr(p, "_is_hf_initialized", False)]
         seed = int(torch.randint(2**62, ())) if new else 0
         for name, parameter in new:
-            parameter.copy_(initial_weight(name, parameter.shape, self.config.hnet_config, seed))
+            if (value := initial_weight(name, parameter.shape, self.config.hnet_config, seed)) is not None:
+                parameter.copy_(value)
+        if not self._has_values:
+            _fill_other_tensors(self.hnet)
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any):
         options = getattr(gradient_checkpointing_func, "keywords", {})
@@ -554,6 +561,23 @@ def _without_report() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(is_no_report)
+
+
+def _fill_other_tensors(model: HNetInference) -> None:
+    """Gives tensors that are in no state dict the values of `__init__`, which the meta device does not have.
+
+    Our modules have no such tensors; those of a changed model may: buffers that are not persistent, and attributes.
+    """
+    given = None
+    for name, module in model.named_modules():
+        for key in (*module._non_persistent_buffers_set, *vars(module)):
+            if not isinstance(empty := getattr(module, key), Tensor):
+                continue
+            if given is None:
+                with torch.random.fork_rng(devices=[]):
+                    given = HNetInference(model.config)
+            value = getattr(given.get_submodule(name), key)
+            setattr(module, key, value.to(model.embeddings.weight.device, empty.dtype))
 
 
 def _spread(x_TX: Tensor, real_BL: Tensor) -> Tensor:

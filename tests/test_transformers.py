@@ -39,7 +39,7 @@ from hnet_decoder import generate
 from hnet_runtime.evaluation.scoring import Likelihoods
 from hnet_runtime.runs import weights
 from hnet_simple import HNetInference, Sampling
-from hnet_trainable import BOS, EOS, HNetLM, Mamba2, training_loss
+from hnet_trainable import BOS, EOS, HNetLM, Mamba2, SwiGLU, training_loss
 from hnet_transformers import PAD, HNetForCausalLM, HNetTransformersConfig, Utf8LogitsProcessor, byte_tokenizer
 from hnet_transformers.folder import code_files, flat_name, path_of
 
@@ -433,6 +433,31 @@ def test_weights_are_drawn_as_train_draws_them():
         assert torch.equal(a, b), name
         assert torch.equal(a, c) == (set(a.unique().tolist()) <= {0, 1}), name  # ones, zeros, the identity
     assert torch.equal(first.backbone.routing_module.q_proj_layer.weight, torch.eye(32))
+
+
+def test_tensors_of_an_edited_layer_begin_as_init_says(monkeypatch, tmp_path):
+    """A weight that `initial_weight` does not know, when it is new; constants that no file holds, also when loaded."""
+    init, forward = SwiGLU.__init__, SwiGLU.forward
+
+    def __init__(self, width, d_intermediate):
+        init(self, width, d_intermediate)
+        self.gain = torch.nn.Parameter(torch.full((width,), 2.0))
+        self.register_buffer("shift", torch.full((width,), 0.75), persistent=False)
+        self.bend = torch.tensor(0.125)
+
+    def bent(self, x_TD):
+        return torch.tanh(forward(self, x_TD) * self.gain + self.shift) * self.bend.to(x_TD)
+
+    monkeypatch.setattr(SwiGLU, "__init__", __init__)
+    monkeypatch.setattr(SwiGLU, "forward", bent)
+    model = HNetForCausalLM(HNetTransformersConfig(config_of(["m1", ["T1"], "M1"], [32, 64])))
+    gains = [weight for name, weight in model.named_parameters() if name.endswith("gain")]
+    assert len(gains) == 2 and all((weight == 2).all() for weight in gains)
+    model.save_pretrained(tmp_path)
+    again = HNetForCausalLM.from_pretrained(tmp_path)
+    layers = [layer for layer in again.modules() if type(layer) is SwiGLU]
+    assert len(layers) == 2 and all((layer.shift == 0.75).all() and layer.bend == 0.125 for layer in layers)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
 @pytest.fixture
