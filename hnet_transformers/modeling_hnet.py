@@ -218,7 +218,9 @@ class HNetForCausalLM(HubMixin, PreTrainedModel, GenerationMixin):
             router = config.hnet_config.routers[by_cuts[0]]
             raise ConfigError(f"routers: {router} is told where chunks begin, which batches of transformers don't say")
         model = HNetInference(config.hnet_config)
-        self.embeddings, self.backbone, self.lm_head = model.embeddings, model.backbone, model.lm_head
+        # what one of the two sets, the other has: an adapter, a loaded weight
+        for kind in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
+            setattr(self, kind, getattr(model, kind))
         self._inner = (model,)  # in a tuple, so that it is no submodule
         self._has_values = not self.embeddings.weight.is_meta  # `from_pretrained` builds on the meta device
         for name, parameter in self.named_parameters():
@@ -228,11 +230,8 @@ class HNetForCausalLM(HubMixin, PreTrainedModel, GenerationMixin):
 
     @property
     def hnet(self) -> HNetInference:
-        """The model of hnet_simple.py with the modules of this one, adapters included."""
+        """The model of hnet_simple.py with the weights and modules of this one, adapters included."""
         (model,) = self._inner
-        for name in ("embeddings", "backbone", "lm_head"):
-            if getattr(model, name) is not getattr(self, name):
-                setattr(model, name, getattr(self, name))
         if model.config.tie_embeddings and not (
             isinstance(self.embeddings, Embedding) and isinstance(self.lm_head, Linear)
         ):

@@ -460,6 +460,40 @@ def test_tensors_of_an_edited_layer_begin_as_init_says(monkeypatch, tmp_path):
     assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
+def test_what_an_edit_adds_to_the_model_is_trained_and_saved(monkeypatch, tmp_path):
+    """A weight, a module and a buffer of HNetLM itself, under their own names."""
+    before = HNetLM.__init__
+
+    def __init__(self, config):
+        before(self, config)
+        self.logit_scale = torch.nn.Parameter(torch.full((), 2.0))
+        self.second_head = torch.nn.Linear(config.d_model[0], config.vocab_size, bias=False)
+        self.register_buffer("prior", torch.full((config.vocab_size,), 3.0))
+
+    def head(self, x_TD):
+        return self.lm_head(x_TD) * self.logit_scale + self.second_head(x_TD) + self.prior.to(x_TD)
+
+    monkeypatch.setattr(HNetLM, "__init__", __init__)
+    monkeypatch.setattr(HNetLM, "head", head)
+    config = config_of(["m1", ["T1"], "M1"], [32, 64])
+    model = HNetForCausalLM(HNetTransformersConfig(config))
+    assert {name for name, _ in model.named_parameters()} == {name for name, _ in HNetLM(config).named_parameters()}
+    model(IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in (model.logit_scale, model.second_head.weight))
+    with torch.no_grad():
+        model.logit_scale.fill_(0.5)
+        model.prior.fill_(0.75)
+    copied = copy.deepcopy(model)
+    model.save_pretrained(tmp_path / "saved")
+    weights.export(model.hnet, tmp_path / "exported", "safetensors")
+    for other in (copied, *(HNetForCausalLM.from_pretrained(tmp_path / name) for name in ("saved", "exported"))):
+        assert other.logit_scale.item() == 0.5 and (other.prior == 0.75).all()
+        assert torch.equal(other(IDS).logits, model(IDS).logits)
+        other.double().logit_scale.data.zero_()
+        assert other.hnet.logit_scale is other.logit_scale and model.logit_scale.item() == 0.5
+        assert {tensor.dtype for tensor in other.hnet.state_dict().values()} == {torch.float64}
+
+
 @pytest.fixture
 def cache_of_the_hub(tmp_path, monkeypatch):
     """Makes repositories in a cache of the Hub's client that was never online."""
