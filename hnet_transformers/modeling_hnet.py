@@ -566,17 +566,29 @@ def _fill_other_tensors(model: HNetInference) -> None:
     """Gives tensors that are in no state dict the values of `__init__`, which the meta device does not have.
 
     Our modules have no such tensors; those of a changed model may: buffers that are not persistent, and attributes.
+    Raises ValueError for one that is drawn at random, since the weights were trained with other values.
     """
-    given = None
-    for name, module in model.named_modules():
-        for key in (*module._non_persistent_buffers_set, *vars(module)):
-            if not isinstance(empty := getattr(module, key), Tensor):
-                continue
-            if given is None:
-                with torch.random.fork_rng(devices=[]):
-                    given = HNetInference(model.config)
-            value = getattr(given.get_submodule(name), key)
-            setattr(module, key, value.to(model.embeddings.weight.device, empty.dtype))
+    places = [
+        (name, key)
+        for name, module in model.named_modules()
+        for key in (*module._non_persistent_buffers_set, *vars(module))
+        if isinstance(getattr(module, key), Tensor)
+    ]
+    if not places:
+        return
+    given = []
+    for seed in range(2):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            given.append(HNetInference(model.config))
+    for name, key in places:
+        value, other = (getattr(one.get_submodule(name), key) for one in given)
+        if not value.equal(other):
+            raise ValueError(
+                f"{f'{name}.{key}'.lstrip('.')}: __init__ draws it at random and the saved weights do not have it; "
+                "make it a persistent buffer (register_buffer)"
+            )
+        setattr(model.get_submodule(name), key, value.to(model.embeddings.weight.device))
 
 
 def _spread(x_TX: Tensor, real_BL: Tensor) -> Tensor:

@@ -459,6 +459,14 @@ def test_tensors_of_an_edited_layer_begin_as_init_says(monkeypatch, tmp_path):
     assert len(layers) == 2 and all((layer.shift == 0.75).all() and layer.bend == 0.125 for layer in layers)
     assert torch.equal(again(IDS).logits, model(IDS).logits)
 
+    def noise(self, width, d_intermediate):
+        __init__(self, width, d_intermediate)
+        self.register_buffer("shift", torch.randn(width), persistent=False)
+
+    monkeypatch.setattr(SwiGLU, "__init__", noise)
+    with pytest.raises(ValueError, match=r"mlp.shift: __init__ draws it at random and the saved"):
+        HNetForCausalLM.from_pretrained(tmp_path)
+
 
 def test_what_an_edit_adds_to_the_model_is_trained_and_saved(monkeypatch, tmp_path):
     """A weight, a module and a buffer of HNetLM itself, under their own names."""
