@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import inspect
 import itertools
 import logging
@@ -261,7 +262,8 @@ class HNetForCausalLM(HubMixin, PreTrainedModel, GenerationMixin):
 
         input_ids: int64 (B, L). attention_mask: (B, L), or with a cache also what was read before; 0 on padding.
         cache: what was read before; it is changed. use_cache: return one. Neither has gradients.
-        labels: (B, L), those of input_ids; each token predicts the next one's, except IGNORED and padding.
+        labels: (B, L), those of input_ids; each token predicts the next one's, except IGNORED and padding. The loss is
+            that of `HNetLM.forward`. The last byte of a text is then a label alone: its logits are 0, as on padding.
         logits_to_keep: 1 for the last real token of each sequence, else the last columns or an index of columns.
         num_items_in_batch: the labels of all micro-batches of a step; the loss is then this one's share of the sum.
         past_key_values: another name of `cache`. Raises ValueError for what it can't do or read.
@@ -349,37 +351,31 @@ class HNetForCausalLM(HubMixin, PreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, real_BL: Tensor, labels: Tensor | None, num_items_in_batch: int | Tensor | None,
         output_boundaries: bool, logits_to_keep: int | Tensor,
     ) -> HNetCausalLMOutput:  # fmt: skip
-        lengths = real_BL.sum(1).tolist()
-        offsets = torch.tensor([0, *itertools.accumulate(lengths)], device=input_ids.device)
-        ids_T = input_ids[real_BL].to(torch.int64)
-        out = self.hnet(nested_tensor_from_jagged(ids_T, offsets, min_seqlen=min(lengths), max_seqlen=max(lengths)))
-        logits_TV = flat(out.logits)
-        output = HNetCausalLMOutput(logits=_keep(_spread(logits_TV, real_BL), real_BL, logits_to_keep))
-        if labels is not None:
-            label_T = _next_labels(labels, real_BL, offsets, self.config.vocab_size)
-            predicts_T = torch.ones_like(label_T, dtype=torch.bool).index_fill_(0, offsets[1:] - 1, False)
-            if not predicts_T.any():
-                raise ValueError("labels: no text has two bytes, so there is no next byte to predict")
+        read_BL, next_T = real_BL, None
+        if labels is not None:  # as in training, the last byte of a text is a label alone
+            read_BL = real_BL & (real_BL.flip(1).cumsum(1).flip(1) > 1)
+            next_BL = real_BL & (real_BL.cumsum(1) > 1)
+            label_T = _next_labels(labels, next_BL, self.config.vocab_size)
             is_label_T = label_T != IGNORED
-            output.ratio_losses = self._ratio_losses(out.stages, predicts_T)
-            has_labels = bool(is_label_T.any())
-            output.ce = cross_entropy(logits_TV[is_label_T], label_T[is_label_T]) if has_labels else logits_TV.sum() * 0
+            next_T = torch.where(is_label_T, label_T, input_ids[next_BL])
+        ids_T, lengths = input_ids[read_BL].to(torch.int64), [n for n in read_BL.sum(1).tolist() if n]
+        if not lengths:
+            raise ValueError("labels: no text has two bytes, so there is no next byte to predict")
+        offsets = torch.tensor([0, *itertools.accumulate(lengths)], device=input_ids.device)
+        documents = {"offsets": offsets, "min_seqlen": min(lengths), "max_seqlen": max(lengths)}
+        nest = functools.partial(nested_tensor_from_jagged, **documents)
+        out = self.hnet(nest(ids_T), None if next_T is None else nest(next_T))
+        logits_TV = flat(out.logits)
+        output = HNetCausalLMOutput(logits=_keep(_spread(logits_TV, read_BL), read_BL, logits_to_keep))
+        if labels is not None:
+            output.ratio_losses = out.ratio_losses
+            output.ce = out.ce if is_label_T.all() else _ce_of_some(out.ce, logits_TV, next_T, is_label_T)
             output.loss = training_loss(output.ce, output.ratio_losses, self.config.ratio_weight)
             if num_items_in_batch is not None:  # counted like this by Trainer, padding on the left or not
                 output.loss = output.loss * (labels[:, 1:] != IGNORED).sum() / num_items_in_batch
         if output_boundaries:
-            output.boundaries = _spread(_starts(out.stages, len(ids_T), ids_T.device), real_BL)
+            output.boundaries = _spread(_starts(out.stages, len(ids_T), ids_T.device), read_BL)
         return output
-
-    def _ratio_losses(self, stages: list[Any], predicts_T: Tensor) -> Tensor:
-        """(S,), over the tokens that predict another, as training has them: the last of a text is a label alone."""
-        losses = []
-        for s, stage in enumerate(stages):
-            share = predicts_T.to(stage.p_T.dtype)
-            F, G = ((share * x_T).sum() / share.sum() for x_T in (stage.b_T, stage.p_T))
-            losses.append(self.hnet.ratio_loss(s, stage._replace(F=F, G=G)))
-            predicts_T = predicts_T[stage.b_T]
-        return torch.stack(losses) if losses else predicts_T.new_zeros(0, dtype=torch.float32)
 
     # --------------------------------------------------------------------------------------------------- with a cache
 
@@ -608,11 +604,11 @@ def _keep(logits_BLV: Tensor, real_BL: Tensor, logits_to_keep: int | Tensor) -> 
     return logits_BLV[torch.arange(len(last_B), device=last_B.device), last_B][:, None]
 
 
-def _next_labels(labels: Tensor, real_BL: Tensor, offsets: Tensor, vocab_size: int) -> Tensor:
-    """(T,) int64: the label of the token after each; IGNORED where there is none."""
-    if labels.shape != real_BL.shape:
-        raise ValueError(f"labels: {tuple(labels.shape)}; expected {tuple(real_BL.shape)}, as input_ids")
-    label_T = labels[real_BL].to(torch.int64).roll(-1).index_fill_(0, offsets[1:] - 1, IGNORED)
+def _next_labels(labels: Tensor, next_BL: Tensor, vocab_size: int) -> Tensor:
+    """(T,) int64: the labels of the tokens that have one before them. Raises ValueError where one is no byte."""
+    if labels.shape != next_BL.shape:
+        raise ValueError(f"labels: {tuple(labels.shape)}; expected {tuple(next_BL.shape)}, as input_ids")
+    label_T = labels[next_BL].to(torch.int64)
     given_T = label_T[label_T != IGNORED]
     if len(given_T):
         least, most = (int(bound) for bound in given_T.aminmax())
@@ -620,6 +616,18 @@ def _next_labels(labels: Tensor, real_BL: Tensor, offsets: Tensor, vocab_size: i
             value = least if least < 0 else most
             raise ValueError(f"labels: holds {value}; expected 0 to {vocab_size - 1}, or {IGNORED} for no label")
     return label_T
+
+
+def _ce_of_some(ce: Tensor, logits_TV: Tensor, next_T: Tensor, is_label_T: Tensor) -> Tensor:
+    """The cross entropy over those tokens alone that have a label; `ce` is the model's own, over all tokens."""
+    if not torch.isclose(ce, cross_entropy(logits_TV, next_T), rtol=1e-6, atol=0, equal_nan=True):
+        raise ValueError(
+            f"labels: some are {IGNORED}, which the edited cross entropy of HNetLM.forward cannot leave out; put its "
+            "formula into the definition of cross_entropy (docs/CHANGING.md), or give every byte a label"
+        )
+    if not is_label_T.any():
+        return logits_TV.sum() * 0
+    return cross_entropy(logits_TV[is_label_T], next_T[is_label_T])
 
 
 def _starts(stages: list[Any], T: int, device: torch.device) -> Tensor:

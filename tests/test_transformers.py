@@ -39,7 +39,7 @@ from hnet_decoder import generate
 from hnet_runtime.evaluation.scoring import Likelihoods
 from hnet_runtime.runs import weights
 from hnet_simple import HNetInference, Sampling
-from hnet_trainable import BOS, EOS, HNetLM, Mamba2, SwiGLU, training_loss
+from hnet_trainable import BOS, EOS, HNetLM, Mamba2, SwiGLU, flat, training_loss
 from hnet_transformers import PAD, HNetForCausalLM, HNetTransformersConfig, Utf8LogitsProcessor, byte_tokenizer
 from hnet_transformers.folder import code_files, flat_name, path_of
 
@@ -127,14 +127,41 @@ def test_loss_is_that_of_training(batch):
     out = model(**batch, labels=labels_of(batch))
     texts = [row for row in rows(batch) if len(row) > 1]
     wanted = reference(nested([row[:-1] for row in texts]), nested([row[1:] for row in texts]))
-    torch.testing.assert_close(out.ratio_losses, wanted.ratio_losses, rtol=0, atol=1e-12)
-    torch.testing.assert_close(out.ce, wanted.ce, rtol=0, atol=1e-12)
     loss = training_loss(wanted.ce, wanted.ratio_losses, 0.03)
-    torch.testing.assert_close(out.loss, loss, rtol=0, atol=1e-12)
+    assert torch.equal(out.ratio_losses, wanted.ratio_losses) and torch.equal(out.ce, wanted.ce)
+    assert torch.equal(out.loss, loss)
     out.loss.backward()
     loss.backward()
     for (name, p), q in zip(model.named_parameters(), reference.parameters()):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=name)
+    everything = model(**batch).logits
+    for logits_LV, mask_L, complete_LV in zip(out.logits, batch.attention_mask.bool(), everything):
+        torch.testing.assert_close(logits_LV[mask_L][:-1], complete_LV[mask_L][:-1], rtol=0, atol=1e-12)
+        assert not logits_LV[mask_L][-1].any() and not logits_LV[~mask_L].any()
+
+
+def test_a_loss_that_is_edited_in_the_forward_is_that_of_training(batch, monkeypatch):
+    """Label smoothing and an auxiliary term; some labels cannot be left out then, which is said in a sentence."""
+    before = HNetLM.forward
+
+    def forward(self, iids, labels=None, cuts=None):
+        out = before(self, iids, labels, cuts)
+        if labels is None:
+            return out
+        ce = torch.nn.functional.cross_entropy(flat(out.logits), flat(labels), label_smoothing=0.3)
+        return out._replace(ce=ce, ratio_losses=out.ratio_losses + 0.1 * flat(out.logits).square().mean())
+
+    plain = theirs()(**batch, labels=labels_of(batch))
+    monkeypatch.setattr(HNetLM, "forward", forward)
+    out = theirs()(**batch, labels=labels_of(batch))
+    texts = [row for row in rows(batch) if len(row) > 1]
+    wanted = random_model(TWO_STAGES)(nested([row[:-1] for row in texts]), nested([row[1:] for row in texts]))
+    assert torch.equal(out.ce, wanted.ce) and torch.equal(out.ratio_losses, wanted.ratio_losses)
+    assert out.ce != plain.ce and not torch.equal(out.ratio_losses, plain.ratio_losses)
+    some = labels_of(batch)
+    some[-1, -3:] = -100
+    with pytest.raises(ValueError, match="labels: some are -100, which the edited cross entropy of HNetLM.forward"):
+        theirs()(**batch, labels=some)
 
 
 def test_labels_can_be_ignored(model, batch):
