@@ -9,6 +9,7 @@ import json
 import math
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -733,6 +734,96 @@ def test_an_exported_folder_loads_where_there_is_only_transformers(cache_of_the_
     wanted = theirs(dtype=torch.float32).generate(**batch, max_new_tokens=8, do_sample=False).tolist()
     assert found[str(tmp_path / "out")] == found["someone/exported"] == wanted
     assert found["pipeline"].startswith("Hello")
+
+
+HALVED = """
+import hnet_trainable as H
+from my_scales import SCALE
+
+class Halved(H.Attention):
+    def forward(self, x_TD, packing): return SCALE * super().forward(x_TD, packing)
+    def prefill(self, x_TD, state, span): return SCALE * super().prefill(x_TD, state, span)
+    def step(self, x_TD, state, span): return SCALE * super().step(x_TD, state, span)
+
+H.MIXERS["h"] = Halved
+"""
+MAKE = """
+import sys, torch
+from hnet_runtime.runs import weights
+from hnet_trainable import HNetConfig, HNetLM, init_weights
+from hnet_transformers import HNetForCausalLM, byte_tokenizer
+from hnet_transformers.hub import export
+from pathlib import Path
+
+weights.export(init_weights(HNetLM(HNetConfig.load("micro.json")), 0), Path("weights"), "safetensors")
+export("weights", Path(sys.argv[1]))
+batch = byte_tokenizer()(["Hello wörld", "a"], return_tensors="pt", padding=True)
+print("FOUND", HNetForCausalLM.from_pretrained("weights").generate(**batch, max_new_tokens=8, do_sample=False).tolist())
+"""
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """Runs Python where a copy of the repository has letters of its own, in files beside hnet_trainable.py."""
+    shutil.copytree(
+        ROOT, copied := tmp_path / "repository", ignore=lambda folder, names: {n for n in names if n.startswith(".")}
+    )
+    (short_conv,) = (block for _, block in python_of(ROOT / "docs" / "CHANGING.md") if "MIXERS[" in block)
+    for name, text in {"my_mixers": short_conv, "my_scales": "SCALE = 0.5\n", "my_halved": HALVED}.items():
+        (copied / f"{name}.py").write_text(text)
+    model = (copied / "hnet_trainable.py").read_text()
+    registered = 'MIXERS |= {"m": Mamba2, "t": Attention}\n'
+    edit = f"{registered}\nimport my_mixers\nimport my_halved\n"
+    assert model.count(registered) == 1
+    (copied / "hnet_trainable.py").write_text(model.replace(registered, edit))
+    letters = {"arch_layout": ["m1c1", ["T1H1"], "c1"]}
+    (tmp_path / "micro.json").write_text(json.dumps(MICRO | letters))
+
+    def python(*called: str, path: str = str(copied)) -> subprocess.CompletedProcess:
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": path
+        }  # fmt: skip
+        called = [sys.executable, *called]
+        return subprocess.run(called, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+
+    return python
+
+
+def test_an_exported_folder_has_the_letters_of_an_edited_model(repository, cache_of_the_hub, tmp_path):
+    """And the files that it imports, which import it in turn."""
+    done = repository("-c", MAKE, str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    snapshot = cache_of_the_hub("someone/exported")
+    for path in (tmp_path / "out").iterdir():
+        (snapshot / path.name).write_bytes(path.read_bytes())
+    assert {"my_mixers.py", "my_halved.py", "my_scales.py"} <= {p.name for p in snapshot.iterdir()}
+    loaded = repository("-c", FOREIGN, str(tmp_path / "out"), "someone/exported", path="")
+    assert loaded.returncode == 0, loaded.stderr[-3000:]
+    wanted, found = (json.loads(run.stdout.split("FOUND ", 1)[1]) for run in (done, loaded))
+    assert found[str(tmp_path / "out")] == found["someone/exported"] == wanted
+
+
+def test_an_export_that_would_lack_a_file_is_refused(repository, tmp_path):
+    """A module that is elsewhere or a package, and imports that flat files cannot have."""
+    copied, elsewhere = tmp_path / "repository", tmp_path / "elsewhere"
+    (elsewhere / "my_scales").mkdir(parents=True)
+    (copied / "my_scales.py").rename(elsewhere / "my_scales" / "__init__.py")
+    done = repository("-c", MAKE, str(tmp_path / "out"), path=f"{copied}{os.pathsep}{elsewhere}")
+    last = done.stderr.strip().splitlines()[-1]
+    assert f"{elsewhere}/my_scales/__init__.py: the model's code imports it, so the folder needs it; expected" in last
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    "statement", ["from .linear import linear", "import math, hnet_config", "import hnet_kernels.ssd"]
+)
+def test_an_import_that_flat_files_cannot_have_is_refused(monkeypatch, tmp_path, statement):
+    from hnet_transformers import folder
+
+    (tmp_path / "hnet_edited.py").write_text(f'"""Text."""\n\n{statement}\n')
+    monkeypatch.setattr(folder, "ROOT", tmp_path)
+    with pytest.raises(weights.CheckpointError, match=rf"hnet_edited.py: line 3 \({statement}\) can't be exported"):
+        folder.flattened("hnet_edited")
 
 
 @pytest.mark.parametrize("name", ["config.json", "README.md"])
