@@ -383,6 +383,13 @@ class HNetInference(HNetLM):
             stages.append(stages[-1].main_network)
         return stages
 
+    def ties(self) -> dict[str, str]:
+        """Each further name of a weight that has several -> its first name. Our modules tie lm_head to embeddings."""
+        named, first = list(self.named_parameters(remove_duplicate=False)), {}
+        for name, parameter in named:
+            first.setdefault(parameter, name)
+        return {name: first[parameter] for name, parameter in named if first[parameter] != name}
+
     def new_cache(self, batch: int, max_len: int | Sequence[int] = 0) -> Cache:
         """A cache for `batch` sequences that have seen nothing. ValueError unless `batch` is 1 or more.
 

@@ -211,7 +211,6 @@ class HNetForCausalLM(HubMixin, PreTrainedModel, GenerationMixin):
     _is_stateful = True
     _no_split_modules = ["HNet"]
     _keep_in_fp32_modules_strict = PRECISE
-    _tied_weights_keys = {"lm_head.weight": "embeddings.weight"}
 
     def __init__(self, config: HNetTransformersConfig):
         super().__init__(config)
@@ -222,6 +221,7 @@ class HNetForCausalLM(HubMixin, PreTrainedModel, GenerationMixin):
         # what one of the two sets, the other has: an adapter, a loaded weight
         for kind in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
             setattr(self, kind, getattr(model, kind))
+        self._tied_weights_keys = model.ties()
         self._inner = (model,)  # in a tuple, so that it is no submodule
         self._has_values = not self.embeddings.weight.is_meta  # `from_pretrained` builds on the meta device
         for name, parameter in self.named_parameters():
@@ -518,6 +518,10 @@ class HNetForCausalLM(HubMixin, PreTrainedModel, GenerationMixin):
                 f"{self.config.vocab_size} bytes: use its byte tokenizer"
             )
         return self.embeddings
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """The ties of the modules, whether or not they are those of `tie_embeddings`."""
+        return dict(self._tied_weights_keys)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:

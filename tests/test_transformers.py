@@ -40,7 +40,7 @@ from hnet_decoder import generate
 from hnet_runtime.evaluation.scoring import Likelihoods
 from hnet_runtime.runs import weights
 from hnet_simple import HNetInference, Sampling
-from hnet_trainable import BOS, EOS, HNetLM, Mamba2, SwiGLU, flat, training_loss
+from hnet_trainable import BOS, EOS, HNet, HNetLM, Mamba2, RoutingModule, SwiGLU, flat, training_loss
 from hnet_transformers import PAD, HNetForCausalLM, HNetTransformersConfig, Utf8LogitsProcessor, byte_tokenizer
 from hnet_transformers.folder import code_files, flat_name, path_of
 
@@ -528,6 +528,35 @@ def test_what_an_edit_adds_to_the_model_is_trained_and_saved(monkeypatch, tmp_pa
         other.double().logit_scale.data.zero_()
         assert other.hnet.logit_scale is other.logit_scale and model.logit_scale.item() == 0.5
         assert {tensor.dtype for tensor in other.hnet.state_dict().values()} == {torch.float64}
+
+
+def test_weights_that_an_edit_ties_stay_one(monkeypatch, tmp_path):
+    """Within a module, and by a module in two places; saved once, and read by this repository, too."""
+    stage, router = HNet.__init__, RoutingModule.__init__
+
+    def tie_stage(self, config, s=0):
+        stage(self, config, s)
+        if not self.is_innermost:
+            self.decoder.layers[0].mixer = self.encoder.layers[0].mixer
+
+    def tie_router(self, width, argument=""):
+        router(self, width, argument)
+        self.k_proj_layer.weight = self.q_proj_layer.weight
+
+    monkeypatch.setattr(HNet, "__init__", tie_stage)
+    monkeypatch.setattr(RoutingModule, "__init__", tie_router)
+    config = config_of(["m1", ["T1"], "m1"], [32, 64], tie_embeddings=True)
+    model = HNetForCausalLM(HNetTransformersConfig(config))
+    weights.export(model.hnet, tmp_path / "exported", "safetensors")
+    model.save_pretrained(tmp_path / "saved")
+    names = {name for name, _ in model.named_parameters()}
+    assert set(load_file(tmp_path / "saved" / "model.safetensors")) == names
+    for folder in ("exported", "saved"):
+        again = HNetForCausalLM.from_pretrained(tmp_path / folder)
+        assert {name for name, _ in again.named_parameters()} == names
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+        read = weights.load_inference(tmp_path / folder)
+        assert torch.equal(read(nested(list(IDS))).logits.values(), model(IDS).logits.flatten(0, 1))
 
 
 @pytest.fixture
