@@ -163,9 +163,9 @@ def build_model(
     if world.shards > 1 or compute_dtype != torch.float32:  # else nothing is gathered or cast
         _require_no_ties(model)
         shard_model(model, world.mesh, compute_dtype, reshard)
-    ties = _ties(model)
+    tied = ties(model)
     model.to_empty(device=world.device)
-    for name, first in ties.items():  # leaving the meta device makes new parameters, which must stay one
+    for name, first in tied.items():  # leaving the meta device makes new parameters, which must stay one
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, model.get_parameter(first))
     given = Given(config, seed)
@@ -189,8 +189,8 @@ def build_model(
     return model
 
 
-def _ties(model: HNetLM) -> dict[str, str]:
-    """The names of parameters that have one already, each with the first."""
+def ties(model: nn.Module) -> dict[str, str]:
+    """Each further name of a weight that has several -> its first name."""
     first: dict[nn.Parameter, str] = {}
     named = model.named_parameters(remove_duplicate=False)
     return {name: first[p] for name, p in named if first.setdefault(p, name) != name}
@@ -198,7 +198,7 @@ def _ties(model: HNetLM) -> dict[str, str]:
 
 def _require_no_ties(model: HNetLM) -> None:
     """Raises UserError for a weight in two places, of which FSDP2 makes two; but the embedding may be the head."""
-    for name, first in _ties(model).items():
+    for name, first in ties(model).items():
         if (first, name) != ("embeddings.weight", "lm_head.weight"):
             raise UserError(
                 f"{first} and {name} are one weight, of which FSDP2 would make two: train with unsharded weights "

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from hnet_config import BOS, EOS, ConfigError, HNetConfig, parse_layout
+from hnet_trainable import BOS, EOS, ConfigError, HNetConfig, parse_layout  # which registers the letters of layouts
 
 PAD = 0xFD  # it does not occur in UTF-8 either; not EOS, since padding is no label
 

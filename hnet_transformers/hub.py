@@ -69,8 +69,9 @@ class HubMixin:
         upload = _for_upload(kwargs)
         is_complete = not (self.is_remote_code() or getattr(self, "_hf_peft_config_loaded", False))
         if is_complete:
-            from hnet_transformers.folder import AUTO_MAP
+            from hnet_transformers.folder import AUTO_MAP, code_files
 
+            code_files()  # what cannot be exported is refused before anything is written
             self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, *args, **kwargs)
         if is_complete and kwargs.get("is_main_process", True):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import inspect
 import itertools
 import logging
@@ -210,7 +211,6 @@ class HNetForCausalLM(HubMixin, PreTrainedModel, GenerationMixin):
     _is_stateful = True
     _no_split_modules = ["HNet"]
     _keep_in_fp32_modules_strict = PRECISE
-    _tied_weights_keys = {"lm_head.weight": "embeddings.weight"}
 
     def __init__(self, config: HNetTransformersConfig):
         super().__init__(config)
@@ -218,8 +218,14 @@ class HNetForCausalLM(HubMixin, PreTrainedModel, GenerationMixin):
             router = config.hnet_config.routers[by_cuts[0]]
             raise ConfigError(f"routers: {router} is told where chunks begin, which batches of transformers don't say")
         model = HNetInference(config.hnet_config)
-        self.embeddings, self.backbone, self.lm_head = model.embeddings, model.backbone, model.lm_head
+        # what one of the two sets, the other has: an adapter, a loaded weight
+        for kind in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
+            setattr(self, kind, getattr(model, kind))
+        first: dict[nn.Parameter, str] = {}
+        named = model.named_parameters(remove_duplicate=False)
+        self._tied_weights_keys = {name: first[p] for name, p in named if first.setdefault(p, name) != name}
         self._inner = (model,)  # in a tuple, so that it is no submodule
+        self._has_values = not self.embeddings.weight.is_meta  # `from_pretrained` builds on the meta device
         for name, parameter in self.named_parameters():
             if parameter.dtype in (torch.float16, torch.bfloat16) and set(name.split(".")) & set(PRECISE):
                 parameter.data = parameter.data.float()
@@ -227,11 +233,8 @@ class HNetForCausalLM(HubMixin, PreTrainedModel, GenerationMixin):
 
     @property
     def hnet(self) -> HNetInference:
-        """The model of hnet_simple.py with the modules of this one, adapters included."""
+        """The model of hnet_simple.py with the weights and modules of this one, adapters included."""
         (model,) = self._inner
-        for name in ("embeddings", "backbone", "lm_head"):
-            if getattr(model, name) is not getattr(self, name):
-                setattr(model, name, getattr(self, name))
         if model.config.tie_embeddings and not (
             isinstance(self.embeddings, Embedding) and isinstance(self.lm_head, Linear)
         ):
@@ -261,7 +264,8 @@ class HNetForCausalLM(HubMixin, PreTrainedModel, GenerationMixin):
 
         input_ids: int64 (B, L). attention_mask: (B, L), or with a cache also what was read before; 0 on padding.
         cache: what was read before; it is changed. use_cache: return one. Neither has gradients.
-        labels: (B, L), those of input_ids; each token predicts the next one's, except IGNORED and padding.
+        labels: (B, L), those of input_ids; each token predicts the next one's, except IGNORED and padding. The loss is
+            that of `HNetLM.forward`. The last byte of a text is then a label alone: its logits are 0, as on padding.
         logits_to_keep: 1 for the last real token of each sequence, else the last columns or an index of columns.
         num_items_in_batch: the labels of all micro-batches of a step; the loss is then this one's share of the sum.
         past_key_values: another name of `cache`. Raises ValueError for what it can't do or read.
@@ -349,37 +353,31 @@ class HNetForCausalLM(HubMixin, PreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, real_BL: Tensor, labels: Tensor | None, num_items_in_batch: int | Tensor | None,
         output_boundaries: bool, logits_to_keep: int | Tensor,
     ) -> HNetCausalLMOutput:  # fmt: skip
-        lengths = real_BL.sum(1).tolist()
-        offsets = torch.tensor([0, *itertools.accumulate(lengths)], device=input_ids.device)
-        ids_T = input_ids[real_BL].to(torch.int64)
-        out = self.hnet(nested_tensor_from_jagged(ids_T, offsets, min_seqlen=min(lengths), max_seqlen=max(lengths)))
-        logits_TV = flat(out.logits)
-        output = HNetCausalLMOutput(logits=_keep(_spread(logits_TV, real_BL), real_BL, logits_to_keep))
-        if labels is not None:
-            label_T = _next_labels(labels, real_BL, offsets, self.config.vocab_size)
-            predicts_T = torch.ones_like(label_T, dtype=torch.bool).index_fill_(0, offsets[1:] - 1, False)
-            if not predicts_T.any():
-                raise ValueError("labels: no text has two bytes, so there is no next byte to predict")
+        read_BL, next_T = real_BL, None
+        if labels is not None:  # as in training, the last byte of a text is a label alone
+            read_BL = real_BL & (real_BL.flip(1).cumsum(1).flip(1) > 1)
+            next_BL = real_BL & (real_BL.cumsum(1) > 1)
+            label_T = _next_labels(labels, next_BL, self.config.vocab_size)
             is_label_T = label_T != IGNORED
-            output.ratio_losses = self._ratio_losses(out.stages, predicts_T)
-            has_labels = bool(is_label_T.any())
-            output.ce = cross_entropy(logits_TV[is_label_T], label_T[is_label_T]) if has_labels else logits_TV.sum() * 0
+            next_T = torch.where(is_label_T, label_T, input_ids[next_BL])
+        ids_T, lengths = input_ids[read_BL].to(torch.int64), [n for n in read_BL.sum(1).tolist() if n]
+        if not lengths:
+            raise ValueError("labels: no text has two bytes, so there is no next byte to predict")
+        offsets = torch.tensor([0, *itertools.accumulate(lengths)], device=input_ids.device)
+        documents = {"offsets": offsets, "min_seqlen": min(lengths), "max_seqlen": max(lengths)}
+        nest = functools.partial(nested_tensor_from_jagged, **documents)
+        out = self.hnet(nest(ids_T), None if next_T is None else nest(next_T))
+        logits_TV = flat(out.logits)
+        output = HNetCausalLMOutput(logits=_keep(_spread(logits_TV, read_BL), read_BL, logits_to_keep))
+        if labels is not None:
+            output.ratio_losses = out.ratio_losses
+            output.ce = out.ce if is_label_T.all() else _ce_of_some(out.ce, logits_TV, next_T, is_label_T)
             output.loss = training_loss(output.ce, output.ratio_losses, self.config.ratio_weight)
             if num_items_in_batch is not None:  # counted like this by Trainer, padding on the left or not
                 output.loss = output.loss * (labels[:, 1:] != IGNORED).sum() / num_items_in_batch
         if output_boundaries:
-            output.boundaries = _spread(_starts(out.stages, len(ids_T), ids_T.device), real_BL)
+            output.boundaries = _spread(_starts(out.stages, len(ids_T), ids_T.device), read_BL)
         return output
-
-    def _ratio_losses(self, stages: list[Any], predicts_T: Tensor) -> Tensor:
-        """(S,), over the tokens that predict another, as training has them: the last of a text is a label alone."""
-        losses = []
-        for s, stage in enumerate(stages):
-            share = predicts_T.to(stage.p_T.dtype)
-            F, G = ((share * x_T).sum() / share.sum() for x_T in (stage.b_T, stage.p_T))
-            losses.append(self.hnet.ratio_loss(s, stage._replace(F=F, G=G)))
-            predicts_T = predicts_T[stage.b_T]
-        return torch.stack(losses) if losses else predicts_T.new_zeros(0, dtype=torch.float32)
 
     # --------------------------------------------------------------------------------------------------- with a cache
 
@@ -523,13 +521,23 @@ class HNetForCausalLM(HubMixin, PreTrainedModel, GenerationMixin):
             )
         return self.embeddings
 
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """The ties of the modules, whether or not they are those of `tie_embeddings`."""
+        return dict(self._tied_weights_keys)
+
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Draw the weights that were not loaded, as train.py does, from a seed of torch's global generator."""
+        """Draw the weights that were not loaded, as train.py does, from a seed of torch's global generator.
+
+        Those that `initial_weight` does not know, and tensors that no file holds, have the value of `__init__`.
+        """
         new = [(n, p) for n, p in self.named_parameters() if not getattr(p, "_is_hf_initialized", False)]
         seed = int(torch.randint(2**62, ())) if new else 0
         for name, parameter in new:
-            parameter.copy_(initial_weight(name, parameter.shape, self.config.hnet_config, seed))
+            if (value := initial_weight(name, parameter.shape, self.config.hnet_config, seed)) is not None:
+                parameter.copy_(value)
+        if not self._has_values:
+            _fill_other_tensors(self.hnet)
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any):
         options = getattr(gradient_checkpointing_func, "keywords", {})
@@ -556,6 +564,35 @@ def _without_report() -> Iterator[None]:
         logger.removeFilter(is_no_report)
 
 
+def _fill_other_tensors(model: HNetInference) -> None:
+    """Gives tensors that are in no state dict the values of `__init__`, which the meta device does not have.
+
+    Our modules have no such tensors; those of a changed model may: buffers that are not persistent, and attributes.
+    Raises ValueError for one that is drawn at random, since the weights were trained with other values.
+    """
+    places = [
+        (name, key)
+        for name, module in model.named_modules()
+        for key in (*module._non_persistent_buffers_set, *vars(module))
+        if isinstance(getattr(module, key), Tensor)
+    ]
+    if not places:
+        return
+    given = []
+    for seed in range(2):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            given.append(HNetInference(model.config))
+    for name, key in places:
+        value, other = (getattr(one.get_submodule(name), key) for one in given)
+        if not value.equal(other):
+            raise ValueError(
+                f"{f'{name}.{key}'.lstrip('.')}: __init__ draws it at random and the saved weights do not have it; "
+                "make it a persistent buffer (register_buffer)"
+            )
+        setattr(model.get_submodule(name), key, value.to(model.embeddings.weight.device))
+
+
 def _spread(x_TX: Tensor, real_BL: Tensor) -> Tensor:
     """(B, L, ...): the rows of real tokens at their places, zeros on padding."""
     x_BLX = x_TX.new_zeros(*real_BL.shape, *x_TX.shape[1:])
@@ -573,11 +610,11 @@ def _keep(logits_BLV: Tensor, real_BL: Tensor, logits_to_keep: int | Tensor) -> 
     return logits_BLV[torch.arange(len(last_B), device=last_B.device), last_B][:, None]
 
 
-def _next_labels(labels: Tensor, real_BL: Tensor, offsets: Tensor, vocab_size: int) -> Tensor:
-    """(T,) int64: the label of the token after each; IGNORED where there is none."""
-    if labels.shape != real_BL.shape:
-        raise ValueError(f"labels: {tuple(labels.shape)}; expected {tuple(real_BL.shape)}, as input_ids")
-    label_T = labels[real_BL].to(torch.int64).roll(-1).index_fill_(0, offsets[1:] - 1, IGNORED)
+def _next_labels(labels: Tensor, next_BL: Tensor, vocab_size: int) -> Tensor:
+    """(T,) int64: the labels of the tokens that have one before them. Raises ValueError where one is no byte."""
+    if labels.shape != next_BL.shape:
+        raise ValueError(f"labels: {tuple(labels.shape)}; expected {tuple(next_BL.shape)}, as input_ids")
+    label_T = labels[next_BL].to(torch.int64)
     given_T = label_T[label_T != IGNORED]
     if len(given_T):
         least, most = (int(bound) for bound in given_T.aminmax())
@@ -585,6 +622,18 @@ def _next_labels(labels: Tensor, real_BL: Tensor, offsets: Tensor, vocab_size: i
             value = least if least < 0 else most
             raise ValueError(f"labels: holds {value}; expected 0 to {vocab_size - 1}, or {IGNORED} for no label")
     return label_T
+
+
+def _ce_of_some(ce: Tensor, logits_TV: Tensor, next_T: Tensor, is_label_T: Tensor) -> Tensor:
+    """The cross entropy over those tokens alone that have a label; `ce` is the model's own, over all tokens."""
+    if not torch.isclose(ce, cross_entropy(logits_TV, next_T), rtol=1e-6, atol=0, equal_nan=True):
+        raise ValueError(
+            f"labels: some are {IGNORED}, which the edited cross entropy of HNetLM.forward cannot leave out; put its "
+            "formula into the definition of cross_entropy (docs/CHANGING.md), or give every byte a label"
+        )
+    if not is_label_T.any():
+        return logits_TV.sum() * 0
+    return cross_entropy(logits_TV[is_label_T], next_T[is_label_T])
 
 
 def _starts(stages: list[Any], T: int, device: torch.device) -> Tensor:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ from hnet_decoder import generate
 from hnet_runtime.evaluation.scoring import Likelihoods
 from hnet_runtime.runs import weights
 from hnet_simple import HNetInference, Sampling
-from hnet_trainable import BOS, EOS, HNetLM, Mamba2, training_loss
+from hnet_trainable import BOS, EOS, HNet, HNetLM, Mamba2, RoutingModule, SwiGLU, flat, training_loss
 from hnet_transformers import PAD, HNetForCausalLM, HNetTransformersConfig, Utf8LogitsProcessor, byte_tokenizer
 from hnet_transformers.folder import code_files, flat_name, path_of
 
@@ -127,14 +128,41 @@ def test_loss_is_that_of_training(batch):
     out = model(**batch, labels=labels_of(batch))
     texts = [row for row in rows(batch) if len(row) > 1]
     wanted = reference(nested([row[:-1] for row in texts]), nested([row[1:] for row in texts]))
-    torch.testing.assert_close(out.ratio_losses, wanted.ratio_losses, rtol=0, atol=1e-12)
-    torch.testing.assert_close(out.ce, wanted.ce, rtol=0, atol=1e-12)
     loss = training_loss(wanted.ce, wanted.ratio_losses, 0.03)
-    torch.testing.assert_close(out.loss, loss, rtol=0, atol=1e-12)
+    assert torch.equal(out.ratio_losses, wanted.ratio_losses) and torch.equal(out.ce, wanted.ce)
+    assert torch.equal(out.loss, loss)
     out.loss.backward()
     loss.backward()
     for (name, p), q in zip(model.named_parameters(), reference.parameters()):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=name)
+    everything = model(**batch).logits
+    for logits_LV, mask_L, complete_LV in zip(out.logits, batch.attention_mask.bool(), everything):
+        torch.testing.assert_close(logits_LV[mask_L][:-1], complete_LV[mask_L][:-1], rtol=0, atol=1e-12)
+        assert not logits_LV[mask_L][-1].any() and not logits_LV[~mask_L].any()
+
+
+def test_a_loss_that_is_edited_in_the_forward_is_that_of_training(batch, monkeypatch):
+    """Label smoothing and an auxiliary term; some labels cannot be left out then, which is said in a sentence."""
+    before = HNetLM.forward
+
+    def forward(self, iids, labels=None, cuts=None):
+        out = before(self, iids, labels, cuts)
+        if labels is None:
+            return out
+        ce = torch.nn.functional.cross_entropy(flat(out.logits), flat(labels), label_smoothing=0.3)
+        return out._replace(ce=ce, ratio_losses=out.ratio_losses + 0.1 * flat(out.logits).square().mean())
+
+    plain = theirs()(**batch, labels=labels_of(batch))
+    monkeypatch.setattr(HNetLM, "forward", forward)
+    out = theirs()(**batch, labels=labels_of(batch))
+    texts = [row for row in rows(batch) if len(row) > 1]
+    wanted = random_model(TWO_STAGES)(nested([row[:-1] for row in texts]), nested([row[1:] for row in texts]))
+    assert torch.equal(out.ce, wanted.ce) and torch.equal(out.ratio_losses, wanted.ratio_losses)
+    assert out.ce != plain.ce and not torch.equal(out.ratio_losses, plain.ratio_losses)
+    some = labels_of(batch)
+    some[-1, -3:] = -100
+    with pytest.raises(ValueError, match="labels: some are -100, which the edited cross entropy of HNetLM.forward"):
+        theirs()(**batch, labels=some)
 
 
 def test_labels_can_be_ignored(model, batch):
@@ -435,6 +463,102 @@ def test_weights_are_drawn_as_train_draws_them():
     assert torch.equal(first.backbone.routing_module.q_proj_layer.weight, torch.eye(32))
 
 
+def test_tensors_of_an_edited_layer_begin_as_init_says(monkeypatch, tmp_path):
+    """A weight that `initial_weight` does not know, when it is new; constants that no file holds, also when loaded."""
+    init, forward = SwiGLU.__init__, SwiGLU.forward
+
+    def __init__(self, width, d_intermediate):
+        init(self, width, d_intermediate)
+        self.gain = torch.nn.Parameter(torch.full((width,), 2.0))
+        self.register_buffer("shift", torch.full((width,), 0.75), persistent=False)
+        self.bend = torch.tensor(0.125)
+
+    def bent(self, x_TD):
+        return torch.tanh(forward(self, x_TD) * self.gain + self.shift) * self.bend.to(x_TD)
+
+    monkeypatch.setattr(SwiGLU, "__init__", __init__)
+    monkeypatch.setattr(SwiGLU, "forward", bent)
+    model = HNetForCausalLM(HNetTransformersConfig(config_of(["m1", ["T1"], "M1"], [32, 64])))
+    gains = [weight for name, weight in model.named_parameters() if name.endswith("gain")]
+    assert len(gains) == 2 and all((weight == 2).all() for weight in gains)
+    model.save_pretrained(tmp_path)
+    again = HNetForCausalLM.from_pretrained(tmp_path)
+    layers = [layer for layer in again.modules() if type(layer) is SwiGLU]
+    assert len(layers) == 2 and all((layer.shift == 0.75).all() and layer.bend == 0.125 for layer in layers)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+    def noise(self, width, d_intermediate):
+        __init__(self, width, d_intermediate)
+        self.register_buffer("shift", torch.randn(width), persistent=False)
+
+    monkeypatch.setattr(SwiGLU, "__init__", noise)
+    with pytest.raises(ValueError, match=r"mlp.shift: __init__ draws it at random and the saved"):
+        HNetForCausalLM.from_pretrained(tmp_path)
+
+
+def test_what_an_edit_adds_to_the_model_is_trained_and_saved(monkeypatch, tmp_path):
+    """A weight, a module and a buffer of HNetLM itself, under their own names."""
+    before = HNetLM.__init__
+
+    def __init__(self, config):
+        before(self, config)
+        self.logit_scale = torch.nn.Parameter(torch.full((), 2.0))
+        self.second_head = torch.nn.Linear(config.d_model[0], config.vocab_size, bias=False)
+        self.register_buffer("prior", torch.full((config.vocab_size,), 3.0))
+
+    def head(self, x_TD):
+        return self.lm_head(x_TD) * self.logit_scale + self.second_head(x_TD) + self.prior.to(x_TD)
+
+    monkeypatch.setattr(HNetLM, "__init__", __init__)
+    monkeypatch.setattr(HNetLM, "head", head)
+    config = config_of(["m1", ["T1"], "M1"], [32, 64])
+    model = HNetForCausalLM(HNetTransformersConfig(config))
+    assert {name for name, _ in model.named_parameters()} == {name for name, _ in HNetLM(config).named_parameters()}
+    model(IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in (model.logit_scale, model.second_head.weight))
+    with torch.no_grad():
+        model.logit_scale.fill_(0.5)
+        model.prior.fill_(0.75)
+    copied = copy.deepcopy(model)
+    model.save_pretrained(tmp_path / "saved")
+    weights.export(model.hnet, tmp_path / "exported", "safetensors")
+    for other in (copied, *(HNetForCausalLM.from_pretrained(tmp_path / name) for name in ("saved", "exported"))):
+        assert other.logit_scale.item() == 0.5 and (other.prior == 0.75).all()
+        assert torch.equal(other(IDS).logits, model(IDS).logits)
+        other.double().logit_scale.data.zero_()
+        assert other.hnet.logit_scale is other.logit_scale and model.logit_scale.item() == 0.5
+        assert {tensor.dtype for tensor in other.hnet.state_dict().values()} == {torch.float64}
+
+
+def test_weights_that_an_edit_ties_stay_one(monkeypatch, tmp_path):
+    """Within a module, and by a module in two places; saved once, and read by this repository, too."""
+    stage, router = HNet.__init__, RoutingModule.__init__
+
+    def tie_stage(self, config, s=0):
+        stage(self, config, s)
+        if not self.is_innermost:
+            self.decoder.layers[0].mixer = self.encoder.layers[0].mixer
+
+    def tie_router(self, width, argument=""):
+        router(self, width, argument)
+        self.k_proj_layer.weight = self.q_proj_layer.weight
+
+    monkeypatch.setattr(HNet, "__init__", tie_stage)
+    monkeypatch.setattr(RoutingModule, "__init__", tie_router)
+    config = config_of(["m1", ["T1"], "m1"], [32, 64], tie_embeddings=True)
+    model = HNetForCausalLM(HNetTransformersConfig(config))
+    weights.export(model.hnet, tmp_path / "exported", "safetensors")
+    model.save_pretrained(tmp_path / "saved")
+    names = {name for name, _ in model.named_parameters()}
+    assert set(load_file(tmp_path / "saved" / "model.safetensors")) == names
+    for folder in ("exported", "saved"):
+        again = HNetForCausalLM.from_pretrained(tmp_path / folder)
+        assert {name for name, _ in again.named_parameters()} == names
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+        read = weights.load_inference(tmp_path / folder)
+        assert torch.equal(read(nested(list(IDS))).logits.values(), model(IDS).logits.flatten(0, 1))
+
+
 @pytest.fixture
 def cache_of_the_hub(tmp_path, monkeypatch):
     """Makes repositories in a cache of the Hub's client that was never online."""
@@ -639,6 +763,96 @@ def test_an_exported_folder_loads_where_there_is_only_transformers(cache_of_the_
     wanted = theirs(dtype=torch.float32).generate(**batch, max_new_tokens=8, do_sample=False).tolist()
     assert found[str(tmp_path / "out")] == found["someone/exported"] == wanted
     assert found["pipeline"].startswith("Hello")
+
+
+HALVED = """
+import hnet_trainable as H
+from my_scales import SCALE
+
+class Halved(H.Attention):
+    def forward(self, x_TD, packing): return SCALE * super().forward(x_TD, packing)
+    def prefill(self, x_TD, state, span): return SCALE * super().prefill(x_TD, state, span)
+    def step(self, x_TD, state, span): return SCALE * super().step(x_TD, state, span)
+
+H.MIXERS["h"] = Halved
+"""
+MAKE = """
+import sys, torch
+from hnet_runtime.runs import weights
+from hnet_trainable import HNetConfig, HNetLM, init_weights
+from hnet_transformers import HNetForCausalLM, byte_tokenizer
+from hnet_transformers.hub import export
+from pathlib import Path
+
+weights.export(init_weights(HNetLM(HNetConfig.load("micro.json")), 0), Path("weights"), "safetensors")
+export("weights", Path(sys.argv[1]))
+batch = byte_tokenizer()(["Hello wörld", "a"], return_tensors="pt", padding=True)
+print("FOUND", HNetForCausalLM.from_pretrained("weights").generate(**batch, max_new_tokens=8, do_sample=False).tolist())
+"""
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """Runs Python where a copy of the repository has letters of its own, in files beside hnet_trainable.py."""
+    shutil.copytree(
+        ROOT, copied := tmp_path / "repository", ignore=lambda folder, names: {n for n in names if n.startswith(".")}
+    )
+    (short_conv,) = (block for _, block in python_of(ROOT / "docs" / "CHANGING.md") if "MIXERS[" in block)
+    for name, text in {"my_mixers": short_conv, "my_scales": "SCALE = 0.5\n", "my_halved": HALVED}.items():
+        (copied / f"{name}.py").write_text(text)
+    model = (copied / "hnet_trainable.py").read_text()
+    registered = 'MIXERS |= {"m": Mamba2, "t": Attention}\n'
+    edit = f"{registered}\nimport my_mixers\nimport my_halved\n"
+    assert model.count(registered) == 1
+    (copied / "hnet_trainable.py").write_text(model.replace(registered, edit))
+    letters = {"arch_layout": ["m1c1", ["T1H1"], "c1"]}
+    (tmp_path / "micro.json").write_text(json.dumps(MICRO | letters))
+
+    def python(*called: str, path: str = str(copied)) -> subprocess.CompletedProcess:
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": path
+        }  # fmt: skip
+        called = [sys.executable, *called]
+        return subprocess.run(called, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+
+    return python
+
+
+def test_an_exported_folder_has_the_letters_of_an_edited_model(repository, cache_of_the_hub, tmp_path):
+    """And the files that it imports, which import it in turn."""
+    done = repository("-c", MAKE, str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    snapshot = cache_of_the_hub("someone/exported")
+    for path in (tmp_path / "out").iterdir():
+        (snapshot / path.name).write_bytes(path.read_bytes())
+    assert {"my_mixers.py", "my_halved.py", "my_scales.py"} <= {p.name for p in snapshot.iterdir()}
+    loaded = repository("-c", FOREIGN, str(tmp_path / "out"), "someone/exported", path="")
+    assert loaded.returncode == 0, loaded.stderr[-3000:]
+    wanted, found = (json.loads(run.stdout.split("FOUND ", 1)[1]) for run in (done, loaded))
+    assert found[str(tmp_path / "out")] == found["someone/exported"] == wanted
+
+
+def test_an_export_that_would_lack_a_file_is_refused(repository, tmp_path):
+    """A module that is elsewhere or a package, and imports that flat files cannot have."""
+    copied, elsewhere = tmp_path / "repository", tmp_path / "elsewhere"
+    (elsewhere / "my_scales").mkdir(parents=True)
+    (copied / "my_scales.py").rename(elsewhere / "my_scales" / "__init__.py")
+    done = repository("-c", MAKE, str(tmp_path / "out"), path=f"{copied}{os.pathsep}{elsewhere}")
+    last = done.stderr.strip().splitlines()[-1]
+    assert f"{elsewhere}/my_scales/__init__.py: the model's code imports it, so the folder needs it; expected" in last
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    "statement", ["from .linear import linear", "import math, hnet_config", "import hnet_kernels.ssd"]
+)
+def test_an_import_that_flat_files_cannot_have_is_refused(monkeypatch, tmp_path, statement):
+    from hnet_transformers import folder
+
+    (tmp_path / "hnet_edited.py").write_text(f'"""Text."""\n\n{statement}\n')
+    monkeypatch.setattr(folder, "ROOT", tmp_path)
+    with pytest.raises(weights.CheckpointError, match=rf"hnet_edited.py: line 3 \({statement}\) can't be exported"):
+        folder.flattened("hnet_edited")
 
 
 @pytest.mark.parametrize("name", ["config.json", "README.md"])

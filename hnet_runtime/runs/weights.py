@@ -315,15 +315,17 @@ def fetch(source: str) -> Path:
 def fit(weights: Mapping[str, Tensor], config: HNetConfig, source: str) -> dict[str, Tensor]:
     """The weights under their official names, complete and without others.
 
-    Removes wrappers' prefixes and rotary tables, which are computed; fills a tied lm_head. Raises CheckpointError with
+    Removes wrappers' prefixes and rotary tables, which are computed; fills tied weights. Raises CheckpointError with
     the config keys that the weights contradict, or the names that are missing, unknown or of another shape.
     """
     names = {name: re.sub(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|module)(?=\.)", "", name) for name in weights}
     weights = {names[name].lstrip("."): tensor for name, tensor in weights.items()}
-    if config.tie_embeddings and "embeddings.weight" in weights:
-        weights.setdefault("lm_head.weight", weights["embeddings.weight"])
     with torch.device("meta"):
-        expected = HNetInference(config).state_dict()
+        model = HNetInference(config)
+    expected = model.state_dict()
+    for name, first in distributed.ties(model).items():
+        if first in weights:
+            weights.setdefault(name, weights[first])
     missing = [name for name in expected if name not in weights]
     unknown = [name for name in weights if name not in expected and not name.endswith("inv_freq")]
     shapes = [n for n in expected if n in weights and weights[n].shape != expected[n].shape]
