@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 BEGAN = time.perf_counter()
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from study import START, Results, Study, Task, execute, say, write_into  # noqa: E402 (run from anywhere)
+from study import START, Results, Study, Task, execute, parts_of_page, say, write_into  # noqa: E402 (run from anywhere)
 
 from hnet_config import HNetConfig  # noqa: E402
 from hnet_runtime import UserError  # noqa: E402
@@ -113,6 +113,7 @@ class Recipe:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected more than 0")
         if unknown := [name for name in self.variants.split(",") if name not in VARIANTS]:
             raise UserError(f"--variants {unknown[0]}: expected names of {', '.join(VARIANTS)}")
+        self.as_study().check_train_flags()
 
     def as_study(self) -> Study:
         """What study.py needs to make a run."""
@@ -227,10 +228,10 @@ def write_tables(recipe: Recipe, results: Results) -> None:
     from hnet_runtime.pages.reports import write_atomically
 
     if content := tables(list(results.rows.values())):
-        if recipe.page:
-            write_into(Path(recipe.page), content, "recipe")
         write_atomically(Path(recipe.out) / "recipe.md", lambda scratch: scratch.write_text(content, encoding="utf-8"))
         say(f"{recipe.out}/recipe.md: the table of {len(results.rows)} runs")
+        if recipe.page:
+            write_into(Path(recipe.page), content, "recipe")
 
 
 def main(argv: Sequence[str], began: float | None = None) -> int:
@@ -248,6 +249,9 @@ def main(argv: Sequence[str], began: float | None = None) -> int:
             done = "done " if task.key in results.rows else "     "
             say(f"{done}{task.key:40} {VARIANTS[task.architecture].words}: {' '.join(task.flags)}")
         return 0
+    recipe.as_study().check_inputs()
+    if recipe.page:
+        parts_of_page(Path(recipe.page), "recipe")
     Path(recipe.out).mkdir(parents=True, exist_ok=True)
     status = execute(recipe.as_study(), plan, results, began)
     write_tables(recipe, results)

@@ -37,7 +37,7 @@ BEGAN = time.perf_counter()
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from hnet_config import ConfigError, HNetConfig  # noqa: E402 (run from anywhere)
-from hnet_runtime import DataError, UserError  # noqa: E402
+from hnet_runtime import DataError, RunFailed, UserError  # noqa: E402
 from hnet_runtime.commands import parse, run  # noqa: E402
 
 LEARNED, LEARNED2, STRIDE, SPACE = "learned", "learned2", "stride", "space"
@@ -140,7 +140,7 @@ class Study:
                 raise UserError(f"{flag} {unknown[0]}: expected names of {', '.join(known)}")
         if not 0 < self.tolerance < 1:
             raise UserError(f"--tolerance {self.tolerance}: expected a share between 0 and 1, such as 0.03")
-        self.train_flags()
+        self.check_train_flags()
         self.learning_rates()
         self.given_rates()
 
@@ -162,6 +162,27 @@ class Study:
             if learns or name.replace("_", "-") not in OF_ROUTERS:
                 found += [f"--{name}", value]
         return found
+
+    def check_train_flags(self) -> None:
+        """Raises UserError for flags in --flags that train.py would refuse."""
+        from hnet_runtime.runs.flags import read_config
+
+        given = self.train_flags()
+        try:
+            read_config(given)
+        except UserError as error:
+            raise UserError(f"--flags {self.flags}: {error}") from None
+
+    def check_inputs(self) -> None:
+        """Raises UserError for what the runs would need only later: a device, questions, a page for the tables."""
+        from hnet_runtime import distributed
+        from hnet_runtime.evaluation import choices
+
+        distributed.require_device(self.device)
+        if self.choices:
+            choices.read_questions(self.choices)
+        if self.page:
+            parts_of_page(Path(self.page), "study")
 
     def learning_rates(self) -> list[float]:
         try:
@@ -386,7 +407,7 @@ class Runner:
         self.checked: set[str] = set()  # configs whose steps as graphs were checked in this process
 
     def make(self, task: Task) -> dict[str, Any]:
-        """The result of a run."""
+        """The result of a run. Raises UserError for a mistake, which is no result of the run."""
         import torch
 
         import train
@@ -411,7 +432,7 @@ class Runner:
 
         try:
             train.train(flags, then, is_checked=same in self.checked)
-        except UserError as error:  # such as a loss that is not finite: the same run would end in the same way
+        except RunFailed as error:  # a result, too
             self.clean(folder)
             return {"failed": str(error), "seconds": time.perf_counter() - began}
         if not found:
@@ -673,25 +694,33 @@ def write_tables(study: Study, results: Results) -> None:
 
     if results.rows:
         content = page(list(results.rows.values()), ARCHITECTURES, LEARNED)
-        if study.page:
-            write_into(Path(study.page), content)
         write_atomically(Path(study.out) / "study.md", lambda scratch: scratch.write_text(content, encoding="utf-8"))
         say(f"{study.out}/study.md: the tables of {len(results.rows)} runs")
+        if study.page:
+            write_into(Path(study.page), content)
+
+
+def parts_of_page(file: Path, mark: str) -> tuple[str, str]:
+    """A page up to its mark <!-- `mark` -->, and from <!-- end -->. Raises UserError if it has no such marks."""
+    begin, end = f"<!-- {mark} -->\n", "<!-- end -->"
+    try:
+        before, found, rest = file.read_text(encoding="utf-8").partition(begin)
+    except OSError as error:
+        raise UserError(f"--page {file}: can't be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--page {file}: not UTF-8; expected a Markdown page") from None
+    _, last, after = rest.partition(end)
+    if not (found and last):
+        raise UserError(f"--page {file}: expected the marks <!-- {mark} --> and <!-- end -->, each once")
+    return before + begin, end + after
 
 
 def write_into(file: Path, tables: str, mark: str = "study") -> None:
     """Puts the tables between the marks of a page."""
     from hnet_runtime.pages.reports import write_atomically
 
-    begin, end = f"<!-- {mark} -->\n", "<!-- end -->"
-    try:
-        before, found, rest = file.read_text(encoding="utf-8").partition(begin)
-    except OSError as error:
-        raise UserError(f"--page {file}: can't be read ({error.strerror})") from None
-    _, last, after = rest.partition(end)
-    if not (found and last):
-        raise UserError(f"--page {file}: expected the marks <!-- {mark} --> and <!-- end -->, each once")
-    content = f"{before}{begin}\n{tables}\n{end}{after}"
+    before, after = parts_of_page(file, mark)
+    content = f"{before}\n{tables}\n{after}"
     write_atomically(file, lambda scratch: scratch.write_text(content, encoding="utf-8"))
 
 
@@ -709,6 +738,7 @@ def main(argv: Sequence[str], began: float | None = None) -> int:
         if study.plan:
             show_plan(study, plan)
             return 0
+        study.check_inputs()
         Path(study.out).mkdir(parents=True, exist_ok=True)
         status = execute(study, plan, results, began)
         write_tables(study, results)
