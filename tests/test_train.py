@@ -641,7 +641,8 @@ def test_a_folder_whose_run_ended_in_its_first_steps_may_be_used_again(corpus, t
     """Such a run leaves train.yaml, config.json and at most one line of metrics. A second step counts as a run."""
     folder = tmp_path / "run"
     folder.mkdir()
-    for name in ("train.yaml", "config.json", "metrics.jsonl"):
+    (folder / "train.yaml").write_text("global_slices: 1\n")
+    for name in ("config.json", "metrics.jsonl"):
         (folder / name).touch()
     assert "1 step of 256 bytes" in succeed(corpus, "--steps", "1", "--save-dir", str(folder))
     assert "holds a run already" in refused(corpus, "--steps", "1", "--save-dir", str(folder))
@@ -652,9 +653,23 @@ def test_a_folder_whose_run_ended_in_its_first_steps_may_be_used_again(corpus, t
     assert "holds a run already" in refused(corpus, "--steps", "1", "--save-dir", str(folder))
 
 
-@pytest.mark.parametrize("name", ["config.json", "train.yaml", "plots.html"])
-def test_files_of_others_are_not_replaced(corpus, tmp_path, name):
+@pytest.mark.parametrize(
+    "name, metrics",
+    [
+        ("config.json", None),
+        ("config.json", ""),
+        ("config.json", '{"step": 1}\n'),
+        ("train.yaml", None),
+        ("plots.html", None),
+        ("plots.png", None),
+        ("cuts", None),
+    ],
+)
+def test_files_of_others_are_not_replaced(corpus, tmp_path, name, metrics):
+    """Also beside metrics, which other programs write as well."""
     (tmp_path / name).write_text("mine")
+    if metrics is not None:
+        (tmp_path / "metrics.jsonl").write_text(metrics)
     for more in [], ["--resume", "auto"]:
         said = refused(corpus, "--steps", "1", "--save-dir", str(tmp_path), *more)
         assert name in said and ("which a run would replace" in said or more and name == "train.yaml"), said
