@@ -438,6 +438,7 @@ def refused(corpus: Path, *flags: str) -> str:
         (["-N", "1-x"], "1-3-9"),
         (["-N", "1-3-9"], "N_compress"),
         (["--lr", "0.0"], "--lr"),
+        (["--sample-bytes", "10000000000"], "--sample-bytes 10000000000: expected at most 65536"),
         (["--timeout", "inf"], "--timeout inf: expected a finite number"),
         (["--resume", "auto"], "--save-dir"),
         (["-e", "generate", "--resume", "somewhere"], "-p"),
@@ -817,6 +818,20 @@ def test_samples_are_printed_and_logged(corpus, tmp_path):
     rows = records(tmp_path / "run")
     assert [row["step"] for row in rows if "sample" in row] == [2, 4]
     assert rows[-1]["sample"].replace("|", "").startswith("the ")
+
+
+def test_a_sample_that_cannot_be_made_costs_no_step(corpus, tmp_path):
+    """A warning stands in its place; metrics and checkpoint of the step are written."""
+    program = "import runpy, sys\nfrom hnet_runtime.runs import progress\n"
+    program += "def generate(*_, **__): raise MemoryError('out of memory\\n(a detail)')\n"
+    program += "progress.generate = generate\nrunpy.run_path(sys.argv.pop(0) and sys.argv[0], run_name='__main__')"
+    flags = ["--steps", "2", "--save-dir", str(tmp_path / "run")]
+    argv = [sys.executable, "-c", program, *command(corpus, *flags)[1:]]
+    more = {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(argv, cwd=corpus, env=environment() | more, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "no sample: it can't be made (out of memory)\n" in done.stdout, done.stderr
+    assert [row["step"] for row in records(tmp_path / "run")] == [1, 2]
+    assert newest(tmp_path / "run").name == "step_00000002"
 
 
 def test_curves_in_wandb_go_by_steps_of_our_own(tmp_path, monkeypatch):

@@ -134,7 +134,7 @@ class TrainConfig:
     sample_every: int = 0
     """Steps between generated samples; the last step always writes one. 0: only the last."""
     sample_bytes: int = 160
-    """Bytes of a sample; 0: no samples."""
+    """Bytes of a sample, at most 65536; 0: no samples."""
     prompt: str = ""
     """The start of each sample, which the model continues."""
     logger: Annotated[Literal["local", "wandb", "tensorboard"], flag("-l")] = "local"
@@ -185,6 +185,7 @@ class TrainConfig:
         self._expect("ratio_rise", 0 <= self.ratio_rise <= 1, "a share from 0 to 1")
         self._expect("ratio_rise", self.ratio_from or not self.ratio_rise, "also --ratio-from, where the target starts")
         self._expect("ratio_from", self.ratio_rise or not self.ratio_from, "also --ratio-rise, the share of the steps")
+        self._expect("sample_bytes", self.sample_bytes <= 2**16, "at most 65536")
         self._expect("seed", 0 <= self.seed < 2**63, "0 or more, below 2**63")
         self._expect("resume", self.resume != "auto" or self.save_dir, "also --save-dir, the folder of the run")
         if self.resume and self.early_exit != "no":
