@@ -525,7 +525,7 @@ def open_metrics(run: Path, step: int, about: dict, hnet: HNetConfig, config: Tr
     flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in OF_ONE_START}
     flags = yaml.safe_dump(flags, sort_keys=False)
     write_atomically(run / "train.yaml", lambda scratch: scratch.write_text(flags, encoding="utf-8"))
-    checkpoint.write_json(run / "config.json", hnet.to_dict())
+    write_atomically(run / "config.json", lambda scratch: checkpoint.write_json(scratch, hnet.to_dict()))
     checkpoint.keep_model_files(run)
     sinks = [JsonlSink(run / "metrics.jsonl", step)]
     if config.logger == "wandb":

@@ -332,6 +332,28 @@ def test_a_full_disk_leaves_nothing_torn(corpus, tmp_path):
     assert list((folder / "checkpoints").iterdir()) == []
 
 
+@pytest.mark.parametrize("size", [100, 700, 1000, 20_000])
+def test_a_disk_that_is_full_at_the_start_leaves_nothing_torn(corpus, tmp_path, size):
+    """Such a limit lets a run write some of its first files. With room again it starts, and its files are complete."""
+    folder = tmp_path / "run"
+    argv = command(corpus, "--steps", "1", "--save-dir", str(folder), "--resume", "auto")
+    limits = {"cwd": corpus, "env": environment(), "timeout": 100, "preexec_fn": limit_files(size)}
+    done = subprocess.run(argv, **limits, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr[-2000:]
+    assert "can't be written (File too large)" in done.stderr
+    code = checkpoint.model_code()
+    copies = {f"{name}-{code[f'{name}.py']}.py": f"{name}.py" for name in ("hnet_trainable", "hnet_routers")}
+    for copy, original in copies.items():
+        if (folder / copy).exists():
+            assert (folder / copy).read_bytes() == (ROOT / original).read_bytes()
+    (folder / next(iter(copies))).write_bytes(b"cut off")  # as earlier versions left it
+    succeed(corpus, "--steps", "1", "--save-dir", str(folder), "--resume", "auto")
+    assert [(folder / copy).read_bytes() for copy in copies] == [
+        (ROOT / original).read_bytes() for original in copies.values()
+    ]
+    assert not [path.name for path in folder.iterdir() if path.name[0] == "." and path.name != ".lock"]
+
+
 def test_a_continuation_on_other_data_is_refused(corpus, undisturbed, tmp_path):
     source = ["--resume", str(undisturbed / "checkpoints" / "step_00000020"), "--steps", "30"]
     assert "--seed" in refused(corpus, *source, "--seed", "1", "--save-dir", str(tmp_path / "a"))

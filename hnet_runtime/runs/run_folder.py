@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hnet_runtime import UserError
+from hnet_runtime.pages.reports import write_atomically
 
 WITHOUT = "without this folder, --resume auto resumes from the checkpoint before"
 
@@ -31,8 +32,8 @@ def keep_model_files(run: Path) -> None:
     """Copies hnet_trainable.py and hnet_routers.py into a run's folder, with their fingerprints in the names."""
     for name, fingerprint in model_code().items():
         copy = run / f"{name.removesuffix('.py')}-{fingerprint}.py"
-        if name.endswith(".py") and not copy.exists():
-            copy.write_bytes((ROOT / name).read_bytes())
+        if name.endswith(".py") and not (copy.is_file() and copy.stat().st_size == (ROOT / name).stat().st_size):
+            write_atomically(copy, lambda scratch, name=name: scratch.write_bytes((ROOT / name).read_bytes()))
 
 
 def changed_model(train: dict[str, Any]) -> str:
