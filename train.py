@@ -478,6 +478,7 @@ class Run:
         self.metrics.log(step, record)
         if saves:
             watch.at(step, "saving")
+            self.metrics.sync()
             self.saver.start(step, self.about)
         self._print_step(step, record)
         if written:

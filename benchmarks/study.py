@@ -233,16 +233,19 @@ class Results:
         self.rows: dict[str, dict[str, Any]] = {}
         if not self.file.exists():
             return
-        text = self.file.read_text(encoding="utf-8")
-        for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+        try:
+            *lines, torn = self.file.read_bytes().split(b"\n")
+        except OSError as error:
+            raise UserError(f"{self.file}: can't be read ({error.strerror})") from None
+        for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
                 self.rows[row["key"]] = row
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{self.file}, line {number}: expected the result of a run") from None
-        if not text.endswith("\n") and text:
-            with open(self.file, "r+", encoding="utf-8") as f:
-                f.truncate(len(text[: text.rfind("\n") + 1].encode()))
+        if torn:
+            with open(self.file, "r+b") as f:
+                f.truncate(self.file.stat().st_size - len(torn))
 
     def add(self, row: dict[str, Any]) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)

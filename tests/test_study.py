@@ -131,6 +131,15 @@ def test_a_run_counts_in_each_phase_that_asks_for_it(corpus, tmp_path, capsys):
     assert planned("--phases", "main", "--lrs", "1e-3,2e-3", "--bytes", "512")[0][0].startswith("main/learned/lr0.002/")
 
 
+def test_damaged_results_are_named(tmp_path):
+    (tmp_path / "results.jsonl").write_bytes(b'{"key": "a"}\n{"key": "\xff"}\n')
+    with pytest.raises(UserError, match="results.jsonl, line 2: expected the result of a run"):
+        study.Results(tmp_path)
+    (tmp_path / "results.jsonl").write_bytes(b'{"key": "a"}\n{"key": "\xff')
+    assert list(study.Results(tmp_path).rows) == ["a"]
+    assert (tmp_path / "results.jsonl").read_bytes() == b'{"key": "a"}\n'
+
+
 def test_flags_of_routers_reach_only_models_that_have_one():
     given = study.Study(flags="alpha=0.2 router-lr=0.5")
     assert given.train_flags() == ["--alpha", "0.2", "--router-lr", "0.5"]

@@ -660,6 +660,56 @@ def test_metrics_that_are_damaged_or_cannot_be_written_are_named(tmp_path):
         sink.log(1, {})
 
 
+@pytest.mark.parametrize("damage", ["a byte", "a folder"])
+def test_metrics_that_cannot_be_read_are_named(corpus, undisturbed, tmp_path, damage):
+    """The line where one byte is not UTF-8, and a folder of that name."""
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    metrics = folder / "metrics.jsonl"
+    content = bytearray(metrics.read_bytes())
+    content[content.find(b"\n", content.find(b"\n") + 1) + 20] = 0xFF
+    metrics.unlink()
+    metrics.mkdir() if damage == "a folder" else metrics.write_bytes(content)
+    said = f"{metrics}, line 3: expected a JSON object" if damage == "a byte" else f"{metrics}: can't be read (Is a dir"
+    assert said in refused(corpus, "--steps", "21", "--save-dir", str(folder), "--resume", "auto")
+    called = [sys.executable, str(ROOT / "scripts" / "plot.py"), str(folder)]
+    done = subprocess.run(called, env=environment() | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {said}"), done.stderr
+
+
+def test_metrics_are_on_disk_before_the_checkpoint_of_their_step(corpus, tmp_path):
+    """Without that, a power failure leaves a checkpoint without the lines before it. Files of earlier versions may."""
+    program = """
+import os, runpy, sys
+def noted(call, name):
+    def do(*args, **keywords):
+        if name == "fsync": print("SYNC", os.readlink(f"/proc/self/fd/{args[0]}"), flush=True)
+        else: print("NAME", args[1], os.path.exists(args[1]), flush=True)
+        return call(*args, **keywords)
+    return do
+os.fsync, os.replace = noted(os.fsync, "fsync"), noted(os.replace, "replace")
+runpy.run_path(sys.argv.pop(0) and sys.argv[0], run_name="__main__")
+"""
+    folder = tmp_path / "run"
+    flags = ["--steps", "4", "--save-every", "2", "--save-dir", str(folder)]
+    argv = [sys.executable, "-c", program, *command(corpus, *flags)[1:]]
+    more = {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(argv, cwd=corpus, env=environment() | more, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    for name in ("step_00000002", "step_00000004"):
+        at = lines.index(["NAME", f"{folder}/checkpoints/{name}", "False"])
+        before, after = lines[:at], lines[at:]
+        for synced in (f"{folder}/metrics.jsonl", f"{folder}/checkpoints/{name}.writing", str(folder)):
+            assert ["SYNC", synced] in before, synced
+        assert ["SYNC", f"{folder}/checkpoints"] in after
+        lines = after
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:2]))  # as if two lines had been lost
+    said = succeed(corpus, *flags, "--steps", "5", "--resume", "auto")
+    assert f"{metrics}: has no line for 2 of the 4 steps before the checkpoint" in said
+    assert [row["step"] for row in records(folder)] == [1, 2, 5]
+
+
 def test_a_folder_whose_run_ended_in_its_first_steps_may_be_used_again(corpus, tmp_path):
     """Such a run leaves train.yaml, config.json and at most one line of metrics. A second step counts as a run."""
     folder = tmp_path / "run"

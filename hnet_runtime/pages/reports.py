@@ -10,7 +10,7 @@ from hnet_runtime import UserError
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file atomically: `write` writes a temporary file, which is renamed to `path` when complete.
+    """Writes a file atomically: `write` writes a temporary file, which is renamed to `path` when it is on disk.
 
     Raises UserError if it can't be written.
     """
@@ -21,6 +21,8 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         try:
             write(scratch)
             scratch.chmod(0o644)
+            with open(scratch, "rb") as written:
+                os.fsync(written.fileno())
             scratch.replace(path)
         finally:
             scratch.unlink(missing_ok=True)

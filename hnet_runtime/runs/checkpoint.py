@@ -193,10 +193,12 @@ class Saver:
                 write_json(scratch / "train.json", train)
                 write_json(scratch / "sha256.json", {f.name: _sha256(f) for f in sorted(scratch.iterdir())})
                 write_json(scratch / "manifest.json", {f.name: f.stat().st_size for f in sorted(scratch.iterdir())})
+                sync_folder(scratch)
                 if final.exists():
                     shutil.rmtree(final)
                 os.replace(scratch, final)
-                sync_folder(final.parent)
+                for folder in (final.parent, self.run):  # the run's is new at the first save
+                    sync_folder(folder)
                 self._remove_old()
             written.set_result(final)
         except BaseException as failure:  # reported by `finish`
