@@ -292,6 +292,21 @@ def test_a_run_goes_on_without_what_it_began_with(corpus, undisturbed, tmp_path,
     assert done.returncode == 0 and records(folder)[-1]["step"] == 3, done.stderr[-2000:]
 
 
+def test_weights_to_start_from_are_not_used_where_a_checkpoint_is(corpus, undisturbed, tmp_path):
+    """The same command starts a run from weights and resumes it. Others than its own are named, and enter no flags."""
+    folder, own = tmp_path / "run", str(newest(undisturbed))
+    flags = ["--save-dir", str(folder), "--resume", "auto", "-p"]
+    for steps in ("2", "3"):
+        done = run(corpus, *flags, own, "--steps", steps)
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    flags_before = (folder / "train.yaml").read_text()
+    done = run(corpus, *flags, "/does/not/exist", "--steps", "3")
+    said = f"warning: -p /does/not/exist is not used: {folder} has a checkpoint, whose weights the run resumes\n"
+    assert (done.returncode, done.stderr) == (0, said) and "which was" not in done.stdout
+    assert (folder / "train.yaml").read_text() == flags_before and f"pt_ckpt: {own}" in flags_before
+    assert "-c nope: no such config file" in refused(corpus, *flags[:-1], "-c", "nope")
+
+
 def test_a_kill_during_a_save_leaves_the_checkpoint_before(corpus, undisturbed, tmp_path):
     folder = tmp_path / "run"
     flags = ["--steps", "20", "--save-every", "4", "--val-every", "10", "--save-dir", str(folder), "--resume", "auto"]
