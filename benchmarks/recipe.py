@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 BEGAN = time.perf_counter()
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from study import START, Results, Study, Task, execute, parts_of_page, say, write_into  # noqa: E402 (run from anywhere)
+from study import START, Results, Study, Task, execute, make_folder, parts_of_page, say, write_into  # noqa: E402 (run from anywhere)
 
 from hnet_config import HNetConfig  # noqa: E402
 from hnet_runtime import UserError  # noqa: E402
@@ -108,6 +108,9 @@ class Recipe:
     """Write the tables of the results so far, and stop."""
 
     def check(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"--{name.replace('_', '-')} {value}: expected a finite number")
         for name in ("bytes", "lr", "mbs", "seeds", "gpus", "val_slices"):
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected more than 0")
@@ -252,7 +255,7 @@ def main(argv: Sequence[str], began: float | None = None) -> int:
     recipe.as_study().check_inputs()
     if recipe.page:
         parts_of_page(Path(recipe.page), "recipe")
-    Path(recipe.out).mkdir(parents=True, exist_ok=True)
+    make_folder(recipe.out)
     status = execute(recipe.as_study(), plan, results, began)
     write_tables(recipe, results)
     return status

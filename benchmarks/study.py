@@ -126,6 +126,9 @@ class Study:
     """Write the tables of the results so far, and stop."""
 
     def check(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"--{name.replace('_', '-')} {value}: expected a finite number")
         for name in ("bytes", "lr_bytes", "lr", "mbs", "max_doc", "pilot_steps", "seeds", "reference_seeds", "gpus"):
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected more than 0")
@@ -727,6 +730,14 @@ def write_into(file: Path, tables: str, mark: str = "study") -> None:
     write_atomically(file, lambda scratch: scratch.write_text(content, encoding="utf-8"))
 
 
+def make_folder(out: str) -> None:
+    """Makes the folder of --out. Raises UserError if that is not possible."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: can't be made ({error.strerror}); expected a folder") from None
+
+
 def main(argv: Sequence[str], began: float | None = None) -> int:
     """began: when the process started, from which --seconds counts."""
     began = began or time.perf_counter()
@@ -742,7 +753,7 @@ def main(argv: Sequence[str], began: float | None = None) -> int:
             show_plan(study, plan)
             return 0
         study.check_inputs()
-        Path(study.out).mkdir(parents=True, exist_ok=True)
+        make_folder(study.out)
         status = execute(study, plan, results, began)
         write_tables(study, results)
         return status

@@ -159,6 +159,8 @@ def check(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected {least} or more")
+        if value is not None and value >= 2**31:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected less than 2**31")
     most = options.context or 8192
     if options.stride > most:
         raise UserError(f"--stride {options.stride}: expected at most --context {most}")

@@ -41,6 +41,7 @@ def flags(corpus: Path, out: Path, *more: str) -> list[str]:
     "more, said",
     [
         (["--page", "/nope"], "--page /nope: can't be read"),
+        (["--seconds", "nan"], "--seconds nan: expected a finite number"),
         (["--flags", "alpha"], "--flags alpha: expected name=value"),
     ],
 )

@@ -618,6 +618,7 @@ def test_mistakes_end_in_one_sentence(saved, texts, tmp_path):
         (saved, ["--data", str(texts / "data"), "--by", "lang"], "prepared folders keep no labels"),
         (saved, ["--context", "8", "--stride", "9"], "--stride 9: expected at most"),
         (saved, ["--batch", "0"], "--batch 0: expected 1 or more"),
+        (saved, ["--batch", 23 * "9"], "--batch 9{23}: expected less than"),
         (saved, ["--tasks", " ,"], "names no task"),
         (saved, ["--num-fewshot", "3"], "--num-fewshot: expected --tasks"),
         (saved, ["--tasks", "a", "--num-fewshot", "-1"], "--num-fewshot -1: expected 0 or more"),

@@ -155,6 +155,10 @@ def test_flags_of_routers_reach_only_models_that_have_one():
         (["--rates", "learned:2"], "--rates learned:2: expected learned:RATE"),
         (["--lrs", "1e-3,x"], "--lrs 1e-3,x: expected numbers above 0"),
         (["--bytes", "0"], "--bytes 0.0: expected more than 0"),
+        (["--bytes", "inf"], "--bytes inf: expected a finite number"),
+        (["--lr-bytes", "inf"], "--lr-bytes inf: expected a finite number"),
+        (["--lr", "inf"], "--lr inf: expected a finite number"),
+        (["--seconds", "nan"], "--seconds nan: expected a finite number"),
         (["--flags", "alpha=x"], "--flags alpha=x: --alpha x: expected a number"),
         (["--config", "hnet_2stage_tiny"], "--config: has 2 chunking stages; expected 1"),
     ],
@@ -171,6 +175,7 @@ def test_wrong_flags_are_named(corpus, tmp_path, more, said):
         (["--page", "/nope"], "--page /nope: can't be read"),
         (["--page", "{corpus}/one.json"], "one.json: expected the marks <!-- study -->"),
         (["--device", "cuda"], "--device cuda: "),
+        (["--out", "{corpus}/one.json"], "--out .*one.json: can't be made"),
     ],
 )
 def test_what_runs_need_at_their_end_is_checked_before_the_first(corpus, tmp_path, monkeypatch, more, said):

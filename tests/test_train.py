@@ -476,6 +476,8 @@ def refused(corpus: Path, *flags: str) -> str:
         (["-N", "1-3-9"], "N_compress"),
         (["--lr", "0.0"], "--lr"),
         (["--sample-bytes", "10000000000"], "--sample-bytes 10000000000: expected at most 65536"),
+        (["--timeout", "1e300"], "--timeout 1e+300: expected at most 1e7 seconds"),
+        (["--steps", "1" + 400 * "0"], "expected less than 2**53"),
         (["--timeout", "inf"], "--timeout inf: expected a finite number"),
         (["--resume", "auto"], "--save-dir"),
         (["-e", "generate", "--resume", "somewhere"], "-p"),
@@ -919,6 +921,27 @@ def test_a_sample_that_cannot_be_made_costs_no_step(corpus, tmp_path):
     assert done.returncode == 0 and "no sample: it can't be made (out of memory)\n" in done.stdout, done.stderr
     assert [row["step"] for row in records(tmp_path / "run")] == [1, 2]
     assert newest(tmp_path / "run").name == "step_00000002"
+
+
+@pytest.mark.parametrize("taken", ["cuts", "cuts/step_00000002.npz", "cuts/step_00000009.npz"])
+def test_a_run_goes_on_where_cuts_cannot_be_stored(corpus, tmp_path, taken):
+    """A file in place of the folder, a folder in place of a file, and one in place of a later file."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "train.yaml").write_text("global_slices: 1\n")  # of a run that ended in its first step
+    (folder / taken).write_text("mine") if taken == "cuts" else (folder / taken).mkdir(parents=True)
+    done = run(corpus, "--steps", "3", "--val-every", "2", "--save-dir", str(folder))
+    assert done.returncode == 0 and newest(folder).name == "step_00000003", done.stderr
+    said = "the next validation does not say how many cuts have moved"
+    assert (said in done.stdout) == (taken != "cuts/step_00000009.npz") and len(records(folder)) == 3
+
+
+def test_a_folder_in_place_of_a_file_of_the_run_is_named(corpus, tmp_path):
+    folder = tmp_path / "run"
+    (folder / "config.json").mkdir(parents=True)
+    (folder / "train.yaml").write_text("global_slices: 1\n")
+    said = refused(corpus, "--steps", "1", "--save-dir", str(folder))
+    assert f"{folder}/config.json: can't be written (Is a directory)" in said
 
 
 def test_curves_in_wandb_go_by_steps_of_our_own(tmp_path, monkeypatch):

@@ -179,6 +179,9 @@ class TrainConfig:
             self._expect(name, getattr(self, name) >= 0, "0 or more")
         for name, value in vars(self).items():
             self._expect(name, not isinstance(value, float) or math.isfinite(value), "a finite number")
+            if type(value) is int and name not in ("seed", "val_every"):
+                self._expect(name, value < 2**53, "less than 2**53")
+        self._expect("timeout", self.timeout <= 1e7, "at most 1e7 seconds")
         for name in ("lr", "timeout", "router_lr"):
             self._expect(name, getattr(self, name) > 0, "more than 0")
         for name in ("warmup", "decay"):
