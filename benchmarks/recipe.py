@@ -114,6 +114,8 @@ class Recipe:
         for name in ("bytes", "lr", "mbs", "seeds", "gpus", "val_slices"):
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected more than 0")
+        if self.seconds < 0:
+            raise UserError(f"--seconds {self.seconds}: expected 0 or more")
         if unknown := [name for name in self.variants.split(",") if name not in VARIANTS]:
             raise UserError(f"--variants {unknown[0]}: expected names of {', '.join(VARIANTS)}")
         self.as_study().check_train_flags()
@@ -138,6 +140,7 @@ class RecipePlan:
         if self.model.num_stages != 1:
             raise UserError(f"--config {recipe.config}: has {self.model.num_stages} chunking stages; expected 1")
         self.stream = fineweb.ByteStream(recipe.data, "train", slice_bytes=recipe.mbs, max_doc=8192)
+        self.stream.require(recipe.mbs)
         self.rows = matching.row_lengths(self.stream)
 
     def tasks(self, phase: str) -> list[Task]:
@@ -244,6 +247,7 @@ def main(argv: Sequence[str], began: float | None = None) -> int:
     recipe.check()
     results = Results(Path(recipe.out))
     if recipe.tables:
+        results.require()
         write_tables(recipe, results)
         return 0
     plan = RecipePlan(recipe, results)

@@ -250,6 +250,13 @@ class Results:
             with open(self.file, "r+b") as f:
                 f.truncate(self.file.stat().st_size - len(torn))
 
+    def require(self) -> None:
+        """Raises UserError if there are none."""
+        if not self.rows:
+            raise UserError(
+                f"--out {self.file.parent}: has no results.jsonl with results; expected the folder of a study"
+            )
+
     def add(self, row: dict[str, Any]) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with open(self.file, "a", encoding="utf-8") as f:
@@ -288,6 +295,7 @@ class Plan:
                 raise UserError(f"{flag}: has {config.num_stages} chunking stages; expected {stages}")
         sizes = {"slice_bytes": study.mbs, "max_doc": study.max_doc}
         self.stream = fineweb.ByteStream(study.data, "train", **sizes)
+        self.stream.require(study.mbs)
         if fineweb.validation_stream(study.data, **sizes) is None:
             raise DataError(f"{study.data}: has no held-out text; expected a folder prepared with some")
         self.rows = matching.row_lengths(self.stream)
@@ -746,6 +754,7 @@ def main(argv: Sequence[str], began: float | None = None) -> int:
     try:
         results = Results(Path(study.out))
         if study.tables:
+            results.require()
             write_tables(study, results)
             return 0
         plan = Plan(study, results)

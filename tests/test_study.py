@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import fineweb
-from hnet_runtime import UserError
+from hnet_runtime import DataError, UserError
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -160,11 +160,13 @@ def test_flags_of_routers_reach_only_models_that_have_one():
         (["--lr", "inf"], "--lr inf: expected a finite number"),
         (["--seconds", "nan"], "--seconds nan: expected a finite number"),
         (["--flags", "alpha=x"], "--flags alpha=x: --alpha x: expected a number"),
+        (["--mbs", "1000000"], "data: [0-9,]+ bytes are less than one batch"),
+        (["--tables"], "--out .*study: has no results.jsonl with results"),
         (["--config", "hnet_2stage_tiny"], "--config: has 2 chunking stages; expected 1"),
     ],
 )
 def test_wrong_flags_are_named(corpus, tmp_path, more, said):
-    with pytest.raises(UserError, match=said):
+    with pytest.raises((UserError, DataError), match=said):
         study.main(flags(corpus, tmp_path / "study", *more, "--plan"))
 
 
