@@ -74,6 +74,7 @@ from hnet_runtime.data.stream import (  # noqa: F401 (ByteStream, Slice and othe
 
 DEFAULT_SLICE = 2048  # bytes per slice, the default of train.py
 RUN_BYTES = 32 * MB  # text that a process collects before it writes; its memory is a small multiple
+MIN_SHARD_BYTES = 4096  # of the command; smaller shards would be more files than a folder should have
 RUN_DOCUMENTS, SHARD_DOCUMENTS = 1 << 18, 1 << 20  # limits for very short documents, whose digests take most memory
 
 
@@ -760,6 +761,8 @@ def main() -> int:
         command = arguments.pop("command")
         if command is None:
             raise UserError("expected prepare or show, with what to work on (see --help)")
+        if arguments.get("shard_bytes", MIN_SHARD_BYTES) < MIN_SHARD_BYTES:
+            raise UserError(f"--shard-bytes {arguments['shard_bytes']}: expected {MIN_SHARD_BYTES} or more")
         if command == "show":
             show(**arguments)
         elif (manifest := prepare(**arguments)) and (lack := shortcoming(arguments["out"], manifest)):

@@ -41,7 +41,7 @@ from torch import Tensor
 import fineweb
 from hnet_config import find_config
 from hnet_kernels import cards
-from hnet_runtime import UserError, distributed, estimate, losses
+from hnet_runtime import RunFailed, UserError, distributed, estimate, losses
 from hnet_runtime.checks import agreement, equivalence
 from hnet_runtime.data import cuts
 from hnet_runtime.data.cuts import Cutter
@@ -398,7 +398,7 @@ class Run:
     def train(self, then: Callable[["Run"], None] | None = None) -> None:
         """Runs the steps, and after the last one shows the results or calls `then`.
 
-        Raises UserError for a loss that is not finite, a failed save or a stuck router.
+        Raises RunFailed for a loss that is not finite or a stuck router, UserError for a failed save.
         """
         config = self.config
         watchdog = Watchdog(self.folder, self.world, config.timeout, self.state.model)
@@ -413,7 +413,7 @@ class Run:
                 if stuck:
                     saved = self.saver.finish() or "nothing (--save-every 0)"
                     self.metrics.close()
-                    raise UserError(
+                    raise RunFailed(
                         f"step {self.step}: a router is stuck, see above (--on-collapse stop); saved {saved}"
                     )
                 if interrupted and self.step < config.steps:
@@ -479,6 +479,7 @@ class Run:
         self.metrics.log(step, record)
         if saves:
             watch.at(step, "saving")
+            self.metrics.sync()
             self.saver.start(step, self.about)
         self._print_step(step, record)
         if written:
@@ -487,13 +488,13 @@ class Run:
         self.settled = time.perf_counter()  # the next step's time starts here
 
     def _settle(self, done: int, arriving: distributed.Fetched, of_host: dict[str, int]) -> dict[str, Any]:
-        """The record of a step, after the device has run it. Raises UserError if its numbers are not finite."""
+        """The record of a step, after the device has run it. Raises RunFailed if its numbers are not finite."""
         config = self.config
         numbers = StepNumbers.of(arriving.numbers(), self.hnet.num_stages)
         if not (numbers.ce + numbers.grad_norm).isfinite():
             self.saver.finish()  # the checkpoint being written is good too
             saved = checkpoint.complete(self.folder)
-            raise UserError(
+            raise RunFailed(
                 f"step {done}: cross entropy {numbers.ce}, gradient norm {numbers.grad_norm}; stopped before they "
                 f"reached the weights. The last good checkpoint: {saved[-1] if saved else 'none yet'}"
             )
@@ -526,7 +527,7 @@ def open_metrics(run: Path, step: int, about: dict, hnet: HNetConfig, config: Tr
     flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in OF_ONE_START}
     flags = yaml.safe_dump(flags, sort_keys=False)
     write_atomically(run / "train.yaml", lambda scratch: scratch.write_text(flags, encoding="utf-8"))
-    checkpoint.write_json(run / "config.json", hnet.to_dict())
+    write_atomically(run / "config.json", lambda scratch: checkpoint.write_json(scratch, hnet.to_dict()))
     checkpoint.keep_model_files(run)
     sinks = [JsonlSink(run / "metrics.jsonl", step)]
     if config.logger == "wandb":

@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from hnet_runtime import UserError  # noqa: E402 (run from anywhere)
+from hnet_runtime.commands import run  # noqa: E402
 
 # one card of each capability
 CARDS = {"8.0": "a100", "8.6": "rtx3090", "8.9": "rtx4090", "9.0": "h100", "10.0": "b200", "12.0": "rtx5090"}
@@ -305,9 +307,8 @@ def table(found: dict[str, dict[str, Found]]) -> str:
 
 def main(argv: list[str]) -> int:
     quick, wanted = "--quick" in argv, [word for word in argv if not word.startswith("--")] or list(CARDS)
-    for word in wanted:
-        if word not in CARDS:
-            raise SystemExit(f"error: {word}: expected compute capabilities, of {', '.join(CARDS)}")
+    if unknown := [word for word in argv if word not in ("--quick", *CARDS)]:
+        raise UserError(f"{unknown[0]}: expected --quick, or compute capabilities of {', '.join(CARDS)}")
     found, said = {}, []
     for capability in wanted:
         found[capability] = audit(capability, quick)
@@ -326,4 +327,4 @@ if __name__ == "__main__":
     if "--compile" in sys.argv:
         print(json.dumps(compile_all(sys.argv[2], "--quick" in sys.argv)))
     else:
-        sys.exit(main(sys.argv[1:]))
+        run(main)

@@ -29,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from ledger import append  # noqa: E402
 
 from fineweb import BOS, ByteStream, load_manifest, prepare, write_index  # noqa: E402
+from hnet_runtime.commands import Parser, run  # noqa: E402
 
 
 def documents(folder: Path):
@@ -159,8 +160,8 @@ def bench_index(args, work: Path) -> None:
         subprocess.run([sys.executable, "-c", code, work, order], check=True, cwd=ROOT)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("prepare", "slices", "index"))
     parser.add_argument("source", nargs="?", default="stdlib")
     parser.add_argument("--gb", type=float, default=1.2)
@@ -171,10 +172,10 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="prepare in one process, under a profiler")
     parser.add_argument("--ledger", default="", help="record to add prepare or slices to: benchmarks/ledger.jsonl")
     parser.add_argument("--work", type=Path, default=Path("."))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(dir=args.work, prefix=".bench-data-") as work:
         {"prepare": bench_prepare, "slices": bench_slices, "index": bench_index}[args.what](args, Path(work))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

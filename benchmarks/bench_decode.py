@@ -17,20 +17,19 @@ import contextlib
 import json
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from ledger import append
 
 from hnet_decoder import Decoder
 from hnet_kernels.capture import CapturedFunctions, why_no_compiler
 from hnet_kernels.dispatch import forcing
 from hnet_runtime import UserError
+from hnet_runtime.commands import parse, run
 from hnet_runtime.runs import weights
 from hnet_simple import HNetInference, Noise, Sampling
 from hnet_trainable import BOS, HNetConfig
@@ -318,8 +317,8 @@ def record_in(file: str, result: dict) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Benchmark))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+
+    def program(argv: list[str]) -> None:
+        main(parse(Benchmark, argv, __doc__))
+
+    run(program)

@@ -28,6 +28,7 @@ import fineweb  # noqa: E402
 import train  # noqa: E402
 from hnet_runtime import distributed  # noqa: E402
 from hnet_runtime.checks import agreement  # noqa: E402
+from hnet_runtime.commands import Parser, run  # noqa: E402
 from hnet_runtime.steps.graphs import GraphedModel  # noqa: E402
 from hnet_trainable import HNetConfig, parameter_groups  # noqa: E402
 
@@ -54,7 +55,21 @@ def measure(hnet: HNetConfig, args: argparse.Namespace, world: distributed.World
     return {"step_ms_median": statistics.median(rounds[args.warmup :]), "reserved_gib": reserved}
 
 
-def main(args: argparse.Namespace) -> None:
+def arguments() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/hnet_1stage_small.json", help="model config")
+    parser.add_argument("--data", default="data/stdlib", help="folder made by fineweb.py prepare")
+    parser.add_argument("--mbs", type=int, default=32768, help="bytes a step")
+    parser.add_argument("--rate", type=float, default=0.18, help="share of tokens that open a chunk, at every stage")
+    parser.add_argument("--edits", type=int, default=20, help="how many edits, spread over the list")
+    parser.add_argument("--warmup", type=int, default=14, help="steps before the clock starts")
+    parser.add_argument("--steps", type=int, default=11, help="steps timed")
+    parser.add_argument("--ledger", default="", help="record to add each edit to: benchmarks/ledger.jsonl")
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    args = arguments().parse_args(argv)
     world = distributed.start("cuda", 1)
     torch.set_float32_matmul_precision("high")
     fits = [name for name, change in test_edits.EDITS.items() if not change.config]
@@ -81,13 +96,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/hnet_1stage_small.json", help="model config")
-    parser.add_argument("--data", default="data/stdlib", help="folder made by fineweb.py prepare")
-    parser.add_argument("--mbs", type=int, default=32768, help="bytes a step")
-    parser.add_argument("--rate", type=float, default=0.18, help="share of tokens that open a chunk, at every stage")
-    parser.add_argument("--edits", type=int, default=20, help="how many edits, spread over the list")
-    parser.add_argument("--warmup", type=int, default=14, help="steps before the clock starts")
-    parser.add_argument("--steps", type=int, default=11, help="steps timed")
-    parser.add_argument("--ledger", default="", help="record to add each edit to: benchmarks/ledger.jsonl")
-    main(parser.parse_args())
+    run(main)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from ledger import append
 from torch import Tensor
 
@@ -28,6 +27,8 @@ except ModuleNotFoundError:
 from hnet_kernels import attention as torch_attention
 from hnet_kernels import attention_triton, conv_triton, ema_triton, norm, norm_triton, pointwise, router, ssd_triton
 from hnet_kernels.gradients import PartialSums
+from hnet_runtime import UserError
+from hnet_runtime.commands import parse, run
 
 HALF, WIDE = torch.bfloat16, torch.float32
 
@@ -173,7 +174,7 @@ def ceilings() -> tuple[float, float]:
 
 def main(args: Benchmark) -> None:
     if not torch.cuda.is_available():
-        sys.exit("bench_kernels.py: needs a CUDA device")
+        raise UserError("benchmarks/bench_kernels.py: needs a GPU, and torch finds none")
     bandwidth, rate = ceilings()
     name = torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}: copy {bandwidth / 1e12:.2f} TB/s, product {rate / 1e12:.0f} TFLOP/s")
@@ -218,4 +219,4 @@ def main(args: Benchmark) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Benchmark))
+    run(lambda argv: main(parse(Benchmark, argv, __doc__)))

@@ -27,13 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from ledger import append  # noqa: E402
 
-from hnet_runtime.runs.metrics import read_metrics  # noqa: E402 (run from anywhere)
+from hnet_runtime import UserError, commands  # noqa: E402 (run from anywhere)
+from hnet_runtime.runs.metrics import read_metrics  # noqa: E402
 
 
 @dataclass
@@ -187,8 +186,7 @@ def memory(args: Benchmark, gpu: str = "0") -> dict[str, Any]:
 def main(args: Benchmark) -> None:
     P, configs = args.processes, args.configs.split(",")
     if len(args.boundaries.split()) != len(configs):
-        print(f"--boundaries {args.boundaries}: expected one for each of {len(configs)} configs", file=sys.stderr)
-        sys.exit(2)
+        raise UserError(f"--boundaries {args.boundaries}: expected one for each of {len(configs)} configs")
     there = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(P)))).split(",")
     gpus: queue.Queue[str] = queue.Queue()
     for gpu in there[:P] if args.device == "cuda" else there[:1]:
@@ -254,4 +252,4 @@ def gpu_name(args: Benchmark) -> str | None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Benchmark, description=__doc__))
+    commands.run(lambda argv: main(commands.parse(Benchmark, argv, __doc__)))

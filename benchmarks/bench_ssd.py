@@ -27,6 +27,8 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 from ledger import append  # noqa: E402
 
 from hnet_kernels import kernel_report, ssd  # noqa: E402
+from hnet_runtime import UserError  # noqa: E402
+from hnet_runtime.commands import Parser, run  # noqa: E402
 
 definition = importlib.import_module("hnet_kernels.ssd")
 
@@ -113,8 +115,8 @@ def by_kernel(calls: list[Callable], rounds: int = 10) -> dict[str, float]:
     return dict(sorted(times.items(), key=lambda item: -item[1]))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[32768])
     parser.add_argument("--heads", type=int, nargs="+", default=[16])
     parser.add_argument("--state", type=int, nargs="+", default=[128])
@@ -123,9 +125,9 @@ def main() -> None:
     parser.add_argument("--kernels", action="store_true", help="time every kernel too")
     parser.add_argument("--json", type=Path, help="write the numbers here")
     parser.add_argument("--ledger", default="", help="record to add the times to: benchmarks/ledger.jsonl")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        parser.error("this measures a GPU, and torch sees none")
+        raise UserError("benchmarks/bench_ssd.py: needs a GPU, and torch finds none")
     copy = copy_bytes_per_s()
     about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_tb_per_s": round(copy / 1e12, 2)}
     print(about)
@@ -172,4 +174,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

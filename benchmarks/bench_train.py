@@ -16,7 +16,6 @@ import json
 import platform
 import pstats
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import tyro
 from ledger import append
 
 import fineweb
@@ -32,6 +30,7 @@ import train
 from hnet_kernels import kernel_report
 from hnet_routers import Router
 from hnet_runtime import UserError, distributed
+from hnet_runtime.commands import parse, run
 from hnet_runtime.distributed import World
 from hnet_runtime.runs.statistics import StepNumbers
 from hnet_runtime.steps import activations
@@ -145,6 +144,9 @@ def prepare(args: Benchmark) -> Prepared:
 
 
 def main(args: Benchmark) -> None:
+    for name, least in (("mbs", 1), ("max_doc", 1), ("warmup", 0), ("steps", 1)):
+        if (value := getattr(args, name)) < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected {least} or more")
     program_start = time.perf_counter()
     step, hnet, config, world = prepare(args)
     if args.profile and world.size > 1:
@@ -270,8 +272,4 @@ def profile(step, folder: Path, on_gpu: bool, steps: int = 3) -> dict[str, float
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Benchmark))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(lambda argv: main(parse(Benchmark, argv, __doc__)))

@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 
 
-def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser = kind(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkouts", nargs="+", metavar="CHECKOUT", help="folders of the two versions")
     parser.add_argument("--config", default="configs/hnet_1stage_small.json", help="model config, below each checkout")
     parser.add_argument("--data", default="data/stdlib", help="folder made by fineweb.py prepare")
@@ -84,9 +84,9 @@ def work(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str]) -> None:
-    args = arguments().parse_args(argv)
-    if args.worker:
-        return work(args)
+    from hnet_runtime.commands import Parser
+
+    args = arguments(Parser).parse_args(argv)
     ledger, args.ledger = args.ledger, ""
     flags = [f"--{name}={value}" for name, value in vars(args).items() if name not in ("checkouts", "worker", "ledger")]
     workers = []
@@ -148,4 +148,10 @@ def record_in(file: str, args: argparse.Namespace, old: dict, new: dict) -> None
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if "--worker" in sys.argv:  # imports the modules of its own checkout
+        work(arguments().parse_args())
+    else:
+        sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+        from hnet_runtime.commands import run
+
+        run(main)

@@ -113,3 +113,8 @@ def commit(root: Path) -> str:
         return "unknown"
     changes = [line for line in changed.stdout.splitlines() if not line.endswith("benchmarks/ledger.jsonl")]
     return revision.stdout.strip() + "+" * bool(changes)
+
+
+if __name__ == "__main__":
+    sys.stderr.write("error: benchmarks/ledger.py is no command; expected python benchmarks/render.py\n")
+    sys.exit(2)

@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 BEGAN = time.perf_counter()
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from study import START, Results, Study, Task, execute, say, write_into  # noqa: E402 (run from anywhere)
+from study import START, Results, Study, Task, execute, make_folder, parts_of_page, say, write_into  # noqa: E402 (run from anywhere)
 
 from hnet_config import HNetConfig  # noqa: E402
 from hnet_runtime import UserError  # noqa: E402
@@ -108,11 +108,17 @@ class Recipe:
     """Write the tables of the results so far, and stop."""
 
     def check(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"--{name.replace('_', '-')} {value}: expected a finite number")
         for name in ("bytes", "lr", "mbs", "seeds", "gpus", "val_slices"):
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected more than 0")
+        if self.seconds < 0:
+            raise UserError(f"--seconds {self.seconds}: expected 0 or more")
         if unknown := [name for name in self.variants.split(",") if name not in VARIANTS]:
             raise UserError(f"--variants {unknown[0]}: expected names of {', '.join(VARIANTS)}")
+        self.as_study().check_train_flags()
 
     def as_study(self) -> Study:
         """What study.py needs to make a run."""
@@ -134,6 +140,7 @@ class RecipePlan:
         if self.model.num_stages != 1:
             raise UserError(f"--config {recipe.config}: has {self.model.num_stages} chunking stages; expected 1")
         self.stream = fineweb.ByteStream(recipe.data, "train", slice_bytes=recipe.mbs, max_doc=8192)
+        self.stream.require(recipe.mbs)
         self.rows = matching.row_lengths(self.stream)
 
     def tasks(self, phase: str) -> list[Task]:
@@ -227,10 +234,10 @@ def write_tables(recipe: Recipe, results: Results) -> None:
     from hnet_runtime.pages.reports import write_atomically
 
     if content := tables(list(results.rows.values())):
-        if recipe.page:
-            write_into(Path(recipe.page), content, "recipe")
         write_atomically(Path(recipe.out) / "recipe.md", lambda scratch: scratch.write_text(content, encoding="utf-8"))
         say(f"{recipe.out}/recipe.md: the table of {len(results.rows)} runs")
+        if recipe.page:
+            write_into(Path(recipe.page), content, "recipe")
 
 
 def main(argv: Sequence[str], began: float | None = None) -> int:
@@ -240,6 +247,7 @@ def main(argv: Sequence[str], began: float | None = None) -> int:
     recipe.check()
     results = Results(Path(recipe.out))
     if recipe.tables:
+        results.require()
         write_tables(recipe, results)
         return 0
     plan = RecipePlan(recipe, results)
@@ -248,7 +256,10 @@ def main(argv: Sequence[str], began: float | None = None) -> int:
             done = "done " if task.key in results.rows else "     "
             say(f"{done}{task.key:40} {VARIANTS[task.architecture].words}: {' '.join(task.flags)}")
         return 0
-    Path(recipe.out).mkdir(parents=True, exist_ok=True)
+    recipe.as_study().check_inputs()
+    if recipe.page:
+        parts_of_page(Path(recipe.page), "recipe")
+    make_folder(recipe.out)
     status = execute(recipe.as_study(), plan, results, began)
     write_tables(recipe, results)
     return status

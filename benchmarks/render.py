@@ -24,8 +24,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 from ledger import FILE, ROOT, read, short_name  # noqa: E402 (run from anywhere)
+
+from hnet_runtime import UserError  # noqa: E402
+from hnet_runtime.commands import Parser, run  # noqa: E402
 
 MARK = re.compile(r"<!-- ledger: ([^>]+?) as (\w+) -->(.*?)<!-- end -->", re.DOTALL)
 Entry = dict[str, Any]
@@ -315,11 +318,11 @@ def outputs(file: Path = FILE) -> dict[Path, str]:
     return found
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; name the files that differ")
     parser.add_argument("--print", metavar="TEXT", help="print the entries whose key contains TEXT")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         if args.print is not None:
             shown = [entry for key, entry in read().items() if args.print in key]
@@ -327,8 +330,7 @@ def main() -> int:
             return 0 if shown else 1
         wanted = outputs()
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        raise UserError(str(error)) from None
     differing = [f for f, text in wanted.items() if not f.exists() or f.read_text(encoding="utf-8") != text]
     for file in differing:
         if not args.check:
@@ -339,4 +341,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

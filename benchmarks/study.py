@@ -37,7 +37,7 @@ BEGAN = time.perf_counter()
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from hnet_config import ConfigError, HNetConfig  # noqa: E402 (run from anywhere)
-from hnet_runtime import DataError, UserError  # noqa: E402
+from hnet_runtime import DataError, RunFailed, UserError  # noqa: E402
 from hnet_runtime.commands import parse, run  # noqa: E402
 
 LEARNED, LEARNED2, STRIDE, SPACE = "learned", "learned2", "stride", "space"
@@ -126,6 +126,9 @@ class Study:
     """Write the tables of the results so far, and stop."""
 
     def check(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"--{name.replace('_', '-')} {value}: expected a finite number")
         for name in ("bytes", "lr_bytes", "lr", "mbs", "max_doc", "pilot_steps", "seeds", "reference_seeds", "gpus"):
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected more than 0")
@@ -140,7 +143,7 @@ class Study:
                 raise UserError(f"{flag} {unknown[0]}: expected names of {', '.join(known)}")
         if not 0 < self.tolerance < 1:
             raise UserError(f"--tolerance {self.tolerance}: expected a share between 0 and 1, such as 0.03")
-        self.train_flags()
+        self.check_train_flags()
         self.learning_rates()
         self.given_rates()
 
@@ -162,6 +165,27 @@ class Study:
             if learns or name.replace("_", "-") not in OF_ROUTERS:
                 found += [f"--{name}", value]
         return found
+
+    def check_train_flags(self) -> None:
+        """Raises UserError for flags in --flags that train.py would refuse."""
+        from hnet_runtime.runs.flags import read_config
+
+        given = self.train_flags()
+        try:
+            read_config(given)
+        except UserError as error:
+            raise UserError(f"--flags {self.flags}: {error}") from None
+
+    def check_inputs(self) -> None:
+        """Raises UserError for what the runs would need only later: a device, questions, a page for the tables."""
+        from hnet_runtime import distributed
+        from hnet_runtime.evaluation import choices
+
+        distributed.require_device(self.device)
+        if self.choices:
+            choices.read_questions(self.choices)
+        if self.page:
+            parts_of_page(Path(self.page), "study")
 
     def learning_rates(self) -> list[float]:
         try:
@@ -212,16 +236,26 @@ class Results:
         self.rows: dict[str, dict[str, Any]] = {}
         if not self.file.exists():
             return
-        text = self.file.read_text(encoding="utf-8")
-        for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+        try:
+            *lines, torn = self.file.read_bytes().split(b"\n")
+        except OSError as error:
+            raise UserError(f"{self.file}: can't be read ({error.strerror})") from None
+        for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
                 self.rows[row["key"]] = row
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{self.file}, line {number}: expected the result of a run") from None
-        if not text.endswith("\n") and text:
-            with open(self.file, "r+", encoding="utf-8") as f:
-                f.truncate(len(text[: text.rfind("\n") + 1].encode()))
+        if torn:
+            with open(self.file, "r+b") as f:
+                f.truncate(self.file.stat().st_size - len(torn))
+
+    def require(self) -> None:
+        """Raises UserError if there are none."""
+        if not self.rows:
+            raise UserError(
+                f"--out {self.file.parent}: has no results.jsonl with results; expected the folder of a study"
+            )
 
     def add(self, row: dict[str, Any]) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -261,6 +295,7 @@ class Plan:
                 raise UserError(f"{flag}: has {config.num_stages} chunking stages; expected {stages}")
         sizes = {"slice_bytes": study.mbs, "max_doc": study.max_doc}
         self.stream = fineweb.ByteStream(study.data, "train", **sizes)
+        self.stream.require(study.mbs)
         if fineweb.validation_stream(study.data, **sizes) is None:
             raise DataError(f"{study.data}: has no held-out text; expected a folder prepared with some")
         self.rows = matching.row_lengths(self.stream)
@@ -386,7 +421,7 @@ class Runner:
         self.checked: set[str] = set()  # configs whose steps as graphs were checked in this process
 
     def make(self, task: Task) -> dict[str, Any]:
-        """The result of a run."""
+        """The result of a run. Raises UserError for a mistake, which is no result of the run."""
         import torch
 
         import train
@@ -411,7 +446,7 @@ class Runner:
 
         try:
             train.train(flags, then, is_checked=same in self.checked)
-        except UserError as error:  # such as a loss that is not finite: the same run would end in the same way
+        except RunFailed as error:  # a result, too
             self.clean(folder)
             return {"failed": str(error), "seconds": time.perf_counter() - began}
         if not found:
@@ -673,26 +708,42 @@ def write_tables(study: Study, results: Results) -> None:
 
     if results.rows:
         content = page(list(results.rows.values()), ARCHITECTURES, LEARNED)
-        if study.page:
-            write_into(Path(study.page), content)
         write_atomically(Path(study.out) / "study.md", lambda scratch: scratch.write_text(content, encoding="utf-8"))
         say(f"{study.out}/study.md: the tables of {len(results.rows)} runs")
+        if study.page:
+            write_into(Path(study.page), content)
+
+
+def parts_of_page(file: Path, mark: str) -> tuple[str, str]:
+    """A page up to its mark <!-- `mark` -->, and from <!-- end -->. Raises UserError if it has no such marks."""
+    begin, end = f"<!-- {mark} -->\n", "<!-- end -->"
+    try:
+        before, found, rest = file.read_text(encoding="utf-8").partition(begin)
+    except OSError as error:
+        raise UserError(f"--page {file}: can't be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--page {file}: not UTF-8; expected a Markdown page") from None
+    _, last, after = rest.partition(end)
+    if not (found and last):
+        raise UserError(f"--page {file}: expected the marks <!-- {mark} --> and <!-- end -->, each once")
+    return before + begin, end + after
 
 
 def write_into(file: Path, tables: str, mark: str = "study") -> None:
     """Puts the tables between the marks of a page."""
     from hnet_runtime.pages.reports import write_atomically
 
-    begin, end = f"<!-- {mark} -->\n", "<!-- end -->"
-    try:
-        before, found, rest = file.read_text(encoding="utf-8").partition(begin)
-    except OSError as error:
-        raise UserError(f"--page {file}: can't be read ({error.strerror})") from None
-    _, last, after = rest.partition(end)
-    if not (found and last):
-        raise UserError(f"--page {file}: expected the marks <!-- {mark} --> and <!-- end -->, each once")
-    content = f"{before}{begin}\n{tables}\n{end}{after}"
+    before, after = parts_of_page(file, mark)
+    content = f"{before}\n{tables}\n{after}"
     write_atomically(file, lambda scratch: scratch.write_text(content, encoding="utf-8"))
+
+
+def make_folder(out: str) -> None:
+    """Makes the folder of --out. Raises UserError if that is not possible."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: can't be made ({error.strerror}); expected a folder") from None
 
 
 def main(argv: Sequence[str], began: float | None = None) -> int:
@@ -703,13 +754,15 @@ def main(argv: Sequence[str], began: float | None = None) -> int:
     try:
         results = Results(Path(study.out))
         if study.tables:
+            results.require()
             write_tables(study, results)
             return 0
         plan = Plan(study, results)
         if study.plan:
             show_plan(study, plan)
             return 0
-        Path(study.out).mkdir(parents=True, exist_ok=True)
+        study.check_inputs()
+        make_folder(study.out)
         status = execute(study, plan, results, began)
         write_tables(study, results)
         return status

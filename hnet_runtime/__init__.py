@@ -15,5 +15,9 @@ class UserError(Exception):
     """A mistake of the user, in one sentence; commands print it and exit with status 2."""
 
 
+class RunFailed(UserError):
+    """A run ended because of its own numbers, such as a loss that is not finite: it would end in the same way again."""
+
+
 class DataError(Exception):
     """A mistake in the data or the request, in one sentence that names the file, row or flag and what was expected."""

@@ -270,14 +270,15 @@ def warn_of_bytes(name: str, text: bytes) -> None:
     try:
         text.decode()
     except UnicodeDecodeError as error:
-        _warn(f"{name}: byte {error.start} is not UTF-8; the model reads the bytes as they are")
+        warn(f"{name}: byte {error.start} is not UTF-8; the model reads the bytes as they are")
     if b"\xfe" in text or b"\xff" in text:
-        _warn(f"{name}: holds a byte FE or FF, which to the model mean beginning and end of text")
+        warn(f"{name}: holds a byte FE or FF, which to the model mean beginning and end of text")
     if text.startswith(BOM):
-        _warn(f"{name}: begins with a byte order mark, which the model reads as text")
+        warn(f"{name}: begins with a byte order mark, which the model reads as text")
 
 
-def _warn(what: str) -> None:
+def warn(what: str) -> None:
+    """Prints a warning, one sentence, to stderr."""
     sys.stderr.write(f"warning: {what}\n")
 
 

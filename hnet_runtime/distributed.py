@@ -66,10 +66,7 @@ def start(device: str = "auto", replicate: int = 1, timeout: float = 600) -> Wor
         raise UserError(f"--replicate {replicate}: expected a divisor of the number of processes, which is {size}")
     if "PYTORCH_ALLOC_CONF" not in os.environ:  # sizes vary between steps, which would fragment fixed segments
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            f"--device cuda: {'this torch is built without CUDA' if not torch.version.cuda else 'torch finds no GPU'}"
-        )
+    require_device(device)
     if device == "auto" and not torch.cuda.is_available() and shutil.which("nvidia-smi") and rank == 0:
         logger.warning(
             "a GPU seems to be present, but this torch (%s) can't use it; continuing on the CPU", torch.__version__
@@ -97,6 +94,14 @@ def start(device: str = "auto", replicate: int = 1, timeout: float = 600) -> Wor
     place = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
     cards.start(place)
     return World(rank, size, place, make_mesh(kind, size, replicate))
+
+
+def require_device(device: str) -> None:
+    """Raises UserError if --device names a device that does not exist."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"--device cuda: {'this torch is built without CUDA' if not torch.version.cuda else 'torch finds no GPU'}"
+        )
 
 
 def make_mesh(kind: str, size: int, replicate: int = 1) -> DeviceMesh:

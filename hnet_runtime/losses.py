@@ -134,3 +134,8 @@ def check(config: TrainConfig, hnet: HNetConfig) -> None:
         flag, value = f"--{name.replace('_', '-')}", getattr(config, name)
         if value != getattr(TrainConfig, name) and not any(hnet.is_learned):
             raise UserError(f"{flag} {value}: the model has no router that learns; expected a config with one")
+    if config.ratio_from:
+        numbers = compression(config.ratio_from, "--ratio-from")
+        if any(first > last for first, last in zip(numbers, hnet.N_compress)):
+            last = "-".join(f"{N:g}" for N in hnet.N_compress)
+            raise UserError(f"--ratio-from {config.ratio_from}: expected at most {last}, to which the target rises")

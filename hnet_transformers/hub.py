@@ -187,13 +187,14 @@ def export(source: str, folder: Path, config: str | None = None, dtype: str | No
     """
     from hnet_transformers.modeling_hnet import HNetForCausalLM
 
-    weights.refuse_files_of_others(folder)
+    weights.refuse_files_of_others(folder, ("config.json", "README.md"))
     model = HNetForCausalLM.from_pretrained(source, config=config, dtype=dtype)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
             model.save_pretrained(scratch)
             files = sorted(Path(scratch).iterdir(), key=lambda file: (file.suffix == ".py", file.name))
+            weights.refuse_files_of_others(folder, [file.name for file in files])
             return [file.replace(folder / file.name) for file in files]
     except (OSError, SafetensorError) as error:
         raise weights.CheckpointError(f"{folder}: can't be written ({getattr(error, 'strerror', error)})") from None

@@ -66,6 +66,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--prompt: given with --text; give one of them")
     if options.limit < 1:
         raise UserError(f"--limit: {options.limit}; expected 1 or more")
+    if not options.tolerance >= 0:
+        raise UserError(f"--tolerance {options.tolerance}: expected 0 or more")
     text = text_of(options)[: options.limit]
     b, config_b = (options.b, options.config_b) if options.b else (options.a, options.config_a)
     if (options.a, options.how_a) == (b, options.how_b):
@@ -85,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
         if options.chunks:
             print_chunks(text, byte_starts(side)[1:], console)
     worst = report(console, text, *sides, given_cuts)
-    return int(worst > options.tolerance)
+    return int(not worst <= options.tolerance)  # NaN is too far as well
 
 
 def text_of(options: Options) -> bytes:

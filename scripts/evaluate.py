@@ -159,6 +159,8 @@ def check(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected {least} or more")
+        if value is not None and value >= 2**31:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected less than 2**31")
     most = options.context or 8192
     if options.stride > most:
         raise UserError(f"--stride {options.stride}: expected at most --context {most}")
@@ -168,6 +170,10 @@ def check(options: Options) -> None:
         raise UserError(f"--tasks {options.tasks!r}: names no task")
     if options.num_fewshot is not None and not (options.tasks or options.include_path):
         raise UserError("--num-fewshot: expected --tasks, whose prompts it is for")
+    if options.out.endswith("/"):
+        raise UserError(f"--out {options.out}: expected a name in that folder, to which .json and .md are added")
+    if options.text_column != "text" and not options.data:
+        raise UserError(f"--text-column {options.text_column}: expected also --data, whose column it names")
     if options.out and not os.access(folder := Path(options.out).absolute().parent, os.W_OK):
         raise UserError(f"--out {options.out}: {folder} is no folder that can be written to")
 
@@ -244,6 +250,8 @@ def documents(data: str, options: Options) -> "Iterator[scoring.Document]":
                 raise UserError(str(error).replace("--text-column", "--by")) from None
             raise
         return
+    if options.text_column != "text":
+        raise UserError(f"--text-column {options.text_column}: {data} is prepared, its texts have no columns")
     if column:
         raise UserError(
             f"--by {column}: prepared folders keep no labels; name what {data} was made from, or --by script"

@@ -78,6 +78,11 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--prompt-file: given with --prompt; give one of them")
     if options.samples < 1:
         raise UserError(f"--samples: {options.samples}; expected 1 or more")
+    for name, most in (("max_bytes", 2**24), ("samples", 4096), ("top_k", 256)):
+        if (value := getattr(options, name)) > most:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected at most {most}")
+    if not -(2**63) <= options.seed < 2**63:
+        raise UserError(f"--seed {options.seed}: expected less than 2**63")
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     prompt = read_prompt(options)
     with importing():

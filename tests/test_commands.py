@@ -274,6 +274,28 @@ def test_every_command_begins_a_mistake_alike(tmp_path):
         ("fineweb.py prepare text", "--out is missing (see --help)"),
         ("fineweb.py prepare text --out a --holdout q", "--holdout q: expected a number"),
         ("fineweb.py prepare text --out a --txt-column q", "--txt-column: no such flag; similar: --text-column"),
+        ("fineweb.py prepare text --out a --shard-bytes 1", "--shard-bytes 1: expected 4096 or more"),
+        ("scripts/compare.py a b --tolerance nan", "--tolerance nan: expected 0 or more"),
+        ("scripts/compare.py a b --tolerance=-1", "--tolerance -1.0: expected 0 or more"),
+        ("benchmarks/audit.py --foo", "--foo: expected --quick, or compute capabilities of 8.0, 8.6"),
+        ("benchmarks/ledger.py --foo", "benchmarks/ledger.py is no command; expected python benchmarks/render.py"),
+        *(
+            (f"benchmarks/{name}.py {first}--foo 1", "--foo: no such flag")
+            for name, first in (
+                ("bench_data", "slices "),
+                ("bench_train", ""),
+                ("bench_decode", ""),
+                ("bench_scaling", ""),
+                ("bench_ssd", ""),
+                ("bench_edits", ""),
+                ("bench_versions", "here "),
+                ("render", ""),
+            )
+        ),
+        ("benchmarks/bench_train.py --steps 0", "--steps 0: expected 1 or more"),
+        ("benchmarks/bench_train.py --data nowhere --device cpu", "nowhere: no such folder"),
+        ("benchmarks/study.py --lr inf", "--lr inf: expected a finite number"),
+        ("benchmarks/recipe.py --seconds nan", "--seconds nan: expected a finite number"),
         ("fineweb.py prepare text more --out a", "more: not expected after text (see --help)"),
     ],
 )

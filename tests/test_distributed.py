@@ -1,5 +1,6 @@
 """The same training on 1, 2 and 4 processes, sharded or replicated; and what happens when one of them dies."""
 
+import errno
 import json
 import os
 import random
@@ -659,6 +660,37 @@ def test_old_checkpoints_go_and_some_stay(tmp_path):
         saver.start(step, {})
     saver.finish()
     assert [int(p.name[-2:]) for p in checkpoint.complete(tmp_path)] == [6, 12, 18, 21]
+    distributed.stop()
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_fails_no_save(tmp_path, monkeypatch, caplog):
+    """As with `chattr +i`. What a kill left of older ones, inside a removal or a save, is removed with them."""
+    distributed.start("cpu")
+    model = torch.nn.Linear(2, 2)
+    model.config = HNetConfig.load(MODEL)
+    saver = checkpoint.Saver(tmp_path, model, torch.optim.AdamW(model.parameters()), keep=1, keep_every=6)
+    remove = shutil.rmtree
+
+    def fail_for_the_first(path, **options):
+        if path.name == "step_00000001":
+            raise OSError(errno.EPERM, "Operation not permitted")
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", fail_for_the_first)
+    for step in (1, 2, 3):
+        saver.start(step, {})
+    assert saver.finish() == tmp_path / "checkpoints" / "step_00000003"
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step_00000001", "step_00000003"]
+    assert "step_00000001: can't be removed (Operation not permitted)" in caplog.text
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    for name in ("step_00000001/manifest.json", "step_00000003/manifest.json"):
+        (tmp_path / "checkpoints" / name).unlink()
+    for name in ("step_00000004.writing", "step_00000006.writing", "step_00000006", "step_00000009"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    saver.start(8, {})
+    saver.finish()
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["step_00000006", "step_00000008", "step_00000009"], "of every sixth step, the newest, a later one"
     distributed.stop()
 
 

@@ -150,6 +150,7 @@ def test_flags_that_do_not_fit_are_refused(flags, said):
     [
         ({"ratio_from": "1-2-4"}, "--ratio-from 1-2-4: N_compress: 3 numbers"),
         ({"ratio_from": "2-3"}, "--ratio-from 2-3: N_compress"),
+        ({"ratio_from": "1-20"}, "--ratio-from 1-20: expected at most 1-6, to which the target rises"),
         ({"ratio_from": "1-x"}, "--ratio-from 1-x: expected numbers joined by dashes"),
     ],
 )

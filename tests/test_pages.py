@@ -4,7 +4,9 @@ import base64
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from hnet_runtime.evaluation import boundaries
 from hnet_runtime.evaluation.validation import chunks_of
 from hnet_runtime.flops import count_flops
 from hnet_runtime.pages import explorer, plots
+from hnet_runtime.pages.reports import write_atomically
 from hnet_runtime.runs import weights
 
 ROOT = Path(__file__).parent.parent
@@ -511,3 +514,24 @@ def test_the_page_shows_each_runs_own_value_at_the_step_under_the_mouse(browser,
         assert browser.evaluate(HOVER % 0.5)[-1].endswith(f" {unit}")
         browser.shot(f"plots-{axis}")
     assert browser.complaints() == []
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
+    """The scratch file of a living writer stays: two processes may draw the same plots."""
+    path, other = tmp_path / "plots.png", tmp_path / ".plots.png.notes.png"
+    other.write_text("mine")
+    program = (
+        "import os, signal, sys; from pathlib import Path; from hnet_runtime.pages.reports import write_atomically\n"
+    )
+    program += "kill = lambda scratch: scratch.write_text('half') and os.kill(os.getpid(), signal.SIGKILL)\n"
+    program += "write_atomically(Path(sys.argv[1]), kill)"
+    assert subprocess.run([sys.executable, "-c", program, str(path)], cwd=ROOT).returncode == -signal.SIGKILL
+    (left,) = [file for file in tmp_path.iterdir() if file != other]
+
+    def write(scratch: Path) -> None:
+        scratch.write_text("outer")
+        write_atomically(path, lambda inner: inner.write_text("inner"))
+        assert path.read_text() == "inner" and scratch.exists() and not left.exists()
+
+    write_atomically(path, write)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [other.name, path.name] and path.read_text() == "outer"

@@ -37,6 +37,20 @@ def flags(corpus: Path, out: Path, *more: str) -> list[str]:
     return [word for name, value in given.items() for word in (f"--{name}", str(value))] + list(more)
 
 
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--page", "/nope"], "--page /nope: can't be read"),
+        (["--seconds", "nan"], "--seconds nan: expected a finite number"),
+        (["--flags", "alpha"], "--flags alpha: expected name=value"),
+    ],
+)
+def test_mistakes_are_named_before_the_first_run(corpus, tmp_path, more, said):
+    with pytest.raises(UserError, match=said):
+        recipe.main(flags(corpus, tmp_path / "recipe", *more))
+    assert not (tmp_path / "recipe").exists()
+
+
 def test_every_variant_is_the_first_with_one_change(corpus, tmp_path):
     """Its flags are flags of train.py, and differ from those of `paper` in what it names."""
     plan = recipe.RecipePlan(recipe.Recipe(data=str(corpus), out=str(tmp_path)), Results(tmp_path))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import fineweb
-from hnet_runtime import UserError
+from hnet_runtime import DataError, UserError
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -131,6 +131,15 @@ def test_a_run_counts_in_each_phase_that_asks_for_it(corpus, tmp_path, capsys):
     assert planned("--phases", "main", "--lrs", "1e-3,2e-3", "--bytes", "512")[0][0].startswith("main/learned/lr0.002/")
 
 
+def test_damaged_results_are_named(tmp_path):
+    (tmp_path / "results.jsonl").write_bytes(b'{"key": "a"}\n{"key": "\xff"}\n')
+    with pytest.raises(UserError, match="results.jsonl, line 2: expected the result of a run"):
+        study.Results(tmp_path)
+    (tmp_path / "results.jsonl").write_bytes(b'{"key": "a"}\n{"key": "\xff')
+    assert list(study.Results(tmp_path).rows) == ["a"]
+    assert (tmp_path / "results.jsonl").read_bytes() == b'{"key": "a"}\n'
+
+
 def test_flags_of_routers_reach_only_models_that_have_one():
     given = study.Study(flags="alpha=0.2 router-lr=0.5")
     assert given.train_flags() == ["--alpha", "0.2", "--router-lr", "0.5"]
@@ -146,12 +155,57 @@ def test_flags_of_routers_reach_only_models_that_have_one():
         (["--rates", "learned:2"], "--rates learned:2: expected learned:RATE"),
         (["--lrs", "1e-3,x"], "--lrs 1e-3,x: expected numbers above 0"),
         (["--bytes", "0"], "--bytes 0.0: expected more than 0"),
+        (["--bytes", "inf"], "--bytes inf: expected a finite number"),
+        (["--lr-bytes", "inf"], "--lr-bytes inf: expected a finite number"),
+        (["--lr", "inf"], "--lr inf: expected a finite number"),
+        (["--seconds", "nan"], "--seconds nan: expected a finite number"),
+        (["--flags", "alpha=x"], "--flags alpha=x: --alpha x: expected a number"),
+        (["--mbs", "1000000"], "data: [0-9,]+ bytes are less than one batch"),
+        (["--tables"], "--out .*study: has no results.jsonl with results"),
         (["--config", "hnet_2stage_tiny"], "--config: has 2 chunking stages; expected 1"),
     ],
 )
 def test_wrong_flags_are_named(corpus, tmp_path, more, said):
-    with pytest.raises(UserError, match=said):
+    with pytest.raises((UserError, DataError), match=said):
         study.main(flags(corpus, tmp_path / "study", *more, "--plan"))
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--choices", "/nope"], "--choices /nope: can't be read"),
+        (["--page", "/nope"], "--page /nope: can't be read"),
+        (["--page", "{corpus}/one.json"], "one.json: expected the marks <!-- study -->"),
+        (["--device", "cuda"], "--device cuda: "),
+        (["--out", "{corpus}/one.json"], "--out .*one.json: can't be made"),
+    ],
+)
+def test_what_runs_need_at_their_end_is_checked_before_the_first(corpus, tmp_path, monkeypatch, more, said):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match=said):
+        study.main(flags(corpus, tmp_path / "study", *(word.format(corpus=corpus) for word in more)))
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_mistake_is_no_result_and_a_loss_that_is_not_finite_is_one(corpus, tmp_path):
+    """After a mistake the corrected command makes the run; what is not finite would be so again."""
+    out = tmp_path / "study"
+    command = [sys.executable, str(ROOT / "benchmarks" / "study.py")]
+    command += flags(corpus, out, "--phases", "lr", "--architectures", "learned", "--lrs", "1e30")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def run(more: str) -> subprocess.CompletedProcess:
+        given = [*command, "--flags", f"clip=0 warmup=0 {more}"]
+        return subprocess.run(given, env=environment, capture_output=True, text=True, timeout=100)
+
+    done = run("replicate=3")
+    assert done.returncode == 2 and done.stderr.startswith("error: --replicate 3: expected a divisor"), done.stderr
+    assert not (out / "results.jsonl").exists()
+    done = run("alpha=0.03")
+    assert done.returncode == 0 and "failed, step " in done.stdout, done.stderr
+    (row,) = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert "gradient norm" in row["failed"]
+    assert "starts" not in run("alpha=0.03").stdout
 
 
 def rows_of(name: str, values: np.ndarray, sizes: np.ndarray) -> list[dict]:

@@ -292,6 +292,21 @@ def test_a_run_goes_on_without_what_it_began_with(corpus, undisturbed, tmp_path,
     assert done.returncode == 0 and records(folder)[-1]["step"] == 3, done.stderr[-2000:]
 
 
+def test_weights_to_start_from_are_not_used_where_a_checkpoint_is(corpus, undisturbed, tmp_path):
+    """The same command starts a run from weights and resumes it. Others than its own are named, and enter no flags."""
+    folder, own = tmp_path / "run", str(newest(undisturbed))
+    flags = ["--save-dir", str(folder), "--resume", "auto", "-p"]
+    for steps in ("2", "3"):
+        done = run(corpus, *flags, own, "--steps", steps)
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    flags_before = (folder / "train.yaml").read_text()
+    done = run(corpus, *flags, "/does/not/exist", "--steps", "3")
+    said = f"warning: -p /does/not/exist is not used: {folder} has a checkpoint, whose weights the run resumes\n"
+    assert (done.returncode, done.stderr) == (0, said) and "which was" not in done.stdout
+    assert (folder / "train.yaml").read_text() == flags_before and f"pt_ckpt: {own}" in flags_before
+    assert "-c nope: no such config file" in refused(corpus, *flags[:-1], "-c", "nope")
+
+
 def test_a_kill_during_a_save_leaves_the_checkpoint_before(corpus, undisturbed, tmp_path):
     folder = tmp_path / "run"
     flags = ["--steps", "20", "--save-every", "4", "--val-every", "10", "--save-dir", str(folder), "--resume", "auto"]
@@ -330,6 +345,28 @@ def test_a_full_disk_leaves_nothing_torn(corpus, tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
     assert "step_00000002" in done.stderr and "could not be written" in done.stderr
     assert list((folder / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [100, 700, 1000, 20_000])
+def test_a_disk_that_is_full_at_the_start_leaves_nothing_torn(corpus, tmp_path, size):
+    """Such a limit lets a run write some of its first files. With room again it starts, and its files are complete."""
+    folder = tmp_path / "run"
+    argv = command(corpus, "--steps", "1", "--save-dir", str(folder), "--resume", "auto")
+    limits = {"cwd": corpus, "env": environment(), "timeout": 100, "preexec_fn": limit_files(size)}
+    done = subprocess.run(argv, **limits, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr[-2000:]
+    assert "can't be written (File too large)" in done.stderr
+    code = checkpoint.model_code()
+    copies = {f"{name}-{code[f'{name}.py']}.py": f"{name}.py" for name in ("hnet_trainable", "hnet_routers")}
+    for copy, original in copies.items():
+        if (folder / copy).exists():
+            assert (folder / copy).read_bytes() == (ROOT / original).read_bytes()
+    (folder / next(iter(copies))).write_bytes(b"cut off")  # as earlier versions left it
+    succeed(corpus, "--steps", "1", "--save-dir", str(folder), "--resume", "auto")
+    assert [(folder / copy).read_bytes() for copy in copies] == [
+        (ROOT / original).read_bytes() for original in copies.values()
+    ]
+    assert not [path.name for path in folder.iterdir() if path.name[0] == "." and path.name != ".lock"]
 
 
 def test_a_continuation_on_other_data_is_refused(corpus, undisturbed, tmp_path):
@@ -438,6 +475,9 @@ def refused(corpus: Path, *flags: str) -> str:
         (["-N", "1-x"], "1-3-9"),
         (["-N", "1-3-9"], "N_compress"),
         (["--lr", "0.0"], "--lr"),
+        (["--sample-bytes", "10000000000"], "--sample-bytes 10000000000: expected at most 65536"),
+        (["--timeout", "1e300"], "--timeout 1e+300: expected at most 1e7 seconds"),
+        (["--steps", "1" + 400 * "0"], "expected less than 2**53"),
         (["--timeout", "inf"], "--timeout inf: expected a finite number"),
         (["--resume", "auto"], "--save-dir"),
         (["-e", "generate", "--resume", "somewhere"], "-p"),
@@ -637,11 +677,62 @@ def test_metrics_that_are_damaged_or_cannot_be_written_are_named(tmp_path):
         sink.log(1, {})
 
 
+@pytest.mark.parametrize("damage", ["a byte", "a folder"])
+def test_metrics_that_cannot_be_read_are_named(corpus, undisturbed, tmp_path, damage):
+    """The line where one byte is not UTF-8, and a folder of that name."""
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    metrics = folder / "metrics.jsonl"
+    content = bytearray(metrics.read_bytes())
+    content[content.find(b"\n", content.find(b"\n") + 1) + 20] = 0xFF
+    metrics.unlink()
+    metrics.mkdir() if damage == "a folder" else metrics.write_bytes(content)
+    said = f"{metrics}, line 3: expected a JSON object" if damage == "a byte" else f"{metrics}: can't be read (Is a dir"
+    assert said in refused(corpus, "--steps", "21", "--save-dir", str(folder), "--resume", "auto")
+    called = [sys.executable, str(ROOT / "scripts" / "plot.py"), str(folder)]
+    done = subprocess.run(called, env=environment() | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {said}"), done.stderr
+
+
+def test_metrics_are_on_disk_before_the_checkpoint_of_their_step(corpus, tmp_path):
+    """Without that, a power failure leaves a checkpoint without the lines before it. Files of earlier versions may."""
+    program = """
+import os, runpy, sys
+def noted(call, name):
+    def do(*args, **keywords):
+        if name == "fsync": print("SYNC", os.readlink(f"/proc/self/fd/{args[0]}"), flush=True)
+        else: print("NAME", args[1], os.path.exists(args[1]), flush=True)
+        return call(*args, **keywords)
+    return do
+os.fsync, os.replace = noted(os.fsync, "fsync"), noted(os.replace, "replace")
+runpy.run_path(sys.argv.pop(0) and sys.argv[0], run_name="__main__")
+"""
+    folder = tmp_path / "run"
+    flags = ["--steps", "4", "--save-every", "2", "--save-dir", str(folder)]
+    argv = [sys.executable, "-c", program, *command(corpus, *flags)[1:]]
+    more = {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(argv, cwd=corpus, env=environment() | more, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    for name in ("step_00000002", "step_00000004"):
+        at = lines.index(["NAME", f"{folder}/checkpoints/{name}", "False"])
+        before, after = lines[:at], lines[at:]
+        for synced in (f"{folder}/metrics.jsonl", f"{folder}/checkpoints/{name}.writing", str(folder)):
+            assert ["SYNC", synced] in before, synced
+        assert ["SYNC", f"{folder}/checkpoints"] in after
+        lines = after
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:2]))  # as if two lines had been lost
+    said = succeed(corpus, *flags, "--steps", "5", "--resume", "auto")
+    assert f"{metrics}: has no line for 2 of the 4 steps before the checkpoint" in said
+    assert [row["step"] for row in records(folder)] == [1, 2, 5]
+
+
 def test_a_folder_whose_run_ended_in_its_first_steps_may_be_used_again(corpus, tmp_path):
     """Such a run leaves train.yaml, config.json and at most one line of metrics. A second step counts as a run."""
     folder = tmp_path / "run"
     folder.mkdir()
-    for name in ("train.yaml", "config.json", "metrics.jsonl"):
+    (folder / "train.yaml").write_text("global_slices: 1\n")
+    for name in ("config.json", "metrics.jsonl"):
         (folder / name).touch()
     assert "1 step of 256 bytes" in succeed(corpus, "--steps", "1", "--save-dir", str(folder))
     assert "holds a run already" in refused(corpus, "--steps", "1", "--save-dir", str(folder))
@@ -652,9 +743,23 @@ def test_a_folder_whose_run_ended_in_its_first_steps_may_be_used_again(corpus, t
     assert "holds a run already" in refused(corpus, "--steps", "1", "--save-dir", str(folder))
 
 
-@pytest.mark.parametrize("name", ["config.json", "train.yaml", "plots.html"])
-def test_files_of_others_are_not_replaced(corpus, tmp_path, name):
+@pytest.mark.parametrize(
+    "name, metrics",
+    [
+        ("config.json", None),
+        ("config.json", ""),
+        ("config.json", '{"step": 1}\n'),
+        ("train.yaml", None),
+        ("plots.html", None),
+        ("plots.png", None),
+        ("cuts", None),
+    ],
+)
+def test_files_of_others_are_not_replaced(corpus, tmp_path, name, metrics):
+    """Also beside metrics, which other programs write as well."""
     (tmp_path / name).write_text("mine")
+    if metrics is not None:
+        (tmp_path / "metrics.jsonl").write_text(metrics)
     for more in [], ["--resume", "auto"]:
         said = refused(corpus, "--steps", "1", "--save-dir", str(tmp_path), *more)
         assert name in said and ("which a run would replace" in said or more and name == "train.yaml"), said
@@ -802,6 +907,41 @@ def test_samples_are_printed_and_logged(corpus, tmp_path):
     rows = records(tmp_path / "run")
     assert [row["step"] for row in rows if "sample" in row] == [2, 4]
     assert rows[-1]["sample"].replace("|", "").startswith("the ")
+
+
+def test_a_sample_that_cannot_be_made_costs_no_step(corpus, tmp_path):
+    """A warning stands in its place; metrics and checkpoint of the step are written."""
+    program = "import runpy, sys\nfrom hnet_runtime.runs import progress\n"
+    program += "def generate(*_, **__): raise MemoryError('out of memory\\n(a detail)')\n"
+    program += "progress.generate = generate\nrunpy.run_path(sys.argv.pop(0) and sys.argv[0], run_name='__main__')"
+    flags = ["--steps", "2", "--save-dir", str(tmp_path / "run")]
+    argv = [sys.executable, "-c", program, *command(corpus, *flags)[1:]]
+    more = {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(argv, cwd=corpus, env=environment() | more, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "no sample: it can't be made (out of memory)\n" in done.stdout, done.stderr
+    assert [row["step"] for row in records(tmp_path / "run")] == [1, 2]
+    assert newest(tmp_path / "run").name == "step_00000002"
+
+
+@pytest.mark.parametrize("taken", ["cuts", "cuts/step_00000002.npz", "cuts/step_00000009.npz"])
+def test_a_run_goes_on_where_cuts_cannot_be_stored(corpus, tmp_path, taken):
+    """A file in place of the folder, a folder in place of a file, and one in place of a later file."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "train.yaml").write_text("global_slices: 1\n")  # of a run that ended in its first step
+    (folder / taken).write_text("mine") if taken == "cuts" else (folder / taken).mkdir(parents=True)
+    done = run(corpus, "--steps", "3", "--val-every", "2", "--save-dir", str(folder))
+    assert done.returncode == 0 and newest(folder).name == "step_00000003", done.stderr
+    said = "the next validation does not say how many cuts have moved"
+    assert (said in done.stdout) == (taken != "cuts/step_00000009.npz") and len(records(folder)) == 3
+
+
+def test_a_folder_in_place_of_a_file_of_the_run_is_named(corpus, tmp_path):
+    folder = tmp_path / "run"
+    (folder / "config.json").mkdir(parents=True)
+    (folder / "train.yaml").write_text("global_slices: 1\n")
+    said = refused(corpus, "--steps", "1", "--save-dir", str(folder))
+    assert f"{folder}/config.json: can't be written (Is a directory)" in said
 
 
 def test_curves_in_wandb_go_by_steps_of_our_own(tmp_path, monkeypatch):

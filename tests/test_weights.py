@@ -148,6 +148,18 @@ def test_an_export_replaces_no_config_of_another(tmp_path, model):
         export(model, tmp_path / "new", "safetensors")
 
 
+@pytest.mark.parametrize("name, content", [("model.py", ""), ("model.safetensors", "theirs")])
+def test_a_file_named_model_makes_no_export(tmp_path, model, name, content):
+    """Code for a model, or the weights of another one."""
+    mine = {"config.json": '{"model_type": "llama"}', name: content}
+    for file, text in mine.items():
+        (tmp_path / file).write_text(text)
+    for form in ("safetensors", "pt"):
+        with pytest.raises(CheckpointError, match="has a config.json that is of no export"):
+            export(model, tmp_path, form)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == mine
+
+
 def test_omegaconf_is_not_needed():
     """tests/omegaconf.pt was written by torch.save with omegaconf 2.4.0: a ListConfig and a DictConfig beside a
     tensor, and one in the state dict's metadata."""

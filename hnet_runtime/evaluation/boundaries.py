@@ -7,6 +7,7 @@ docs/EVALUATION.md says what each number means.
 from __future__ import annotations
 
 import functools
+import logging
 import unicodedata
 import zipfile
 from collections.abc import Sequence
@@ -16,9 +17,12 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from hnet_runtime import UserError
 from hnet_runtime.distributed import World
 from hnet_runtime.pages.reports import write_atomically
 from hnet_trainable import StageOutput
+
+logger = logging.getLogger("hnet")
 
 LETTERS = 5  # the last place of a letter is "this or a later one"
 PLACES = ("space", *(f"letter_{n}" for n in range(1, LETTERS + 1)), "digit", "punctuation", "inside", "other")
@@ -222,14 +226,19 @@ class CutHistory:
             with open(scratch, "wb") as f:
                 np.savez_compressed(f, **{name: np.packbits(mask) for name, mask in masks.items()})
 
-        self.folder.mkdir(exist_ok=True)
-        write_atomically(self.folder / f"step_{step:08d}.npz", write)
+        try:
+            self.folder.mkdir(exist_ok=True)
+            write_atomically(self.folder / f"step_{step:08d}.npz", write)
+        except (OSError, UserError) as error:  # no reason to end a run before its checkpoint
+            reason = error if isinstance(error, UserError) else f"{self.folder}: {error.strerror}"
+            logger.warning("%s; the next validation does not say how many cuts have moved", reason)
         for _, path in [(at, path) for at, path in self._stored() if at <= oldest][:-1]:
             path.unlink(missing_ok=True)
         return found
 
     def _stored(self) -> list[tuple[int, Path]]:
-        return sorted((int(path.stem[5:]), path) for path in self.folder.glob("step_*.npz") if path.stem[5:].isdigit())
+        files = [path for path in self.folder.glob("step_*.npz") if path.stem[5:].isdigit() and path.is_file()]
+        return sorted((int(path.stem[5:]), path) for path in files)
 
 
 def _read(file: Path) -> dict[str, np.ndarray]:

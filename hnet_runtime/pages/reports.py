@@ -1,5 +1,8 @@
 """Writes result files atomically, and an evaluation as a page of Markdown tables."""
 
+import contextlib
+import fcntl
+import glob
 import os
 import tempfile
 from collections.abc import Callable, Iterable
@@ -10,22 +13,35 @@ from hnet_runtime import UserError
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file atomically: `write` writes a temporary file, which is renamed to `path` when complete.
+    """Writes a file atomically: `write` writes a temporary file, which is renamed to `path` when it is on disk.
 
     Raises UserError if it can't be written.
     """
     try:
+        _remove_left_over(path)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-        os.close(handle)
         scratch = Path(name)
         try:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
             write(scratch)
             scratch.chmod(0o644)
+            with open(scratch, "rb") as written:
+                os.fsync(written.fileno())
             scratch.replace(path)
         finally:
             scratch.unlink(missing_ok=True)
+            os.close(handle)
     except OSError as error:
         raise UserError(f"{path}: can't be written ({error.strerror})") from None
+
+
+def _remove_left_over(path: Path) -> None:
+    """Removes the temporary files that killed writers of a file left. One that is being written is locked."""
+    for scratch in path.parent.glob(f".{glob.escape(path.name)}.????????{glob.escape(path.suffix)}"):
+        with contextlib.suppress(OSError), open(scratch, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            scratch.unlink()
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ RUN/checkpoints/step_00000450/
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -48,6 +49,8 @@ from hnet_runtime.runs.run_folder import (  # noqa: F401 (some are for importers
 )
 from hnet_runtime.sharded import is_sharded, local_shard
 from hnet_runtime.steps.flat_adamw import FlatAdamW, SplitFloat32, as_tensor
+
+logger = logging.getLogger("hnet")
 
 
 class Saver:
@@ -196,11 +199,13 @@ class Saver:
                 write_json(scratch / "train.json", train)
                 write_json(scratch / "sha256.json", {f.name: _sha256(f) for f in sorted(scratch.iterdir())})
                 write_json(scratch / "manifest.json", {f.name: f.stat().st_size for f in sorted(scratch.iterdir())})
+                sync_folder(scratch)
                 if final.exists():
                     shutil.rmtree(final)
                 os.replace(scratch, final)
-                sync_folder(final.parent)
-                self._remove_old()
+                for folder in (final.parent, self.run):  # the run's is new at the first save
+                    sync_folder(folder)
+                self._remove_old()  # a failure there is only a warning: this checkpoint is complete
             written.set_result(final)
         except BaseException as failure:  # reported by `finish`
             if dist.get_rank() == 0:
@@ -282,9 +287,19 @@ class Saver:
             )
 
     def _remove_old(self) -> None:
-        for old in complete(self.run)[: -self.keep] if self.keep else []:
-            if not self.keep_every or int(old.name.removeprefix("step_")) % self.keep_every:
+        """Removes the checkpoints before the newest --keep, complete or not. What can't be removed is a warning."""
+        found = complete(self.run)
+        if not self.keep or len(found) < self.keep:
+            return
+        first = found[-self.keep]  # that stays
+        for old in sorted(found[: -self.keep] + [path for path in incomplete(self.run) if path.name < first.name]):
+            step = int(old.name.removeprefix("step_").removesuffix(".writing"))
+            if self.keep_every and step % self.keep_every == 0 and old.suffix != ".writing":
+                continue
+            try:
                 shutil.rmtree(old)
+            except OSError as error:
+                logger.warning("%s: can't be removed (%s); --keep leaves it", old, error.strerror)
 
 
 def _free_gpu_memory(device: torch.device) -> float:

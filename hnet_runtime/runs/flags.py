@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import tyro
 import yaml
 
+from hnet_config import find_config
 from hnet_runtime import UserError, commands
 from hnet_runtime.runs import run_folder
 
@@ -134,7 +136,7 @@ class TrainConfig:
     sample_every: int = 0
     """Steps between generated samples; the last step always writes one. 0: only the last."""
     sample_bytes: int = 160
-    """Bytes of a sample; 0: no samples."""
+    """Bytes of a sample, at most 65536; 0: no samples."""
     prompt: str = ""
     """The start of each sample, which the model continues."""
     logger: Annotated[Literal["local", "wandb", "tensorboard"], flag("-l")] = "local"
@@ -177,6 +179,9 @@ class TrainConfig:
             self._expect(name, getattr(self, name) >= 0, "0 or more")
         for name, value in vars(self).items():
             self._expect(name, not isinstance(value, float) or math.isfinite(value), "a finite number")
+            if type(value) is int and name not in ("seed", "val_every"):
+                self._expect(name, value < 2**53, "less than 2**53")
+        self._expect("timeout", self.timeout <= 1e7, "at most 1e7 seconds")
         for name in ("lr", "timeout", "router_lr"):
             self._expect(name, getattr(self, name) > 0, "more than 0")
         for name in ("warmup", "decay"):
@@ -185,6 +190,7 @@ class TrainConfig:
         self._expect("ratio_rise", 0 <= self.ratio_rise <= 1, "a share from 0 to 1")
         self._expect("ratio_rise", self.ratio_from or not self.ratio_rise, "also --ratio-from, where the target starts")
         self._expect("ratio_from", self.ratio_rise or not self.ratio_from, "also --ratio-rise, the share of the steps")
+        self._expect("sample_bytes", self.sample_bytes <= 2**16, "at most 65536")
         self._expect("seed", 0 <= self.seed < 2**63, "0 or more, below 2**63")
         self._expect("resume", self.resume != "auto" or self.save_dir, "also --save-dir, the folder of the run")
         if self.resume and self.early_exit != "no":
@@ -214,6 +220,7 @@ def read_config(argv: Sequence[str]) -> TrainConfig:
     if earlier := _flags_of_the_run(config):
         config = commands.read_flags(TrainConfig, rest, default=TrainConfig(**earlier | given))
         config.global_slices = config.global_slices or earlier.get("global_slices", 0)
+        _keep_model_of_the_run(config, earlier)
     if config.val_every == -1:
         config.val_every = max(1, config.steps // 3)
     config.check()
@@ -242,9 +249,30 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return given
 
 
+def _keep_model_of_the_run(config: TrainConfig, earlier: dict[str, Any]) -> None:
+    """Where a checkpoint is resumed, which has the weights: warns that another -p is not used, and drops it.
+
+    A start without a checkpoint uses -p. Raises UserError for a -c of the command line that does not exist.
+    """
+    folder = Path(_resumed_folder(config))
+    if not (run_folder.complete(folder) or run_folder.is_complete(folder)):
+        return
+    if config.config != earlier.get("config", "") and not find_config(config.config).exists():
+        raise UserError(f"-c {config.config}: no such config file")
+    if config.pt_ckpt != (of_the_run := earlier.get("pt_ckpt", "")):
+        if os.environ.get("RANK", "0") == "0":
+            commands.warn(f"-p {config.pt_ckpt} is not used: {folder} has a checkpoint, whose weights the run resumes")
+        config.pt_ckpt = of_the_run
+
+
+def _resumed_folder(config: TrainConfig) -> str:
+    """The folder that --resume names, of a run or of a checkpoint; empty without --resume."""
+    return config.save_dir if config.resume == "auto" else config.resume
+
+
 def _flags_of_the_run(config: TrainConfig) -> dict[str, Any]:
     """The flags of the run that is resumed, if there is one; `TrainConfig.check` checks them later."""
-    folder = config.save_dir if config.resume == "auto" else config.resume
+    folder = _resumed_folder(config)
     if not folder:
         return {}
     earlier = run_folder.train_config_of(folder)

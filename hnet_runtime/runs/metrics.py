@@ -1,17 +1,21 @@
 """A run's metrics: one JSON record per step; wandb or TensorBoard on request; and warnings about routers."""
 
+import contextlib
 import itertools
 import json
 import logging
 import math
+import os
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from hnet_runtime import UserError
+from hnet_runtime.data.stream import sync_folder
 from hnet_runtime.pages.reports import write_atomically
+from hnet_runtime.runs.run_folder import complete
 
 logger = logging.getLogger("hnet")
 
@@ -34,22 +38,37 @@ class JsonlSink:
             kept_as = _free_name(path)
             path.rename(kept_as)
             logger.warning("%s: these metrics are of an earlier start; they are kept as %s", path, kept_as.name)
-        kept = "".join(json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= first_step)
+        rows = [row for row in read_metrics(path) if row["step"] <= first_step]
+        missing = first_step - len({row["step"] for row in rows})
+        if missing and (rows or complete(path.parent)):  # else a run that branches off in a folder of its own
+            logger.warning(f"{path}: has no line for {missing} of the {first_step} steps before the checkpoint")
+        kept = "".join(json.dumps(row) + "\n" for row in rows)
         write_atomically(path, lambda scratch: scratch.write_text(kept, encoding="utf-8"))
         self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (open as long as the run)
 
     def log(self, step: int, record: dict[str, Any]) -> None:
         safe = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         safe.pop("sample_html", None)
-        try:
+        with self._writing():
             self._file.write(json.dumps({"step": step, **safe}) + "\n")
+
+    def sync(self) -> None:
+        """Waits until all lines are on disk."""
+        with self._writing():
+            os.fsync(self._file.fileno())
+            sync_folder(Path(self._file.name).parent)
+
+    def close(self) -> None:
+        self._file.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise UserError(
                 f"{self._file.name}: can't be written ({error.strerror}); checkpoints are untouched"
             ) from None
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def _free_name(path: Path) -> Path:
@@ -58,12 +77,14 @@ def _free_name(path: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def read_lines(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[bytes]:
     """The complete lines of a metrics file, without a last line that a crash cut off. Empty if there is no file."""
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    return text[: text.rfind("\n") + 1].splitlines()
+    try:
+        return path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror}); expected the metrics of a run") from None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -71,9 +92,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(read_lines(path), 1):
         try:
-            records.append(json.loads(line))
+            records.append(json.loads(line.decode()))
             assert isinstance(records[-1]["step"], int)
-        except (ValueError, KeyError, TypeError, AssertionError):
+        except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
             raise UserError(f"{path}, line {number}: expected a JSON object with a step") from None
     return records
 
@@ -103,7 +124,7 @@ class WandbSink:
 
         id_file = run / "wandb_id"
         if first_step == 0 or not id_file.exists():  # a run from the beginning has new curves
-            id_file.write_text(secrets.token_hex(4), encoding="utf-8")
+            write_atomically(id_file, lambda scratch: scratch.write_text(secrets.token_hex(4), encoding="utf-8"))
         self._began, self._own_step = id_file.stat().st_mtime, 0
         run_id = id_file.read_text(encoding="utf-8")
         keywords = dict(project="hnet", name=run.name, id=run_id, resume="allow", dir=run, config=config)
@@ -159,6 +180,12 @@ class Metrics:
 
     def log(self, step: int, record: dict[str, Any]) -> None:
         self._each(lambda sink: sink.log(step, record))
+
+    def sync(self) -> None:
+        """Waits until the JSONL file is on disk, so that a checkpoint never has steps that it lacks."""
+        for sink in self._sinks:
+            if isinstance(sink, JsonlSink):
+                sink.sync()
 
     def close(self) -> None:
         self._each(lambda sink: sink.close())

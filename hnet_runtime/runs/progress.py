@@ -108,19 +108,18 @@ class Sample(NamedTuple):
 
 
 def sample(inference: HNetInference, config: TrainConfig, world: World) -> Sample | None:
-    """A generated sample on rank 0, None on others. Called by every rank."""
+    """A generated sample on rank 0, None on others or where none can be made. Called by every rank."""
     with inference.unsharded():  # gathers the weights of all ranks; then rank 0 alone generates
         if not world.is_main:
             return None
         inference.eval()  # its layers are those of the model that trains
+        size, seed = config.sample_bytes, config.seed
         try:
-            written = generate(
-                inference,
-                [os.fsencode(config.prompt)],
-                max_bytes=config.sample_bytes,
-                seed=config.seed,
-                valid_utf8=True,
-            )[0]
+            (written,) = generate(inference, [os.fsencode(config.prompt)], max_bytes=size, seed=seed, valid_utf8=True)
+        except Exception as error:  # the metrics and the checkpoint of the step do not depend on its sample
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            logger.warning("no sample: it can't be made (%s)", reason)
+            return None
         finally:
             inference.train()
     return Sample(written.data, written.starts)

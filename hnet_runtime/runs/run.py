@@ -107,11 +107,12 @@ def _has_steps(metrics: Path) -> bool:
 
 
 def _refuse_files_of_others(run: Path) -> None:
-    """Raises UserError if a folder without a run has files that a run would overwrite."""
+    """Raises UserError if a folder without the flags of a run has files that a run would overwrite."""
     flags = run / "train.yaml"
-    if (run / "metrics.jsonl").exists() or (flags.exists() and "global_slices" in flags.read_text(errors="replace")):
-        return  # a run that ended before its first step
-    if found := [name for name in ("train.yaml", "config.json", "plots.html", "plots") if (run / name).exists()]:
+    if flags.is_file() and "global_slices" in flags.read_text(encoding="utf-8", errors="replace"):
+        return  # a run that ended before its first checkpoint
+    names = ("train.yaml", "config.json", "plots.png", "plots.html", "cuts", "wandb_id")
+    if found := [name for name in names if (run / name).exists()]:
         raise UserError(f"--save-dir {run}: has no run, but {found[0]}, which a run would replace; name another folder")
 
 
@@ -129,8 +130,9 @@ def say_what_changed(source: Path, about: dict[str, Any]) -> None:
 def _choose_checkpoint(run: Path, resume: str) -> Path | None:
     found = checkpoint.complete(run)
     metrics = run / "metrics.jsonl"
-    holds_a_run = bool(found or checkpoint.incomplete(run)) or (metrics.exists() and metrics.stat().st_size > 0)
-    if not holds_a_run:
+    has_checkpoints = bool(found or checkpoint.incomplete(run))
+    holds_a_run = has_checkpoints or (metrics.exists() and metrics.stat().st_size > 0)
+    if not has_checkpoints:
         _refuse_files_of_others(run)
     if resume:
         read_metrics(metrics)  # reports a damaged line now, on all ranks
@@ -142,7 +144,7 @@ def _choose_checkpoint(run: Path, resume: str) -> Path | None:
         elif not found:
             logger.info("no checkpoint in %s: a new run starts", run)
         return found[-1] if found else None
-    if not resume and holds_a_run and not (found or checkpoint.incomplete(run) or _has_steps(metrics)):
+    if not resume and holds_a_run and not (has_checkpoints or _has_steps(metrics)):
         return None  # it ended in its first steps
     if not resume and holds_a_run:
         raise UserError(f"--save-dir {run}: holds a run already; resume it with --resume auto, or name another folder")

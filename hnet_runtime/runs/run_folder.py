@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hnet_runtime import UserError
+from hnet_runtime.pages.reports import write_atomically
 
 WITHOUT = "without this folder, --resume auto resumes from the checkpoint before"
 
@@ -49,8 +50,8 @@ def keep_model_files(run: Path) -> None:
     """Copies hnet_trainable.py and the files that it imports into a run's folder, with fingerprints in their names."""
     for name, fingerprint in model_code().items():
         copy = run / f"{name.removesuffix('.py')}-{fingerprint}.py"
-        if name.endswith(".py") and not copy.exists():
-            copy.write_bytes((ROOT / name).read_bytes())
+        if name.endswith(".py") and not (copy.is_file() and copy.stat().st_size == (ROOT / name).stat().st_size):
+            write_atomically(copy, lambda scratch, name=name: scratch.write_bytes((ROOT / name).read_bytes()))
 
 
 def changed_model(train: dict[str, Any]) -> str:

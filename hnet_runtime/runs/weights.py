@@ -18,7 +18,7 @@ import json
 import logging
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from hnet_config import CONFIGS, find_config
 from hnet_runtime import UserError
-from hnet_runtime.distributed import PLAIN_FLOAT32, Given, fill_other_tensors
+from hnet_runtime.distributed import PLAIN_FLOAT32, Given, fill_other_tensors, ties
 from hnet_runtime.pages.reports import write_atomically
 from hnet_runtime.runs import checkpoint as own
 from hnet_runtime.runs.checkpoint import CheckpointError
@@ -323,7 +323,7 @@ def fit(weights: Mapping[str, Tensor], config: HNetConfig, source: str) -> dict[
     with torch.device("meta"):
         model = HNetInference(config)
     expected = model.state_dict()
-    for name, first in distributed.ties(model).items():
+    for name, first in ties(model).items():
         if first in weights:
             weights.setdefault(name, weights[first])
     missing = [name for name in expected if name not in weights]
@@ -385,11 +385,20 @@ def structure(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------------- exporting
 
 
-def refuse_files_of_others(folder: Path) -> None:
-    """Raises CheckpointError if a folder without exported weights has files that an export would overwrite."""
-    if list(folder.glob("model.*")) or list(folder.glob("model-*")):
+def refuse_files_of_others(folder: Path, names: Iterable[str]) -> None:
+    """Raises CheckpointError if a folder without an export has one of the files that an export would write.
+
+    An export is weights with the config of an H-Net, in the repository's own form or that of transformers.
+    """
+    has_weights = (folder / "model.pt").exists() or any(folder.glob("model*.safetensors"))
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        is_ours = isinstance(config, dict) and ("arch_layout" in config or "hnet" in config)
+    except (OSError, ValueError):
+        is_ours = False
+    if has_weights and is_ours:
         return
-    if found := [name for name in ("config.json", "README.md") if (folder / name).exists()]:
+    if found := [name for name in names if (folder / name).exists()]:
         raise CheckpointError(f"{folder}: has a {found[0]} that is of no export; name another folder")
 
 
@@ -410,7 +419,6 @@ def export(
     weights = cast(weights, dtype) if dtype else weights
     folder = Path(folder)
     file, whole = folder / f"model.{form}", config.to_dict()
-    refuse_files_of_others(folder)
     configs = {"config.json": whole}
     if form == "pt":
         if not all(config.is_learned):
@@ -419,6 +427,7 @@ def export(
             )
         known = {key: value for key, value in whole.items() if key not in ("N_compress", "routers")}
         configs = {"config.json": known, "model.pt.json": whole}
+    refuse_files_of_others(folder, [*configs, file.name])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if form == "pt":
