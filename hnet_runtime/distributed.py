@@ -304,8 +304,8 @@ def fill_other_tensors(model: HNetLM, given: Given, device: torch.device, weight
     modules = dict(given.model.named_modules())
     drawn_again = dict(Given(given.config, given.seed + 1).model.named_modules()) if weights else modules
     for name, kind, key in found:
-        value = getattr(modules[name], kind)[key]
-        if not value.equal(getattr(drawn_again[name], kind)[key]):
+        value, again = (getattr(given_by[name], kind)[key] for given_by in (modules, drawn_again))
+        if weights and not value.nan_to_num().equal(again.nan_to_num()):
             raise UserError(
                 f"{f'{name}.{key}'.lstrip('.')}: __init__ draws it at random and the checkpoint does not have it; make "
                 "it a persistent buffer (register_buffer)"

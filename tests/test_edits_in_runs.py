@@ -182,6 +182,14 @@ def test_a_sample_leaves_training_as_it_was(set_, anew):  # noqa: F811
     assert all(x.norm() == 0 for name, x in model.named_buffers() if name.endswith("mlp.mean"))
 
 
+def test_a_constant_may_be_no_number(set_):  # noqa: F811
+    after_init(set_, H.SwiGLU, lambda self: setattr(self, "unset", torch.full((2,), torch.nan)))
+    weights = built().state_dict()
+    again = distributed.build_model(CONFIG, WORLD, torch.float32, 0, weights)
+    found = [module.unset for module in again.modules() if isinstance(module, H.SwiGLU)]
+    assert found and all(x.isnan().all() for x in found)
+
+
 # ------------------------------------------------------------------------------------------------------------- numbers
 
 
