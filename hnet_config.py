@@ -83,6 +83,9 @@ class Layer(NamedTuple):
 
 def parse_layout(layout: str) -> list[Layer]:
     """`"T1m2"` -> one attention block with MLP and two Mamba-2 blocks without. Raises ConfigError if invalid."""
+    for letter in MIXERS:
+        if not re.fullmatch("[a-z]", letter):
+            raise ConfigError(f"MIXERS: {letter!r}; expected one lower-case letter: its capital adds an MLP")
     known = "".join(MIXERS or "mt")
     letters = f"[{known}{known.upper()}]"
     if not isinstance(layout, str) or not re.fullmatch(f"({letters}[0-9]+)+", layout):

@@ -164,7 +164,7 @@ def build_model(
         _require_memory(config, world)
     with torch.device("meta"):
         model = HNetLM(config)
-    _require_no_hooks(model)
+    _require_plain(model)
     if world.shards > 1 or compute_dtype != torch.float32:  # else nothing is gathered or cast
         _require_no_ties(model)
         shard_model(model, world.mesh, compute_dtype, reshard)
@@ -211,9 +211,11 @@ def _require_no_ties(model: HNetLM) -> None:
             )
 
 
-def _require_no_hooks(model: HNetLM) -> None:
-    """Raises UserError for a hook on a parameter: gradients are those of other tensors, which have none."""
+def _require_plain(model: HNetLM) -> None:
+    """Raises UserError for a parameter that is not float32, or has a hook: gradients are those of other tensors."""
     for name, p in model.named_parameters():
+        if p.dtype != torch.float32:
+            raise UserError(f"{name}: is {p.dtype}; expected parameters in float32, from which a run makes the others")
         if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
             raise UserError(
                 f"{name}: a hook of a parameter does not run in training; change the gradient in an autograd function, "

@@ -103,6 +103,18 @@ def test_a_hook_of_a_parameter_is_refused(set_, kind):  # noqa: F811
         built()
 
 
+def test_a_parameter_of_another_dtype_is_refused(set_):  # noqa: F811
+    after_init(set_, H.SwiGLU, lambda self: setattr(self, "gain", torch.nn.Parameter(torch.ones(2).double())))
+    with pytest.raises(UserError, match="mlp.gain: is torch.float64; expected parameters in float32"):
+        built()
+
+
+def test_a_letter_that_is_no_lower_case_letter_is_named(monkeypatch):
+    monkeypatch.setitem(H.MIXERS, "W", H.Attention)
+    with pytest.raises(H.ConfigError, match="MIXERS: 'W'; expected one lower-case letter: its capital adds an MLP"):
+        HNetConfig.load(ONE_STAGE)
+
+
 # -------------------------------------------------------------------------------------------------------------- groups
 
 
