@@ -140,7 +140,6 @@ class RecipePlan:
         if self.model.num_stages != 1:
             raise UserError(f"--config {recipe.config}: has {self.model.num_stages} chunking stages; expected 1")
         self.stream = fineweb.ByteStream(recipe.data, "train", slice_bytes=recipe.mbs, max_doc=8192)
-        self.stream.require(recipe.mbs)
         self.rows = matching.row_lengths(self.stream)
 
     def tasks(self, phase: str) -> list[Task]:
@@ -256,6 +255,7 @@ def main(argv: Sequence[str], began: float | None = None) -> int:
             done = "done " if task.key in results.rows else "     "
             say(f"{done}{task.key:40} {VARIANTS[task.architecture].words}: {' '.join(task.flags)}")
         return 0
+    plan.stream.require(recipe.mbs)
     recipe.as_study().check_inputs()
     if recipe.page:
         parts_of_page(Path(recipe.page), "recipe")

@@ -770,20 +770,20 @@ def test_a_checkpoint_of_another_model_file_is_named(corpus, undisturbed, tmp_pa
     """By a run that resumes and by whoever loads its weights. The run has copies of its model files."""
     folder = shutil.copytree(undisturbed, tmp_path / "run")
     code = checkpoint.model_code()
-    for name in ("hnet_trainable", "hnet_routers"):
+    for name in ("hnet_trainable", "hnet_routers", "hnet_config"):
         assert (folder / f"{name}-{code[f'{name}.py']}.py").read_bytes() == (ROOT / f"{name}.py").read_bytes()
     load(folder)
     assert "fingerprint" not in caplog.text
     saved = newest(folder)
     about, digests = saved / "train.json", saved / "sha256.json"
     before, text = hashlib.sha256(about.read_bytes()).hexdigest(), about.read_text()
-    for name in ("hnet_trainable.py", "hnet_kernels"):
+    for name in ("hnet_kernels", "hnet_trainable.py"):
         text = text.replace(code[name], "0" * 12)
     about.write_text(text)
     digests.write_text(digests.read_text().replace(before, hashlib.sha256(about.read_bytes()).hexdigest()))
     load(folder)
     changed = [
-        f"{name} (fingerprint 000000000000, here {code[name]})" for name in ("hnet_trainable.py", "hnet_kernels")
+        f"{name} (fingerprint 000000000000, here {code[name]})" for name in ("hnet_kernels", "hnet_trainable.py")
     ]
     assert f"{saved} was written with another {' and '.join(changed)}: what follows" in caplog.text
     copy = shutil.copytree(saved, tmp_path / "copy")
