@@ -603,6 +603,8 @@ def test_an_edit_takes_effect_or_is_announced(name, set_, unedited):
     config = HNetConfig.load(TWO_STAGES | change.config)
     if change.training != "eager":
         assert losses(config) != pytest.approx(unedited, rel=1e-4), "an edit that changes nothing shows nothing"
+    if not name.startswith("the definition of"):  # the others leave hnet_kernels as it is
+        set_(agreement, "operations", lambda device, dtype: {})
     differing = agreement.choose_implementations(torch.device("cpu"), torch.float32, config)
     assert differing == (change.definitions or ([change.says] if change.training == "definition" else []))
     said = agreement.steps_as_graphs(config)
