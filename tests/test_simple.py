@@ -163,7 +163,7 @@ def configs(draw):
     )
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(configs(), st.data())
 def test_any_layout_any_split(config, data):
     """Training forward = prefill in any pieces, then steps, each sequence cut elsewhere and of another length."""

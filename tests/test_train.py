@@ -247,7 +247,10 @@ def test_a_damaged_train_json_is_named(undisturbed, tmp_path, content):
         checkpoint.read_train(folder)
 
 
-@pytest.mark.parametrize("name", ["__0_0.distcp", "train.json", "config.json", ".metadata", "sha256.json"])
+SMALL = [pytest.param(name, marks=pytest.mark.soak) for name in ("train.json", "config.json", ".metadata")]
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "sha256.json", *SMALL])
 def test_a_checkpoint_whose_bytes_have_changed_is_named(corpus, undisturbed, tmp_path, name):
     folder = shutil.copytree(undisturbed, tmp_path / "run")
     last = newest(folder)
@@ -381,7 +384,10 @@ def test_a_continuation_on_other_data_is_refused(corpus, undisturbed, tmp_path):
     assert "the text in --data" in message
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+LIKE_SIGTERM = [pytest.param(number, marks=pytest.mark.soak) for number in (signal.SIGUSR1, signal.SIGHUP)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, *LIKE_SIGTERM])
 def test_a_signal_saves_and_ends_well(corpus, undisturbed, tmp_path, number):
     folder, logs = tmp_path / "run", (tmp_path / "stdout", tmp_path / "stderr")
     flags = ["--steps", "20", "--save-every", "1000", "--val-every", "10", "--save-dir", str(folder)]
