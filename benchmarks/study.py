@@ -181,7 +181,8 @@ class Study:
         from hnet_runtime import distributed
         from hnet_runtime.evaluation import choices
 
-        distributed.require_device(self.device)
+        if not visible_gpus():
+            distributed.require_device(self.device)
         if self.choices:
             choices.read_questions(self.choices)
         if self.page:
@@ -558,16 +559,31 @@ def result_of(task: Task, found: dict[str, Any], study: Study) -> dict[str, Any]
 
 def gpus_of(study: Study) -> list[str]:
     """The GPU of each worker, as CUDA_VISIBLE_DEVICES names it; none on a CPU. Raises UserError if they are too few."""
-    if device_kind(study) == "cpu":
-        return []
-    import torch
-
-    visible, count = os.environ.get("CUDA_VISIBLE_DEVICES", ""), torch.cuda.device_count()
-    found = visible.split(",") if visible else [str(n) for n in range(count)]
-    if len(found) < study.gpus:
-        where = f"CUDA_VISIBLE_DEVICES={visible} names" if visible else "this machine has"
+    found = [] if study.device == "cpu" else visible_gpus()
+    if 0 < len(found) < study.gpus:
+        named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        where = f"CUDA_VISIBLE_DEVICES={named} gives" if named else "this machine has"
         raise UserError(f"--gpus {study.gpus}: {where} {len(found)} GPU{'s' * (len(found) != 1)}")
     return found
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that exist, as CUDA_VISIBLE_DEVICES names them; one that is named twice is here twice.
+
+    CUDA is not started, so that compile_ahead can still fork. CUDA and torch find no GPU at all where one is named
+    twice, and none after one that does not exist.
+    """
+    import torch
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    named = [name.strip() for name in given.split(",") if name.strip()]
+    distinct = list(dict.fromkeys(named))
+    if named:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(distinct)
+    count = torch.cuda.device_count()
+    if named:
+        os.environ["CUDA_VISIBLE_DEVICES"] = given
+    return [name for name in named if name in distinct[:count]] if named else [str(n) for n in range(count)]
 
 
 def work(study: Study, number: int, link: Connection) -> None:
@@ -672,10 +688,7 @@ def execute(study: Study, plan: Plan, results: Results, began: float) -> int:
 
 
 def device_kind(study: Study) -> str:
-    import torch
-
-    # without starting CUDA, so that compile_ahead can still fork
-    return "cuda" if torch.cuda.device_count() and study.device != "cpu" else "cpu"
+    return "cuda" if study.device != "cpu" and visible_gpus() else "cpu"
 
 
 def say(text: str) -> None:

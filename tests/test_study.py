@@ -1,5 +1,6 @@
 """The study: its plan, its resumption after a kill, and the numbers in its tables."""
 
+import itertools
 import json
 import math
 import os
@@ -261,11 +262,28 @@ def test_runs_that_share_a_gpu_have_no_speed():
     assert speed(shared) == "-"
 
 
+def two_gpus() -> int:
+    """What torch.cuda.device_count says on a machine with two: nothing of one that is named twice, or after a gap."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = ["0", "1"] if given is None else given.split(",")
+    return 0 if len(set(names)) < len(names) else sum(1 for _ in itertools.takewhile(("0", "1").__contains__, names))
+
+
+@pytest.mark.parametrize(
+    "given, found", [("1", ["1"]), ("0,0", ["0", "0"]), ("1, 0", ["1", "0"]), ("0,7", ["0"]), ("7", []), ("", [])]
+)
+def test_gpus_are_those_that_exist_also_where_one_is_named_twice(monkeypatch, given, found):
+    monkeypatch.setattr("torch.cuda.device_count", two_gpus)
+    assert study.visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    assert study.visible_gpus() == found and os.environ["CUDA_VISIBLE_DEVICES"] == given
+
+
 def test_more_workers_than_gpus_are_refused(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.device_count", two_gpus)
     wanted = [word for word in flags(corpus, tmp_path / "study", "--gpus", "3") if word not in ("--device", "cpu")]
     with pytest.raises(UserError, match="--gpus 3: this machine has 2 GPUs"):
         study.main(wanted)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    with pytest.raises(UserError, match="--gpus 3: CUDA_VISIBLE_DEVICES=1 names 1 GPU"):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,7")
+    with pytest.raises(UserError, match="--gpus 3: CUDA_VISIBLE_DEVICES=1,7 gives 1 GPU"):
         study.main(wanted)
