@@ -158,7 +158,9 @@ class Kernel(JITFunction):
         """Triton's name of the source in its cache, which is the same in whichever order kernels are compiled.
 
         Triton leaves the global constants of a function out of the key of one that calls it, unless it knows them from
-        an earlier kernel. So it is asked for those of a module's functions first.
+        an earlier kernel: `_update_hash` reads `used_global_vals` before `cache_key`, which fills it, in
+        github.com/triton-lang/triton/blob/main/python/triton/runtime/jit.py (3.6 and 3.7). So it is asked for those of
+        a module's functions first. This can go when it reads them in the other order.
         """
         if self.hash is None:
             _know_functions(self.__globals__)

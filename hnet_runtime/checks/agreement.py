@@ -176,7 +176,7 @@ def operations(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """The operations whose fast implementation differs from the definition, each with the difference.
 
     Outputs and the gradient of every input are compared with those of the definition in float64 on the CPU, on the same
-    inputs. It is small, and a GPU would load another hundred kernels for it.
+    inputs.
     """
     limit, found = EXACT if dtype == torch.float64 else ROUNDED, {}
     for name in EXAMPLES:
