@@ -93,9 +93,9 @@ class Study:
     """Seeds of the reference, which tell how far seeds differ."""
     tolerance: float = 0.03
     """How far FLOPs per byte may differ from the reference's."""
-    lrs: str = "3e-4,6.25e-4,1.25e-3"
+    lrs: str = "1.5e-4,3e-4,6.25e-4"
     """Learning rates of the lr phase, separated by commas."""
-    lr: float = 6.25e-4
+    lr: float = 3e-4
     """Learning rate of the pilot, and of the main phase where the lr phase has no result."""
     rates: str = ""
     """Rates of chunks in place of a pilot: learned:0.18 learned2:0.34,0.31."""
@@ -299,7 +299,7 @@ class Plan:
         self.stream.require(study.mbs)
         if fineweb.validation_stream(study.data, **sizes) is None:
             raise DataError(f"{study.data}: has no held-out text; expected a folder prepared with some")
-        self.rows = matching.row_lengths(self.stream)
+        self.rows, self.text = matching.row_lengths(self.stream), self.stream.fingerprint
         self._configs: dict[str, tuple[HNetConfig, list[float]]] = {}
 
     def tasks(self, phase: str) -> list[Task]:
@@ -333,7 +333,8 @@ class Plan:
         if given := self.study.given_rates().get(name):
             return given
         config = {LEARNED: self.reference, LEARNED2: self.second}[name]
-        if pilots := [r for r in self.results.of("pilot", name) if r["steps"] == self.study.pilot_steps]:
+        pilots = [r for r in self.results.of("pilot", name) if r["steps"] == self.study.pilot_steps]
+        if pilots := [r for r in pilots if r["text"]["train"] == self.text]:
             return pilots[-1]["rates"]
         return self.matching.planned_rates(config)
 
@@ -343,7 +344,9 @@ class Plan:
 
         steps = max(1, round(self.study.lr_bytes / self.study.mbs))
         rows = [
-            row for row in rates_compared(self.results.good) if (row["architecture"], row["steps"]) == (name, steps)
+            row
+            for row in rates_compared([row for row in self.results.good if row["text"]["train"] == self.text])
+            if (row["architecture"], row["steps"]) == (name, steps)
         ]
         return min(rows, key=lambda row: row["val_bpb"])["lr"] if rows else self.study.lr
 
@@ -393,7 +396,7 @@ class Plan:
         ]
         flags += ["--steps", str(steps), "--val-every", "0", "--val-slices", "1", "--sample-bytes", "0", "--save-every"]
         flags += ["0", "--stats-every", "0", "--log-every", str(max(1, steps // 4))]
-        what = [config.to_dict(), flags[6:], study.max_doc, study.mbs, self.stream.fingerprint]
+        what = [config.to_dict(), flags[6:], study.max_doc, study.mbs, self.text]
         digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:8]
         key = f"{phase}/{name}/lr{lr:g}/seed{seed}/{steps * study.mbs / 1e6:.3g}MB/{digest}"
         planned = self.matching.flops_per_byte(config, self.rows, rates)

@@ -1,6 +1,7 @@
 """The tables of study.py: differences paired by document and over seeds, and what was run."""
 
 import base64
+import json
 import math
 import statistics
 from collections import defaultdict
@@ -71,29 +72,68 @@ def difference(ours: Sequence[Row], theirs: Sequence[Row], deviation: float, fre
     return Difference(numbers["bpb"], documents, t95(freedom) * deviation * spread if freedom else math.inf)
 
 
+def paired_by_seed(ours: Sequence[Row], theirs: Sequence[Row]) -> tuple[float, float] | None:
+    """(mean difference over the seeds that both have, half width of its 95% interval), or None below two of them."""
+    of_seed = {row["seed"]: row["val_bpb"] for row in theirs}
+    gaps = [row["val_bpb"] - of_seed[row["seed"]] for row in ours if row["seed"] in of_seed]
+    if len(gaps) < 2:
+        return None
+    return statistics.fmean(gaps), t95(len(gaps) - 1) * statistics.stdev(gaps) / math.sqrt(len(gaps))
+
+
 def page(rows: list[Row], words: dict[str, str], reference: str) -> str:
     """All tables as Markdown: for each text and number of bytes of the main phase, then learning rates and pilots."""
-    lines, groups = [], defaultdict(list)
     failed = [f"{row['key']} failed: {row['failed']}." for row in rows if "failed" in row]
     rows = [row for row in rows if "failed" not in row]
-    for row in rows:
-        if row["phase"] == "main":
-            groups[(row["text"]["train"], row["train_bytes"], row["train_flags"])].append(row)
-    for (_, size, _), some in sorted(groups.items(), key=lambda item: item[0]):
-        lines += [f"### {size / 1e6:.0f} MB of text", "", *_what_was_run(some), "", *_main(some, words, reference), ""]
-        lines += [*_seen(some, words), "", *_places(some, words), "", *_robustness(some, words), ""]
-    if some := rates_compared(rows):
-        lines += ["### Learning rates", "", *_what_was_run(some), "", *_rates(some, words), ""]
+    lines = []
+    for heading, some in _groups([row for row in rows if row["phase"] == "main"], rows):
+        some, others = _one_rate(some)
+        lines += [f"### {heading}", "", *_what_was_run(some), *others, "", *_main(some, words, reference), ""]
+        lines += [*_seen(some, words), "", *_while_training(some, words, reference), ""]
+        lines += [*_places(some, words), "", *_robustness(some, words), ""]
+    for heading, some in _groups(rates_compared(rows), rows):
+        lines += [f"### Learning rates: {heading}", "", *_what_was_run(some), "", *_rates(some, words), ""]
     if some := [row for row in rows if row["phase"] == "pilot"]:
         lines += ["### Pilots", "", *_what_was_run(some), "", *_seen(some, words), ""]
     return "\n".join([*lines, *failed]).rstrip("\n") + "\n"
 
 
+def _groups(rows: list[Row], of_all: list[Row]) -> list[tuple[str, list[Row]]]:
+    """(heading, runs) for each text, number of bytes and set of flags. With several texts, headings name the text."""
+    texts = list(dict.fromkeys(row["text"]["train"] for row in of_all))
+    found = defaultdict(list)
+    for row in rows:
+        found[(texts.index(row["text"]["train"]), row["train_bytes"], row["train_flags"])].append(row)
+    return [
+        (f"{size / 1e6:.0f} MB of {f'the text `{texts[text]}`' if len(texts) > 1 else 'text'}", some)
+        for (text, size, _), some in sorted(found.items(), key=lambda item: item[0])
+    ]
+
+
+def _one_rate(rows: list[Row]) -> tuple[list[Row], list[str]]:
+    """The runs of each architecture with the learning rate that has most seeds, and a sentence about the others."""
+    found = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        found[row["architecture"]][row["lr"]].append(row)
+    chosen = {name: max(by_rate, key=lambda lr, r=by_rate: len(r[lr])) for name, by_rate in found.items()}
+    kept = [row for row in rows if row["lr"] == chosen[row["architecture"]]]
+    left = [f"{row['architecture']} {row['lr']:g}" for row in rows if row not in kept]
+    return kept, [f"Left out here, with other learning rates: {', '.join(sorted(set(left)))}."] if left else []
+
+
 def rates_compared(rows: list[Row]) -> list[Row]:
     """The runs that compare learning rates: of the lr phase, and of the main phase where only the rate differs."""
     same = ("architecture", "seed", "steps", "mbs", "train_flags", "text")
-    wanted = [[row[name] for name in same] for row in rows if row["phase"] == "lr"]
-    return [row for row in rows if row["phase"] in ("lr", "main") and [row[name] for name in same] in wanted]
+    found = defaultdict(list)
+    for row in rows:
+        if row["phase"] in ("lr", "main"):
+            found[json.dumps([row[name] for name in same], sort_keys=True)].append(row)
+    return [
+        row
+        for some in found.values()
+        for row in some
+        if len({row["lr"] for row in some}) > 1 or any(row["phase"] == "lr" for row in some)
+    ]
 
 
 def _by_architecture(rows: list[Row], words: dict[str, str]) -> dict[str, list[Row]]:
@@ -118,16 +158,19 @@ def _what_was_run(rows: list[Row]) -> list[str]:
 def _main(rows: list[Row], words: dict[str, str], reference: str) -> list[str]:
     found = _by_architecture(rows, words)
     deviation, freedom = pooled_deviation([[r["val_bpb"] for r in some] for some in found.values()])
-    table = [["", "bits per byte", "of each seed", "minus the reference", "95%: documents", "95%: seeds", "resolved"]]
+    table = [["", "bits per byte", "of each seed", "minus the reference", "95%: documents", "95%: seeds", "resolved",
+              "paired by seed"]]  # fmt: skip
     for name, some in found.items():
         values = [row["val_bpb"] for row in some]
         cells = [words[name], f"{statistics.fmean(values):.4f}", ", ".join(f"{x:.4f}" for x in values)]
         if name == reference or reference not in found:
-            cells += ["", "", "", ""]
+            cells += [""] * 5
         else:
             gap = difference(some, found[reference], deviation, freedom)
             seeds = f"±{gap.seeds:.4f}" if math.isfinite(gap.seeds) else "unknown"
             cells += [f"{gap.value:+.4f}", f"±{gap.documents:.4f}", seeds, "yes" if gap.is_resolved else "no"]
+            paired = paired_by_seed(some, found[reference])
+            cells.append("{:+.4f} ±{:.4f}".format(*paired) if paired else "")
         table.append(cells)
     if freedom:
         note = f"Deviation over seeds, pooled over architectures: {deviation:.4f} ({freedom} degrees of freedom)."
@@ -164,6 +207,24 @@ def _seen(rows: list[Row], words: dict[str, str]) -> list[str]:
         "a GPU for themselves."
     )
     return [*_markdown(table), "", note]
+
+
+def _while_training(rows: list[Row], words: dict[str, str], reference: str) -> list[str]:
+    """Loss minus that of the reference on the same batches, in each fifth of the steps."""
+    found = _by_architecture(rows, words)
+    curves = {row["seed"]: dict(row["bpb_curve"]) for row in found.pop(reference, [])}
+    table = [["bits per byte of training text, minus the reference", "seed", "first fifth of the steps", "second",
+              "third", "fourth", "last"]]  # fmt: skip
+    for name, some in found.items():
+        for row in some:
+            theirs = curves.get(row["seed"], {})
+            gaps = [bpb - theirs[step] for step, bpb in row["bpb_curve"] if step in theirs]
+            if len(gaps) >= 5:
+                fifths = np.array_split(np.array(gaps), 5)
+                table.append([words[name], str(row["seed"]), *(f"{fifth.mean():+.3f}" for fifth in fifths)])
+    if len(table) == 1:
+        return []
+    return [*_markdown(table), "", "A seed gives all architectures the same batches, so these differences are paired."]
 
 
 def _places(rows: list[Row], words: dict[str, str]) -> list[str]:

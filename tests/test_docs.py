@@ -45,6 +45,7 @@ LISTED = {  # commands that are not run here, by what they match, and why not
     r"--tasks|--include-path": "needs the extra lm_eval; tests/test_scoring.py runs such tasks where it is installed",
     r"--form transformers|^lm_eval|^make test-transformers": "needs the extra transformers: tests/test_transformers.py",
     r"^(python -m )?pytest|^ruff": "tests and style, which run beside this",
+    r"^find code |prepare code ": "needs packages that pip downloads; tests/test_fineweb.py prepares such folders",
     r"benchmarks/study\.py": "takes minutes on a GPU; tests/test_study.py makes a small study",
     r"benchmarks/recipe\.py": "takes minutes on a GPU; tests/test_recipe.py makes two small runs",
     r"bench_\w+\.py|benchmarks/(tune|audit)\.py|HNET_GPU=|nsys|ncu": "needs a GPU, or takes minutes",
@@ -396,7 +397,7 @@ def test_files_and_flags_exist(page):
 
 OF_OTHERS = {  # flags of programs that are not ours
     *("nproc-per-node", "nnodes", "rdzv-backend", "rdzv-id", "rdzv-endpoint", "max-restarts", "no-python"),
-    *("signals-to-handle", "gpus-per-node", "nodes", "help", "stat", "check"),
+    *("signals-to-handle", "gpus-per-node", "nodes", "help", "stat", "check", "no-deps", "no-compile", "target"),
 }
 
 

@@ -18,12 +18,13 @@ import pytest
 
 import fineweb
 from hnet_runtime import DataError, UserError
+from hnet_runtime.commands import parse
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import study  # noqa: E402
-from study_tables import difference, page, pooled_deviation, t95  # noqa: E402
+from study_tables import difference, page, paired_by_seed, pooled_deviation, t95  # noqa: E402
 
 ONE = {
     "arch_layout": ["m1", ["T2"], "m1"], "d_model": [64, 64], "d_intermediate": [0, 128], "ssm_cfg": {"d_state": 16},
@@ -118,7 +119,8 @@ def test_a_run_counts_in_each_phase_that_asks_for_it(corpus, tmp_path, capsys):
     ((main, *_),) = planned("--phases", "main", "--lr", "2e-3")
     assert main.startswith("main/learned/lr0.002/seed0/")
     row = {
-        "architecture": "learned", "seed": 0, "steps": 2, "mbs": 128, "train_flags": "", "text": {}, "bytes_per_s": 1e3,
+        "architecture": "learned", "seed": 0, "steps": 2, "mbs": 128, "train_flags": "", "bytes_per_s": 1e3,
+        "text": {"train": fineweb.load_manifest(corpus / "data")["splits"]["train"]["fingerprint"]},
         "flops_per_byte": 1e6, "start_s": 1.0, "is_first": True,
     }  # fmt: skip
     out.mkdir()
@@ -246,10 +248,55 @@ def test_differences_are_paired_and_deviations_pooled():
     assert page([], study.ARCHITECTURES, "learned") == "\n"
 
 
+def a_run(**different) -> dict:
+    """The line of a run of `learned` on a GPU, with some values replaced."""
+    lines = (ROOT / "benchmarks" / "results" / "h200-2026-11-30" / "study.jsonl").read_text().splitlines()
+    return json.loads(lines[0]) | different
+
+
+def test_differences_of_the_same_seeds_have_an_interval_of_their_own():
+    ours = [{"seed": seed, "val_bpb": bpb} for seed, bpb in enumerate((1.3, 2.2, 3.4))]
+    theirs = [{"seed": seed, "val_bpb": bpb} for seed, bpb in ((0, 1.0), (2, 3.0), (1, 2.0), (3, 9.0))]
+    value, half = paired_by_seed(ours, theirs)
+    assert value == pytest.approx(0.3)
+    assert half == pytest.approx(4.303 * 0.1 / math.sqrt(3)), "the deviation of 0.3, 0.2 and 0.4"
+    assert paired_by_seed(ours[:1], theirs) is None
+
+
+def test_tables_keep_texts_and_learning_rates_apart():
+    other = {"train": "abc", "validation": "def"}
+    curve = [[step, 2.0] for step in range(10)]
+    runs = [a_run(key="1", phase="main", bpb_curve=curve, val_bpb=1.5)]
+    runs += [a_run(key="2", phase="main", seed=1, val_bpb=1.6), a_run(key="3", phase="main", lr=1e-4, val_bpb=1.25)]
+    stride = [[step, 2.0 + step // 2 / 10] for step in range(10)]
+    runs += [a_run(key="4", phase="main", architecture="stride", bpb_curve=stride, val_bpb=1.75)]
+    runs += [a_run(key="5", phase="main", text=other, lr=0.5)]
+    found = page(runs, study.ARCHITECTURES, "learned")
+    first, second, rates = re.split("^### ", found, flags=re.MULTILINE)[1:]
+    assert first.startswith("36 MB of the text `5397e5d1065e6c11`\n") and second.startswith("36 MB of the text `abc`\n")
+    assert "| learned, one stage | 1.5500 | 1.5000, 1.6000 |" in first, "the rate with most seeds"
+    assert "Left out here, with other learning rates: learned 0.0001." in first
+    assert "| every K-th byte | 0 | +0.000 | +0.100 | +0.200 | +0.300 | +0.400 |" in first, "of the same batches"
+    assert "| learned, one stage | **1.2500** | 1.5000 |" in rates, "where only the rate differs"
+    assert rates.startswith("Learning rates: 36 MB of the text `5397e5d1065e6c11`\n"), "the only one of the other text"
+
+
+def test_the_best_rate_is_that_of_the_same_text(corpus, tmp_path):
+    """Rates that were found on another text don't count."""
+    settings = flags(corpus, tmp_path, "--lr", "7e-4", "--lrs", "1e-3,2e-3", "--phases", "main")
+    asked = parse(study.Study, settings, "study")
+    plan = study.Plan(asked, study.Results(tmp_path))
+    steps = round(asked.lr_bytes / asked.mbs)
+    row = a_run(phase="lr", lr=2e-3, steps=steps)
+    study.Results(tmp_path).add(row)
+    assert study.Plan(asked, study.Results(tmp_path)).best_lr("learned") == 7e-4
+    study.Results(tmp_path).add(row | {"key": "here", "text": {"train": plan.text, "validation": "x"}})
+    assert study.Plan(asked, study.Results(tmp_path)).best_lr("learned") == 2e-3
+
+
 def test_runs_that_share_a_gpu_have_no_speed():
     """Their steps wait for each other."""
-    first = (ROOT / "benchmarks" / "results" / "h200-2026-11-30" / "study.jsonl").read_text().splitlines()[0]
-    row = json.loads(first)
+    row = a_run()
 
     def speed(*rows: dict) -> str:
         (line,) = re.findall(
