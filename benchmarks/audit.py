@@ -14,13 +14,16 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from hnet_runtime import UserError  # noqa: E402 (run from anywhere)
-from hnet_runtime.commands import run  # noqa: E402
+from hnet_runtime.commands import parse, run  # noqa: E402
 
 # one card of each capability
 CARDS = {"8.0": "a100", "8.6": "rtx3090", "8.9": "rtx4090", "9.0": "h100", "10.0": "b200", "12.0": "rtx5090"}
@@ -305,10 +308,21 @@ def table(found: dict[str, dict[str, Found]]) -> str:
     return "\n".join(lines)
 
 
+@dataclass
+class Audit:
+    """Which kernels to compile."""
+
+    capabilities: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[CAPABILITY ...]")] = ()
+    """Compute capabilities, such as 8.6. By default all six."""
+    quick: bool = False
+    """In bfloat16 and a few sizes; the table of docs/CARDS.md stays as it is."""
+
+
 def main(argv: list[str]) -> int:
-    quick, wanted = "--quick" in argv, [word for word in argv if not word.startswith("--")] or list(CARDS)
-    if unknown := [word for word in argv if word not in ("--quick", *CARDS)]:
-        raise UserError(f"{unknown[0]}: expected --quick, or compute capabilities of {', '.join(CARDS)}")
+    options = parse(Audit, argv, __doc__)
+    quick, wanted = options.quick, options.capabilities or tuple(CARDS)
+    if unknown := [word for word in wanted if word not in CARDS]:
+        raise UserError(f"{unknown[0]}: expected compute capabilities of {', '.join(CARDS)}")
     found, said = {}, []
     for capability in wanted:
         found[capability] = audit(capability, quick)
@@ -317,7 +331,7 @@ def main(argv: list[str]) -> int:
         said += troubled
     print(table(found))
     print("\n".join(said))
-    if wanted == list(CARDS) and not quick:
+    if wanted == tuple(CARDS) and not quick:
         before, _, rest = DOCS.read_text().partition(BEGIN)
         DOCS.write_text(f"{before}{BEGIN}\n{table(found)}\n{END}{rest.partition(END)[2]}")
     return bool(said)

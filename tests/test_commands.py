@@ -277,7 +277,7 @@ def test_every_command_begins_a_mistake_alike(tmp_path):
         ("fineweb.py prepare text --out a --shard-bytes 1", "--shard-bytes 1: expected 4096 or more"),
         ("scripts/compare.py a b --tolerance nan", "--tolerance nan: expected 0 or more"),
         ("scripts/compare.py a b --tolerance=-1", "--tolerance -1.0: expected 0 or more"),
-        ("benchmarks/audit.py --foo", "--foo: expected --quick, or compute capabilities of 8.0, 8.6"),
+        ("benchmarks/audit.py 7.0", "7.0: expected compute capabilities of 8.0, 8.6"),
         ("benchmarks/ledger.py --foo", "benchmarks/ledger.py is no command; expected python benchmarks/render.py"),
         *(
             (f"benchmarks/{name}.py {first}--foo 1", "--foo: no such flag")
