@@ -451,7 +451,7 @@ def prepare(
         if (out / MANIFEST).exists():
             with open(os.devnull, "wb") as sink:
                 plan["files"] = _make_units(files, sink, run_bytes)[1]
-            manifest = load_manifest(out)
+            manifest = load_manifest(out, ("plan", "counts"))
             _check_same(out, "holds", manifest["plan"], plan)
             shutil.rmtree(out / WORK, ignore_errors=True)  # left by a kill after the manifest was written
             say(f"{named(out)}: already prepared from {named(source)}")
@@ -714,7 +714,7 @@ def _summary(out: Path, manifest: dict) -> str:
 
 def show(folder: str | Path, verify: bool = False) -> None:
     """Prints the contents of a prepared folder. verify: also checks every shard against its checksum."""
-    folder, manifest = Path(folder), load_manifest(folder)
+    folder, manifest = Path(folder), load_manifest(folder, ("plan", "counts", "bad_examples"))
     lines = [_summary(folder, manifest), f"source: {named(manifest['plan']['source'])}"]
     lines += [f"unreadable: {example}" for example in manifest["bad_examples"]]
     for name, split in manifest["splits"].items():

@@ -395,8 +395,20 @@ def test_changed_and_torn_shards_are_named(tmp_path):
     shard.unlink()
     with pytest.raises(DataError, match="train-00001.shard: missing"):
         ByteStream(folder, slice_bytes=8)
-    (folder / "manifest.json").write_text("{")
-    with pytest.raises(DataError, match="manifest.json: damaged"):
+    for text in ("{", '{"splits": {"train": {"shards": [{"file": "train-00000.shard", "bytes": 6}]}}}'):
+        (folder / "manifest.json").write_text(text)
+        with pytest.raises(DataError, match="manifest.json: damaged; delete its folder and prepare it again"):
+            ByteStream(folder, slice_bytes=8)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "train-00000.shard"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
+    folder = write_corpus(tmp_path / "c", [[b"some text", b"more"]])
+    stream = ByteStream(folder, slice_bytes=8)
+    (folder / name).unlink()
+    (folder / name).symlink_to(name)  # opening it fails, also for root
+    with pytest.raises(DataError, match=f"{name}: can't be read .Too many levels of symbolic links"):
+        stream.slice(0)
         ByteStream(folder, slice_bytes=8)
 
 

@@ -632,6 +632,18 @@ def test_show_verify_reads_every_byte(tmp_path):
     os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # a change that its size and time don't betray
     done = command("show", tmp_path / "out", "--verify")
     assert done.returncode == 2 and "train-00000.shard: its contents changed" in done.stderr
+    assert "delete its folder and prepare it again" in done.stderr
+
+
+def test_a_manifest_without_its_keys_is_damaged(tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", texts(9))
+    manifest = prepare(str(source), tmp_path / "out")
+    manifest.pop("plan")
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    for arguments in (("show", tmp_path / "out"), ("prepare", source, "--out", tmp_path / "out")):
+        done = command(*arguments)
+        assert done.returncode == 2 and "manifest.json: damaged; delete its folder" in done.stderr, arguments
+        assert "Traceback" not in done.stderr
 
 
 # --------------------------------------------------------------------------------------------------------- the hub

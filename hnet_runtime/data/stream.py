@@ -39,6 +39,7 @@ MANIFEST, WORK = "manifest.json", ".work"
 MB = 1 << 20
 BLOCK_BYTES = 8 * MB  # unit of copying and hashing
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+ANEW = "delete its folder and prepare it again"  # `prepare` leaves a finished folder as it is
 SECTION_DOCUMENTS = 1 << 16  # documents of a section in the order by length
 
 
@@ -129,10 +130,18 @@ def read_index(shard: Path, header_only: bool = False) -> tuple[dict, np.ndarray
     return {}, None
 
 
+def _opened(shard: Path) -> int:
+    """A descriptor to read a shard from. Raises DataError if it can't be opened."""
+    try:
+        return os.open(shard, os.O_RDONLY)
+    except OSError as e:
+        raise DataError(f"{named(shard)}: can't be read ({e.strerror})") from None
+
+
 def _scan(shard: Path) -> tuple[np.ndarray, str]:
     """Starts and SHA-256 of a shard, from its bytes, read block by block."""
     found, position, digest = [], 0, hashlib.sha256()
-    with open(shard, "rb") as f:
+    with open(_opened(shard), "rb") as f:
         while block := f.read(BLOCK_BYTES):
             digest.update(block)
             found.append(np.flatnonzero(np.frombuffer(block, np.uint8) == BOS) + position)
@@ -144,7 +153,7 @@ def reindex(shard: Path, sha256: str) -> np.ndarray:
     """Starts of a shard whose index is missing or outdated. Verifies the shard, and writes the index if it can."""
     starts, found = _scan(shard)
     if found != sha256:
-        raise DataError(f"{shard}: its contents changed after prepare wrote it; prepare the folder again")
+        raise DataError(f"{shard}: its contents changed after prepare wrote it; {ANEW}")
     with contextlib.suppress(OSError, DataError):  # with a read-only or full disk each start needs a scan
         write_index(shard, starts, sha256)
     return starts
@@ -155,8 +164,11 @@ def _how_to_prepare(source: Path) -> str:
     return f"prepare its text with `{command}`, then use --data DIR"
 
 
-def load_manifest(folder: str | Path) -> dict:
-    """The manifest of a prepared folder. Raises DataError if there is none or a shard's size contradicts it."""
+def load_manifest(folder: str | Path, needs: tuple[str, ...] = ("splits",)) -> dict:
+    """The manifest of a prepared folder. Raises DataError if there is none or a shard's size contradicts it.
+
+    needs: the keys that the caller reads.
+    """
     folder = Path(folder)
     if not os.path.isdir(folder):
         if os.path.exists(folder):
@@ -165,7 +177,10 @@ def load_manifest(folder: str | Path) -> dict:
         raise DataError(f"{named(folder)}: no such folder; expected one made by `{how}`")
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        shards = [(shard["file"], shard["bytes"]) for split in manifest["splits"].values() for shard in split["shards"]]
+        listed = [shard for split in manifest["splits"].values() for shard in split["shards"]]
+        shards = [(shard["file"], shard["bytes"], shard["documents"], shard["sha256"]) for shard in listed]
+        if missing := [key for key in needs if key not in manifest]:
+            raise KeyError(missing[0])
     except FileNotFoundError:
         if (folder / WORK).is_dir():
             what = f"an unfinished prepare (run its command again): it has no {MANIFEST}"
@@ -173,13 +188,15 @@ def load_manifest(folder: str | Path) -> dict:
             what = f"not a prepared folder, as it has no {MANIFEST}; {_how_to_prepare(folder)}"
         raise DataError(f"{named(folder)}: {what}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise DataError(f"{folder / MANIFEST}: damaged; prepare the folder again") from None
-    for name, wanted in shards:
+        raise DataError(f"{folder / MANIFEST}: damaged; {ANEW}") from None
+    except OSError as e:
+        raise DataError(f"{named(folder / MANIFEST)}: can't be read ({e.strerror})") from None
+    for name, wanted, *_ in shards:
         size = (folder / name).stat().st_size if (folder / name).exists() else None
         if size is None:
-            raise DataError(f"{folder / name}: missing, though {MANIFEST} lists it; prepare the folder again")
+            raise DataError(f"{folder / name}: missing, though {MANIFEST} lists it; {ANEW}")
         if size != wanted:
-            raise DataError(f"{folder / name}: torn, {size:,} bytes where {MANIFEST} says {wanted:,}; prepare it again")
+            raise DataError(f"{folder / name}: torn, {size:,} bytes where {MANIFEST} says {wanted:,}; {ANEW}")
     return manifest
 
 
@@ -276,8 +293,8 @@ class _Section(NamedTuple):
 class _File:
     """An open shard, which is closed when the cache drops it."""
 
-    def __init__(self, path: Path):
-        self.path, self.fd = path, os.open(path, os.O_RDONLY)
+    def __init__(self, path: Path, fd: int):
+        self.path, self.fd = path, fd
 
     def __del__(self, close=os.close):
         close(self.fd)
@@ -289,7 +306,7 @@ class _File:
     def read(self, offset: int, length: int) -> np.ndarray:
         data = np.frombuffer(os.pread(self.fd, length, offset), np.uint8)
         if len(data) < length:
-            raise DataError(f"{self.path}: became shorter while it was being read; prepare the folder again")
+            raise DataError(f"{self.path}: became shorter while it was being read; {ANEW}")
         return data
 
 
@@ -317,7 +334,7 @@ class Corpus:
         indexed = [read_index(path, header_only=True)[0].get("sha256") for path in self.paths]
         if stale := [i for i, sha256 in enumerate(self.hashes) if sha256 != indexed[i]]:
             self._reindex(stale)
-        self._file = functools.lru_cache(maxsize=64)(lambda shard: _File(self.paths[shard]))
+        self._file = functools.lru_cache(maxsize=64)(lambda shard: _File(self.paths[shard], _opened(self.paths[shard])))
         self._layout = functools.lru_cache(maxsize=4)(self._make_layout)
         self._section = functools.lru_cache(maxsize=4)(self._make_section)
 
@@ -335,7 +352,7 @@ class Corpus:
         if starts is None:
             starts = reindex(self.paths[shard], self.hashes[shard])
         if len(starts) != self.counts[shard] + 1 or starts[-1] != self.sizes[shard]:
-            raise DataError(f"{self.paths[shard]}: its index doesn't match {MANIFEST}; prepare the folder again")
+            raise DataError(f"{self.paths[shard]}: its index doesn't match {MANIFEST}; {ANEW}")
         return starts
 
     @functools.cached_property
@@ -394,7 +411,7 @@ class Corpus:
             for file, where, document, pairs, begin, end in reads:
                 text = file.read(where + begin, end - begin + (end < pairs))  # with the last label, unless it is EOS
                 if begin == 0 and text[0] != BOS:
-                    raise DataError(f"{file.path}: changed while it was being read; prepare the folder again")
+                    raise DataError(f"{file.path}: changed while it was being read; {ANEW}")
                 n = end - begin
                 inputs[done : done + n] = text[:n]
                 labels[done : done + n - 1] = text[1:n]
