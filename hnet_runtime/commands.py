@@ -190,12 +190,14 @@ def _with_examples(about: str) -> str:
     )
 
 
-def run(main: Callable[[list[str]], int | None], output_may_fail: bool = False) -> NoReturn:
+def run(main: Callable[[list[str]], int | None], output_may_fail: bool = False, smaller: str = "") -> NoReturn:
     """Runs `main` on this process's arguments and ends the process with the status that it returns (None: 0).
 
-    A mistake of the user (UserError, DataError, ConfigError) is one line on stderr, "error: ...", and status 2. Ctrl-C
-    is status 130. If the reader of stdout closes it, as in `| head`, the command ends silently with status 141: so
-    write files before printing. With `output_may_fail` the command instead runs to its end and its output is dropped.
+    A mistake of the user (UserError, DataError, ConfigError) is one line on stderr, "error: ...", and status 2. So is a
+    file that can't be opened. Memory that runs out is a line and status 1; `smaller` are the flags that need less of
+    it. Ctrl-C is status 130. If the reader of stdout closes it, as in `| head`, the command ends silently with status
+    141: so write files before printing. With `output_may_fail` the command instead runs to its end and its output is
+    dropped.
     Printing to stderr never ends a command. A character that the terminal's encoding lacks is printed as its number
     (\\u65e5).
     """
@@ -216,14 +218,23 @@ def run(main: Callable[[list[str]], int | None], output_may_fail: bool = False) 
             _discard_stdout()
             status = READER_GONE
         except OSError as error:
-            if output_may_fail or error.filename is not None or error.errno not in _UNWRITABLE:
+            if output_may_fail:
                 raise
-            _discard_stdout()
-            status = print_error(UserError(f"the output can't be written ({error.strerror})"))
+            if error.filename is not None:
+                status = print_error(UserError(f"{error.filename}: can't be opened ({error.strerror})"))
+            elif error.errno in _UNWRITABLE:
+                _discard_stdout()
+                status = print_error(UserError(f"the output can't be written ({error.strerror})"))
+            else:
+                raise
         except Exception as error:
-            if not isinstance(error, user_errors()):
+            if isinstance(error, user_errors()):
+                status = print_error(error)
+            elif smaller and _is_out_of_memory(error):
+                print_error(UserError(f"memory ran out; expected smaller {smaller}, or a machine with more memory"))
+                status = 1
+            else:
                 raise
-            status = print_error(error)
     sys.exit(status)
 
 
@@ -241,6 +252,11 @@ def importing() -> Iterator[None]:
         gc.freeze()
         if collects:
             gc.enable()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether it is an error of Python, numpy, or torch's allocator for a CPU or a GPU."""
+    return isinstance(error, MemoryError) or bool(re.search("can't allocate memory|out of memory", str(error)))
 
 
 def print_error(mistake: Exception) -> int:

@@ -176,4 +176,4 @@ def report(console: "Console", text: bytes, a: "Trace", b: "Trace", given_cuts: 
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, smaller="--limit")

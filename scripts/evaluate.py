@@ -260,4 +260,4 @@ def documents(data: str, options: Options) -> "Iterator[scoring.Document]":
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, smaller="--batch or --context")

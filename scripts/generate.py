@@ -262,4 +262,4 @@ def as_flags(make):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, smaller="--samples or --max-bytes")

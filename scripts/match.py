@@ -109,4 +109,4 @@ def read_rates(text: str, flag: str, config) -> list[float]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, smaller="--mbs")

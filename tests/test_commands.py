@@ -34,13 +34,17 @@ def main(argv):
         raise SystemExit(0)
     if what == "bug":
         raise ValueError("a bug")
+    if what == "unreadable":
+        open(file + "/nowhere")
+    if what == "memory":
+        bytearray(1 << 60)
     for n in range(30_000):
         print("a line of text", n, file=sys.stderr if what == "stderr" else sys.stdout)
     print("日本")
     open(file, "w").write("whole")
     return 3
 
-run(main, "--may-fail" in sys.argv)
+run(main, "--may-fail" in sys.argv, smaller="--batch")
 """
 
 
@@ -66,6 +70,10 @@ def test_statuses_and_what_is_said(command, tmp_path):
     assert shell(f"{call} interrupt {file}") == (130, "")
     status, said = shell(f"{call} bug {file}")
     assert status == 1 and "ValueError: a bug" in said  # a bug of ours is no mistake of the user
+    said = f"error: {file}/nowhere: can't be opened (No such file or directory)\n"
+    assert shell(f"{call} unreadable {file}") == (2, said)
+    said = "error: memory ran out; expected smaller --batch, or a machine with more memory\n"
+    assert shell(f"{call} memory {file}") == (1, said)
     assert shell(f"{call} lines {file} > /dev/full") == (
         2,
         "error: the output can't be written (No space left on device)\n",
