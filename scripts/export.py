@@ -49,15 +49,15 @@ def main(argv: Sequence[str]) -> None:
 def weights_alone(options: Options) -> list[Path]:
     import torch
 
-    from hnet_runtime.runs.weights import export, load
+    from hnet_runtime.runs.weights import export, load, refuse_files_of_others
 
     checkpoint = load(options.checkpoint, options.config or None)
     dtype = None if options.dtype == "keep" else getattr(torch, options.dtype)
-    files = []
-    for form in ("pt", "safetensors") if options.form == "both" else (options.form,):
-        folder = options.out / form if options.form == "both" else options.out
-        files += export(checkpoint, folder, form, dtype)
-    return files
+    both = {form: options.out / form for form in ("pt", "safetensors")}
+    folders = both if options.form == "both" else {options.form: options.out}
+    for form, folder in folders.items():  # before the first is written
+        refuse_files_of_others(folder, ("config.json", f"model.{form}", f"model.{form}.json"))
+    return [file for form, folder in folders.items() for file in export(checkpoint, folder, form, dtype)]
 
 
 def for_transformers(options: Options) -> list[Path]:

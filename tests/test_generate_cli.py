@@ -480,6 +480,20 @@ def test_export_command(checkpoint, tmp_path, capsys):
     assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["config.json", "model.pt", "model.pt.json"]
 
 
+def test_an_export_of_both_forms_checks_both_folders_first(checkpoint, tmp_path):
+    theirs = tmp_path / "out" / "safetensors"
+    theirs.mkdir(parents=True)
+    (theirs / "config.json").write_text("theirs")
+    with pytest.raises(weights.CheckpointError, match="has a config.json that is of no export"):
+        script("export").main([str(checkpoint), str(tmp_path / "out")])
+    (theirs / "config.json").unlink()
+    theirs.rmdir()
+    theirs.touch()
+    with pytest.raises(weights.CheckpointError, match="safetensors: a file; expected a folder"):
+        script("export").main([str(checkpoint), str(tmp_path / "out")])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["safetensors"]
+
+
 def test_compare_command(checkpoint, tmp_path, capsys):
     compare = script("compare").main
     text = ["--prompt", "a text of Grüße", "--dtype", "float64", "--tolerance", "1e-9"]

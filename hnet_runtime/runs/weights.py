@@ -390,6 +390,8 @@ def refuse_files_of_others(folder: Path, names: Iterable[str]) -> None:
 
     An export is weights with the config of an H-Net, in the repository's own form or that of transformers.
     """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder}: a file; expected a folder, or a name for a new one")
     has_weights = (folder / "model.pt").exists() or any(folder.glob("model*.safetensors"))
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
