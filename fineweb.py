@@ -94,6 +94,12 @@ class _Tally:
         self.examples = [*self.examples, what][:5]
 
 
+def _check_column(column: str, source: str, report: sources.Report) -> None:
+    """Raises DataError for a named column of a source that has no rows."""
+    if column != "text" and report.taken and not any(found.startswith(documents.ROWS) for found in report.taken):
+        raise DataError(f"--text-column {column}: {named(source)} has no rows, only files of text")
+
+
 def read_documents(source: str, text_column: str = "text", label_column: str = "") -> Iterator[tuple[str, bytes, str]]:
     """The documents of any source of `prepare`, in order, as (where, UTF-8 text, label), without empty ones.
 
@@ -123,6 +129,7 @@ def read_documents(source: str, text_column: str = "text", label_column: str = "
                 raise DataError(f"{place}: {label_column!r} is empty; expected a label for every document")
             if text:
                 yield place, text, label.decode(errors="replace")
+    _check_column(text_column, source, report)
     if report.left or report.notes:
         say(*(f"{documents.in_words(source)}: {line}" for line in report.lines()), file=sys.stderr)
 
@@ -561,6 +568,7 @@ def _begin(
         but = "; ".join(report.lines()[1:])
         what = f"no text in it; expected files of {documents.KINDS}"
         raise DataError(f"{named(plan['source'])}: {what}{'; it ' + but if report.left else ''}")
+    _check_column(plan["options"]["text_column"], plan["source"], report)
     identity = json.dumps([plan["options"], plan["files"]], sort_keys=True)
     work = out / WORK / f"plan-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     for other in out.glob(f"{WORK}/plan-*/*.last"):

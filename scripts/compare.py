@@ -68,6 +68,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--limit: {options.limit}; expected 1 or more")
     if not options.tolerance >= 0:
         raise UserError(f"--tolerance {options.tolerance}: expected 0 or more")
+    if options.config_b and not options.b:
+        raise UserError(f"--config-b {options.config_b}: expected also a second model, which it is for")
     text = text_of(options)[: options.limit]
     b, config_b = (options.b, options.config_b) if options.b else (options.a, options.config_a)
     if (options.a, options.how_a) == (b, options.how_b):
@@ -114,7 +116,7 @@ def trace(source: str, config: str, how: How, text: bytes, options: Options) -> 
     agreement.choose_implementations(torch.device(device), getattr(torch, options.dtype), model.config)
     run_model = {"training": trace_training, "prefill": trace_prefill, "steps": trace_steps}[how]
     if how != "training" and (reason := why_no_generation(model.config)):
-        raise UserError(f"{source}: {reason}; only --how training is possible")
+        raise UserError(f"{source}: {reason}; only --how-a and --how-b training are possible")
     return run_model(model, [bytes([BOS]) + text]), bool(model.config.stages_not_causal)
 
 

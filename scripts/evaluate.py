@@ -168,12 +168,19 @@ def check(options: Options) -> None:
         raise UserError(f"--bytes-per-token {options.bytes_per_token}: expected more than 0, such as 4")
     if options.tasks and not options.tasks.replace(",", "").strip():
         raise UserError(f"--tasks {options.tasks!r}: names no task")
-    if options.num_fewshot is not None and not (options.tasks or options.include_path):
-        raise UserError("--num-fewshot: expected --tasks, whose prompts it is for")
+    asks_harness = bool(options.tasks or options.include_path)
+    reads_text = bool(options.data) or not (options.choices or asks_harness)
+    for name, is_used, flag in (
+        *((name, asks_harness, "--tasks") for name in ("num_fewshot", "bytes_per_token")),
+        ("seed", bool(options.choices), "--choices"),
+        *((name, reads_text, "--data") for name in ("by", "stride", "split")),
+        ("text_column", bool(options.data), "--data"),
+    ):
+        value = getattr(options, name)
+        if value != getattr(Options, name) and not is_used:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected also {flag}, which it is for")
     if options.out.endswith("/"):
         raise UserError(f"--out {options.out}: expected a name in that folder, to which .json and .md are added")
-    if options.text_column != "text" and not options.data:
-        raise UserError(f"--text-column {options.text_column}: expected also --data, whose column it names")
     if options.out and not os.access(folder := Path(options.out).absolute().parent, os.W_OK):
         raise UserError(f"--out {options.out}: {folder} is no folder that can be written to")
 
@@ -242,6 +249,8 @@ def documents(data: str, options: Options) -> "Iterator[scoring.Document]":
     column = "" if options.by == "script" else options.by
     mixture = [data] if Path(data).exists() else [part.rsplit(":", 1)[0] for part in data.split(",")]
     if not all((Path(folder) / "manifest.json").exists() for folder in mixture):
+        if options.split != Options.split:
+            raise UserError(f"--split {options.split}: {data} is not prepared, so it has no splits")
         try:
             for _, text, label in fineweb.read_documents(data, options.text_column, column):
                 yield scoring.Document(text, label)

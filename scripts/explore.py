@@ -50,6 +50,8 @@ def main(argv: Sequence[str]) -> None:
     options = parse(Options, argv, __doc__)
     if options.context < 2:
         raise UserError(f"--context {options.context}: expected 2 or more")
+    if options.config_other and not options.other:
+        raise UserError(f"--config-other {options.config_other}: expected also a second model, which it is for")
     text = read_text(options.text, "--text") if options.text else TEXT.encode()
     import torch
 

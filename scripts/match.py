@@ -56,10 +56,15 @@ def main(argv: Sequence[str]) -> None:
     options = parse(Options, argv, __doc__)
     if bool(options.layers) + bool(options.change) + bool(options.runs) != 1:
         raise UserError("--layers, --change, --runs: expected one of them")
+    if options.change_rates and not options.change:
+        raise UserError(f"--change-rates {options.change_rates}: expected also --change, which it is for")
+    if options.out and options.runs:
+        raise UserError(f"--out {options.out}: --runs finds no config to write; expected --layers or --change")
     if not 0 < options.tolerance < 1:
         raise UserError(f"--tolerance {options.tolerance}: expected a share between 0 and 1, such as 0.03")
     import fineweb
     from hnet_runtime import matching
+    from hnet_runtime.pages.reports import write_atomically
     from hnet_runtime.runs.checkpoint import write_json
     from hnet_trainable import HNetConfig
 
@@ -90,7 +95,7 @@ def main(argv: Sequence[str]) -> None:
         found_rates = read_rates(options.change_rates, "--change-rates", other)
         found = matching.match(other, target, rows, found_rates, options.tolerance)
     if options.out:
-        write_json(Path(options.out), found.to_dict())
+        write_atomically(Path(options.out), lambda scratch: write_json(scratch, found.to_dict()))
     show(found, found_rates, f"planned, {options.out or 'matched'}")
 
 

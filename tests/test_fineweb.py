@@ -591,6 +591,13 @@ def test_text_that_is_not_utf8(tmp_path):
     refuses(r"a.parquet, row 1 \(counted from 0\): not UTF-8", tmp_path / "p", tmp_path / "out2")
 
 
+def test_a_column_of_files_without_rows(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("text")
+    refuses("--text-column body: .*in has no rows", tmp_path / "in", tmp_path / "out", text_column="body")
+    assert not (tmp_path / "out").exists()
+
+
 def test_columns_that_are_not_text(tmp_path):
     source = write_parquet(tmp_path / "in.parquet", texts(5))
     refuses(

@@ -512,6 +512,7 @@ def test_compare_command(checkpoint, tmp_path, capsys):
     for wrong, words in (
         (["--text", str(tmp_path / "no.txt")], "can't be read"),
         (["--text", str(tmp_path / "empty.txt")], "empty"),
+        (["--how-b", "steps", "--config-b", "x"], "--config-b x: expected also a second model"),
         (["--text", "a", "--prompt", "b"], "give one of them"),
         (["--limit", "0"], "--limit: 0"),
         ([], "nothing to compare"),

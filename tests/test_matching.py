@@ -91,6 +91,8 @@ def test_the_command_writes_a_config_and_compares_runs(tmp_path, capsys):
     for flags, message in (
         (["--rates", "0.2,0.3", "--layers", "T"], "--rates 0.2,0.3: expected 1 shares"),
         (["--layers", "T", "--change", "x"], "expected one of them"),
+        (["--layers", "T", "--change-rates", "0.1"], "--change-rates 0.1: expected also --change"),
+        (["--runs", "x", "--out", "y"], "--out y: --runs finds no config to write"),
     ):
         with pytest.raises(user_errors(), match=message):
             match.main([*common[:-2], *flags])

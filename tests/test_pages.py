@@ -106,6 +106,7 @@ def test_explore_as_a_command(model, tmp_path, capsys):
         (tmp_path / "m", ["--text", str(tmp_path / "none.txt")], "none.txt: can't be read"),
         (tmp_path / "m", ["--out", str(tmp_path / "no" / "page.html")], "can't be written"),
         (tmp_path / "m", ["--context", "1"], "--context 1: expected 2 or more"),
+        (tmp_path / "m", ["--config-other", "a"], "--config-other a: expected also a second model"),
         (bare, [], "no config.json beside the weights"),
     ):
         with pytest.raises(UserError, match=words):
