@@ -30,6 +30,7 @@ from hnet_kernels.capture import CapturedFunctions, why_no_compiler
 from hnet_kernels.dispatch import forcing
 from hnet_runtime import UserError
 from hnet_runtime.commands import parse, run
+from hnet_runtime.pages.reports import write_atomically
 from hnet_runtime.runs import weights
 from hnet_simple import HNetInference, Noise, Sampling
 from hnet_trainable import BOS, HNetConfig
@@ -289,7 +290,7 @@ def main(args: Benchmark) -> dict:
                 result[f"ms_per_step_{name}"] = decode(model, args)["ms_per_step"]
     print(json.dumps(result))
     if args.out:
-        Path(args.out).write_text(json.dumps(result) + "\n")
+        write_atomically(Path(args.out), lambda scratch: scratch.write_text(json.dumps(result) + "\n"))
     if args.ledger:
         record_in(args.ledger, result)
     return result

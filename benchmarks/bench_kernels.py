@@ -29,6 +29,7 @@ from hnet_kernels import attention_triton, conv_triton, ema_triton, norm, norm_t
 from hnet_kernels.gradients import PartialSums
 from hnet_runtime import UserError
 from hnet_runtime.commands import parse, run
+from hnet_runtime.pages.reports import write_atomically
 
 HALF, WIDE = torch.bfloat16, torch.float32
 
@@ -215,7 +216,8 @@ def main(args: Benchmark) -> None:
             args.ledger, "kernels", numbers | times, what="single kernels at the sizes of hnet_1stage_small, medians"
         )
     if args.out:
-        Path(args.out).write_text(json.dumps({"device": name, "torch": torch.__version__, "kernels": rows}, indent=1))
+        text = json.dumps({"device": name, "torch": torch.__version__, "kernels": rows}, indent=1)
+        write_atomically(Path(args.out), lambda scratch: scratch.write_text(text))
 
 
 if __name__ == "__main__":

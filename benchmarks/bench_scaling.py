@@ -32,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from ledger import append  # noqa: E402
 
 from hnet_runtime import UserError, commands  # noqa: E402 (run from anywhere)
+from hnet_runtime.pages.reports import write_atomically  # noqa: E402
 from hnet_runtime.runs.metrics import read_metrics  # noqa: E402
 
 
@@ -226,7 +227,8 @@ def main(args: Benchmark) -> None:
             if args.ledger:
                 record_in(args, config, way, table["1"]["same_work"], table[way]["same_work"])
             if args.out:
-                Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+                text = json.dumps(result, indent=1) + "\n"
+                write_atomically(Path(args.out), lambda scratch, text=text: scratch.write_text(text))
     print(json.dumps(result, indent=1))
 
 

@@ -29,6 +29,7 @@ from ledger import append  # noqa: E402
 from hnet_kernels import kernel_report, ssd  # noqa: E402
 from hnet_runtime import UserError  # noqa: E402
 from hnet_runtime.commands import Parser, run  # noqa: E402
+from hnet_runtime.pages.reports import write_atomically  # noqa: E402
 
 definition = importlib.import_module("hnet_kernels.ssd")
 
@@ -170,7 +171,8 @@ def main(argv: list[str]) -> None:
                 print(f"{'':34}{us:7.1f}  {kernel}")
     print(kernel_report())
     if args.json:
-        args.json.write_text(json.dumps({**about, "command": " ".join(sys.argv), "results": results}, indent=1))
+        text = json.dumps({**about, "command": " ".join(sys.argv), "results": results}, indent=1)
+        write_atomically(args.json, lambda scratch: scratch.write_text(text))
 
 
 if __name__ == "__main__":

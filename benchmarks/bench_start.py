@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from hnet_runtime import UserError, commands  # noqa: E402
+from hnet_runtime.pages.reports import write_atomically  # noqa: E402
 from hnet_runtime.runs.flags import flag  # noqa: E402
 
 
@@ -156,7 +157,8 @@ def main(argv: list[str]) -> int:
     for name in medians["empty"]:
         print(f"{name:45} {medians['empty'][name]:8.2f} {medians['warm'].get(name, 0.0):8.2f}")
     if options.out:
-        Path(options.out).write_text(json.dumps(vars(options) | {"starts": found}, indent=1) + "\n")
+        text = json.dumps(vars(options) | {"starts": found}, indent=1) + "\n"
+        write_atomically(Path(options.out), lambda scratch: scratch.write_text(text))
     return 0
 
 

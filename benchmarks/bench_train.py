@@ -32,6 +32,7 @@ from hnet_routers import Router
 from hnet_runtime import UserError, distributed
 from hnet_runtime.commands import parse, run
 from hnet_runtime.distributed import World
+from hnet_runtime.pages.reports import write_atomically
 from hnet_runtime.runs.statistics import StepNumbers
 from hnet_runtime.steps import activations
 from hnet_runtime.steps.graphs import GraphedModel
@@ -209,7 +210,7 @@ def main(args: Benchmark) -> None:
     if world.is_main:
         print(json.dumps(result))
     if args.out and world.is_main:
-        Path(args.out).write_text(json.dumps(result) + "\n")
+        write_atomically(Path(args.out), lambda scratch: scratch.write_text(json.dumps(result) + "\n"))
     if args.ledger and world.is_main:
         record_in(args.ledger, result)
     distributed.stop()

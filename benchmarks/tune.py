@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from hnet_runtime import UserError, commands  # noqa: E402
+from hnet_runtime.pages.reports import write_atomically  # noqa: E402
 
 FASTER = 0.99  # of the time: less is noise
 
@@ -127,7 +128,8 @@ def main(argv: list[str]) -> int:
         print("the table's options are the fastest of those timed")
     path = Path(options.out or f"tune-{name.replace(' ', '-').lower()}.json")
     better = {label: _plain(table) for label, table in entries.items()}
-    path.write_text(json.dumps(about | {"wrong": wrong, "better": better, "timed": found}, indent=1) + "\n")
+    text = json.dumps(about | {"wrong": wrong, "better": better, "timed": found}, indent=1) + "\n"
+    write_atomically(path, lambda scratch: scratch.write_text(text))
     print(f"{path}: please open an issue with this file")
     return 1 if wrong else 0
 
