@@ -94,6 +94,12 @@ class _Tally:
         self.examples = [*self.examples, what][:5]
 
 
+def _no_files(source: str, report: sources.Report) -> DataError:
+    but = "; ".join(report.lines()[1:])
+    what = f"no text in it; expected files of {documents.KINDS}"
+    return DataError(f"{named(source)}: {what}{'; it ' + but if report.left else ''}")
+
+
 def _check_column(column: str, source: str, report: sources.Report) -> None:
     """Raises DataError for a named column of a source that has no rows."""
     if column != "text" and report.taken and not any(found.startswith(documents.ROWS) for found in report.taken):
@@ -129,6 +135,8 @@ def read_documents(source: str, text_column: str = "text", label_column: str = "
                 raise DataError(f"{place}: {label_column!r} is empty; expected a label for every document")
             if text:
                 yield place, text, label.decode(errors="replace")
+    if not report.taken:
+        raise _no_files(source, report)
     _check_column(text_column, source, report)
     if report.left or report.notes:
         say(*(f"{documents.in_words(source)}: {line}" for line in report.lines()), file=sys.stderr)
@@ -565,9 +573,7 @@ def _begin(
     with open(scratch / "files", "wb") as sink:
         units, plan["files"] = _make_units(files, sink, run_bytes)
     if not units:
-        but = "; ".join(report.lines()[1:])
-        what = f"no text in it; expected files of {documents.KINDS}"
-        raise DataError(f"{named(plan['source'])}: {what}{'; it ' + but if report.left else ''}")
+        raise _no_files(plan["source"], report)
     _check_column(plan["options"]["text_column"], plan["source"], report)
     identity = json.dumps([plan["options"], plan["files"]], sort_keys=True)
     work = out / WORK / f"plan-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"

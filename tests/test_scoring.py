@@ -613,6 +613,7 @@ def test_mistakes_end_in_one_sentence(saved, texts, tmp_path):
         (saved, ["--data", "nowhere"], "nowhere: no such file"),
         (saved, ["--data", str(tmp_path / "empty.txt")], "every document is empty"),
         (saved, ["--data", str(tmp_path / "binary.txt")], "binary.txt: not UTF-8"),
+        (saved, ["--data", str(bare)], "bare: no text in it; expected files of .txt, .*model.safetensors"),
         (saved, ["--data", str(tmp_path / "half.jsonl"), "--by", "lang"], "half.jsonl, line 2: .*'lang'"),
         (saved, ["--data", str(texts / "files"), "--by", "lang"], "00.txt: has no 'lang'"),
         (saved, ["--data", str(texts / "data"), "--by", "lang"], "prepared folders keep no labels"),
