@@ -31,6 +31,8 @@ def main(argv: Sequence[str]) -> None:
     options = parse(Options, argv, __doc__)
     if not options.runs:
         raise UserError("expected the folder of at least one run")
+    if options.out.endswith("/"):
+        raise UserError(f"--out {options.out}: expected a name in that folder, to which .png and .html are added")
     from hnet_runtime.pages.plots import plot
 
     for file in plot(list(options.runs), Path(options.out or Path(options.runs[0]) / "plots")):

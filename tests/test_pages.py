@@ -244,6 +244,8 @@ def test_what_is_no_run_is_named(tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             command("plot")([str(run)])
+    with pytest.raises(UserError, match="--out .*/: expected a name in that folder"):
+        command("plot")([torn, "--out", f"{tmp_path}/"])
 
 
 # ------------------------------------------------------------------------------------------------------------- browser
