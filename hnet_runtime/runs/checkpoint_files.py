@@ -6,6 +6,7 @@ run that has done neither does not wait for it.
 
 import pickle
 import warnings
+from collections.abc import Set
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,9 +39,14 @@ def write(state: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | Non
 def read(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
     """Reads model and optimizer in place; every rank calls it. Raises CheckpointError."""
     state: dict[str, Any] = {"model": get_model_state_dict(model)}
-    _require_same_weights(folder, state["model"])
+    saved = _saved_names(folder)
+    _require_same_weights(folder, state["model"].keys(), saved)
     if optimizer is not None:
         everything = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
+        for name, p in model.named_parameters():
+            if saved and f"optimizer.state.{name}.step" not in saved:  # it has had no gradient so far
+                for key in optimizer.state.pop(p, ()):
+                    everything.pop(f"state.{name}.{key}")
         state["optimizer"] = _tensors(everything)
     try:
         dcp.load(state, storage_reader=SafeReader(folder))
@@ -54,15 +60,19 @@ def read(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
         set_optimizer_state_dict(model, optimizer, everything | state["optimizer"], options=_OPTIONS)
 
 
-def _require_same_weights(folder: Path, ours: dict[str, Tensor]) -> None:
+def _saved_names(folder: Path) -> Set[str]:
+    """The names of the tensors in a checkpoint; none where it can't be read: whoever reads the rest says why."""
     try:
-        index = SafeReader(folder).read_metadata().state_dict_metadata
-    except Exception:  # whoever reads the rest says what is wrong
-        return
-    theirs = {key.removeprefix("model.") for key in index if key.startswith("model.")}
+        return SafeReader(folder).read_metadata().state_dict_metadata.keys()
+    except Exception:
+        return set()
+
+
+def _require_same_weights(folder: Path, ours: Set[str], saved: Set[str]) -> None:
+    theirs = {key.removeprefix("model.") for key in saved if key.startswith("model.")}
     for what, names in (
-        ("lacks weights of the model", ours.keys() - theirs),
-        ("has weights that the model lacks", theirs - ours.keys()),
+        ("lacks weights of the model", ours - theirs if saved else ()),
+        ("has weights that the model lacks", theirs - ours),
     ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""

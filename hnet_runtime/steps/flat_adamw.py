@@ -340,10 +340,11 @@ class FlatAdamW(EagerAdamW):
         Raises ValueError where the parameters have made different numbers of steps.
         """
         super().load_state_dict(state_dict)  # it replaces the tensors of the state
+        steps = max((found["step"] for found in self.state.values() if found), default=0)
         for p, place in self._state_views.items():
-            loaded = self.state[p]  # empty where torch has made no step
+            loaded = self.state[p]  # empty where torch has made no step, as without a gradient
             for key, into in place.items():
-                into.copy_(loaded[key]) if loaded else into.zero_()
+                into.copy_(loaded[key]) if loaded else into.fill_(steps if key == "step" else 0)
             self.state[p] = dict(place)
         if len(set(self._steps_P.tolist())) > 1:
             raise ValueError("FlatAdamW: the parameters of this state have made different numbers of steps")
