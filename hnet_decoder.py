@@ -88,7 +88,7 @@ class PaddedPrefill:
     """
 
     def __init__(self, model: HNetInference, B: int, L: int, captures: bool):
-        self.model, self.device = model, model.embeddings.weight.device
+        self.model, self.device = model, next(model.parameters()).device
         self.cache = model.new_cache(B, L)
         self.stages, self.S = list(zip(model.stages, self.cache.stages)), model.config.num_stages
         self.byte_BL = torch.zeros(B, L, dtype=torch.int64, device=self.device)
@@ -257,7 +257,7 @@ class Decoder:
         self, model: HNetInference, rows: int = 1, captures: bool | None = None, host_decides: bool | None = None,
         compiles: bool = False,
     ):  # fmt: skip
-        self.model, self.device = model, model.embeddings.weight.device
+        self.model, self.device = model, next(model.parameters()).device
         self.cache = model.new_cache(rows)
         self.stages = list(zip(model.stages, self.cache.stages))
         self.S, looks = len(self.stages) - 1, self.device.type != "cuda" or rows <= self.FEW_ROWS
@@ -266,10 +266,10 @@ class Decoder:
         self.waiting: list[Text] = []
         self.numbers, self.early = itertools.count(), []
         # on the device, at fixed places
-        zeros, head = torch.zeros, model.lm_head.weight
-        self.logits_BV = zeros(rows, model.config.vocab_size, dtype=head.dtype, device=self.device)
+        zeros, dtype = torch.zeros, next(model.parameters()).dtype
+        self.logits_BV = zeros(rows, model.config.vocab_size, dtype=dtype, device=self.device)
         self.rows = SamplingRows.new(rows, self.NUMBERS, self.device)
-        wide = at_least_float32(head.dtype)
+        wide = at_least_float32(dtype)
         self.events = Events.new(self.STEPS, rows, self.S, wide, self.device)
         # what the host reads: after a stage, does a chunk begin in any row; after some steps, what they did
         pinned = {"pin_memory": self.device.type == "cuda"}

@@ -409,7 +409,7 @@ class HNetInference(HNetLM):
         Raises ValueError for values outside the vocabulary, an empty beginning, or another batch size than the cache's.
         """
         rows = self._check(iids, cache)
-        device = self.embeddings.weight.device
+        device = next(self.parameters()).device
         cache, lengths = cache or self.new_cache(len(rows)), [len(row) for row in rows]
         byte_BL = pad_sequence(rows, batch_first=True).to(device, non_blocking=True)
         (B, L), tokens, x_TD = byte_BL.shape, lengths, self.embed(byte_BL.flatten())
@@ -538,9 +538,9 @@ class HNetInference(HNetLM):
                 vars(ours[name]).update((key, x) for key, x in vars(theirs).items() if isinstance(x, Tensor))
 
     def _check_weights(self) -> None:
-        if hasattr(self.embeddings.weight, "device_mesh"):
+        if hasattr(first := next(self.parameters()), "device_mesh"):
             raise RuntimeError("the training model is sharded: generate inside `with inference.unsharded():`")
-        if self.embeddings.weight.is_meta:
+        if first.is_meta:
             raise RuntimeError("the model has no weights yet: load a checkpoint or use HNetInference.from_training")
 
 

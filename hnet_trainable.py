@@ -232,7 +232,7 @@ class WideLinear(nn.Linear):
 
 class Embedding(nn.Embedding):
     def reset_parameters(self) -> None:  # on the meta device, drawing normal numbers imports torch._dynamo
-        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.weight) if self.weight.is_meta else nn.init.normal_(self.weight)
 
     def forward(self, iids_T: Tensor) -> Tensor:
         return embed(iids_T, self.weight)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from hnet_config import HNetConfig
 from hnet_trainable import Block, HNetLM, stage_of
@@ -23,17 +24,17 @@ class Flops(NamedTuple):
 
 
 @functools.cache
-def _parts(config: HNetConfig) -> tuple[list[int], list[list[torch.nn.Module]]]:
+def _parts(config: HNetConfig) -> tuple[list[int], list[list[nn.Module]]]:
     """Per stage: the number of elements of its matrices, and its mixers."""
     with torch.device("meta"):
         model = HNetLM(config)
     elements, mixers = [0] * (config.num_stages + 1), [[] for _ in range(config.num_stages + 1)]
-    elements[0] += model.lm_head.weight.numel()
-    for name, parameter in model.backbone.named_parameters(prefix="backbone"):
-        elements[stage_of(name, config)] += parameter.numel() if parameter.ndim == 2 else 0
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):  # a layer in two places computes in both
+        s = stage_of(f"{name}.", config)
+        if not isinstance(module, nn.Embedding):
+            elements[s] += sum(p.numel() for p in module.parameters(recurse=False) if p.ndim == 2)
         if isinstance(module, Block):
-            mixers[stage_of(name + ".", config)].append(module.mixer)
+            mixers[s].append(module.mixer)
     return elements, mixers
 
 

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from processes import ROOT
 from small_models import ONE_STAGE
-from test_edits import set_  # noqa: F401 (a fixture)
+from test_edits import set_, world  # noqa: F401 (fixtures)
 
 import hnet_trainable as H
 import train
-from hnet_runtime import UserError, distributed, losses
+from hnet_runtime import UserError, distributed, flops, losses
 from hnet_runtime.checks import agreement
-from hnet_runtime.runs import progress, run_folder
+from hnet_runtime.runs import checkpoint, progress, run_folder
 from hnet_runtime.runs.flags import TrainConfig
 from hnet_runtime.steps.graphs import GraphedModel
 from hnet_simple import HNetInference
@@ -94,6 +94,57 @@ def test_tied_weights_have_the_same_steps_as_graphs(set_):  # noqa: F811
     after_init(set_, H.RoutingModule, tie_router)
     after_init(set_, H.HNet, tie_ends)
     assert agreement.steps_as_graphs(CONFIG) is None
+
+
+@pytest.mark.parametrize("how", ["plain", "eager", "graph"])
+def test_a_weight_that_gets_no_gradient_keeps_no_run_from_resuming(set_, world, tmp_path, how):  # noqa: F811
+    after_init(set_, H.HNetLM, lambda self: setattr(self, "unused", torch.nn.Parameter(torch.ones(3))))
+    state = state_of("plain")
+    step(state)
+    folder = checkpoint.save(tmp_path, 1, state.model, state.optimizer, {}, 0)
+    resumed = state_of(how)
+    resumed.load(folder)
+    assert step(resumed, 1) == pytest.approx(step(state, 1), rel=1e-6)
+    if how == "plain":
+        assert all(map(torch.equal, resumed.model.state_dict().values(), state.model.state_dict().values()))
+
+
+@pytest.mark.parametrize("name", ["lm_head", "unembed"])
+def test_a_head_of_several_layers_under_any_name_trains_and_generates(set_, name):  # noqa: F811
+    elements, _ = flops._parts.__wrapped__(CONFIG)
+
+    def two_layers(self) -> None:
+        del self.lm_head
+        setattr(self, name, torch.nn.Sequential(H.Linear(64, 32), torch.nn.GELU(), H.Linear(32, 256)))
+
+    after_init(set_, H.HNetLM, two_layers)
+    set_(H.HNetLM, "head", lambda self, x_TD: getattr(self, name)(x_TD))
+    assert agreement.steps_as_graphs(CONFIG) is None and agreement.generation(CONFIG) is None
+    of_stage_0 = elements[0] - 64 * 256 + 64 * 32 + 32 * 256
+    assert flops._parts.__wrapped__(CONFIG)[0] == [of_stage_0, *elements[1:]]
+
+
+def test_embeddings_under_another_name_start_at_random(set_):  # noqa: F811
+    def renamed(self) -> None:
+        self.bytes = self.embeddings
+        del self.embeddings
+
+    after_init(set_, H.HNetLM, renamed)
+    set_(H.HNetLM, "embed", lambda self, iids_T: self.bytes(iids_T))
+    assert 0.9 < built().bytes.weight.std() < 1.1
+    assert agreement.steps_as_graphs(CONFIG) is None and agreement.generation(CONFIG) is None
+
+
+def test_a_layer_in_two_stages_counts_in_both(set_):  # noqa: F811
+    elements, _ = flops._parts.__wrapped__(CONFIG)
+
+    def share(hnet) -> None:
+        if not hnet.is_innermost:
+            hnet.encoder.layers[0].mixer.out_proj = hnet.main_network.main_network.layers[0].mixer.out_proj
+
+    before = built().backbone.encoder.layers[0].mixer.out_proj.weight.numel()
+    after_init(set_, H.HNet, share)
+    assert flops._parts.__wrapped__(CONFIG)[0] == [elements[0] - before + 64 * 64, elements[1]]
 
 
 @pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])

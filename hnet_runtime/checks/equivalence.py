@@ -211,7 +211,7 @@ def trace_prefill(model: HNetInference, documents: Sequence[bytes]) -> Trace:
 
 def trace_steps(model: HNetInference, documents: Sequence[bytes]) -> Trace:
     """Runs all documents one byte at a time, in one batch."""
-    S, B, device = model.config.num_stages, len(documents), model.embeddings.weight.device
+    S, B, device = model.config.num_stages, len(documents), next(model.parameters()).device
     cache, layers = model.new_cache(B), {}
     p, b = ([[[] for _ in range(B)] for _ in range(S)] for _ in "pb")
     for t in range(max(map(len, documents))):
@@ -319,7 +319,7 @@ def check(
     text choose at each position with the same random numbers. In bfloat16 a continuation may differ where two bytes are
     about equally likely; it is counted.
     """
-    dtype = inference.embeddings.weight.dtype
+    dtype = next(inference.parameters()).dtype
     documents = [bytes([BOS]) + d for d in documents]
     reference = trace_training(training, documents)
     others = [trace_prefill(inference, documents), trace_steps(inference, documents)]

@@ -232,7 +232,7 @@ class GraphedModel:
         config: HNetConfig = masters.config
         self.masters, self.alpha, self.S = masters, alpha, config.num_stages
         self.size, self.accumulates = world.size if world else 1, accumulates
-        self.dtype, self.device = compute_dtype, masters.lm_head.weight.device
+        self.dtype, self.device = compute_dtype, next(masters.parameters()).device
         self.captures, self.found_stages = captures, None
         if captures and (reason := why_unsupported(config, self.device, compute_dtype)):
             raise ValueError(f"steps as graphs: {reason}")
@@ -295,8 +295,8 @@ class GraphedModel:
         for s in reversed(range(self.S)):
             found[f"pass {s}"], found[f"leave {s}"] = [self.levels[s].residual_proj], [self.levels[s].decoder]
         first, last = next(iter(found)), list(found)[-1]
-        found[first].insert(0, self.model.embeddings)
-        found[last].append(self.model.lm_head)
+        found[first].insert(0, getattr(self.model, "embeddings", None))  # under another name, any part may read it
+        found[last].append(getattr(self.model, "lm_head", None))
         return found
 
     def _cut(self, modules: Sequence[nn.Module | nn.Parameter | None]) -> list[tuple[Block | None, list[Tensor]]]:
