@@ -739,8 +739,6 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float, router_lr
         group |= {"lr": lr * multiplier, "weight_decay": weight_decay if decays else 0.0}
         group["params"].append(parameter)
         group["names"].append(name)
-    grouped = [id(p) for group in groups.values() for p in group["params"]]
-    assert len(grouped) == len(set(grouped)) and set(grouped) == {id(p) for p in model.parameters()}
     return list(groups.values())
 
 

@@ -162,7 +162,7 @@ class TrainState:
         """
         self.model, self.dtype, self.hnet, self.config, self.world = model, dtype, hnet, config, world
         self.parameters = list(model.parameters())  # before a forward, after which FSDP shows gathered ones
-        groups, limit = distributed.optimizer_groups(groups), config.max_chunks_per_rank
+        groups, limit = distributed.optimizer_groups(groups, model), config.max_chunks_per_rank
         self.ratio = losses.ratio(config, hnet, world.device, torch.promote_types(dtype, torch.float32))
         alpha = self.ratio.weight
         if how == "plain":

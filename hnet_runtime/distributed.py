@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -450,8 +450,19 @@ def seed_of_step(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()[:8], "little") >> 1
 
 
-def optimizer_groups(groups: list[dict]) -> list[dict]:
-    """The groups of `parameter_groups`, with sharded and unsharded parameters apart: no fused kernel takes both."""
+def optimizer_groups(groups: list[dict], model: nn.Module | None = None) -> list[dict]:
+    """The groups of `parameter_groups`, with sharded and unsharded parameters apart: no fused kernel takes both.
+
+    Raises UserError unless each weight of `model` that trains is in one group, and each group has a stage.
+    """
+    counts = Counter(p for group in groups for p in group["params"])
+    for name, p in model.named_parameters() if model else ():
+        if p.requires_grad and counts[p] != 1:
+            raise UserError(
+                f"parameter_groups: {name} is in {counts[p]} groups; expected one (requires_grad_(False) freezes a weight)"
+            )
+    if model and any(group.get("stage") is None for group in groups):
+        raise UserError("parameter_groups: a group has no `stage`; expected the stage to whose statistics it belongs")
     apart = []
     for group in groups:
         for sharded in (True, False):

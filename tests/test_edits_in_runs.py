@@ -28,7 +28,7 @@ CONFIG = HNetConfig.load(ONE_STAGE)
 WORLD = SimpleNamespace(rank=0, size=1, shards=1, device=CPU, is_main=True)
 
 
-def built(config: HNetConfig = CONFIG, world=WORLD) -> H.HNetLM:
+def built(config: HNetConfig = CONFIG, world=WORLD) -> H.HNetLM:  # noqa: F811
     return distributed.build_model(config, world, torch.float32, 0)
 
 
@@ -173,7 +173,7 @@ def test_a_letter_that_is_no_lower_case_letter_is_named(monkeypatch):
 def test_the_rate_of_a_group_is_the_one_that_it_says(how):
     def groups(model, lr, weight_decay):
         return [
-            {"params": [p], "lr": 0.0 if name.startswith("embeddings") else lr, "weight_decay": 0.0}
+            {"params": [p], "stage": 0, "lr": 0.0 if name.startswith("embeddings") else lr, "weight_decay": 0.0}
             for name, p in model.named_parameters()
         ]
 
@@ -183,6 +183,24 @@ def test_the_rate_of_a_group_is_the_one_that_it_says(how):
     with state.steps.full_precision():
         moved = {name for name, p in state.model.named_parameters() if not torch.equal(p, start[name])}
     assert "embeddings.weight" not in moved and "lm_head.weight" in moved
+
+
+@pytest.mark.parametrize("how", ["plain", "graph"])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda group: {"params": group["params"][1:]}, "embeddings.weight is in 0 groups; expected one"),
+        (lambda group: {"params": group["params"] + group["params"][:1]}, "embeddings.weight is in 2 groups"),
+        (lambda group: {"stage": None}, "a group has no `stage`"),
+    ],
+)
+def test_groups_that_lack_a_weight_or_a_stage_are_refused(how, change, said):
+    def groups(model, lr, weight_decay):
+        first, *others = parameter_groups(model, lr, weight_decay)
+        return [first | change(first), *others]
+
+    with pytest.raises(UserError, match=said):
+        state_of(how, groups)
 
 
 @pytest.mark.parametrize("key, value", [("betas", (0.0, 0.0)), ("eps", 1.0), ("amsgrad", True), ("maximize", True)])
