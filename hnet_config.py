@@ -299,8 +299,8 @@ class HNetConfig:
         return tuple(inner / outer for outer, inner in zip(self.N_compress, self.N_compress[1:]))
 
     def _router(self, s: int) -> Any:
-        """The class of stage s's router; None for a learned one, for which torch need not be there."""
-        return None if self.routers[s] == LEARNED else parse_router(self.routers[s], s)[0]
+        """The class of stage s's router; None for `learned` where no torch, and so no RoutingModule, is imported."""
+        return ROUTERS.get(LEARNED) if self.routers[s] == LEARNED else parse_router(self.routers[s], s)[0]
 
     @property
     def is_learned(self) -> tuple[bool, ...]:

@@ -10,6 +10,8 @@
 The first difference is named, and the run takes the next slower way that agrees.
 """
 
+import contextlib
+import copy
 import logging
 import math
 import random
@@ -33,6 +35,7 @@ from hnet_trainable import (
     HNetConfig,
     HNetLM,
     flat,
+    initial_weight,
     nested_like,
     rotary_tables,
     training_loss,
@@ -359,9 +362,8 @@ def steps_as_graphs(
                 return f"the buffer {name} changes in a forward, which in graphs has padding in it"
         if _draws_random_numbers(lambda: model(*pairs[0])):
             return "the model draws random numbers, which a graph would draw only once"
-        again, _ = _plain_step(model, pairs[0])
-        if changed := [name for name, x in again.items() if not torch.equal(x, plain[0][0][name])]:
-            return f"{changed[0]} is another when a batch comes again, and a graph repeats what was captured"
+        if changed := _first_change(_plain_step(model, pairs[0]), plain[0]):
+            return f"{changed} is another when a batch comes again, and a graph repeats what was captured"
     except Exception as error:  # edited code can raise anything
         return f"a small model of this config fails with {_failure(error)}"
     if reason := frozen(model):
@@ -373,6 +375,13 @@ def steps_as_graphs(
                 return difference
     except Exception as error:
         return f"graphs of a small model of this config fail with {_failure(error)}"
+    return None
+
+
+def _first_change(found: Step, before: Step) -> str | None:
+    for kind, ours, theirs in zip(("", "the gradient of "), found, before):
+        if changed := [name for name, x in ours.items() if not torch.equal(x, theirs[name])]:
+            return f"{kind}{changed[0]}"
     return None
 
 
@@ -428,6 +437,74 @@ def _roughly(losses, gradients, wanted_losses, wanted) -> str | None:
         worst = max(wanted, key=lambda name: _gap(gradients[name], wanted[name]))
         return f"the gradient differs by {gap:.1e} of its size, most of all that of {worst}"
     return None
+
+
+# --------------------------------------------------------------------------------------------------------- what to know
+
+
+def warn_of(config: HNetConfig) -> None:
+    """Warns of what an edited model does that a run would not show, as found on a small model of the config."""
+    for look in (_other_first_values, _looks_ahead, _remembers):
+        with contextlib.suppress(Exception):  # of edited code; the run will report it
+            if found := look(toy_config(config)):
+                logger.warning("%s", found)
+
+
+def _other_first_values(config: HNetConfig) -> str | None:
+    """A weight to which `__init__` gives a value of its own, in place of which `initial_weight` draws one."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)  # then memory that nobody has filled is nan
+    try:
+        model = HNetLM(config)
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    for name, p in model.named_parameters():
+        drawn = initial_weight(name, p.shape, config, 0)
+        # torch's layers fill their weights once, which is no choice of the model
+        is_torchs = hasattr(model.get_submodule(name.rpartition(".")[0]), "reset_parameters") and p._version <= 1
+        if not (drawn is None or is_torchs or p.isnan().any() or p.equal(drawn)):
+            return f"{name}: initial_weight draws its first value, so that of __init__ has no effect"
+    return None
+
+
+def _looks_ahead(config: HNetConfig) -> str | None:
+    """Whether logits or p depend on later bytes or other documents. A router that says so is left out."""
+    if config.stages_not_causal:
+        return None
+    model = equivalence.random_model(config, 0, "cpu", torch.float64).eval()
+    n = 24  # documents of n bytes, of which document i has the first i bytes of the last one, and other bytes behind
+    iids, *_ = _batch([n] * n, torch.device("cpu"), config)
+    byte_BL = flat(iids).view(n, n)
+    is_same_BL = torch.ones(n, n, dtype=torch.bool).tril(-1)
+    byte_BL = torch.where(is_same_BL, byte_BL[-1], byte_BL)
+    with torch.no_grad():
+        out = model(nested_like(byte_BL.flatten(), iids))
+    for x_TX in (flat(out.logits), *(stage.p_T[:, None] for stage in out.stages[:1])):
+        x_BLX = x_TX.unflatten(0, (n, n))
+        if _gap(x_BLX[is_same_BL], x_BLX[-1:].expand_as(x_BLX)[is_same_BL]) > EXACT:
+            return (
+                "what the model knows at a byte depends on later bytes or on other documents, so bits per byte (bpb) "
+                "are not those of a model that generates; a router that looks ahead has is_causal = False"
+            )
+    return None
+
+
+def _remembers(config: HNetConfig) -> str | None:
+    """Whether a step depends on more than weights, buffers, the batch and torch's random numbers."""
+    model = equivalence.random_model(config, 0, "cpu", torch.float64).train()
+    pair, state = _batch(BATCHES[0], torch.device("cpu"), config), copy.deepcopy(model.state_dict())
+
+    def step() -> Step:
+        model.load_state_dict(state)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return _plain_step(model, pair)
+
+    changed = _first_change(step(), step())
+    return changed and (
+        f"{changed} is another when a batch comes again with the same weights, buffers and random numbers of torch: "
+        "the model remembers what no checkpoint has, so a resumed run differs from one that was not interrupted"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- generation
