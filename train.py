@@ -47,7 +47,7 @@ from hnet_runtime.data import cuts
 from hnet_runtime.data.cuts import Cutter
 from hnet_runtime.distributed import World
 from hnet_runtime.evaluation.boundaries import CutHistory
-from hnet_runtime.evaluation.validation import validate
+from hnet_runtime.evaluation.validation import bits_name, validate
 from hnet_runtime.pages.chunks import print_chunks
 from hnet_runtime.pages.reports import write_atomically
 from hnet_runtime.runs import checkpoint, statistics, weights
@@ -470,6 +470,8 @@ class Run:
             watch.at(step, "validation")
             opens: list = []
             record |= validate(self.state.evaluated, self.val_stream, self.world, config.val_slices or None, opens)
+            if not math.isfinite(bits := record[f"val_{bits_name(self.hnet)}"]):
+                raise RunFailed(f"step {step}: {bits} bits per byte of held-out text. {self.saver.last_good()}")
             record |= self.history.update(step, opens, checkpoint.oldest_step(self.folder))
         written = None
         if samples:
@@ -492,11 +494,9 @@ class Run:
         config = self.config
         numbers = StepNumbers.of(arriving.numbers(), self.hnet.num_stages)
         if not (numbers.ce + numbers.grad_norm).isfinite():
-            self.saver.finish()  # the checkpoint being written is good too
-            saved = checkpoint.complete(self.folder)
             raise RunFailed(
                 f"step {done}: cross entropy {numbers.ce}, gradient norm {numbers.grad_norm}; stopped before they "
-                f"reached the weights. The last good checkpoint: {saved[-1] if saved else 'none yet'}"
+                f"reached the weights. {self.saver.last_good()}"
             )
         record = describe(numbers, self.hnet, config)
         record["lr"] = config.lr * lr_scale(done - 1, config)
@@ -565,8 +565,7 @@ def main(config: TrainConfig) -> int:
     except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
         if not memory_ran_out(error):
             raise
-        commands.print_error(UserError(f"{in_words(error, config.ac)} ({str(error).splitlines()[0]})"))
-        return 1
+        return commands.print_error(RunFailed(f"{in_words(error, config.ac)} ({str(error).splitlines()[0]})"))
 
 
 def train(config: TrainConfig, then: Callable[[Run], None] | None = None, is_checked: bool = False) -> int:
@@ -616,6 +615,7 @@ def train(config: TrainConfig, then: Callable[[Run], None] | None = None, is_che
     compile_ahead.begin(compiler, work, world.device)
     drawn = None if start_weights else distributed.draw_ahead(hnet, world, config.seed)
     agreement.choose_implementations(world.device, dtype, hnet)
+    agreement.warn_of(hnet)
     graph, world = takes_graphs(config, hnet, dtype, world, is_checked)
 
     def build(graph: bool) -> tuple[HNetLM, list[dict[str, Any]], str]:

@@ -12,11 +12,21 @@ Beside them: processes and sharding (`distributed.py`), FLOPs, the code that com
 
 
 class UserError(Exception):
-    """A mistake of the user, in one sentence; commands print it and exit with status 2."""
+    """A mistake of the user, in one sentence; commands print it and exit with its status."""
+
+    status = 2
 
 
 class RunFailed(UserError):
     """A run ended because of its own numbers, such as a loss that is not finite: it would end in the same way again."""
+
+    status = 1
+
+
+class WriteFailed(UserError):
+    """A file of a run that has started can't be written, as on a full disk."""
+
+    status = 1
 
 
 class DataError(Exception):

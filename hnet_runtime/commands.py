@@ -193,13 +193,12 @@ def _with_examples(about: str) -> str:
 def run(main: Callable[[list[str]], int | None], output_may_fail: bool = False, smaller: str = "") -> NoReturn:
     """Runs `main` on this process's arguments and ends the process with the status that it returns (None: 0).
 
-    A mistake of the user (UserError, DataError, ConfigError) is one line on stderr, "error: ...", and status 2. So is a
-    file that can't be opened. Memory that runs out is a line and status 1; `smaller` are the flags that need less of
-    it. Ctrl-C is status 130. If the reader of stdout closes it, as in `| head`, the command ends silently with status
-    141: so write files before printing. With `output_may_fail` the command instead runs to its end and its output is
-    dropped.
-    Printing to stderr never ends a command. A character that the terminal's encoding lacks is printed as its number
-    (\\u65e5).
+    A mistake of the user (UserError, DataError, ConfigError) is one line on stderr, "error: ...", and status 2, or 1
+    where a run failed. A file that can't be opened is a mistake, too. Memory that runs out is a line and status 1;
+    `smaller` are the flags that need less of it. Ctrl-C is status 130. If the reader of stdout closes it, as in
+    `| head`, the command ends silently with status 141: so write files before printing. With `output_may_fail` the
+    command instead runs to its end and its output is dropped. Printing to stderr never ends a command. A character that
+    the terminal's encoding lacks is printed as its number (\\u65e5).
     """
     with _safe_streams(output_may_fail):
         try:
@@ -262,7 +261,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 def print_error(mistake: Exception) -> int:
     """Prints a mistake of the user to stderr in one write, and returns its exit status."""
     sys.stderr.write(f"error: {mistake}\n")
-    return 2
+    return getattr(mistake, "status", 2)
 
 
 def read_text(file: str, flag: str = "") -> bytes:

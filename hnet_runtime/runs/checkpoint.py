@@ -31,7 +31,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from hnet_config import LEARNED
 from hnet_kernels import cards
-from hnet_runtime import UserError
+from hnet_runtime import UserError, WriteFailed
 from hnet_runtime.data.stream import sync_folder
 from hnet_runtime.runs.run_folder import (  # noqa: F401 (some are for importers of this module)
     WITHOUT,
@@ -277,11 +277,17 @@ class Saver:
         self._raise_together(error)
         return step_folder(self.run, self._step)
 
+    def last_good(self) -> str:
+        """The newest complete checkpoint, also one that is being written, in words. Raises as `finish` does."""
+        self.finish()
+        found = complete(self.run)
+        return f"The last good checkpoint: {found[-1] if found else 'none yet'}"
+
     def _raise_together(self, error: BaseException | None) -> None:
         reasons: list = [None] * dist.get_world_size()
         dist.all_gather_object(reasons, error and _reason(error), group=self._group)
         for reason in filter(None, reasons):
-            raise UserError(
+            raise WriteFailed(
                 f"{step_folder(self.run, self._step)}: the checkpoint could not be written ({reason}); "
                 "earlier ones are untouched"
             )

@@ -132,7 +132,7 @@ class TrainConfig:
     stats_every: int = 100
     """Steps between statistics of routers and weights: chunk lengths, boundaries, norms, updates. 0: none."""
     on_collapse: Literal["warn", "stop"] = "warn"
-    """When a router has collapsed or is dead: warn, or save and stop with status 2. Oscillation only warns."""
+    """When a router has collapsed or is dead: warn, or save and stop with status 1. Oscillation only warns."""
     sample_every: int = 0
     """Steps between generated samples; the last step always writes one. 0: only the last."""
     sample_bytes: int = 160
@@ -186,7 +186,8 @@ class TrainConfig:
             self._expect(name, getattr(self, name) > 0, "more than 0")
         for name in ("warmup", "decay"):
             self._expect(name, 0 <= getattr(self, name) <= 1, "a share from 0 to 1")
-        self._expect("decay", self.warmup + self.decay <= 1, f"at most 1 together with --warmup {self.warmup}")
+        decay = self.decay if self.schedule.startswith("wsd") else 0
+        self._expect("decay", self.warmup + decay <= 1, f"at most 1 together with --warmup {self.warmup}")
         self._expect("ratio_rise", 0 <= self.ratio_rise <= 1, "a share from 0 to 1")
         self._expect("ratio_rise", self.ratio_from or not self.ratio_rise, "also --ratio-from, where the target starts")
         self._expect("ratio_from", self.ratio_rise or not self.ratio_from, "also --ratio-rise, the share of the steps")

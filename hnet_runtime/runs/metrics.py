@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from hnet_runtime import UserError
+from hnet_runtime import UserError, WriteFailed
 from hnet_runtime.data.stream import sync_folder
 from hnet_runtime.pages.reports import write_atomically
 from hnet_runtime.runs.run_folder import complete
@@ -66,7 +66,7 @@ class JsonlSink:
         try:
             yield
         except OSError as error:
-            raise UserError(
+            raise WriteFailed(
                 f"{self._file.name}: can't be written ({error.strerror}); checkpoints are untouched"
             ) from None
 
