@@ -336,8 +336,8 @@ def shard_model(model: HNetLM, mesh: DeviceMesh, compute_dtype: torch.dtype, res
     """Applies FSDP2. Groups: BLOCKS_PER_GROUP blocks of a stack, a router, a float32 residual projection, the rest.
 
     Master weights, gradients and their reduction are float32; weights are gathered in `compute_dtype`. Inputs are not
-    cast: the residual stream stays float32 across blocks. A_log, dt_bias and D, a few elements per layer, stay
-    unsharded and float32 on every rank; `reduce_plain_gradients` averages their gradients.
+    cast: the residual stream stays float32 across blocks. A_log, dt_bias and D, a few elements per layer, and scalars
+    stay unsharded and float32 on every rank; `reduce_plain_gradients` averages their gradients.
 
     reshard: free a group's gathered weights after its forward and gather them again for its backward.
 
@@ -346,7 +346,7 @@ def shard_model(model: HNetLM, mesh: DeviceMesh, compute_dtype: torch.dtype, res
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # not above: see sharded.py
 
-    plain = {p for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] in PLAIN_FLOAT32}
+    plain = {p for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] in PLAIN_FLOAT32 or not p.ndim}
     alone = mesh.size() == 1
 
     def wrap(module: nn.Module | list[nn.Module], dtype: torch.dtype) -> None:
@@ -459,7 +459,7 @@ def optimizer_groups(groups: list[dict], model: nn.Module | None = None) -> list
     for name, p in model.named_parameters() if model else ():
         if p.requires_grad and counts[p] != 1:
             raise UserError(
-                f"parameter_groups: {name} is in {counts[p]} groups; expected one (requires_grad_(False) freezes a weight)"
+                f"parameter_groups: {name} is in {counts[p]} groups; expected one; requires_grad_(False) freezes it"
             )
     if model and any(group.get("stage") is None for group in groups):
         raise UserError("parameter_groups: a group has no `stage`; expected the stage to whose statistics it belongs")
