@@ -3,6 +3,7 @@
 Each takes effect, or one sentence says that it does not.
 """
 
+import itertools
 import random
 from types import SimpleNamespace
 
@@ -313,6 +314,87 @@ def test_a_ratio_loss_that_the_flags_would_undo_is_refused(set_):  # noqa: F811
     after_init(set_, H.HNetLM, lambda self: setattr(self, "ratio_form", "hinge"))
     with pytest.raises(UserError, match="HNetLM sets ratio_form or ratio_targets itself"):
         losses.attach(losses.ratio(TrainConfig(), CONFIG, CPU, torch.float32), built())
+
+
+# ------------------------------------------------------------------------------------------------ what a run warns of
+
+
+def first_value(set_) -> None:  # noqa: F811
+    after_init(set_, H.RMSNorm, lambda self: setattr(self, "weight", torch.nn.Parameter(torch.zeros(64))))
+
+
+def small_head(set_) -> None:  # noqa: F811
+    after_init(set_, H.HNetLM, lambda self: torch.nn.init.normal_(self.lm_head.weight, std=1e-3))
+
+
+def later_bytes(set_) -> None:  # noqa: F811
+    router = H.RoutingModule.forward
+    set_(H.RoutingModule, "forward", lambda self, x_TD, packing: router(self, x_TD, packing).roll(-1))
+
+
+def other_documents(set_) -> None:  # noqa: F811
+    set_(H.HNetLM, "embed", lambda self, iids_T: self.embeddings(iids_T) + self.embeddings(iids_T).roll(1, 0))
+
+
+def counter_in_the_loss(set_) -> None:  # noqa: F811
+    calls = itertools.count(1)
+    set_(H, "training_loss", lambda ce, ratio_losses, alpha: ce / next(calls) + alpha * ratio_losses.sum())
+
+
+def counter_in_the_model(set_) -> None:  # noqa: F811
+    calls, head = itertools.count(1), H.HNetLM.head
+    set_(H.HNetLM, "head", lambda self, x_TD: head(self, x_TD) / next(calls))
+
+
+SAID = {
+    first_value: "backbone.encoder.layers.0.norm1.weight: initial_weight draws its first value",
+    small_head: "lm_head.weight: initial_weight draws its first value, so that of __init__ has no effect",
+    later_bytes: "what the model knows at a byte depends on later bytes or on other documents",
+    other_documents: "what the model knows at a byte depends on later bytes or on other documents",
+    counter_in_the_loss: "the gradient of embeddings.weight is another when a batch comes again",
+    counter_in_the_model: "the cross entropy is another when a batch comes again with the same weights, buffers and",
+}
+
+
+@pytest.mark.parametrize("change", SAID, ids=lambda change: change.__name__)
+def test_what_a_run_would_not_show_is_a_warning(set_, change, caplog):  # noqa: F811
+    change(set_)
+    agreement.warn_of(CONFIG)
+    (said,) = caplog.messages
+    assert said.startswith(SAID[change])
+    if "counter" in change.__name__:
+        assert "a graph repeats what was captured" in agreement.steps_as_graphs(CONFIG)
+
+
+def test_nothing_is_said_of_a_model_that_keeps_its_state(set_, caplog):  # noqa: F811
+    """With dropout, a buffer that counts, a weight of its own, and a router that says that it looks ahead."""
+    mlp, router = H.SwiGLU.forward, H.RoutingModule.forward
+    after_init(set_, H.HNetLM, lambda self: self.register_buffer("calls", torch.zeros(())))
+    after_init(set_, H.HNetLM, lambda self: setattr(self, "gain", torch.nn.Parameter(torch.ones(64))))
+    set_(H.HNetLM, "embed", lambda self, iids_T: self.embeddings(iids_T) * self.gain / self.calls.add_(1))
+    set_(H.SwiGLU, "forward", lambda self, x_TD: F.dropout(mlp(self, x_TD), 0.5, self.training))
+    agreement.warn_of(CONFIG)
+    set_(H.RoutingModule, "is_causal", False)
+    set_(H.RoutingModule, "forward", lambda self, x_TD, packing: router(self, x_TD, packing).roll(-1))
+    agreement.warn_of(CONFIG)
+    assert caplog.messages == []
+
+
+def test_nothing_is_said_of_the_model_as_it_is(caplog):
+    for name in ("hnet_2stage_XL", "isotropic_tiny"):
+        agreement.warn_of(HNetConfig.load(name))
+    assert caplog.messages == []
+
+
+def test_a_weight_without_dimensions_trains_where_fsdp_shards_others(set_, world):  # noqa: F811
+    after_init(set_, H.HNetLM, lambda self: setattr(self, "scale", torch.nn.Parameter(torch.tensor(0.5))))
+    embed = H.HNetLM.embed
+    set_(H.HNetLM, "embed", lambda self, iids_T: embed(self, iids_T) * self.scale)
+    model = distributed.build_model(CONFIG, distributed.start("cpu"), torch.bfloat16, 0)
+    config = TrainConfig(global_slices=1, steps=4, warmup=0)
+    state = train.TrainState(model, parameter_groups(model, 0.1, 0.1), "plain", torch.bfloat16, CONFIG, config, WORLD)
+    step(state)
+    assert model.scale.item() != 0.5 and model.scale.dtype == torch.float32
 
 
 # --------------------------------------------------------------------------------------------------------------- files

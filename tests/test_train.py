@@ -173,7 +173,7 @@ def test_a_dead_router_is_named_and_stops_the_run(corpus, tmp_path):
     flags = ["-p", str(tmp_path / "dead"), "--steps", "80", "--lr", "1e-30", "--sample-bytes", "0"]
     done = run(corpus, *flags, "--on-collapse", "stop", "--save-dir", str(tmp_path / "run"))
     # reported at step 50; the run ends after the step that was launched
-    assert done.returncode == 2 and "--on-collapse stop" in done.stderr and "step 51" in done.stderr, done.stderr[
+    assert done.returncode == 1 and "--on-collapse stop" in done.stderr and "step 51" in done.stderr, done.stderr[
         -2000:
     ]
     assert len(records(tmp_path / "run")) == 51
@@ -345,7 +345,7 @@ def test_a_full_disk_leaves_nothing_torn(corpus, tmp_path):
         timeout=100,
         preexec_fn=limit_files(100_000),
     )
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
     assert "step_00000002" in done.stderr and "could not be written" in done.stderr
     assert list((folder / "checkpoints").iterdir()) == []
 
@@ -463,10 +463,10 @@ def test_a_second_ctrl_c_ends_at_once():
     assert done.returncode == 130 and done.stdout.split() == ["set", "asked"], done.stderr
 
 
-def refused(corpus: Path, *flags: str) -> str:
-    """The single line of a mistake, with exit status 2 and without traceback."""
+def refused(corpus: Path, *flags: str, status: int = 2) -> str:
+    """The single line of a mistake, with this exit status and without traceback."""
     done = run(corpus, *flags)
-    assert done.returncode == 2, (done.returncode, done.stderr[-2000:])
+    assert done.returncode == status, (done.returncode, done.stderr[-2000:])
     assert "Traceback" not in done.stderr
     return done.stderr
 
@@ -542,7 +542,7 @@ def test_a_folder_in_use_is_refused(corpus, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(corpus, tmp_path):
     folder = tmp_path / "run"
     flags = ["--steps", "20", "--save-every", "1", "--save-dir", str(folder), "--clip", "0", "--warmup", "0"]
-    message = refused(corpus, *flags, "--lr", "1e30")
+    message = refused(corpus, *flags, "--lr", "1e30", status=1)
     assert "step " in message and "last good checkpoint" in message
     rows = records(folder)
     assert all(row["ce"] is not None for row in rows)
@@ -551,10 +551,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(corpus
 
 def test_a_loss_that_is_not_finite_is_reported_after_the_next_launch(corpus, tmp_path):
     flags = ["--steps", "20", "--save-dir", str(tmp_path / "run"), "--clip", "0", "--warmup", "0", "--lr", "1e30"]
-    message = refused(corpus, *flags)
+    message = refused(corpus, *flags, status=1)
     finite = records(tmp_path / "run")
     assert f"step {len(finite) + 1}: cross entropy" in message and "none yet" in message
     assert [row["step"] for row in finite] == list(range(1, len(finite) + 1)) and len(finite) < 19
+
+
+def test_weights_of_a_last_step_that_compute_nothing_are_not_saved(corpus, tmp_path):
+    message = refused(corpus, "--steps", "1", "--lr", "1e30", "--save-dir", str(tmp_path / "run"), status=1)
+    assert "step 1: nan bits per byte of held-out text. The last good checkpoint: none yet" in message
+    assert checkpoint.complete(tmp_path / "run") == []
+
+
+def test_decay_counts_only_in_schedules_that_have_one():
+    train.TrainConfig(schedule="cosine", warmup=0.9).check()
+    with pytest.raises(UserError, match="--decay 0.25: expected at most 1 together with --warmup 0.9"):
+        train.TrainConfig(warmup=0.9).check()
 
 
 def test_graphs_train_as_eager_steps_do(corpus, tmp_path):
