@@ -262,7 +262,8 @@ def check_continuation(source: Path, about: dict[str, Any]) -> int:
                 f"{source}: {what} differs ({theirs.get(name)} there, {ours[name]} here), so the data would not "
                 "continue where it stopped; to start a new run from these weights use -p"
             )
-    if saved["step"] > ours["steps"]:
+    is_elsewhere = Path(ours["save_dir"]).resolve() != source.resolve().parent.parent
+    if saved["step"] + is_elsewhere > ours["steps"]:
         raise UserError(f"--steps {ours['steps']}: {source} has done {saved['step']} steps already")
     return saved["step"]
 
@@ -417,11 +418,9 @@ class Run:
                         f"step {self.step}: a router is stuck, see above (--on-collapse stop); saved {saved}"
                     )
                 if interrupted and self.step < config.steps:
-                    saved = self.saver.finish()
-                    if saved:
+                    how = "nothing is saved (--save-every 0)"
+                    if saved := self.saver.finish():
                         how = f"saved {saved}; resume with --save-dir {self.folder} --resume auto"
-                    else:
-                        how = "nothing is saved (--save-every 0)"
                     logger.info("asked to stop: %s", how)
                     break
             self.saver.finish()

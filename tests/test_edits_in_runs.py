@@ -346,7 +346,18 @@ def counter_in_the_model(set_) -> None:  # noqa: F811
     set_(H.HNetLM, "head", lambda self, x_TD: head(self, x_TD) / next(calls))
 
 
+def loss_of_the_logits(set_) -> None:  # noqa: F811
+    forward = H.HNetLM.forward
+
+    def with_another_loss(self, *args):
+        out = forward(self, *args)
+        return out._replace(ce=out.ce and out.ce + 0.01 * out.logits._values.logsumexp(-1).square().mean())
+
+    set_(H.HNetLM, "forward", with_another_loss)
+
+
 SAID = {
+    loss_of_the_logits: "HNetLM.forward returns a ce that is not the cross entropy of its logits",
     first_value: "backbone.encoder.layers.0.norm1.weight: initial_weight draws its first value",
     small_head: "lm_head.weight: initial_weight draws its first value, so that of __init__ has no effect",
     later_bytes: "what the model knows at a byte depends on later bytes or on other documents",

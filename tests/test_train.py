@@ -270,6 +270,11 @@ def test_a_checkpoint_whose_bytes_have_changed_is_named(corpus, undisturbed, tmp
     assert f"resuming from {before}" in succeed(corpus, *resume)
 
 
+def test_a_finished_run_does_not_resume_in_another_folder(corpus, undisturbed, tmp_path):
+    said = refused(corpus, "--resume", str(undisturbed), "--save-dir", str(tmp_path / "new"))
+    assert "steps already" in said and not (tmp_path / "new").exists()
+
+
 def test_no_checkpoint_is_lost_when_a_run_resumes_from_another_one(corpus, undisturbed, tmp_path):
     """--resume auto would resume from later ones, and the new ones would be deleted first."""
     folder = shutil.copytree(undisturbed, tmp_path / "run")

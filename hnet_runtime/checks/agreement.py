@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hnet_kernels as K
@@ -444,7 +445,7 @@ def _roughly(losses, gradients, wanted_losses, wanted) -> str | None:
 
 def warn_of(config: HNetConfig) -> None:
     """Warns of what an edited model does that a run would not show, as found on a small model of the config."""
-    for look in (_other_first_values, _looks_ahead, _remembers):
+    for look in (_other_first_values, _other_cross_entropy, _looks_ahead, _remembers):
         with contextlib.suppress(Exception):  # of edited code; the run will report it
             if found := look(toy_config(config)):
                 logger.warning("%s", found)
@@ -465,6 +466,17 @@ def _other_first_values(config: HNetConfig) -> str | None:
         if not (drawn is None or is_torchs or p.isnan().any() or p.equal(drawn)):
             return f"{name}: initial_weight draws its first value, so that of __init__ has no effect"
     return None
+
+
+def _other_cross_entropy(config: HNetConfig) -> str | None:
+    """Whether the cross entropy that a step reports is not that of the logits."""
+    model = equivalence.random_model(config, 0, "cpu", torch.float64).eval()
+    iids, labels, *cuts = _batch(BATCHES[0], torch.device("cpu"), config)
+    with torch.no_grad():
+        out = model(iids, labels, *cuts)
+    if _gap(out.ce, F.cross_entropy(flat(out.logits), flat(labels))) <= EXACT:
+        return None
+    return "HNetLM.forward returns a ce that is not the cross entropy of its logits: bpb follows it, val_bpb does not"
 
 
 def _looks_ahead(config: HNetConfig) -> str | None:
