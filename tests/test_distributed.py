@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -33,6 +34,7 @@ from hnet_runtime import distributed
 from hnet_runtime.checks import agreement
 from hnet_runtime.distributed import World
 from hnet_runtime.runs import checkpoint
+from hnet_runtime.runs.watchdog import Watchdog
 from hnet_runtime.runs.weights import load_own_checkpoint
 from hnet_runtime.steps import activations, graphs
 from hnet_runtime.steps.graphs import GraphedModel
@@ -576,6 +578,19 @@ def test_a_process_that_hangs_ends_the_job(corpus, tmp_path):
         message
     )
     job.wait(0)
+
+
+def end_without_a_folder(run: Path) -> None:
+    watchdog = Watchdog.__new__(Watchdog)
+    watchdog.run, watchdog._known = run, [(0, 0, 7, "saving")] * 2
+    watchdog.world = SimpleNamespace(rank=0, size=2, device=torch.device("cpu"))
+    watchdog._end([1], "rank 1 died")
+
+
+def test_a_process_that_cannot_write_its_stacks_ends_all_the_same(tmp_path):
+    (tmp_path / "failure").write_text("in the way")
+    job = Job(tmp_path / "log", 1, end_without_a_folder, lambda rank: [tmp_path])
+    assert job.wait(60) == [1] and "rank 1 died; the job ends" in job.printed() and "Traceback" not in job.printed()
 
 
 @pytest.mark.soak

@@ -6,6 +6,7 @@ them. All ranks then write their state to RUN/failure/ (Python's stacks, and wit
 status 1. torchrun ends the remaining processes and may restart the job.
 """
 
+import contextlib
 import faulthandler
 import json
 import logging
@@ -140,11 +141,12 @@ class Watchdog:
                 file=sys.stderr,
                 flush=True,
             )
-        folder = self.run / "failure"
-        folder.mkdir(exist_ok=True)
-        with open(folder / f"rank{rank}.stacks", "w", encoding="utf-8") as file:
-            faulthandler.dump_traceback(file)
-        if self.world.device.type == "cuda" and hasattr(torch._C._distributed_c10d, "_dump_nccl_trace"):
-            (folder / f"rank{rank}.nccl").write_bytes(torch._C._distributed_c10d._dump_nccl_trace())
+        with contextlib.suppress(OSError):  # a full disk keeps no rank from ending
+            folder = self.run / "failure"
+            folder.mkdir(exist_ok=True)
+            with open(folder / f"rank{rank}.stacks", "w", encoding="utf-8") as file:
+                faulthandler.dump_traceback(file)
+            if self.world.device.type == "cuda" and hasattr(torch._C._distributed_c10d, "_dump_nccl_trace"):
+                (folder / f"rank{rank}.nccl").write_bytes(torch._C._distributed_c10d._dump_nccl_trace())
         time.sleep(WRITING if speaks else 2 * WRITING)
         os._exit(1)
