@@ -1003,6 +1003,13 @@ def test_wandb_offline(corpus, tmp_path):
     assert len({p.name.split("-")[-1] for p in (tmp_path / "run" / "wandb").glob("offline-run-*")}) == 1
 
 
+def test_wandb_that_cannot_start_is_named(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "sideways")
+    with pytest.raises(UserError, match="--logger wandb: can't start"):
+        WandbSink(tmp_path, 0, {})
+
+
 @pytest.mark.soak
 def test_wandb_without_a_network_goes_on_offline(corpus, tmp_path, monkeypatch):
     """Waits half a minute for a server that doesn't exist, then continues offline."""

@@ -133,7 +133,10 @@ class WandbSink:
         except Exception as error:  # no error of wandb may stop training
             logger.warning("wandb: %s; this run is logged offline", str(error).strip().splitlines()[0])
             wandb.teardown()  # its service still uses the id
-            self._run = wandb.init(mode="offline", **keywords)
+            try:
+                self._run = wandb.init(mode="offline", **keywords)
+            except Exception as error:
+                raise UserError(f"--logger wandb: can't start ({str(error).strip().splitlines()[0]})") from None
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         self._samples: list[list[Any]] = []
