@@ -569,9 +569,9 @@ def test_weights_of_a_last_step_that_compute_nothing_are_not_saved(corpus, tmp_p
 
 
 def test_decay_counts_only_in_schedules_that_have_one():
-    train.TrainConfig(schedule="cosine", warmup=0.9).check()
+    assert read_config(["--schedule", "cosine", "--warmup", "0.9"]).warmup == 0.9
     with pytest.raises(UserError, match="--decay 0.25: expected at most 1 together with --warmup 0.9"):
-        train.TrainConfig(warmup=0.9).check()
+        read_config(["--warmup", "0.9"])
 
 
 def test_graphs_train_as_eager_steps_do(corpus, tmp_path):
