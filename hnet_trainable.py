@@ -769,7 +769,7 @@ def initial_weight(name: str, shape: Sequence[int], config: HNetConfig, seed: in
     if leaf == "dt_bias":
         dt = uniform(math.log(1e-3), math.log(0.1)).exp()
         return dt + torch.log(-torch.expm1(-dt))
-    if leaf == "D" or module.startswith("norm") or module == "rmsnorm":
+    if leaf == "D" or (leaf == "weight" and (module.startswith("norm") or module == "rmsnorm")):
         return torch.ones(*shape, **plain)
     if leaf == "pad_dimension" or (module == "residual_proj" and leaf == "weight"):
         return torch.zeros(*shape, **plain)

@@ -136,6 +136,12 @@ def test_embeddings_under_another_name_start_at_random(set_):  # noqa: F811
     assert agreement.steps_as_graphs(CONFIG) is None and agreement.generation(CONFIG) is None
 
 
+def test_the_bias_of_a_layer_norm_starts_at_zero(set_):  # noqa: F811
+    after_init(set_, H.Block, lambda self: setattr(self, "norm1", torch.nn.LayerNorm(64)))
+    norm = built().backbone.encoder.layers[0].norm1
+    assert norm.weight.eq(1).all() and norm.bias.eq(0).all()
+
+
 def test_a_layer_in_two_stages_counts_in_both(set_):  # noqa: F811
     elements, _ = flops._parts.__wrapped__(CONFIG)
 
