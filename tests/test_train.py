@@ -528,7 +528,7 @@ def test_mistakes_end_in_one_sentence(corpus, undisturbed, tmp_path):
     assert "one batch" in refused(corpus, "--mbs", "1000000")
     assert "--resume auto" in refused(corpus, "--steps", "20", "--save-dir", str(undisturbed))
     (tmp_path / "other.json").write_text(json.dumps({**MODEL, "d_intermediate": [0, 128]}))
-    other = ["-c", str(tmp_path / "other.json"), "--save-dir", str(tmp_path / "other")]
+    other = ["-c", str(tmp_path / "other.json"), "--save-dir", str(tmp_path / "other"), "--steps", "21"]
     message = refused(corpus, *other, "--resume", str(undisturbed / "checkpoints" / "step_00000020"))
     assert "d_intermediate" in message
 
