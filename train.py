@@ -614,8 +614,8 @@ def train(config: TrainConfig, then: Callable[[Run], None] | None = None, is_che
     compile_ahead.begin(compiler, work, world.device)
     drawn = None if start_weights else distributed.draw_ahead(hnet, world, config.seed)
     agreement.choose_implementations(world.device, dtype, hnet)
-    agreement.warn_of(hnet)
     graph, world = takes_graphs(config, hnet, dtype, world, is_checked)
+    agreement.warn_of(hnet, repeats=graph)
 
     def build(graph: bool) -> tuple[HNetLM, list[dict[str, Any]], str]:
         """The model, its parameter groups, and how its steps run. A GraphedModel makes weights in dtype by itself."""

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import hnet_kernels as K
 from hnet_kernels.dispatch import OPERATIONS, forcing, requested
@@ -443,22 +444,32 @@ def _roughly(losses, gradients, wanted_losses, wanted) -> str | None:
 # --------------------------------------------------------------------------------------------------------- what to know
 
 
-def warn_of(config: HNetConfig) -> None:
-    """Warns of what an edited model does that a run would not show, as found on a small model of the config."""
-    for look in (_other_first_values, _other_cross_entropy, _looks_ahead, _remembers):
+def warn_of(config: HNetConfig, repeats: bool = False) -> None:
+    """Warns of what an edited model does that a run would not show, as found on a small model of the config.
+
+    repeats: `steps_as_graphs` has found that a batch that comes again gives the same.
+    """
+    looks = [_other_first_values, _other_cross_entropy, _looks_ahead]
+    for look in looks if repeats else [*looks, _remembers]:
         with contextlib.suppress(Exception):  # of edited code; the run will report it
             if found := look(toy_config(config)):
                 logger.warning("%s", found)
 
 
+class _UnfilledIsNan(TorchFunctionMode):
+    """Inside, memory that nobody fills is nan. `torch.use_deterministic_algorithms` does it too, but imports dynamo."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if function in (torch.empty, torch.empty_like, Tensor.new_empty) and made.is_floating_point():
+            made.data.fill_(math.nan)  # of `data`, so that `_version` does not count it
+        return made
+
+
 def _other_first_values(config: HNetConfig) -> str | None:
     """A weight to which `__init__` gives a value of its own, in place of which `initial_weight` draws one."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True)  # then memory that nobody has filled is nan
-    try:
+    with _UnfilledIsNan():
         model = HNetLM(config)
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
     for name, p in model.named_parameters():
         drawn = initial_weight(name, p.shape, config, 0)
         # torch's layers fill their weights once, which is no choice of the model
