@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nested._internal.nested_tensor import NestedTensor
 
-from hnet_config import BOS, ROUTERS
+from hnet_config import BOS, ROUTERS, HNetConfig
 
 
 class Router(nn.Module):
@@ -95,6 +96,25 @@ class Tokens(Given):
     """Where a tokenizer begins a token. hnet_runtime/data/cuts.py computes that, and passes it as `cuts`."""
 
     usage, pattern, reads_file = "tokens:FILE", ".+", True
+
+
+def check_cuts(cuts: Tensor | None, iids: Tensor, config: HNetConfig) -> None:
+    """ValueError unless `cuts` are what the routers of the config need: see `HNetLM.forward`."""
+    stages = config.stages_by_cuts
+    if not stages and cuts is not None:
+        raise ValueError(f"cuts: given, but the routers {', '.join(config.routers)} do not read them")
+    if not stages:
+        return
+    if cuts is None:
+        raise ValueError(f"cuts: missing; the router {config.routers[stages[0]]} needs to know where chunks begin")
+    kinds = (torch.bool,) if len(stages) == 1 else (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    kind = "bool" if len(stages) == 1 else f"whole numbers from 0 to {len(stages)}"
+    if not (isinstance(cuts, NestedTensor) and cuts.dim() == 2 and cuts._values.dtype in kinds):
+        raise ValueError(f"cuts: expected a nested tensor (B, j) of jagged layout, of {kind}")
+    if cuts.lengths() is not None or not (cuts.offsets() is iids.offsets() or cuts.offsets().equal(iids.offsets())):
+        raise ValueError("cuts: expected documents as long as those of iids, without gaps between them")
+    if cuts.device.type == "cpu" and not 0 <= int(cuts._values.min()) <= int(cuts._values.max()) <= len(stages):
+        raise ValueError(f"cuts: holds values from {cuts._values.min()} to {cuts._values.max()}; expected {kind}")
 
 
 def inner_cuts(cuts_T: Tensor, start_C: Tensor) -> Tensor:

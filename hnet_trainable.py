@@ -77,7 +77,7 @@ from hnet_kernels.generation import (
     mamba2_step,
 )
 from hnet_kernels.router import TakeRows
-from hnet_routers import Router, inner_cuts
+from hnet_routers import Router, check_cuts, inner_cuts
 
 NORM_EPS = 1e-5
 EMA_CLAMP = 1e-4  # the smoothing's P stays in [1e-4, 1 - 1e-4] (code)
@@ -670,25 +670,6 @@ def check_documents(iids: Tensor, labels: Tensor | None, vocab_size: int = 256) 
             if least < 0 or most >= vocab_size:
                 value = least if least < 0 else most
                 raise ValueError(f"{name}: holds the value {value}; expected 0 to {vocab_size - 1}, the vocabulary")
-
-
-def check_cuts(cuts: Tensor | None, iids: Tensor, config: HNetConfig) -> None:
-    """ValueError unless `cuts` are what the routers of the config need: see `HNetLM.forward`."""
-    stages = config.stages_by_cuts
-    if not stages and cuts is not None:
-        raise ValueError(f"cuts: given, but the routers {', '.join(config.routers)} do not read them")
-    if not stages:
-        return
-    if cuts is None:
-        raise ValueError(f"cuts: missing; the router {config.routers[stages[0]]} needs to know where chunks begin")
-    kinds = (torch.bool,) if len(stages) == 1 else (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-    kind = "bool" if len(stages) == 1 else f"whole numbers from 0 to {len(stages)}"
-    if not (isinstance(cuts, NestedTensor) and cuts.dim() == 2 and cuts._values.dtype in kinds):
-        raise ValueError(f"cuts: expected a nested tensor (B, j) of jagged layout, of {kind}")
-    if cuts.lengths() is not None or not (cuts.offsets() is iids.offsets() or cuts.offsets().equal(iids.offsets())):
-        raise ValueError("cuts: expected documents as long as those of iids, without gaps between them")
-    if cuts.device.type == "cpu" and not 0 <= int(cuts._values.min()) <= int(cuts._values.max()) <= len(stages):
-        raise ValueError(f"cuts: holds values from {cuts._values.min()} to {cuts._values.max()}; expected {kind}")
 
 
 # ------------------------------------------------------------------------------------------------- what training needs

@@ -45,7 +45,7 @@ from hnet_kernels.conv import MAX_TAPS
 from hnet_kernels.dispatch import forcing, requested
 from hnet_kernels.gradients import Destinations, settle, writing_to
 from hnet_kernels.recompute import recomputing
-from hnet_routers import inner_cuts
+from hnet_routers import check_cuts, inner_cuts
 from hnet_runtime.distributed import BETAS, PLAIN_FLOAT32, Fetched, World
 from hnet_runtime.steps.flat_adamw import FlatAdamW, Span
 from hnet_runtime.steps.plain import Losses, check_losses
@@ -59,7 +59,6 @@ from hnet_trainable import (
     Isotropic,
     Packing,
     StageOutput,
-    check_cuts,
     positions,
     rotary_tables,
     training_loss,
