@@ -645,9 +645,8 @@ def check_documents(iids: Tensor, labels: Tensor | None, vocab_size: int = 256) 
     the vocabulary stops the process, so check what you give, by calling this before the copy to the device. The bytes
     of `fineweb.ByteStream`, of validation and of scripts/evaluate.py are uint8, which every vocabulary holds.
     """
-    for name, x in (("iids", iids), ("labels", labels)):
-        if x is None and name == "labels":
-            continue
+    given = {"iids": iids} if labels is None else {"iids": iids, "labels": labels}
+    for name, x in given.items():
         if not isinstance(x, Tensor):
             raise ValueError(f"{name}: expected a nested tensor (B, j) of jagged layout, got {type(x).__name__}")
         if not (isinstance(x, NestedTensor) and x.dim() == 2):
@@ -664,8 +663,8 @@ def check_documents(iids: Tensor, labels: Tensor | None, vocab_size: int = 256) 
             f"labels: expected documents as long as those of iids; iids has {iids.shape[0]} of together "
             f"{len(iids._values)} bytes, labels {labels.shape[0]} of together {len(labels._values)}"
         )
-    for name, x in (("iids", iids), ("labels", labels)):
-        if x is not None and x._values.device.type == "cpu":
+    for name, x in given.items():
+        if x._values.device.type == "cpu":
             least, most = (int(bound) for bound in x._values.aminmax())
             if least < 0 or most >= vocab_size:
                 value = least if least < 0 else most
