@@ -275,7 +275,7 @@ def takes_graphs(
     is_checked: a model of this config passed the check in this process.
     Raises UserError if --compile graph is given and they cannot run.
     """
-    if config.compile not in ("auto", "graph") or (config.compile == "auto" and world.device.type != "cuda"):
+    if config.compile == "eager" or (config.compile == "auto" and world.device.type != "cuda"):
         return False, world
     reason = graphs.why_unsupported(hnet, world.device, dtype)
     if config.max_chunks_per_rank:
@@ -303,8 +303,7 @@ def choose_ac(config: TrainConfig, hnet: HNetConfig, world: World) -> str:
     if world.device.type != "cuda":
         return "none"
     card = estimate.card_of(world.device)
-    sharded = config.replicate == 1 or (not config.replicate and distributed.too_large_to_replicate(hnet, world))
-    shards = world.size if sharded else world.shards if config.replicate else 1
+    shards = world.shards if config.replicate or distributed.too_large_to_replicate(hnet, world) else 1
     accumulates = config.global_slices > world.size
     chosen = estimate.choose_ac(hnet, config.mbs, card, accumulates, shards)
     flags = distributed.anywhere(world, *(chosen in estimate.MODES[i:] for i in range(len(estimate.MODES))))
