@@ -119,14 +119,14 @@ def _power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _step(T: int, per_octave: int = SIZES_PER_OCTAVE) -> int:
-    """The multiple to which inner sizes near T are rounded; the document of zeros has fewer tokens than this."""
+def _increment(T: int, per_octave: int = SIZES_PER_OCTAVE) -> int:
+    """Sizes of inner stages near T are rounded up to a multiple of this. The document of zeros has fewer tokens."""
     return max(TOKENS, _power(T) // (2 * per_octave))
 
 
 def _padded(T: int, per_octave: int = SIZES_PER_OCTAVE) -> int:
     """The padded size of an inner stage with T tokens."""
-    return -(-T // _step(T, per_octave)) * _step(T, per_octave)
+    return -(-T // _increment(T, per_octave)) * _increment(T, per_octave)
 
 
 def _weights(module: nn.Module | nn.Parameter | None) -> list[nn.Parameter]:
@@ -253,9 +253,11 @@ class GraphedModel:
         uses = collections.Counter(p for found in modules.values() for module in found for p in _weights(module))
         self.shared = [name for p, name in names.items() if uses[p] != 1]  # any part may read these
         spans = itertools.count() if self.size > 1 else itertools.repeat(0)
-        self.weights = {
+        # of each part, in the order of the forward: (first block, names of weights, span of the optimizer)
+        self.backward_parts = {
             part: [
-                (block, [names[p] for p in weights if uses[p] == 1], next(spans)) for block, weights in self._cut(found)
+                (block, [names[p] for p in weights if uses[p] == 1], next(spans))
+                for block, weights in self._split_backward(found)
             ]
             for part, found in modules.items()
         }
@@ -297,7 +299,10 @@ class GraphedModel:
         found[last].append(self.model.lm_head)
         return found
 
-    def _cut(self, modules: Sequence[nn.Module | nn.Parameter | None]) -> list[tuple[Block | None, list[Tensor]]]:
+    def _split_backward(
+        self, modules: Sequence[nn.Module | nn.Parameter | None]
+    ) -> list[tuple[Block | None, list[Tensor]]]:
+        """The backward parts of a part with these modules: (first block, or None for the start; weights)."""
         parts: list[tuple[Block | None, list[Tensor]]] = [(None, [])]
         for module in modules:
             for one in [*module.layers, module.rmsnorm] if isinstance(module, Isotropic) else [module]:
@@ -319,7 +324,7 @@ class GraphedModel:
             spans: list[Span] = [[[p for name, p in parameters.items() if not _stays_float32(name)]]]
         else:
             spans = []
-            for _, names, _ in itertools.chain.from_iterable(self.weights.values()):
+            for _, names, _ in itertools.chain.from_iterable(self.backward_parts.values()):
                 parts: list[list[nn.Parameter]] = [[] for _ in range(self.size)]
                 large = [parameters[name] for name in names if not _stays_float32(name)]
                 for p in sorted(large, key=torch.numel, reverse=True):
@@ -333,7 +338,7 @@ class GraphedModel:
         """Frees all graphs and their memory; the next steps capture new ones."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # no graph is running
-        self.segments: dict[str, OrderedDict[Sizes, Segment]] = {part: OrderedDict() for part in self.weights}
+        self.segments: dict[str, OrderedDict[Sizes, Segment]] = {part: OrderedDict() for part in self.backward_parts}
         self.pools: dict[str, SavedPool] = {}
         # What a part's forward saves is not needed when another segment of the part runs, so its segments share a
         # SavedPool. All other memory is needed only while one graph runs, so all graphs share a memory pool. The last
@@ -419,7 +424,7 @@ class GraphedModel:
             at.cu_seqlens[: B + 1 + (s > 0)], at.position_T[:T], at.cos_MR[:M], at.sin_MR[:M], byte_T, cuts_T
         )
 
-    def _begin(self, s: int, sizes: Sizes, leaf: Leaf) -> Tensor:
+    def _stage_input(self, s: int, sizes: Sizes, leaf: Leaf) -> Tensor:
         """The input of stage s: bytes, or the tokens of the stage outside that open chunks."""
         T, B, _ = sizes
         if s == 0:
@@ -430,7 +435,7 @@ class GraphedModel:
             cuts_T[:T].copy_(inner_cuts(self.packings[s - 1].cuts_T, outer.chunks.start_C[:T]))
         return take_rows(leaf(outer.x_TD, outer.dx_TD, adds=True), outer.chunks.start_C[:T])
 
-    def _end(self, s: int, x_TD: Tensor, packing: Packing, leaf: Leaf) -> Outputs:
+    def _stage_output(self, s: int, x_TD: Tensor, packing: Packing, leaf: Leaf) -> Outputs:
         """The output of stage s: smoothed for the stage outside, or the loss."""
         if s == 0:
             ce = cross_entropy(self.model.head(x_TD), self.labels_T[: len(x_TD)])
@@ -447,7 +452,7 @@ class GraphedModel:
     def _enter(self, s: int, sizes: Sizes, leaf: Leaf) -> Outputs:
         hnet, to, T = self.levels[s], self.buffers[s], sizes.T
         packing = self._packing(s, sizes)
-        x_TD = hnet.encode(self._begin(s, sizes, leaf), packing)
+        x_TD = hnet.encode(self._stage_input(s, sizes, leaf), packing)
         to.x_TD[T].zero_()
         x_TD = CopyTo.apply(x_TD, to.x_TD[:T])
         p_T = hnet.routing_module(x_TD, packing)
@@ -463,7 +468,8 @@ class GraphedModel:
 
     def _inner(self, s: int, sizes: Sizes, leaf: Leaf) -> Outputs:
         packing = self._packing(s, sizes)
-        return self._end(s, self.levels[s].run_innermost(self._begin(s, sizes, leaf), packing), packing, leaf)
+        x_TD = self.levels[s].run_innermost(self._stage_input(s, sizes, leaf), packing)
+        return self._stage_output(s, x_TD, packing, leaf)
 
     def _pass(self, s: int, sizes: Sizes, leaf: Leaf) -> Outputs:
         hnet, at, T = self.levels[s], self.buffers[s], sizes.T
@@ -476,9 +482,9 @@ class GraphedModel:
         chunks, packing = at.of(T, C, sizes.B), self._packing(s, sizes)
         p_T, z_CD = leaf(chunks.p_T[:T], at.dp_T[:T]), leaf(at.z_CD[:C], at.dz_CD[:C])
         residual_TD = leaf(at.residual_TD[:T], at.dresidual_TD[:T])
-        spare = _step(T, EARLY_SIZES_PER_OCTAVE)  # the most that any size adds
+        spare = _increment(T, EARLY_SIZES_PER_OCTAVE)  # the most that any size adds
         x_TD = hnet.upsample(z_CD, p_T, chunks, residual_TD, self.dtype, spare)
-        return self._end(s, hnet.decode(x_TD, packing), packing, leaf)
+        return self._stage_output(s, hnet.decode(x_TD, packing), packing, leaf)
 
     # --------------------------------------------------------------------------------------------- capturing segments
 
@@ -488,7 +494,7 @@ class GraphedModel:
         outer_T: the size of the stage outside, of which there are buffers for as many chunks.
         """
         if s:
-            M = max(M, _step(T, self.sizes_per_octave))
+            M = max(M, _increment(T, self.sizes_per_octave))
             T = min(_padded(T, self.sizes_per_octave), _padded(outer_T or self.capacity))
         self.most_M[s] = max(self.most_M[s], _power(M))
         return Sizes(T, self.most_B, self.most_M[s])
@@ -499,19 +505,23 @@ class GraphedModel:
         if sizes not in segments:
             if len(segments) == CACHED:
                 segments.popitem(last=False)
-            kind, s = part.split()
-            run = {"enter": self._enter, "pass": self._pass, "inner": self._inner, "leave": self._leave}[kind]
-            last = part == list(self.weights)[-1]
+            last = part == list(self.backward_parts)[-1]
             pool = None if last else self.pools.setdefault(part, SavedPool(self.static, self.device))
-            parts = [BackwardPart(block, self._gradients(names), span) for block, names, span in self.weights[part]]
-            run = functools.partial(self._run, functools.partial(run, int(s), sizes))
-            segment = Segment(run, parts, self._gradients(self.shared), pool)
+            segment = self._new_segment(part, sizes, pool)
             if self.device.type == "cuda":
                 self._capture(part, sizes, segment)
             segments[sizes] = segment
             self.captured += 1
         segments.move_to_end(sizes)
         return segments[sizes]
+
+    def _new_segment(self, part: str, sizes: Sizes, pool: SavedPool | None) -> Segment:
+        """A segment that is not captured yet."""
+        kind, s = part.split()
+        run = {"enter": self._enter, "pass": self._pass, "inner": self._inner, "leave": self._leave}[kind]
+        parts = [BackwardPart(block, self._gradients(names), span) for block, names, span in self.backward_parts[part]]
+        run = functools.partial(self._run, functools.partial(run, int(s), sizes))
+        return Segment(run, parts, self._gradients(self.shared), pool)
 
     def _gradients(self, names: Sequence[str]) -> dict[Tensor, Tensor]:
         """The model's weights of these names, each with the memory of its gradient."""
@@ -547,19 +557,15 @@ class GraphedModel:
     def foresee(self, T: int, documents: int, shares: Sequence[float]) -> None:
         """Runs the segments of a micro-batch of T bytes on the meta device, where nothing is computed or captured.
 
-        documents: how many at most. shares: of the tokens of each stage that open a chunk. For `compile_ahead`, which
-        notes the kernels.
+        `compile_ahead` notes the kernels that they would launch. documents: the most that a micro-batch has.
+        shares: F of each chunking stage, the share of its tokens that open a chunk.
         """
         self.most_B = max(self.most_B, _power(documents))
         sizes = [self._sizes(0, T, T)]
         for s, share in enumerate(shares):
             sizes.append(self._sizes(s + 1, max(1, int(share * sizes[-1].T)), LONGEST))
-        runs = {"enter": self._enter, "pass": self._pass, "inner": self._inner, "leave": self._leave}
-        for part, cuts in self.weights.items():
-            kind, s = part.split()
-            parts = [BackwardPart(block, self._gradients(names), span) for block, names, span in cuts]
-            run = functools.partial(self._run, functools.partial(runs[kind], int(s), sizes[int(s)]))
-            segment = Segment(run, parts, self._gradients(self.shared), None)
+        for part in self.backward_parts:
+            segment = self._new_segment(part, sizes[int(part.split()[1])], None)
             segment.forward()
             segment.backward()
 
@@ -595,7 +601,7 @@ class GraphedModel:
                 self.optimizer.reduce_gradients(span)
 
         losses.append(self._micro_batch(last, finished if reduces else lambda span: None))
-        parts = sum(map(len, self.weights.values())) if reduces else 0
+        parts = sum(map(len, self.backward_parts.values())) if reduces else 0
         for span in range(parts, len(self.optimizer.spans)):  # all spans, or that of float32 weights
             finished(span)
         self.optimizer.wait_for_gradients()
@@ -606,7 +612,7 @@ class GraphedModel:
         """The losses of a micro-batch, ordered as in `losses`. finished: see `Segment.backward`."""
         if not self.captures:
             losses = self._eagerly(batch)
-            for span in reversed(range(sum(map(len, self.weights.values())) if self.size > 1 else 0)):
+            for span in reversed(range(sum(map(len, self.backward_parts.values())) if self.size > 1 else 0)):
                 finished(span)
             return losses
         segments = self.retry_without_graphs(functools.partial(self._forward, *batch))
