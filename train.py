@@ -41,7 +41,7 @@ from torch import Tensor
 import fineweb
 from hnet_config import find_config
 from hnet_kernels import cards
-from hnet_runtime import RunFailed, UserError, distributed, estimate, losses
+from hnet_runtime import RunFailed, UserError, cpu, distributed, estimate, losses
 from hnet_runtime.checks import agreement, equivalence
 from hnet_runtime.data import cuts
 from hnet_runtime.data.cuts import Cutter
@@ -59,13 +59,11 @@ from hnet_runtime.runs.run import (
     checkpoint_to_resume,
     code_revision,
     in_words,
-    keep_freed_memory,
-    leave_unused,
     newest,
     of_main,
     open_folder,
+    remove_unused,
     say_what_changed,
-    share_cores,
 )
 from hnet_runtime.runs.statistics import StepNumbers
 from hnet_runtime.runs.watchdog import Watchdog
@@ -352,7 +350,7 @@ class Run:
             of_main(lambda: checkpoint.require_disk_space(self.folder, parameters), world)
             self.step = self._resume()
         except UserError:
-            leave_unused(self.folder, world)
+            remove_unused(self.folder, world)
             raise
         self.first_step = self.step
         self.metrics = open_metrics(self.folder, self.step, about, hnet, config, world)
@@ -587,8 +585,8 @@ def train(config: TrainConfig, then: Callable[[Run], None] | None = None, is_che
     if not is_training and not world.is_main:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (one process prints what all find)
     if world.device.type == "cpu":
-        keep_freed_memory()
-        share_cores()
+        cpu.keep_freed_memory()
+        cpu.share_cores()
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU for what stays float32: residual_proj
 
     if config.early_exit == "generate":
