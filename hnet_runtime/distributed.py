@@ -442,9 +442,6 @@ def reduce_plain_gradients(parameters: Iterable[nn.Parameter], world: World) -> 
         grad.copy_(piece.view_as(grad))
 
 
-BETAS = (0.9, 0.95)  # of AdamW
-
-
 def seed_of_step(seed: int, step: int, rank: int) -> int:
     """The seed of what a model draws in a step, such as dropout: another one in each step and process of a run."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()[:8], "little") >> 1
@@ -554,15 +551,3 @@ def imbalance(per_slice: Tensor, world: World) -> Tensor:
     """
     side_by_side = per_slice.unflatten(0, (-1, world.size))
     return (side_by_side.amax(1) / side_by_side.mean(1)).mean(0)
-
-
-# Dense bf16 peak of the tensor cores in FLOP/s, from NVIDIA's data sheets
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
-
-
-def peak_flops(device: torch.device) -> float:
-    """The device's dense bf16 peak in FLOP/s; NaN if it is unknown."""
-    if device.type != "cuda":
-        return math.nan
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name.split()), math.nan)

@@ -21,6 +21,7 @@ from hnet_kernels.adamw import BLOCK, adamw_, join_float32, norms, split_float32
 from hnet_runtime import UserError
 from hnet_runtime.sharded import is_sharded
 
+BETAS = (0.9, 0.95)  # of AdamW in training
 Span = Sequence[Sequence[nn.Parameter]]
 
 

@@ -46,8 +46,8 @@ from hnet_kernels.dispatch import forcing, requested
 from hnet_kernels.gradients import Destinations, settle, writing_to
 from hnet_kernels.recompute import recomputing
 from hnet_routers import check_cuts, inner_cuts
-from hnet_runtime.distributed import BETAS, PLAIN_FLOAT32, Fetched, World
-from hnet_runtime.steps.flat_adamw import FlatAdamW, Span
+from hnet_runtime.distributed import PLAIN_FLOAT32, Fetched, World
+from hnet_runtime.steps.flat_adamw import BETAS, FlatAdamW, Span
 from hnet_runtime.steps.plain import Losses, check_losses
 from hnet_runtime.steps.segments import BackwardPart, Leaf, Outputs, SavedPool, Segment, memory_ran_out
 from hnet_trainable import (
