@@ -282,6 +282,7 @@ class GraphedModel:
         self.captured, self.capture_seconds = 0, 0.0
         self.capacity = 0  # the most bytes of a micro-batch for which memory is allocated
         self.sizes_per_octave = SIZES_PER_OCTAVE
+        self.segments: dict[str, OrderedDict[Sizes, Segment]] = {}
         self.forget()
 
     def _modules(self) -> dict[str, list[nn.Module | nn.Parameter | None]]:
@@ -336,15 +337,21 @@ class GraphedModel:
 
     def forget(self) -> None:
         """Frees all graphs and their memory; the next steps capture new ones."""
-        if self.device.type == "cuda":
+        had_graphs = any(self.segments.values())
+        if had_graphs and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # no graph is running
-        self.segments: dict[str, OrderedDict[Sizes, Segment]] = {part: OrderedDict() for part in self.backward_parts}
+        self.segments = {part: OrderedDict() for part in self.backward_parts}
         self.pools: dict[str, SavedPool] = {}
         # What a part's forward saves is not needed when another segment of the part runs, so its segments share a
         # SavedPool. All other memory is needed only while one graph runs, so all graphs share a memory pool. The last
         # part's backward follows its forward directly. The pool is new because torch accepts no pool without graphs.
         self.graph_pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self.most_B, self.most_M = DOCUMENTS, [LONGEST] * (self.S + 1)
+        if had_graphs:  # a collection takes a tenth of a second, and a start comes here several times
+            self._return_memory()
+
+    def _return_memory(self) -> None:
+        """Gives memory that nothing uses back to the GPU."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -384,6 +391,7 @@ class GraphedModel:
                 raise
         logger.info("the GPU's memory is full: all graphs are freed")  # here, where the exception holds no memory
         self.forget()
+        self._return_memory()
         return call()
 
     def _allocate(self, T: int) -> None:
