@@ -408,15 +408,12 @@ class Traffic(NamedTuple):
     replicas: float  # gradients of shards, between replicas
 
 
-def traffic(
-    config: HNetConfig, shards: int, replicate: int = 1, slices: int = 1, weight_bytes: int = 2, reshard: bool = True
-) -> Traffic:
+def traffic(config: HNetConfig, shards: int, replicate: int = 1, slices: int = 1, weight_bytes: int = 2) -> Traffic:
     """The traffic of `shard_model` for `slices` micro-batches per rank, computed from the sizes of the weights.
 
     A ring over n ranks sends (n - 1) / n of what is gathered or scattered, and twice that for an all-reduce. Weights
-    are gathered in `weight_bytes` (residual projections in 4) for the forward and, with `reshard`, for the backward of
-    every slice; the root group stays gathered. Gradients are sent once per step in float32. A_log, dt_bias and D are
-    left out.
+    are gathered in `weight_bytes` (residual projections in 4) for the forward and for the backward of every slice; the
+    root group stays gathered. Gradients are sent once per step in float32. A_log, dt_bias and D are left out.
     """
     with torch.device("meta"):
         model = HNetLM(config)
@@ -425,7 +422,7 @@ def traffic(
     for name, p in model.named_parameters():
         if name.rsplit(".", 1)[-1] not in PLAIN_FLOAT32:
             total += p.numel()
-            times = slices * (2 if reshard and id(p) in groups else 1)
+            times = slices * (2 if id(p) in groups else 1)
             gathered += times * p.numel() * (4 if "residual_proj" in name else weight_bytes)
     part, across = (shards - 1) / shards, 2 * (replicate - 1) / replicate
     return Traffic(part * gathered, part * 4 * total, across * 4 * total / shards)
