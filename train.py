@@ -3,7 +3,8 @@
 One process and many run the same program: `torchrun --nproc-per-node 8 train.py ...`. `python train.py --help` lists
 the flags. A run's folder holds its configs, metrics.jsonl, checkpoints and plots.
 
-Read top to bottom: config -> one step -> the run (data, checks, loop) -> `main`, `train`.
+Read top to bottom: config -> one step -> the run (data, checks, loop) -> `main`, `train`, which puts all together. The
+forward and backward of a step are in hnet_runtime/steps/: plain.py, or graphs.py for steps as CUDA graphs.
 """
 
 from hnet_runtime import commands
@@ -598,13 +599,13 @@ def train(config: TrainConfig, then: Callable[[Run], None] | None = None, is_che
             raise UserError(f"-e generate: {error}") from None
         distributed.stop()
         return 0 if equal else 1
-    data = open_data(config, world, cuts.cutter(hnet)) if is_training else None  # a mistake in it ends the run at once
+    data = open_data(config, world, cuts.cutter(hnet)) if is_training else None  # first, as it may have mistakes
     if data:
         hnet, measured = cuts.with_measured_rate(hnet, data[0])
         if measured:
             logger.info(measured)
-    half = config.dtype == "bfloat16" or (config.dtype == "auto" and world.device.type == "cuda")
-    dtype = torch.bfloat16 if half else torch.float32
+    is_bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and world.device.type == "cuda")
+    dtype = torch.bfloat16 if is_bfloat16 else torch.float32
     config.ac = choose_ac(config, hnet, world) if config.ac == "auto" else config.ac
     accumulates = config.global_slices > world.size
     work = compile_ahead.Work(hnet, dtype, config.mbs, config.ac, accumulates, texts=min(1, config.sample_bytes))
@@ -614,12 +615,13 @@ def train(config: TrainConfig, then: Callable[[Run], None] | None = None, is_che
     graph, world = takes_graphs(config, hnet, dtype, world, is_checked)
 
     def build(graph: bool) -> tuple[HNetLM, list[dict[str, Any]], str]:
-        """The model, its parameter groups, and how its steps run. A GraphedModel makes weights in dtype by itself."""
-        is_graphed = graph or (half and world.device.type == "cuda" and world.shards == 1 and not graphs.frozen(hnet))
-        own_dtype = torch.float32 if is_graphed else dtype
+        """The model, its parameter groups, and how its steps run: see `TrainState`."""
+        on_gpu = world.device.type == "cuda"
+        is_eager = not graph and is_bfloat16 and on_gpu and world.shards == 1 and not graphs.frozen(hnet)
+        own_dtype = torch.float32 if graph or is_eager else dtype  # a GraphedModel makes the weights in dtype itself
         model = distributed.build_model(hnet, world, own_dtype, config.seed, start_weights, config.reshard, drawn)
         groups = parameter_groups(model, config.lr, config.weight_decay, config.router_lr)
-        return model, groups, "graph" if graph else "eager" if is_graphed else "plain"
+        return model, groups, "graph" if graph else "eager" if is_eager else "plain"
 
     model, groups, how = build(graph)
     if config.early_exit == "dumpparams":

@@ -1,4 +1,4 @@
-"""A run's folder: opening, locking and resuming; and what can interrupt a run."""
+"""A run's folder: opening, locking and resuming; and its code revision, compiled kernels and interrupts."""
 
 import contextlib
 import fcntl
@@ -113,7 +113,7 @@ def _refuse_files_of_others(run: Path) -> None:
 
 
 def say_what_changed(source: Path, about: dict[str, Any]) -> None:
-    """Logs in what a run that resumes from a checkpoint differs from the one that wrote it."""
+    """Logs how a run that resumes from a checkpoint differs from the run that wrote it: model files and flags."""
     saved = checkpoint.read_train(source)
     if changed := checkpoint.changed_model(saved):
         logger.warning("%s %s: the run goes on with the files as they are here", source, changed)
@@ -213,7 +213,7 @@ class Interrupts:
 
 
 def in_words(error: BaseException, ac: str = "none") -> str:
-    """The error in words, for the sentence that ends a run with this --ac."""
+    """What to do if the error says that memory is full, else the class of the error. ac: --ac of the run."""
     if memory_ran_out(error):
         first = {"selective": "--ac block, ", "block": ""}.get(ac, "--ac selective or block, ")
         return f"the GPU's memory is full: take {first}a smaller --mbs with more --global-slices, or more processes"
