@@ -98,7 +98,7 @@ def why_unsupported(config: HNetConfig, device: torch.device, dtype: torch.dtype
 
 
 def frozen(model: HNetLM | HNetConfig) -> str | None:
-    """Why a GraphedModel of this model cannot train: a weight that needs no gradient, which it would update; or None.
+    """Why a GraphedModel cannot train this model: it updates all weights, and one needs no gradient. Else None.
 
     Fast implementations write the gradients of all weights, and FlatAdamW decays all of them.
     """
@@ -146,8 +146,8 @@ class Sizes(NamedTuple):
 class StageBuffers:
     """The values that segments of stage s pass to each other, for at most T tokens and C chunks.
 
-    The stage inside takes the rows of `x_TD` and `p_T` at `start_C`. Where there is no chunk, start_C is the size of
-    stage s, one row past its tokens, and that row is zero. Names with a leading d are gradients.
+    The stage inside takes the rows of `x_TD` and `p_T` at `start_C`. An entry of start_C without a chunk is the size of
+    stage s: the index of a row of zeros behind its tokens. Names with a leading d are gradients.
     """
 
     def __init__(self, T: int, C: int, D: int, dtype: torch.dtype, shares: Tensor, inner: Packing):
@@ -196,25 +196,24 @@ class CopyTo(torch.autograd.Function):
 class GraphedModel:
     """Runs the training steps of an unsharded HNetLM as graphs.
 
-    `masters`: the HNetLM with the float32 master weights. `model`: a copy of it with the weights in the compute dtype.
-    The graphs capture its modules; it also evaluates and generates. ac: activation checkpointing, see
-    hnet_kernels/recompute.py. Gradients are written to the masters' `grad`. Gradients of bfloat16 weights are float32
-    where they are added over processes or (`accumulates`) over the micro-batches of a step. Else they are bfloat16,
-    rounded once at the end of their matrix product.
-
-    `optimizer` updates the master weights and the compute weights; groups: its parameter groups, by default one.
-    Everything else reads and changes master weights inside `optimizer.full_precision()`.
-
-    alpha: the weight of the ratio losses; graphs read a tensor's value at each step, and capture that of a float. The
-    same holds for the model's `ratio_targets`.
-
-    world: where several processes have replicas of the weights, gradients are averaged over them, those of a backward
-    part while the next one runs. Each process updates one shard of the weights: see FlatAdamW.
-
+    masters: the HNetLM with the float32 master weights. Gradients are written to their `grad`.
+    alpha: the weight of the ratio losses. Graphs read a tensor's value at each step, and capture that of a float. The
+        same holds for the model's `ratio_targets`.
+    world: several processes have replicas of the weights. Gradients are averaged over them, those of a backward part
+        while the next part runs. Each process updates one shard of the weights: see FlatAdamW.
+    groups: parameter groups of the optimizer, by default one.
+    ac: activation checkpointing, see hnet_kernels/recompute.py.
+    accumulates: whether a step may have several micro-batches.
     captures: if False, each step runs the model's own forward eagerly. Weights and gradients are as described here, but
-    nothing is cut into parts, and activation checkpointing is up to the caller.
+        the model is not divided into parts, and the caller sets up activation checkpointing.
 
-    `captured`: the number of segments captured so far, in `capture_seconds`; one takes some tens of milliseconds.
+    `model` is a copy of the masters with the weights in the compute dtype. The graphs capture its modules; it also
+    evaluates and generates. `optimizer` updates the master weights and the compute weights. Everything else reads and
+    changes master weights inside `optimizer.full_precision()`. `captured` is the number of segments captured so far;
+    `capture_seconds` is their time, some tens of milliseconds each.
+
+    Gradients of bfloat16 weights are float32 where they are added over processes or micro-batches. Otherwise they are
+    bfloat16, rounded once at the end of their matrix product.
     """
 
     def __init__(
@@ -367,17 +366,17 @@ class GraphedModel:
                 self.forget()
 
     def full_precision(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, the masters' weights are there in float32 and may be changed."""
+        """Inside, the masters have their weights in float32, which may be read and changed."""
         return self.optimizer.full_precision()
 
     def begin_step(self, done: int, seed: int = 0) -> None:
-        """done: the steps of the run so far, which decide between few and many sizes. seed: as for `PlainModel`."""
+        """Chooses few sizes of segments early in a run, many later. done: steps so far. seed: as for `PlainModel`."""
         self.sizes_per_octave = EARLY_SIZES_PER_OCTAVE if done < EARLY_STEPS else SIZES_PER_OCTAVE
         if not self.captures:
             torch.manual_seed(seed)
 
     def finish_step(self) -> None:
-        """Gives the masters the buffers that a forward made anew. Gradients stay: each step overwrites all of them."""
+        """Gives the masters the buffers that a forward has replaced. Gradients stay: each step overwrites them all."""
         if not self.captures:
             for masters, computed in zip(self.masters.modules(), self.model.modules(), strict=True):
                 masters._buffers.update(computed._buffers)
@@ -497,9 +496,9 @@ class GraphedModel:
     # --------------------------------------------------------------------------------------------- capturing segments
 
     def _sizes(self, s: int, T: int, M: int, outer_T: int | None = None) -> Sizes:
-        """Padded sizes. B and M never shrink, so that most steps find a captured segment.
+        """The padded sizes of stage s. B and M never shrink, so that most steps find a captured segment.
 
-        outer_T: the size of the stage outside, of which there are buffers for as many chunks.
+        outer_T: the padded size of the stage outside, which limits T: its buffers have space for that many chunks.
         """
         if s:
             M = max(M, _increment(T, self.sizes_per_octave))
