@@ -22,7 +22,7 @@ from hnet_runtime import UserError
 from hnet_runtime.sharded import is_sharded
 
 BETAS = (0.9, 0.95)  # of AdamW in training
-Span = Sequence[Sequence[nn.Parameter]]
+ParameterSpan = Sequence[Sequence[nn.Parameter]]
 
 
 class SplitFloat32(NamedTuple):
@@ -107,7 +107,7 @@ class FlatAdamW(EagerAdamW):
     def __init__(
         self,
         groups: Sequence[dict[str, Any]],
-        spans: Sequence[Span],
+        spans: Sequence[ParameterSpan],
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         compute_weights: Sequence[tuple[Tensor, Tensor]] = (),

@@ -47,7 +47,7 @@ from hnet_kernels.gradients import Destinations, settle, writing_to
 from hnet_kernels.recompute import recomputing
 from hnet_routers import check_cuts, inner_cuts
 from hnet_runtime.distributed import PLAIN_FLOAT32, Fetched, World
-from hnet_runtime.steps.flat_adamw import BETAS, FlatAdamW, Span
+from hnet_runtime.steps.flat_adamw import BETAS, FlatAdamW, ParameterSpan
 from hnet_runtime.steps.plain import Losses, check_losses
 from hnet_runtime.steps.segments import BackwardPart, Leaf, Outputs, SavedPool, Segment, memory_ran_out
 from hnet_trainable import (
@@ -312,7 +312,7 @@ class GraphedModel:
                 parts[-1][1].extend(_weights(one))
         return parts
 
-    def _spans(self, parameters: dict[str, nn.Parameter]) -> list[Span]:
+    def _spans(self, parameters: dict[str, nn.Parameter]) -> list[ParameterSpan]:
         """The order of parameters in the optimizer's memory.
 
         With several processes there is a span for each backward part, sharded over them. The last span has the few
@@ -321,7 +321,7 @@ class GraphedModel:
         small = [p for name, p in parameters.items() if _stays_float32(name)]
         others = [p for name, p in parameters.items() if name in self.shared and not _stays_float32(name)]
         if self.size == 1:
-            spans: list[Span] = [[[p for name, p in parameters.items() if not _stays_float32(name)]]]
+            spans: list[ParameterSpan] = [[[p for name, p in parameters.items() if not _stays_float32(name)]]]
         else:
             spans = []
             for _, names, _ in itertools.chain.from_iterable(self.backward_parts.values()):
