@@ -161,7 +161,7 @@ class PaddedPrefill:
         if s:
             return self.readings[sizes[:-1]].chunks(sizes[-1])
         for _, state in self.stages:
-            state.begin()
+            state.reset()
         return self.model.embed(self.byte_BL.flatten())
 
     def _enter(self, s: int, sizes: tuple[int, ...]) -> None:
@@ -528,7 +528,7 @@ class Decoder:
         bytes_ = max(len(text.prompt) + text.left for text in texts)
         for s, ((stage, state), read, tokens) in enumerate(zip(self.stages, cache.stages, tokens_SB)):
             state.reserve(max(bytes_ if s == 0 else min(bytes_, self.RESERVED), *tokens), stage)
-            state.put(rows, read, tokens)
+            state.replace(rows, read, tokens)
         rows_B = torch.tensor(rows).to(self.device, non_blocking=True)
         self.logits_BV[rows_B] = logits_BV
         values = {

@@ -11,19 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nested._internal.nested_tensor import NestedTensor
 
-from hnet_config import BOS, ROUTERS
+from hnet_config import BOS, ROUTERS, HNetConfig
 
 
 class Router(nn.Module):
-    """What a config knows of a router, as attributes of its class."""
+    """The base class of routers. Its attributes are what configs, training and generation ask a router for."""
 
-    usage = ""  # how a config writes it
-    pattern = ""  # regular expression of what follows the name and a colon
+    usage = ""  # how a config writes it, for messages
+    pattern = ""  # regular expression of the argument: what follows the name and a colon
     is_learned = False
     is_causal = True  # whether b_t depends on no byte after t
-    reads_bytes = False  # packing.byte_T, which only stage 0 has
-    reads_cuts = False  # packing.cuts_T
+    reads_bytes = False  # whether it reads packing.byte_T, which only stage 0 has
+    reads_cuts = False  # whether it reads packing.cuts_T
     reads_file = False  # the argument is the name of a file
     fixes_rate = False  # the argument is the number of tokens in a chunk
 
@@ -36,9 +37,9 @@ class Rule(Router):
         self.value = argument
 
     def starts(self, packing: Any) -> Tensor:
-        """bool (T,): the tokens that open a chunk. The first token of a document opens one in any case.
+        """bool (T,): the tokens that open a chunk. The first token of a document always opens one.
 
-        packing: a Packing of hnet_trainable.py or, in generation, what hnet_simple.py has of one.
+        packing: a `Packing` of hnet_trainable.py or, in generation, `Rows` of hnet_simple.py.
         """
         raise NotImplementedError
 
@@ -53,9 +54,9 @@ class Rule(Router):
 
 
 class Space(Rule):
-    """SpaceByte's rule (arXiv 2404.14408, github.com/kjslag/spacebyte): where spacelike bytes begin, and BOS.
+    """SpaceByte's rule (arXiv 2404.14408, github.com/kjslag/spacebyte): the first of several spacelike bytes, and BOS.
 
-    All bytes are spacelike but ASCII's letters and digits and those that continue a character of UTF-8.
+    All bytes are spacelike except ASCII letters, ASCII digits and the bytes inside a UTF-8 character.
     """
 
     usage, reads_bytes = "space", True
@@ -68,7 +69,7 @@ class Space(Rule):
 
 
 class Stride(Rule):
-    """Every K-th token of a document, from its first."""
+    """Every K-th token of a document, beginning with its first."""
 
     usage, pattern, fixes_rate = "stride:K with K from 2 to 9999", "[2-9]|[1-9][0-9]{1,3}", True
 
@@ -77,7 +78,7 @@ class Stride(Rule):
 
 
 class Given(Rule):
-    """Where the caller says: see `cuts` of `HNetLM.forward`."""
+    """The tokens that the caller names: see `cuts` of `HNetLM.forward`."""
 
     usage, is_causal, reads_cuts = "given", False, True
 
@@ -92,13 +93,32 @@ class GivenCausal(Given):
 
 
 class Tokens(Given):
-    """Where a tokenizer begins a token. hnet_runtime/data/cuts.py computes that, and passes it as `cuts`."""
+    """The first bytes of a tokenizer's tokens. hnet_runtime/data/cuts.py computes them and passes them as `cuts`."""
 
     usage, pattern, reads_file = "tokens:FILE", ".+", True
 
 
+def check_cuts(cuts: Tensor | None, iids: Tensor, config: HNetConfig) -> None:
+    """Raises ValueError unless `cuts` are what the routers of the config need: see `HNetLM.forward`."""
+    stages = config.stages_by_cuts
+    if not stages and cuts is not None:
+        raise ValueError(f"cuts: given, but the routers {', '.join(config.routers)} do not read them")
+    if not stages:
+        return
+    if cuts is None:
+        raise ValueError(f"cuts: missing; the router {config.routers[stages[0]]} needs to know where chunks begin")
+    kinds = (torch.bool,) if len(stages) == 1 else (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    kind = "bool" if len(stages) == 1 else f"whole numbers from 0 to {len(stages)}"
+    if not (isinstance(cuts, NestedTensor) and cuts.dim() == 2 and cuts._values.dtype in kinds):
+        raise ValueError(f"cuts: expected a nested tensor (B, j) of jagged layout, of {kind}")
+    if cuts.lengths() is not None or not (cuts.offsets() is iids.offsets() or cuts.offsets().equal(iids.offsets())):
+        raise ValueError("cuts: expected documents as long as those of iids, without gaps between them")
+    if cuts.device.type == "cpu" and not 0 <= int(cuts._values.min()) <= int(cuts._values.max()) <= len(stages):
+        raise ValueError(f"cuts: holds values from {cuts._values.min()} to {cuts._values.max()}; expected {kind}")
+
+
 def inner_cuts(cuts_T: Tensor, start_C: Tensor) -> Tensor:
-    """The `cuts_T` of the stage inside, at the first token of each chunk. They count stages, of which one is done."""
+    """`cuts_T` of the stage inside, at each chunk's first token. It counts stages, so it is one less than outside."""
     return cuts_T[start_C].to(torch.int8) - 1
 
 

@@ -2,10 +2,10 @@
 
     bytes -> encoder -> router: does a chunk begin here? -> if so, the inner network -> smooth -> decoder -> next byte
 
-`prefill` reads many bytes at once, `step` one byte; both leave a `Cache` with which either can go on. A batch holds
-sequences of any lengths, and each cuts its own chunks: at every stage a sequence stands at a position of its own. In a
-prefill shorter sequences are padded on the right; in a step every stage runs on the whole batch, and sequences for
-which no chunk begins keep their state. So buffers have fixed shapes, and no layer waits for the device.
+`prefill` reads many bytes at once, `step` reads one byte. Both continue from a `Cache` and update it. A batch holds
+sequences of any lengths, and each has its own chunks, so its position differs from the others' at every stage. In a
+prefill, shorter sequences are padded on the right. In a step, every stage runs on all sequences, and those for which no
+chunk begins keep their state. So buffers have fixed shapes, and no layer waits for the device.
 
 hnet_decoder.py repeats steps, with many texts in one batch and on a GPU as CUDA graphs: `generate` and `stream`.
 
@@ -14,8 +14,8 @@ a `prefill` and a `step` of its own. Read in this order: caches, stages, HNetInf
 from training), sampling.
 
 Shape legend, as suffixes of names: B sequences, L new tokens of a stage (padded in a prefill, 1 in a step), K those of
-the stage inside, X = 1 + L or 1 + K, D width, C channels of a convolution, H heads, P channels a head, N state size, W
-slots of a key-value ring, R rotary dimensions / 2, V vocabulary, S stages. "code" is github.com/goombalab/hnet.
+the stage inside, X = 1 + L or 1 + K: the token before, then the new ones; T rows (B L or B X), C chunks (B K), D width,
+H heads, P channels per head, W slots of a key-value ring, V vocabulary, S stages.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 class GenerationError(RuntimeError):
-    """Why a model cannot generate: a mixer, a router, or the memory of the GPU."""
+    """A model cannot generate. The message names the reason: a mixer, a router, or the memory of the GPU."""
 
 
 def why_no_generation(config: HNetConfig) -> str | None:
-    """Why no model of this config can generate, whatever its code: a router needs what is not written yet; or None."""
+    """The reason why no model of this config can generate, or None. Routers must not need later bytes or `cuts`."""
     for s in sorted({*config.stages_not_causal, *config.stages_by_cuts}):
         why = "depends on later bytes" if s in config.stages_not_causal else "is told by the caller where chunks begin"
         return f"the model cannot generate: the router {config.routers[s]} of stage {s} {why}"
@@ -59,16 +59,16 @@ def why_no_generation(config: HNetConfig) -> str | None:
 
 @dataclasses.dataclass
 class StageState:
-    """What one stage remembers of its tokens."""
+    """What one stage stores of the tokens that it has read."""
 
-    position_B: Tensor  # int64: tokens seen, so the position of the next one
+    position_B: Tensor  # int64: the number of tokens read, which is the position of the next one
     tokens: list[int]  # the same on the host
-    layers: dict[nn.Module, Any]  # a state for each mixer
-    dtype: torch.dtype  # that of the computation
+    layers: dict[nn.Module, Any]  # the state of each mixer
+    dtype: torch.dtype  # the compute dtype
     last_hidden_state_BD: Tensor | None = None  # the router's x_{t-1}; not innermost
-    ema_BD: Tensor | None = None  # the smoothing's z of the chunk at hand, at least float32; not innermost
+    ema_BD: Tensor | None = None  # z of the current chunk (eq. 5), at least float32; not innermost
     last_byte_B: Tensor | None = None  # int64, the byte before, for a router that reads bytes
-    tables: tuple[Tensor, Tensor] | None = None  # rotary, of as many positions as were reserved
+    tables: tuple[Tensor, Tensor] | None = None  # rotary tables of the reserved positions
 
     @classmethod
     def new(cls, stage: HNet, batch: int) -> StageState:
@@ -91,7 +91,7 @@ class StageState:
         return state
 
     def reserve(self, tokens: int, stage: HNet) -> None:
-        """Room for so many tokens of each sequence."""
+        """Allocates space for so many tokens of each sequence."""
         if self.tables is None or len(self.tables[0]) < tokens:
             dtype = at_least_float32(self.dtype)
             self.tables = rotary_tables(ring_slots(tokens, -1), stage.rotary_dim, dtype, self.position_B.device)
@@ -108,25 +108,25 @@ class StageState:
         """One new token of each sequence where new_B1 is True."""
         return Span(self.position_B, new_B1[:, 0].long(), new_B1, max(self.tokens), *self.tables)
 
-    def count(self, tokens: Sequence[int | bool]) -> None:
-        """So many tokens more of each sequence, on the host."""
+    def add_tokens(self, tokens: Sequence[int | bool]) -> None:
+        """Adds to the number of tokens of each sequence, on the host."""
         self.tokens = [old + new for old, new in zip(self.tokens, tokens)]
 
     def tensors(self) -> list[Tensor]:
-        """All buffers of the sequences, each with a row for each sequence; the rotary tables are not among them."""
+        """All buffers with a row for each sequence; the rotary tables have none."""
         layers = [t for layer in self.layers.values() for t in vars(layer).values() if isinstance(t, Tensor)]
         own = self.position_B, self.last_hidden_state_BD, self.ema_BD, self.last_byte_B
         return [t for t in (*own, *layers) if t is not None]
 
     def bytes_of(self, tokens: int) -> int:
-        """Bytes on the device for one sequence of so many tokens."""
+        """The bytes on the device that one sequence of so many tokens takes."""
         rings = [layer for layer in self.layers.values() if isinstance(layer, KVState)]
         key_bytes = [ring.k_BWHP.element_size() * math.prod(ring.k_BWHP.shape[2:]) for ring in rings]
         of_rings = sum(2 * size * ring_slots(tokens, ring.window) for ring, size in zip(rings, key_bytes))
         return of_rings + sum(t[:1].nbytes for t in self._but_rings())
 
-    def begin(self) -> None:
-        """All sequences begin anew. Rings keep what nothing sees any more."""
+    def reset(self) -> None:
+        """Forgets all tokens. Key-value rings keep their contents, which no token can see any more."""
         self.tokens = [0] * len(self.tokens)
         torch._foreach_zero_(self._but_rings())
 
@@ -134,16 +134,16 @@ class StageState:
         rings = {id(t) for layer in self.layers.values() if isinstance(layer, KVState) for t in vars(layer).values()}
         return [t for t in self.tensors() if id(t) not in rings]
 
-    def put(self, rows: Sequence[int], other: StageState, tokens: Sequence[int]) -> None:
-        """The first sequences of `other`, which have so many tokens, take the places of those in `rows`.
+    def replace(self, rows: Sequence[int], other: StageState, tokens: Sequence[int]) -> None:
+        """Replaces the sequences in `rows` by the first ones of `other`, which have read `tokens` tokens.
 
-        There must be room: see `reserve`.
+        Call `reserve` for as many tokens before.
         """
         rows_B = torch.tensor(rows).to(self.position_B.device, non_blocking=True)
         for mine, theirs in zip(self.tensors(), other.tensors()):
             if theirs.ndim == 1:
                 mine[rows_B] = theirs[: len(rows)]
-            else:  # rings may differ in their slots: the shorter has not turned yet
+            else:  # rings may differ in their slots: the shorter one is not full yet
                 both = min(mine.shape[1], theirs.shape[1])
                 mine[rows_B, :both] = theirs[: len(rows), :both]
         for row, n in zip(rows, tokens):
@@ -151,7 +151,7 @@ class StageState:
 
 
 class Continued(NamedTuple):
-    """What generation hands to modules where training hands them a Packing: texts go on from a cache."""
+    """Takes the place of a Packing in generation: mixers continue each sequence from its state in a cache."""
 
     state: StageState
     span: Span
@@ -171,7 +171,7 @@ class Rows(NamedTuple):
 
 @dataclasses.dataclass
 class Cache:
-    """All that a batch of sequences needs to go on; made by `HNetInference.new_cache`, changed in place by its calls.
+    """The state of a batch of sequences. `HNetInference.new_cache` makes it; `prefill` and `step` change it in place.
 
     Its size in bytes, with c bytes per element of the compute dtype and a = 4 (8 in float64), is B times the sum of
         8                                                       for each stage: a position,
@@ -196,13 +196,13 @@ class Cache:
 
 # -------------------------------------------------------------------------------------------------------------- stages
 #
-# All that is computed for each token alone runs on flat rows, as in training: T = B L of them.
+# What is computed for each token alone runs on flat rows, T = B L of them, as in training.
 
 
 def route(stage: HNet, x_TD: Tensor, state: StageState, span: Span, byte_BL: Tensor) -> Tensor:
-    """p (B, L) of new tokens, each compared with the one before, of which the first is in the state.
+    """p (B, L) of new tokens. Each is compared with the token before it; that of the first is in the state.
 
-    byte_BL: what is read; of use at stage 0 alone.
+    byte_BL: the new bytes; only stage 0 uses them.
     """
     (B, L), byte_T = span.shape, None
     x_BXD = torch.cat([state.last_hidden_state_BD[:, None], x_TD.unflatten(0, (B, L))], dim=1)
@@ -259,7 +259,7 @@ def inner_prefill(stage: HNet, state: StageState, x_TD: Tensor, length_B: Tensor
 
 
 def leave_prefill(stage: HNet, reading: Reading, y_TD: Tensor | None) -> Tensor:
-    """Smoothing, upsampling and decoder, given what the inner network made of the chunks; None: no chunk began."""
+    """Smoothing, upsampling and decoder. y_TD: the inner network's output (B K, D); None where no chunk began."""
     (B, _), state = reading.p_BL.shape, reading.how.state
     kept_BK = reading.first_BL[:, : 0 if y_TD is None else len(y_TD) // B]
     y_BKD = None if y_TD is None else y_TD.unflatten(0, kept_BK.shape)
@@ -268,9 +268,9 @@ def leave_prefill(stage: HNet, reading: Reading, y_TD: Tensor | None) -> Tensor:
 
 
 def smooth_prefill(y_BKD: Tensor, p_BL: Tensor, b_BL: Tensor, kept_BK: Tensor, state: StageState) -> Tensor:
-    """Eq. 5 and 8: z_k = P_k y_k + (1 - P_k) z_{k-1}, and the z of its chunk for each of the L tokens."""
+    """Eq. 5 and 8: z_k = P_k y_k + (1 - P_k) z_{k-1}; returns (B, L, D), for each new token the z of its chunk."""
     B, K = kept_BK.shape
-    z_BXD = state.ema_BD[:, None]  # X = 1 + K: tokens before the first new chunk still belong to the one before
+    z_BXD = state.ema_BD[:, None]  # X = 1 + K: tokens before the first new chunk belong to the chunk before
     if K:
         P_BK = p_BL.gather(1, kept_BK).clamp(EMA_CLAMP, 1 - EMA_CLAMP)
         z_CD = ema_forward(y_BKD.flatten(0, 1), P_BK.flatten(), even_documents(B, K, y_BKD.device))
@@ -282,7 +282,7 @@ def smooth_prefill(y_BKD: Tensor, p_BL: Tensor, b_BL: Tensor, kept_BK: Tensor, s
 
 
 def leave(stage: HNet, z_TD: Tensor, p_BL: Tensor, b_BL: Tensor, x_TD: Tensor, how: Continued) -> Tensor:
-    """Eq. 6 to 9, where each token has a z of its own, and the decoder."""
+    """Eq. 6 to 9 and the decoder. z_TD: for each token the z of its chunk."""
     each_T = torch.arange(len(z_TD), device=z_TD.device)
     chunks = Chunks(None, b_BL.flatten(), each_T, each_T, *[None] * 4)
     residual_TD = stage.residual_proj(x_TD)
@@ -320,13 +320,13 @@ def inner_step(stage: HNet, state: StageState, x_BD: Tensor, new_B1: Tensor) -> 
 
 
 def smooth_step(y_BD: Tensor, token: Token) -> None:
-    """Eq. 5 where a chunk has begun."""
+    """Eq. 5 where a chunk begins: updates the stage's z, (B, D)."""
     z_BD, P_B1 = token.how.state.ema_BD, token.p_B1.clamp(EMA_CLAMP, 1 - EMA_CLAMP)
     torch.where(token.opens_B1, P_B1 * y_BD.to(P_B1.dtype) + (1 - P_B1) * z_BD, z_BD, out=z_BD)
 
 
 def leave_step(stage: HNet, token: Token) -> Tensor:
-    """Upsampling and decoder. The smoothing is done: the stage's z is that of the chunk at hand."""
+    """Upsampling and decoder, after `smooth_step`: the stage's z is that of the current chunk."""
     return leave(stage, token.how.state.ema_BD, token.p_B1, token.opens_B1, token.x_BD, token.how)
 
 
@@ -352,7 +352,7 @@ class Prefill:
 
 @dataclasses.dataclass
 class Step:
-    """What one byte led to. The lists are on the host: they came with the step's only copy."""
+    """The result of one byte. `bytes` and `starts` are on the host; one copy brought both."""
 
     logits_BV: Tensor
     bytes: list[int]  # the byte that went in
@@ -421,10 +421,10 @@ class HNetInference(HNetLM):
             state.reserve(max(map(sum, zip(state.tokens, tokens))), stage)
             if stage.is_innermost:
                 y_TD = inner_prefill(stage, state, x_TD, tokens_B)
-                state.count(tokens)
+                state.add_tokens(tokens)
                 break
             readings.append(reading := enter_prefill(stage, state, x_TD, tokens_B, byte_BL))
-            state.count(tokens)
+            state.add_tokens(tokens)
             tokens = reading.b_BL.sum(1).tolist()  # the stage's only wait
             x_TD = reading.chunks(max(tokens))
         for stage, reading in reversed(list(zip(self.stages, readings))):
@@ -468,7 +468,7 @@ class HNetInference(HNetLM):
             if any(reached[s]):
                 y_BD = leave_step(outer[s][0], tokens[s])
         for state, new, new_B1 in zip(cache.stages, reached, news):
-            state.count(new)
+            state.add_tokens(new)
             state.position_B += new_B1[:, 0]
         starts = list(zip(*reached[1:])) if reached[1:] else [()] * cache.batch
         return Step(self.head(y_BD), fed, starts, [token.p_B1[:, 0] for token in tokens])

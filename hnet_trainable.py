@@ -2,8 +2,9 @@
 
     encoder -> router -> keep the boundaries -> inner network -> smooth and upsample -> decoder
 
-The inner network is again an H-Net, or, innermost, a stack of blocks. Documents of any lengths are packed: a batch is
-an NJT (`torch.nested`, jagged layout) `(B, j, ...)`, B documents of lengths j. Every stage has its own j.
+The inner network is again an H-Net, or, innermost, a stack of blocks. Documents of any lengths are packed: a batch is a
+nested tensor of jagged layout (NJT, `torch.nested`) of shape `(B, j, ...)`: B documents of lengths j, which differ
+from stage to stage.
 
 What this file says is what runs: training as CUDA graphs, eagerly or sharded by FSDP2, validation, generation and
 evaluation all call the modules below. Speed comes from the operations in hnet_kernels/, each a definition in plain
@@ -12,9 +13,9 @@ torch with a fast implementation beside it.
 Read in this order: documents and packing, layers, mixers, blocks, router and chunks, HNet, HNetLM, then what training
 needs: learning-rate modulation, parameter groups, initial weights. The config is in hnet_config.py.
 
-Shape legend, as suffixes of names: B documents, j ragged length of the stage at hand (jD: nested), k that of the stage
-inside, T tokens of all documents of a stage together, C chunks (the T of the stage inside), D width, H heads,
-P channels a head, N state size, R rotary dimensions / 2, M positions, V vocabulary, S number of chunking stages.
+Shape legend, as suffixes of names: B documents, j their lengths at this stage (jD: nested), k their lengths at the
+stage inside, T tokens of all documents of a stage together, C chunks (the T of the stage inside), D width, H heads,
+P channels per head, N state size, R rotary dimensions / 2, M positions, V vocabulary, S number of chunking stages.
 
 Equation numbers and sections are those of the paper; "code" is the released one, github.com/goombalab/hnet.
 """
@@ -77,25 +78,25 @@ from hnet_kernels.generation import (
     mamba2_step,
 )
 from hnet_kernels.router import TakeRows
-from hnet_routers import Router, inner_cuts
+from hnet_routers import Router, check_cuts, inner_cuts
 
 NORM_EPS = 1e-5
 EMA_CLAMP = 1e-4  # the smoothing's P stays in [1e-4, 1 - 1e-4] (code)
-N_GPT = 4.6  # bytes a token of GPT-2's tokenizer covers (section 2.3.2)
+N_GPT = 4.6  # bytes per token of GPT-2's tokenizer (section 2.3.2)
 
 
 # ---------------------------------------------------------------------------------------------- documents and packing
 #
-# The contract of NJTs: take the values, compute on flat tensors, wrap again with the *same offsets object*: only NJTs
-# that share it can be combined. Two operations do that, `flat` and `nested_like`. Torch's own `values()` and
-# `nested_tensor_from_jagged` mean the same, but cost ten calls of Python backwards and import torch._dynamo (1 s).
+# All computation is on flat tensors. `flat` takes the values of an NJT, and `nested_like` wraps values as an NJT again,
+# with the *same offsets object*: torch combines only NJTs that share it. Torch's own `values()` and
+# `nested_tensor_from_jagged` do the same, but their backwards run in Python and they import torch._dynamo (1 s).
 
 
 class Documents(NamedTuple):
-    """How an NJT's values fall into documents."""
+    """What an NJT has beside its values: where documents begin, and bounds of their lengths."""
 
-    offsets: Tensor
-    seqlens: dict[str, Tensor]  # what is known of the least and the greatest length
+    offsets: Tensor  # int64 (B + 1,)
+    seqlens: dict[str, Tensor]  # torch's cache: a bound is the first size of an empty tensor
 
     @classmethod
     def of(cls, x: Tensor) -> Documents:
@@ -103,22 +104,22 @@ class Documents(NamedTuple):
 
     @classmethod
     def between(cls, offsets: Tensor, shortest: int, longest: int) -> Documents:
-        """Documents between consecutive offsets, int64 (B + 1,); their lengths are from `shortest` to `longest`."""
+        """Documents between consecutive offsets, of `shortest` to `longest` tokens each."""
         return cls(offsets, {"min_seqlen": torch.zeros(shortest, 0), "max_seqlen": torch.zeros(longest, 0)})
 
     def nest(self, values: Tensor) -> Tensor:
-        """An NJT of these values, outside autograd."""
+        """The values (T, ...) as an NJT (B, j, ...), without their gradient."""
         values = values.detach()
         if torch.compiler.is_compiling():
             return NestedTensor(values, self.offsets, _metadata_cache=self.seqlens)
-        # the rest of the constructor marks sizes as dynamic for torch.compile, for which it imports torch._dynamo
+        # without the rest of the constructor, which imports torch._dynamo to mark sizes as dynamic for torch.compile
         x = NestedTensor.__new__(NestedTensor, values, self.offsets)
         x._values, x._offsets, x._lengths, x._metadata_cache = values, self.offsets, None, self.seqlens
         return x
 
 
 class Flat(torch.autograd.Function):
-    """x_BjD -> x_TD. Gradient: of x, an NJT."""
+    """x_BjD -> x_TD. The gradient of x is an NJT."""
 
     @staticmethod
     def forward(ctx, x_BjD: Tensor) -> Tensor:
@@ -131,7 +132,7 @@ class Flat(torch.autograd.Function):
 
 
 class Nested(torch.autograd.Function):
-    """x_TD -> x_BjD. Gradient: of x, flat."""
+    """x_TD -> x_BjD. The gradient of x is flat."""
 
     @staticmethod
     def forward(ctx, x_TD: Tensor, documents: Documents) -> Tensor:
@@ -149,7 +150,7 @@ def flat(x: Tensor) -> Tensor:
 
 
 def nested_like(values: Tensor, like: Tensor) -> Tensor:
-    """Flat `values` `(T, ...)` as an NJT with the documents (the very offsets) of the NJT `like`. Differentiable."""
+    """Flat `values` `(T, ...)` as an NJT with the documents of the NJT `like`. Differentiable."""
     return Nested.apply(values, Documents.of(like))
 
 
@@ -159,7 +160,7 @@ def cu_seqlens(x: Tensor) -> Tensor:
 
 
 def positions(x: Tensor) -> Tensor:
-    """Each token's place in its document, from 0: int64 `(T,)` for an NJT of T tokens."""
+    """Each token's position in its document, from 0: int64 `(T,)` for an NJT of T tokens."""
     offsets = x.offsets()
     t = torch.arange(len(x._values), device=offsets.device)
     return t - offsets[torch.bucketize(t, offsets[1:], right=True)]
@@ -171,17 +172,17 @@ logging.getLogger("torch.fx._symbolic_trace").addFilter(lambda record: "is_fx_tr
 
 @dataclasses.dataclass
 class Packing:
-    """How T flat tokens fall into documents of at most M tokens, and the rotary tables of positions 0 ... M - 1.
+    """Where T flat tokens are in documents of at most M tokens, and the rotary tables of positions 0 ... M - 1.
 
-    Between modules everything is flat: NJTs are unwrapped once a stage, and this travels beside their values.
+    A stage unwraps its NJT once. Its blocks and router get the values (T, D) and this.
     """
 
     cu_seqlens: Tensor  # int32 (B + 1,)
     position_T: Tensor  # int32, from 0 in each document
     cos_MR: Tensor  # at least float32
     sin_MR: Tensor
-    byte_T: Tensor | None = None  # int64, what is read; at stage 0
-    cuts_T: Tensor | None = None  # where chunks begin, for routers that are told so: see `HNetLM.forward`
+    byte_T: Tensor | None = None  # int64, the input bytes; only at stage 0
+    cuts_T: Tensor | None = None  # bool or integer, for routers that read `cuts`: see `HNetLM.forward`
     _tiles: dict[int, Tensor | None] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -192,18 +193,18 @@ class Packing:
         return cls(cu_seqlens(x_BjD), positions(x_BjD).to(torch.int32), *tables, byte_T, cuts_T)
 
     def mix(self, mixer: nn.Module, x_TD: Tensor) -> Tensor:
-        """What a mixer makes of whole documents. In generation, hnet_simple.py continues them from a cache instead."""
+        """The mixer's output for complete documents. Generation continues from a cache: `hnet_simple.Continued`."""
         return mixer(x_TD, self)
 
     def tiles(self, x_TD: Tensor, head_dim: int) -> Tensor | None:
-        """The order in which attention's kernels take tiles, the same for all layers: see `tile_order`."""
+        """The order of tiles in attention's kernels (`tile_order`), computed once for all layers."""
         if head_dim not in self._tiles:
             self._tiles[head_dim] = tile_order(x_TD, head_dim, self.cu_seqlens)
         return self._tiles[head_dim]
 
 
 def rotary_tables(M: int, rotary_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos_MR and sin_MR of the angles that positions 0 ... M - 1 turn by; R = rotary_dim / 2."""
+    """cos_MR and sin_MR of the angles by which positions 0 ... M - 1 rotate; R = rotary_dim / 2."""
     exponent_R = torch.arange(0, rotary_dim, 2, device=device, dtype=dtype) / max(rotary_dim, 1)
     angle_MR = torch.arange(M, device=device).to(dtype)[:, None] * 10000.0**-exponent_R
     return angle_MR.cos(), angle_MR.sin()
@@ -213,7 +214,7 @@ def rotary_tables(M: int, rotary_dim: int, dtype: torch.dtype, device: torch.dev
 
 
 class Linear(nn.Linear):
-    """x W^T without a bias. `is_saved`: the next operation saves the result, see `hnet_kernels.linear`."""
+    """x W^T without a bias. is_saved: the next operation saves the result for its backward (`hnet_kernels.linear`)."""
 
     def __init__(self, inputs: int, outputs: int, is_saved: bool = False):
         super().__init__(inputs, outputs, bias=False)
@@ -265,12 +266,12 @@ class SwiGLU(nn.Module):
 # ------------------------------------------------------------------------------------------------------------- mixers
 #
 # A mixer is a letter of a layout: a class that is built from (config, stage) and maps (x_TD, packing) to what a block
-# adds to its residual stream. Generation needs `new_state`, `prefill` and `step` as well, and the count of FLOPs what a
-# mixer computes beside matrix products with its weights. Without them it trains all the same.
+# adds to its residual stream. That is enough to train. To generate it also needs `new_state`, `prefill` and `step`.
+# `flops` counts the mixer's work beside matrix products with its weights, for hnet_runtime/flops.py.
 
 
 class Weights(nn.Module):
-    """Weights that the module around it computes with."""
+    """Named weights without a computation: the module around them uses them."""
 
     def __init__(self, **shapes: Sequence[int]):
         super().__init__()
@@ -308,27 +309,27 @@ class Mamba2(nn.Module):
         return MambaWeights(conv.weight, conv.bias, self.dt_bias, self.A_log, self.D, self.norm.weight)
 
     def new_state(self, batch: int) -> MambaState:
-        """The state of `batch` sequences that have seen nothing."""
+        """The state of `batch` sequences without tokens."""
         d_inner, (conv_dim, _, taps) = self.out_proj.in_features, self.conv1d.weight.shape
         new, wide = self.in_proj.weight.new_zeros, torch.promote_types(self.A_log.dtype, torch.float32)
         ssm = new(batch, d_inner // HEADDIM, HEADDIM, self.d_state, dtype=wide)
         return MambaState(new(batch, taps - 1, conv_dim), ssm)
 
     def prefill(self, x_TD: Tensor, state: MambaState, span: Span) -> Tensor:
-        """`forward` of sequences that go on from a state: (B L, D) -> (B L, D), as `span` says."""
+        """`forward` for L new tokens of each of B sequences, from a state that it updates: (B L, D) -> (B L, D)."""
         return self.out_proj(mamba2_prefill(self.in_proj(x_TD), self.weights(), state, span, NORM_EPS))
 
     def step(self, x_BD: Tensor, state: MambaState, span: Span) -> Tensor:
-        """`prefill` of one token each."""
+        """`prefill` with one new token of each sequence."""
         return self.out_proj(mamba2_step(self.in_proj(x_BD), self.weights(), state, span, NORM_EPS))
 
     def flops(self, lengths: Sequence[int]) -> float:
-        """Of the recurrence, forward: decays of h and what is added to it, and reading it out."""
+        """FLOPs of the recurrence in a forward: to decay h, add to it and read it out, 2 each per element of h."""
         return 6 * self.out_proj.in_features * self.d_state * sum(lengths)
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention with partial rotary embeddings, within documents, in a window or not."""
+    """Causal multi-head attention within documents, with partial rotary embeddings and optionally a window."""
 
     def __init__(self, config: HNetConfig, s: int):
         super().__init__()
@@ -345,20 +346,20 @@ class Attention(nn.Module):
         return self.out_proj(o_TD)
 
     def new_state(self, batch: int) -> KVState:
-        """The state of `batch` sequences that have seen nothing."""
+        """The state of `batch` sequences without tokens."""
         heads = self.n_heads, self.out_proj.in_features // self.n_heads
         return KVState(*(self.Wqkv.weight.new_zeros(batch, 0, *heads) for _ in "kv"), self.window)
 
     def prefill(self, x_TD: Tensor, state: KVState, span: Span) -> Tensor:
-        """`forward` of sequences that go on from a state: (B L, D) -> (B L, D), as `span` says."""
+        """`forward` for L new tokens of each of B sequences, from a state that it updates: (B L, D) -> (B L, D)."""
         return self.out_proj(attention_prefill(self.Wqkv(x_TD), self.n_heads, state, span))
 
     def step(self, x_BD: Tensor, state: KVState, span: Span) -> Tensor:
-        """`prefill` of one token each."""
+        """`prefill` with one new token of each sequence."""
         return self.out_proj(attention_step(self.Wqkv(x_BD), self.n_heads, state, span))
 
     def flops(self, lengths: Sequence[int]) -> float:
-        """Of the scores and their use, forward, for the pairs (i, j) with i - window <= j <= i."""
+        """FLOPs of the scores and the weighted sums of values in a forward, over `visible_pairs`."""
         return 4 * self.out_proj.in_features * sum(visible_pairs(length, self.window) for length in lengths)
 
 
@@ -376,7 +377,7 @@ MIXERS |= {"m": Mamba2, "t": Attention}
 
 
 class Block(nn.Module):
-    """Pre-norm residual block. The residual stream is at least float32, what runs beside it in the weights' dtype."""
+    """Pre-norm residual block. The residual stream is at least float32; mixer and MLP compute in the weights' dtype."""
 
     def __init__(self, layer: Layer, config: HNetConfig, s: int):
         super().__init__()
@@ -413,13 +414,13 @@ class Isotropic(nn.Module):
 
 
 class StageOutput(NamedTuple):
-    """What a chunking stage decided. F and G are tensors, so that nothing waits for the device."""
+    """What a chunking stage decided, on the device. In steps as graphs, p_T and b_T are followed by padding."""
 
-    p_T: Tensor  # at least float32; in graphs followed by padding
-    b_T: Tensor  # bool; in graphs followed by padding
+    p_T: Tensor  # boundary probabilities, at least float32
+    b_T: Tensor  # bool: which tokens open a chunk
     F: Tensor  # scalar: share of tokens that open a chunk
-    G: Tensor  # scalar: mean boundary probability; the ratio loss's gradient goes through it
-    like: Tensor  # an NJT (B, j, ...) of the stage's documents; in graphs None
+    G: Tensor  # scalar: mean of p; the gradient of the ratio loss goes through it
+    like: Tensor  # an NJT (B, j, ...) of the stage's documents; in steps as graphs None
 
     @property
     def boundary_prob(self) -> Tensor:
@@ -437,7 +438,7 @@ class StageOutput(NamedTuple):
 
 
 class RoutingModule(Router):
-    """Where chunks begin (section 2.2.1): the router `learned`. hnet_routers.py has others, which are rules."""
+    """The router `learned`, which decides where chunks begin (section 2.2.1). hnet_routers.py has rules instead."""
 
     usage, is_learned = "learned", True
 
@@ -451,7 +452,7 @@ class RoutingModule(Router):
         return boundary_probability(self.q_proj_layer(x_TD), self.k_proj_layer(x_TD), packing.position_T)
 
     def opens(self, p_T: Tensor) -> Tensor:
-        """b_T (bool): which tokens open a chunk, beside the first of each document. A tie is no boundary (code)."""
+        """b_T (bool): which tokens open a chunk. `cut` adds each document's first. p = 0.5 is no boundary (code)."""
         return p_T.detach() > 0.5
 
 
@@ -459,9 +460,9 @@ ROUTERS["learned"] = RoutingModule
 
 
 class SelectChunks(torch.autograd.Function):
-    """Downsampler (section 2.2.1): keeps the tokens that open chunks. x_BjD -> h_BkD, one row a chunk.
+    """Downsampler (section 2.2.1): selects the tokens that open chunks. x_BjD -> h_BkD, one row per chunk.
 
-    Gradient: of x, scattered back, zero elsewhere. The lengths come to the host in one copy, the only wait of a stage.
+    The gradient of x is zero for all other tokens. The host waits here for the number of chunks, once per stage.
     """
 
     @staticmethod
@@ -480,12 +481,12 @@ class SelectChunks(torch.autograd.Function):
 
 
 def ratio_loss(stage: StageOutput, N: float | Tensor) -> Tensor:
-    """Eq. 10: N / (N - 1) * ((N - 1) F G + (1 - F) (1 - G)); 1 where F = G = 1 / N. Gradient through G alone."""
+    """Eq. 10: N / (N - 1) * ((N - 1) F G + (1 - F) (1 - G)), which is 1 at F = G = 1 / N. Only G has a gradient."""
     return N / (N - 1) * ((N - 1) * stage.F * stage.G + (1 - stage.F) * (1 - stage.G))
 
 
 def ratio_hinge(stage: StageOutput, N: float | Tensor) -> Tensor:
-    """Eq. 10 where F > 1 / N, else 1: only too many chunks cost, as in FLEXITOKENS (arXiv 2507.12720). Off by default.
+    """Eq. 10 where F > 1 / N, else 1: only too many chunks cost, as in FLEXITOKENS (arXiv 2507.12720). Not the default.
 
     Eq. 10 is 1 + N / (N - 1) * (N F - 1) (G - 1 / N), so its gradient pushes G down where F > 1 / N and up elsewhere.
     """
@@ -493,7 +494,7 @@ def ratio_hinge(stage: StageOutput, N: float | Tensor) -> Tensor:
 
 
 def training_loss(ce: Tensor, ratio_losses: Tensor, alpha: float | Tensor) -> Tensor:
-    """What a step minimises: the cross entropy and, weighted, the ratio losses (S,) of all stages."""
+    """What a training step minimises: the cross entropy plus alpha times the sum of the ratio losses (S,)."""
     return ce + alpha * ratio_losses.sum()
 
 
@@ -501,9 +502,9 @@ def training_loss(ce: Tensor, ratio_losses: Tensor, alpha: float | Tensor) -> Te
 
 
 class HNet(nn.Module):
-    """Stage s: an NJT of the outer stage's width in, the same out, with the StageOutputs from s inwards.
+    """Stage s and all stages inside it. Input and output are NJTs (B, j, D) of the outer stage's width D.
 
-    `forward` is the whole of it. Each part of it takes flat tensors; steps as CUDA graphs run the same parts.
+    `forward` calls the methods below it one after the other, on flat tensors. Steps as CUDA graphs call them too.
     """
 
     def __init__(self, config: HNetConfig, s: int = 0):
@@ -526,6 +527,7 @@ class HNet(nn.Module):
     def forward(
         self, x_BjD: Tensor, byte_T: Tensor | None = None, cuts_T: Tensor | None = None
     ) -> tuple[Tensor, list[StageOutput]]:
+        """The output, and the StageOutputs of this stage and those inside. byte_T, cuts_T: see `Packing`."""
         packing = Packing.of(x_BjD, self.rotary_dim, byte_T, cuts_T)
         if self.is_innermost:
             return nested_like(self.run_innermost(flat(x_BjD), packing), x_BjD), []
@@ -534,63 +536,59 @@ class HNet(nn.Module):
         p_T, G, chunks = cut(p_T, self.routing_module.opens(p_T), packing.position_T, packing.cu_seqlens)
         residual_TD = self.residual_proj(x_TD)
         h_BkD = SelectChunks.apply(nested_like(x_TD, x_BjD), chunks)
-        start_C = chunks.start_C[: len(h_BkD._values)]
+        start_C = chunks.start_C[: len(h_BkD._values)]  # `cut` has allocated T entries, of which C are chunks
         y_BkD, inner = self.main_network(h_BkD, None, None if cuts_T is None else inner_cuts(cuts_T, start_C))
-        y_CD = flat(y_BkD)
-        z_CD = self.smooth(y_CD, take_rows(p_T, start_C), chunks.cu_seqlens)
+        z_CD = self.smooth(flat(y_BkD), take_rows(p_T, start_C), chunks.cu_seqlens)
         x_TD = self.upsample(z_CD, p_T, chunks._replace(start_C=start_C), residual_TD, x_TD.dtype)
-        stage = StageOutput(p_T, chunks.b_T, chunks.shares[0], G, x_BjD)
+        stage = StageOutput(p_T, chunks.b_T, chunks.shares[0], G, x_BjD)  # shares[0] is F
         return nested_like(self.decode(x_TD, packing), x_BjD), [stage, *inner]
 
     def encode(self, x_TD: Tensor, packing: Packing) -> Tensor:
-        """From the outer stage's width, with the learned `pad_dimension` behind it, to what the router sees."""
+        """Appends `pad_dimension`, if this stage is wider than the outer one, and runs the encoder."""
         return self.encoder(x_TD if self.pad_dimension is None else widen(x_TD, self.pad_dimension), packing)
 
     def run_innermost(self, x_TD: Tensor, packing: Packing) -> Tensor:
-        """The main network, between the outer stage's widths."""
+        """Appends `pad_dimension` as `encode` does, runs the main network, and returns to the outer stage's width."""
         x_TD = x_TD if self.pad_dimension is None else widen(x_TD, self.pad_dimension)
         return self.main_network(x_TD, packing)[:, : self.outer_width]
 
     def smooth(self, y_CD: Tensor, p_C: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Eq. 5: z_k = P_k y_k + (1 - P_k) z_{k-1} in each document; no gradient of p where the clamp acts."""
+        """Eq. 5: z_k = P_k y_k + (1 - P_k) z_{k-1} in each document, where P is p, clamped."""
         return smooth(y_CD, p_C.clamp(EMA_CLAMP, 1 - EMA_CLAMP), cu_seqlens)
 
     def upsample(
         self, z_CD: Tensor, p_T: Tensor, chunks: Chunks, residual_TD: Tensor, dtype: torch.dtype,
         spare: int | None = None,
     ) -> Tensor:  # fmt: skip
-        """Eq. 6 to 9: each token gets z of its chunk, times STE(c), plus the residual. spare: see `upsample`."""
-        c_T = torch.where(chunks.b_T, p_T, 1 - p_T)  # eq. 6: how sure the router is of what it chose
-        ste_T = 1 + (c_T - c_T.detach())  # eq. 7: 1 on the way forward, the gradient of c on the way back
+        """Eq. 6 to 9: z of each token's chunk, times STE(c), plus the residual. spare: see `hnet_kernels.upsample`."""
+        c_T = torch.where(chunks.b_T, p_T, 1 - p_T)  # eq. 6: the router's confidence in its decision
+        ste_T = 1 + (c_T - c_T.detach())  # eq. 7: 1 in the forward; in the backward, the gradient of c
         return upsample(z_CD, ste_T, chunks.chunk_T, chunks.start_C, residual_TD, dtype, spare)
 
     def decode(self, x_TD: Tensor, packing: Packing) -> Tensor:
-        """The decoder, and back to the outer stage's width."""
+        """Runs the decoder, and returns to the outer stage's width by dropping the channels behind it."""
         return self.decoder(x_TD, packing)[:, : self.outer_width]
 
 
 class HNetOutput(NamedTuple):
-    """`logits`: NJT (B, j0, V); `ce`: nats, mean over labels, None without labels; S `stages`.
+    """What `HNetLM.forward` returns."""
 
-    `ratio_losses` (S,): 0 for a stage whose router is a rule.
-    """
-
-    logits: Tensor
-    ce: Tensor | None
-    ratio_losses: Tensor
-    stages: list[StageOutput]
+    logits: Tensor  # NJT (B, j0, V), in the compute dtype
+    ce: Tensor | None  # scalar: cross entropy in nats, mean over labels; None without labels
+    ratio_losses: Tensor  # (S,); 0 for a stage whose router is a rule
+    stages: list[StageOutput]  # S, outermost first
 
 
 class HNetLM(nn.Module):
     """The language model: bytes in, logits of the next byte out. Can be built under `torch.device("meta")`.
 
-    The weights are not drawn here: call `init_weights`, or load a state dict (its keys are the official ones).
+    `__init__` draws no weights: call `init_weights`, or load a state dict, which has the keys of the released code.
     """
 
     def __init__(self, config: HNetConfig):
         super().__init__()
         self.config = config
-        self.ratio_form, self.ratio_targets = "both", config.learned_ratios  # training may change them: losses.py
+        self.ratio_form, self.ratio_targets = "both", config.learned_ratios  # training sets them: losses.attach
         self.embeddings = Embedding(config.vocab_size, config.d_model[0])
         self.backbone = HNet(config)
         self.lm_head = Linear(config.d_model[0], config.vocab_size, is_saved=True)
@@ -604,13 +602,12 @@ class HNetLM(nn.Module):
         return self
 
     def forward(self, iids: Tensor, labels: Tensor | None = None, cuts: Tensor | None = None) -> HNetOutput:
-        """`iids` and `labels`: NJTs (B, j0) of int64, at least one byte in all.
+        """The logits for each byte of `iids`, and the losses.
 
-        `cuts`: for the routers `given` and `tokens:FILE`, an NJT (B, j0). For one such stage it is bool: does the byte
-        open a chunk? For several it counts the stages, from stage 0 on, for which the byte does.
-
-        Raises ValueError for anything else, and where the documents of these differ in length. Wrong values are refused
-        on the CPU; on another device the caller answers for them (see `check_documents`).
+        iids, labels: NJTs (B, j0) of int64, with the same document lengths and at least one byte. labels: next bytes.
+        cuts: for the routers `given` and `tokens:FILE`, an NJT (B, j0). With one such stage it is bool: does the byte
+        open a chunk? With several it is the number of stages, from stage 0 on, at which the byte opens a chunk.
+        Raises ValueError for anything else. Values are checked on the CPU only: see `check_documents`.
         """
         config = self.config
         check_documents(iids, labels, config.vocab_size)
@@ -624,7 +621,7 @@ class HNetLM(nn.Module):
         return HNetOutput(nested_like(logits_TV, iids), ce, ratio_losses, stages)
 
     def ratio_loss(self, s: int, stage: StageOutput) -> Tensor:
-        """The ratio loss of stage s, in the form and towards the target of this step; 0 for a rule, which has none."""
+        """The ratio loss of stage s, in the form and with the target of this step; 0 if its router is a rule."""
         N = self.ratio_targets[s]
         if N is None:
             return torch.zeros_like(stage.G)
@@ -639,15 +636,14 @@ class HNetLM(nn.Module):
 
 
 def check_documents(iids: Tensor, labels: Tensor | None, vocab_size: int = 256) -> None:
-    """ValueError unless these are NJTs (B, j) of int64, of the same document lengths, with values in 0..vocab_size - 1.
+    """Raises ValueError unless these are NJTs (B, j) of int64, with equal document lengths and values below vocab_size.
 
-    The values are looked at on the CPU alone: reading them from another device would wait for it. There a value beyond
-    the vocabulary stops the process, so check what you give, by calling this before the copy to the device. The bytes
-    of `fineweb.ByteStream`, of validation and of scripts/evaluate.py are uint8, which every vocabulary holds.
+    Values are checked on the CPU only: to read them from a GPU, the host would wait for it. On a GPU a value outside
+    the vocabulary ends the process, so call this before the copy to the device. The bytes of `fineweb.ByteStream`, of
+    validation and of scripts/evaluate.py need no check: every vocabulary has at least 256 values.
     """
-    for name, x in (("iids", iids), ("labels", labels)):
-        if x is None and name == "labels":
-            continue
+    given = {"iids": iids} if labels is None else {"iids": iids, "labels": labels}
+    for name, x in given.items():
         if not isinstance(x, Tensor):
             raise ValueError(f"{name}: expected a nested tensor (B, j) of jagged layout, got {type(x).__name__}")
         if not (isinstance(x, NestedTensor) and x.dim() == 2):
@@ -664,45 +660,26 @@ def check_documents(iids: Tensor, labels: Tensor | None, vocab_size: int = 256) 
             f"labels: expected documents as long as those of iids; iids has {iids.shape[0]} of together "
             f"{len(iids._values)} bytes, labels {labels.shape[0]} of together {len(labels._values)}"
         )
-    for name, x in (("iids", iids), ("labels", labels)):
-        if x is not None and x._values.device.type == "cpu":
+    for name, x in given.items():
+        if x._values.device.type == "cpu":
             least, most = (int(bound) for bound in x._values.aminmax())
             if least < 0 or most >= vocab_size:
                 value = least if least < 0 else most
                 raise ValueError(f"{name}: holds the value {value}; expected 0 to {vocab_size - 1}, the vocabulary")
 
 
-def check_cuts(cuts: Tensor | None, iids: Tensor, config: HNetConfig) -> None:
-    """ValueError unless `cuts` are what the routers of the config need: see `HNetLM.forward`."""
-    stages = config.stages_by_cuts
-    if not stages and cuts is not None:
-        raise ValueError(f"cuts: given, but the routers {', '.join(config.routers)} do not read them")
-    if not stages:
-        return
-    if cuts is None:
-        raise ValueError(f"cuts: missing; the router {config.routers[stages[0]]} needs to know where chunks begin")
-    kinds = (torch.bool,) if len(stages) == 1 else (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-    kind = "bool" if len(stages) == 1 else f"whole numbers from 0 to {len(stages)}"
-    if not (isinstance(cuts, NestedTensor) and cuts.dim() == 2 and cuts._values.dtype in kinds):
-        raise ValueError(f"cuts: expected a nested tensor (B, j) of jagged layout, of {kind}")
-    if cuts.lengths() is not None or not (cuts.offsets() is iids.offsets() or cuts.offsets().equal(iids.offsets())):
-        raise ValueError("cuts: expected documents as long as those of iids, without gaps between them")
-    if cuts.device.type == "cpu" and not 0 <= int(cuts._values.min()) <= int(cuts._values.max()) <= len(stages):
-        raise ValueError(f"cuts: holds values from {cuts._values.min()} to {cuts._values.max()}; expected {kind}")
-
-
 # ------------------------------------------------------------------------------------------------- what training needs
 
 
 def stage_of(name: str, config: HNetConfig) -> int:
-    """The stage that a parameter belongs to: `pad_dimension` to the wider, inner one; embeddings and lm_head to 0."""
+    """The stage of a parameter: embeddings and lm_head belong to 0, `pad_dimension` to the stage that it widens to."""
     return min(name.removeprefix("backbone.").count("main_network."), config.num_stages)
 
 
 def lr_modulation(config: HNetConfig) -> list[float]:
-    """Eq. 11, learning-rate multipliers of stages 0..S: sqrt(N_GPT prod_{i>=s} N^i / prod_{i>=0} N^i * D^S / D^s).
+    """Learning-rate multipliers of stages 0..S (eq. 11): sqrt(N_GPT prod_{i>=s} N^i / prod_{i>=0} N^i * D^S / D^s).
 
-    N^S = 1. The multiplier grows with the tokens that a stage has per byte, and shrinks with its width.
+    N^S = 1. The multiplier grows with the stage's tokens per byte, and shrinks with its width.
     """
     ratios, widths = (*config.target_ratios, 1.0), config.d_model
     everything = math.prod(ratios)
@@ -715,18 +692,18 @@ NO_DECAY = ("bias", "A_log", "D", "dt_bias", "pad_dimension")
 def has_weight_decay(name: str) -> bool:
     """Matrices, the convolution and the embeddings decay; norms, biases, A_log, D, dt_bias and pad_dimension do not.
 
-    Embeddings do because nothing else bounds rows of bytes that are rare, and with tied embeddings they are lm_head.
+    Embeddings decay because nothing else bounds the rows of rare bytes. With tied embeddings they are also lm_head.
     """
     *_, module, leaf = ("", *name.split("."))
     return leaf not in NO_DECAY and not module.startswith("norm") and module != "rmsnorm"
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float, router_lr: float = 1.0) -> list[dict[str, Any]]:
-    """Groups for an optimizer, outermost stage first, every parameter in exactly one: by stage and decay or not.
+    """Parameter groups for an optimizer, one per stage and weight decay, outermost stage first.
 
-    Each has `params`, `names`, `lr` (base rate times `multiplier`, eq. 11), `weight_decay`, `stage` and `multiplier`.
-    router_lr: a factor on the multiplier of W_q and W_k, which then have a group of their own in each stage. The paper
-    has none (1). It shows whether cuts move because routers learn too fast or slowly. `model`: plain or sharded.
+    A group has `params`, `names`, `lr` (base rate times `multiplier`, eq. 11), `weight_decay`, `stage`, `multiplier`.
+    router_lr: a factor on the multiplier of W_q and W_k, which then have groups of their own. The paper has none (1).
+    model: an HNetLM, sharded or not.
     """
     multipliers = lr_modulation(model.config)
     groups: dict[tuple[int, bool, bool], dict[str, Any]] = {}
@@ -743,18 +720,19 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float, router_lr
 
 
 def residual_branches(config: HNetConfig, s: int) -> int:
-    """Residual branches of stage s's blocks and of all stages around it: what scales the init of their outputs."""
+    """The number of mixers and MLPs in stage s and the stages around it. It scales their outputs' initial weights."""
     layers = [layer for i in range(s + 1) for layout in config.layouts(i) for layer in parse_layout(layout)]
     return sum(1 + layer.has_mlp for layer in layers)
 
 
 def initial_weight(name: str, shape: Sequence[int], config: HNetConfig, seed: int) -> Tensor | None:
-    """The initial value (float32, CPU) of one parameter, from (seed, name) alone, as the released code initialises.
+    """The initial value (float32, CPU) of one parameter, as in the released code; it depends on (seed, name) alone.
 
-    Linears N(0, 0.02), out_proj and fc2 divided by sqrt(residual branches); W_q and W_k the identity; residual_proj
-    zero with torch's default bias; conv1d torch's default; embeddings N(0, 1), or 0.02 where they are tied to lm_head,
-    whose logits would else start with a deviation of sqrt(D); A uniform in [1, 16]; dt log-uniform in [1e-3, 0.1],
-    stored through the inverse softplus; D and norms 1; pad_dimension 0. None for others: that of `__init__` stays.
+    Linear layers: N(0, 0.02), for out_proj and fc2 divided by sqrt(`residual_branches`). Embeddings: N(0, 1), or
+    N(0, 0.02) where they are tied to lm_head, whose logits would otherwise have a standard deviation of sqrt(D). W_q
+    and W_k: the identity. residual_proj: zero, with torch's default bias. conv1d: torch's default. A: uniform in
+    [1, 16]. dt: log-uniform in [1e-3, 0.1], stored as dt_bias through the inverse softplus. D and norms: 1.
+    pad_dimension: 0. Returns None for other names: these keep the value that `__init__` gives them.
     """
     *_, module, leaf = ("", *name.split("."))
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
@@ -791,7 +769,7 @@ def initial_weight(name: str, shape: Sequence[int], config: HNetConfig, seed: in
 
 @torch.no_grad()
 def init_weights(model: HNetLM, seed: int) -> HNetLM:
-    """Draw an unsharded model's weights in place; returns it. A run draws them without this: edit `initial_weight`."""
+    """Sets an unsharded model's weights to `initial_weight` and returns it. train.py does not call this function."""
     for name, parameter in model.named_parameters():
         if (value := initial_weight(name, parameter.shape, model.config, seed)) is not None:
             parameter.copy_(value)

@@ -3,7 +3,8 @@
 One process and many run the same program: `torchrun --nproc-per-node 8 train.py ...`. `python train.py --help` lists
 the flags. A run's folder holds its configs, metrics.jsonl, checkpoints and plots.
 
-Read top to bottom: config -> one step -> the run (data, checks, loop) -> `main`, `train`.
+Read top to bottom: config -> one step -> the run (data, checks, loop) -> `main`, `train`, which puts all together. The
+forward and backward of a step are in hnet_runtime/steps/: plain.py, or graphs.py for steps as CUDA graphs.
 """
 
 from hnet_runtime import commands
@@ -41,7 +42,7 @@ from torch import Tensor
 import fineweb
 from hnet_config import find_config
 from hnet_kernels import cards
-from hnet_runtime import RunFailed, UserError, distributed, estimate, losses
+from hnet_runtime import RunFailed, UserError, cpu, distributed, estimate, losses
 from hnet_runtime.checks import agreement, equivalence
 from hnet_runtime.data import cuts
 from hnet_runtime.data.cuts import Cutter
@@ -59,13 +60,11 @@ from hnet_runtime.runs.run import (
     checkpoint_to_resume,
     code_revision,
     in_words,
-    keep_freed_memory,
-    leave_unused,
     newest,
     of_main,
     open_folder,
+    remove_unused,
     say_what_changed,
-    share_cores,
 )
 from hnet_runtime.runs.statistics import StepNumbers
 from hnet_runtime.runs.watchdog import Watchdog
@@ -125,25 +124,25 @@ def lr_scale(step: int, config: TrainConfig) -> float:
 def forward_backward(steps: GraphedModel | PlainModel, slices: list[fineweb.Slice], world: World) -> StepNumbers:
     """Computes the gradients of a step's loss: the mean over all G slices of CE + alpha * ratio losses.
 
-    slices: this rank's. Every slice has T labels and every rank the same number of slices, so means of means are exact.
-    Returns means over the step's G slices, on the device, without the norm of the gradient and the statistics.
+    slices: those of this rank. Every slice has T labels and every rank has equally many, so means of means are exact.
+    Returns means over the step's G slices, on the device; `grad_norm` is 0 and there are no statistics.
     """
-    found = steps.forward_backward([slice_.nested(world.device) for slice_ in slices])
+    computed = steps.forward_backward([slice_.nested(world.device) for slice_ in slices])
     counts_G2 = torch.tensor([[slice_.text_bytes, len(slice_.row_lengths)] for slice_ in slices])
     counts_G2 = counts_G2.to(world.device, torch.float32, non_blocking=True)
-    columns = [found.ce[:, None], counts_G2, found.ratio, found.F, found.G]
+    columns = [computed.ce[:, None], counts_G2, computed.ratio, computed.F, computed.G]  # in the order of StepNumbers
     all_GK = distributed.gather_slices(torch.cat([x.float() for x in columns], dim=1), world)
     *_, F_GS, _ = all_GK.split([x.shape[1] for x in columns], dim=1)
-    imbalance_S = distributed.imbalance(F_GS.cumprod(1), world)  # of chunks per byte: F is a share of a stage's tokens
-    nothing = all_GK.new_zeros(1)
-    return StepNumbers.of(torch.cat([all_GK.double().mean(0).float(), imbalance_S, nothing]), len(imbalance_S))
+    imbalance_S = distributed.imbalance(F_GS.cumprod(1), world)  # cumprod: chunks of each stage per byte
+    no_norm = all_GK.new_zeros(1)
+    return StepNumbers.of(torch.cat([all_GK.double().mean(0).float(), imbalance_S, no_norm]), len(imbalance_S))
 
 
 class TrainState:
     """The model, its optimizer, and how a step runs.
 
-    model: has the float32 weights; unsharded ones may be read and changed only inside `optimizer.full_precision()`.
-    evaluated: an HNetLM that computes as training does, with these weights or their compute weights.
+    model: the HNetLM with the float32 weights. Read and change them inside `steps.full_precision()` only.
+    evaluated: the HNetLM that training computes with. Its weights are the same, or those in the compute dtype.
     """
 
     def __init__(
@@ -158,7 +157,7 @@ class TrainState:
     ):
         """groups: those of `parameter_groups`. dtype: the compute dtype.
 
-        how: a GraphedModel with graphs or eagerly, or a PlainModel, for FSDP2 and float32.
+        how: `graph` and `eager` make a GraphedModel, `plain` makes a PlainModel, for FSDP2 and float32.
         """
         self.model, self.dtype, self.hnet, self.config, self.world = model, dtype, hnet, config, world
         self.parameters = list(model.parameters())  # before a forward, after which FSDP shows gathered ones
@@ -168,9 +167,8 @@ class TrainState:
         if how == "plain":
             self.steps = PlainModel(model, alpha, world, groups)
         else:
-            accumulates, captures = config.global_slices > world.size, how == "graph"
-            ac = config.checkpointing
-            self.steps = GraphedModel(model, dtype, alpha, world, groups, ac, accumulates, captures)
+            accumulates, ac = config.global_slices > world.size, config.checkpointing
+            self.steps = GraphedModel(model, dtype, alpha, world, groups, ac, accumulates, captures=how == "graph")
         losses.attach(self.ratio, self.steps.masters, self.steps.model)
         self.evaluated, self.optimizer = self.steps.model, self.steps.optimizer
         if how != "graph" and (config.checkpointing != "none" or limit):
@@ -187,10 +185,10 @@ class TrainState:
     def step(
         self, done: int, slices: list[fineweb.Slice], wants_statistics: bool, before_update: Callable[[], None]
     ) -> StepNumbers:
-        """One optimizer step. It waits for the device only for the stages' numbers of chunks.
+        """Makes one optimizer step. The host waits for the device only for the stages' numbers of chunks.
 
-        done: the steps before it. before_update: called before the weights change.
-        If the loss or the norm is not finite, the weights do not change.
+        done: the number of steps before this one. before_update: called before the weights change.
+        If the loss or the norm of the gradient is not finite, the weights do not change.
         """
         config, world, optimizer = self.config, self.world, self.optimizer
         for group, peak in zip(optimizer.param_groups, self.peaks):
@@ -211,13 +209,13 @@ class TrainState:
         return numbers._replace(more=torch.cat(more)) if more else numbers
 
     def preparing(self, compilations: Compilations) -> str:
-        """What the first step has compiled and captured, in words."""
+        """What the first step compiled and captured, in words."""
         if not self.steps.captured:
             return f"{compilations}"
         return f"{compilations}, {self.steps.capture_seconds:.1f} s for {self.steps.captured} parts captured"
 
     def counted(self) -> dict[str, int]:
-        """Counts of the host's work so far, other than steps."""
+        """How often the run has captured a graph and recomputed a micro-batch so far, by names in the metrics."""
         recomputed = {"recomputed_micro_batches": self.guard.count} if self.guard else {}
         captured = {} if self.steps.captured is None else {"graphs_captured": self.steps.captured}
         return recomputed | captured
@@ -245,19 +243,17 @@ def open_data(
     return train, fineweb.validation_stream(config.data, **common)
 
 
-NOT_FLAGS = {"data": "the text in --data", "tokenizer": "the file of the router tokens"}
-
-
 def check_continuation(source: Path, about: dict[str, Any]) -> int:
     """The number of steps that a checkpoint has done. Raises UserError if the data would not continue from there.
 
-    The order of the data depends only on the values compared here; all others may change when a run is resumed.
+    The order of the data depends only on what is compared here. All other flags may change when a run is resumed.
     """
     saved = checkpoint.read_train(source)
-    theirs, ours = ({**a["config"], **{name: a.get(name) for name in NOT_FLAGS}} for a in (saved, about))
+    files = {"data": "the text in --data", "tokenizer": "the file of the router tokens"}  # compared by fingerprints
+    theirs, ours = ({**a["config"], **{name: a.get(name) for name in files}} for a in (saved, about))
     for name in ("data", "tokenizer", "seed", "mbs", "global_slices", "max_doc", "order"):
         if theirs.get(name) != ours[name]:
-            what = NOT_FLAGS.get(name, f"--{name.replace('_', '-')}")
+            what = files.get(name, f"--{name.replace('_', '-')}")
             raise UserError(
                 f"{source}: {what} differs ({theirs.get(name)} there, {ours[name]} here), so the data would not "
                 "continue where it stopped; to start a new run from these weights use -p"
@@ -271,12 +267,12 @@ def check_continuation(source: Path, about: dict[str, Any]) -> int:
 def takes_graphs(
     config: TrainConfig, hnet: HNetConfig, dtype: torch.dtype, world: World, is_checked: bool = False
 ) -> tuple[bool, World]:
-    """Whether steps run as graphs, and the world with the number of replicas that they need.
+    """Whether steps run as graphs; and the world, with one replica per process if graphs need it.
 
-    is_checked: a model of this config passed the check in this process.
-    Raises UserError if --compile graph is given and they cannot run.
+    is_checked: a model of this config has passed the check in this process.
+    Raises UserError if --compile graph is given and graphs cannot run.
     """
-    if config.compile not in ("auto", "graph") or (config.compile == "auto" and world.device.type != "cuda"):
+    if config.compile == "eager" or (config.compile == "auto" and world.device.type != "cuda"):
         return False, world
     reason = graphs.why_unsupported(hnet, world.device, dtype)
     if config.max_chunks_per_rank:
@@ -300,16 +296,16 @@ def takes_graphs(
 
 
 def choose_ac(config: TrainConfig, hnet: HNetConfig, world: World) -> str:
-    """The activation checkpointing for --ac auto, the same on every rank. What is not `none` is logged."""
+    """The activation checkpointing for --ac auto, the same on every rank. Logs it unless it is `none`."""
     if world.device.type != "cuda":
         return "none"
     card = estimate.card_of(world.device)
-    sharded = config.replicate == 1 or (not config.replicate and distributed.too_large_to_replicate(hnet, world))
-    shards = world.size if sharded else world.shards if config.replicate else 1
+    shards = world.shards if config.replicate or distributed.too_large_to_replicate(hnet, world) else 1
     accumulates = config.global_slices > world.size
     chosen = estimate.choose_ac(hnet, config.mbs, card, accumulates, shards)
+    # the smallest GPU decides: flag i says whether any rank needs MODES[i] or a later one, which saves more memory
     flags = distributed.anywhere(world, *(chosen in estimate.MODES[i:] for i in range(len(estimate.MODES))))
-    chosen = estimate.MODES[sum(flags) - 1]  # the smallest GPU decides
+    chosen = estimate.MODES[sum(flags) - 1]
     if chosen != "none":
         needed = estimate.memory(hnet, config.mbs, "none", None, accumulates, shards, card).total
         logger.info(
@@ -319,7 +315,7 @@ def choose_ac(config: TrainConfig, hnet: HNetConfig, world: World) -> str:
 
 
 def dry_run(config: TrainConfig, hnet: HNetConfig) -> None:
-    """Prints what a run takes of the GPU here, of the card that HNET_GPU names, or else of all known cards."""
+    """Prints a run's memory and times on the card that HNET_GPU names, or the GPU here, or else all known cards."""
     size = int(os.environ.get("WORLD_SIZE", 1))
     if card := cards.imitated():
         chosen = [card]
@@ -332,12 +328,12 @@ def dry_run(config: TrainConfig, hnet: HNetConfig) -> None:
 
 
 class Run:
-    """One run, from its first step or the checkpoint that it resumes to its last. Every rank makes the same calls."""
+    """One run, from its first step or a checkpoint to its last step. Every rank makes the same calls."""
 
     def __init__(self, state: TrainState, data: tuple[fineweb.ByteStream, fineweb.ByteStream | None]):
-        """Opens the run's folder, and loads a checkpoint if the run resumes. data: of `open_data`.
+        """Opens the run's folder, and loads a checkpoint if the run resumes. data: what `open_data` returns.
 
-        Raises UserError if folder or checkpoint do not match the flags, or ranks have different ones.
+        Raises UserError if the folder or the checkpoint does not match the flags, or if ranks have different flags.
         """
         config, hnet, world = state.config, state.hnet, state.world
         self.state, self.config, self.hnet, self.world = state, config, hnet, world
@@ -356,7 +352,7 @@ class Run:
             of_main(lambda: checkpoint.require_disk_space(self.folder, parameters), world)
             self.step = self._resume()
         except UserError:
-            leave_unused(self.folder, world)
+            remove_unused(self.folder, world)
             raise
         self.first_step = self.step
         self.metrics = open_metrics(self.folder, self.step, about, hnet, config, world)
@@ -379,11 +375,11 @@ class Run:
         self.history = CutHistory(self.folder, self.step, world)
         self.progress, self.settled = Progress(hnet, config, self.step), time.perf_counter()
         self.saver = checkpoint.Saver(self.folder, state.model, state.optimizer, config.keep, config.keep_every)
-        # of the last step: its numbers, which the device has not delivered yet, and the host's counts
+        # the last step, until it is recorded: its numbers, which are on the way to the host, and the host's counts
         self.waiting: tuple[distributed.Fetched, dict[str, int]] | None = None
 
     def _resume(self) -> int:
-        """Loads the checkpoint from which the run resumes, if there is one. Returns the optimizer steps done."""
+        """Loads the checkpoint from which the run resumes, if there is one. Returns the number of steps done."""
         source = checkpoint_to_resume(self.folder, self.config.resume, self.world)
         if source is None:
             return 0
@@ -452,7 +448,7 @@ class Run:
         self.waiting, self.step = (distributed.Fetched(numbers.flat()), done_by_host), done + 1
 
     def _between_steps(self, watch: Watchdog, saves: bool) -> None:
-        """Validates, samples and saves when due. On a CPU, where numbers are known at once, reports the step."""
+        """Validates, samples and saves when due. Records the step then, and on a CPU; else `_step` does it later."""
         config, step = self.config, self.step
         is_last = step == config.steps
         validates = self.val_stream and (is_last or (config.val_every and step % config.val_every == 0))
@@ -489,7 +485,7 @@ class Run:
         self.settled = time.perf_counter()  # the next step's time starts here
 
     def _settle(self, done: int, arriving: distributed.Fetched, of_host: dict[str, int]) -> dict[str, Any]:
-        """The record of a step, after the device has run it. Raises RunFailed if its numbers are not finite."""
+        """Waits for a step's numbers and returns its record. Raises RunFailed if they are not finite."""
         config = self.config
         numbers = StepNumbers.of(arriving.numbers(), self.hnet.num_stages)
         if not (numbers.ce + numbers.grad_norm).isfinite():
@@ -537,7 +533,7 @@ def open_metrics(run: Path, step: int, about: dict, hnet: HNetConfig, config: Tr
 
 
 def dump_parameters(model: HNetLM, groups: list[dict[str, Any]]) -> None:
-    """Prints modules and parameters; with LOVELY_TENSORS=1 also the summary of lovely-tensors for each."""
+    """Prints modules and parameters; with LOVELY_TENSORS=1 also a summary of each by lovely-tensors."""
     lovely = None
     if os.environ.get("LOVELY_TENSORS") == "1" and not (lovely := equivalence.lovely_summary()):
         logger.warning("LOVELY_TENSORS=1: lovely-tensors is not installed; pip install -e '.[debug]'")
@@ -553,7 +549,7 @@ def dump_parameters(model: HNetLM, groups: list[dict[str, Any]]) -> None:
 
 
 def main(config: TrainConfig) -> int:
-    """Trains with these flags and returns the exit status. Prints a mistake as one sentence."""
+    """`train`, but prints a mistake of the user, or that memory is full, as one sentence."""
     try:
         return train(config)
     except commands.user_errors() as error:
@@ -568,11 +564,11 @@ def main(config: TrainConfig) -> int:
 
 
 def train(config: TrainConfig, then: Callable[[Run], None] | None = None, is_checked: bool = False) -> int:
-    """Trains with these flags. Raises UserError, ConfigError or DataError for mistakes.
+    """Trains with these flags and returns the exit status. Raises UserError, ConfigError or DataError for mistakes.
 
-    For a program that makes several runs in one process: `then` is called with the finished run in place of showing its
-    results, and the process group stays. is_checked: a run with the same config and flags, other than its seed, passed
-    the checks before graphs in this process.
+    Two arguments are for a program that makes several runs in one process. then: called with the finished run instead
+    of showing its results; the process group stays. is_checked: a run with the same config and flags, except for its
+    seed, has passed the checks before graphs in this process.
     """
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s", stream=sys.stdout)
@@ -588,8 +584,8 @@ def train(config: TrainConfig, then: Callable[[Run], None] | None = None, is_che
     if not is_training and not world.is_main:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (one process prints what all find)
     if world.device.type == "cpu":
-        keep_freed_memory()
-        share_cores()
+        cpu.keep_freed_memory()
+        cpu.share_cores()
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU for what stays float32: residual_proj
 
     if config.early_exit == "generate":
@@ -601,13 +597,13 @@ def train(config: TrainConfig, then: Callable[[Run], None] | None = None, is_che
             raise UserError(f"-e generate: {error}") from None
         distributed.stop()
         return 0 if equal else 1
-    data = open_data(config, world, cuts.cutter(hnet)) if is_training else None  # a mistake in it ends the run at once
+    data = open_data(config, world, cuts.cutter(hnet)) if is_training else None  # first, as it may have mistakes
     if data:
         hnet, measured = cuts.with_measured_rate(hnet, data[0])
         if measured:
             logger.info(measured)
-    half = config.dtype == "bfloat16" or (config.dtype == "auto" and world.device.type == "cuda")
-    dtype = torch.bfloat16 if half else torch.float32
+    is_bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and world.device.type == "cuda")
+    dtype = torch.bfloat16 if is_bfloat16 else torch.float32
     config.ac = choose_ac(config, hnet, world) if config.ac == "auto" else config.ac
     accumulates = config.global_slices > world.size
     work = compile_ahead.Work(hnet, dtype, config.mbs, config.ac, accumulates, texts=min(1, config.sample_bytes))
@@ -618,12 +614,13 @@ def train(config: TrainConfig, then: Callable[[Run], None] | None = None, is_che
     agreement.warn_of(hnet, repeats=graph)
 
     def build(graph: bool) -> tuple[HNetLM, list[dict[str, Any]], str]:
-        """The model, its parameter groups, and how its steps run. A GraphedModel makes weights in dtype by itself."""
-        is_graphed = graph or (half and world.device.type == "cuda" and world.shards == 1 and not graphs.frozen(hnet))
-        own_dtype = torch.float32 if is_graphed else dtype
+        """The model, its parameter groups, and how its steps run: see `TrainState`."""
+        on_gpu = world.device.type == "cuda"
+        is_eager = not graph and is_bfloat16 and on_gpu and world.shards == 1 and not graphs.frozen(hnet)
+        own_dtype = torch.float32 if graph or is_eager else dtype  # a GraphedModel makes the weights in dtype itself
         model = distributed.build_model(hnet, world, own_dtype, config.seed, start_weights, config.reshard, drawn)
         groups = parameter_groups(model, config.lr, config.weight_decay, config.router_lr)
-        return model, groups, "graph" if graph else "eager" if is_graphed else "plain"
+        return model, groups, "graph" if graph else "eager" if is_eager else "plain"
 
     model, groups, how = build(graph)
     if config.early_exit == "dumpparams":

@@ -1,4 +1,4 @@
-"""Functions whose work is prepared once: on a GPU recorded as CUDA graphs, on a CPU compiled to C++."""
+"""Functions that run many times: on a GPU captured as CUDA graphs, on a CPU compiled to C++."""
 
 import functools
 import time
@@ -11,37 +11,40 @@ import torch
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures: cuBLAS has a workspace of some MB for each stream that it has seen."""
+    """The stream of all captures. One is enough, and cuBLAS allocates some MB for each stream that it sees."""
     return torch.cuda.Stream(device)
 
 
 class CapturedFunctions:
-    """Functions without arguments by name, as CUDA graphs, over tensors that keep their places.
+    """Named functions without arguments, as CUDA graphs. The tensors that they read and write keep their addresses.
 
     A function must do the same work in each call: it may not read a value from the device, nor depend on values of the
-    host that change. What it leaves for other functions in attributes is made once, and each replay fills it anew.
+    host that change. A tensor that it stores in an attribute for other functions is allocated once; each replay writes
+    to it again.
 
-    `failure`: the error of a capture that failed, as where a function waits for the device; then nothing is captured.
+    `failure`: the error of a capture that failed, such as of a function that waits for the device. After it, functions
+    run without graphs.
     """
 
-    keeps = False  # True: the graphs can be looked at
+    keeps = False  # True: the graphs stay readable, for benchmarks (`keep_graph` of torch.cuda.CUDAGraph)
 
     def __init__(self, device: torch.device, captures: bool):
         self.device, self.captures = device, captures
         self.graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self.key: Hashable = None
         self.failure: Exception | None = None
-        self.captured, self.seconds = 0, 0.0  # functions so far, and the time that it took
+        self.captured, self.seconds = 0, 0.0  # the number of functions so far, and the time of capturing them
         self.calls: dict[Hashable, int] = {}  # of `run`
         self.pool: tuple[int, int] | None = None
 
     def prepare(
         self, key: Hashable, functions: dict[Hashable, Callable[[], None]], idle: Callable[[], Callable[[], None]]
     ) -> None:
-        """Capture the functions, unless `key` is that of the last capture.
+        """Captures the functions, unless `key` is that of the last capture.
 
-        key: what their work depends on, such as the addresses of weights. All functions are run once before, which
-        compiles kernels. `idle` is called first, so that this run changes nothing; it returns what undoes that.
+        key: what their work depends on, such as the addresses of weights.
+        idle: called first. After it, the functions change no state, since each runs once to compile its kernels. It
+        returns a function that ends this.
         """
         if not self.captures or key == self.key:
             return
@@ -77,7 +80,7 @@ class CapturedFunctions:
         self.captured += 1
 
     def run(self, name: Hashable, function: Callable[[], None]) -> None:
-        """Do the work of a function. Its second call captures it, since work that comes twice will come again."""
+        """Runs a function. Its second call captures it, since work that comes twice will come again."""
         self.calls[name] = self.calls.get(name, 0) + 1
         if self.captures and name not in self.graphs and self.calls[name] > 1:
             began = time.perf_counter()
@@ -92,12 +95,12 @@ class CapturedFunctions:
             function()
 
     def give_up(self, error: Exception) -> None:
-        """Nothing is captured or replayed any more."""
+        """Frees the graphs. From now on, nothing is captured or replayed."""
         self.failure, self.captures = error, False
         self.graphs.clear()
 
     def replay(self, name: Hashable) -> bool:
-        """Whether the function has been captured, and is now being replayed."""
+        """Replays the function if it is captured. Returns whether it is."""
         graph = self.graphs.get(name)
         if graph is None or not self.captures:
             return False
@@ -106,13 +109,13 @@ class CapturedFunctions:
 
 
 class Compiled(NamedTuple):
-    """A function as torch.compile makes it, in the place of a CUDA graph."""
+    """A compiled function, with the interface of a CUDA graph."""
 
     replay: Callable[[], None]
 
 
 class CompiledFunctions(CapturedFunctions):
-    """Functions of a CPU, compiled to C++ by torch.compile. Where the size of a buffer changes, it compiles again.
+    """Functions on a CPU, compiled to C++ by torch.compile, and again when the size of a buffer changes.
 
     Needs a C++ compiler: see `why_no_compiler`.
     """
@@ -123,13 +126,13 @@ class CompiledFunctions(CapturedFunctions):
     def prepare(
         self, key: Hashable, functions: dict[Hashable, functools.partial[None]], idle: Callable[[], Callable[[], None]]
     ) -> None:
-        """Compile the functions, unless `key` is that of the last call. See `CapturedFunctions.prepare`."""
+        """Compiles the functions, unless `key` is that of the last call. See `CapturedFunctions.prepare`."""
         if not self.captures or key == self.key:
             return
         began, undo = time.perf_counter(), idle()
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*lru_cache")  # that it looks into cached functions
+                warnings.filterwarnings("ignore", message=".*lru_cache")  # it warns of tracing cached functions
                 for name, function in functions.items():
                     if name not in self.graphs:
                         self.graphs[name] = Compiled(functools.partial(torch.compile(function.func), *function.args))

@@ -1,10 +1,10 @@
-"""What a GPU can do, decided once per device; and GPUs that another one imitates.
+"""What a GPU can do, found once per device; and the imitation of one GPU by another.
 
-Kernels differ between GPUs by compute capability alone: how much shared memory a thread block has, and whether there is
-a copy engine that reads tensor descriptors. Their launch options are in launch_options.py.
+Kernels differ between GPUs by compute capability alone: by the shared memory of a thread block, and by whether a copy
+engine reads tensor descriptors. Their launch options are in launch_options.py.
 
-`HNET_GPU=a100` makes a larger GPU imitate an A100: its launch options, its intermediate code for kernels, without
-descriptors and overlapping launches, and its memory. It is no test of the A100's machine code, and its times say
+`HNET_GPU=a100` makes a larger GPU imitate an A100: it has the A100's launch options, memory and intermediate code of
+kernels, and no descriptors or overlapping launches. This does not test the machine code of an A100, and times say
 nothing about an A100. For a B200, whose instructions no other GPU has, only launch options and memory are imitated.
 """
 
@@ -64,19 +64,19 @@ class Properties(NamedTuple):
     sms: int
 
 
-# where there is no GPU, as under Triton's interpreter, and on the meta device, where kernels are foreseen for this GPU
+# of devices that are no GPU: of a CPU under Triton's interpreter, and of the meta device, where kernels are foreseen
 _elsewhere = Properties((9, 0), 3)
 
 
 def foresee_for(gpu: Properties) -> None:
-    """Kernels of the meta device are from now on those of this GPU. To be called before any has run there."""
+    """Makes the kernels of the meta device those of this GPU. Call it before any kernel has run there."""
     global _elsewhere
     _elsewhere = gpu
 
 
 @functools.cache
 def properties(device: torch.device) -> Properties:
-    """Those of a GPU; elsewhere see `foresee_for`."""
+    """The properties of a GPU; of other devices those of `foresee_for`, or of a small GPU of capability 9.0."""
     if device.type != "cuda":
         return _elsewhere
     found = torch.cuda.get_device_properties(device)
@@ -92,7 +92,7 @@ def capability(device: torch.device) -> Capability:
 
 @functools.cache
 def why_unsupported(device: torch.device) -> str | None:
-    """Why the kernels with launch options of their own, and so graphs, have no options for a GPU; or None."""
+    """Why a GPU cannot run the kernels that need launch options for it, and so no graphs; or None where it can."""
     found = capability(device)
     if found in SHARED and torch.version.hip is None:
         return None

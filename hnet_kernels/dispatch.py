@@ -82,7 +82,7 @@ class Operation:
             return _forced[-1]
         if self.fast_everywhere or (x.is_cuda and x.dtype != torch.float64):
             return requested() != "reference"
-        return requested() == "triton"  # its kernel then says what it lacks
+        return requested() == "triton"  # the kernel then raises KernelError with the reason
 
 
 def operation(definition: Callable[..., Any]) -> Operation:
@@ -103,40 +103,40 @@ def forcing(fast: bool) -> Iterator[None]:
         _forced.pop()
 
 
-_FORESEES = [False]
+_foresees = [False]
 
 
 @contextlib.contextmanager
 def foreseeing() -> Iterator[None]:
-    """Inside, operations on the meta device call the kernels that they call on a GPU, which are not launched."""
-    _FORESEES.append(True)
+    """Inside, operations on the meta device call the kernels that they would call on a GPU; nothing is launched."""
+    _foresees.append(True)
     try:
         yield
     finally:
-        _FORESEES.pop()
+        _foresees.pop()
 
 
 def takes_kernels(device_type: str) -> bool:
     """Whether Triton kernels run on tensors of a device type, or are foreseen there."""
-    return device_type == "cuda" or (device_type == "meta" and _FORESEES[-1])
+    return device_type == "cuda" or (device_type == "meta" and _foresees[-1])
 
 
-_OVERLAPS = [True]
+_overlaps = [True]
 
 
 def kernels_overlap() -> bool:
-    """Whether kernels may begin before the ones before them have ended: see `overlap` in triton_math.py."""
-    return _OVERLAPS[-1]
+    """Whether a kernel may begin before the previous one has ended: see `overlap` in triton_math.py."""
+    return _overlaps[-1]
 
 
 @contextlib.contextmanager
 def one_after_the_other() -> Iterator[None]:
-    """No kernel that is launched or captured inside begins before the one before it has ended."""
-    _OVERLAPS.append(False)
+    """Inside, each kernel that is launched or captured begins after the previous one has ended."""
+    _overlaps.append(False)
     try:
         yield
     finally:
-        _OVERLAPS.pop()
+        _overlaps.pop()
 
 
 @contextlib.contextmanager
@@ -151,9 +151,9 @@ def one_thread() -> Iterator[None]:
 
 
 def why_unsupported(x: Tensor, widest: int | None = None) -> str | None:
-    """Why a Triton kernel that runs on any GPU cannot run on x, or None.
+    """Why a Triton kernel that needs no options for its GPU cannot run on x, or None where it can.
 
-    widest: the longest row that fits into the registers of one thread block, where the kernel holds full rows.
+    widest: for a kernel that holds full rows in registers, the longest row that fits into one thread block.
     """
     if not takes_kernels(x.device.type):
         return "no CUDA device"
@@ -206,7 +206,7 @@ def use_fast(operation: str, device_type: str, dtype: torch.dtype, reason: str |
     if choice == "triton" and reason:
         raise KernelError(f"HNET_KERNELS=triton: no fast kernel for {operation} here ({reason}); use auto")
     fast = choice != "reference" and reason is None
-    if _FORESEES[-1]:
+    if _foresees[-1]:
         return fast
     key = (operation, device_type, dtype)
     if key not in _chosen:

@@ -1,6 +1,6 @@
-"""What mixers do when a text goes on: they read L new tokens of each of B sequences, after those that a state holds.
+"""Mixers in generation: they read L new tokens of each of B sequences, and continue from a state.
 
-A step, which reads one token of each, has Triton kernels in generation_triton.py beside the definitions here.
+A step reads one token of each. It has Triton kernels in generation_triton.py beside the definitions here.
 
 Legend: B sequences, L new tokens of each (padded on the right; 1 in a step), T = B L rows, H heads, P channels a head,
 N state size, C channels of a convolution, W slots of a key-value ring or of a convolution's past, R half the rotary
@@ -40,39 +40,38 @@ class once:  # noqa: N801 (a decorator)
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """Where new tokens of one stage stand: sequence b adds length[b] of them, from position start[b].
+    """The positions of the new tokens of a stage: sequence b has length[b] of them, from position start[b] on.
 
-    In a step L = 1, and sequences of length 0 are those that are not active: they keep all their state.
+    In a step, L = 1, and the sequences that are not active have length 0. Their state does not change. The layers of
+    the stage share one Span, which computes its properties once.
     """
 
     start_B: Tensor  # int64
     length_B: Tensor  # int64
-    valid_BL: Tensor  # bool; the rest is padding, always on the right, so that causality hides it
-    past: int  # the most tokens that any sequence had before
-    cos_MR: Tensor  # rotary tables of positions 0 ... M - 1, at least as many as there are
+    valid_BL: Tensor  # bool; False on padding, which is on the right, where causality hides it
+    past: int  # the largest start
+    cos_MR: Tensor  # rotary tables of positions 0 ... M - 1, where M exceeds all positions
     sin_MR: Tensor
 
     @property
     def shape(self) -> torch.Size:
         return self.valid_BL.shape
 
-    # the same for all layers
-
     @once
     def position_T(self) -> Tensor:
-        """int32, where the new tokens stand; that of padding, which may be beyond the tables, is their last."""
+        """int32 (T,), positions of the new tokens. Those of padding are limited to the last one of the tables."""
         offset_L = torch.arange(self.shape[1], device=self.start_B.device)
         position_T = (self.start_B[:, None] + offset_L).flatten()
         return position_T.clamp_max(len(self.cos_MR) - 1).to(torch.int32)
 
     @once
     def angles(self) -> tuple[Tensor, Tensor]:
-        """The rotary tables' rows (T, R) of the new tokens."""
+        """The rows (T, R) of both rotary tables for the new tokens."""
         return self.cos_MR[self.position_T], self.sin_MR[self.position_T]
 
     @once
     def documents(self) -> Tensor:
-        """cu_seqlens of the new tokens, padding with them."""
+        """cu_seqlens of the new tokens: B documents of L tokens, with their padding."""
         return even_documents(*self.shape, self.start_B.device)
 
     @once
@@ -100,7 +99,7 @@ TRAINED_BY = {"mamba2_step": "mamba2_inner", "attention_step": "rotary_attention
 
 
 def _fast(operation: str, x_TX: Tensor, widest: int, reason: str = "") -> bool:
-    """Whether the kernel of `operation` runs: not where training runs the definition, which has been edited then."""
+    """Whether the kernel of `operation` runs. It does not where training runs an edited definition."""
     if OPERATIONS[TRAINED_BY[operation]].uses_definition:
         return False
     reason = why_unsupported(x_TX) or reason or (f"rows of {widest}" if widest > WIDEST else None)
@@ -130,9 +129,9 @@ class MambaWeights(NamedTuple):
 
 
 def mamba2_prefill(projected_TX: Tensor, weights: MambaWeights, state: MambaState, span: Span, eps: float) -> Tensor:
-    """`mamba2_inner` of sequences that go on from a state, which is brought up to date. Returns (T, D).
+    """`mamba2_inner` of new tokens, continued from a state, which it updates. Returns (T, D).
 
-    It runs the kernels of training from h = 0 and adds what the state before contributes: the recurrence is linear.
+    It runs the kernels of training from h = 0 and adds the contribution of the state: the recurrence is linear in h.
     """
     conv_C1K, conv_bias_C, dt_bias_H, A_log_H, D_H, norm_D = weights
     H, D, C = len(A_log_H), len(norm_D), len(conv_bias_C)
@@ -158,7 +157,7 @@ def _gated_norm(y_TD: Tensor, z_TD: Tensor, norm_D: Tensor, eps: float) -> Tenso
 
 
 def mamba2_step(projected_TX: Tensor, weights: MambaWeights, state: MambaState, span: Span, eps: float) -> Tensor:
-    """`mamba2_prefill` of one token each. What is returned for a sequence that is not active means nothing."""
+    """`mamba2_prefill` of one token per sequence. The result for a sequence that is not active is meaningless."""
     H, D = len(weights.A_log_H), len(weights.norm_D)
     if _fast("mamba2_step", projected_TX, D, f"heads of {D // H}, not a power of two" if D // H & (D // H - 1) else ""):
         from hnet_kernels import generation_triton  # not above: triton is not everywhere
@@ -188,7 +187,7 @@ def _mamba2_step(projected_BX: Tensor, weights: MambaWeights, state: MambaState,
 
 
 def _convolve(x_TC: Tensor, conv_C1K: Tensor, bias_C: Tensor, state: MambaState, span: Span) -> Tensor:
-    """Depthwise causal convolution and SiLU; what the state has of the inputs before comes in front."""
+    """Depthwise causal convolution and SiLU of the inputs in the state, followed by the new ones; updates the state."""
     (B, L), W = span.shape, state.conv_BWC.shape[1]
     x_BXC = torch.cat([state.conv_BWC, x_TC.unflatten(0, (B, L))], dim=1)
     state.conv_BWC.copy_(take(x_BXC, span.length_B[:, None] + torch.arange(W, device=x_TC.device)))
@@ -198,7 +197,7 @@ def _convolve(x_TC: Tensor, conv_C1K: Tensor, bias_C: Tensor, state: MambaState,
 
 
 def _continue(y_THP, x_THP, dt_TH, A_H, B_TN, C_TN, state: MambaState, span: Span) -> Tensor:
-    """y, from h = 0, with what the state before contributes; the state is brought up to date."""
+    """Adds the contribution of the state to y, which was computed from h = 0; updates the state."""
     (B, L), h_BHPN, dtype = span.shape, state.ssm_BHPN, state.ssm_BHPN.dtype
     x_BLHP, dt_BLH, B_BLN, C_BLN = (t.unflatten(0, (B, L)).to(dtype) for t in (x_THP, dt_TH, B_TN, C_TN))
     dt_BHL = (dt_BLH * span.valid_BL[..., None]).transpose(1, 2)  # padding neither decays the state nor adds to it
@@ -217,14 +216,14 @@ def _continue(y_THP, x_THP, dt_TH, A_H, B_TN, C_TN, state: MambaState, span: Spa
 
 @dataclasses.dataclass
 class KVState:
-    """Rotated keys and values in a ring: position i is in slot i mod W, where W >= positions or W = window + 1."""
+    """Rotated keys and values in ring buffers: position i is in slot i mod W. W >= positions, or W = window + 1."""
 
     k_BWHP: Tensor
     v_BWHP: Tensor
-    window: int  # -1: everything before is visible, and the ring never turns
+    window: int  # -1: all earlier positions are visible, and no slot is written twice
 
     def reserve(self, tokens: int) -> None:
-        """Grow to `ring_slots(tokens, window)` slots, if there are fewer. Until it is full, slot i is position i."""
+        """Grows to `ring_slots(tokens, window)` slots, if there are fewer. A ring that grows has never been full."""
         more = ring_slots(tokens, self.window) - self.k_BWHP.shape[1]
         if more > 0:
             self.k_BWHP, self.v_BWHP = (F.pad(t, (0, 0, 0, 0, 0, more)) for t in (self.k_BWHP, self.v_BWHP))
@@ -237,11 +236,11 @@ def ring_slots(tokens: int, window: int) -> int:
 
 
 def attention_prefill(qkv_TX: Tensor, n_heads: int, state: KVState, span: Span) -> Tensor:
-    """`rotary_attention` of sequences that go on from a state, which is brought up to date. Returns (T, H P).
+    """`rotary_attention` of new tokens, continued from a state, which it updates. Returns (T, H P).
 
-    Sequences that begin are documents as in training. Others run the same kernel over [what was before | what is new],
-    with empty queries for what was before; those that have less before them than the longest have junk at the front: a
-    document of its own.
+    If all sequences are empty, they are documents as in training. Otherwise the same kernel runs over [earlier | new]
+    tokens, with zeros as queries of the earlier ones. Where a sequence has fewer earlier tokens than the longest one,
+    the unused rows at its front are a document of their own.
     """
     (B, L), W, window, device = span.shape, state.k_BWHP.shape[1], state.window, qkv_TX.device
     begins = not span.past and rotary_attention.runs_fast(qkv_TX)
@@ -256,7 +255,7 @@ def attention_prefill(qkv_TX: Tensor, n_heads: int, state: KVState, span: Span) 
     both = (state.k_BWHP, k_BLHP), (state.v_BWHP, v_BLHP)
     if begins and L <= W:
         for ring, new in both:
-            ring[:, :L] = new  # that of padding is in slots that nothing sees until they are written again
+            ring[:, :L] = new  # nothing sees the slots of padding before they are written again
         return o_TD
     if not begins:
         past = span.past if window < 0 else min(span.past, window)
@@ -278,9 +277,9 @@ def attention_prefill(qkv_TX: Tensor, n_heads: int, state: KVState, span: Span) 
 
 
 def attention_step(qkv_TX: Tensor, n_heads: int, state: KVState, span: Span) -> Tensor:
-    """`attention_prefill` of one token each.
+    """`attention_prefill` of one token per sequence.
 
-    A sequence that is not active keeps what can be seen of its ring; what is returned for it means nothing.
+    For a sequence that is not active the result is meaningless, and no visible slot of its ring changes.
     """
     if _fast("attention_step", qkv_TX, qkv_TX.shape[1] // (3 * n_heads)):
         from hnet_kernels import generation_triton
@@ -291,7 +290,7 @@ def attention_step(qkv_TX: Tensor, n_heads: int, state: KVState, span: Span) -> 
 
 
 def _attention_step(qkv_TX: Tensor, n_heads: int, state: KVState, span: Span) -> Tensor:
-    # writes for all: a sequence that is not active overwrites only its next slot, which nothing sees till then
+    # writes for all: a sequence that is not active overwrites only its next slot, which nothing sees until then
     q_B1HP, k_B1HP, v_B1HP = _rotated(qkv_TX, n_heads, span)
     (B, W), device = state.k_BWHP.shape[:2], qkv_TX.device
     everyone_B, slot_B = torch.arange(B, device=device), span.start_B % W

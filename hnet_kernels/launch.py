@@ -1,17 +1,16 @@
 """Launches of Triton kernels that take the CPU little time.
 
-Triton's own launch costs 50 to 90 microseconds of Python, a few hundred times a training step. Most of that is not
-needed once a kernel has run: options are parsed and printed into a key, global constants compared, hooks called though
-there are none. `kernel` instead of `triton.jit` makes a kernel that remembers what Triton has compiled: a later call
-asks Triton's own binder how it would specialise the arguments (dtypes, pointers and integers that 16 divides, integers
-that are 1, constants), looks that up, and calls the compiled kernel's launcher. So a kernel compiled for other
-arguments is never launched.
+Triton's own launch takes 50 to 90 microseconds of Python, and a training step has a few hundred launches. Most of this
+work is needed only once per kernel: Triton parses options into a key, compares global constants and calls hooks.
+`kernel`, used instead of `triton.jit`, makes a kernel that stores what Triton has compiled. A later call computes how
+Triton would specialise the arguments (dtypes, pointers and integers that 16 divides, integers that are 1, constants),
+looks this up, and calls the compiled kernel's launcher. So a kernel compiled for other arguments is never launched.
 
-A kernel reads a vector as if its elements were adjacent, and rows by their stride. So whoever launches it passes
-`x.contiguous()` and `dense_rows(x)`: a view such as `expand` returns would be read beyond its end.
+A kernel assumes that the elements of a vector are adjacent, and those of each row of a matrix. So the caller passes
+`x.contiguous()` or `dense_rows(x)`: a view such as the one that `expand` returns would be read beyond its end.
 
-It relies on what is the same inside Triton 3.6 and 3.7. With another version, or where somebody watches launches or
-debugs kernels, Triton launches as ever.
+This relies on internals that are the same in Triton 3.6 and 3.7. With another version, or while launches are watched or
+kernels debugged, Triton makes the launches itself.
 """
 
 import contextlib
@@ -58,7 +57,7 @@ def _is_known(version: str) -> bool:
 
 
 def _is_watched() -> bool:
-    """Whether Triton has more to do for a launch than to launch."""
+    """Whether a launch must also call a hook, or kernels are debugged or instrumented."""
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(
@@ -72,10 +71,10 @@ def _is_watched() -> bool:
 
 @functools.cache
 def _specialisation(types: tuple[type, ...]) -> Callable[..., tuple]:
-    """A function of arguments of these types: what Triton, with `do_not_specialize` or without, tells them apart by.
+    """A function from arguments of these types to what Triton specialises a kernel for, whatever `do_not_specialize`.
 
-    Of tensors that is the dtype and whether 16 divides the address; of integers whether 16 divides them, whether they
-    are 1, and how many bits they take; of others what Triton says. Written out, as it runs at each launch.
+    For a tensor this is the dtype and whether 16 divides the address; for an integer whether 16 divides it, whether it
+    is 1, and how many bits it takes; for others what Triton returns. It is generated code, as it runs at each launch.
     """
     terms = []
     for i, kind in enumerate(types):
@@ -92,7 +91,7 @@ def _specialisation(types: tuple[type, ...]) -> Callable[..., tuple]:
 
 
 class Launch(NamedTuple):
-    """A launch that was noted instead of made, with tensors that may be on the meta device."""
+    """A launch that was recorded instead of made, with tensors that may be on the meta device."""
 
     kernel: "Kernel"
     args: tuple[Any, ...]
@@ -100,7 +99,7 @@ class Launch(NamedTuple):
 
     @property
     def kind(self) -> tuple:
-        """The same for launches that need one compiled kernel."""
+        """A key that is equal for launches of the same compiled kernel."""
         types = tuple(map(type, self.args))
         return self.kernel, types, *self.options, *self.options.values(), _specialisation(types)(*self.args)
 
@@ -110,7 +109,7 @@ _before_first: Callable[[], None] | None = None
 
 
 def before_first_launch(call: Callable[[], None]) -> None:
-    """Calls this once, before the next launch of a kernel for which `Kernel` remembers nothing."""
+    """Calls this once, before the next launch of a kernel that has not been launched for such arguments."""
     global _before_first
     _before_first = call
 
@@ -124,7 +123,7 @@ def _call_before_first() -> None:
 
 @contextlib.contextmanager
 def noting() -> Iterator[list[Launch]]:
-    """Inside, launches are noted in this list instead of being made."""
+    """Inside, launches are recorded in the returned list instead of being made."""
     global _noted
     _noted = found = []
     try:
@@ -134,7 +133,7 @@ def noting() -> Iterator[list[Launch]]:
 
 
 def _know_functions(module: dict[str, Any]) -> None:
-    """Computes the keys of the functions that kernels of a module call: those that it imports, then in their order."""
+    """Computes the cache keys of the functions that a module's kernels call, those of imported modules first."""
     for value in list(module.values()):
         if isinstance(value, JITCallable) and not isinstance(value, Kernel) and value.hash is None:
             if value.__globals__ is not module:
@@ -143,10 +142,10 @@ def _know_functions(module: dict[str, Any]) -> None:
 
 
 class Kernel(JITFunction):
-    """A kernel that launches what Triton has compiled for such arguments before.
+    """A kernel whose later calls launch what Triton compiled at the first call with such arguments.
 
-    Triton compiles and launches the first call of each kind. Arguments by name that are no constants, and constants
-    among those by position, leave every call to Triton. Options such as num_warps must be hashable.
+    Pass constants by name and all other arguments by position; otherwise Triton makes every launch. Options such as
+    num_warps must be hashable.
     """
 
     def __init__(self, function: Callable, **options: Any):
@@ -191,7 +190,7 @@ class Kernel(JITFunction):
         launcher(x, y, z, stream, function, metadata, None, None, None, *args, *constants)
 
     def _remember(self, key: tuple, variant: Any, n: int, options: dict[str, Any]) -> None:
-        """variant: what Triton has launched for n arguments by position and some by name."""
+        """variant: the compiled kernel that Triton has launched, for n arguments by position and others by name."""
         given, others = self.params[:n], self.params[n:]
         if any(p.is_constexpr for p in given) or not all(p.is_constexpr for p in others):
             return
@@ -205,7 +204,7 @@ class Kernel(JITFunction):
 
 @functools.cache
 def row_width(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
-    """The elements of a row of this shape, or None where they are not one after the other in memory."""
+    """The number of elements of a row of this shape, or None where they are not adjacent in memory."""
     width = 1
     for size, stride in zip(reversed(shape), reversed(strides)):
         if size > 1 and stride != width:
@@ -218,9 +217,9 @@ _widths: dict[tuple, int] = {}  # of matrices that Triton's checks have passed
 
 
 def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Of a (T, ...) tensor as a matrix (T, W), in tiles of (rows, columns). AssertionError where there can be none.
+    """The descriptor of a (T, ...) tensor as a matrix (T, W), in tiles of (rows, columns).
 
-    Triton's checks of what does not depend on the address or on T are made once.
+    Triton checks each shape and layout once. Raises AssertionError where the tensor can have no descriptor.
     """
     shape, strides = x.shape, x.stride()
     T, stride, key = shape[0], strides[0], (x.dtype, shape[1:], strides, rows, columns)

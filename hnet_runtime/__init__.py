@@ -7,7 +7,8 @@
     evaluation/    validation, scoring of texts, multiple-choice questions, lm-evaluation-harness
     pages/         chunks in a terminal, curves, the explorer, reports, progress bars
 
-Beside them: processes and sharding (`distributed.py`), FLOPs, the code that commands share, the console commands.
+Beside them: processes and sharding (`distributed.py`), memory and threads of a CPU, FLOPs, the code that commands
+share, the console commands.
 """
 
 

@@ -408,15 +408,12 @@ class Traffic(NamedTuple):
     replicas: float  # gradients of shards, between replicas
 
 
-def traffic(
-    config: HNetConfig, shards: int, replicate: int = 1, slices: int = 1, weight_bytes: int = 2, reshard: bool = True
-) -> Traffic:
+def traffic(config: HNetConfig, shards: int, replicate: int = 1, slices: int = 1, weight_bytes: int = 2) -> Traffic:
     """The traffic of `shard_model` for `slices` micro-batches per rank, computed from the sizes of the weights.
 
     A ring over n ranks sends (n - 1) / n of what is gathered or scattered, and twice that for an all-reduce. Weights
-    are gathered in `weight_bytes` (residual projections in 4) for the forward and, with `reshard`, for the backward of
-    every slice; the root group stays gathered. Gradients are sent once per step in float32. A_log, dt_bias and D are
-    left out.
+    are gathered in `weight_bytes` (residual projections in 4) for the forward and for the backward of every slice; the
+    root group stays gathered. Gradients are sent once per step in float32. A_log, dt_bias and D are left out.
     """
     with torch.device("meta"):
         model = HNetLM(config)
@@ -425,7 +422,7 @@ def traffic(
     for name, p in model.named_parameters():
         if name.rsplit(".", 1)[-1] not in PLAIN_FLOAT32:
             total += p.numel()
-            times = slices * (2 if reshard and id(p) in groups else 1)
+            times = slices * (2 if id(p) in groups else 1)
             gathered += times * p.numel() * (4 if "residual_proj" in name else weight_bytes)
     part, across = (shards - 1) / shards, 2 * (replicate - 1) / replicate
     return Traffic(part * gathered, part * 4 * total, across * 4 * total / shards)
@@ -440,9 +437,6 @@ def reduce_plain_gradients(parameters: Iterable[nn.Parameter], world: World) -> 
     dist.all_reduce(flat)
     for grad, piece in zip(grads, flat.split([g.numel() for g in grads])):
         grad.copy_(piece.view_as(grad))
-
-
-BETAS = (0.9, 0.95)  # of AdamW
 
 
 def seed_of_step(seed: int, step: int, rank: int) -> int:
@@ -565,15 +559,3 @@ def imbalance(per_slice: Tensor, world: World) -> Tensor:
     """
     side_by_side = per_slice.unflatten(0, (-1, world.size))
     return (side_by_side.amax(1) / side_by_side.mean(1)).mean(0)
-
-
-# Dense bf16 peak of the tensor cores in FLOP/s, from NVIDIA's data sheets
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
-
-
-def peak_flops(device: torch.device) -> float:
-    """The device's dense bf16 peak in FLOP/s; NaN if it is unknown."""
-    if device.type != "cuda":
-        return math.nan
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name.split()), math.nan)

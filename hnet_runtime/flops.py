@@ -1,7 +1,8 @@
-"""Floating-point operations of a training step, from the document lengths at each stage."""
+"""Floating-point operations of a training step, from the document lengths at each stage; and what a GPU can do."""
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -55,3 +56,15 @@ def count_flops(config: HNetConfig, stage_lengths: Sequence[Sequence[int]]) -> F
 
 def _with_tuples(layout: Any) -> Any:
     return tuple(map(_with_tuples, layout)) if isinstance(layout, list | tuple) else layout
+
+
+# Dense bf16 peak of the tensor cores in FLOP/s, from NVIDIA's data sheets
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
+
+
+def peak_flops(device: torch.device) -> float:
+    """The device's dense bf16 peak in FLOP/s; NaN if it is unknown."""
+    if device.type != "cuda":
+        return math.nan
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name.split()), math.nan)

@@ -413,7 +413,7 @@ def test_steps_as_graphs_train_by_it(world):
         model = build(world, torch.float64)
         groups = distributed.optimizer_groups(parameter_groups(model, RATE, DECAY))
         runner = GraphedModel(model, torch.float32, 0.1, groups=groups, accumulates=True)
-        optimizer = runner.optimizer if flat else torch.optim.AdamW(groups, betas=distributed.BETAS, fused=True)
+        optimizer = runner.optimizer if flat else torch.optim.AdamW(groups, betas=flat_adamw.BETAS, fused=True)
         compute_weights = [(x, model.get_parameter(name)) for name, x in runner.model.named_parameters()]
         compute_weights = [(x, p) for x, p in compute_weights if x is not p]
         found = losses.setdefault(flat, [])

@@ -229,7 +229,7 @@ def test_padded_prefills_are_prefills(monkeypatch, name, wrong):
         for states in (padded.cache.stages, wanted.cache.stages):
             cache = lm.new_cache(4, 200)
             for state, source, tokens in zip(cache.stages, states, tokens_SB):
-                state.put(rows, source, tokens)
+                state.replace(rows, source, tokens)
             active = [row in rows for row in range(4)]
             steps = [lm.step(torch.tensor([97, 98, 99, 100 + n]), cache, active).logits_BV[rows] for n in range(3)]
             continued.append(torch.stack(steps))

@@ -28,8 +28,8 @@ from hnet_runtime.steps.graphs import (
     SIZES_PER_OCTAVE,
     TOKENS,
     GraphedModel,
+    _increment,
     _padded,
-    _step,
 )
 from hnet_runtime.steps.segments import BackwardPart, SavedPool, Segment
 from hnet_trainable import HNetConfig, HNetLM, init_weights, nested_like
@@ -442,7 +442,7 @@ def test_a_backward_in_parts_gives_the_same_bits(monkeypatch):
     monkeypatch.setattr(graphs, "WEIGHTS_PER_PART", 1)
     world = World(1, 2, torch.device(DEVICE), None)
     cut = GraphedModel(build(TWO_STAGES, torch.float32), dtype, ALPHA, world=world, accumulates=True)
-    assert {part: len(pieces) for part, pieces in cut.weights.items()} == {
+    assert {part: len(pieces) for part, pieces in cut.backward_parts.items()} == {
         "enter 0": 2, "enter 1": 3, "inner 2": 2, "pass 1": 1, "leave 1": 2, "pass 0": 1, "leave 0": 1,
     }  # fmt: skip
     parts, summed = cut.optimizer.gradients, {}
@@ -520,10 +520,10 @@ def test_sizes():
 
 @given(st.integers(1, 200_000), st.sampled_from([EARLY_SIZES_PER_OCTAVE, SIZES_PER_OCTAVE]))
 def test_sizes_waste_little(T, per_octave):
-    size, step = _padded(T, per_octave), _step(T, per_octave)
+    size, step = _padded(T, per_octave), _increment(T, per_octave)
     assert size >= T and _padded(size, per_octave) == size
     assert size - T < max(TOKENS, T / per_octave + 1) and size - T < step <= max(TOKENS, size)
-    assert step <= _step(T + 1, per_octave)  # what `_leave` has for all numbers of chunks up to T
+    assert step <= _increment(T + 1, per_octave)  # what `_leave` has for all numbers of chunks up to T
     assert _padded(size) == size, "the sizes of early steps are among those of later ones"
 
 

@@ -21,13 +21,12 @@ from processes import run_train, start_train
 
 import fineweb
 import train
-from hnet_runtime import UserError, distributed
+from hnet_runtime import UserError, cpu, distributed
 from hnet_runtime.runs import checkpoint, statistics
-from hnet_runtime.runs import run as run_module
 from hnet_runtime.runs.flags import read_config
 from hnet_runtime.runs.metrics import GROUPS, JsonlSink, WandbSink, panel
 from hnet_runtime.runs.progress import Progress
-from hnet_runtime.runs.run import Compilations, Interrupts, code_revision, in_words, newest, share_cores, threads_beside
+from hnet_runtime.runs.run import Compilations, Interrupts, code_revision, in_words, newest
 from hnet_runtime.runs.weights import export, load
 from hnet_trainable import ConfigError, HNetConfig, HNetLM, init_weights
 
@@ -848,7 +847,7 @@ def test_the_time_left_is_that_of_the_steps():
     [(2, 0.3, 2), (2, 1.0, 1), (2, 1.4, 1), (2, 5.1, 1), (1, 3.0, 1), (16, 7.9, 16), (16, 9.2, 7), (16, 40.0, 1)],
 )
 def test_a_busy_cpu_gets_a_thread_for_each_free_core(cores, load, threads):
-    assert threads_beside(cores, load) == threads
+    assert cpu.threads_beside(cores, load) == threads
 
 
 @pytest.mark.parametrize("variable, average, threads", [("", 500.0, 1), ("", 0.0, 3), ("3", 500.0, 3)])
@@ -858,12 +857,12 @@ def test_threads_are_lowered_only_without_the_variable(monkeypatch, caplog, vari
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     monkeypatch.setattr(os, "getloadavg", lambda: (average, average, average))
-    monkeypatch.setattr(run_module, "running_beside", lambda: average)
+    monkeypatch.setattr(cpu, "running_beside", lambda: average)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
         with caplog.at_level("INFO"):
-            share_cores()
+            cpu.share_cores()
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import torch
 
 from hnet_decoder import generate
-from hnet_runtime import distributed
 from hnet_runtime.data.stream import ByteStream
 from hnet_runtime.distributed import World
 from hnet_runtime.evaluation.validation import bits_name, chunks_of
-from hnet_runtime.flops import count_flops
+from hnet_runtime.flops import count_flops, peak_flops
 from hnet_runtime.pages.chunks import bars, print_chunks, to_html
 from hnet_runtime.pages.plots import plot
 from hnet_runtime.runs import statistics
@@ -48,7 +47,7 @@ def speed(
     tokens = [float(config.mbs * config.global_slices)]
     for s in range(hnet.num_stages):
         tokens.append(tokens[-1] * record[f"stage{s}_F"])
-    peak = distributed.peak_flops(world.device) * world.size
+    peak = peak_flops(world.device) * world.size
     flops = count_flops(hnet, [[n] for n in tokens]).matmul
     measured = {"step_ms": 1000 * seconds, "bytes_per_s": tokens[0] / seconds, "mfu": flops / seconds / peak}
     if world.device.type == "cuda":

@@ -1,20 +1,16 @@
-"""A run's folder: opening, locking and resuming; and what can interrupt a run."""
+"""A run's folder: opening, locking and resuming; and its code revision, compiled kernels and interrupts."""
 
 import contextlib
-import ctypes
 import fcntl
 import logging
-import math
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 
 from hnet_runtime import UserError
@@ -75,7 +71,7 @@ def of_main(call: Callable[[], Returned], world: World) -> Returned:
     return found
 
 
-def leave_unused(run: Path, world: World) -> None:
+def remove_unused(run: Path, world: World) -> None:
     """Removes the folder of a run that was refused, if `open_folder` created it."""
     if world.is_main and run in _made and [path.name for path in run.iterdir()] == [".lock"]:
         (run / ".lock").unlink()
@@ -117,7 +113,7 @@ def _refuse_files_of_others(run: Path) -> None:
 
 
 def say_what_changed(source: Path, about: dict[str, Any]) -> None:
-    """Logs in what a run that resumes from a checkpoint differs from the one that wrote it."""
+    """Logs how a run that resumes from a checkpoint differs from the run that wrote it: model files and flags."""
     saved = checkpoint.read_train(source)
     if changed := checkpoint.changed_model(saved):
         logger.warning("%s %s: the run goes on with the files as they are here", source, changed)
@@ -184,56 +180,6 @@ class Compilations:
         return f"{self.seconds:.1f} s for {self.new} kernels compiled and {self.cached} from Triton's cache"
 
 
-def keep_freed_memory() -> None:
-    """Makes glibc keep freed memory for the next step, instead of returning it to the kernel, which zeroes it.
-
-    For training on a CPU: it avoids 6,000 to 10,000 page faults per step of 1,024 bytes of the default model. Without
-    glibc it does nothing.
-    """
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def threads_beside(cores: int, load: float) -> int:
-    """Threads for a step on a CPU of which other programs keep `load` cores busy: all, or at high load the free ones.
-
-    A step's threads wait for each other, so one that gets no core delays them all. On 2 cores with a load of 5 a step
-    took up to 15 s with 2 threads instead of 0.4 s.
-    """
-    return cores if load < cores / 2 else max(1, cores - round(load))
-
-
-def share_cores() -> None:
-    """Lowers torch's number of threads if other programs are busy on this CPU and OMP_NUM_THREADS does not set it."""
-    cores, chosen = os.cpu_count() or 1, torch.get_num_threads()
-    if "OMP_NUM_THREADS" in os.environ or not hasattr(os, "getloadavg"):
-        return
-    load = os.getloadavg()[0]
-    if threads_beside(cores, load) < chosen:
-        load = min(load, running_beside())  # the average of a minute still counts a program that has just ended
-    if (threads := threads_beside(cores, load)) < chosen:
-        torch.set_num_threads(threads)
-        logger.info(
-            f"{cores} CPU cores, load {load:.1f} by other programs: {threads} thread{'s' * (threads > 1)}; "
-            f"OMP_NUM_THREADS={chosen} asks for more"
-        )
-
-
-def running_beside() -> float:
-    """Threads of other programs that run or wait for a core, on average over 0.3 s. Infinite except on Linux."""
-    counts = []
-    for _ in range(10):
-        time.sleep(0.03)
-        try:
-            counts.append(int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]) - 1)  # without this one
-        except (OSError, ValueError, IndexError):
-            return math.inf
-    return sum(counts) / len(counts)
-
-
 def code_revision() -> str:
     """The git revision of this checkout, with `+` where files differ from it; `unknown` outside git."""
     git = ["git", "-C", str(Path(__file__).parent)]
@@ -267,7 +213,7 @@ class Interrupts:
 
 
 def in_words(error: BaseException, ac: str = "none") -> str:
-    """The error in words, for the sentence that ends a run with this --ac."""
+    """What to do if the error says that memory is full, else the class of the error. ac: --ac of the run."""
     if memory_ran_out(error):
         first = {"selective": "--ac block, ", "block": ""}.get(ac, "--ac selective or block, ")
         return f"the GPU's memory is full: take {first}a smaller --mbs with more --global-slices, or more processes"

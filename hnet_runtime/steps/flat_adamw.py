@@ -21,7 +21,8 @@ from hnet_kernels.adamw import BLOCK, adamw_, join_float32, norms, split_float32
 from hnet_runtime import UserError
 from hnet_runtime.sharded import is_sharded
 
-Span = Sequence[Sequence[nn.Parameter]]
+BETAS = (0.9, 0.95)  # of AdamW in training
+ParameterSpan = Sequence[Sequence[nn.Parameter]]
 
 
 class SplitFloat32(NamedTuple):
@@ -106,7 +107,7 @@ class FlatAdamW(EagerAdamW):
     def __init__(
         self,
         groups: Sequence[dict[str, Any]],
-        spans: Sequence[Span],
+        spans: Sequence[ParameterSpan],
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         compute_weights: Sequence[tuple[Tensor, Tensor]] = (),

@@ -45,9 +45,9 @@ from hnet_kernels.conv import MAX_TAPS
 from hnet_kernels.dispatch import forcing, requested
 from hnet_kernels.gradients import Destinations, settle, writing_to
 from hnet_kernels.recompute import recomputing
-from hnet_routers import inner_cuts
-from hnet_runtime.distributed import BETAS, PLAIN_FLOAT32, Fetched, World
-from hnet_runtime.steps.flat_adamw import FlatAdamW, Span
+from hnet_routers import check_cuts, inner_cuts
+from hnet_runtime.distributed import PLAIN_FLOAT32, Fetched, World
+from hnet_runtime.steps.flat_adamw import BETAS, FlatAdamW, ParameterSpan
 from hnet_runtime.steps.plain import Losses, check_losses
 from hnet_runtime.steps.segments import BackwardPart, Leaf, Outputs, SavedPool, Segment, memory_ran_out
 from hnet_trainable import (
@@ -59,7 +59,6 @@ from hnet_trainable import (
     Isotropic,
     Packing,
     StageOutput,
-    check_cuts,
     positions,
     rotary_tables,
     training_loss,
@@ -99,7 +98,7 @@ def why_unsupported(config: HNetConfig, device: torch.device, dtype: torch.dtype
 
 
 def frozen(model: HNetLM | HNetConfig) -> str | None:
-    """Why a GraphedModel of this model cannot train: a weight that needs no gradient, which it would update; or None.
+    """Why a GraphedModel cannot train this model: it updates all weights, and one needs no gradient. Else None.
 
     Fast implementations write the gradients of all weights, and FlatAdamW decays all of them.
     """
@@ -120,14 +119,14 @@ def _power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _step(T: int, per_octave: int = SIZES_PER_OCTAVE) -> int:
-    """The multiple to which inner sizes near T are rounded; the document of zeros has fewer tokens than this."""
+def _increment(T: int, per_octave: int = SIZES_PER_OCTAVE) -> int:
+    """Sizes of inner stages near T are rounded up to a multiple of this. The document of zeros has fewer tokens."""
     return max(TOKENS, _power(T) // (2 * per_octave))
 
 
 def _padded(T: int, per_octave: int = SIZES_PER_OCTAVE) -> int:
     """The padded size of an inner stage with T tokens."""
-    return -(-T // _step(T, per_octave)) * _step(T, per_octave)
+    return -(-T // _increment(T, per_octave)) * _increment(T, per_octave)
 
 
 def _weights(module: nn.Module | nn.Parameter | None) -> list[nn.Parameter]:
@@ -147,8 +146,8 @@ class Sizes(NamedTuple):
 class StageBuffers:
     """The values that segments of stage s pass to each other, for at most T tokens and C chunks.
 
-    The stage inside takes the rows of `x_TD` and `p_T` at `start_C`. Where there is no chunk, start_C is the size of
-    stage s, one row past its tokens, and that row is zero. Names with a leading d are gradients.
+    The stage inside takes the rows of `x_TD` and `p_T` at `start_C`. An entry of start_C without a chunk is the size of
+    stage s: the index of a row of zeros behind its tokens. Names with a leading d are gradients.
     """
 
     def __init__(self, T: int, C: int, D: int, dtype: torch.dtype, shares: Tensor, inner: Packing):
@@ -197,25 +196,24 @@ class CopyTo(torch.autograd.Function):
 class GraphedModel:
     """Runs the training steps of an unsharded HNetLM as graphs.
 
-    `masters`: the HNetLM with the float32 master weights. `model`: a copy of it with the weights in the compute dtype.
-    The graphs capture its modules; it also evaluates and generates. ac: activation checkpointing, see
-    hnet_kernels/recompute.py. Gradients are written to the masters' `grad`. Gradients of bfloat16 weights are float32
-    where they are added over processes or (`accumulates`) over the micro-batches of a step. Else they are bfloat16,
-    rounded once at the end of their matrix product.
-
-    `optimizer` updates the master weights and the compute weights; groups: its parameter groups, by default one.
-    Everything else reads and changes master weights inside `optimizer.full_precision()`.
-
-    alpha: the weight of the ratio losses; graphs read a tensor's value at each step, and capture that of a float. The
-    same holds for the model's `ratio_targets`.
-
-    world: where several processes have replicas of the weights, gradients are averaged over them, those of a backward
-    part while the next one runs. Each process updates one shard of the weights: see FlatAdamW.
-
+    masters: the HNetLM with the float32 master weights. Gradients are written to their `grad`.
+    alpha: the weight of the ratio losses. Graphs read a tensor's value at each step, and capture that of a float. The
+        same holds for the model's `ratio_targets`.
+    world: several processes have replicas of the weights. Gradients are averaged over them, those of a backward part
+        while the next part runs. Each process updates one shard of the weights: see FlatAdamW.
+    groups: parameter groups of the optimizer, by default one.
+    ac: activation checkpointing, see hnet_kernels/recompute.py.
+    accumulates: whether a step may have several micro-batches.
     captures: if False, each step runs the model's own forward eagerly. Weights and gradients are as described here, but
-    nothing is cut into parts, and activation checkpointing is up to the caller.
+        the model is not divided into parts, and the caller sets up activation checkpointing.
 
-    `captured`: the number of segments captured so far, in `capture_seconds`; one takes some tens of milliseconds.
+    `model` is a copy of the masters with the weights in the compute dtype. The graphs capture its modules; it also
+    evaluates and generates. `optimizer` updates the master weights and the compute weights. Everything else reads and
+    changes master weights inside `optimizer.full_precision()`. `captured` is the number of segments captured so far;
+    `capture_seconds` is their time, some tens of milliseconds each.
+
+    Gradients of bfloat16 weights are float32 where they are added over processes or micro-batches. Otherwise they are
+    bfloat16, rounded once at the end of their matrix product.
     """
 
     def __init__(
@@ -254,9 +252,11 @@ class GraphedModel:
         uses = collections.Counter(p for found in modules.values() for module in found for p in _weights(module))
         self.shared = [name for p, name in names.items() if uses[p] != 1]  # any part may read these
         spans = itertools.count() if self.size > 1 else itertools.repeat(0)
-        self.weights = {
+        # of each part, in the order of the forward: (first block, names of weights, span of the optimizer)
+        self.backward_parts = {
             part: [
-                (block, [names[p] for p in weights if uses[p] == 1], next(spans)) for block, weights in self._cut(found)
+                (block, [names[p] for p in weights if uses[p] == 1], next(spans))
+                for block, weights in self._split_backward(found)
             ]
             for part, found in modules.items()
         }
@@ -299,7 +299,10 @@ class GraphedModel:
         found[last].append(getattr(self.model, "lm_head", None))
         return found
 
-    def _cut(self, modules: Sequence[nn.Module | nn.Parameter | None]) -> list[tuple[Block | None, list[Tensor]]]:
+    def _split_backward(
+        self, modules: Sequence[nn.Module | nn.Parameter | None]
+    ) -> list[tuple[Block | None, list[Tensor]]]:
+        """The backward parts of a part with these modules: (first block, or None for the start; weights)."""
         parts: list[tuple[Block | None, list[Tensor]]] = [(None, [])]
         for module in modules:
             for one in [*module.layers, module.rmsnorm] if isinstance(module, Isotropic) else [module]:
@@ -309,7 +312,7 @@ class GraphedModel:
                 parts[-1][1].extend(_weights(one))
         return parts
 
-    def _spans(self, parameters: dict[str, nn.Parameter]) -> list[Span]:
+    def _spans(self, parameters: dict[str, nn.Parameter]) -> list[ParameterSpan]:
         """The order of parameters in the optimizer's memory.
 
         With several processes there is a span for each backward part, sharded over them. The last span has the few
@@ -318,10 +321,10 @@ class GraphedModel:
         small = [p for name, p in parameters.items() if _stays_float32(name)]
         others = [p for name, p in parameters.items() if name in self.shared and not _stays_float32(name)]
         if self.size == 1:
-            spans: list[Span] = [[[p for name, p in parameters.items() if not _stays_float32(name)]]]
+            spans: list[ParameterSpan] = [[[p for name, p in parameters.items() if not _stays_float32(name)]]]
         else:
             spans = []
-            for _, names, _ in itertools.chain.from_iterable(self.weights.values()):
+            for _, names, _ in itertools.chain.from_iterable(self.backward_parts.values()):
                 parts: list[list[nn.Parameter]] = [[] for _ in range(self.size)]
                 large = [parameters[name] for name in names if not _stays_float32(name)]
                 for p in sorted(large, key=torch.numel, reverse=True):
@@ -336,7 +339,7 @@ class GraphedModel:
         had_graphs = any(self.segments.values())
         if had_graphs and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # no graph is running
-        self.segments = {part: OrderedDict() for part in self.weights}
+        self.segments = {part: OrderedDict() for part in self.backward_parts}
         self.pools: dict[str, SavedPool] = {}
         # What a part's forward saves is not needed when another segment of the part runs, so its segments share a
         # SavedPool. All other memory is needed only while one graph runs, so all graphs share a memory pool. The last
@@ -363,17 +366,17 @@ class GraphedModel:
                 self.forget()
 
     def full_precision(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, the masters' weights are there in float32 and may be changed."""
+        """Inside, the masters have their weights in float32, which may be read and changed."""
         return self.optimizer.full_precision()
 
     def begin_step(self, done: int, seed: int = 0) -> None:
-        """done: the steps of the run so far, which decide between few and many sizes. seed: as for `PlainModel`."""
+        """Chooses few sizes of segments early in a run, many later. done: steps so far. seed: as for `PlainModel`."""
         self.sizes_per_octave = EARLY_SIZES_PER_OCTAVE if done < EARLY_STEPS else SIZES_PER_OCTAVE
         if not self.captures:
             torch.manual_seed(seed)
 
     def finish_step(self) -> None:
-        """Gives the masters the buffers that a forward made anew. Gradients stay: each step overwrites all of them."""
+        """Gives the masters the buffers that a forward has replaced. Gradients stay: each step overwrites them all."""
         if not self.captures:
             for masters, computed in zip(self.masters.modules(), self.model.modules(), strict=True):
                 masters._buffers.update(computed._buffers)
@@ -428,7 +431,7 @@ class GraphedModel:
             at.cu_seqlens[: B + 1 + (s > 0)], at.position_T[:T], at.cos_MR[:M], at.sin_MR[:M], byte_T, cuts_T
         )
 
-    def _begin(self, s: int, sizes: Sizes, leaf: Leaf) -> Tensor:
+    def _stage_input(self, s: int, sizes: Sizes, leaf: Leaf) -> Tensor:
         """The input of stage s: bytes, or the tokens of the stage outside that open chunks."""
         T, B, _ = sizes
         if s == 0:
@@ -439,7 +442,7 @@ class GraphedModel:
             cuts_T[:T].copy_(inner_cuts(self.packings[s - 1].cuts_T, outer.chunks.start_C[:T]))
         return take_rows(leaf(outer.x_TD, outer.dx_TD, adds=True), outer.chunks.start_C[:T])
 
-    def _end(self, s: int, x_TD: Tensor, packing: Packing, leaf: Leaf) -> Outputs:
+    def _stage_output(self, s: int, x_TD: Tensor, packing: Packing, leaf: Leaf) -> Outputs:
         """The output of stage s: smoothed for the stage outside, or the loss."""
         if s == 0:
             ce = cross_entropy(self.model.head(x_TD), self.labels_T[: len(x_TD)])
@@ -456,7 +459,7 @@ class GraphedModel:
     def _enter(self, s: int, sizes: Sizes, leaf: Leaf) -> Outputs:
         hnet, to, T = self.levels[s], self.buffers[s], sizes.T
         packing = self._packing(s, sizes)
-        x_TD = hnet.encode(self._begin(s, sizes, leaf), packing)
+        x_TD = hnet.encode(self._stage_input(s, sizes, leaf), packing)
         to.x_TD[T].zero_()
         x_TD = CopyTo.apply(x_TD, to.x_TD[:T])
         p_T = hnet.routing_module(x_TD, packing)
@@ -472,7 +475,8 @@ class GraphedModel:
 
     def _inner(self, s: int, sizes: Sizes, leaf: Leaf) -> Outputs:
         packing = self._packing(s, sizes)
-        return self._end(s, self.levels[s].run_innermost(self._begin(s, sizes, leaf), packing), packing, leaf)
+        x_TD = self.levels[s].run_innermost(self._stage_input(s, sizes, leaf), packing)
+        return self._stage_output(s, x_TD, packing, leaf)
 
     def _pass(self, s: int, sizes: Sizes, leaf: Leaf) -> Outputs:
         hnet, at, T = self.levels[s], self.buffers[s], sizes.T
@@ -485,19 +489,19 @@ class GraphedModel:
         chunks, packing = at.of(T, C, sizes.B), self._packing(s, sizes)
         p_T, z_CD = leaf(chunks.p_T[:T], at.dp_T[:T]), leaf(at.z_CD[:C], at.dz_CD[:C])
         residual_TD = leaf(at.residual_TD[:T], at.dresidual_TD[:T])
-        spare = _step(T, EARLY_SIZES_PER_OCTAVE)  # the most that any size adds
+        spare = _increment(T, EARLY_SIZES_PER_OCTAVE)  # the most that any size adds
         x_TD = hnet.upsample(z_CD, p_T, chunks, residual_TD, self.dtype, spare)
-        return self._end(s, hnet.decode(x_TD, packing), packing, leaf)
+        return self._stage_output(s, hnet.decode(x_TD, packing), packing, leaf)
 
     # --------------------------------------------------------------------------------------------- capturing segments
 
     def _sizes(self, s: int, T: int, M: int, outer_T: int | None = None) -> Sizes:
-        """Padded sizes. B and M never shrink, so that most steps find a captured segment.
+        """The padded sizes of stage s. B and M never shrink, so that most steps find a captured segment.
 
-        outer_T: the size of the stage outside, of which there are buffers for as many chunks.
+        outer_T: the padded size of the stage outside, which limits T: its buffers have space for that many chunks.
         """
         if s:
-            M = max(M, _step(T, self.sizes_per_octave))
+            M = max(M, _increment(T, self.sizes_per_octave))
             T = min(_padded(T, self.sizes_per_octave), _padded(outer_T or self.capacity))
         self.most_M[s] = max(self.most_M[s], _power(M))
         return Sizes(T, self.most_B, self.most_M[s])
@@ -508,19 +512,23 @@ class GraphedModel:
         if sizes not in segments:
             if len(segments) == CACHED:
                 segments.popitem(last=False)
-            kind, s = part.split()
-            run = {"enter": self._enter, "pass": self._pass, "inner": self._inner, "leave": self._leave}[kind]
-            last = part == list(self.weights)[-1]
+            last = part == list(self.backward_parts)[-1]
             pool = None if last else self.pools.setdefault(part, SavedPool(self.static, self.device))
-            parts = [BackwardPart(block, self._gradients(names), span) for block, names, span in self.weights[part]]
-            run = functools.partial(self._run, functools.partial(run, int(s), sizes))
-            segment = Segment(run, parts, self._gradients(self.shared), pool)
+            segment = self._new_segment(part, sizes, pool)
             if self.device.type == "cuda":
                 self._capture(part, sizes, segment)
             segments[sizes] = segment
             self.captured += 1
         segments.move_to_end(sizes)
         return segments[sizes]
+
+    def _new_segment(self, part: str, sizes: Sizes, pool: SavedPool | None) -> Segment:
+        """A segment that is not captured yet."""
+        kind, s = part.split()
+        run = {"enter": self._enter, "pass": self._pass, "inner": self._inner, "leave": self._leave}[kind]
+        parts = [BackwardPart(block, self._gradients(names), span) for block, names, span in self.backward_parts[part]]
+        run = functools.partial(self._run, functools.partial(run, int(s), sizes))
+        return Segment(run, parts, self._gradients(self.shared), pool)
 
     def _gradients(self, names: Sequence[str]) -> dict[Tensor, Tensor]:
         """The model's weights of these names, each with the memory of its gradient."""
@@ -556,19 +564,15 @@ class GraphedModel:
     def foresee(self, T: int, documents: int, shares: Sequence[float]) -> None:
         """Runs the segments of a micro-batch of T bytes on the meta device, where nothing is computed or captured.
 
-        documents: how many at most. shares: of the tokens of each stage that open a chunk. For `compile_ahead`, which
-        notes the kernels.
+        `compile_ahead` notes the kernels that they would launch. documents: the most that a micro-batch has.
+        shares: F of each chunking stage, the share of its tokens that open a chunk.
         """
         self.most_B = max(self.most_B, _power(documents))
         sizes = [self._sizes(0, T, T)]
         for s, share in enumerate(shares):
             sizes.append(self._sizes(s + 1, max(1, int(share * sizes[-1].T)), LONGEST))
-        runs = {"enter": self._enter, "pass": self._pass, "inner": self._inner, "leave": self._leave}
-        for part, cuts in self.weights.items():
-            kind, s = part.split()
-            parts = [BackwardPart(block, self._gradients(names), span) for block, names, span in cuts]
-            run = functools.partial(self._run, functools.partial(runs[kind], int(s), sizes[int(s)]))
-            segment = Segment(run, parts, self._gradients(self.shared), None)
+        for part in self.backward_parts:
+            segment = self._new_segment(part, sizes[int(part.split()[1])], None)
             segment.forward()
             segment.backward()
 
@@ -604,7 +608,7 @@ class GraphedModel:
                 self.optimizer.reduce_gradients(span)
 
         losses.append(self._micro_batch(last, finished if reduces else lambda span: None))
-        parts = sum(map(len, self.weights.values())) if reduces else 0
+        parts = sum(map(len, self.backward_parts.values())) if reduces else 0
         for span in range(parts, len(self.optimizer.spans)):  # all spans, or that of float32 weights
             finished(span)
         self.optimizer.wait_for_gradients()
@@ -615,7 +619,7 @@ class GraphedModel:
         """The losses of a micro-batch, ordered as in `losses`. finished: see `Segment.backward`."""
         if not self.captures:
             losses = self._eagerly(batch)
-            for span in reversed(range(sum(map(len, self.weights.values())) if self.size > 1 else 0)):
+            for span in reversed(range(sum(map(len, self.backward_parts.values())) if self.size > 1 else 0)):
                 finished(span)
             return losses
         segments = self.retry_without_graphs(functools.partial(self._forward, *batch))

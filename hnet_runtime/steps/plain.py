@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from hnet_runtime import UserError, distributed
-from hnet_runtime.distributed import BETAS, World
-from hnet_runtime.steps.flat_adamw import EagerAdamW
+from hnet_runtime.distributed import World
+from hnet_runtime.steps.flat_adamw import BETAS, EagerAdamW
 from hnet_simple import gathers_weights
 from hnet_trainable import HNetLM, HNetOutput, StageOutput, training_loss
 
