@@ -40,12 +40,19 @@ CARDS = {  # peaks of NVIDIA's data sheets and architecture papers
     "a100": Card("A100", (8, 0), 78.5, 312, 2039),
     "rtx3090": Card("RTX 3090", (8, 6), 23, 71, 936),
     "rtx4090": Card("RTX 4090", (8, 9), 23, 165, 1008),
+    "l4": Card("L4", (8, 9), 21.5, 121, 300),
     "l40s": Card("L40S", (8, 9), 43.5, 362, 864),
     "h100": Card("H100", (9, 0), 78.5, 989, 3350),
     "h200": Card("H200", (9, 0), 139, 989, 4800),
     "b200": Card("B200", (10, 0), 177, 2250, 8000),
     "rtx5090": Card("RTX 5090", (12, 0), 30.5, 209, 1792),
 }
+
+
+def named(name: str) -> Card | None:
+    """The card with the name that CUDA gives a GPU, such as NVIDIA A100-SXM4-80GB; None where it is not in CARDS."""
+    words = name.replace("-", " ").split()
+    return next((card for card in CARDS.values() if card.name.split()[-1] in words), None)
 
 
 @functools.cache

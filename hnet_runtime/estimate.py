@@ -140,8 +140,7 @@ def fits(needed: Memory, card: Card) -> bool:
 def card_of(device: torch.device) -> Card:
     """What estimates need of a GPU; peaks are those of a card of its name, where it is known."""
     name = torch.cuda.get_device_name(device)
-    known = [card for card in CARDS.values() if card.name.split()[-1] in name.replace("-", " ").split()]
-    card = cards.imitated() or (known[0] if known else H200)
+    card = cards.imitated() or cards.named(name) or H200
     return card._replace(name=name, capability=cards.capability(device), gib=cards.memory(device)[1] / GIB)
 
 

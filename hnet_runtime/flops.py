@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hnet_config import HNetConfig
+from hnet_kernels import cards
 from hnet_trainable import Block, HNetLM, stage_of
 
 
@@ -58,13 +59,7 @@ def _with_tuples(layout: Any) -> Any:
     return tuple(map(_with_tuples, layout)) if isinstance(layout, list | tuple) else layout
 
 
-# Dense bf16 peak of the tensor cores in FLOP/s, from NVIDIA's data sheets
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
-
-
 def peak_flops(device: torch.device) -> float:
     """The device's dense bf16 peak in FLOP/s; NaN if it is unknown."""
-    if device.type != "cuda":
-        return math.nan
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name.split()), math.nan)
+    card = cards.named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return card.tflops * 1e12 if card else math.nan

@@ -1,6 +1,7 @@
 """hnet_kernels/cards.py: what is decided about a GPU, and GPUs that another one imitates. No GPU is needed."""
 
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from hnet_kernels import KernelError, cards, launch_options
+from hnet_runtime.flops import peak_flops
 from hnet_runtime.steps import graphs
 from hnet_trainable import HNetConfig
 
@@ -108,5 +110,24 @@ def test_an_unknown_card_ends_a_run_with_the_names():
     )  # fmt: skip
     assert run.returncode == 2
     assert run.stderr == (
-        "error: HNET_GPU=voodoo2: expected one of a100, rtx3090, rtx4090, l40s, h100, h200, b200, rtx5090\n"
+        "error: HNET_GPU=voodoo2: expected one of a100, rtx3090, rtx4090, l4, l40s, h100, h200, b200, rtx5090\n"
     )
+
+
+@pytest.mark.parametrize(
+    "name, card",
+    [
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA GeForce RTX 3090", "RTX 3090"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA L40S", "L40S"),
+        ("Tesla T4", None),
+    ],
+)
+def test_a_card_is_known_by_the_name_that_cuda_gives_it(monkeypatch, name, card):
+    found = cards.named(name)
+    assert (found and found.name) == card
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    peak = peak_flops(CUDA)
+    assert peak == found.tflops * 1e12 if found else math.isnan(peak)
