@@ -721,8 +721,8 @@ def stream(
     longest = max(map(len, data))
     if longest + max_bytes > TRAINED_LENGTH:
         warnings.warn(
-            f"a prompt of {longest} bytes and {max_bytes} more exceed the {TRAINED_LENGTH} that H-Nets are trained on; "
-            "expect worse text",
+            f"a prompt of {longest} byte{'s' * (longest != 1)} and {max_bytes} more exceed the {TRAINED_LENGTH} that "
+            "H-Nets are trained on; expect worse text",
             stacklevel=2,
         )
     decoder = decoder or Decoder(model, min(len(data), MOST_ROWS))

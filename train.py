@@ -371,6 +371,8 @@ class Run:
             logger.warning("no samples: %s", reason)
         elif config.sample_bytes:
             self.inference = HNetInference.from_training(state.evaluated)  # borrows the weights: nothing is copied
+        elif config.prompt or config.sample_every:
+            logger.info("no samples (--sample-bytes 0): --prompt and --sample-every have no effect")
         self.interrupts, self.health = Interrupts(), RouterHealth(hnet.learned_ratios, config.mbs)
         self.history = CutHistory(self.folder, self.step, world)
         self.progress, self.settled = Progress(hnet, config, self.step), time.perf_counter()

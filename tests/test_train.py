@@ -441,6 +441,11 @@ def test_output_that_nobody_reads_ends_no_run(corpus, tmp_path):
         assert "val_bpb" in records(folder)[-1] and (folder / "plots.html").exists()
 
 
+def test_a_prompt_without_samples_is_named(corpus, tmp_path):
+    said = succeed(corpus, "--steps", "1", "--sample-bytes", "0", "--prompt", "a", "--save-dir", str(tmp_path / "run"))
+    assert "no samples (--sample-bytes 0): --prompt and --sample-every have no effect" in said
+
+
 def test_an_encoding_that_lacks_characters_ends_no_run(corpus, tmp_path):
     """Characters that can't be printed are shown as numbers; files are UTF-8 or ASCII in any locale."""
     folder = tmp_path / "run"
