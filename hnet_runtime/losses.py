@@ -1,4 +1,4 @@
-"""The losses that training adds to the cross entropy: a weight, and numbers that may change over a run.
+"""The losses that training adds to the cross entropy: a name, a weight, and numbers that may change over a run.
 
 The formulas are in hnet_trainable.py: `ratio_loss`, `ratio_hinge`, `training_loss`. Here is what varies between runs
 and steps. A number that changes from step to step is a tensor on the device, which `set` writes before the step. Steps
@@ -43,13 +43,19 @@ class AddedLoss:
     """A loss beside the cross entropy, with its numbers as steps read them: floats, or tensors where they change."""
 
     def __init__(
-        self, weight: Ramp, targets: Sequence[Ramp | None], device: torch.device, dtype: torch.dtype, form: str = ""
+        self,
+        name: str,
+        weight: Ramp,
+        targets: Sequence[Ramp | None],
+        device: torch.device,
+        dtype: torch.dtype,
+        form: str = "",
     ):
         """targets: a number for each stage, or None for one without.
 
         form: which formula. dtype: of the loss, at least float32.
         """
-        self.form, self._ramps = form, (weight, *targets)
+        self.name, self.form, self._ramps = name, form, (weight, *targets)
         self._values = [
             torch.full((), ramp.first, dtype=dtype, device=device) if ramp and ramp.changes else ramp and ramp.last
             for ramp in self._ramps
@@ -84,7 +90,7 @@ def ratio(config: TrainConfig, hnet: HNetConfig, device: torch.device, dtype: to
     """
     first = first_ratios(config, hnet)
     targets = [N and Ramp(start, N, config.ratio_rise) for start, N in zip(first, hnet.learned_ratios)]
-    return AddedLoss(Ramp.constant(config.alpha), targets, device, dtype, config.ratio_form)
+    return AddedLoss("ratio", Ramp.constant(config.alpha), targets, device, dtype, config.ratio_form)
 
 
 def first_ratios(config: TrainConfig, hnet: HNetConfig) -> tuple[float, ...]:

@@ -52,7 +52,7 @@ def test_the_target_rises_over_a_share_of_the_run_and_then_stays():
         assert [target.item() for target in loss.targets] == found[step]
     constant = loss_of(TWO)
     assert constant.targets == [3, 3] and constant.weight == TrainConfig.alpha, "without a schedule no tensor"
-    rising = losses.AddedLoss(losses.Ramp(0, 1, 0.25), [], torch.device(DEVICE), WIDE)
+    rising = losses.AddedLoss("teacher", losses.Ramp(0, 1, 0.25), [], torch.device(DEVICE), WIDE)
     rising.set(1, 8)
     assert rising.weight.item() == 0.5, "a weight can change, too"
 
