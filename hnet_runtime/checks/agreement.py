@@ -457,7 +457,11 @@ def warn_of(config: HNetConfig, repeats: bool = False) -> None:
 
 
 class _UnfilledIsNan(TorchFunctionMode):
-    """Inside, memory that nobody fills is nan. `torch.use_deterministic_algorithms` does it too, but imports dynamo."""
+    """Inside, memory that nobody fills is nan.
+
+    `torch.use_deterministic_algorithms` does it too, but imports torch._inductor for half a second, in
+    github.com/pytorch/pytorch/blob/main/torch/__init__.py (2.11 to 2.13). When it no longer does, this can go.
+    """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
