@@ -11,6 +11,7 @@ import torch
 from small_models import ONE_STAGE
 
 import fineweb
+from hnet_runtime.checks import agreement
 from hnet_runtime.runs import weights
 from hnet_trainable import HNetConfig, HNetLM, init_weights
 
@@ -69,3 +70,15 @@ def test_training_imports_nothing_slow(folder, how):
 
 def test_generation_imports_nothing_slow(folder):
     assert imported(GENERATE, str(folder), "--prompt", "the", "--max-bytes", "4", "--device", "cpu") == []
+
+
+def test_small_models_are_checked_on_one_thread():
+    """On 2 cores beside a busy program, two threads took 15 s for what one does in a second."""
+    threads, before = [], torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        prepare = lambda model: threads.append(torch.get_num_threads())  # noqa: E731
+        assert agreement.steps_as_graphs(HNetConfig.load(ONE_STAGE), prepare=prepare) is None
+        assert (*threads, torch.get_num_threads()) == (1, 3)
+    finally:
+        torch.set_num_threads(before)

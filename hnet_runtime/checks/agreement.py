@@ -8,6 +8,8 @@
 - `generation`: prefill and steps continue from a cache, where training reads complete documents.
 
 The first difference is named, and the run takes the next slower way that agrees.
+
+What runs on the CPU is so small that more than one thread only waits: beside a busy program, for seconds.
 """
 
 import contextlib
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import hnet_kernels as K
-from hnet_kernels.dispatch import OPERATIONS, forcing, requested
+from hnet_kernels.dispatch import OPERATIONS, forcing, one_thread, requested
 from hnet_runtime.checks import equivalence
 from hnet_runtime.steps.graphs import GraphedModel, frozen
 from hnet_simple import GenerationError, HNetInference, why_no_generation
@@ -199,6 +201,7 @@ def operations(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     return found
 
 
+@one_thread()
 def choose_implementations(device: torch.device, dtype: torch.dtype, config: HNetConfig | None = None) -> list[str]:
     """Makes definitions run where fast implementations differ from them, on the device or in float64 on the CPU.
 
@@ -345,6 +348,7 @@ def _draws_random_numbers(call: Callable[[], Any]) -> bool:
     return not torch.equal(before, torch.get_rng_state()) or others != [random.getstate(), str(np.random.get_state())]
 
 
+@one_thread()
 def steps_as_graphs(
     config: HNetConfig, ac: str = "none", prepare: Callable[[HNetLM], None] = lambda model: None
 ) -> str | None:
@@ -444,6 +448,7 @@ def _roughly(losses, gradients, wanted_losses, wanted) -> str | None:
 # --------------------------------------------------------------------------------------------------------- what to know
 
 
+@one_thread()
 def warn_of(config: HNetConfig, repeats: bool = False) -> None:
     """Warns of what an edited model does that a run would not show, as found on a small model of the config.
 
@@ -537,6 +542,7 @@ def _remembers(config: HNetConfig) -> str | None:
 # ---------------------------------------------------------------------------------------------------------- generation
 
 
+@one_thread()
 def generation(config: HNetConfig) -> str | None:
     """Why a model of this config can't generate, or how a small one's generation differs from its forward: the first
     layer that does. None if they agree.
