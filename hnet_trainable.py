@@ -10,8 +10,9 @@ What this file says is what runs: training as CUDA graphs, eagerly or sharded by
 evaluation all call the modules below. Speed comes from the operations in hnet_kernels/, each a definition in plain
 torch with a fast implementation beside it.
 
-Read in this order: documents and packing, layers, mixers, blocks, router and chunks, HNet, HNetLM, then what training
-needs: learning-rate modulation, parameter groups, initial weights. The config is in hnet_config.py.
+Read top to bottom: what a block gets of its stage (`Packing`), layers, mixers, blocks, nested tensors, router and
+chunks, HNet, HNetLM, then what training needs: learning-rate modulation, parameter groups, initial weights. The config
+is in hnet_config.py.
 
 Shape legend, as suffixes of names: B documents, j their lengths at this stage (jD: nested), k their lengths at the
 stage inside, T tokens of all documents of a stage together, C chunks (the T of the stage inside), D width, H heads,
@@ -85,89 +86,7 @@ EMA_CLAMP = 1e-4  # the smoothing's P stays in [1e-4, 1 - 1e-4] (code)
 N_GPT = 4.6  # bytes per token of GPT-2's tokenizer (section 2.3.2)
 
 
-# ---------------------------------------------------------------------------------------------- documents and packing
-#
-# All computation is on flat tensors. `flat` takes the values of an NJT, and `nested_like` wraps values as an NJT again,
-# with the *same offsets object*: torch combines only NJTs that share it. Torch's own `values()` and
-# `nested_tensor_from_jagged` do the same, but their backwards run in Python and they import torch._dynamo (1 s).
-
-
-class Documents(NamedTuple):
-    """What an NJT has beside its values: where documents begin, and bounds of their lengths."""
-
-    offsets: Tensor  # int64 (B + 1,)
-    seqlens: dict[str, Tensor]  # torch's cache: a bound is the first size of an empty tensor
-
-    @classmethod
-    def of(cls, x: Tensor) -> Documents:
-        return cls(x._offsets, x._metadata_cache)
-
-    @classmethod
-    def between(cls, offsets: Tensor, shortest: int, longest: int) -> Documents:
-        """Documents between consecutive offsets, of `shortest` to `longest` tokens each."""
-        return cls(offsets, {"min_seqlen": torch.zeros(shortest, 0), "max_seqlen": torch.zeros(longest, 0)})
-
-    def nest(self, values: Tensor) -> Tensor:
-        """The values (T, ...) as an NJT (B, j, ...), without their gradient."""
-        values = values.detach()
-        if torch.compiler.is_compiling():
-            return NestedTensor(values, self.offsets, _metadata_cache=self.seqlens)
-        # without the rest of the constructor, which imports torch._dynamo to mark sizes as dynamic for torch.compile
-        x = NestedTensor.__new__(NestedTensor, values, self.offsets)
-        x._values, x._offsets, x._lengths, x._metadata_cache = values, self.offsets, None, self.seqlens
-        return x
-
-
-class Flat(torch.autograd.Function):
-    """x_BjD -> x_TD. The gradient of x is an NJT."""
-
-    @staticmethod
-    def forward(ctx, x_BjD: Tensor) -> Tensor:
-        ctx.documents = Documents.of(x_BjD)
-        return x_BjD._values.detach()
-
-    @staticmethod
-    def backward(ctx, grad_x_TD: Tensor) -> Tensor:
-        return ctx.documents.nest(grad_x_TD)
-
-
-class Nested(torch.autograd.Function):
-    """x_TD -> x_BjD. The gradient of x is flat."""
-
-    @staticmethod
-    def forward(ctx, x_TD: Tensor, documents: Documents) -> Tensor:
-        ctx.set_materialize_grads(False)  # autograd can't make zeros of an NJT's shape
-        return documents.nest(x_TD)
-
-    @staticmethod
-    def backward(ctx, grad_x_BjD: Tensor | None):
-        return None if grad_x_BjD is None else grad_x_BjD._values, None
-
-
-def flat(x: Tensor) -> Tensor:
-    """The values `(T, ...)` of the NJT `x`, document after document. Differentiable."""
-    return Flat.apply(x)
-
-
-def nested_like(values: Tensor, like: Tensor) -> Tensor:
-    """Flat `values` `(T, ...)` as an NJT with the documents of the NJT `like`. Differentiable."""
-    return Nested.apply(values, Documents.of(like))
-
-
-def cu_seqlens(x: Tensor) -> Tensor:
-    """The offsets of an NJT as the kernels take them: int32 `(B + 1,)`."""
-    return x.offsets().to(torch.int32)
-
-
-def positions(x: Tensor) -> Tensor:
-    """Each token's position in its document, from 0: int64 `(T,)` for an NJT of T tokens."""
-    offsets = x.offsets()
-    t = torch.arange(len(x._values), device=offsets.device)
-    return t - offsets[torch.bucketize(t, offsets[1:], right=True)]
-
-
-# torch 2.13's own `nested_tensor_from_jagged` calls a function that logs a warning about itself
-logging.getLogger("torch.fx._symbolic_trace").addFilter(lambda record: "is_fx_tracing" not in record.getMessage())
+# ------------------------------------------------------------------------------------------------------------ packing
 
 
 @dataclasses.dataclass
@@ -408,6 +327,91 @@ class Isotropic(nn.Module):
         for layer in self.layers:
             residual_TD = layer(residual_TD, packing)
         return self.rmsnorm(residual_TD)
+
+
+# ----------------------------------------------------------------------------------------------------- nested tensors
+#
+# Blocks compute on flat tensors. `flat` takes the values of an NJT, and `nested_like` wraps values as an NJT again,
+# with the *same offsets object*: torch combines only NJTs that share it. Torch's own `values()` and
+# `nested_tensor_from_jagged` do the same, but their backwards run in Python and they import torch._dynamo (1 s).
+
+
+class Documents(NamedTuple):
+    """What an NJT has beside its values: where documents begin, and bounds of their lengths."""
+
+    offsets: Tensor  # int64 (B + 1,)
+    seqlens: dict[str, Tensor]  # torch's cache: a bound is the first size of an empty tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> Documents:
+        return cls(x._offsets, x._metadata_cache)
+
+    @classmethod
+    def between(cls, offsets: Tensor, shortest: int, longest: int) -> Documents:
+        """Documents between consecutive offsets, of `shortest` to `longest` tokens each."""
+        return cls(offsets, {"min_seqlen": torch.zeros(shortest, 0), "max_seqlen": torch.zeros(longest, 0)})
+
+    def nest(self, values: Tensor) -> Tensor:
+        """The values (T, ...) as an NJT (B, j, ...), without their gradient."""
+        values = values.detach()
+        if torch.compiler.is_compiling():
+            return NestedTensor(values, self.offsets, _metadata_cache=self.seqlens)
+        # without the rest of the constructor, which imports torch._dynamo to mark sizes as dynamic for torch.compile
+        x = NestedTensor.__new__(NestedTensor, values, self.offsets)
+        x._values, x._offsets, x._lengths, x._metadata_cache = values, self.offsets, None, self.seqlens
+        return x
+
+
+class Flat(torch.autograd.Function):
+    """x_BjD -> x_TD. The gradient of x is an NJT."""
+
+    @staticmethod
+    def forward(ctx, x_BjD: Tensor) -> Tensor:
+        ctx.documents = Documents.of(x_BjD)
+        return x_BjD._values.detach()
+
+    @staticmethod
+    def backward(ctx, grad_x_TD: Tensor) -> Tensor:
+        return ctx.documents.nest(grad_x_TD)
+
+
+class Nested(torch.autograd.Function):
+    """x_TD -> x_BjD. The gradient of x is flat."""
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, documents: Documents) -> Tensor:
+        ctx.set_materialize_grads(False)  # autograd can't make zeros of an NJT's shape
+        return documents.nest(x_TD)
+
+    @staticmethod
+    def backward(ctx, grad_x_BjD: Tensor | None):
+        return None if grad_x_BjD is None else grad_x_BjD._values, None
+
+
+def flat(x: Tensor) -> Tensor:
+    """The values `(T, ...)` of the NJT `x`, document after document. Differentiable."""
+    return Flat.apply(x)
+
+
+def nested_like(values: Tensor, like: Tensor) -> Tensor:
+    """Flat `values` `(T, ...)` as an NJT with the documents of the NJT `like`. Differentiable."""
+    return Nested.apply(values, Documents.of(like))
+
+
+def cu_seqlens(x: Tensor) -> Tensor:
+    """The offsets of an NJT as the kernels take them: int32 `(B + 1,)`."""
+    return x.offsets().to(torch.int32)
+
+
+def positions(x: Tensor) -> Tensor:
+    """Each token's position in its document, from 0: int64 `(T,)` for an NJT of T tokens."""
+    offsets = x.offsets()
+    t = torch.arange(len(x._values), device=offsets.device)
+    return t - offsets[torch.bucketize(t, offsets[1:], right=True)]
+
+
+# torch 2.13's own `nested_tensor_from_jagged` calls a function that logs a warning about itself
+logging.getLogger("torch.fx._symbolic_trace").addFilter(lambda record: "is_fx_tracing" not in record.getMessage())
 
 
 # -------------------------------------------------------------------------------------------------- router and chunks
