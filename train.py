@@ -53,7 +53,7 @@ from hnet_runtime.pages.chunks import print_chunks
 from hnet_runtime.pages.reports import write_atomically
 from hnet_runtime.runs import checkpoint, statistics, weights
 from hnet_runtime.runs.metrics import JsonlSink, Metrics, RouterHealth, TensorBoardSink, WandbSink
-from hnet_runtime.runs.progress import Progress, describe, sample, show_results, speed
+from hnet_runtime.runs.progress import Progress, describe, dump_parameters, sample, show_results, speed
 from hnet_runtime.runs.run import (
     Compilations,
     Interrupts,
@@ -295,6 +295,12 @@ def takes_graphs(
     return not reason, world
 
 
+def without_graphs(hnet: HNetConfig, dtype: torch.dtype, world: World) -> Literal["eager", "plain"]:
+    """How steps run if not as graphs: see `TrainState`."""
+    is_eager = dtype == torch.bfloat16 and world.device.type == "cuda" and world.shards == 1
+    return "eager" if is_eager and not graphs.frozen(hnet) else "plain"
+
+
 def choose_ac(config: TrainConfig, hnet: HNetConfig, world: World) -> str:
     """The activation checkpointing for --ac auto, the same on every rank. Logs it unless it is `none`."""
     if world.device.type != "cuda":
@@ -534,20 +540,29 @@ def open_metrics(run: Path, step: int, about: dict, hnet: HNetConfig, config: Tr
     return Metrics(sinks)
 
 
-def dump_parameters(model: HNetLM, groups: list[dict[str, Any]]) -> None:
-    """Prints modules and parameters; with LOVELY_TENSORS=1 also a summary of each by lovely-tensors."""
-    lovely = None
-    if os.environ.get("LOVELY_TENSORS") == "1" and not (lovely := equivalence.lovely_summary()):
-        logger.warning("LOVELY_TENSORS=1: lovely-tensors is not installed; pip install -e '.[debug]'")
-    print(model)
-    group_of = {name: group for group in groups for name in group["names"]}
-    for name, p in model.named_parameters():
-        group, dtype = group_of[name], str(p.dtype).removeprefix("torch.")
-        decay = f"decay {group['weight_decay']:g}" if group["weight_decay"] else "no decay"
-        rate = f"stage {group['stage']}  lr x {group['multiplier']:.3f}"
-        summary = f"  {lovely(distributed.unsharded(p.detach()))}" if lovely else ""
-        print(f"{name:72} {str(tuple(p.shape)):14} {dtype}  {rate}  {decay}{summary}")
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+def start_process(config: TrainConfig) -> World:
+    """Joins the other processes of the run, and sets torch's options of this process."""
+    world = distributed.start(config.device, config.replicate or 1, max(600, 2 * config.timeout))
+    config.global_slices = config.global_slices or world.size
+    if config.early_exit != "no" and not world.is_main:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (one process prints what all find)
+    if world.device.type == "cpu":
+        cpu.keep_freed_memory()
+        cpu.share_cores()
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU for what stays float32: residual_proj
+    return world
+
+
+def compare_generation(config: TrainConfig, hnet: HNetConfig, world: World) -> int:
+    """-e generate: compares the inference model with the training model. Returns the exit status."""
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    agreement.choose_implementations(world.device, dtype, hnet)
+    try:
+        equal = equivalence.run(hnet, config.pt_ckpt or None, world.device, dtype, config.seed)
+    except GenerationError as error:
+        raise UserError(f"-e generate: {error}") from None
+    distributed.stop()
+    return 0 if equal else 1
 
 
 def main(config: TrainConfig) -> int:
@@ -581,24 +596,9 @@ def train(config: TrainConfig, then: Callable[[Run], None] | None = None, is_che
         return 0
     is_training = config.early_exit == "no"
     compiler = compile_ahead.prepare(config.device, config.compile_ahead and is_training and not is_checked)
-    world = distributed.start(config.device, config.replicate or 1, max(600, 2 * config.timeout))
-    config.global_slices = config.global_slices or world.size
-    if not is_training and not world.is_main:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (one process prints what all find)
-    if world.device.type == "cpu":
-        cpu.keep_freed_memory()
-        cpu.share_cores()
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU for what stays float32: residual_proj
-
+    world = start_process(config)
     if config.early_exit == "generate":
-        dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-        agreement.choose_implementations(world.device, dtype, hnet)
-        try:
-            equal = equivalence.run(hnet, config.pt_ckpt or None, world.device, dtype, config.seed)
-        except GenerationError as error:
-            raise UserError(f"-e generate: {error}") from None
-        distributed.stop()
-        return 0 if equal else 1
+        return compare_generation(config, hnet, world)
     data = open_data(config, world, cuts.cutter(hnet)) if is_training else None  # first, as it may have mistakes
     if data:
         hnet, measured = cuts.with_measured_rate(hnet, data[0])
@@ -615,16 +615,13 @@ def train(config: TrainConfig, then: Callable[[Run], None] | None = None, is_che
     graph, world = takes_graphs(config, hnet, dtype, world, is_checked)
     agreement.warn_of(hnet, repeats=graph)
 
-    def build(graph: bool) -> tuple[HNetLM, list[dict[str, Any]], str]:
-        """The model, its parameter groups, and how its steps run: see `TrainState`."""
-        on_gpu = world.device.type == "cuda"
-        is_eager = not graph and is_bfloat16 and on_gpu and world.shards == 1 and not graphs.frozen(hnet)
-        own_dtype = torch.float32 if graph or is_eager else dtype  # a GraphedModel makes the weights in dtype itself
+    def build(how: str) -> tuple[HNetLM, list[dict[str, Any]], str]:
+        """The first arguments of `TrainState`."""
+        own_dtype = dtype if how == "plain" else torch.float32  # a GraphedModel makes the weights in dtype itself
         model = distributed.build_model(hnet, world, own_dtype, config.seed, start_weights, config.reshard, drawn)
-        groups = parameter_groups(model, config.lr, config.weight_decay, config.router_lr)
-        return model, groups, "graph" if graph else "eager" if is_eager else "plain"
+        return model, parameter_groups(model, config.lr, config.weight_decay, config.router_lr), how
 
-    model, groups, how = build(graph)
+    model, groups, how = build("graph" if graph else without_graphs(hnet, dtype, world))
     if config.early_exit == "dumpparams":
         dump_parameters(model, groups)
         distributed.stop()
@@ -637,8 +634,8 @@ def train(config: TrainConfig, then: Callable[[Run], None] | None = None, is_che
             raise UserError(f"--compile graph: {difference}; use eager")
         logger.info("steps do not run as graphs: %s", difference)
         del state, model, groups  # frees their memory first
-        state = TrainState(*build(graph := False), dtype, hnet, config, world)
-    if graph:
+        state = TrainState(*build(without_graphs(hnet, dtype, world)), dtype, hnet, config, world)
+    elif graph:
         logger.info(
             "steps run as graphs, and compute what hnet_trainable.py says: checked on a small model of this config"
         )

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from hnet_decoder import generate
+from hnet_runtime import distributed
+from hnet_runtime.checks import equivalence
 from hnet_runtime.data.stream import ByteStream
 from hnet_runtime.distributed import World
 from hnet_runtime.evaluation.validation import bits_name, chunks_of
@@ -155,3 +157,19 @@ def show_results(model: HNetLM, val_stream: ByteStream | None, run: Path, world:
         f"{last[f'val_{name}']:.3f} bits per byte on {last['val_bytes']:,} bytes of held-out text{given}; "
         f"curves in {run / 'plots.html'}"
     )
+
+
+def dump_parameters(model: HNetLM, groups: list[dict[str, Any]]) -> None:
+    """Prints modules and parameters; with LOVELY_TENSORS=1 also a summary of each by lovely-tensors."""
+    lovely = None
+    if os.environ.get("LOVELY_TENSORS") == "1" and not (lovely := equivalence.lovely_summary()):
+        logger.warning("LOVELY_TENSORS=1: lovely-tensors is not installed; pip install -e '.[debug]'")
+    print(model)
+    group_of = {name: group for group in groups for name in group["names"]}
+    for name, p in model.named_parameters():
+        group, dtype = group_of[name], str(p.dtype).removeprefix("torch.")
+        decay = f"decay {group['weight_decay']:g}" if group["weight_decay"] else "no decay"
+        rate = f"stage {group['stage']}  lr x {group['multiplier']:.3f}"
+        summary = f"  {lovely(distributed.unsharded(p.detach()))}" if lovely else ""
+        print(f"{name:72} {str(tuple(p.shape)):14} {dtype}  {rate}  {decay}{summary}")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
