@@ -8,7 +8,7 @@ forward and backward of a step are in hnet_runtime/steps/: plain.py, or graphs.p
 """
 
 from hnet_runtime import commands
-from hnet_runtime.runs.flags import DEFAULT_DATA, OF_ONE_START, TrainConfig, read_config
+from hnet_runtime.runs.flags import DEFAULT_DATA, TrainConfig, read_config
 
 if __name__ == "__main__":
 
@@ -36,7 +36,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import yaml
 from torch import Tensor
 
 import fineweb
@@ -50,9 +49,8 @@ from hnet_runtime.distributed import World
 from hnet_runtime.evaluation.boundaries import CutHistory
 from hnet_runtime.evaluation.validation import bits_name, validate
 from hnet_runtime.pages.chunks import print_chunks
-from hnet_runtime.pages.reports import write_atomically
 from hnet_runtime.runs import checkpoint, statistics, weights
-from hnet_runtime.runs.metrics import JsonlSink, Metrics, RouterHealth, TensorBoardSink, WandbSink
+from hnet_runtime.runs.metrics import RouterHealth
 from hnet_runtime.runs.progress import Progress, describe, dump_parameters, sample, show_results, speed
 from hnet_runtime.runs.run import (
     Compilations,
@@ -63,6 +61,7 @@ from hnet_runtime.runs.run import (
     newest,
     of_main,
     open_folder,
+    open_metrics,
     remove_unused,
     say_what_changed,
 )
@@ -522,22 +521,6 @@ class Run:
             )
         if line := self.progress.add(done, record):
             logger.info(line)
-
-
-def open_metrics(run: Path, step: int, about: dict, hnet: HNetConfig, config: TrainConfig, world: World) -> Metrics:
-    if not world.is_main:
-        return Metrics([])
-    flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in OF_ONE_START}
-    flags = yaml.safe_dump(flags, sort_keys=False)
-    write_atomically(run / "train.yaml", lambda scratch: scratch.write_text(flags, encoding="utf-8"))
-    write_atomically(run / "config.json", lambda scratch: checkpoint.write_json(scratch, hnet.to_dict()))
-    checkpoint.keep_model_files(run)
-    sinks = [JsonlSink(run / "metrics.jsonl", step)]
-    if config.logger == "wandb":
-        sinks.append(WandbSink(run, step, about | {"model": hnet.to_dict()}))
-    elif config.logger == "tensorboard":
-        sinks.append(TensorBoardSink(run, step))
-    return Metrics(sinks)
 
 
 def start_process(config: TrainConfig) -> World:

@@ -1,6 +1,7 @@
 """A run's folder: opening, locking and resuming; and its code revision, compiled kernels and interrupts."""
 
 import contextlib
+import dataclasses
 import fcntl
 import logging
 import os
@@ -12,13 +13,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+import yaml
 
 from hnet_runtime import UserError
 from hnet_runtime.distributed import World
+from hnet_runtime.pages.reports import write_atomically
 from hnet_runtime.runs import checkpoint
-from hnet_runtime.runs.flags import OF_ONE_START
-from hnet_runtime.runs.metrics import read_metrics
+from hnet_runtime.runs.flags import OF_ONE_START, TrainConfig
+from hnet_runtime.runs.metrics import JsonlSink, Metrics, TensorBoardSink, WandbSink, read_metrics
 from hnet_runtime.steps.segments import memory_ran_out
+from hnet_trainable import HNetConfig
 
 logger = logging.getLogger("hnet")
 Returned = TypeVar("Returned")
@@ -218,3 +222,20 @@ def in_words(error: BaseException, ac: str = "none") -> str:
         first = {"selective": "--ac block, ", "block": ""}.get(ac, "--ac selective or block, ")
         return f"the GPU's memory is full: take {first}a smaller --mbs with more --global-slices, or more processes"
     return type(error).__name__
+
+
+def open_metrics(run: Path, step: int, about: dict, hnet: HNetConfig, config: TrainConfig, world: World) -> Metrics:
+    """Writes the run's configs and model files, and opens what its records go to: on rank 0, else to nothing."""
+    if not world.is_main:
+        return Metrics([])
+    flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in OF_ONE_START}
+    flags = yaml.safe_dump(flags, sort_keys=False)
+    write_atomically(run / "train.yaml", lambda scratch: scratch.write_text(flags, encoding="utf-8"))
+    write_atomically(run / "config.json", lambda scratch: checkpoint.write_json(scratch, hnet.to_dict()))
+    checkpoint.keep_model_files(run)
+    sinks = [JsonlSink(run / "metrics.jsonl", step)]
+    if config.logger == "wandb":
+        sinks.append(WandbSink(run, step, about | {"model": hnet.to_dict()}))
+    elif config.logger == "tensorboard":
+        sinks.append(TensorBoardSink(run, step))
+    return Metrics(sinks)
