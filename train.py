@@ -68,6 +68,7 @@ from hnet_runtime.runs.run import (
 from hnet_runtime.runs.statistics import StepNumbers
 from hnet_runtime.runs.watchdog import Watchdog
 from hnet_runtime.steps import activations, compile_ahead, graphs
+from hnet_runtime.steps.flat_adamw import adamw, clipped_step
 from hnet_runtime.steps.graphs import GraphedModel
 from hnet_runtime.steps.plain import PlainModel
 from hnet_runtime.steps.segments import memory_ran_out
@@ -137,6 +138,14 @@ def forward_backward(steps: GraphedModel | PlainModel, slices: list[fineweb.Slic
     return StepNumbers.of(torch.cat([all_GK.double().mean(0).float(), imbalance_S, no_norm]), len(imbalance_S))
 
 
+def make_optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """AdamW with betas 0.9 and 0.95, over the float32 weights. It may be another one: see docs/CHANGING.md.
+
+    groups: those of `parameter_groups`, whose keys the optimizer's groups must have too.
+    """
+    return adamw(groups)
+
+
 class TrainState:
     """The model, its optimizer, and how a step runs.
 
@@ -160,14 +169,21 @@ class TrainState:
         """
         self.model, self.dtype, self.hnet, self.config, self.world = model, dtype, hnet, config, world
         self.parameters = list(model.parameters())  # before a forward, after which FSDP shows gathered ones
-        groups, limit = distributed.optimizer_groups(groups, model), config.max_chunks_per_rank
+        distributed.check_groups(groups, model)
+
+        def checked(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+            made = make_optimizer(groups)
+            distributed.check_groups(made.param_groups, model, "make_optimizer")
+            return made
+
+        groups, limit = distributed.optimizer_groups(groups), config.max_chunks_per_rank
         self.ratio = losses.ratio(config, hnet, world.device, torch.promote_types(dtype, torch.float32))
         alpha = self.ratio.weight
         if how == "plain":
-            self.steps = PlainModel(model, alpha, world, groups)
+            self.steps = PlainModel(model, alpha, world, groups, checked)
         else:
             accumulates, ac = config.global_slices > world.size, config.checkpointing
-            self.steps = GraphedModel(model, dtype, alpha, world, groups, ac, accumulates, captures=how == "graph")
+            self.steps = GraphedModel(model, dtype, alpha, world, groups, ac, accumulates, how == "graph", checked)
         losses.attach(self.ratio, self.steps.masters, self.steps.model)
         self.evaluated, self.optimizer = self.steps.model, self.steps.optimizer
         if how != "graph" and (config.checkpointing != "none" or limit):
@@ -200,7 +216,7 @@ class TrainState:
         if wants_statistics:
             more.append(statistics.router_statistics(slices[-1].nested(world.device)[0], self.steps.stages()))
         before_update()
-        optimizer.step()
+        clipped_step(optimizer)
         if wants_statistics:
             count = functools.partial(statistics.weight_statistics, optimizer, self.hnet.num_stages, world)
             more.append(self.steps.retry_without_graphs(count))
@@ -448,8 +464,9 @@ class Run:
             record = self._settle(done, *self.waiting)
             self.metrics.log(done, record)
             self._print_step(done, record)
-        if done == self.first_step:  # these objects stay: exclude them from garbage collection
-            gc.collect()
+        if done == self.first_step:
+            checkpoint.require_tensors(state.optimizer)
+            gc.collect()  # these objects stay: exclude them from garbage collection
             gc.freeze()
         done_by_host = {name: n - before[name] for name, n in state.counted().items()}
         self.waiting, self.step = (distributed.Fetched(numbers.flat()), done_by_host), done + 1

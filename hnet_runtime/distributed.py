@@ -444,19 +444,20 @@ def seed_of_step(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()[:8], "little") >> 1
 
 
-def optimizer_groups(groups: list[dict], model: nn.Module | None = None) -> list[dict]:
-    """The groups of `parameter_groups`, with sharded and unsharded parameters apart: no fused kernel takes both.
-
-    Raises UserError unless each weight of `model` that trains is in one group, and each group has a stage.
-    """
+def check_groups(groups: list[dict], model: nn.Module, source: str = "parameter_groups") -> None:
+    """Raises UserError unless each weight of `model` that trains is in one group, and each group has a stage."""
     counts = Counter(p for group in groups for p in group["params"])
-    for name, p in model.named_parameters() if model else ():
+    for name, p in model.named_parameters():
         if p.requires_grad and counts[p] != 1:
             raise UserError(
-                f"parameter_groups: {name} is in {counts[p]} groups; expected one; requires_grad_(False) freezes it"
+                f"{source}: {name} is in {counts[p]} groups; expected one; requires_grad_(False) freezes it"
             )
-    if model and any(group.get("stage") is None for group in groups):
-        raise UserError("parameter_groups: a group has no `stage`; expected the stage to whose statistics it belongs")
+    if any(group.get("stage") is None for group in groups):
+        raise UserError(f"{source}: a group has no `stage`; expected the stage to whose statistics it belongs")
+
+
+def optimizer_groups(groups: list[dict]) -> list[dict]:
+    """The groups of `parameter_groups`, with sharded and unsharded parameters apart: no fused kernel takes both."""
     apart = []
     for group in groups:
         for sharded in (True, False):
@@ -490,7 +491,7 @@ def clip_in_optimizer(
     world: World,
     loss: Tensor | float = 0.0,
 ) -> Tensor:
-    """Makes the next step of a fused optimizer clip the gradients to a global norm of `max_norm` (0: no clipping).
+    """Makes the next `clipped_step` of an optimizer clip the gradients to a global norm of `max_norm` (0: no clipping).
 
     Returns the norm before clipping, on the device. A step whose norm or loss is not finite changes no weight and no
     state, so the host need not wait for them first.

@@ -37,6 +37,7 @@ from hnet_runtime.runs import checkpoint
 from hnet_runtime.runs.watchdog import Watchdog
 from hnet_runtime.runs.weights import load_own_checkpoint
 from hnet_runtime.steps import activations, graphs
+from hnet_runtime.steps.flat_adamw import clipped_step
 from hnet_runtime.steps.graphs import GraphedModel
 from hnet_runtime.steps.plain import PlainModel
 from hnet_trainable import Block, HNetConfig, HNetLM, RoutingModule, SwiGLU, init_weights, parameter_groups
@@ -147,6 +148,14 @@ def scenario(corpus: Path, name: str, folder: Path) -> None:
         norm = distributed.clip_in_optimizer(optimizer, model.parameters(), 1.0, run.world, stats[0])
         optimizer.step()
         found["losses"].append([*stats.tolist(), norm.item()])
+    other = run.model()
+    optimizer = torch.optim.SGD(distributed.optimizer_groups(parameter_groups(other, 1e-2, 0.1)), momentum=0.9)
+    for step in range(3):
+        optimizer.zero_grad()
+        stats, _ = run.gradients(other, step)
+        distributed.clip_in_optimizer(optimizer, other.parameters(), 0.1, run.world, stats[0])
+        clipped_step(optimizer)
+    found["moved"] = {n: whole(p) - run.weights[n] for n, p in other.named_parameters()}
     found["dtypes"] = dtypes_seen(run)
     if run.world.is_main:
         torch.save(found, folder / f"{name}.pt")
@@ -270,6 +279,14 @@ def test_twenty_steps_are_those_of_one_process(worlds, name):
         assert many[:columns] == pytest.approx(one[:columns], rel=1e-5), step
         assert many[-1] == pytest.approx(one[-1], rel=1e-5), step
     assert worlds["1"]["losses"][-1][0] < worlds["1"]["losses"][0][0]
+
+
+@pytest.mark.parametrize("name", ["2", "4", "2x2", "2 replicas"])
+def test_another_optimizer_makes_the_steps_of_one_process(worlds, name):
+    """It is not fused, so each process clips its shards: the momentum would be ten times as large otherwise."""
+    for parameter, wanted in worlds["1"]["moved"].items():
+        gap = (worlds[name]["moved"][parameter] - wanted).norm() / wanted.norm()
+        assert gap < 1e-3, (parameter, gap)  # a weight moves by 1e-3 of its size, which float32 rounds by 1e-4 of that
 
 
 def test_slices_are_reduced_once_a_step(worlds):

@@ -375,6 +375,18 @@ def damaged_file(folder: Path) -> str | None:
         return noted.name
 
 
+def require_tensors(optimizer: torch.optim.Optimizer) -> None:
+    """Raises UserError if the optimizer has a state that a checkpoint can't save. Call it after a step."""
+    kind = type(getattr(optimizer, "rule", None) or optimizer).__name__
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if not isinstance(value, Tensor):
+                raise UserError(
+                    f"make_optimizer: the state {key} of {kind} is of type {type(value).__name__}; expected tensors, "
+                    "as checkpoints save nothing else"
+                )
+
+
 def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
     """Loads model and optimizer in place, with any world size and sharding. Called by every rank.
 

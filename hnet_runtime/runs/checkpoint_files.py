@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from hnet_runtime.runs.run_folder import WITHOUT, CheckpointError
+from hnet_runtime.steps.flat_adamw import FlatAdamW
 
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -42,11 +43,22 @@ def read(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
     saved = _saved_names(folder)
     _require_same_weights(folder, state["model"].keys(), saved)
     if optimizer is not None:
+        is_elsewhere = isinstance(optimizer, FlatAdamW) and optimizer.shards_updates  # the state of some weights
+        if isinstance(optimizer, FlatAdamW):
+            optimizer.fill_state()
         everything = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
+        has_states = any(key.startswith("optimizer.state.") for key in saved)
         for name, p in model.named_parameters():
-            if saved and f"optimizer.state.{name}.step" not in saved:  # it has had no gradient so far
+            prefix, keys = f"optimizer.state.{name}.", set(optimizer.state.get(p, ()))
+            found = {key.removeprefix(prefix) for key in saved if key.startswith(prefix)}
+            if has_states and not found:  # it has had no gradient so far
                 for key in optimizer.state.pop(p, ()):
                     everything.pop(f"state.{name}.{key}")
+            elif saved and found != keys and (keys or not is_elsewhere):
+                raise CheckpointError(
+                    f"{folder}: its optimizer saved {_listed(found)} of {name}, that of make_optimizer in train.py has "
+                    f"{_listed(keys)}; to begin with another optimizer from these weights use -p"
+                )
         state["optimizer"] = _tensors(everything)
     try:
         dcp.load(state, storage_reader=SafeReader(folder))
@@ -58,6 +70,10 @@ def read(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
     set_model_state_dict(model, state["model"])
     if optimizer is not None:
         set_optimizer_state_dict(model, optimizer, everything | state["optimizer"], options=_OPTIONS)
+
+
+def _listed(names: Set[str]) -> str:
+    return ", ".join(sorted(names)) or "nothing"
 
 
 def _saved_names(folder: Path) -> Set[str]:

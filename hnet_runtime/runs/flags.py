@@ -61,7 +61,7 @@ class TrainConfig:
     """Seed of the initial weights and of the order of the data."""
 
     optim: Annotated[Literal["adamw"], flag("-o")] = "adamw"
-    """Optimizer: AdamW with betas (0.9, 0.95)."""
+    """Optimizer: AdamW with betas (0.9, 0.95). `make_optimizer` in train.py may return another."""
     lr: float = 4e-4
     """Peak learning rate before the stages' multipliers (eq. 11 of the paper)."""
     schedule: Literal["wsd", "wsd-linear", "cosine", "constant"] = "wsd-linear"

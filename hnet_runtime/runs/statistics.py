@@ -7,6 +7,7 @@ its last slice, and gradients and optimizer states after the update. They are re
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from hnet_runtime.distributed import World
 from hnet_runtime.sharded import is_sharded, local_shard
-from hnet_runtime.steps.flat_adamw import FlatAdamW, as_tensor
+from hnet_runtime.steps.flat_adamw import ADAMW, FlatAdamW, as_tensor
 from hnet_trainable import StageOutput
 
 BINS = 10  # of the histogram of boundary probabilities
@@ -101,25 +102,31 @@ def router_statistics(iids: Tensor, stages: Sequence[StageOutput]) -> Tensor:
 
 
 @torch.no_grad()
-def weight_statistics(optimizer: torch.optim.AdamW, stages: int, world: World) -> Tensor:
+def weight_statistics(optimizer: torch.optim.Optimizer, stages: int, world: World) -> Tensor:
     """Per stage, innermost last: the norms of its gradients and its weights, and the update's norm over the weights'.
 
     float32 ((S + 1) * 3,). Call it after `optimizer.step()` and before gradients are cleared; gradients are clipped.
-    The update is computed from AdamW's state, so the old weights are not needed.
+    The update is computed from AdamW's state, so the old weights are not needed. With another optimizer it is nan.
     """
+    rule = getattr(optimizer, "rule", None) or optimizer
     sharded, whole = torch.zeros(2, stages + 1, 3, device=world.device).unbind(0)
     shards_updates = isinstance(optimizer, FlatAdamW) and optimizer.shards_updates
     owned = optimizer.owned if shards_updates else frozenset()
     for group in optimizer.param_groups:
-        states = [optimizer.state.get(p) for p in group["params"]]
-        found = [(p, state) for p, state in zip(group["params"], states) if p.grad is not None and state]
+        is_adamw = type(rule) in ADAMW and not (group["amsgrad"] or group["maximize"])
+        found = [(p, optimizer.state.get(p)) for p in group["params"] if p.grad is not None]
+        found = [(p, state) for p, state in found if state or not is_adamw]
         for (apart, _), batch in _batches(found, lambda p: (is_sharded(p) or p in owned, str(p.grad.dtype))):
             into = sharded if apart else whole
-            tensors = ((_weight(optimizer, p), p.grad, state["exp_avg"], state["exp_avg_sq"]) for p, state in batch)
-            ws, grads, ms, vs = (list(map(local_shard, ts)) for ts in zip(*tensors))
-            updates = _updates(ws, ms, vs, batch[0][1]["step"].to(world.device), group)
-            wide = [torch._foreach_norm(ts, dtype=ws[0].dtype) for ts in (grads, ws, updates)]
+            ws = [local_shard(_weight(optimizer, p)) for p, _ in batch]
+            grads = [local_shard(p.grad) for p, _ in batch]
+            kinds = [grads, ws]
+            if is_adamw:
+                ms, vs = ([local_shard(state[key]) for _, state in batch] for key in ("exp_avg", "exp_avg_sq"))
+                kinds.append(_updates(ws, ms, vs, batch[0][1]["step"].to(world.device), group))
+            wide = [torch._foreach_norm(ts, dtype=ws[0].dtype) for ts in kinds]
             squares = [torch.stack(norms).float().square().sum() for norms in wide]
+            squares += [torch.full_like(squares[0], math.nan)] * (not is_adamw)
             squares[2] = squares[2] * group["lr"] ** 2
             into[group["stage"]] += torch.stack(squares)
     if shards_updates:
@@ -131,7 +138,7 @@ def weight_statistics(optimizer: torch.optim.AdamW, stages: int, world: World) -
     return norms.flatten()
 
 
-def _weight(optimizer: torch.optim.AdamW, p: Tensor) -> Tensor:
+def _weight(optimizer: torch.optim.Optimizer, p: Tensor) -> Tensor:
     return as_tensor(optimizer.master_weight(p)) if isinstance(optimizer, FlatAdamW) else p
 
 

@@ -1,4 +1,4 @@
-"""AdamW over flat memory in one kernel, for unsharded weights.
+"""AdamW over flat memory in one kernel, for unsharded weights; and other optimizers over the same memory.
 
 With several processes, each process updates one shard of the weights (ZeRO stage 1, arXiv 1910.02054). A process
 receives the reduced gradients of its own shard, keeps the moments of that shard, and sends the updated weights to all.
@@ -10,7 +10,7 @@ import contextlib
 import inspect
 import itertools
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +18,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hnet_kernels.adamw import BLOCK, adamw_, join_float32, norms, split_float32
-from hnet_runtime import UserError
-from hnet_runtime.sharded import is_sharded
+from hnet_runtime.sharded import is_sharded, local_shard
 
 BETAS = (0.9, 0.95)  # of AdamW in training
 ParameterSpan = Sequence[Sequence[nn.Parameter]]
+MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 
 class SplitFloat32(NamedTuple):
@@ -67,6 +67,27 @@ class EagerAdamW(torch.optim.AdamW):
         inspect.unwrap(torch.optim.AdamW.step)(self)
 
 
+def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The AdamW of a training run."""
+    return EagerAdamW(groups, betas=BETAS, fused=True)
+
+
+def clipped_step(optimizer: torch.optim.Optimizer) -> None:
+    """A step with `grad_scale` and `found_inf` as torch's fused optimizers read them, for an optimizer of any kind.
+
+    For one that does not read them, gradients are divided here, and the host waits to know whether they are finite.
+    """
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        scale, found_inf = optimizer.grad_scale, optimizer.found_inf
+        optimizer.grad_scale = optimizer.found_inf = None  # torch's optimizers refuse what they don't read
+        if found_inf.item():
+            return
+        for p in itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups):
+            if p.grad is not None:
+                local_shard(p.grad).div_(scale)
+    optimizer.step()
+
+
 class FlatAdamW(EagerAdamW):
     """torch.optim.AdamW(fused=True) with the same results, state and checkpoints; parameters move into flat memory.
 
@@ -98,6 +119,9 @@ class FlatAdamW(EagerAdamW):
     `grad_scale` and `found_inf`, where set, are those of torch's fused optimizers: gradients are divided by the first
     in place; where the second is not 0, a step changes nothing. `step` does not wait for the device.
 
+    rule: another optimizer of the same parameters, in one process. `step` calls it inside `full_precision`, with its
+    groups and its state, and waits for the device.
+
     Raises ValueError where parameters or compute weights do not match this description.
     """
 
@@ -113,17 +137,12 @@ class FlatAdamW(EagerAdamW):
         compute_weights: Sequence[tuple[Tensor, Tensor]] = (),
         rank: int = 0,
         narrow: Collection[int] = (),
+        rule: torch.optim.Optimizer | None = None,
     ):
-        super().__init__(groups, betas=betas, eps=eps, fused=True)
-        first = self.param_groups[0]
-        for key in ("betas", "eps", "amsgrad", "maximize"):
-            if differing := [group[key] for group in self.param_groups if group[key] != first[key]]:
-                raise UserError(
-                    f"parameter groups have {key} {first[key]} and {differing[0]}; expected one for all groups: on a "
-                    "GPU, and in steps as graphs, only lr and weight_decay may differ"
-                )
-        if first["amsgrad"] or first["maximize"]:
-            raise UserError("parameter groups with amsgrad or maximize: expected AdamW without them")
+        super().__init__([dict(group) for group in groups], betas=betas, eps=eps, fused=True)
+        if not rule and not self.replaces(self):
+            raise ValueError("FlatAdamW: expected one betas and eps for all groups, and no amsgrad or maximize")
+        self.rule = rule
         group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
         parameters = [p for span in spans for part in span for p in part]
         if len(parameters) != len(group_of) or set(parameters) != set(group_of):
@@ -195,25 +214,39 @@ class FlatAdamW(EagerAdamW):
                 p.data, p.grad, p.grad_dtype = weight, None, grad.dtype
                 p.grad = self._grads[p] = grad
         self._refresh()
-        self._moments = [[torch.zeros(own.stop - own.start, **like) for _ in "mv"] for own in self._own_shards]
         updated = [[p for part in (span if len(span) == 1 else [span[rank]]) for p in part] for span in spans]
-        self._steps_P = torch.zeros(sum(map(len, updated)), device=like["device"])  # float32, and equal
-        self._state_views: dict[Tensor, dict[str, Tensor]] = {}  # of each parameter
         self._firsts: list[Tensor] = []  # of each span: the first block of each parameter updated here
-        steps = iter(self._steps_P.unbind())  # one per parameter, as in torch
-        for parts, own, moments in zip(updated, self._own_shards, self._moments):
+        for parts in updated:
             ends = itertools.accumulate((_padded_size(p) // BLOCK for p in parts), initial=0)
             self._firsts.append(torch.tensor(list(ends), dtype=torch.int32, device=like["device"]))
+        # of each parameter updated here: its index among those of the groups; and whether its norm counts
+        place_of = {p: i for i, p in enumerate(group_of)}
+        places = [place_of[p] for parts in updated for p in parts]
+        counts = [p in self.owned or rank == 0 for parts in updated for p in parts]
+        self._index_P, self._counts_P = torch.tensor(places, dtype=torch.int64), torch.tensor(counts)
+        self._index_P, self._counts_P = (x.to(like["device"]) for x in (self._index_P, self._counts_P))
+        self._state_views: dict[Tensor, dict[str, Tensor]] = {}  # of each parameter
+        if rule:
+            self.state, self.param_groups = rule.state, rule.param_groups
+            return
+        self._moments = [[torch.zeros(own.stop - own.start, **like) for _ in "mv"] for own in self._own_shards]
+        self._steps_P = torch.zeros(len(places), device=like["device"])  # float32, and equal
+        steps = iter(self._steps_P.unbind())  # one per parameter, as in torch
+        for parts, own, moments in zip(updated, self._own_shards, self._moments):
             for p in parts:
                 m, v = (self._part(flat, p, own.start) for flat in moments)
                 self._state_views[p] = {"step": next(steps), "exp_avg": m, "exp_avg_sq": v}
                 self.state[p] = dict(self._state_views[p])
-        # of each parameter updated here: its index among those of the groups; and whether its norm counts
-        place_of = {p: i for i, p in enumerate(group_of)}
-        places = [place_of[p] for p in self._state_views]
-        counts = [p in self.owned or rank == 0 for p in self._state_views]
-        self._index_P, self._counts_P = torch.tensor(places, dtype=torch.int64), torch.tensor(counts)
-        self._index_P, self._counts_P = (x.to(like["device"]) for x in (self._index_P, self._counts_P))
+
+    @staticmethod
+    def replaces(optimizer: torch.optim.Optimizer) -> bool:
+        """Whether a FlatAdamW without a rule computes the same as this optimizer."""
+        if type(optimizer) not in ADAMW:
+            return False
+        kinds = {
+            tuple(group[key] for key in ("betas", "eps", "amsgrad", "maximize")) for group in optimizer.param_groups
+        }
+        return len(kinds) == 1 and not any(next(iter(kinds))[2:])
 
     def _part(self, flat: Tensor | None, p: Tensor, start: int) -> Tensor | None:
         """The parameter's view of a flat tensor. start: the offset of that tensor in the flat memory."""
@@ -308,6 +341,10 @@ class FlatAdamW(EagerAdamW):
         """
         if any(p.grad is not grad for p, grad in self._grads.items()):
             raise RuntimeError("FlatAdamW: a parameter's grad is no longer the view of the flat gradients")
+        if self.rule:
+            self.rule.grad_scale, self.rule.found_inf = self.grad_scale, self.found_inf
+            with self.full_precision():
+                return clipped_step(self.rule)
         betas, eps = self.param_groups[0]["betas"], self.param_groups[0]["eps"]
         rates = [(group["lr"], group["lr"] * group["weight_decay"]) for group in self.param_groups]
         # new pinned memory each time: torch's allocator reuses it only when the copy has finished
@@ -335,11 +372,30 @@ class FlatAdamW(EagerAdamW):
             gradient.zero_()
 
     @torch.no_grad()
+    def fill_state(self) -> None:
+        """Lets a rule that has made no step allocate its state, by a step with zero gradients and rates.
+
+        Call it inside `full_precision`, before its state and the weights are loaded.
+        """
+        if self.rule and not self.state:
+            rates = [group["lr"] for group in self.param_groups]
+            self.zero_grad()
+            for group in self.param_groups:
+                group["lr"] = 0.0
+            self.rule.step()
+            for group, rate in zip(self.param_groups, rates):
+                group["lr"] = rate
+
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's; also loads the state of torch.optim.AdamW.
+        """As torch's, or as the rule's; also loads the state of torch.optim.AdamW.
 
         Raises ValueError where the parameters have made different numbers of steps.
         """
+        if self.rule:
+            self.rule.load_state_dict(state_dict)
+            self.state, self.param_groups = self.rule.state, self.rule.param_groups
+            return
         super().load_state_dict(state_dict)  # it replaces the tensors of the state
         steps = max((found["step"] for found in self.state.values() if found), default=0)
         for p, place in self._state_views.items():
@@ -349,6 +405,9 @@ class FlatAdamW(EagerAdamW):
             self.state[p] = dict(place)
         if len(set(self._steps_P.tolist())) > 1:
             raise ValueError("FlatAdamW: the parameters of this state have made different numbers of steps")
+
+
+ADAMW = (torch.optim.AdamW, EagerAdamW, FlatAdamW)  # types whose step is AdamW's
 
 
 def _padded_size(p: Tensor) -> int:

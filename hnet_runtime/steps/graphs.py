@@ -46,8 +46,9 @@ from hnet_kernels.dispatch import forcing, requested
 from hnet_kernels.gradients import Destinations, settle, writing_to
 from hnet_kernels.recompute import recomputing
 from hnet_routers import check_cuts, inner_cuts
+from hnet_runtime import UserError
 from hnet_runtime.distributed import PLAIN_FLOAT32, Fetched, World
-from hnet_runtime.steps.flat_adamw import BETAS, FlatAdamW, ParameterSpan
+from hnet_runtime.steps.flat_adamw import FlatAdamW, MakeOptimizer, ParameterSpan, adamw
 from hnet_runtime.steps.plain import Losses, check_losses
 from hnet_runtime.steps.segments import BackwardPart, Leaf, Outputs, SavedPool, Segment, memory_ran_out
 from hnet_trainable import (
@@ -202,6 +203,7 @@ class GraphedModel:
     world: several processes have replicas of the weights. Gradients are averaged over them, those of a backward part
         while the next part runs. Each process updates one shard of the weights: see FlatAdamW.
     groups: parameter groups of the optimizer, by default one.
+    make_optimizer: from groups, an optimizer. FlatAdamW takes the place of AdamW, and runs any other, in one process.
     ac: activation checkpointing, see hnet_kernels/recompute.py.
     accumulates: whether a step may have several micro-batches.
     captures: if False, each step runs the model's own forward eagerly. Weights and gradients are as described here, but
@@ -226,6 +228,7 @@ class GraphedModel:
         ac: str = "none",
         accumulates: bool = False,
         captures: bool = True,
+        make_optimizer: MakeOptimizer = adamw,
     ):
         config: HNetConfig = masters.config
         self.masters, self.alpha, self.S = masters, alpha, config.num_stages
@@ -261,10 +264,17 @@ class GraphedModel:
             for part, found in modules.items()
         }
         everything = {"params": list(parameters.values())}
+        made = make_optimizer(groups or [everything])
+        rule = None if FlatAdamW.replaces(made) else made
+        if rule and self.size > 1:
+            raise UserError(
+                f"make_optimizer: {type(rule).__name__} with these options runs as graphs with one process alone; use "
+                "--compile eager without --replicate"
+            )
         spans, rank = self._spans(parameters), world.rank if world else 0
-        narrow = [0] if self.size == 1 and not accumulates and compute_dtype == torch.bfloat16 else []
+        is_narrow = self.size == 1 and not accumulates and compute_dtype == torch.bfloat16 and not rule
         self.optimizer = FlatAdamW(
-            groups or [everything], spans, BETAS, compute_weights=compute_weights, rank=rank, narrow=narrow
+            made.param_groups, spans, compute_weights=compute_weights, rank=rank, narrow=[0] * is_narrow, rule=rule
         )
         own = [name for name in parameters if name not in self.shared]
         self.all_gradients = self._gradients(own), self._gradients(self.shared)

@@ -1,10 +1,10 @@
-"""Training steps of an HNetLM as it is: by autograd and torch's AdamW. For weights that FSDP2 shards, and for float32.
+"""Training steps of an HNetLM as it is, by autograd and torch's optimizers: for float32 and for sharded weights.
 
 `PlainModel` and `graphs.GraphedModel` have the same interface, which train.py and the benchmarks use:
 
     model                 the HNetLM that computes
     masters               the HNetLM with the float32 weights, which may be the same
-    optimizer             AdamW over the masters' weights
+    optimizer             over the masters' weights
     begin_step            before a step of a run, with its number and a seed; benchmarks leave it out
     forward_backward      losses of some micro-batches, and the gradients of their mean
     stages                the routers' decisions in the last micro-batch
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hnet_runtime import UserError, distributed
 from hnet_runtime.distributed import World
-from hnet_runtime.steps.flat_adamw import BETAS, EagerAdamW
+from hnet_runtime.steps.flat_adamw import MakeOptimizer, adamw
 from hnet_simple import gathers_weights
 from hnet_trainable import HNetLM, HNetOutput, StageOutput, training_loss
 
@@ -64,12 +64,19 @@ class PlainModel:
 
     captured, capture_seconds = None, 0.0
 
-    def __init__(self, model: HNetLM, alpha: float | Tensor, world: World, groups: list[dict[str, Any]]):
+    def __init__(
+        self,
+        model: HNetLM,
+        alpha: float | Tensor,
+        world: World,
+        groups: list[dict[str, Any]],
+        make_optimizer: MakeOptimizer = adamw,
+    ):
         """alpha: the weight of the ratio losses. groups: those of `distributed.optimizer_groups`."""
         self.model = self.masters = model
         self.alpha, self.world = alpha, world
         self.parameters = list(model.parameters())  # before a forward, after which FSDP shows gathered ones
-        self.optimizer = EagerAdamW(groups, betas=BETAS, fused=True)
+        self.optimizer = make_optimizer(groups)
         self._stages: list[StageOutput] = []
 
     def forward_backward(self, batches: Sequence[tuple[Tensor, ...]]) -> Losses:
