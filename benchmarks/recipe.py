@@ -1,8 +1,8 @@
-"""Tries what might move learned chunks to the edges of words, one change at a time: the tables of docs/TRAINING.md.
+"""Tries what might move learned chunks to the edges of words, one change at a time: the tables of docs/STUDY.md.
 
     python benchmarks/recipe.py --data DIR --plan               # the variants and their flags; needs no GPU
     python benchmarks/recipe.py --data DIR --out FOLDER --gpus 2 --seconds 500
-    python benchmarks/recipe.py --out FOLDER --tables --page docs/TRAINING.md
+    python benchmarks/recipe.py --out FOLDER --tables --page docs/STUDY.md
     CUDA_VISIBLE_DEVICES=0,1,0,1 python benchmarks/recipe.py --gpus 4 ...       # two at a time on each of two GPUs
     python benchmarks/recipe.py --data data/stdlib --device cpu --config hnet_1stage_tiny --mbs 1024 --bytes 4e5 ...
 
