@@ -1,4 +1,4 @@
-"""Computes the communication of a training step from the configs: the tables of docs/SCALING.md.
+"""Computes the communication of a training step from the configs: the table of docs/SCALING.md, for three configs.
 
 python scripts/communication.py --bytes-per-gpu 32768
 """
@@ -54,8 +54,15 @@ def main(argv: Sequence[str]) -> None:
         config = HNetConfig.load(name)
         with torch.device("meta"):
             parameters = sum(p.numel() for p in HNetLM(config).parameters())
-        print(f"\n{name}, {parameters / 1e6:,.0f} million parameters, {tokens:,} bytes a GPU and step\n")
-        print("| | weights gathered, GB | gradients scattered, GB | between copies, GB | ms on links | ms to compute |")
+        print(f"\n{name}, {parameters / 1e6:,.0f} million parameters, {tokens:,} bytes per GPU and step\n")
+        columns = (
+            "weights gathered, GB",
+            "gradients scattered, GB",
+            "between replicas, GB",
+            "ms on links",
+            "ms to compute",
+        )
+        print("| | " + " | ".join(columns) + " |")
         print("|-|-|-|-|-|-|")
         for layout in LAYOUTS:
             print(row(config, *layout, tokens))
