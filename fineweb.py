@@ -763,12 +763,12 @@ def main() -> int:
     add("--text-column", default="text", help="the column with the text of rows (text)")
     add("--holdout", type=float, default=0.02, help="share of documents for validation, chosen by hash (0.02); 0: none")
     add("--processes", type=int, help="number of processes; default: one per core")
-    add("--part", default="1/1", metavar="I/N", help="prepare one corpus with N commands that share --out; I from 1")
+    add("--part", default="1/1", metavar="I/N", help="prepare part I of N; the N commands share --out; I is from 1")
     add("--skip-bad", action="store_true", help="count input that can't be read, and continue")
     add("--shard-bytes", type=int, default=64 * MB, help="target size of shards (67108864)")
-    about = {"help": "show the contents of a folder of shards"}
+    about = {"help": "show what is in a folder", "description": "Show counts, lengths and a sample of a folder."}
     add = commands.add_parser("show", prog=prog("fineweb.py show"), **about).add_argument
-    add("folder")
+    add("folder", help="a folder made by fineweb.py prepare")
     add("--verify", action="store_true", help="check every shard against its checksum")
     try:
         arguments = vars(parser.parse_args())

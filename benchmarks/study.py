@@ -10,7 +10,7 @@ The same command starts and resumes it. A finished run is one line of FOLDER/res
 again. No run starts that would not end within --seconds. Three phases follow each other:
 
     pilot   some steps of the learned routers, for the rates of chunks with which FLOPs are matched
-    lr      for each architecture, one run of --lr-bytes with each of --lrs; the best goes on
+    lr      for each architecture, one run of --lr-bytes with each of --lrs; the best one is used in main
     main    all architectures and seeds, --bytes each; a seed also sets the order of the text, so it is the same for all
 """
 

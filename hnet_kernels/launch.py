@@ -52,7 +52,8 @@ def kernel(function: Callable | None = None, **options: Any) -> Any:
 def _is_known(version: str) -> bool:
     if version.startswith(KNOWN):
         return True
-    logger.info("Triton %s: its own launches, which take the CPU longer; faster ones know %s", version, KNOWN)
+    said = "Triton %s launches the kernels, which takes the CPU longer: our own launches need one of %s"
+    logger.info(said, version, KNOWN)
     return False
 
 

@@ -165,7 +165,7 @@ def report(config: HNetConfig, mbs: int, slices: int, ac: str, chosen: Sequence[
     count, layers = _shapes_of(config)
     lines = [
         f"{count:,} parameters in {len(layers) // 2} blocks; a step has {slices} x {mbs:,} bytes on each GPU",
-        f"{'card':12} {'--ac':10} {'weights':>9} {'steps':>9} {'sum':>9} {'of':>9}   {'time of a step':18}",
+        f"{'card':12} {'--ac':10} {'weights':>9} {'steps':>9} {'needed':>9} {'card has':>9}   {'time of a step':18}",
     ]
     for card in chosen:
         mode = choose_ac(config, mbs, card, slices > 1) if ac == "auto" else ac
@@ -177,8 +177,9 @@ def report(config: HNetConfig, mbs: int, slices: int, ac: str, chosen: Sequence[
         sizes = needed.weights, needed.total - needed.weights, needed.total, card.gib
         lines.append(f"{card.name:12} {mode:10} " + " ".join(f"{n:5.1f} GiB" for n in sizes) + f"   {time}")
     lines.append(
+        "weights: with gradients and the optimizer's state. steps: what a step stores beside them. "
         "Memory is counted from the shapes of the model, with routers that are not trained yet: half of all tokens "
         "open a chunk. Times are those of steps measured on an H200, scaled by model FLOPs and by the peaks of the "
-        "cards: at best they are right to a fifth."
+        "cards. They can be wrong by a fifth or more."
     )
     return "\n".join(lines)

@@ -5,10 +5,10 @@
     python scripts/generate.py model.pt --prompt-file story.txt
         from a file; `-` is standard input
     python scripts/generate.py hf:cartesia-ai/hnet_1stage_L
-        a prompt a line, until Ctrl-D; on a terminal with line editing and history
+        one prompt per line, until Ctrl-D; on a terminal with line editing and history
 
-On a terminal the chunks have colours, or bars where it has only 16 colours or NO_COLOR is set. Into a pipe or a file
-goes the plain text (--show chunks puts bars in it). How long it took goes to standard error.
+On a terminal the chunks have colours. With fewer than 256 colours, or with NO_COLOR set, there are bars instead. In a
+pipe or a file the output is the plain text, or with --show chunks the text with bars. The speed is on standard error.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Options:
-    """Continue text with an H-Net. Without --prompt or --prompt-file: a prompt a line from standard input."""
+    """Continue text with an H-Net. Without --prompt or --prompt-file: one prompt per line of standard input."""
 
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """A run or checkpoint of train.py, a .pt or .safetensors file or its folder, or hf:owner/name."""
@@ -59,9 +59,9 @@ class Options:
     samples: int = 1
     """Continuations of the prompt, with the seeds from --seed on."""
     any_bytes: bool = False
-    """Allow bytes that are no UTF-8."""
+    """Allow bytes that are not UTF-8."""
     past_eos: bool = False
-    """Go on where the model ends its text."""
+    """Continue after the model has ended its text."""
     show: Literal["auto", "chunks", "text"] = "auto"
     """What to print; auto: chunks on a terminal, the text elsewhere."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -69,7 +69,7 @@ class Options:
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Precision; auto: bfloat16 on CUDA, float32 on the CPU."""
     compile: bool = False
-    """On a CPU, first compile the steps to C++, for 10 to 30 seconds; each byte then takes less than half the time."""
+    """On a CPU, compile the steps to C++ first, in 10 to 40 seconds. A byte then takes less than half the time."""
 
 
 def main(argv: Sequence[str]) -> None:

@@ -3,12 +3,12 @@
     python scripts/match.py hnet_1stage_L --data DIR --rates 0.18 --layers T --out t.json
         a byte Transformer without chunks: width and depth; m is Mamba-2
     python scripts/match.py hnet_1stage_L --data DIR --rates 0.18 --change hnet_2stage_L
-        another H-Net with as many innermost layers as match
+        another H-Net, with the number of innermost layers that matches
     python scripts/match.py hnet_1stage_L --data DIR --runs runs/a runs/b
-        as seen: FLOPs per byte of runs, with the rates of chunks in their last steps
+        FLOPs per byte of runs, from the rates of chunks in their later half
 
-Rates are the shares of a stage's tokens that open a chunk, such as 0.18 of a pilot run. Without them, each stage is
-counted as meeting its target.
+A rate is the share of a stage's tokens that open a chunk, such as 0.18. Without --rates, each stage is counted at its
+target compression.
 """
 
 from collections.abc import Sequence

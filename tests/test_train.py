@@ -224,7 +224,7 @@ def test_a_torn_checkpoint_is_passed_over(corpus, undisturbed, tmp_path):
     (folder / "checkpoints" / "step_00000024.writing").mkdir()
     flags = ["--steps", "20", "--save-every", "4", "--val-every", "10", "--save-dir", str(folder), "--resume", "auto"]
     output = succeed(corpus, *flags)
-    assert "passed over" in output and "step_00000020" in output and "step_00000016" in output
+    assert "skipped" in output and "step_00000020" in output and "step_00000016" in output
     assert timeless(folder) == timeless(undisturbed)
 
 
@@ -327,7 +327,7 @@ def test_a_kill_during_a_save_leaves_the_checkpoint_before(corpus, undisturbed, 
     assert "step_00000004" in kept
     output = succeed(corpus, *flags)
     if torn.name in kept:  # the kill came before the rename
-        assert f"passed over {torn}" in output and "resuming from" in output and "step_00000004" in output
+        assert f"skipped {torn}" in output and "resuming from" in output and "step_00000004" in output
     assert timeless(folder) == timeless(undisturbed)
     assert not torn.exists()
 
@@ -817,7 +817,7 @@ def test_a_checkpoint_of_another_model_file_is_named(corpus, undisturbed, tmp_pa
     (copy / "manifest.json").unlink()
     load(copy)  # as it is
     flags = ["--steps", "20", "--val-every", "10", "--save-dir", str(folder), "--resume", "auto"]
-    assert "the run goes on with the files as they are here" in succeed(corpus, *flags)
+    assert "the run uses the files as they are now" in succeed(corpus, *flags)
 
 
 def test_a_checkpoint_with_other_weights_than_the_model_is_explained(undisturbed, tmp_path):

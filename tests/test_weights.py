@@ -116,10 +116,10 @@ def test_a_newer_checkpoint_that_is_damaged_is_named(tmp_path, model, caplog):
     own_checkpoint(run / "checkpoints" / "step_00000450", model)
     torn = own_checkpoint(run / "checkpoints" / "step_00000900", model)
     load(run)
-    assert "passed over" not in caplog.text and checkpoint_of(run) == str(torn)
+    assert "skipped" not in caplog.text and checkpoint_of(run) == str(torn)
     next(torn.glob("*.distcp")).write_bytes(b"torn")
     assert same(load(run).weights, model.state_dict())
-    assert f"passed over {torn}: damaged or incomplete; step_00000450 is read" in caplog.text
+    assert f"skipped {torn}: damaged or incomplete; step_00000450 is read" in caplog.text
     assert checkpoint_of(str(run)).endswith("step_00000450") and checkpoint_of("hf:a/b") == "hf:a/b"
 
 

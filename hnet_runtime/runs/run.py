@@ -120,7 +120,7 @@ def say_what_changed(source: Path, about: dict[str, Any]) -> None:
     """Logs how a run that resumes from a checkpoint differs from the run that wrote it: model files and flags."""
     saved = checkpoint.read_train(source)
     if changed := checkpoint.changed_model(saved):
-        logger.warning("%s %s: the run goes on with the files as they are here", source, changed)
+        logger.warning("%s %s: the run uses the files as they are now", source, changed)
     theirs, ours = saved["config"], about["config"]
     for name in ours:
         if name not in OF_ONE_START and name in theirs and theirs[name] != ours[name]:
@@ -138,7 +138,7 @@ def _choose_checkpoint(run: Path, resume: str) -> Path | None:
         read_metrics(metrics)  # reports a damaged line now, on all ranks
     if resume == "auto":
         for folder in checkpoint.incomplete(run):
-            logger.warning("passed over %s: not a complete checkpoint", folder)
+            logger.warning("skipped %s: not a complete checkpoint", folder)
         if not found and holds_a_run:
             logger.warning("%s: no complete checkpoint to resume from; the run starts from the beginning", run)
         elif not found:

@@ -94,7 +94,7 @@ def load(
     else:
         weights = _load_pt(path)
     if changed := own.changed_model(about):
-        logger.warning("%s %s: what follows is computed by the files as they are here", path, changed)
+        logger.warning("%s %s: what follows uses the files as they are now", path, changed)
     return Checkpoint(chosen, fit(weights, chosen, str(source)), about.get("model_code") or {})
 
 
@@ -165,7 +165,7 @@ def _inside(path: Path, source: str) -> Path:
     if complete := own.complete(path):
         for folder in own.incomplete(path):
             if folder.name > complete[-1].name and folder.suffix != ".writing":
-                logger.warning("passed over %s: damaged or incomplete; %s is read", folder, complete[-1].name)
+                logger.warning("skipped %s: damaged or incomplete; %s is read", folder, complete[-1].name)
         return complete[-1]
     if (path / ".metadata").exists():
         if (path / "manifest.json").exists() and not own.is_complete(path):
