@@ -456,6 +456,7 @@ def test_a_run_reports_what_its_rules_do(corpus, undisturbed):
     assert ("given chunks that depend on later bytes" in said) == (not is_causal)
     assert ("stage1_ratio_loss" in last) == (routers[1] == "learned")
     assert f"{routers[0]}: {config.N_compress[1]:g} bytes per chunk in" in said
+    assert " instead of 1-" in said and "the config has" not in said, "a config may have no N_compress"
     stream = fineweb.ByteStream(str(corpus / "data"), slice_bytes=256, cutter=cuts.cutter(config))
     slices = list(stream.slices_once(256))
     if is_causal:

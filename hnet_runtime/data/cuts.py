@@ -137,5 +137,5 @@ def with_measured_rate(config: HNetConfig, stream: ByteStream) -> tuple[HNetConf
     before, after = ("-".join(f"{n:g}" for n in c.N_compress) for c in (config, found))
     return found, (
         f"{config.routers[0]}: {rate:g} bytes per chunk in {read / 1e6:.1f} MB of the training text, so N_compress is "
-        f"{after} (the config has {before})"
+        f"{after} instead of {before}"
     )
