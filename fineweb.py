@@ -106,11 +106,13 @@ def _check_column(column: str, source: str, report: sources.Report) -> None:
         raise DataError(f"--text-column {column}: {named(source)} has no rows, only files of text")
 
 
-def read_documents(source: str, text_column: str = "text", label_column: str = "") -> Iterator[tuple[str, bytes, str]]:
+def read_documents(
+    source: str, text_column: str = "text", label_column: str = "", says: bool = True
+) -> Iterator[tuple[str, bytes, str]]:
     """The documents of any source of `prepare`, in order, as (where, UTF-8 text, label), without empty ones.
 
     label: the text in `label_column` of a row; "" without a column. Duplicates are kept.
-    Prints on standard error which files are left out. Raises DataError, with file and row, for input that can't be
+    says: print on standard error which files are left out. Raises DataError, with file and row, for input that can't be
     read, is not UTF-8 or lacks its label.
     """
 
@@ -138,7 +140,7 @@ def read_documents(source: str, text_column: str = "text", label_column: str = "
     if not report.taken:
         raise _no_files(source, report)
     _check_column(text_column, source, report)
-    if report.left or report.notes:
+    if says and (report.left or report.notes):
         say(*(f"{documents.in_words(source)}: {line}" for line in report.lines()), file=sys.stderr)
 
 

@@ -226,7 +226,8 @@ def text_to_score(options: Options) -> Text:
     stride = options.stride or context
 
     def rows() -> "Iterator[scoring.Row]":
-        for n, document in enumerate(documents(data, options)):
+        is_first = not groups and os.environ.get("RANK", "0") == "0"
+        for n, document in enumerate(documents(data, options, says=is_first)):
             if options.limit and n == options.limit:
                 return
             groups[n] = group_of(document, options)
@@ -242,7 +243,8 @@ def group_of(document: "scoring.Document", options: Options) -> str:
     return script_of(document.text) if options.by == "script" else document.label
 
 
-def documents(data: str, options: Options) -> "Iterator[scoring.Document]":
+def documents(data: str, options: Options, says: bool = True) -> "Iterator[scoring.Document]":
+    """The documents of `data`. says: print on standard error which files are left out."""
     import fineweb
     from hnet_runtime.evaluation import scoring
 
@@ -252,7 +254,7 @@ def documents(data: str, options: Options) -> "Iterator[scoring.Document]":
         if options.split != Options.split:
             raise UserError(f"--split {options.split}: {data} is not prepared, so it has no splits")
         try:
-            for _, text, label in fineweb.read_documents(data, options.text_column, column):
+            for _, text, label in fineweb.read_documents(data, options.text_column, column, says):
                 yield scoring.Document(text, label)
         except fineweb.DataError as error:
             if column and repr(column) in str(error):  # there the label is a column like others

@@ -486,6 +486,19 @@ def test_the_command_on_one_and_two_processes(saved, texts, tmp_path, capsys):
     assert json.loads((tmp_path / "two.json").read_text())["text"] == results[0]
 
 
+def test_files_left_out_are_named_once(saved, tmp_path):
+    """Though each process reads the text, and the first one reads it twice, to know the number of bytes."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("some text")
+    (tmp_path / "texts" / "b.bin").write_bytes(b"no text")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch += [str(ROOT / "scripts" / "evaluate.py"), str(saved), "--data", str(tmp_path / "texts"), "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr.count("takes 1 file (1 .txt)") == done.stderr.count("leaves out 1 file: .bin") == 1
+
+
 def test_groups_and_places_that_are_not_there_are_named(saved, texts, tmp_path):
     for flags, said in (
         (["--by", "nolabel"], r"line 1: .*'nolabel' \(--by\)"),
