@@ -2,7 +2,7 @@
 
     python benchmarks/bench_scaling.py --data DIR --out results.json           # on a machine with two GPUs
     python benchmarks/bench_scaling.py --data data/stdlib --configs configs/hnet_1stage_tiny.json --device cpu \
-        --boundaries forced:0.2 --mbs 512 --steps 6 --warmup 2 --loss-steps 4 --memory-config ""    # tried on a CPU
+        --boundaries forced:0.2 --mbs 512 --steps 6 --warmup 2 --loss-steps 4 --memory-config none  # tried on a CPU
 
 For each config it runs one process in the fastest way (graphs on a GPU), then --processes of them in each of --ways:
 `copies` (replicated weights, graphs, gradients averaged during the backward), `sharded` (FSDP2) and `kept` (the same
@@ -59,7 +59,7 @@ class Benchmark:
     loss_steps: int = 200
     """Steps over which losses are compared."""
     memory_config: str = "configs/hnet_2stage_XL.json"
-    """Model whose peak memory with --ac block is measured on one process; empty: none."""
+    """Model whose peak memory with --ac block is measured on one process; none: of no model."""
     memory_mbs: int = 131072
     """Bytes of that measurement."""
     device: str = "cuda"
@@ -207,11 +207,11 @@ def main(args: Benchmark) -> None:
         fastest = 1, *args.flags("copies", 1)
         one = {c: pool.submit(alone, speed, args, c, *fastest) for c in reversed(configs)}  # the longest first
         same = {c: pool.submit(alone, same_work, args, c, 1, "copies") for c in reversed(configs)}
-        if args.memory_config:
+        if args.memory_config != "none":
             ac = pool.submit(alone, memory, args)
         accumulated = pool.submit(alone, losses, args, configs[0], 1)
     result["configs"] = {Path(c).stem: {"1": one[c].result() | {"same_work": same[c].result()}} for c in configs}
-    if args.memory_config:
+    if args.memory_config != "none":
         result["ac_block"] = ac.result()
     result["losses"] = compared(accumulated.result(), losses(args, configs[0], P))
     print("losses:", result["losses"], flush=True)

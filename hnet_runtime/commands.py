@@ -7,6 +7,7 @@ that, so that --help is fast. The file ends with `if __name__ == "__main__": run
 import argparse
 import ast
 import contextlib
+import dataclasses
 import difflib
 import errno
 import gc
@@ -19,7 +20,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn, TextIO, TypeVar, get_type_hints
+from typing import Annotated, Any, NoReturn, TextIO, TypeVar, get_type_hints
 
 from hnet_runtime import DataError, UserError
 
@@ -53,7 +54,25 @@ def read_flags(options: type[Options], argv: Sequence[str], **settings) -> Optio
             raise
         raise UserError(_in_a_sentence(printed.getvalue(), _long_flags(options), argv)) from None
     sys.stderr.write(printed.getvalue())  # a warning, if anything
+    _refuse_empty(found)
     return found
+
+
+def _refuse_empty(found: Any) -> None:
+    """Raises UserError for an empty argument, as a shell makes it of an unset variable; Path("") would be this folder.
+
+    A flag that is empty by default, or None, may be empty.
+    """
+    import tyro
+
+    types = get_type_hints(type(found), include_extras=True)
+    for field in dataclasses.fields(found):
+        value, about = getattr(found, field.name), getattr(types[field.name], "__metadata__", ())
+        if field.default not in ("", None) and "" in (value if isinstance(value, tuple | list) else [value]):
+            name = f"--{field.name.replace('_', '-')}"
+            if tyro.conf.Positional in about:
+                name = next(arg.metavar for arg in about if getattr(arg, "metavar", None)).strip("[ .]")
+            raise UserError(f"{name} '': expected a value that is not empty (see --help)")
 
 
 def _long_flags(options: type) -> list[str]:
@@ -128,6 +147,14 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         self.argv = list(sys.argv[1:] if args is None else args)
         return super().parse_args(self.argv, namespace)
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            if getattr(found, action.dest, None) == "" != action.default:
+                name = (action.option_strings or [action.dest])[0]
+                raise UserError(f"{name} '': expected a value that is not empty (see --help)")
+        return found, rest
 
     def flags(self) -> list[str]:
         """The long flags, also those of subcommands."""

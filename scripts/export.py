@@ -25,7 +25,7 @@ class Options:
 
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """A run or checkpoint of train.py, a .pt or .safetensors file or its folder, or hf:owner/name."""
-    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
     """Folder to write; with both forms it gets the folders `pt` and `safetensors`."""
     config: Annotated[str, tyro.conf.arg(aliases=["-c"])] = ""
     """Model config, for weights that come without one."""
@@ -53,8 +53,8 @@ def weights_alone(options: Options) -> list[Path]:
 
     checkpoint = load(options.checkpoint, options.config or None)
     dtype = None if options.dtype == "keep" else getattr(torch, options.dtype)
-    both = {form: options.out / form for form in ("pt", "safetensors")}
-    folders = both if options.form == "both" else {options.form: options.out}
+    both = {form: Path(options.out) / form for form in ("pt", "safetensors")}
+    folders = both if options.form == "both" else {options.form: Path(options.out)}
     for form, folder in folders.items():  # before the first is written
         refuse_files_of_others(folder, ("config.json", f"model.{form}", f"model.{form}.json"))
     return [file for form, folder in folders.items() for file in export(checkpoint, folder, form, dtype)]
@@ -69,7 +69,7 @@ def for_transformers(options: Options) -> list[Path]:
     from hnet_transformers.hub import export
 
     dtype = None if options.dtype == "keep" else options.dtype
-    return export(options.checkpoint, options.out, options.config or None, dtype)
+    return export(options.checkpoint, Path(options.out), options.config or None, dtype)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import pty
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -305,12 +306,20 @@ def test_every_command_begins_a_mistake_alike(tmp_path):
         ("benchmarks/study.py --lr inf", "--lr inf: expected a finite number"),
         ("benchmarks/recipe.py --seconds nan", "--seconds nan: expected a finite number"),
         ("fineweb.py prepare text more --out a", "more: not expected after text (see --help)"),
+        ("scripts/export.py run ''", "OUT '': expected a value that is not empty (see --help)"),
+        ("scripts/plot.py run ''", "RUN '': expected a value that is not empty (see --help)"),
+        ("scripts/match.py a --runs ''", "--runs '': expected a value that is not empty (see --help)"),
+        ("scripts/explore.py run --out=", "--out '': expected a value that is not empty (see --help)"),
+        ("train.py --data ''", "--data '': expected a value that is not empty (see --help)"),
+        ("train.py --config-file=", "--config-file '': expected a value that is not empty (see --help)"),
+        ("fineweb.py prepare text --out ''", "--out '': expected a value that is not empty (see --help)"),
+        ("fineweb.py show ''", "folder '': expected a value that is not empty (see --help)"),
     ],
 )
 def test_wrong_usage_is_one_sentence(command, said):
     """The sentence names the flag and what was expected, however narrow the terminal is and in what it can colour."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "60", "FORCE_COLOR": "1"}
-    called = [sys.executable, *command.split()]
+    called = [sys.executable, *shlex.split(command)]
     done = subprocess.run(called, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: {said}") and done.stderr.count("\n") == 1, done.stderr

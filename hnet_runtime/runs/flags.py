@@ -214,7 +214,7 @@ def read_config(argv: Sequence[str]) -> TrainConfig:
     Raises UserError for flags that can't be used.
     """
     parser = commands.Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config-file", default="")
+    parser.add_argument("--config-file")
     file, rest = parser.parse_known_args(argv)
     given = _read_yaml(file.config_file) if file.config_file else {}
     config = commands.read_flags(TrainConfig, rest, default=TrainConfig(**given), description=ABOUT)
