@@ -515,7 +515,7 @@ class Run:
         if not (numbers.ce + numbers.grad_norm).isfinite():
             raise RunFailed(
                 f"step {done}: cross entropy {numbers.ce}, gradient norm {numbers.grad_norm}; stopped before they "
-                f"reached the weights. {self.saver.last_good()}"
+                f"reached the weights. {self.saver.last_good(done)}"
             )
         record = describe(numbers, self.hnet, config)
         record["lr"] = config.lr * lr_scale(done - 1, config)

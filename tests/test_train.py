@@ -552,23 +552,36 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(corpus
     folder = tmp_path / "run"
     flags = ["--steps", "20", "--save-every", "1", "--save-dir", str(folder), "--clip", "0", "--warmup", "0"]
     message = refused(corpus, *flags, "--lr", "1e30", status=1)
-    assert "step " in message and "last good checkpoint" in message
-    rows = records(folder)
-    assert all(row["ce"] is not None for row in rows)
-    assert (folder / "checkpoints" / f"step_{len(rows):08d}" / "manifest.json").exists()
+    rows, found = records(folder), checkpoint.complete(folder)
+    assert all(row["ce"] is not None for row in rows) and found[-1].name == f"step_{len(rows):08d}"
+    # the newest checkpoint has the weights that gave the loss; those before it gave finite losses
+    failed = len(rows) + 1
+    assert f"error: step {failed}: cross entropy nan, gradient norm nan; stopped before" in message
+    assert f"They come from the weights of {found[-1]}, with which step {failed} may fail again. " in message
+    assert message.endswith(f"The last good checkpoint: {found[-2] if len(found) > 1 else 'none'}\n")
+
+
+def test_weights_that_gave_a_finite_loss_since_are_good(corpus, tmp_path):
+    folder = tmp_path / "run"
+    flags = ["--save-every", "1", "--save-dir", str(folder), "--clip", "0", "--warmup", "0"]
+    succeed(corpus, "--steps", "2", *flags, "--lr", "1e-3", "--val-every", "0")
+    more = ["--steps", "20", *flags, "--save-every", "9", "--lr", "1e30", "--resume", "auto"]
+    message = refused(corpus, *more, status=1)
+    assert f"reached the weights. The last good checkpoint: {folder}/checkpoints/step_00000002\n" in message
 
 
 def test_a_loss_that_is_not_finite_is_reported_after_the_next_launch(corpus, tmp_path):
     flags = ["--steps", "20", "--save-dir", str(tmp_path / "run"), "--clip", "0", "--warmup", "0", "--lr", "1e30"]
     message = refused(corpus, *flags, status=1)
     finite = records(tmp_path / "run")
-    assert f"step {len(finite) + 1}: cross entropy" in message and "none yet" in message
+    assert f"step {len(finite) + 1}: cross entropy" in message
+    assert message.endswith("weights. The last good checkpoint: none\n")
     assert [row["step"] for row in finite] == list(range(1, len(finite) + 1)) and len(finite) < 19
 
 
 def test_weights_of_a_last_step_that_compute_nothing_are_not_saved(corpus, tmp_path):
     message = refused(corpus, "--steps", "1", "--lr", "1e30", "--save-dir", str(tmp_path / "run"), status=1)
-    assert "step 1: nan bits per byte of held-out text. The last good checkpoint: none yet" in message
+    assert "step 1: nan bits per byte of held-out text. The last good checkpoint: none\n" in message
     assert checkpoint.complete(tmp_path / "run") == []
 
 

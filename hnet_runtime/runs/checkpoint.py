@@ -277,11 +277,17 @@ class Saver:
         self._raise_together(error)
         return step_folder(self.run, self._step)
 
-    def last_good(self) -> str:
-        """The newest complete checkpoint, also one that is being written, in words. Raises as `finish` does."""
+    def last_good(self, failed: int = 0) -> str:
+        """The newest complete checkpoint, also one that is being written, in words. Raises as `finish` does.
+
+        failed: the step whose numbers are not finite. They come from the weights after the step before, so a checkpoint
+        with these weights is named as such, and the one before it as good.
+        """
         self.finish()
-        found = complete(self.run)
-        return f"The last good checkpoint: {found[-1] if found else 'none yet'}"
+        found, why = complete(self.run), ""
+        if found and found[-1] == step_folder(self.run, failed - 1):
+            why = f"They come from the weights of {found.pop()}, with which step {failed} may fail again. "
+        return f"{why}The last good checkpoint: {found[-1] if found else 'none'}"
 
     def _raise_together(self, error: BaseException | None) -> None:
         reasons: list = [None] * dist.get_world_size()
