@@ -151,9 +151,11 @@ class HNetConfig:
             return cls._from_mapping({**source, **overrides})
         try:
             raw = json.loads(find_config(source).read_text(encoding="utf-8-sig"), parse_int=_parse_int)
-        except OSError as error:
+        except FileNotFoundError:
             names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.json")))
-            raise ConfigError(f"{source}: no such config file ({error.strerror}); known by name are {names}") from None
+            raise ConfigError(f"{source}: no such config file; known by name are {names}") from None
+        except OSError as error:
+            raise ConfigError(f"{source}: can't be read ({error.strerror}); expected a JSON file") from None
         except UnicodeDecodeError as error:
             raise ConfigError(f"{source}: not JSON (byte {error.start} is not UTF-8)") from None
         except RecursionError:

@@ -415,8 +415,15 @@ def test_a_file_that_is_no_text(tmp_path):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(H.ConfigError, match=r"nowhere\.json: no such config file"):
         H.HNetConfig.load(tmp_path / "nowhere.json")
-    with pytest.raises(H.ConfigError, match=re.escape(str(tmp_path))):
-        H.HNetConfig.load(tmp_path)
+
+
+def test_a_file_that_is_there_and_cannot_be_read(tmp_path):
+    """The message says why, and lists no other configs."""
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    for path, why in ((tmp_path, "Is a directory"), (tmp_path / "loop.json", "Too many levels of symbolic links")):
+        with pytest.raises(H.ConfigError) as error:
+            H.HNetConfig.load(path)
+        assert str(error.value) == f"{path}: can't be read ({why}); expected a JSON file"
 
 
 def test_a_config_error_is_a_value_error():

@@ -485,6 +485,8 @@ def refused(corpus: Path, *flags: str, status: int = 2) -> str:
     [
         (["-c", "key.json"], "d_hidden"),
         (["-c", "nowhere.json"], "no such config file"),
+        (["-c", "."], ".: can't be read (Is a directory); expected a JSON file"),
+        (["--config-file", "."], ".: can't be read (Is a directory); expected a YAML file"),
         (["--config-file", "run.yaml"], "'step'"),
         (["--config-file", "type.yaml"], "expected int"),
         (["-N", "1-x"], "1-3-9"),

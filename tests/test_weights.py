@@ -267,6 +267,16 @@ def test_truncated(tmp_path, model, form, share):
     assert file.name in sentence(error)
 
 
+@pytest.mark.parametrize("form", ["pt", "safetensors"])
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path, model, form):
+    file = export(model, tmp_path, form)[0]
+    file.unlink()
+    file.symlink_to(file.name)
+    with pytest.raises(CheckpointError) as error:
+        load(tmp_path)
+    assert sentence(error) == f"{file}: can't be read (Too many levels of symbolic links)"
+
+
 @pytest.mark.parametrize("victim", ["__0_0.distcp", ".metadata"])
 def test_truncated_own_checkpoint(tmp_path, model, victim):
     folder = own_checkpoint(tmp_path / "step", model)

@@ -231,7 +231,9 @@ def read_config(argv: Sequence[str]) -> TrainConfig:
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
         given = yaml.safe_load(Path(path).read_bytes()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror}); expected a YAML file") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: not a readable YAML file ({str(error).splitlines()[0]})") from None
     kinds = get_type_hints(TrainConfig)
     if not isinstance(given, dict):

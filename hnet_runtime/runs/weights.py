@@ -259,13 +259,22 @@ def _load_pt(path: Path) -> dict[str, Tensor]:
             ) from None
         raise CheckpointError(f"{path}: not a file of weights, or damaged") from None
     except Exception:  # unpickling a damaged file can raise anything
-        raise CheckpointError(f"{path}: damaged or cut short ({path.stat().st_size} bytes)") from None
+        raise _unreadable(path) from None
     for key in ("model", "state_dict", "model_state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds {type(content).__name__}, expected a state dict")
     return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def _unreadable(path: Path) -> CheckpointError:
+    """What is wrong with a file that could not be loaded: it can't be opened, or its bytes are damaged."""
+    try:
+        open(path, "rb").close()
+    except OSError as error:
+        return CheckpointError(f"{path}: can't be read ({error.strerror})")
+    return CheckpointError(f"{path}: damaged or cut short ({path.stat().st_size} bytes)")
 
 
 def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -279,7 +288,7 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         found = {name: noted.get(f"{MODEL_CODE}{name}", "") for name in own.model_code()}
         return load_file(path), {name: code for name, code in found.items() if re.fullmatch("[0-9a-f]{12}", code)}
     except (SafetensorError, OSError, ValueError):
-        raise CheckpointError(f"{path}: damaged or cut short ({path.stat().st_size} bytes)") from None
+        raise _unreadable(path) from None
 
 
 def load_own_checkpoint(path: Path) -> dict[str, Tensor]:
