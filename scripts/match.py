@@ -62,12 +62,20 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--out {options.out}: --runs finds no config to write; expected --layers or --change")
     if not 0 < options.tolerance < 1:
         raise UserError(f"--tolerance {options.tolerance}: expected a share between 0 and 1, such as 0.03")
+    for name in ("mbs", "max_doc"):
+        if not 1 <= getattr(options, name) < 2**31:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} {getattr(options, name)}: expected 1 or more, and less than 2**31")
     import fineweb
+    from hnet_config import MIXERS
     from hnet_runtime import matching
     from hnet_runtime.pages.reports import write_atomically
     from hnet_runtime.runs.checkpoint import write_json
     from hnet_trainable import HNetConfig
 
+    letters = [*MIXERS, *map(str.upper, MIXERS)]  # after hnet_trainable.py has registered its own
+    if options.layers and options.layers not in letters:
+        raise UserError(f"--layers {options.layers}: expected one letter of {', '.join(letters)}")
     sizes = {"slice_bytes": options.mbs, "max_doc": options.max_doc, "seed": options.seed}
     rows = matching.row_lengths(fineweb.ByteStream(options.data, "train", **sizes))
     reference = HNetConfig.load(options.config)

@@ -93,6 +93,9 @@ def test_the_command_writes_a_config_and_compares_runs(tmp_path, capsys):
         (["--layers", "T", "--change", "x"], "expected one of them"),
         (["--layers", "T", "--change-rates", "0.1"], "--change-rates 0.1: expected also --change"),
         (["--runs", "x", "--out", "y"], "--out y: --runs finds no config to write"),
+        (["--layers", "T", "--mbs", "0"], "^--mbs 0: expected 1 or more"),
+        (["--layers", "T", "--max-doc", f"{2**70}"], f"^--max-doc {2**70}: expected 1 or more, and less than 2"),
+        (["--layers", "T1"], "^--layers T1: expected one letter of m, t, M, T$"),
     ):
         with pytest.raises(user_errors(), match=message):
             match.main([*common[:-2], *flags])
