@@ -376,6 +376,17 @@ def test_a_disk_that_is_full_at_the_start_leaves_nothing_torn(corpus, tmp_path, 
     assert not [path.name for path in folder.iterdir() if path.name[0] == "." and path.name != ".lock"]
 
 
+def test_a_disk_that_is_full_at_the_end_is_no_mistake_of_the_user(corpus, tmp_path):
+    """The limit is above the copies of the model's files and below the plots."""
+    folder = tmp_path / "run"
+    argv = command(corpus, "--steps", "4", "--save-every", "0", "--save-dir", str(folder))
+    limits = {"cwd": corpus, "env": environment(), "timeout": 100, "preexec_fn": limit_files(60_000)}
+    done = subprocess.run(argv, **limits, capture_output=True, text=True)
+    said = "can't be written (File too large); the run is complete except for its plots"
+    assert (done.returncode, done.stderr) == (1, f"error: {folder}/plots.png: {said}\n")
+    assert [row["step"] for row in records(folder)] == [1, 2, 3, 4] and "val_bpb" in records(folder)[-1]
+
+
 def test_a_continuation_on_other_data_is_refused(corpus, undisturbed, tmp_path):
     source = ["--resume", str(undisturbed / "checkpoints" / "step_00000020"), "--steps", "30"]
     assert "--seed" in refused(corpus, *source, "--seed", "1", "--save-dir", str(tmp_path / "a"))

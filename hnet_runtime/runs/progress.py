@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hnet_decoder import generate
-from hnet_runtime import distributed
+from hnet_runtime import UserError, WriteFailed, distributed
 from hnet_runtime.checks import equivalence
 from hnet_runtime.data.stream import ByteStream
 from hnet_runtime.distributed import World
@@ -126,11 +126,18 @@ def sample(inference: HNetInference, config: TrainConfig, world: World) -> Sampl
     return Sample(written.data, written.starts)
 
 
+def _write_plots(run: Path) -> None:
+    try:
+        plot([run], run / "plots")
+    except UserError as error:
+        raise WriteFailed(f"{error}; the run is complete except for its plots") from None
+
+
 def show_results(model: HNetLM, val_stream: ByteStream | None, run: Path, world: World) -> None:
     """Prints the last validation and held-out text with the model's chunks in colours, and writes the run's plots."""
     if val_stream is None:
         if world.is_main:
-            plot([run], run / "plots")
+            _write_plots(run)
             logger.info(f"curves in {run / 'plots.html'}; there was no held-out text to validate on")
         return
     *_, slice_ = val_stream.slices_once(2)  # the first and one from the middle
@@ -138,7 +145,7 @@ def show_results(model: HNetLM, val_stream: ByteStream | None, run: Path, world:
     opens = chunks_of(model, text, world)
     if not world.is_main:
         return
-    plot([run], run / "plots")
+    _write_plots(run)
     records = [record for record in read_metrics(run / "metrics.jsonl") if "val_bytes" in record]
     if not records:
         return
