@@ -50,7 +50,7 @@ from hnet_runtime.evaluation.boundaries import CutHistory
 from hnet_runtime.evaluation.validation import bits_name, validate
 from hnet_runtime.pages.chunks import print_chunks
 from hnet_runtime.runs import checkpoint, statistics, weights
-from hnet_runtime.runs.metrics import RouterHealth
+from hnet_runtime.runs.metrics import RouterHealth, read_metrics
 from hnet_runtime.runs.progress import Progress, describe, dump_parameters, sample, show_results, speed
 from hnet_runtime.runs.run import (
     Compilations,
@@ -394,7 +394,8 @@ class Run:
             self.inference = HNetInference.from_training(state.evaluated)  # borrows the weights: nothing is copied
         elif config.prompt or config.sample_every:
             logger.info("no samples (--sample-bytes 0): --prompt and --sample-every have no effect")
-        self.interrupts, self.health = Interrupts(), RouterHealth(hnet.learned_ratios, config.mbs)
+        self.interrupts, earlier = Interrupts(), self.folder / "metrics.jsonl"
+        self.health = of_main(lambda: RouterHealth(hnet.learned_ratios, config.mbs, read_metrics(earlier)), world)
         self.history = CutHistory(self.folder, self.step, world)
         self.progress, self.settled = Progress(hnet, config, self.step), time.perf_counter()
         self.saver = checkpoint.Saver(self.folder, state.model, state.optimizer, config.keep, config.keep_every)

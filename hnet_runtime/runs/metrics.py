@@ -8,7 +8,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -211,18 +211,27 @@ class RouterHealth:
     - collapse: for as many steps nearly every token opened a chunk, or less than a tenth of the target share did;
     - oscillation: the smoothed share of boundaries moved between 1.25 and 0.8 times the target SWINGS times in SPAN
       steps.
+
+    A resumed run counts from the steps before, as if it had not been interrupted. Only a router that has been stuck for
+    longer than PATIENCE gets as much time again, perhaps with other flags.
     """
 
     PATIENCE, SWINGS, SPAN = 50, 4, 200
     SMOOTHING = 0.1  # a mean over about ten steps: one long document can fill several small batches
 
-    def __init__(self, targets: Sequence[float | None], slice_bytes: int):
-        """targets: tokens per chunk of each stage; None for a rule, which has no such problems."""
+    def __init__(self, targets: Sequence[float | None], slice_bytes: int, earlier: Iterable[dict[str, Any]] = ()):
+        """targets: tokens per chunk of each stage; None for a rule, which has no such problems.
+
+        earlier: the records of the steps before, for a resumed run.
+        """
         self.targets, self.slice_bytes = targets, slice_bytes
         self.since = [{"dead": 0, "high": 0, "low": 0} for _ in targets]  # steps in a row
         self.smooth, self.side = [None for _ in targets], [0 for _ in targets]
         self.swings: list[list[int]] = [[] for _ in targets]
         self.swinging = [False for _ in targets]
+        for record in earlier:
+            self.look(record["step"], record)
+        self.since = [{name: n if n <= self.PATIENCE else 0 for name, n in signs.items()} for signs in self.since]
 
     def look(self, step: int, record: dict[str, Any]) -> list[str]:
         """The problems that start at this step. record: as in metrics.jsonl, with `rows`, the mean rows per slice."""
