@@ -394,7 +394,7 @@ class Run:
             self.inference = HNetInference.from_training(state.evaluated)  # borrows the weights: nothing is copied
         elif config.prompt or config.sample_every:
             logger.info("no samples (--sample-bytes 0): --prompt and --sample-every have no effect")
-        self.interrupts, earlier = Interrupts(), self.folder / "metrics.jsonl"
+        earlier = self.folder / "metrics.jsonl"
         self.health = of_main(lambda: RouterHealth(hnet.learned_ratios, config.mbs, read_metrics(earlier)), world)
         self.history = CutHistory(self.folder, self.step, world)
         self.progress, self.settled = Progress(hnet, config, self.step), time.perf_counter()
@@ -423,6 +423,7 @@ class Run:
         """
         config = self.config
         watchdog = Watchdog(self.folder, self.world, config.timeout, self.state.model)
+        self.interrupts = Interrupts()
         with self.saver.ready_to_save(config.save_every > 0), watchdog as watch:
             while self.step < config.steps:
                 self._step(watch)

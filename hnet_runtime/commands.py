@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TextIO, TypeVar, get_type_hints
 
-from hnet_runtime import DataError, UserError
+from hnet_runtime import DataError, RunFailed, UserError
 
 Options = TypeVar("Options")
 
@@ -222,10 +222,11 @@ def run(main: Callable[[list[str]], int | None], output_may_fail: bool = False, 
 
     A mistake of the user (UserError, DataError, ConfigError) is one line on stderr, "error: ...", and status 2, or 1
     where a run failed. A file that can't be opened is a mistake, too. Memory that runs out is a line and status 1;
-    `smaller` are the flags that need less of it. Ctrl-C is status 130. If the reader of stdout closes it, as in
-    `| head`, the command ends silently with status 141: so write files before printing. With `output_may_fail` the
-    command instead runs to its end and its output is dropped. Printing to stderr never ends a command. A character that
-    the terminal's encoding lacks is printed as its number (\\u65e5).
+    `smaller` are the flags that need less of it. So is a connection that broke because another process of the job died.
+    Ctrl-C is status 130. If the reader of stdout closes it, as in `| head`, the command ends silently with status 141:
+    so write files before printing. With `output_may_fail` the command instead runs to its end and its output is
+    dropped. Printing to stderr never ends a command. A character that the terminal's encoding lacks is printed as its
+    number (\\u65e5).
     """
     with _safe_streams(output_may_fail):
         try:
@@ -259,6 +260,8 @@ def run(main: Callable[[list[str]], int | None], output_may_fail: bool = False, 
             elif smaller and _is_out_of_memory(error):
                 print_error(UserError(f"memory ran out; expected smaller {smaller}, or a machine with more memory"))
                 status = 1
+            elif reason := _why_disconnected(error):
+                status = print_error(RunFailed(f"another process of the job died, or does not answer ({reason})"))
             else:
                 raise
     sys.exit(status)
@@ -283,6 +286,13 @@ def importing() -> Iterator[None]:
 def _is_out_of_memory(error: Exception) -> bool:
     """Whether it is an error of Python, numpy, or torch's allocator for a CPU or a GPU."""
     return isinstance(error, MemoryError) or bool(re.search("can't allocate memory|out of memory", str(error)))
+
+
+def _why_disconnected(error: Exception) -> str:
+    """What gloo or the store of a job of several processes says after one of them has died; else empty."""
+    reasons = "Connection (?:reset|closed) by peer|Broken pipe|Connection was likely closed|Timed out waiting"
+    is_one_of_many = isinstance(error, RuntimeError) and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return "".join(re.findall(reasons, str(error))[:1]) if is_one_of_many else ""
 
 
 def print_error(mistake: Exception) -> int:

@@ -582,6 +582,34 @@ def test_sigterm_to_one_process_saves_and_loses_no_step(corpus, undisturbed, tmp
     assert timeless(folder) == timeless(undisturbed)
 
 
+def signal_at_the_start(where: str, number: int, victim: int, *argv: str) -> None:
+    """train.py, in which one rank gets a signal where it opens the data or makes the saver: no watchdog runs yet."""
+    owner, name = {"data": (train, "open_data"), "saver": (checkpoint, "Saver")}[where]
+    if os.environ["RANK"] == str(victim):
+        setattr(owner, name, lambda *_: os.kill(os.getpid(), number))
+    program(*argv)
+
+
+def test_a_process_that_dies_at_the_start_is_told_in_one_sentence(corpus, tmp_path):
+    argv = "data", signal.SIGKILL, 1, *train_flags(corpus, tmp_path / "run")
+    job = Job(tmp_path / "log", 2, signal_at_the_start, lambda rank: argv)
+    assert job.wait(60) == [1, -signal.SIGKILL]
+    said = job.logs[0].read_text()
+    assert said.startswith("error: another process of the job died, or does not answer (Connection "), said
+    assert said.count("\n") == 1
+
+
+def test_a_signal_at_the_start_ends_a_process_that_waits_for_another(corpus, tmp_path):
+    """torchrun sends it to those that are left. Before the first step there is nothing to save."""
+    argv = "saver", signal.SIGSTOP, 1, *train_flags(corpus, tmp_path / "run")
+    job = Job(tmp_path / "log", 2, signal_at_the_start, lambda rank: argv)
+    wait_for(lambda: "each line gives means" in job.logs[0].read_text(), job)
+    time.sleep(0.5)
+    os.kill(job.ranks[0].pid, signal.SIGTERM)
+    job.ranks[0].join(60)
+    assert job.wait(0) == [-signal.SIGTERM, None]
+
+
 def test_a_process_that_hangs_ends_the_job(corpus, tmp_path):
     """A process stopped by the system neither dies nor reports."""
     folder = tmp_path / "run"

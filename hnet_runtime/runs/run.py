@@ -200,6 +200,7 @@ def code_revision() -> str:
 class Interrupts:
     """Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP request a save and an orderly end after this step.
 
+    To be made when the steps begin: before, a signal ends the process at once, though it waits for one that has died.
     A second Ctrl-C ends the program at once. SIGHUP comes when a terminal is closed or an ssh connection is lost; under
     nohup it stays ignored.
     """
