@@ -23,7 +23,7 @@ from hnet_routers import Router
 from hnet_runtime import UserError
 from hnet_runtime.sharded import is_sharded, local_shard
 from hnet_runtime.steps.flat_adamw import FlatAdamW
-from hnet_trainable import HNet, HNetConfig, HNetLM, Isotropic, initial_weight
+from hnet_trainable import HNetConfig, HNetLM, Isotropic, WideLinear, initial_weight
 
 logger = logging.getLogger("hnet")
 # It warns of in-place operations on results of a sharded module; there are none
@@ -354,18 +354,13 @@ def shard_model(model: HNetLM, mesh: DeviceMesh, compute_dtype: torch.dtype, res
         keep = {"reshard_after_forward": False} if alone or not reshard else {}
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=plain, **keep)
 
-    for module in model.modules():
-        if isinstance(module, Isotropic):
-            for group in [module] if alone else block_groups(module):
-                wrap(group, compute_dtype)
-        elif isinstance(module, Router) and not alone and module.is_learned:
-            wrap(module, compute_dtype)
-        elif isinstance(module, HNet) and not module.is_innermost:
-            wrap(module.residual_proj, torch.float32)
+    order = list(groups_in_order(model, alone))
+    for group in order:
+        wrap(group, torch.float32 if isinstance(group[0], WideLinear) else compute_dtype)
     wrap(model, compute_dtype)
     if alone:
         # all casts at once, before the first stage waits for its boundaries, while the device is busy
-        stacks = [module for module in model.modules() if isinstance(module, Isotropic)]
+        stacks = [group[0] for group in order if isinstance(group[0], Isotropic)]
 
         def unshard_all(*_) -> None:
             for stack in stacks:
@@ -375,7 +370,6 @@ def shard_model(model: HNetLM, mesh: DeviceMesh, compute_dtype: torch.dtype, res
         return
     # Each group prefetches the next one's weights before it computes. FSDP does so only in the backward. In the forward
     # it relies on the CPU running ahead, which is impossible where a stage waits for its number of chunks.
-    order = list(groups_in_order(model.backbone))
     for group, following in zip(order, order[1:]):
         group[0].set_modules_to_forward_prefetch([following[0]])
 
@@ -389,15 +383,16 @@ def block_groups(stack: Isotropic) -> list[list[nn.Module]]:
     return [layers[i : i + BLOCKS_PER_GROUP] for i in range(0, len(layers), BLOCKS_PER_GROUP)]
 
 
-def groups_in_order(hnet: HNet) -> Iterator[list[nn.Module]]:
-    """The groups of modules of `shard_model` without the root, in the order of the forward."""
-    if hnet.is_innermost:
-        yield from block_groups(hnet.main_network)
-        return
-    yield from block_groups(hnet.encoder)
-    yield from ([part] for part in (hnet.routing_module, hnet.residual_proj) if any(True for _ in part.parameters()))
-    yield from groups_in_order(hnet.main_network)
-    yield from block_groups(hnet.decoder)
+def groups_in_order(model: nn.Module, whole_stacks: bool = False) -> Iterator[list[nn.Module]]:
+    """The groups of modules of `shard_model` without the root, in the order of the forward, in which HNet makes them.
+
+    whole_stacks: a group is a full stack of blocks, and routers belong to the root.
+    """
+    for module in model.modules():
+        if isinstance(module, Isotropic):
+            yield from [[module]] if whole_stacks else block_groups(module)
+        elif isinstance(module, WideLinear) or (isinstance(module, Router) and module.is_learned and not whole_stacks):
+            yield [module]
 
 
 class Traffic(NamedTuple):
@@ -417,7 +412,7 @@ def traffic(config: HNetConfig, shards: int, replicate: int = 1, slices: int = 1
     """
     with torch.device("meta"):
         model = HNetLM(config)
-    groups = {id(p) for group in groups_in_order(model.backbone) for module in group for p in module.parameters()}
+    groups = {id(p) for group in groups_in_order(model) for module in group for p in module.parameters()}
     gathered, total = 0, 0
     for name, p in model.named_parameters():
         if name.rsplit(".", 1)[-1] not in PLAIN_FLOAT32:

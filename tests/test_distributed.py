@@ -40,7 +40,17 @@ from hnet_runtime.steps import activations, graphs
 from hnet_runtime.steps.flat_adamw import clipped_step
 from hnet_runtime.steps.graphs import GraphedModel
 from hnet_runtime.steps.plain import PlainModel
-from hnet_trainable import Block, HNetConfig, HNetLM, RoutingModule, SwiGLU, init_weights, parameter_groups
+from hnet_trainable import (
+    Block,
+    HNet,
+    HNetConfig,
+    HNetLM,
+    RoutingModule,
+    SwiGLU,
+    init_weights,
+    parameter_groups,
+    widen,
+)
 
 WORLDS = {
     "1": (1, 1),
@@ -440,6 +450,32 @@ def test_checkpoints_of_two_processes_have_buffers_and_second_names(corpus, tmp_
     more = train_flags(corpus, tmp_path / "run", *COPIES, "--steps", "6", "--resume", "auto")
     assert "step_00000004" in Job(tmp_path, 2, program_of_an_edit, lambda rank: more).succeed()
     assert len(records(tmp_path / "run")) == 6
+
+
+def program_of_other_names(*argv: str) -> None:
+    """train.py with other names for the encoders and decoders."""
+    made, names = HNet.__init__, {"encoder": "before", "decoder": "after"}
+
+    def renamed(self, *args):
+        made(self, *args)
+        self._modules = {names.get(name, name): module for name, module in self._modules.items()}
+
+    HNet.__init__ = renamed
+    HNet.encode = lambda self, x_TD, packing: self.before(
+        x_TD if self.pad_dimension is None else widen(x_TD, self.pad_dimension), packing
+    )
+    HNet.decode = lambda self, x_TD, packing: self.after(x_TD, packing)[:, : self.outer_width]
+    program(*argv)
+
+
+def test_encoders_and_decoders_may_have_other_names(corpus, tmp_path):
+    """Alone, sharded over two processes, and in steps as graphs."""
+    for name, size, how in (("alone", 1, "eager"), ("sharded", 2, "eager"), ("graph", 1, "graph")):
+        flags = train_flags(corpus, tmp_path / name, "--steps", "4", "-C", how)
+        Job(tmp_path, size, program_of_other_names, lambda rank, flags=flags: flags).succeed()
+        check_close(tmp_path / "alone", tmp_path / name)
+    (step,) = checkpoint.complete(tmp_path / "sharded")
+    assert any(".before.layers.0." in name for name in load_own_checkpoint(step))
 
 
 @pytest.mark.soak

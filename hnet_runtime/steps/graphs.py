@@ -295,17 +295,18 @@ class GraphedModel:
         self.forget()
 
     def _modules(self) -> dict[str, list[nn.Module | nn.Parameter | None]]:
-        """The modules of each part, in the order of the forward."""
+        """The modules of each part, in the order of the forward. One with another name may be read by any part."""
         found: dict[str, list[Any]] = {}
         for s, hnet in enumerate(self.levels):
             if s == self.S:
                 found[f"inner {s}"] = [hnet.pad_dimension, hnet.main_network]
             else:
-                found[f"enter {s}"] = [hnet.pad_dimension, hnet.encoder, hnet.routing_module]
+                found[f"enter {s}"] = [hnet.pad_dimension, getattr(hnet, "encoder", None), hnet.routing_module]
         for s in reversed(range(self.S)):
-            found[f"pass {s}"], found[f"leave {s}"] = [self.levels[s].residual_proj], [self.levels[s].decoder]
+            found[f"pass {s}"] = [self.levels[s].residual_proj]
+            found[f"leave {s}"] = [getattr(self.levels[s], "decoder", None)]
         first, last = next(iter(found)), list(found)[-1]
-        found[first].insert(0, getattr(self.model, "embeddings", None))  # under another name, any part may read it
+        found[first].insert(0, getattr(self.model, "embeddings", None))
         found[last].append(getattr(self.model, "lm_head", None))
         return found
 
