@@ -413,7 +413,7 @@ class Run:
         logger.info("resuming from %s", source)
         say_what_changed(source, self.about)
         if done == self.config.steps:
-            logger.info("all %d steps are done", done)
+            logger.info("all %d steps are done; a larger --steps trains on", done)
         return done
 
     def train(self, then: Callable[["Run"], None] | None = None) -> None:
@@ -506,7 +506,8 @@ class Run:
             self.saver.start(step, self.about)
         self._print_step(step, record)
         if written:
-            logger.info("the model writes, beginning with %r:", config.prompt)
+            beginning = f", beginning with {config.prompt!r}" if config.prompt else ""
+            logger.info(f"the model writes{beginning}:")
             print_chunks(written.data, written.starts)
         self.settled = time.perf_counter()  # the next step's time starts here
 
