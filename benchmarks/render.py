@@ -68,6 +68,11 @@ def field(name: str) -> Callable[[Entry], str]:
     return lambda entry: number(name, entry[name]) if name in entry else "-"
 
 
+def seconds(name: str) -> Callable[[Entry], str]:
+    """A time of less than a minute, to a tenth of a second."""
+    return lambda entry: f"{entry[name]:.1f} s" if name in entry else "-"
+
+
 def measured(entry: Entry) -> str:
     """When, on what and of which commit, or whose figure it is."""
     if "card" not in entry:
@@ -174,10 +179,20 @@ TABLES: dict[str, dict[str, Callable[[Entry], str]]] = {
         "Bytes per chunk": field("chunk_bytes"), "Word edges, times chance": field("edges_ratio"),
         "Measured": measured,
     },
+    "starts": {
+        "Config": field("config"), "Kernels in the cache": lambda e: "none" if "parts-empty" in e["key"] else "all",
+        "Start of Python": seconds("python_s"), "Import of torch": seconds("import_torch_s"),
+        "Other imports": seconds("import_rest_s"), "Compiler processes": seconds("fork_s"),
+        "Processes and device": seconds("processes_s"), "Check of operations": seconds("check_operations_s"),
+        "of which waiting for kernels": seconds("compiler_s"), "Check of steps": seconds("check_steps_s"),
+        "Weights": seconds("weights_s"), "Check of captured steps": seconds("check_captured_s"),
+        "Run folder, check of generation": seconds("open_run_s"), "First step": seconds("first_step_s"),
+        "Whole start": seconds("start_s"), "Whole start, before": seconds("before_s"),
+    },
 }  # fmt: skip
 
 
-TURNED = ("profile",)
+TURNED = ("profile", "starts")
 
 
 def table(name: str, entries: list[Entry]) -> str:
