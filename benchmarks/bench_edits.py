@@ -29,6 +29,7 @@ import train  # noqa: E402
 from hnet_runtime import distributed  # noqa: E402
 from hnet_runtime.checks import agreement  # noqa: E402
 from hnet_runtime.commands import Parser, run  # noqa: E402
+from hnet_runtime.steps.flat_adamw import clipped_step  # noqa: E402
 from hnet_runtime.steps.graphs import GraphedModel  # noqa: E402
 from hnet_trainable import HNetConfig, parameter_groups  # noqa: E402
 
@@ -38,7 +39,8 @@ def measure(hnet: HNetConfig, args: argparse.Namespace, world: distributed.World
     config = train.TrainConfig(config=args.config, data=args.data, mbs=args.mbs, global_slices=1)
     model = distributed.build_model(hnet, world, torch.float32, 0, None, True)
     groups = distributed.optimizer_groups(parameter_groups(model, 3e-4, 0.1))
-    steps = GraphedModel(model, torch.bfloat16, config.alpha, world, groups, "none", captures=graphs)
+    make = train.make_optimizer
+    steps = GraphedModel(model, torch.bfloat16, config.alpha, world, groups, captures=graphs, make_optimizer=make)
     draw = force_boundaries(steps.model, [args.rate] * hnet.num_stages, args.mbs)
     stream = fineweb.ByteStream(args.data, slice_bytes=args.mbs)
     torch.cuda.reset_peak_memory_stats()
@@ -48,7 +50,7 @@ def measure(hnet: HNetConfig, args: argparse.Namespace, world: distributed.World
         began = time.perf_counter()
         train.forward_backward(steps, list(stream.step(i, 1, 0, 1)), world)
         distributed.clip_in_optimizer(steps.optimizer, list(model.parameters()), 1.0, world)
-        steps.optimizer.step()
+        clipped_step(steps.optimizer)
         torch.cuda.synchronize()
         rounds.append(1000 * (time.perf_counter() - began))
     reserved = torch.cuda.max_memory_reserved() / 2**30

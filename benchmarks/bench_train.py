@@ -35,6 +35,7 @@ from hnet_runtime.distributed import World
 from hnet_runtime.pages.reports import write_atomically
 from hnet_runtime.runs.statistics import StepNumbers
 from hnet_runtime.steps import activations
+from hnet_runtime.steps.flat_adamw import clipped_step
 from hnet_runtime.steps.graphs import GraphedModel
 from hnet_runtime.steps.plain import PlainModel
 from hnet_trainable import (
@@ -121,9 +122,11 @@ def prepare(args: Benchmark) -> Prepared:
     parameters = list(model.parameters())
     groups = distributed.optimizer_groups(parameter_groups(model, 3e-4, config.weight_decay))
     if unsharded:
-        steps = GraphedModel(model, half, config.alpha, world, groups, args.ac, captures=graphs)
+        steps = GraphedModel(
+            model, half, config.alpha, world, groups, args.ac, captures=graphs, make_optimizer=train.make_optimizer
+        )
     else:
-        steps = PlainModel(model, config.alpha, world, groups)
+        steps = PlainModel(model, config.alpha, world, groups, train.make_optimizer)
     if args.ac != "none" and not graphs:
         activations.recompute(steps.model, args.ac)
     draw = lambda: None  # noqa: E731
@@ -137,7 +140,7 @@ def prepare(args: Benchmark) -> Prepared:
         slices = list(stream.step(i, world.size, world.rank, world.size))
         numbers = train.forward_backward(steps, slices, world)
         distributed.clip_in_optimizer(steps.optimizer, parameters, 1.0, world)
-        steps.optimizer.step()
+        clipped_step(steps.optimizer)
         steps.finish_step()
         return numbers
 
