@@ -30,7 +30,7 @@ from hnet_runtime.runs.flags import TrainConfig
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [page for page in PAGES if page.exists()]
-HISTORY = ("LOG.md", "PERFORMANCE.md", "IDEAS_THAT_FAILED.md")  # they speak of files and flags of earlier versions
+HISTORY = ("PERFORMANCE.md", "IDEAS_THAT_FAILED.md")  # they speak of files and flags of earlier versions
 ELSEWHERE = ("CHANGING.md", "TRANSFORMERS.md")  # tests/test_changing.py and tests/test_transformers.py run their blocks
 WITH_PYTHON = [page for page in PAGES if page.name not in ELSEWHERE]
 
