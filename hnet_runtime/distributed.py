@@ -11,7 +11,6 @@ from collections import Counter, deque
 from collections.abc import Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
-from itertools import compress
 from typing import NamedTuple
 
 import torch
@@ -457,10 +456,9 @@ def optimizer_groups(groups: list[dict]) -> list[dict]:
     apart = []
     for group in groups:
         for sharded in (True, False):
-            chosen = [is_sharded(p) == sharded for p in group["params"]]
-            if any(chosen):
-                parts = {key: list(compress(group[key], chosen)) for key in ("params", "names") if key in group}
-                apart.append(group | parts)
+            params = [p for p in group["params"] if is_sharded(p) == sharded]
+            if params:
+                apart.append({k: v for k, v in group.items() if k != "names"} | {"params": params})
     return apart
 
 

@@ -10,7 +10,6 @@ from test_edits import set_, world  # noqa: F401 (fixtures)
 from test_edits_in_runs import CONFIG, WORLD, built, state_of, step
 
 import train
-from examples.muon import MuonAdamW, orthogonal
 from hnet_kernels.adamw import split_float32
 from hnet_runtime import UserError, distributed
 from hnet_runtime.checks import agreement
@@ -36,10 +35,6 @@ def lion(groups):
     return execute(LION).make_optimizer(groups)
 
 
-def muon(groups):
-    return MuonAdamW(groups)
-
-
 def betas_of_groups(groups):
     return torch.optim.AdamW([group | {"betas": (0.5, 0.9 - 0.1 * i)} for i, group in enumerate(groups)])
 
@@ -50,7 +45,7 @@ def adagrad(groups):
     )  # with less, a gradient of 0 and one of 1e-17 would make different steps
 
 
-OTHERS = [momentum, adagrad, amsgrad, lion, muon, betas_of_groups]
+OTHERS = [momentum, adagrad, amsgrad, lion, betas_of_groups]
 HOWS = ["plain", "eager", "graph"]
 
 
@@ -241,26 +236,3 @@ def test_betas_of_adamw_take_effect(set_, how):  # noqa: F811
         step(state, 1)
         found.append(weights(state))
     assert gaps(*found) > 1e-5
-
-
-@pytest.mark.parametrize("shape", [(3, 50), (50, 3), (40, 40)])
-def test_muon_makes_singular_values_near_one(shape):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found, (u, values, vh) = orthogonal(x), torch.linalg.svd(x, full_matrices=False)
-    along = u.T @ found @ vh.T  # the same singular vectors
-    assert (along - along.diag().diag()).abs().max() < 1e-9
-    large = along.diag()[values > 0.01 * x.norm()]
-    assert len(large) > 0.9 * len(values) and large.min() > 0.6 and large.max() < 1.25 and along.diag().min() > 0
-
-
-def test_muon_takes_the_matrices_of_blocks_alone():
-    model = built()
-    groups = distributed.optimizer_groups(parameter_groups(model, 1e-2, 0.1))
-    optimizer = MuonAdamW(groups)
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    optimizer.step()
-    by_muon = {name for name, p in model.named_parameters() if "momentum" in optimizer.state[p]}
-    kinds = {name.rpartition(".layers.")[2].partition(".")[2] for name in by_muon}
-    assert "mixer.in_proj.weight" in kinds and all(".layers." in name for name in by_muon)
-    assert not any("embeddings" in name or "lm_head" in name or "norm" in name for name in by_muon)
