@@ -728,7 +728,7 @@ def test_a_disk_without_room_is_refused(tmp_path):
 
 
 def test_what_is_saved_has_torchs_names(tmp_path):
-    """Loading uses torch's own functions."""
+    """So torch's own functions can load it."""
     distributed.start("cpu")
     model = init_weights(HNetLM(HNetConfig.load(MODEL | {"tie_embeddings": True})), 0)
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, 0.1))

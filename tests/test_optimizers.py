@@ -45,6 +45,51 @@ def adagrad(groups):
     )  # with less, a gradient of 0 and one of 1e-17 would make different steps
 
 
+def tensor_rates(groups):
+    return torch.optim.Adam([group | {"lr": torch.tensor(group["lr"])} for group in groups])
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon on matrices and AdamW on the rest, with one state."""
+
+    def __init__(self, groups):
+        super().__init__(groups, {})
+        self.parts = []
+        for kind, is_matrix in ((torch.optim.Muon, True), (torch.optim.AdamW, False)):
+            of_kind = [{**g, "params": [p for p in g["params"] if (p.ndim == 2) == is_matrix]} for g in groups]
+            self.parts.append(kind([group for group in of_kind if group["params"]]))
+            self.parts[-1].state = self.state
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    def step(self, closure=None):
+        for part in self.parts:
+            part.step()
+
+
+class Odd(torch.optim.Optimizer):
+    """Its step has no closure; its state is bfloat16, and begins in part before and in part after the first step."""
+
+    def __init__(self, groups):
+        super().__init__(groups, {})
+        for p in (p for group in groups for p in group["params"]):
+            self.state[p]["steps"] = torch.zeros(())
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state["steps"] += 1
+                if "mean" not in state:
+                    state["mean"] = torch.zeros_like(p, dtype=torch.bfloat16)
+                state["mean"].lerp_(p.grad.bfloat16(), 0.5)
+                p.sub_(group["lr"] * state["mean"])
+                if state["steps"] == 2:
+                    state["old"] = p.clone()
+                if "old" in state:
+                    p.lerp_(state["old"], 0.1)
+
+
 OTHERS = [momentum, adagrad, amsgrad, lion, betas_of_groups]
 HOWS = ["plain", "eager", "graph"]
 
@@ -130,16 +175,16 @@ def test_a_loss_that_is_not_finite_changes_nothing(set_, how):  # noqa: F811
     assert all(map(torch.equal, state_before, (x["momentum_buffer"] for x in state.optimizer.state.values())))
 
 
-@pytest.mark.parametrize("make", OTHERS)
+@pytest.mark.parametrize("make", [*OTHERS, tensor_rates, MuonAndAdamW, Odd])
 @pytest.mark.parametrize("how", HOWS)
 def test_a_resumed_run_has_the_bits_of_one_that_was_not(set_, tmp_path, make, how):  # noqa: F811
     set_(train, "make_optimizer", make)
-    state = state_of(how)
+    state = state_of(how, decay=1.0)
     for done in range(2):
         step(state, done)
     checkpoint.require_tensors(state.optimizer)
     folder = checkpoint.save(tmp_path, 2, state.model, state.optimizer, {}, 0)
-    resumed = state_of(how)
+    resumed = state_of(how, decay=1.0)
     resumed.load(folder)
     for done in range(2, 4):
         step(state, done)

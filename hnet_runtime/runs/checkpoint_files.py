@@ -6,7 +6,7 @@ run that has done neither does not wait for it.
 
 import pickle
 import warnings
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,17 +16,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
     get_model_state_dict,
-    get_optimizer_state_dict,
     set_model_state_dict,
-    set_optimizer_state_dict,
 )
 
 from hnet_runtime.runs.run_folder import WITHOUT, CheckpointError
-from hnet_runtime.steps.flat_adamw import FlatAdamW
-
-_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+from hnet_runtime.steps.flat_adamw import FlatAdamW, fill_state
 
 
 def write(state: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | None) -> None:
@@ -40,48 +35,50 @@ def write(state: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | Non
 def read(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
     """Reads model and optimizer in place; every rank calls it. Raises CheckpointError."""
     state: dict[str, Any] = {"model": get_model_state_dict(model)}
-    saved = _saved_names(folder)
-    _require_same_weights(folder, state["model"].keys(), saved)
+    saved = _saved(folder)
+    _require_same_weights(folder, state["model"].keys(), saved.keys())
     if optimizer is not None:
         is_elsewhere = isinstance(optimizer, FlatAdamW) and optimizer.shards_updates  # the state of some weights
-        if isinstance(optimizer, FlatAdamW):
-            optimizer.fill_state()
-        everything = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
+        fill_state(optimizer)
         has_states = any(key.startswith("optimizer.state.") for key in saved)
         for name, p in model.named_parameters():
             prefix, keys = f"optimizer.state.{name}.", set(optimizer.state.get(p, ()))
-            found = {key.removeprefix(prefix) for key in saved if key.startswith(prefix)}
+            found = {key.removeprefix(prefix): entry for key, entry in saved.items() if key.startswith(prefix)}
             if has_states and not found:  # it has had no gradient so far
-                for key in optimizer.state.pop(p, ()):
-                    everything.pop(f"state.{name}.{key}")
-            elif saved and found != keys and (keys or not is_elsewhere):
+                optimizer.state.pop(p, None)
+            elif keys and keys < found.keys():  # of state that a later step allocates
+                for key in found.keys() - keys:
+                    size, dtype = found[key].size, found[key].properties.dtype
+                    like = p if size == p.shape else p.new_empty(size)
+                    optimizer.state[p][key] = torch.zeros_like(like, dtype=dtype, requires_grad=False)
+            elif saved and found.keys() != keys and (keys or not is_elsewhere):
                 raise CheckpointError(
                     f"{folder}: its optimizer saved {_listed(found)} of {name}, that of make_optimizer in train.py has "
                     f"{_listed(keys)}; to begin with another optimizer from these weights use -p"
                 )
-        state["optimizer"] = _tensors(everything)
+            state |= {prefix + key: value for key, value in optimizer.state.get(p, {}).items()}
     try:
-        dcp.load(state, storage_reader=SafeReader(folder))
+        dcp.load(state, storage_reader=SafeReader(folder))  # in place: an optimizer's parts may share its state
     except dcp.CheckpointException as error:
         reason = _reason(error)
         raise CheckpointError(
             f"{folder}: can't be read ({'damaged' if 'weights_only' in reason else reason}); {WITHOUT}"
         ) from None
     set_model_state_dict(model, state["model"])
-    if optimizer is not None:
-        set_optimizer_state_dict(model, optimizer, everything | state["optimizer"], options=_OPTIONS)
+    if isinstance(optimizer, FlatAdamW) and not optimizer.rule:
+        optimizer.load_state_dict(optimizer.state_dict())  # what it did not find above gets its step
 
 
-def _listed(names: Set[str]) -> str:
+def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names)) or "nothing"
 
 
-def _saved_names(folder: Path) -> Set[str]:
-    """The names of the tensors in a checkpoint; none where it can't be read: whoever reads the rest says why."""
+def _saved(folder: Path) -> dict[str, Any]:
+    """The tensors in a checkpoint, by name; none where it can't be read: whoever reads the rest says why."""
     try:
-        return SafeReader(folder).read_metadata().state_dict_metadata.keys()
+        return SafeReader(folder).read_metadata().state_dict_metadata
     except Exception:
-        return set()
+        return {}
 
 
 def _require_same_weights(folder: Path, ours: Set[str], saved: Set[str]) -> None:
@@ -122,11 +119,6 @@ def _reason(error: dcp.CheckpointException) -> str:
     first = next(iter(error.failures.values()))[0]
     said = getattr(first, "strerror", None) or str(first).splitlines()[0]
     return f"writing ended early, as on a full disk: {said}" if "inline_container" in said else said
-
-
-def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:
-    """The part of an optimizer's state that is saved: tensors, which need no pickle. Rates come from the config."""
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
 
 class SafeReader(dcp.FileSystemReader):

@@ -88,6 +88,27 @@ def clipped_step(optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
+@torch.no_grad()
+def fill_state(optimizer: torch.optim.Optimizer) -> None:
+    """Lets an optimizer allocate its state by a step with zero gradients and rates. It ends without gradients.
+
+    Call it inside `full_precision`, before its state and the weights are loaded.
+    """
+    flat = optimizer if isinstance(optimizer, FlatAdamW) else None
+    rule = flat.rule if flat else optimizer
+    if not rule:
+        return
+    rates = [group["lr"] for group in rule.param_groups]
+    for group in rule.param_groups:
+        group["lr"] = group["lr"] * 0
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
+    rule.step()
+    for group, rate in zip(rule.param_groups, rates):
+        group["lr"] = rate
+    flat._restore_gradients() if flat else rule.zero_grad()
+
+
 class FlatAdamW(EagerAdamW):
     """torch.optim.AdamW(fused=True) with the same results, state and checkpoints; parameters move into flat memory.
 
@@ -344,7 +365,8 @@ class FlatAdamW(EagerAdamW):
         if self.rule:
             self.rule.grad_scale, self.rule.found_inf = self.grad_scale, self.found_inf
             with self.full_precision():
-                return clipped_step(self.rule)
+                clipped_step(self.rule)
+            return self._restore_gradients()
         betas, eps = self.param_groups[0]["betas"], self.param_groups[0]["eps"]
         rates = [(group["lr"], group["lr"] * group["weight_decay"]) for group in self.param_groups]
         # new pinned memory each time: torch's allocator reuses it only when the copy has finished
@@ -366,36 +388,22 @@ class FlatAdamW(EagerAdamW):
                 self._start_gather(span, weights if compute_weights is None else compute_weights)
         self.wait_for_gradients()
 
+    def _restore_gradients(self) -> None:
+        """Makes each `p.grad` a view of `gradients` again, where a rule has called its `zero_grad`."""
+        for p, grad in self._grads.items():
+            p.grad = grad
+
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Sets the gradients to zero in place, whatever `set_to_none` says."""
         for gradient in self.gradients:
             gradient.zero_()
 
     @torch.no_grad()
-    def fill_state(self) -> None:
-        """Lets a rule that has made no step allocate its state, by a step with zero gradients and rates.
-
-        Call it inside `full_precision`, before its state and the weights are loaded.
-        """
-        if self.rule and not self.state:
-            rates = [group["lr"] for group in self.param_groups]
-            self.zero_grad()
-            for group in self.param_groups:
-                group["lr"] = 0.0
-            self.rule.step()
-            for group, rate in zip(self.param_groups, rates):
-                group["lr"] = rate
-
-    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, or as the rule's; also loads the state of torch.optim.AdamW.
+        """As torch's, without a rule; also loads the state of torch.optim.AdamW.
 
         Raises ValueError where the parameters have made different numbers of steps.
         """
-        if self.rule:
-            self.rule.load_state_dict(state_dict)
-            self.state, self.param_groups = self.rule.state, self.rule.param_groups
-            return
         super().load_state_dict(state_dict)  # it replaces the tensors of the state
         steps = max((found["step"] for found in self.state.values() if found), default=0)
         for p, place in self._state_views.items():
