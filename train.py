@@ -173,7 +173,7 @@ class TrainState:
 
         def checked(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
             made = make_optimizer(groups)
-            distributed.check_groups(made.param_groups, model, "make_optimizer")
+            distributed.check_optimizer(made, model)
             return made
 
         groups, limit = distributed.optimizer_groups(groups), config.max_chunks_per_rank

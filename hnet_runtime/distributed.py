@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import inspect
 import logging
 import math
 import os
@@ -449,6 +450,29 @@ def check_groups(groups: list[dict], model: nn.Module, source: str = "parameter_
             )
     if any(group.get("stage") is None for group in groups):
         raise UserError(f"{source}: a group has no `stage`; expected the stage to whose statistics it belongs")
+
+
+def check_optimizer(made: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Raises UserError unless `make_optimizer` returned an optimizer of all weights, whose arguments take effect."""
+    kind = type(made).__name__
+    if not isinstance(made, torch.optim.Optimizer):
+        raise UserError(f"make_optimizer returns a {kind}; expected one torch.optim.Optimizer")
+    check_groups(made.param_groups, model, "make_optimizer")
+    if any("lr" not in group for group in made.param_groups):
+        raise UserError("make_optimizer: a group has no `lr`; expected its peak, which train.py multiplies")
+    closure = inspect.signature(made.step).parameters.get("closure")
+    if closure and closure.default is inspect.Parameter.empty:
+        raise UserError(f"make_optimizer: {kind} needs a closure; expected an optimizer that needs gradients alone")
+    arguments = inspect.signature(type(made)).parameters
+    for key in ("lr", "weight_decay"):
+        given = made.defaults.get(key)
+        if key not in arguments or given is None or given == arguments[key].default:
+            continue
+        if all(group.get(key) != given for group in made.param_groups):
+            raise UserError(
+                f"make_optimizer: {key}={given} of {kind} has no effect, because each group has its own; expected it "
+                f"as --{key.replace('_', '-')} or in the groups"
+            )
 
 
 def optimizer_groups(groups: list[dict]) -> list[dict]:

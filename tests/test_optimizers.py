@@ -71,7 +71,7 @@ class Odd(torch.optim.Optimizer):
 
     def __init__(self, groups):
         super().__init__(groups, {})
-        for p in (p for group in groups for p in group["params"]):
+        for p in weights_of(groups):
             self.state[p]["steps"] = torch.zeros(())
 
     @torch.no_grad()
@@ -88,6 +88,15 @@ class Odd(torch.optim.Optimizer):
                     state["old"] = p.clone()
                 if "old" in state:
                     p.lerp_(state["old"], 0.1)
+
+
+class NoDefaults(torch.optim.Optimizer):
+    def __init__(self, groups):
+        super().__init__([{k: v for k, v in group.items() if k != "lr"} for group in groups], {})
+
+
+def weights_of(groups):
+    return [p for group in groups for p in group["params"]]
 
 
 OTHERS = [momentum, adagrad, amsgrad, lion, betas_of_groups]
@@ -230,6 +239,29 @@ def test_a_weight_that_the_optimizer_leaves_out_is_named(set_, how):  # noqa: F8
     set_(train, "make_optimizer", lambda groups: torch.optim.SGD(groups[1:]))
     with pytest.raises(UserError, match="make_optimizer: embeddings.weight is in 0 groups; expected one"):
         state_of(how)
+
+
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (lambda groups: [torch.optim.SGD(groups)], "returns a list; expected one torch.optim.Optimizer"),
+        (lambda groups: None, "returns a NoneType; expected one"),
+        (lambda groups: torch.optim.LBFGS([groups[0] | {"params": weights_of(groups)}]), "LBFGS needs a closure"),
+        (lambda groups: torch.optim.SGD(groups, lr=0.1), "lr=0.1 of SGD has no effect, .*; expected it as --lr"),
+        (lambda groups: torch.optim.AdamW(groups, weight_decay=0.5), "weight_decay=0.5 .* expected it as --weight-dec"),
+        (lambda groups: NoDefaults([{**groups[0], "params": weights_of(groups)}]), "a group has no `lr`"),
+    ],
+)
+def test_what_the_run_could_not_use_is_named(set_, make, said):  # noqa: F811
+    set_(train, "make_optimizer", make)
+    with pytest.raises(UserError, match=f"make_optimizer.* {said}"):
+        state_of()
+
+
+def test_an_argument_that_takes_effect_is_accepted(set_):  # noqa: F811
+    without = lambda groups: [{k: v for k, v in g.items() if k != "lr"} for g in groups]  # noqa: E731
+    set_(train, "make_optimizer", lambda groups: torch.optim.SGD(without(groups), lr=0.1))
+    assert set(state_of().peaks) == {0.1}
 
 
 def test_a_state_that_no_checkpoint_has_is_named_at_the_first_step():
