@@ -184,6 +184,31 @@ def test_a_loss_that_is_not_finite_changes_nothing(set_, how):  # noqa: F811
     assert all(map(torch.equal, state_before, (x["momentum_buffer"] for x in state.optimizer.state.values())))
 
 
+@pytest.mark.parametrize("how", HOWS)
+def test_what_reads_gradients_before_or_after_a_fused_step_gets_clipped_ones(set_, how):  # noqa: F811
+    """A hook, and a step that a class defines; and neither runs where the loss is not finite."""
+    found = []
+
+    class Own(torch.optim.AdamW):
+        @torch.no_grad()
+        def step(self, closure=None):
+            found.append(torch.stack([p.grad.norm() for p in weights_of(self.param_groups)]).norm().item())
+
+    def hooked(groups):
+        optimizer = adamw(groups)
+        optimizer.register_step_pre_hook(lambda *_: Own.step(optimizer))
+        return optimizer
+
+    for make in (hooked, lambda groups: Own(groups, fused=True)):
+        set_(train, "make_optimizer", make)
+        state = state_of(how, clip=1e-3)
+        step(state)
+        state.steps.forward_backward([step_batch()])
+        distributed.clip_in_optimizer(state.optimizer, state.parameters, 1.0, WORLD, torch.tensor(math.nan))
+        clipped_step(state.optimizer)
+    assert found == pytest.approx([1e-3, 1e-3], rel=1e-2)
+
+
 @pytest.mark.parametrize("make", [*OTHERS, tensor_rates, MuonAndAdamW, Odd])
 @pytest.mark.parametrize("how", HOWS)
 def test_a_resumed_run_has_the_bits_of_one_that_was_not(set_, tmp_path, make, how):  # noqa: F811

@@ -77,7 +77,10 @@ def clipped_step(optimizer: torch.optim.Optimizer) -> None:
 
     For one that does not read them, gradients are divided here, and the host waits to know whether they are finite.
     """
-    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+    if isinstance(optimizer, FlatAdamW):
+        return optimizer.step()
+    is_torchs = type(optimizer) in ADAMW or type(optimizer).__module__.startswith("torch.optim.")
+    if not (is_torchs and getattr(optimizer, "_step_supports_amp_scaling", False)) or _has_hooks(optimizer):
         scale, found_inf = optimizer.grad_scale, optimizer.found_inf
         optimizer.grad_scale = optimizer.found_inf = None  # torch's optimizers refuse what they don't read
         if found_inf.item():
@@ -86,6 +89,10 @@ def clipped_step(optimizer: torch.optim.Optimizer) -> None:
             if p.grad is not None:
                 local_shard(p.grad).div_(scale)
     optimizer.step()
+
+
+def _has_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
 
 
 @torch.no_grad()
@@ -262,7 +269,7 @@ class FlatAdamW(EagerAdamW):
     @staticmethod
     def replaces(optimizer: torch.optim.Optimizer) -> bool:
         """Whether a FlatAdamW without a rule computes the same as this optimizer."""
-        if type(optimizer) not in ADAMW:
+        if type(optimizer) not in ADAMW or _has_hooks(optimizer):
             return False
         kinds = {
             tuple(group[key] for key in ("betas", "eps", "amsgrad", "maximize")) for group in optimizer.param_groups
