@@ -209,6 +209,29 @@ def test_what_reads_gradients_before_or_after_a_fused_step_gets_clipped_ones(set
     assert found == pytest.approx([1e-3, 1e-3], rel=1e-2)
 
 
+@pytest.mark.parametrize("how", HOWS)
+def test_a_step_may_free_gradients_and_may_not_move_weights(set_, how):  # noqa: F811
+    class Frees(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step()
+            self.zero_grad()
+
+    class Moves(torch.optim.SGD):
+        def step(self, closure=None):
+            for p in weights_of(self.param_groups):
+                p.data = p.data - p.grad
+
+    set_(train, "make_optimizer", Frees)
+    state, start = state_of(how), weights(state_of(how))
+    step(state, 0)
+    once = weights(state)
+    step(state, 1)
+    assert gaps(once, start) > 0 and gaps(weights(state), once) > 0
+    set_(train, "make_optimizer", Moves)
+    with pytest.raises(UserError, match="a step of Moves gives a weight other memory .*; expected it to change w"):
+        step(state_of(how))
+
+
 @pytest.mark.parametrize("make", [*OTHERS, tensor_rates, MuonAndAdamW, Odd])
 @pytest.mark.parametrize("how", HOWS)
 def test_a_resumed_run_has_the_bits_of_one_that_was_not(set_, tmp_path, make, how):  # noqa: F811

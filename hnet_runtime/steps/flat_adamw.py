@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hnet_kernels.adamw import BLOCK, adamw_, join_float32, norms, split_float32
+from hnet_runtime import UserError
 from hnet_runtime.sharded import is_sharded, local_shard
 
 BETAS = (0.9, 0.95)  # of AdamW in training
@@ -76,19 +77,28 @@ def clipped_step(optimizer: torch.optim.Optimizer) -> None:
     """A step with `grad_scale` and `found_inf` as torch's fused optimizers read them, for an optimizer of any kind.
 
     For one that does not read them, gradients are divided here, and the host waits to know whether they are finite.
+    Raises UserError where a weight gets other memory: graphs and FSDP2 would not see it.
     """
     if isinstance(optimizer, FlatAdamW):
         return optimizer.step()
+    parameters = list(itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups))
     is_torchs = type(optimizer) in ADAMW or type(optimizer).__module__.startswith("torch.optim.")
     if not (is_torchs and getattr(optimizer, "_step_supports_amp_scaling", False)) or _has_hooks(optimizer):
         scale, found_inf = optimizer.grad_scale, optimizer.found_inf
         optimizer.grad_scale = optimizer.found_inf = None  # torch's optimizers refuse what they don't read
         if found_inf.item():
             return
-        for p in itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups):
+        for p in parameters:
             if p.grad is not None:
                 local_shard(p.grad).div_(scale)
+    unsharded = [p for p in parameters if not is_sharded(p)]
+    before = [p.data_ptr() for p in unsharded]
     optimizer.step()
+    if before != [p.data_ptr() for p in unsharded]:
+        raise UserError(
+            f"make_optimizer: a step of {type(optimizer).__name__} gives a weight other memory (p.data = ...); "
+            "expected it to change weights in place"
+        )
 
 
 def _has_hooks(optimizer: torch.optim.Optimizer) -> bool:
