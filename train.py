@@ -467,7 +467,7 @@ class Run:
             self.metrics.log(done, record)
             self._print_step(done, record)
         if done == self.first_step:
-            checkpoint.require_tensors(state.optimizer)
+            self.saver.check_state()
             gc.collect()  # these objects stay: exclude them from garbage collection
             gc.freeze()
         done_by_host = {name: n - before[name] for name, n in state.counted().items()}

@@ -312,12 +312,57 @@ def test_an_argument_that_takes_effect_is_accepted(set_):  # noqa: F811
     assert set(state_of().peaks) == {0.1}
 
 
-def test_a_state_that_no_checkpoint_has_is_named_at_the_first_step():
-    p = torch.nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.SGD([p])
-    optimizer.state[p]["count"] = 3
-    with pytest.raises(UserError, match="make_optimizer: the state count of SGD is of type int; expected tensors"):
-        checkpoint.require_tensors(optimizer)
+class Counts(torch.optim.SGD):
+    """Has what no checkpoint saves, as `where` says."""
+
+    def __init__(self, groups, where):
+        super().__init__(groups)
+        self.where, self.inner, self.calls = where, [torch.optim.Adam(groups)], 0
+
+    def step(self, closure=None):
+        super().step()
+        p = self.param_groups[0]["params"][0]
+        if self.where == "int":
+            self.state[p]["count"] = 3
+        elif self.where == "all":
+            self.state["all"] = {"count": torch.ones(())}
+        elif self.where == "gradient":
+            self.state[p]["last"] = p.grad
+        elif self.where == "inner":
+            self.inner[0].step()
+        elif self.where == "calls":
+            self.calls += 1
+        elif self.where == "k":
+            self.param_groups[0]["k"] = self.param_groups[0].get("k", 0) + 1
+
+
+@pytest.mark.parametrize(
+    "where, said",
+    [
+        ("int", "the state count of Counts is of type int; expected tensors"),
+        ("all", "the state all of Counts belongs to no weight; expected state of weights"),
+        ("gradient", "the state last of Counts is the gradient, .*; expected a clone of it"),
+        ("inner", "inner of Counts has a state of its own, which no checkpoint saves; expected it to"),
+    ],
+)
+def test_a_state_that_no_checkpoint_has_is_named_at_the_first_step(set_, where, said):  # noqa: F811
+    set_(train, "make_optimizer", lambda groups: Counts(groups, where))
+    state = state_of("graph")
+    step(state)
+    with pytest.raises(UserError, match=f"make_optimizer: {said}"):
+        checkpoint.require_tensors(state.optimizer)
+
+
+@pytest.mark.parametrize("where", ["calls", "k", "lr"])
+@pytest.mark.parametrize("how", ["plain", "graph"])
+def test_a_count_outside_the_state_is_named_at_the_first_step(set_, tmp_path, caplog, how, where):  # noqa: F811
+    set_(train, "make_optimizer", lambda groups: Counts(groups, where) if where != "lr" else adamw(groups))
+    state = state_of(how)
+    saver = checkpoint.Saver(tmp_path, state.model, state.optimizer)
+    step(state)
+    saver.check_state()
+    said = f"make_optimizer: a step of Counts changes {where}, which no checkpoint saves"
+    assert [said in record.message for record in caplog.records if record.name == "hnet"] == [True] * (where != "lr")
 
 
 def test_several_processes_as_graphs_ask_for_eager_steps():

@@ -48,9 +48,11 @@ from hnet_runtime.runs.run_folder import (  # noqa: F401 (some are for importers
     train_config_of,
 )
 from hnet_runtime.sharded import is_sharded, local_shard
-from hnet_runtime.steps.flat_adamw import FlatAdamW, SplitFloat32, as_tensor
+from hnet_runtime.steps.flat_adamw import ADAMW, FlatAdamW, SplitFloat32, as_tensor, rule_of
 
 logger = logging.getLogger("hnet")
+
+SET_BY_A_RUN = ("lr", "grad_scale", "found_inf")  # in an optimizer or its groups
 
 
 class Saver:
@@ -95,6 +97,7 @@ class Saver:
         self._staging: Future | None = None
         self._written: Future | None = None
         self._step, self._stall = 0, 0.0
+        self._unsaved = _unsaved(optimizer)
         self._is_needed, self._is_closed = threading.Event(), False  # the host memory, by a save
 
     @contextlib.contextmanager
@@ -110,6 +113,18 @@ class Saver:
         finally:  # the program waits for the thread
             self._is_closed = True
             self._is_needed.set()
+
+    def check_state(self) -> None:
+        """Call it after the first step: warns of what checkpoints do not save. Raises as `require_tensors` does."""
+        require_tensors(self.optimizer)
+        changed = {at[1] for at, value in _unsaved(self.optimizer).items() if value != self._unsaved.get(at)}
+        for name in sorted(changed):
+            logger.warning(
+                "make_optimizer: a step of %s changes %s, which no checkpoint saves: a resumed run begins with its "
+                "first value; expected a tensor in the state of a weight",
+                type(rule_of(self.optimizer)).__name__,
+                name,
+            )
 
     def start(self, step: int, train: dict[str, Any]) -> None:
         """Starts to write the checkpoint after `step` steps. Finishes an earlier one first; raises as `finish` does."""
@@ -383,14 +398,39 @@ def damaged_file(folder: Path) -> str | None:
 
 def require_tensors(optimizer: torch.optim.Optimizer) -> None:
     """Raises UserError if the optimizer has a state that a checkpoint can't save. Call it after a step."""
-    kind = type(getattr(optimizer, "rule", None) or optimizer).__name__
-    for state in optimizer.state.values():
+    rule = rule_of(optimizer)
+    kind = f"make_optimizer: the state %s of {type(rule).__name__}"
+    weights = {p for group in rule.param_groups for p in group["params"]}
+    for p, state in rule.state.items():
+        if p not in weights:
+            raise UserError(f"{kind % p} belongs to no weight; expected state of weights, as checkpoints save no other")
         for key, value in state.items():
             if not isinstance(value, Tensor):
                 raise UserError(
-                    f"make_optimizer: the state {key} of {kind} is of type {type(value).__name__}; expected tensors, "
-                    "as checkpoints save nothing else"
+                    f"{kind % key} is of type {type(value).__name__}; expected tensors, as checkpoints save no other"
                 )
+            if p.grad is not None and _memory(value) == _memory(p.grad):
+                raise UserError(f"{kind % key} is the gradient, which the next step overwrites; expected a clone of it")
+    for name, value in vars(rule).items():
+        for part in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(part, torch.optim.Optimizer) and part.state and part.state is not rule.state:
+                raise UserError(
+                    f"make_optimizer: {name} of {type(rule).__name__} has a state of its own, which no checkpoint "
+                    "saves; expected it to have the state of the whole"
+                )
+
+
+def _unsaved(optimizer: torch.optim.Optimizer) -> dict[tuple, Any]:
+    """What an optimizer may count outside its state: numbers and versions of tensors, by where they are."""
+    rule = rule_of(optimizer)
+    places = [{} if type(rule) in ADAMW else vars(rule), *rule.param_groups]
+    found = {(i, key): value for i, place in enumerate(places) for key, value in place.items()}
+    found = {at: (id(x), x._version) if isinstance(x, Tensor) else x for at, x in found.items()}
+    return {at: x for at, x in found.items() if type(x) in (int, float, tuple) and at[1] not in SET_BY_A_RUN}
+
+
+def _memory(tensor: Tensor) -> int:
+    return local_shard(tensor).untyped_storage().data_ptr()
 
 
 def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:

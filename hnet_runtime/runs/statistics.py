@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hnet_runtime.distributed import World
 from hnet_runtime.sharded import is_sharded, local_shard
-from hnet_runtime.steps.flat_adamw import ADAMW, FlatAdamW, as_tensor
+from hnet_runtime.steps.flat_adamw import ADAMW, FlatAdamW, as_tensor, rule_of
 from hnet_trainable import StageOutput
 
 BINS = 10  # of the histogram of boundary probabilities
@@ -108,7 +108,7 @@ def weight_statistics(optimizer: torch.optim.Optimizer, stages: int, world: Worl
     float32 ((S + 1) * 3,). Call it after `optimizer.step()` and before gradients are cleared; gradients are clipped.
     The update is computed from AdamW's state, so the old weights are not needed. With another optimizer it is nan.
     """
-    rule = getattr(optimizer, "rule", None) or optimizer
+    rule = rule_of(optimizer)
     sharded, whole = torch.zeros(2, stages + 1, 3, device=world.device).unbind(0)
     shards_updates = isinstance(optimizer, FlatAdamW) and optimizer.shards_updates
     owned = optimizer.owned if shards_updates else frozenset()

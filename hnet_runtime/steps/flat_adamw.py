@@ -101,6 +101,11 @@ def clipped_step(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
+def rule_of(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that `make_optimizer` returned, or a FlatAdamW that took its place."""
+    return getattr(optimizer, "rule", None) or optimizer
+
+
 def _has_hooks(optimizer: torch.optim.Optimizer) -> bool:
     return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
 
