@@ -480,9 +480,10 @@ def optimizer_groups(groups: list[dict]) -> list[dict]:
     apart = []
     for group in groups:
         for sharded in (True, False):
-            params = [p for p in group["params"] if is_sharded(p) == sharded]
-            if params:
-                apart.append({k: v for k, v in group.items() if k != "names"} | {"params": params})
+            chosen = [i for i, p in enumerate(group["params"]) if is_sharded(p) == sharded]
+            if chosen:
+                lists = {key: [group[key][i] for i in chosen] for key in ("params", "names") if key in group}
+                apart.append(group | lists)
     return apart
 
 
