@@ -486,13 +486,26 @@ def test_the_command_on_one_and_two_processes(saved, texts, tmp_path, capsys):
     assert json.loads((tmp_path / "two.json").read_text())["text"] == results[0]
 
 
-def test_files_left_out_are_named_once(saved, tmp_path):
-    """Though each process reads the text, and the first one reads it twice, to know the number of bytes."""
+@pytest.fixture
+def left_out(tmp_path) -> Path:
+    """A folder with one file of text and one other file."""
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("some text")
     (tmp_path / "texts" / "b.bin").write_bytes(b"no text")
+    return tmp_path / "texts"
+
+
+def test_files_left_out_are_named_once(saved, left_out, capsys):
+    """Though the text is read twice, to know the number of bytes."""
+    command("evaluate")([str(saved), "--data", str(left_out), "--device", "cpu"])
+    said = capsys.readouterr().err
+    assert said.count("takes 1 file (1 .txt)") == said.count("leaves out 1 file: .bin") == 1
+
+
+@pytest.mark.soak
+def test_files_left_out_are_named_by_one_process(saved, left_out):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    launch += [str(ROOT / "scripts" / "evaluate.py"), str(saved), "--data", str(tmp_path / "texts"), "--device", "cpu"]
+    launch += [str(ROOT / "scripts" / "evaluate.py"), str(saved), "--data", str(left_out), "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(launch, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -178,13 +178,12 @@ def test_a_dead_router_is_named_and_stops_the_run(corpus, tmp_path):
     assert len(records(tmp_path / "run")) == 51
     assert (tmp_path / "run" / "checkpoints" / "step_00000051" / "manifest.json").exists()
     # a run that is interrupted and resumed stops at the same step; one that has stopped gets as many steps again
-    for done_before in (30, 50):
-        resumed = [*flags, "--save-dir", str(tmp_path / f"resumed{done_before}")]
-        succeed(corpus, *resumed, "--steps", str(done_before))
-        resumed += ["--resume", "auto", "--on-collapse", "stop"]
-        assert "step 51: a router is stuck" in refused(corpus, *resumed, status=1)
+    resumed = [*flags, "--save-dir", str(tmp_path / "resumed")]
+    succeed(corpus, *resumed, "--steps", "30")
+    resumed += ["--resume", "auto", "--on-collapse", "stop"]
+    assert "step 51: a router is stuck" in refused(corpus, *resumed, status=1)
     succeed(corpus, *resumed)
-    assert len(records(tmp_path / "resumed50")) == 80
+    assert len(records(tmp_path / "resumed")) == 80
 
 
 def test_the_learning_rate_warms_up_and_decays(undisturbed):
