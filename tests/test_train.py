@@ -513,6 +513,7 @@ def refused(corpus: Path, *flags: str, status: int = 2) -> str:
         (["--sample-bytes", "10000000000"], "--sample-bytes 10000000000: expected at most 65536"),
         (["--timeout", "1e300"], "--timeout 1e+300: expected at most 1e7 seconds"),
         (["--steps", "1" + 400 * "0"], "expected less than 2**53"),
+        (["--dry-run", "--mbs", "900000000000"], "--mbs 900000000000: expected less than 2**31"),
         (["--timeout", "inf"], "--timeout inf: expected a finite number"),
         (["--resume", "auto"], "--save-dir"),
         (["-e", "generate", "--resume", "somewhere"], "-p"),

@@ -181,6 +181,7 @@ class TrainConfig:
             self._expect(name, not isinstance(value, float) or math.isfinite(value), "a finite number")
             if type(value) is int and name not in ("seed", "val_every"):
                 self._expect(name, value < 2**53, "less than 2**53")
+        self._expect("mbs", self.mbs < 2**31, "less than 2**31, because positions have 32 bits")
         self._expect("timeout", self.timeout <= 1e7, "at most 1e7 seconds")
         for name in ("lr", "timeout", "router_lr"):
             self._expect(name, getattr(self, name) > 0, "more than 0")
