@@ -203,7 +203,8 @@ class TrainState:
         """Makes one optimizer step. The host waits for the device only for the stages' numbers of chunks.
 
         done: the number of steps before this one. before_update: called before the weights change.
-        If the loss or the norm of the gradient is not finite, the weights do not change.
+        If the loss or the norm of the gradient is not finite, the weights do not change. Without AdamW the host waits
+        to know that.
         """
         config, world, optimizer = self.config, self.world, self.optimizer
         for group, peak in zip(optimizer.param_groups, self.peaks):

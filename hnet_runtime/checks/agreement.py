@@ -9,7 +9,7 @@
 
 The first difference is named, and the run takes the next slower way that agrees.
 
-What runs on the CPU is so small that more than one thread only waits: beside a busy program, for seconds.
+The models on the CPU are so small that several threads would only wait for each other.
 """
 
 import contextlib
